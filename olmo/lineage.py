@@ -1,0 +1,67 @@
+"""Lineage: what made this, what did it make, and why did it run again."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from olmo.store import Record, Store, files
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Field by field, what two actions differ in: "params.keep_one_in: 10 → 5"."""
+    changed = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name, "default"), now.get(name, "default")
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += differences(old, new, f"{prefix}{name}.")
+        elif isinstance(old, list) and isinstance(new, list) and old != new:
+            places = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
+            size = f", {len(old)} → {len(new)} of them" if len(old) != len(new) else ""
+            changed.append(f"{prefix}{name}: {len(places)} of {len(new)} changed{size}")
+        elif old != new:
+            changed.append(f"{prefix}{name}: {_short(old)} → {_short(new)}")
+    return changed
+
+
+def nearest(store: Store, action: dict[str, Any]) -> Record | None:
+    """The known action of the same stage that differs in the fewest fields."""
+    known = [r for r in store.records() if r["action"]["stage"] == action["stage"]]
+    return min(known, key=lambda r: len(differences(r["action"], action)), default=None)
+
+
+def makers(store: Store) -> dict[str, Record]:
+    """For each content in the store, an action that made it."""
+    return {file["sha256"]: record for record in store.records() for file in files(record)}
+
+
+def ancestors(store: Store, record: Record) -> Iterator[tuple[int, Record]]:
+    """The way back from an artifact to its sources: (depth, record), each action once."""
+    made_by, seen = makers(store), {record["key"]}
+    level = [record]
+    depth = 0
+    while level:
+        found: list[Record] = []
+        for record in level:
+            yield depth, record
+            for digests in record["action"]["inputs"].values():
+                for digest in digests if isinstance(digests, list) else [digests]:
+                    parent = made_by.get(digest)
+                    if parent is not None and parent["key"] not in seen:
+                        seen.add(parent["key"])
+                        found.append(parent)
+        level, depth = found, depth + 1
+
+
+def trace(store: Store, path: Path) -> list[str]:
+    """Lines for a person: an artifact and everything it came from."""
+    lines = []
+    for depth, record in ancestors(store, store.named(path)):
+        action = record["action"]
+        params = ", ".join(f"{k}={_short(v)}" for k, v in sorted(action["params"].items()))
+        lines.append(f"{'  ' * depth}{action['stage']} {record['key'][:12]}… {params}".rstrip())
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"

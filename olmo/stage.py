@@ -1,0 +1,210 @@
+"""Stages: a function is a stage, and a stage is a command line, of one shape.
+
+    @stage(version=1)
+    def documents(source: Input, documents: Output, keep_one_in: int = 1) -> Facts:
+        "Keep one line in N of a source."
+
+Called, it goes through the store: found there, or run once and put there, and the outputs' names
+are linked to what came out. `documents.build(…)` is the function alone. On the command line it is
+`olmo documents --source … --documents … --keep-one-in 10`.
+
+The types say what each parameter is to the action's identity:
+
+    Input, Inputs      files that are read: their contents' digests
+    Output, Folder     a file, a folder that is made: not in the identity
+    Work               a folder that survives a failed attempt: not in the identity
+    Free[T]            changes no byte: threads, progress, a running toolkit
+    anything else      a parameter that changes bytes
+
+A parameter equal to its default is left out of the identity, so that a new one re-keys nothing.
+A default that changes, or code that gives other bytes, is a new VERSION.
+"""
+
+import functools
+import inspect
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from olmo.store import Action, Record, Store, now
+
+T = TypeVar("T")
+Input = Annotated[Path, "input"]
+Inputs = Annotated[list[Path], "input"]
+Output = Annotated[Path, "output"]
+Folder = Annotated[Path, "output"]
+Work = Annotated[Path, "work"]
+Free = Annotated[T, "free"]
+Facts = Mapping[str, Any]
+
+STORE = "OLMO_STORE"
+
+
+def here() -> Store:
+    """The store of this process: $OLMO_STORE, or the folder `store`."""
+    return Store(Path(os.environ.get(STORE, "store")))
+
+
+class Stage:
+    """A function whose results live in the store; see the module's text."""
+
+    def __init__(self, build: Callable[..., Any], version: int) -> None:
+        functools.update_wrapper(self, build)
+        self.build = build
+        self.version = version
+        self.name = build.__name__
+        self.signature = inspect.signature(build)
+        hints = typing.get_type_hints(build, include_extras=True)
+        self.roles = {name: role(hints[name]) for name in self.signature.parameters}
+
+    def arguments(self, kwargs: Mapping[str, Any], chosen: str) -> dict[str, Any]:
+        return {name: value for name, value in kwargs.items() if self.roles[name] == chosen}
+
+    def action(self, store: Store, **kwargs: Any) -> Action:
+        """What a call asks for. Hashes the inputs that are not in the store yet."""
+        parameters = self.signature.parameters
+        inputs = {
+            name: [store.digest(path) for path in value]
+            if isinstance(value, list | tuple)
+            else store.digest(value)
+            for name, value in self.arguments(kwargs, "input").items()
+            if value is not None
+        }
+        params = {
+            name: value
+            for name, value in self.arguments(kwargs, "parameter").items()
+            if value != parameters[name].default
+        }
+        return Action(self.name, self.version, params, inputs)
+
+    def __call__(self, **kwargs: Any) -> Record:
+        """Run through the store, link the outputs' names; the action's record.
+
+        Raises:
+            ValueError: bad input; an input that changed while it was read.
+        """
+        store = here()
+        action = self.action(store, **kwargs)
+        outputs = {k: v for k, v in self.arguments(kwargs, "output").items() if v is not None}
+        ran = False
+
+        def build(work: Path) -> Facts:
+            nonlocal ran
+            ran = True
+            store.say(f"{self.name}: {explain(store, action)}")
+            made = {name: work / "outputs" / name for name in outputs}
+            places = {
+                name: work / "attempt" for name, kind in self.roles.items() if kind == "work"
+            }
+            with measured() as run:
+                result = dict(self.build(**{**kwargs, **made, **places}) or {})
+            facts = result if "facts" not in result else dict(result.pop("facts"))
+            extra = {} if facts is result else result
+            if self.action(store, **kwargs) != action:
+                raise ValueError(
+                    f"{self.name}: an input changed while it was read; expected it to stay "
+                    "as it was until the stage ends. Run the same command again"
+                )
+            return {"facts": facts, **extra, "run": run}
+
+        record = store.run(action, build)
+        for name, path in outputs.items():
+            store.link(record, name, path)
+        if not ran:
+            store.say(f"{self.name}: found in the store ({action.key[:12]}…)")
+        return record
+
+
+def stage(version: int) -> Callable[[Callable[..., Any]], Stage]:
+    """Make a function a stage. `version` is part of its actions' identity; bumped by hand."""
+    return lambda build: Stage(build, version)
+
+
+def role(hint: Any) -> str:
+    """What a parameter of this type is to an action: input, output, work, free or parameter."""
+    for candidate in (hint, *typing.get_args(hint)):  # Input | None is an input
+        for mark in getattr(candidate, "__metadata__", ()):
+            if mark in ("input", "output", "work", "free"):
+                return str(mark)
+    return "parameter"
+
+
+def explain(store: Store, action: Action) -> str:
+    """Why an action runs: what differs from the nearest one known, field by field."""
+    from olmo.lineage import differences, nearest
+
+    known = nearest(store, action.as_dict())
+    if known is None:
+        return f"runs for the first time ({action.key[:12]}…)"
+    changed = differences(known["action"], action.as_dict())
+    if not changed:
+        return f"runs again: its outputs are gone from the store ({action.key[:12]}…)"
+    return f"runs, since it differs from {known['key'][:12]}… in " + "; ".join(changed)
+
+
+class measured:
+    """What a run cost and what it ran with: a dict that is complete when the block ends."""
+
+    def __enter__(self) -> dict[str, Any]:
+        self.run: dict[str, Any] = {"started": now(), **surroundings()}
+        self.wall, self.cpu, self.joules = time.monotonic(), cpu_seconds(), energy()
+        return self.run
+
+    def __exit__(self, *_: Any) -> None:
+        joules = energy()
+        used = None if joules is None or self.joules is None else joules - self.joules
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024
+        self.run |= {
+            "wall_s": round(time.monotonic() - self.wall, 3),
+            "cpu_s": round(cpu_seconds() - self.cpu, 3),
+            "peak_memory_bytes": max(own, children) * unit,
+            "machine_energy_j": used,
+        }
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and the children it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def energy() -> float | None:
+    """Joules the processor packages have used so far; None where the kernel does not tell."""
+    try:
+        meters = list(Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj"))
+        return sum(int(meter.read_text()) for meter in meters) / 1e6 if meters else None
+    except OSError:
+        return None
+
+
+@functools.cache
+def surroundings() -> dict[str, Any]:
+    """Where a record was made, for people: nothing here is part of an identity."""
+
+    def git(*args: str) -> str | None:
+        done = subprocess.run(
+            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
+    except FileNotFoundError:
+        commit, changes = None, None
+    return {
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "commit": commit,
+        "commit_has_changes": bool(changes),
+        "command": sys.argv,
+    }

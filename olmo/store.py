@@ -1,0 +1,504 @@
+"""The store: every artifact by its content, every stage run once.
+
+    objects/<d2>/<sha256>     contents, read-only, never changed
+    actions/<k2>/<key>.json   what was asked, what came out, how it went: the record, written last
+    work/<key>/               a stage's own folder while it runs; a training run's checkpoints
+    leases/                   who runs what right now
+    links/                    where human names point into the store: the roots for `gc`
+    pins/                     actions that `gc` keeps whatever points to them
+    quarantine/               contents that were not what their name says
+
+An action is a stage, the version of its code, the parameters that change bytes and the digests
+of its inputs. Its key is the sha256 of that as canonical JSON. Paths, hosts, threads and times
+are not in it. Consumers know an input by its content, not by the action that made it: where an
+edit upstream ends in equal bytes, everything after it is found again.
+
+Imports nothing of ours but `lease`.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import stat
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator
+
+from olmo.lease import held, lease
+
+# Objects up to this size are hashed again whenever they are used. Larger ones are, when their
+# size or time of change is not as the store left it; `olmo store verify` hashes them all.
+HASHED_ON_USE = 256 * 2**20
+SEAL_NS = 1_000_000_000 * 10**9  # the mtime of every object: 2001-09-09, older than any link
+
+Say = Callable[[str], None]
+
+
+class Corrupt(ValueError):
+    """An object whose bytes are not what its name says."""
+
+
+class TwoContents(ValueError):
+    """One action gave two contents: its stage is not deterministic."""
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with one spelling a value: sorted keys, no spaces, UTF-8.
+
+    Raises:
+        ValueError: for what has no single spelling: NaN, infinities, paths, sets, objects.
+    """
+    _refuse_shapeless(value, "action")
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode()
+
+
+def _refuse_shapeless(value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{where}: the key {name!r} is not a string")
+            _refuse_shapeless(inner, f"{where}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            _refuse_shapeless(inner, f"{where}[{index}]")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: {value} has no canonical form")
+    elif not (value is None or isinstance(value, str | int | bool)):
+        raise ValueError(f"{where}: a {type(value).__name__} has no canonical form: {value!r}")
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a stage is asked for; equal actions give equal bytes."""
+
+    stage: str
+    version: int
+    params: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)  # name → digest, or a list of digests
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "version": self.version,
+            "params": self.params,
+            "inputs": self.inputs,
+        }
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(canonical(self.as_dict())).hexdigest()
+
+
+Record = dict[str, Any]
+
+
+class Store:
+    """A folder that holds every artifact by its content.
+
+    Args:
+        root: the folder; made when the first object is put.
+        say: where the store tells what it does, a line at a time.
+    """
+
+    def __init__(self, root: Path, say: Say = lambda line: print(line, file=sys.stderr)) -> None:
+        self.root = Path(os.path.abspath(root))
+        self.say = say
+
+    # --- contents ---------------------------------------------------------------------------
+
+    def object_path(self, digest: str) -> Path:
+        return self.root / "objects" / digest[:2] / digest
+
+    def put(self, path: Path) -> dict[str, Any]:
+        """Move a file into the store; returns {"sha256", "size"}.
+
+        The object appears under its name whole or not at all, also when the power fails.
+        """
+        with path.open("rb+") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        size = path.stat().st_size
+        target = self.object_path(digest)
+        if not self._sound(digest, size):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o444)
+            os.utime(path, ns=(SEAL_NS, SEAL_NS))
+            os.replace(path, target)
+            _sync_folder(target.parent)
+        return {"sha256": digest, "size": size}
+
+    def digest(self, path: Path) -> str:
+        """The sha256 of a file. Free for a link into the store: it is the object's name.
+
+        Raises:
+            Corrupt: the object is not what its name says; it is in quarantine now.
+            ValueError: there is no such file.
+        """
+        target = Path(os.path.realpath(path))
+        if target.parent.parent == Path(os.path.realpath(self.root)) / "objects":
+            if not self._sound(target.name):
+                raise Corrupt(
+                    f"{path} points to {target.name[:12]}…, which is damaged or gone from the "
+                    f"store {self.root}; run the same command again and it is made anew"
+                )
+            return target.name
+        if not target.is_file():
+            raise ValueError(f"expected a file at {path}, found {_kind(target)}")
+        return sha256(target)
+
+    def _sound(self, digest: str, size: int | None = None) -> bool:
+        """Whether an object is here and is what its name says; if not, it goes to quarantine."""
+        path = self.object_path(digest)
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return False
+        wrong_size = size is not None and found.st_size != size
+        if not wrong_size and found.st_size > HASHED_ON_USE and found.st_mtime_ns == SEAL_NS:
+            return True
+        if not wrong_size and sha256(path) == digest:
+            if found.st_mtime_ns != SEAL_NS:  # touched, or copied here by other means
+                os.utime(path, ns=(SEAL_NS, SEAL_NS))
+            return True
+        self._quarantine(path, f"its {found.st_size:,} bytes are not what its name says")
+        return False
+
+    def _quarantine(self, path: Path, reason: str) -> None:
+        cell = self.root / "quarantine" / f"{path.name}.{uuid.uuid4().hex[:8]}"
+        cell.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, cell)
+        self.say(f"store: corrupt object {path.name[:12]}…: {reason}; moved to {cell}")
+
+    # --- actions ----------------------------------------------------------------------------
+
+    def record_path(self, key: str) -> Path:
+        return self.root / "actions" / key[:2] / f"{key}.json"
+
+    def record(self, key: str) -> Record | None:
+        """What is known of an action; None if it never ended."""
+        try:
+            record: Record = json.loads(self.record_path(key).read_text())
+            return record
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError:
+            self._quarantine(self.record_path(key), "not a record")
+            return None
+
+    def records(self) -> Iterator[Record]:
+        for path in sorted((self.root / "actions").glob("??/*.json")):
+            if (record := self.record(path.stem)) is not None:
+                yield record
+
+    def hit(self, key: str) -> Record | None:
+        """The record of an action all of whose outputs are here and sound."""
+        record = self.record(key)
+        if record is None:
+            return None
+        sound = [self._sound(file["sha256"], file["size"]) for file in files(record)]
+        return record if all(sound) else None
+
+    def run(self, action: Action, build: Callable[[Path], Mapping[str, Any]]) -> Record:
+        """The record of `action`: found, or made by `build`, once, however many ask.
+
+        Args:
+            build: called with the action's work folder, which it may find as an earlier attempt
+                left it. Makes the outputs in its folder `outputs`, one file or folder a name,
+                and returns what else the record is to hold: "facts", "aside" (names of files
+                that belong to an output but not to its content: timings, plots), "conditions"
+                (what may change the bytes without being part of the action: world size, device).
+
+        Raises:
+            TwoContents: the action has been run before, under equal conditions, with other bytes.
+        """
+        key = action.key
+        with self._writable():
+            if (record := self.hit(key)) is not None:
+                return record
+            with lease(self.root / "leases", key, self._waiting(action)):
+                if (record := self.hit(key)) is not None:
+                    return record
+                return self._build(action, build)
+
+    def _build(self, action: Action, build: Callable[[Path], Mapping[str, Any]]) -> Record:
+        work = self.root / "work" / action.key
+        outputs = work / "outputs"
+        shutil.rmtree(outputs, ignore_errors=True)  # an attempt that was cut off
+        outputs.mkdir(parents=True)
+        try:
+            extra = dict(build(work))
+        except BaseException:
+            shutil.rmtree(outputs, ignore_errors=True)
+            raise
+        aside = set(extra.pop("aside", ()))
+        put = {path.name: self._put_output(path, aside) for path in sorted(outputs.iterdir())}
+        record = {
+            "key": action.key,
+            "action": action.as_dict(),
+            "content": content(put),
+            "outputs": put,
+            "facts": extra.pop("facts", {}),
+            "conditions": extra.pop("conditions", {}),
+            **extra,
+        }
+        self._compare(record)
+        self._write_record(record)
+        outputs.rmdir()
+        if not any(work.iterdir()):
+            work.rmdir()
+        return record
+
+    def _put_output(self, path: Path, aside: set[str]) -> dict[str, Any]:
+        """Put a file, or a folder's files: {"sha256", "size"} or {"files": …, "aside": …}."""
+        if path.is_file():
+            return self.put(path)
+        tree: dict[str, Any] = {"files": {}, "aside": {}}
+        for file in sorted(inner for inner in path.rglob("*") if inner.is_file()):
+            name = file.relative_to(path).as_posix()
+            tree["aside" if name in aside else "files"][name] = self.put(file)
+        shutil.rmtree(path)
+        return tree
+
+    def _compare(self, record: Record) -> None:
+        """The alarm: one action, two contents."""
+        known = self.record(record["key"])
+        if known is None or known["content"] == record["content"]:
+            return
+        what = f"{record['action']['stage']} ({record['key'][:12]}…)"
+        if known["conditions"] != record["conditions"]:
+            self.say(
+                f"store: {what} gave other bytes than before, under other conditions: "
+                f"{known['conditions']} then, {record['conditions']} now"
+            )
+            return
+        before, now = _by_name(known), _by_name(record)
+        differing = sorted(
+            n for n in before.keys() | now.keys() if before.get(n) != now.get(n)
+        )
+        raise TwoContents(
+            f"{what} gave two contents for one action; differing: {', '.join(differing)}. "
+            "Expected equal bytes from equal inputs: its stage is not deterministic, or its code "
+            "changed without a new VERSION. The earlier record stands; both contents are in "
+            f"{self.root}/objects. To accept the new one: rm {self.record_path(record['key'])}"
+        )
+
+    def _write_record(self, record: Record) -> None:
+        path = self.record_path(record["key"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+        with draft.open("w") as file:
+            json.dump(record, file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.chmod(0o444)
+        os.replace(draft, path)
+        _sync_folder(path.parent)
+
+    def _waiting(self, action: Action) -> Callable[[dict[str, Any]], None]:
+        return lambda holder: self.say(
+            f"store: {action.stage} ({action.key[:12]}…) is being made by process "
+            f"{holder.get('pid')} on {holder.get('host')}; waiting"
+        )
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        """Say what to do where the disk is full or the store may not be written."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                free = shutil.disk_usage(self.root).free
+                raise ValueError(
+                    f"the disk is full ({free:,} bytes free under {self.root}): {error}. Nothing "
+                    "half-written was kept; make room (`olmo store gc`), then run the same again"
+                ) from error
+            if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+                raise ValueError(
+                    f"the store {self.root} cannot be written: {error}. Expected a folder that "
+                    "this user may write to; name one with OLMO_STORE=<folder>"
+                ) from error
+            raise
+
+    # --- human names ------------------------------------------------------------------------
+
+    def link(self, record: Record, output: str, path: Path) -> None:
+        """Make `path` a name for an output: a link, or a folder of links with its record.json.
+
+        Replaces what was there, in one step, so that nobody sees half a folder.
+        """
+        path = Path(os.path.abspath(path))
+        with self._writable():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+            made = record["outputs"][output]
+            if "files" in made:
+                draft.mkdir()
+                for name, file in (made["files"] | made["aside"]).items():
+                    (draft / name).parent.mkdir(parents=True, exist_ok=True)
+                    self._symlink(draft / name, self.object_path(file["sha256"]))
+                self._symlink(draft / "record.json", self.record_path(record["key"]))
+            else:
+                self._symlink(draft, self.object_path(made["sha256"]))
+            if path.is_dir() and not path.is_symlink():
+                old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+                os.replace(path, old)
+                os.replace(draft, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(draft, path)
+            root = self.root / "links" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}"
+            root.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"path": str(path), "key": record["key"], "output": output})
+            if not root.exists() or root.read_text() != text:
+                new = root.with_suffix(f".{uuid.uuid4().hex[:8]}")
+                new.write_text(text)
+                os.replace(new, root)
+
+    def _symlink(self, path: Path, target: Path) -> None:
+        """Relative where the store lies in the project, so that the folder can be moved whole."""
+        inside = self.root.is_relative_to(Path.cwd()) and path.is_relative_to(Path.cwd())
+        path.symlink_to(os.path.relpath(target, path.parent) if inside else target)
+
+    def links(self) -> Iterator[dict[str, str]]:
+        """The human names that still point into the store: {"path", "key", "output"}."""
+        for root in sorted((self.root / "links").glob("*")):
+            if "." in root.name:
+                continue
+            link: dict[str, str] = json.loads(root.read_text())
+            path = Path(link["path"])
+            probe = path / "record.json" if path.is_dir() and not path.is_symlink() else path
+            if probe.is_symlink() and _is_within(probe, self.root):
+                yield link
+            else:
+                root.unlink(missing_ok=True)
+
+    def named(self, path: Path) -> Record:
+        """The record of the action behind a human name.
+
+        Raises:
+            ValueError: the store made no such name.
+        """
+        wanted = os.path.abspath(path)
+        for link in self.links():
+            if wanted == link["path"] or wanted.startswith(link["path"] + os.sep):
+                record = self.record(link["key"])
+                if record is not None:
+                    return record
+        raise ValueError(f"expected a name that the store {self.root} made, found {path}")
+
+    # --- upkeep -----------------------------------------------------------------------------
+
+    def verify(self) -> list[str]:
+        """Hash every object; the digests of those that were not what their name says."""
+        corrupt = []
+        for path in sorted((self.root / "objects").glob("??/*")):
+            if sha256(path) != path.name:
+                self._quarantine(path, "found by verify")
+                corrupt.append(path.name)
+        return corrupt
+
+    def gc(self, dry_run: bool = False) -> list[str]:
+        """Remove what no human name and no pin points to; the digests removed.
+
+        Records stay: they are small, and they are what a rebuilt object is compared with. So do
+        the work folders of actions that have not ended: a training run's checkpoints.
+        """
+        if running := held(self.root / "leases"):
+            raise ValueError(
+                f"expected a store at rest, found {len(running)} stages running, whose new objects "
+                "have no name yet; run gc again when they are done"
+            )
+        keep: set[str] = set()
+        for key in {link["key"] for link in self.links()} | set(self.pins()):
+            if (record := self.record(key)) is not None:
+                keep |= {file["sha256"] for file in files(record)}
+        objects = sorted((self.root / "objects").glob("??/*"))
+        removed = [path for path in objects if path.name not in keep]
+        for path in [] if dry_run else removed:
+            path.unlink()
+        for work in [] if dry_run else sorted((self.root / "work").glob("*")):
+            shutil.rmtree(work / "outputs", ignore_errors=True)
+            if self.record(work.name) is not None or not any(work.iterdir()):
+                shutil.rmtree(work)
+        return [path.name for path in removed]
+
+    def pin(self, key: str) -> None:
+        """Keep an action's outputs whatever points to them."""
+        (self.root / "pins").mkdir(parents=True, exist_ok=True)
+        (self.root / "pins" / key).touch()
+
+    def unpin(self, key: str) -> None:
+        (self.root / "pins" / key).unlink(missing_ok=True)
+
+    def pins(self) -> list[str]:
+        return sorted(path.name for path in (self.root / "pins").glob("*"))
+
+
+def files(record: Record) -> list[dict[str, Any]]:
+    """Every file of an action's outputs, those aside too: {"sha256", "size"}."""
+    return [
+        file
+        for output in record["outputs"].values()
+        for file in (
+            [*output["files"].values(), *output["aside"].values()]
+            if "files" in output
+            else [output]
+        )
+    ]
+
+
+def content(outputs: Mapping[str, Any]) -> str:
+    """The digest of what came out; what lies aside (plots, timings) is not in it."""
+    names = _by_name({"outputs": outputs})
+    return hashlib.sha256(canonical(names)).hexdigest()
+
+
+def _by_name(record: Mapping[str, Any]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for name, output in record["outputs"].items():
+        if "files" in output:
+            names |= {f"{name}/{inner}": f["sha256"] for inner, f in output["files"].items()}
+        else:
+            names[name] = output["sha256"]
+    return names
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_within(link: Path, root: Path) -> bool:
+    return Path(os.path.realpath(link)).is_relative_to(os.path.realpath(root))
+
+
+def _kind(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "nothing"
+    return "a folder" if stat.S_ISDIR(mode) else "no regular file"
+
+
+def now() -> str:
+    """The time as records write it: UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
