@@ -13,14 +13,16 @@ import copy
 import dataclasses
 import difflib
 import functools
+import inspect
 import re
+import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from glob import glob
 from pathlib import Path
-from typing import Any, Optional, Self, Union
+from typing import Any, Self, Union
 
 import yaml
 
@@ -157,7 +159,7 @@ class BaseConfig:
     """Typed construction (`ModelConfig(block_type="llama")`), strict loading, saving."""
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
+        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
             setattr(self, name, _typed(getattr(self, name), hint, name))
 
     @classmethod
@@ -191,10 +193,14 @@ class BaseConfig:
         raw = {} if raw is None else raw
         if key is not None and isinstance(raw, dict):
             if key not in raw:
-                raise ValueError(f"{path} has no section '{key}'; it has {', '.join(map(str, raw))}")
+                raise ValueError(
+                    f"{path} has no section '{key}'; it has {', '.join(map(str, raw))}"
+                )
             raw = raw[key]
         if not isinstance(raw, dict):
-            raise ValueError(f"{path} must hold a mapping of keys, found {type(raw).__name__}")
+            raise ValueError(
+                f"{path} must hold a mapping of keys, found {type(raw).__name__}"
+            )
         plain = _resolve(cls, raw, overrides or (), validate_paths)
         return _typed(cls.update_legacy_settings(plain), cls, "")
 
@@ -233,14 +239,21 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         for key_node, _ in node.value:
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key_node.value}' is there twice", key_node.start_mark
+                    None,
+                    None,
+                    f"key '{key_node.value}' is there twice",
+                    key_node.start_mark,
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":float"))]
+    first: [
+        (tag, pattern)
+        for tag, pattern in rules
+        if not tag.endswith((":timestamp", ":float"))
+    ]
     for first, rules in _Loader.yaml_implicit_resolvers.items()
 }
 _FLOAT = r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?"
@@ -269,7 +282,9 @@ def _resolve(
         if isinstance(value, dict):
             return {k: lift(v) for k, v in value.items()}
         if isinstance(value, list):
-            if len(value) > 32 and all(isinstance(v, str) and "${" not in v for v in value):
+            if len(value) > 32 and all(
+                isinstance(v, str) and "${" not in v for v in value
+            ):
                 placeholder = f"<list {len(waiting)} set aside while resolving>"
                 waiting[placeholder] = value
                 return placeholder
@@ -285,17 +300,23 @@ def _resolve(
 
     try:
         # The defaults take part, since ${save_interval} may mean one that the file does not set.
-        tree = OmegaConf.merge(OmegaConf.create(_defaults(cls)), OmegaConf.create(lift(raw)))
+        tree = OmegaConf.merge(
+            OmegaConf.create(_defaults(cls)), OmegaConf.create(lift(raw))
+        )
         for override in overrides:
             name, given, value = override.lstrip("-").partition("=")
             try:
                 parsed = yaml.load(value, _Loader) if given else True
             except yaml.YAMLError as error:
-                raise ValueError(f"cannot read the value of --{name}={value}: {error}") from error
+                raise ValueError(
+                    f"cannot read the value of --{name}={value}: {error}"
+                ) from error
             name = name.replace("-", "_")
             # Values such as ${a.b} stay text here and are resolved with the rest.
             OmegaConf.update(tree, name, parsed, merge=False, force_add=True)
-        return put_back(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
+        return put_back(
+            OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        )
     except OmegaConfBaseException as error:
         raise ValueError(f"{error}".strip()) from error
 
@@ -322,23 +343,44 @@ def _register_resolvers(validate_paths: bool) -> None:
         return missing(f"none of these exist: {', '.join(paths)}", "")
 
     def path_last_checkpoint(folder: str) -> str:
-        steps = [p for p in Path(folder).glob("step*") if re.fullmatch(r"step\d+(-unsharded)?", p.name)]
+        steps = [
+            p
+            for p in Path(folder).glob("step*")
+            if re.fullmatch(r"step\d+(-unsharded)?", p.name)
+        ]
         if not steps:
-            return missing(f"no checkpoint (step{{N}} or step{{N}}-unsharded) in {folder}", "")
+            return missing(
+                f"no checkpoint (step{{N}} or step{{N}}-unsharded) in {folder}", ""
+            )
         # Of two at one step the sharded one comes first, as it is the cheaper to load.
-        return str(max(steps, key=lambda p: (int(re.findall(r"\d+", p.name)[0]), "-" not in p.name)))
+        return str(
+            max(
+                steps,
+                key=lambda p: (int(re.findall(r"\d+", p.name)[0]), "-" not in p.name),
+            )
+        )
 
-    for name, resolver in {
+    # OmegaConf 2.4 renamed the call and warns of the old name, the only one that 2.3 has.
+    modern = "replace" in inspect.signature(OmegaConf.register_resolver).parameters
+    register = (
+        OmegaConf.register_resolver if modern else OmegaConf.register_new_resolver
+    )
+    resolvers: dict[str, Any] = {
         "path.glob": path_glob,
         "path.choose": path_choose,
         "path.last_checkpoint": path_last_checkpoint,
-    }.items():
-        OmegaConf.register_new_resolver(name, resolver, replace=True)
+    }
+    for name, resolver in resolvers.items():
+        register(name, resolver, replace=True)
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return {name: h for name, h in typing.get_type_hints(cls).items() if not name.startswith("_")}
+def _hints(cls: Any) -> dict[str, Any]:
+    return {
+        name: h
+        for name, h in typing.get_type_hints(cls).items()
+        if not name.startswith("_")
+    }
 
 
 def _defaults(cls: type) -> dict[str, Any]:
@@ -352,7 +394,9 @@ def _is_required(f: dataclasses.Field[Any]) -> bool:
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    return (
+        f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    )
 
 
 def _plain(value: Any, everything: bool = False) -> Any:
@@ -361,7 +405,8 @@ def _plain(value: Any, everything: bool = False) -> Any:
         return {
             f.name: _plain(getattr(value, f.name), everything)
             for f in dataclasses.fields(value)
-            if everything or not (f.metadata.get("ours") and getattr(value, f.name) == _default(f))
+            if everything
+            or not (f.metadata.get("ours") and getattr(value, f.name) == _default(f))
         }
     if isinstance(value, Enum):
         return value.value
@@ -385,7 +430,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
     if hint is Any:
         return value
-    if origin is Union:
+    if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         options = [a for a in args if a is not type(None)]
@@ -407,7 +452,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(args):
             raise refuse(f"{len(args)} values")
-        return tuple(_typed(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args)))
+        return tuple(
+            _typed(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args))
+        )
     if origin is dict:
         if not isinstance(value, dict):
             raise refuse("a mapping")
@@ -420,7 +467,14 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         except ValueError:
             raise refuse(f"one of {', '.join(hint)}") from None
     if hint is bool:
-        if isinstance(value, str) and value.lower() in ("true", "yes", "on", "false", "no", "off"):
+        if isinstance(value, str) and value.lower() in (
+            "true",
+            "yes",
+            "on",
+            "false",
+            "no",
+            "off",
+        ):
             return value.lower() in ("true", "yes", "on")
         if not isinstance(value, bool):
             raise refuse("true or false")
@@ -439,13 +493,17 @@ def _typed_dataclass(value: Any, cls: Any, where: str) -> Any:
     if isinstance(value, cls):
         return value
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected the keys of a {cls.__name__}, found {value!r}")
+        raise ValueError(
+            f"{where}: expected the keys of a {cls.__name__}, found {value!r}"
+        )
     hints, values = _hints(cls), {}
     for key, part in value.items():
         place = f"{where}.{key}" if where else str(key)
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
-            raise ValueError(f"{place}: no such key in {cls.__name__}; the nearest is '{near[0]}'")
+            raise ValueError(
+                f"{place}: no such key in {cls.__name__}; the nearest is '{near[0]}'"
+            )
         values[key] = _typed(part, hints[key], place)
     for f in dataclasses.fields(cls):
         if _is_required(f) and f.name not in values:
@@ -460,11 +518,15 @@ def _typed_dataclass(value: Any, cls: Any, where: str) -> Any:
 class ModelConfig(BaseConfig):
     d_model: int = 768
     n_heads: int = 12
-    n_kv_heads: Optional[int] = None  # None: n_heads; 1: multi-query; between: grouped-query
-    clip_qkv: Optional[float] = None  # clamp q, k, v to ±this
+    n_kv_heads: int | None = (
+        None  # None: n_heads; 1: multi-query; between: grouped-query
+    )
+    clip_qkv: float | None = None  # clamp q, k, v to ±this
     n_layers: int = 12
-    mlp_ratio: int = 4  # width of ff_proj over d_model; swiglu's inner width is half of it
-    mlp_hidden_size: Optional[int] = None  # width of ff_proj, over mlp_ratio
+    mlp_ratio: int = (
+        4  # width of ff_proj over d_model; swiglu's inner width is half of it
+    )
+    mlp_hidden_size: int | None = None  # width of ff_proj, over mlp_ratio
     activation_type: ActivationType = ActivationType.swiglu
     block_type: BlockType = BlockType.sequential
     block_group_size: int = 1
@@ -473,9 +535,11 @@ class ModelConfig(BaseConfig):
     rope: bool = False
     rope_full_precision: bool = True
     rope_theta: int = 10_000
-    flash_attention: bool = False  # a wish; which attention runs, and why, is printed at the start
+    flash_attention: bool = (
+        False  # a wish; which attention runs, and why, is printed at the start
+    )
     attention_dropout: float = 0.1
-    multi_query_attention: Optional[bool] = None  # older spelling of n_kv_heads: 1
+    multi_query_attention: bool | None = None  # older spelling of n_kv_heads: 1
     attention_layer_norm: bool = False  # norm on queries and keys
     residual_dropout: float = 0.1
     embedding_dropout: float = 0.1
@@ -486,21 +550,25 @@ class ModelConfig(BaseConfig):
     attention_layer_norm_with_affine: bool = True
     max_sequence_length: int = 1024
     include_bias: bool = True
-    bias_for_layer_norm: Optional[bool] = None  # None: as include_bias
+    bias_for_layer_norm: bool | None = None  # None: as include_bias
     scale_logits: bool = False  # by 1/sqrt(d_model)
     vocab_size: int = 50257
-    embedding_size: Optional[int] = 50304  # rows of wte, at least vocab_size; None: vocab_size
+    embedding_size: int | None = (
+        50304  # rows of wte, at least vocab_size; None: vocab_size
+    )
     weight_tying: bool = True
     eos_token_id: int = 50256
     pad_token_id: int = 50256
-    init_device: Optional[str] = None
+    init_device: str | None = None
     init_fn: InitFnType = InitFnType.normal
     init_std: float = 0.02
-    init_cutoff_factor: Optional[float] = None  # cut normal init at ± this many std
-    precision: Optional[str] = None  # set TrainConfig.precision instead
+    init_cutoff_factor: float | None = None  # cut normal init at ± this many std
+    precision: str | None = None  # set TrainConfig.precision instead
     scale_emb_init: bool = False
-    emb_init_std: Optional[float] = None
-    norm_after: bool = False  # norm the output of attention and MLP, not their input (OLMo 2)
+    emb_init_std: float | None = None
+    norm_after: bool = (
+        False  # norm the output of attention and MLP, not their input (OLMo 2)
+    )
 
     @property
     def effective_n_kv_heads(self) -> int:
@@ -522,11 +590,15 @@ class OptimizerConfig(BaseConfig):
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-5
-    no_decay_norm_and_bias: Optional[bool] = None  # older spelling of the two below, negated
-    selective_updates: bool = False  # leave parameter and state alone where the gradient is 0
+    no_decay_norm_and_bias: bool | None = (
+        None  # older spelling of the two below, negated
+    )
+    selective_updates: bool = (
+        False  # leave parameter and state alone where the gradient is 0
+    )
     decay_norm_and_bias: bool = False
     decay_embeddings: bool = False
-    metrics_log_interval: Optional[int] = None  # steps between per-parameter metrics
+    metrics_log_interval: int | None = None  # steps between per-parameter metrics
     record_update_metrics: bool = False
 
     @classmethod
@@ -540,13 +612,13 @@ class OptimizerConfig(BaseConfig):
 class SchedulerConfig(BaseConfig):
     name: SchedulerType = SchedulerType.cosine_with_warmup
     units: SchedulerUnits = SchedulerUnits.steps  # of the t_… below
-    t_warmup: Union[int, float] = 100
-    t_max: Optional[Union[int, float]] = None  # None: the end of the run
+    t_warmup: int | float = 100
+    t_max: int | float | None = None  # None: the end of the run
     alpha_f: float = 0.1  # final learning rate over the peak
-    grad_clip_warmup_steps: Optional[Union[int, float]] = None
-    grad_clip_warmup_factor: Optional[float] = None
-    warmup_min_lr: Optional[float] = None  # None: a tenth of the peak
-    t_decay: Optional[Union[int, float]] = _ours()  # warmup_stable_decay: length of the decay
+    grad_clip_warmup_steps: int | float | None = None
+    grad_clip_warmup_factor: float | None = None
+    warmup_min_lr: float | None = None  # None: a tenth of the peak
+    t_decay: int | float | None = _ours()  # warmup_stable_decay: length of the decay
 
 
 @dataclass
@@ -563,47 +635,47 @@ class CustomDatasetCollatorConfig(BaseConfig):
     """Which field of a custom dataset's items is what."""
 
     input_id_field: str = "input_ids"
-    attention_mask_field: Optional[str] = None
-    attention_bias_field: Optional[str] = None
-    label_mask_field: Optional[str] = None
-    index_field: Optional[str] = None
-    instance_mask_field: Optional[str] = None
-    doc_lens_field: Optional[str] = None
-    metadata_field: Optional[str] = None
+    attention_mask_field: str | None = None
+    attention_bias_field: str | None = None
+    label_mask_field: str | None = None
+    index_field: str | None = None
+    instance_mask_field: str | None = None
+    doc_lens_field: str | None = None
+    metadata_field: str | None = None
 
 
 @dataclass
 class CustomDatasetConfig(BaseConfig):
     name: str  # class or function, in `module` or dotted
-    module: Optional[str] = None
-    args: Optional[dict[str, Any]] = None
-    collate_fn: Optional[str] = None
-    token_field: Optional[str] = None
-    collate_config: Optional[CustomDatasetCollatorConfig] = field(
+    module: str | None = None
+    args: dict[str, Any] | None = None
+    collate_fn: str | None = None
+    token_field: str | None = None
+    collate_config: CustomDatasetCollatorConfig | None = field(
         default_factory=CustomDatasetCollatorConfig
     )
 
 
 @dataclass
 class DataConfig(BaseConfig):
-    paths: Optional[list[str]] = None  # raw token files, in this order
+    paths: list[str] | None = None  # raw token files, in this order
     memmap_dtype: str = "uint16"
-    datasets: Optional[dict[str, list[str]]] = None  # label → paths, instead of `paths`
-    label_mask_paths: Optional[list[str]] = None  # raw bool files, one per token file
+    datasets: dict[str, list[str]] | None = None  # label → paths, instead of `paths`
+    label_mask_paths: list[str] | None = None  # raw bool files, one per token file
     pad_direction: PaddingDirection = PaddingDirection.right
     generate_attention_mask: bool = False
     generate_doc_lengths: bool = False  # mask attention between documents
     num_workers: int = 0
     drop_last: bool = False
     pin_memory: bool = False
-    prefetch_factor: Optional[int] = None
+    prefetch_factor: int | None = None
     persistent_workers: bool = False
     timeout: int = 0
-    seed: Optional[int] = None  # of the data order; None: the run's seed
-    instance_filter: Optional[InstanceFilterConfig] = None
-    custom_dataset: Optional[CustomDatasetConfig] = None
+    seed: int | None = None  # of the data order; None: the run's seed
+    instance_filter: InstanceFilterConfig | None = None
+    custom_dataset: CustomDatasetConfig | None = None
     # The order made beforehand: raw little-endian uint32, one number per instance, no padding.
-    order_path: Optional[str] = _ours()
+    order_path: str | None = _ours()
 
     @property
     def effective_memmap_dtype(self) -> Any:
@@ -612,7 +684,9 @@ class DataConfig(BaseConfig):
 
         dtype = getattr(np, self.memmap_dtype, None)
         if not (isinstance(dtype, type) and issubclass(dtype, np.generic)):
-            raise TypeError(f"data.memmap_dtype: {self.memmap_dtype!r} is not a valid numpy type")
+            raise TypeError(
+                f"data.memmap_dtype: {self.memmap_dtype!r} is not a valid numpy type"
+            )
         return dtype
 
 
@@ -621,8 +695,8 @@ class EvaluatorConfig(BaseConfig):
     label: str
     type: EvaluatorType = EvaluatorType.lm
     data: DataConfig = field(default_factory=DataConfig)
-    device_eval_batch_size: Optional[int] = None
-    subset_num_batches: Optional[int] = None
+    device_eval_batch_size: int | None = None
+    subset_num_batches: int | None = None
 
 
 @dataclass
@@ -633,11 +707,11 @@ class TokenizerConfig(BaseConfig):
 
 @dataclass
 class WandbConfig(BaseConfig):
-    project: Optional[str] = None
-    entity: Optional[str] = None
-    group: Optional[str] = None
-    name: Optional[str] = None
-    tags: Optional[list[str]] = None
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    tags: list[str] | None = None
     log_artifacts: bool = False
     rank_zero_only: bool = True
     log_interval: int = 1
@@ -646,17 +720,17 @@ class WandbConfig(BaseConfig):
 @dataclass
 class SpeedMonitorConfig(BaseConfig):
     window_size: int = 100  # steps averaged
-    gpu_flops_available: Optional[Union[float, int]] = None  # per second and device, for MFU
+    gpu_flops_available: float | int | None = None  # per second and device, for MFU
 
 
 @dataclass
 class CompilerConfig(BaseConfig):
     """Arguments of torch.compile."""
 
-    mode: Optional[str] = None
+    mode: str | None = None
     fullgraph: bool = False
     backend: str = "inductor"
-    dynamic: Optional[bool] = None
+    dynamic: bool | None = None
 
 
 @dataclass
@@ -669,90 +743,94 @@ class DDPConfig(BaseConfig):
 class FSDPConfig(BaseConfig):
     use_orig_params: bool = True
     sharding_strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD
-    wrapping_strategy: Optional[FSDPWrapStrategy] = None
-    precision: Optional[FSDPPrecision] = FSDPPrecision.pure
-    hybrid_sharding_num_model_replicas: Optional[int] = None
+    wrapping_strategy: FSDPWrapStrategy | None = None
+    precision: FSDPPrecision | None = FSDPPrecision.pure
+    hybrid_sharding_num_model_replicas: int | None = None
 
 
 @dataclass
 class TrainConfig(BaseConfig):
     # What is trained.
-    run_name: Optional[str] = None
+    run_name: str | None = None
     seed: int = 6198
-    epoch: Optional[int] = None
+    epoch: int | None = None
     dry_run: bool = False  # set everything up, train nothing
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    restore_dataloader: bool = True  # on resume go on in the data; False: from its start
-    fast_forward_batches: Optional[int] = None  # on resume skip this many batches more
+    restore_dataloader: bool = (
+        True  # on resume go on in the data; False: from its start
+    )
+    fast_forward_batches: int | None = None  # on resume skip this many batches more
     evaluators: list[EvaluatorConfig] = field(default_factory=list)
     eval_interval: int = 1000  # steps
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     # Checkpoints.
     save_folder: str = "./"
-    remote_save_folder: Optional[str] = None
+    remote_save_folder: str | None = None
     canceled_check_interval: int = 50
-    save_interval: Optional[int] = 1000  # steps between sharded checkpoints
-    save_interval_unsharded: Optional[int] = None
-    save_interval_ephemeral: Optional[int] = None  # sharded, only the newest is kept
+    save_interval: int | None = 1000  # steps between sharded checkpoints
+    save_interval_unsharded: int | None = None
+    save_interval_ephemeral: int | None = None  # sharded, only the newest is kept
     save_num_checkpoints_to_keep: int = -1  # -1: all
     save_num_unsharded_checkpoints_to_keep: int = -1
     save_overwrite: bool = False
     force_save_unsharded: bool = False  # also save before training, and in a dry run
     no_pre_train_checkpoint: bool = False  # do not save step 0
-    load_path: Optional[str] = None  # folder or URL of a checkpoint to start from
-    load_path_sharded_checkpointer: Optional[ShardedCheckpointerType] = None
-    try_load_latest_save: bool = False  # go on from save_folder's newest checkpoint, if it has one
+    load_path: str | None = None  # folder or URL of a checkpoint to start from
+    load_path_sharded_checkpointer: ShardedCheckpointerType | None = None
+    try_load_latest_save: bool = (
+        False  # go on from save_folder's newest checkpoint, if it has one
+    )
     reset_optimizer_state: bool = False
     reset_trainer_state: bool = False
     sharded_checkpointer: ShardedCheckpointerType = ShardedCheckpointerType.torch_legacy
-    new_style_checkpoints: Optional[bool] = None
+    new_style_checkpoints: bool | None = None
 
     # Duration and batches.
-    max_duration: Union[int, str] = 10000  # steps, or "2e12T" tokens, or "1ep" epochs
+    max_duration: int | str = 10000  # steps, or "2e12T" tokens, or "1ep" epochs
     global_train_batch_size: int = 512  # instances per step over all processes
-    device_train_batch_size: Optional[int] = None  # derived; given, it must agree
+    device_train_batch_size: int | None = None  # derived; given, it must agree
     device_train_microbatch_size: int = 16
     device_eval_batch_size: int = 16
     eval_subset_num_batches: int = -1  # -1: all
     eval_on_load: bool = False
-    device_train_grad_accum: Optional[int] = None  # derived; given, it must agree
-    max_grad_norm: Optional[float] = None
-    max_grad_norm_ratio: Optional[float] = None  # of the running mean; over max_grad_norm
-    precision: Optional[str] = None  # amp_bf16, amp_fp16, fp32; None: fp32
+    device_train_grad_accum: int | None = None  # derived; given, it must agree
+    max_grad_norm: float | None = None
+    max_grad_norm_ratio: float | None = None  # of the running mean; over max_grad_norm
+    precision: str | None = None  # amp_bf16, amp_fp16, fp32; None: fp32
 
     # What is told.
-    wandb: Optional[WandbConfig] = None
+    wandb: WandbConfig | None = None
     speed_monitor: SpeedMonitorConfig = field(default_factory=SpeedMonitorConfig)
     console_log_interval: int = 1
-    gen1_gc_interval: Optional[int] = 1
+    gen1_gc_interval: int | None = 1
 
     # How it is computed.
-    compile: Optional[CompilerConfig] = None
-    distributed_strategy: Optional[DistributedStrategy] = DistributedStrategy.fsdp
-    fsdp: Optional[FSDPConfig] = field(default_factory=FSDPConfig)
-    ddp: Optional[DDPConfig] = None
+    compile: CompilerConfig | None = None
+    distributed_strategy: DistributedStrategy | None = DistributedStrategy.fsdp
+    fsdp: FSDPConfig | None = field(default_factory=FSDPConfig)
+    ddp: DDPConfig | None = None
     softmax_auxiliary_loss: bool = False  # z-loss
-    auxiliary_loss_multiplier: Optional[float] = 1e-4
-    time_limit: Optional[float] = None  # seconds, then save and leave
+    auxiliary_loss_multiplier: float | None = 1e-4
+    time_limit: float | None = None  # seconds, then save and leave
     extra_steps_after_cancel: int = 10
-    early_stopping_factor: Optional[float] = None
+    early_stopping_factor: float | None = None
     save_data_indices: bool = True  # data-indices/rank{r}.tsv.gz
     python_profiling: bool = False
     torch_profiling: bool = False
-    stop_at: Optional[int] = None  # step
-    stop_after: Optional[int] = None  # steps of this start
-    activation_checkpointing: Optional[ActivationCheckpointingStrategy] = None
-    fused_loss: Optional[bool] = None
-    hf_datasets_cache_dir: Optional[str] = None
-    module_outputs_save_steps: Optional[list[int]] = None
+    stop_at: int | None = None  # step
+    stop_after: int | None = None  # steps of this start
+    activation_checkpointing: ActivationCheckpointingStrategy | None = None
+    fused_loss: bool | None = None
+    hf_datasets_cache_dir: str | None = None
+    module_outputs_save_steps: list[int] | None = None
     use_msamp: bool = _ours(False)  # the seed's
     # CPU threads of one process. The order of sums, and so the bits, depend on it, which is why
     # it belongs to the run and not to the machine. None: torch's choice.
-    intra_op_threads: Optional[int] = _ours()
+    intra_op_threads: int | None = _ours()
 
     @property
     def autocast_precision(self) -> Any:
@@ -767,7 +845,9 @@ class TrainConfig(BaseConfig):
         }
         if self.precision not in types:
             known = ", ".join(str(t) for t in types if t)
-            raise ValueError(f"precision: expected one of {known}, found {self.precision!r}")
+            raise ValueError(
+                f"precision: expected one of {known}, found {self.precision!r}"
+            )
         return types[self.precision]
 
     @classmethod
@@ -775,9 +855,13 @@ class TrainConfig(BaseConfig):
         plain = dict(plain)
         legacy = {True: "whole_layer", False: None}
         if isinstance(plain.get("activation_checkpointing"), bool):
-            plain["activation_checkpointing"] = legacy[plain["activation_checkpointing"]]
+            plain["activation_checkpointing"] = legacy[
+                plain["activation_checkpointing"]
+            ]
         if isinstance(plain.get("optimizer"), dict):
-            plain["optimizer"] = OptimizerConfig.update_legacy_settings(plain["optimizer"])
+            plain["optimizer"] = OptimizerConfig.update_legacy_settings(
+                plain["optimizer"]
+            )
         return plain
 
 
@@ -786,19 +870,58 @@ class TrainConfig(BaseConfig):
 # Fields that do not decide the bytes of what is trained: where things lie, what is told, when it
 # is saved, what is measured on the way, and how fast data is fetched. All others do.
 FREE = frozenset(
-    """
-    run_name dry_run wandb speed_monitor console_log_interval gen1_gc_interval save_data_indices
-    save_folder remote_save_folder save_interval save_interval_unsharded save_interval_ephemeral
-    save_num_checkpoints_to_keep save_num_unsharded_checkpoints_to_keep save_overwrite
-    force_save_unsharded no_pre_train_checkpoint try_load_latest_save sharded_checkpointer
-    load_path_sharded_checkpointer new_style_checkpoints canceled_check_interval time_limit
-    extra_steps_after_cancel python_profiling torch_profiling module_outputs_save_steps
-    evaluators eval_interval eval_subset_num_batches eval_on_load device_eval_batch_size
-    hf_datasets_cache_dir fused_loss device_train_batch_size device_train_grad_accum tokenizer
-    model.init_device model.precision optimizer.metrics_log_interval
-    optimizer.record_update_metrics data.paths data.datasets data.label_mask_paths data.order_path
-    data.num_workers data.pin_memory data.prefetch_factor data.persistent_workers data.timeout
-    """.split()
+    {
+        "run_name",
+        "dry_run",
+        "wandb",
+        "speed_monitor",
+        "console_log_interval",
+        "gen1_gc_interval",
+        "save_data_indices",
+        "save_folder",
+        "remote_save_folder",
+        "save_interval",
+        "save_interval_unsharded",
+        "save_interval_ephemeral",
+        "save_num_checkpoints_to_keep",
+        "save_num_unsharded_checkpoints_to_keep",
+        "save_overwrite",
+        "force_save_unsharded",
+        "no_pre_train_checkpoint",
+        "try_load_latest_save",
+        "sharded_checkpointer",
+        "load_path_sharded_checkpointer",
+        "new_style_checkpoints",
+        "canceled_check_interval",
+        "time_limit",
+        "extra_steps_after_cancel",
+        "python_profiling",
+        "torch_profiling",
+        "module_outputs_save_steps",
+        "evaluators",
+        "eval_interval",
+        "eval_subset_num_batches",
+        "eval_on_load",
+        "device_eval_batch_size",
+        "hf_datasets_cache_dir",
+        "fused_loss",
+        "device_train_batch_size",
+        "device_train_grad_accum",
+        "tokenizer",
+        "model.init_device",
+        "model.precision",
+        "optimizer.metrics_log_interval",
+        "optimizer.record_update_metrics",
+        "data.paths",
+        "data.datasets",
+        "data.label_mask_paths",
+        "data.order_path",
+        "data.num_workers",
+        "data.pin_memory",
+        "data.prefetch_factor",
+        "data.persistent_workers",
+        "data.timeout",
+    }
 )
 
 
