@@ -7,6 +7,7 @@ gzip usually adds, so that the same lines give the same bytes.
 
 from __future__ import annotations
 
+import gzip
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ def reading(path: Path, name: str | None = None) -> Iterator[BinaryIO]:
     stops before its end, or does not match its own checksum. A cut shows only at the end: who
     stops reading early has not checked the file.
     """
-    from isal import igzip, isal_zlib
+    from isal import igzip
+    from isal.igzip_lib import IsalError
 
     name = name or str(path)
     refuse_other_content(path, name)
@@ -38,7 +40,7 @@ def reading(path: Path, name: str | None = None) -> Iterator[BinaryIO]:
             f"{name}: truncated: {path.stat().st_size:,} bytes of gzip end before their "
             "end-of-stream mark. Fetch the file again."
         ) from error
-    except (igzip.BadGzipFile, isal_zlib.error) as error:
+    except (gzip.BadGzipFile, IsalError) as error:  # type: ignore[misc]
         raise ValueError(
             f"{name}: corrupt: expected a gzip stream that matches its own checksum, found: "
             f"{error}. Fetch the file again."
@@ -65,11 +67,13 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     """A gz file to write lines to. Neither time nor name is stored: equal lines, equal bytes."""
     from isal import igzip
 
-    with open(path, "wb") as file:
-        with igzip.IGzipFile("", "wb", LEVEL, fileobj=file, mtime=0) as compressed:
-            # Buffered, because many small writes cost more than the compression itself.
-            with io.BufferedWriter(cast(io.RawIOBase, compressed), BUFFER) as lines:
-                yield cast(BinaryIO, lines)
+    # Buffered, because many small writes cost more than the compression itself.
+    with (
+        open(path, "wb") as file,
+        igzip.IGzipFile("", "wb", LEVEL, fileobj=file, mtime=0) as compressed,
+        io.BufferedWriter(cast(io.RawIOBase, compressed), BUFFER) as lines,
+    ):
+        yield cast(BinaryIO, lines)
 
 
 def check(path: Path, name: str | None = None) -> int:

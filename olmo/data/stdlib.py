@@ -18,20 +18,32 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from olmo.data import gz
+from olmo.stage import Facts, Folder, stage
 
 # Tests, demonstrations, character tables and files that differ between two builds of one Python.
-LEFT_OUT = {"test", "tests", "idlelib", "turtledemo", "encodings", "site-packages", "dist-packages"}
+LEFT_OUT = {
+    "test",
+    "tests",
+    "idlelib",
+    "turtledemo",
+    "encodings",
+    "site-packages",
+    "dist-packages",
+}
 LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-", "__pycache__")
 TOPICS = PurePosixPath("pydoc_data/topics.py")
 
 
-def stdlib(shards: list[Path], manifest: Path) -> dict:
+@stage(version=1)
+def stdlib(folder: Folder, shards: int) -> Facts:
     """Write the running Python's standard library as text in Dolma's schema.
 
-    A package's documents stay together; packages are dealt to the shards, largest first, so that
-    the shards come out about equally large. `manifest` is a tab-separated table of the source
-    files: path, bytes, sha256, shard.
+    The folder gets `stdlib-00.json.gz` and so on, and `manifest.tsv`, a table of the source files:
+    path, bytes, sha256, shard. A package's documents stay together; packages are dealt to the
+    shards, largest first, so that the shards come out about equally large.
     """
+    if not 1 <= shards <= 100:
+        raise ValueError(f"expected 1 to 100 shards, found {shards}")
     root = Path(sysconfig.get_path("stdlib"))
     packages: dict[str, list[PurePosixPath]] = {}
     for path in source_files(root):
@@ -45,17 +57,18 @@ def stdlib(shards: list[Path], manifest: Path) -> dict:
     def size(package: str) -> int:
         return sum((root / path).stat().st_size for path in packages[package])
 
-    dealt: list[list[str]] = [[] for _ in shards]
-    loads = [0] * len(shards)
+    dealt: list[list[str]] = [[] for _ in range(shards)]
+    loads = [0] * shards
     for package in sorted(packages, key=lambda package: (-size(package), package)):
         lightest = loads.index(min(loads))
         dealt[lightest].append(package)
         loads[lightest] += size(package)
 
+    folder.mkdir()
     documents = 0
     rows = []
-    for number, (shard, chosen) in enumerate(zip(shards, dealt, strict=True)):
-        with gz.writing(shard) as lines:
+    for number, chosen in enumerate(dealt):
+        with gz.writing(folder / f"stdlib-{number:02d}.json.gz") as lines:
             for path in sorted(path for package in chosen for path in packages[package]):
                 content = (root / path).read_bytes()
                 rows.append((path, len(content), hashlib.sha256(content).hexdigest(), number))
@@ -63,7 +76,7 @@ def stdlib(shards: list[Path], manifest: Path) -> dict:
                     lines.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
                     documents += 1
     rows.sort()
-    manifest.write_text(
+    (folder / "manifest.tsv").write_text(
         "path\tbytes\tsha256\tshard\n" + "".join("\t".join(map(str, row)) + "\n" for row in rows)
     )
     return {
@@ -100,15 +113,13 @@ def documents_of(path: PurePosixPath, content: bytes) -> Iterator[dict]:
                 "id": f"stdlib/{path}#{name}{again}",
                 "text": text,
                 "source": "python-stdlib",
-                "added": "1970-01-01T00:00:00.000Z",
-                "created": "1970-01-01T00:00:00.000Z",
                 "metadata": {"path": str(path), "python": platform.python_version()},
             }
 
 
 def definitions(source: str) -> Iterator[tuple[str, str]]:
     """(name, text) of each top-level function and class, then ("", text) of what is left."""
-    lines = source.splitlines(keepends=True)
+    lines = io.StringIO(source).readlines()  # str.splitlines would also split at form feeds
     rest = list(lines)
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

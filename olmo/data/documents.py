@@ -1,0 +1,209 @@
+"""Documents: the lines of a source that are kept, each one checked, and where each one went.
+
+A source is a gz file of JSON lines in Dolma's schema. The subsample keeps one line in N. What it
+keeps goes, byte for byte, to one of two files: held out, for evaluation, or for training.
+Nothing is lost silently: a line that cannot become a document is a drop, with its line number and
+a reason, and a drop fails the stage unless the recipe allows its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from functools import cache
+from itertools import count, islice
+from typing import Any
+
+from olmo.data import gz
+from olmo.stage import Facts, Input, Output, stage
+
+# Why a line cannot become a document. These are the names that a recipe allows.
+REASONS = {
+    "not-utf8": "bytes that are not UTF-8",
+    "bad-json": "not one JSON value",
+    "not-object": "JSON, but not an object",
+    "no-id": "no id",
+    "bad-id": "an id that is not a string",
+    "no-text": "no text, or null",
+    "bad-text": "a text that is not a string",
+    "empty-text": "a text of white space only",
+    "too-long": "a text longer than the tokenizing toolkit can take",
+    "surrogate": "half a surrogate pair, which is no character",
+    "carriage-return": "a carriage return, which the toolkit takes for a line's end",
+}
+TRAIN, HELDOUT, DROPPED = "train", "heldout", "dropped"
+
+# dolma tokens writes files of at most 2^30 tokens and never splits a document; with a byte-level
+# tokenizer a text has at most as many tokens as bytes, and one more ends it.
+MAX_TEXT_BYTES = 2**30 - 2
+
+
+@stage(version=1)
+def documents(
+    source: Input,
+    documents: Output,
+    heldout: Output,
+    table: Output,
+    name: str,
+    keep_one_in: int = 1,
+    offset: int = 0,
+    heldout_share: float = 0.0,
+    max_text_bytes: int = MAX_TEXT_BYTES,
+    allow: tuple[str, ...] = (),
+) -> Facts:
+    """Keep one line in N of a source, check each, and split off the held-out ones.
+
+    Lines offset + 1, offset + 1 + N, … (counted from 1) are kept, so offset 0 is what
+    `awk 'NR%N==1'` keeps. A document is held out if the hash of its id falls into `heldout_share`,
+    so it stays on its side when files are reordered or the subsample changes.
+
+    `table` (parquet) has one row per kept line: file (`name`, as the recipe knows the source),
+    line in the source, id, split (train, heldout or dropped), row (line in the file of that
+    split, from 1; null when dropped), reason (of the drop, otherwise null).
+
+    Raises ValueError for a broken or empty source and for drops that `allow` does not name.
+    """
+    import polars
+
+    if not 0 <= offset < keep_one_in:
+        raise ValueError(
+            f"expected 0 <= offset < keep_one_in, found offset={offset}, keep_one_in={keep_one_in}"
+        )
+    if not 0 <= heldout_share < 1:
+        raise ValueError(f"expected heldout_share from 0 up to 1, found {heldout_share}")
+    if unknown := sorted(set(allow) - set(REASONS)):
+        raise ValueError(f"allow: unknown reason {unknown[0]!r}. Known: {', '.join(REASONS)}")
+
+    columns: dict[str, list] = {
+        "line": [],
+        "id": [],
+        "split": [],
+        "row": [],
+        "reason": [],
+    }
+    rows: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    characters = 0
+    with (
+        gz.reading(source, name) as lines,
+        gz.writing(documents) as train_lines,
+        gz.writing(heldout) as heldout_lines,
+    ):
+        output = {TRAIN: train_lines, HELDOUT: heldout_lines}
+        number = count(1)
+        # islice and zip run in C: a line that is not kept costs little more than its decompression.
+        for line, at in islice(zip(lines, number, strict=False), offset, None, keep_one_in):
+            identity, text, reason = parse(line, max_text_bytes)
+            if reason is None:
+                assert identity is not None and text is not None
+                split = HELDOUT if is_held_out(identity, heldout_share) else TRAIN
+                rows[split] += 1
+                characters += len(text)
+                output[split].write(line if line.endswith(b"\n") else line + b"\n")
+            else:
+                split = DROPPED
+                reasons[reason] += 1
+            columns["line"].append(at)
+            columns["id"].append(identity)
+            columns["split"].append(split)
+            columns["row"].append(rows[split] if reason is None else None)
+            columns["reason"].append(reason)
+        total = next(number) - 1
+    if total == 0:
+        raise ValueError(f"{name}: expected lines, found an empty source. Remove it or fetch it.")
+
+    frame = polars.DataFrame(
+        columns,
+        schema={
+            "line": polars.UInt64,
+            "id": polars.String,
+            "split": polars.String,
+            "row": polars.UInt64,
+            "reason": polars.String,
+        },
+    )
+    if forbidden := sorted(set(reasons) - set(allow)):
+        raise ValueError(drops_message(name, frame, reasons, forbidden))
+    frame.select(polars.lit(name).alias("file"), polars.all()).write_parquet(
+        table, compression="zstd", compression_level=3, row_group_size=1 << 17
+    )
+    return {
+        "lines": total,
+        "kept_lines": frame.height,
+        "documents": rows[TRAIN],
+        "heldout": rows[HELDOUT],
+        "characters": characters,
+        "drops": dict(sorted(reasons.items())),
+    }
+
+
+def parse(
+    line: bytes, max_text_bytes: int = MAX_TEXT_BYTES
+) -> tuple[str | None, str | None, str | None]:
+    """(id, text, reason) of one line. The reason is None if the line is a document.
+
+    The decoder is the one inside the toolkit, so that both agree on what a document is.
+    """
+    import msgspec
+
+    try:
+        found = decoder().decode(line.decode())
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None, None, reason_of(line)
+    if b"\r" in line.removesuffix(b"\n").removesuffix(b"\r"):
+        return found.id, found.text, "carriage-return"
+    if not found.text or found.text.isspace():
+        return found.id, found.text, "empty-text"
+    if 4 * len(found.text) > max_text_bytes and len(found.text.encode()) > max_text_bytes:
+        return found.id, found.text, "too-long"
+    return found.id, found.text, None
+
+
+@cache
+def decoder() -> Any:
+    """The JSON decoder for the two fields that matter; the others are checked and left."""
+    import msgspec
+
+    return msgspec.json.Decoder(msgspec.defstruct("Document", [("id", str), ("text", str)]))
+
+
+def reason_of(line: bytes) -> str:
+    """Why the decoder refused a line."""
+    try:
+        found = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return "not-utf8"
+    except (ValueError, RecursionError):
+        return "bad-json"
+    if not isinstance(found, dict):
+        return "not-object"
+    if found.get("id") is None:
+        return "no-id"
+    if not isinstance(found["id"], str):
+        return "bad-id"
+    if found.get("text") is None:
+        return "no-text"
+    if not isinstance(found["text"], str):
+        return "bad-text"
+    if any("\ud800" <= letter <= "\udfff" for letter in json.dumps(found, ensure_ascii=False)):
+        return "surrogate"
+    return "bad-json"  # Python's own decoder is laxer: NaN, for one
+
+
+def is_held_out(identity: str, share: float) -> bool:
+    """Whether the document with this id is held out: the same on every machine, for ever."""
+    digest = hashlib.sha256(identity.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def drops_message(name: str, table: Any, reasons: Counter[str], forbidden: list[str]) -> str:
+    """The error for drops that the recipe does not allow: how many, which, and the remedy."""
+    import polars
+
+    listed = table.filter(polars.col("reason").is_in(forbidden)).head(10)
+    lines = [f"{name}: {sum(reasons[reason] for reason in forbidden)} lines cannot be documents:"]
+    lines += [f"  {reasons[reason]:,} x {reason}: {REASONS[reason]}" for reason in forbidden]
+    lines += [f"  {name}:{row['line']}: {row['reason']}" for row in listed.iter_rows(named=True)]
+    lines += [f"Mend the source, or allow them in the recipe: allow: [{', '.join(forbidden)}]"]
+    return "\n".join(lines)

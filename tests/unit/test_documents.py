@@ -1,0 +1,216 @@
+"""Documents: the subsample is the seed's, nothing is lost silently, bad files are refused."""
+
+import gzip
+import json
+import subprocess
+import sys
+import zlib
+
+import polars
+import pytest
+
+from olmo.data.documents import REASONS, documents, parse
+from olmo.data.stdlib import definitions, stdlib
+
+
+def line(number, **fields):
+    return json.dumps({"id": f"doc-{number}", "text": f"text {number} ü", **fields}).encode()
+
+
+def pack(path, lines, end=b"\n"):
+    path.write_bytes(gzip.compress(b"\n".join(lines) + end))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs the stage's function on a source; returns its facts and its outputs' paths."""
+
+    def run(source, name="part.json.gz", **parameters):
+        out = {kind: tmp_path / f"{kind}.out" for kind in ("documents", "heldout", "table")}
+        return documents.build(source=source, name=name, **out, **parameters), out
+
+    return run
+
+
+@pytest.mark.parametrize("end", [b"\n", b""], ids=["newline at the end", "none"])
+def test_keeps_what_the_seed_s_awk_keeps(run, tmp_path, end):
+    source = pack(tmp_path / "a.gz", [line(n) for n in range(1, 104)], end)
+    awk = subprocess.run(
+        f"zcat {source} | awk 'NR%10==1'", shell=True, check=True, capture_output=True
+    )
+    facts, out = run(source, keep_one_in=10)
+    assert gzip.decompress(out["documents"].read_bytes()) == awk.stdout
+    assert facts["lines"] == 103 and facts["documents"] == facts["kept_lines"] == 11
+
+
+def test_offset_moves_the_subsample_and_the_parts_make_the_whole(run, tmp_path):
+    source = pack(tmp_path / "a.gz", [line(n) for n in range(1, 30)])
+    ids = []
+    for offset in range(4):
+        run(source, keep_one_in=4, offset=offset)
+        table = polars.read_parquet(tmp_path / "table.out")
+        assert table["line"].to_list() == list(range(offset + 1, 30, 4))
+        ids += table["id"].to_list()
+    assert sorted(ids) == sorted(f"doc-{n}" for n in range(1, 30))
+
+
+def test_bytes_that_the_subsample_drops_change_nothing(run, tmp_path):
+    lines = [line(n) for n in range(1, 41)]
+    _, out = run(pack(tmp_path / "a.gz", lines), keep_one_in=10, heldout_share=0.5)
+    before = {kind: path.read_bytes() for kind, path in out.items()}
+    lines[4] = b"\xff not even JSON"
+    _, out = run(pack(tmp_path / "a.gz", lines), keep_one_in=10, heldout_share=0.5)
+    assert before == {kind: path.read_bytes() for kind, path in out.items()}
+    lines[10] = line(11, text="other")
+    _, out = run(pack(tmp_path / "a.gz", lines), keep_one_in=10, heldout_share=0.5)
+    assert before != {kind: path.read_bytes() for kind, path in out.items()}
+
+
+def test_each_document_is_on_one_side_and_stays_there(run, tmp_path):
+    lines = [line(n) for n in range(2000)]
+    facts, out = run(pack(tmp_path / "a.gz", lines), heldout_share=0.1, name="a b.gz")
+    assert facts["documents"] + facts["heldout"] == 2000 and 150 < facts["heldout"] < 250
+    sides = {
+        split: gzip.decompress(out[kind].read_bytes()).splitlines()
+        for split, kind in (("train", "documents"), ("heldout", "heldout"))
+    }
+    table = polars.read_parquet(out["table"])
+    assert table.columns == ["file", "line", "id", "split", "row", "reason"]
+    assert set(table["file"]) == {"a b.gz"}
+    for row in table.iter_rows(named=True):
+        assert sides[row["split"]][row["row"] - 1] == lines[row["line"] - 1]
+    chosen = set(table.filter(split="heldout")["id"])
+    run(pack(tmp_path / "b.gz", lines[::-2]), heldout_share=0.1)
+    table = polars.read_parquet(out["table"])
+    assert set(table.filter(split="heldout")["id"]) == chosen & set(table["id"])
+
+
+BAD = {
+    "not-utf8": b'{"id": "a", "text": "\xff"}',
+    "bad-json": b'{"id": "a", "text": "b"',
+    "not-object": b'["id", "text"]',
+    "no-id": b'{"text": "b", "url": "c"}',
+    "bad-id": b'{"id": 7, "text": "b"}',
+    "no-text": b'{"id": "a", "text": null}',
+    "bad-text": b'{"id": "a", "text": ["b"]}',
+    "empty-text": '{"id": "a", "text": "\\n \u2003"}'.encode(),
+    "too-long": b'{"id": "a", "text": "' + b"b" * 101 + b'"}',
+    "surrogate": b'{"id": "a", "text": "\\ud800"}',
+    "carriage-return": b'{"id": "a",\r"text": "b"}',
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_bad_line_fails_the_stage_unless_its_reason_is_allowed(run, tmp_path, reason):
+    source = pack(tmp_path / "a.gz", [line(1), BAD[reason], line(3)])
+    with pytest.raises(ValueError, match=f"part.json.gz:2: {reason}(.|\n)*allow: .{reason}"):
+        run(source, max_text_bytes=100)
+    facts, out = run(source, max_text_bytes=100, allow=(reason,))
+    assert facts["kept_lines"] == facts["documents"] + sum(facts["drops"].values()) == 3
+    assert facts["drops"] == {reason: 1}
+    dropped = polars.read_parquet(out["table"]).filter(split="dropped")
+    assert dropped.select("file", "line", "row", "reason").rows() == [
+        ("part.json.gz", 2, None, reason)
+    ]
+
+
+@pytest.mark.parametrize(
+    "other", [b"", b'{"id": "a", "text": "b", "more": NaN}', b'\xef\xbb\xbf{"id": "a"}']
+)
+def test_what_is_nearly_json_is_no_document(other):
+    assert parse(other)[2] == "bad-json"
+
+
+def test_windows_line_ends_and_characters_beyond_the_first_plane_are_documents():
+    assert parse(b'{"id": "a", "text": "\\ud83d\\ude00"}\r\n') == ("a", "😀", None)
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"keep_one_in": 10, "offset": 10}, "offset < keep_one_in"),
+        ({"keep_one_in": 0}, "keep_one_in"),
+        ({"heldout_share": 1.0}, "heldout_share"),
+        ({"allow": ("no-txt",)}, "unknown reason 'no-txt'. Known: .*no-text"),
+    ],
+)
+def test_a_recipe_that_means_nothing_is_refused(run, tmp_path, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        run(pack(tmp_path / "a.gz", [line(1)]), **parameters)
+
+
+WHOLE = gzip.compress(b"\n".join(line(n) for n in range(5000)) + b"\n", mtime=0)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (WHOLE[:-1], "truncated"),
+        (WHOLE[: len(WHOLE) // 2], "truncated"),
+        (WHOLE[:9000] + b"\0\0\0\0" + WHOLE[9004:], "corrupt"),
+        (WHOLE[:-8] + b"\0\0\0\0" + WHOLE[-4:], "corrupt"),
+        (b"", "an empty file"),
+        (b"\n<!DOCTYPE html><title>404</title>", "a web page"),
+        (b'{"id": "a", "text": "b"}\n', "something else"),
+        (gzip.compress(b""), "an empty source"),
+    ],
+    ids=["cut", "halved", "garbled", "checksum", "empty", "html", "not packed", "no lines"],
+)
+def test_a_broken_source_is_refused_by_name(run, tmp_path, content, message):
+    source = tmp_path / "a.gz"
+    source.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^part.json.gz: .*{message}"):
+        run(source)
+
+
+def test_several_gzip_members_are_one_file(run, tmp_path):
+    source = tmp_path / "a.gz"
+    source.write_bytes(WHOLE + gzip.compress(line(5000) + b"\n"))
+    assert run(source)[0]["documents"] == 5001
+
+
+def test_the_standard_library_as_a_source_is_the_same_whoever_asks(run, tmp_path):
+    facts = stdlib.build(folder=tmp_path / "here", shards=3)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from olmo.data.stdlib import stdlib;"
+            "stdlib.build(folder=Path(sys.argv[1]), shards=3)",
+            str(tmp_path / "there"),
+        ],
+        check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"},
+    )
+    names = ["manifest.tsv", "stdlib-00.json.gz", "stdlib-01.json.gz", "stdlib-02.json.gz"]
+    for name in names:
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == names
+
+    sizes = [(tmp_path / "here" / name).stat().st_size for name in names[1:]]
+    assert max(sizes) < 2 * min(sizes)
+    found = sum(run(tmp_path / "here" / name)[0]["documents"] for name in names[1:])
+    assert found == facts["documents"] > 3000
+    text = b"".join(gzip.decompress((tmp_path / "here" / name).read_bytes()) for name in names[1:])
+    assert len(text) > 5_000_000 and sys.prefix.encode() not in text
+    ids = [json.loads(one)["id"] for one in text.splitlines()]
+    assert len(set(ids)) == len(ids)
+    assert {"stdlib/json/decoder.py#JSONDecoder", "stdlib/pydoc_data/topics.py#with"} < set(ids)
+
+
+def test_definitions_and_the_rest_of_a_module_are_its_lines():
+    source = "import a\n\n@a.b\n@a.c\ndef f():\n    pass\n\x0cclass C:\n    x = 1\nd = 2"
+    assert list(definitions(source)) == [
+        ("f", "@a.b\n@a.c\ndef f():\n    pass\n"),
+        ("C", "\x0cclass C:\n    x = 1\n"),
+        ("", "import a\n\nd = 2"),
+    ]
+
+
+def test_a_gz_file_s_bytes_hold_no_time_and_no_name(run, tmp_path):
+    _, out = run(pack(tmp_path / "a.gz", [line(1)]))
+    content = out["documents"].read_bytes()
+    assert content[3:8] == bytes(5), "flags (a name would set one) and mtime"
+    assert zlib.decompress(content, 31) == line(1) + b"\n"
