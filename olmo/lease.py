@@ -1,9 +1,10 @@
 """Leases: one holder of a name at a time, among processes of one machine or of several.
 
 A lease is a file `<name>.<n>` made by a hard link, which fails where the name is taken; network
-file systems keep to that, where flock is not to be trusted. Its holder touches it every few seconds. A holder on this machine whose
-process is gone has lost it at once; one elsewhere when the touches stop coming, measured with
-the clock of whoever waits, so that the clocks of two machines need not agree.
+file systems keep to that, where flock is not to be trusted. Its holder touches it every few
+seconds. A holder on this machine whose process is gone has lost it at once; one elsewhere when
+the touches stop coming, measured with the clock of whoever waits, so that the clocks of two
+machines need not agree.
 
 Whoever finds only dead holders makes the next number. The link decides between two who do so at
 once; a look around afterwards finds the one whose view was old.
@@ -56,9 +57,7 @@ def held(folder: Path) -> list[str]:
     return sorted({path.name.rsplit(".", 1)[0] for path in leases})
 
 
-def _acquire(
-    folder: Path, name: str, waiting: Callable[[dict[str, Any]], None] | None
-) -> Path:
+def _acquire(folder: Path, name: str, waiting: Callable[[dict[str, Any]], None] | None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     seen: dict[Path, tuple[int, float]] = {}  # lease → its last touch, and when we saw that
     while True:

@@ -29,26 +29,29 @@ def nearest(store: Store, action: dict[str, Any]) -> Record | None:
     return min(known, key=lambda r: len(differences(r["action"], action)), default=None)
 
 
-def makers(store: Store) -> dict[str, Record]:
-    """For each content in the store, an action that made it."""
-    return {file["sha256"]: record for record in store.records() for file in files(record)}
+def makers(store: Store) -> dict[str, list[Record]]:
+    """For each content in the store, the actions that made it."""
+    made: dict[str, list[Record]] = {}
+    for record in store.records():
+        for digest in {file["sha256"] for file in files(record)}:
+            made.setdefault(digest, []).append(record)
+    return made
 
 
 def ancestors(store: Store, record: Record) -> Iterator[tuple[int, Record]]:
     """The way back from an artifact to its sources: (depth, record), each action once."""
     made_by, seen = makers(store), {record["key"]}
-    level = [record]
-    depth = 0
+    level, depth = [record], 0
     while level:
         found: list[Record] = []
         for record in level:
             yield depth, record
             for digests in record["action"]["inputs"].values():
                 for digest in digests if isinstance(digests, list) else [digests]:
-                    parent = made_by.get(digest)
-                    if parent is not None and parent["key"] not in seen:
-                        seen.add(parent["key"])
-                        found.append(parent)
+                    for parent in made_by.get(digest, []):
+                        if parent["key"] not in seen:
+                            seen.add(parent["key"])
+                            found.append(parent)
         level, depth = found, depth + 1
 
 

@@ -11,7 +11,8 @@ are linked to what came out. `documents.build(…)` is the function alone. On th
 The types say what each parameter is to the action's identity:
 
     Input, Inputs      files that are read: their contents' digests
-    Output, Folder     a file, a folder that is made: not in the identity
+    Output, Outputs,   a file, files, a folder that are made: how many is in the identity, where
+    Folder             is not
     Work               a folder that survives a failed attempt: not in the identity
     Free[T]            changes no byte: threads, progress, a running toolkit
     anything else      a parameter that changes bytes
@@ -39,6 +40,7 @@ T = TypeVar("T")
 Input = Annotated[Path, "input"]
 Inputs = Annotated[list[Path], "input"]
 Output = Annotated[Path, "output"]
+Outputs = Annotated[list[Path], "output"]
 Folder = Annotated[Path, "output"]
 Work = Annotated[Path, "work"]
 Free = Annotated[T, "free"]
@@ -67,6 +69,16 @@ class Stage:
     def arguments(self, kwargs: Mapping[str, Any], chosen: str) -> dict[str, Any]:
         return {name: value for name, value in kwargs.items() if self.roles[name] == chosen}
 
+    def names(self, kwargs: Mapping[str, Any]) -> dict[str, Path]:
+        """What each output is called in the record, and the name it is to have outside."""
+        names: dict[str, Path] = {}
+        for name, value in self.arguments(kwargs, "output").items():
+            if isinstance(value, list):
+                names |= {f"{name}.{index:05d}": path for index, path in enumerate(value)}
+            elif value is not None:
+                names[name] = value
+        return names
+
     def action(self, store: Store, **kwargs: Any) -> Action:
         """What a call asks for. Hashes the inputs that are not in the store yet."""
         parameters = self.signature.parameters
@@ -82,6 +94,12 @@ class Stage:
             for name, value in self.arguments(kwargs, "parameter").items()
             if value != parameters[name].default
         }
+        counts = {
+            name: len(value)
+            for name, value in self.arguments(kwargs, "output").items()
+            if isinstance(value, list)
+        }
+        params |= {f"count of {name}": count for name, count in counts.items()}
         return Action(self.name, self.version, params, inputs)
 
     def __call__(self, **kwargs: Any) -> Record:
@@ -92,17 +110,18 @@ class Stage:
         """
         store = here()
         action = self.action(store, **kwargs)
-        outputs = {k: v for k, v in self.arguments(kwargs, "output").items() if v is not None}
+        names = self.names(kwargs)
         ran = False
 
         def build(work: Path) -> Facts:
             nonlocal ran
             ran = True
-            store.say(f"{self.name}: {explain(store, action)}")
-            made = {name: work / "outputs" / name for name in outputs}
-            places = {
-                name: work / "attempt" for name, kind in self.roles.items() if kind == "work"
-            }
+            store.say(f"{self.name}: {explain(store, action, list(names.values()))}")
+            made: dict[str, Any] = {}
+            for name, value in self.arguments(kwargs, "output").items():
+                made[name] = [work / "outputs" / n for n in names if n.split(".")[0] == name]
+                made[name] = made[name] if isinstance(value, list) else next(iter(made[name]), None)
+            places = {name: work / "attempt" for name, kind in self.roles.items() if kind == "work"}
             with measured() as run:
                 result = dict(self.build(**{**kwargs, **made, **places}) or {})
             facts = result if "facts" not in result else dict(result.pop("facts"))
@@ -115,7 +134,7 @@ class Stage:
             return {"facts": facts, **extra, "run": run}
 
         record = store.run(action, build)
-        for name, path in outputs.items():
+        for name, path in names.items():
             store.link(record, name, path)
         if not ran:
             store.say(f"{self.name}: found in the store ({action.key[:12]}…)")
@@ -136,16 +155,16 @@ def role(hint: Any) -> str:
     return "parameter"
 
 
-def explain(store: Store, action: Action) -> str:
-    """Why an action runs: what differs from the nearest one known, field by field."""
-    from olmo.lineage import differences, nearest
+def explain(store: Store, action: Action, names: list[Path]) -> str:
+    """Why an action runs: what differs from the one that these names stood for, field by field."""
+    from olmo.lineage import differences
 
-    known = nearest(store, action.as_dict())
+    known = next(filter(None, map(store.last, names)), None)
     if known is None:
-        return f"runs for the first time ({action.key[:12]}…)"
-    changed = differences(known["action"], action.as_dict())
-    if not changed:
+        return f"runs for the first time here ({action.key[:12]}…)"
+    if known["key"] == action.key:
         return f"runs again: its outputs are gone from the store ({action.key[:12]}…)"
+    changed = differences(known["action"], action.as_dict())
     return f"runs, since it differs from {known['key'][:12]}… in " + "; ".join(changed)
 
 

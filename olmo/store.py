@@ -26,11 +26,11 @@ import stat
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from olmo.lease import held, lease
 
@@ -288,9 +288,7 @@ class Store:
             )
             return
         before, now = _by_name(known), _by_name(record)
-        differing = sorted(
-            n for n in before.keys() | now.keys() if before.get(n) != now.get(n)
-        )
+        differing = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
         raise TwoContents(
             f"{what} gave two contents for one action; differing: {', '.join(differing)}. "
             "Expected equal bytes from equal inputs: its stage is not deterministic, or its code "
@@ -362,13 +360,24 @@ class Store:
                 shutil.rmtree(old)
             else:
                 os.replace(draft, path)
-            root = self.root / "links" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}"
+            root = self._root(path)
             root.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"path": str(path), "key": record["key"], "output": output})
-            if not root.exists() or root.read_text() != text:
-                new = root.with_suffix(f".{uuid.uuid4().hex[:8]}")
-                new.write_text(text)
-                os.replace(new, root)
+            draft = root.with_suffix(f".{uuid.uuid4().hex[:8]}")
+            draft.write_text(
+                json.dumps({"path": str(path), "key": record["key"], "output": output})
+            )
+            os.replace(draft, root)
+
+    def _root(self, path: Path) -> Path:
+        digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()
+        return self.root / "links" / digest[:32]
+
+    def last(self, path: Path) -> Record | None:
+        """The action that a human name stands for, or stood for before it was deleted."""
+        try:
+            return self.record(json.loads(self._root(path).read_text())["key"])
+        except FileNotFoundError:
+            return None
 
     def _symlink(self, path: Path, target: Path) -> None:
         """Relative where the store lies in the project, so that the folder can be moved whole."""

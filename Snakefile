@@ -1,0 +1,61 @@
+# From a list of text files to a language-model checkpoint, one way through:
+#
+#   sources → documents → tokenizer → tokens → order → train → evaluate
+#
+#   snakemake --cores 2 checkpoints/olmo-tiny/final
+#
+# Each rule names inputs, parameters, resources and the log, and calls one `olmo` command. What a
+# command makes is in the store (config: store) under its content; the paths here are links to it.
+
+import os
+import sys
+from pathlib import Path
+
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+from olmo.pipeline import Plan
+from olmo.workspace import alone, next_steps
+
+
+configfile: "config/config.yaml"
+
+
+plan = Plan(config)
+
+os.environ["OLMO_STORE"] = plan.store
+os.environ["OLMO_SUPERVISOR"] = str(os.getpid())  # what a job starts ends with this process
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+wildcard_constraints:
+    dataset=r"[\w.-]+",
+    run=r"[\w.-]+",
+    batch=r"\d+",
+
+
+localrules:
+    all,
+
+
+rule all:
+    input:
+        "checkpoints/olmo-tiny/final",
+
+
+include: "rules/environments.smk"
+include: "rules/sources.smk"
+include: "rules/documents.smk"
+include: "rules/tokens.smk"
+include: "rules/order.smk"
+include: "rules/train.smk"
+include: "rules/evaluate.smk"
+
+
+onstart:
+    alone()
+
+
+onsuccess:
+    print(next_steps(plan))

@@ -1,0 +1,136 @@
+"""`olmo <command>`: every stage and every tool, one verb each.
+
+A stage's flags come from its function's signature: `keep_one_in: int = 1` is `--keep-one-in 1`.
+Commands are imported when they are called, so that `olmo order` does not wait for torch.
+"""
+
+import argparse
+import importlib
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from olmo.process import die_with_supervisor
+from olmo.stage import Stage, role
+
+COMMANDS = {
+    # the one way, in its order
+    "source-list": "olmo.data.sources:source_list",
+    "sources": "olmo.data.shards:sources",
+    "documents": "olmo.data.shards:documents",
+    "tokenizer": "olmo.data.shards:tokenizer",
+    "tokens": "olmo.data.shards:tokens",
+    "order": "olmo.data.shards:order",
+    "train": "olmo.run:train",
+    "evaluate": "olmo.run:evaluate",
+    # beside it
+    "environment": "olmo.environments:environment",
+    "store-verify": "olmo.upkeep:verify",
+    "store-gc": "olmo.upkeep:gc",
+    "store-checkout": "olmo.upkeep:checkout",
+    "store-why": "olmo.upkeep:why",
+    "store-trace": "olmo.upkeep:trace",
+    "store-pin": "olmo.upkeep:pin",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; an error that its user can mend is one sentence and exit status 1."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if len(words) > 1 and f"{words[0]}-{words[1]}" in COMMANDS:  # olmo store verify
+        words[:2] = [f"{words[0]}-{words[1]}"]
+    if not words or words[0] not in COMMANDS:
+        sys.exit(usage(words))
+    module, name = COMMANDS[words[0]].split(":")
+    command = getattr(importlib.import_module(module), name)
+    die_with_supervisor()
+    try:
+        arguments = parse(words[0], command, words[1:])
+        with copied_to(arguments.pop("log")):
+            command(**arguments)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"olmo {words[0]}: {error}")
+
+
+def usage(words: Sequence[str]) -> str:
+    names = [name.replace("store-", "store ") for name in COMMANDS]
+    asked = f"no command '{words[0]}'\n" if words and words[0] not in ("-h", "--help") else ""
+    return f"{asked}usage: olmo <command> [--help]\ncommands: {', '.join(names)}"
+
+
+def parse(name: str, command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `command` from a command line, by its signature."""
+    function = command.build if isinstance(command, Stage) else command
+    text = inspect.getdoc(function) or ""
+    parser = argparse.ArgumentParser(
+        prog=f"olmo {name.replace('store-', 'store ')}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    hints = typing.get_type_hints(function, include_extras=True)
+    for parameter in inspect.signature(function).parameters.values():
+        if role(hints[parameter.name]) != "work":
+            add_argument(parser, parameter, hints[parameter.name])
+    parser.add_argument("--log", type=Path, help="also write what is said to this file")
+    return vars(parser.parse_args(words))
+
+
+def add_argument(
+    parser: argparse.ArgumentParser, parameter: inspect.Parameter, hint: Any
+) -> None:
+    required = parameter.default is inspect.Parameter.empty
+    positional = required and parameter.kind is inspect.Parameter.POSITIONAL_ONLY
+    flag = parameter.name if positional else "--" + parameter.name.replace("_", "-")
+    options: dict[str, Any] = {} if positional else {"required": required}
+    options["default"] = None if required else parameter.default
+    kind, many = kind_of(hint)
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif many:
+        options |= {"type": kind, "nargs": "*"}
+    else:
+        options["type"] = kind
+    parser.add_argument(flag, **options)
+
+
+def kind_of(hint: Any) -> tuple[Any, bool]:
+    """(int, str, Path …, whether a list of it) for a parameter's type."""
+    if typing.get_origin(hint) is typing.Annotated:
+        return kind_of(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return kind_of(next(a for a in typing.get_args(hint) if a is not type(None)))
+    if typing.get_origin(hint) in (list, tuple):
+        return kind_of(typing.get_args(hint)[0])[0], True
+    return hint, False
+
+
+class copied_to:
+    """What this process and its children say goes to a log file as well as to the terminal.
+
+    A `tee` of our own making would make the terminal a pipe and so take the progress bar away:
+    only the lines that olmo.log and the store write are copied, through $OLMO_LOG.
+    """
+
+    def __init__(self, log: Path | None) -> None:
+        self.log = log
+
+    def __enter__(self) -> None:
+        if self.log is not None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self.log.write_text("")
+            os.environ["OLMO_LOG"] = str(self.log.resolve())
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        if self.log is not None and error is not None:
+            with self.log.open("a") as file:
+                file.write(f"{kind.__name__}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+# Documents: one line in N of each source, every one checked, the held-out ones split off.
+
+
+rule documents:
+    input:
+        "data/{dataset}/sources/{batch}.tsv",
+    output:
+        "data/{dataset}/documents/{batch}.tsv",
+    params:
+        recipe=lambda w: plan.flags(w.dataset, "documents"),
+    log:
+        "logs/documents/{dataset}/{batch}.log",
+    shell:
+        "olmo documents --sources {input:q} --listing {output:q} {params.recipe} --log {log:q}"

@@ -1,0 +1,17 @@
+# Environments that cannot be ours: dolma needs numpy<2 and tokenizers 0.19.
+
+
+rule environment:
+    input:
+        "envs/{name}.txt",
+    output:
+        "environments/{name}.json",
+    log:
+        "logs/environment/{name}.log",
+    shell:
+        "olmo environment --requirements {input:q} --environment {output:q} --log {log:q}"
+
+
+def dolma_environment(wildcards):
+    """Ours, unless `--sdm conda` activates the same versions around the job."""
+    return [] if workflow.deployment_settings.deployment_method else "environments/dolma.json"

@@ -1,0 +1,15 @@
+# Evaluation: a finished checkpoint on the documents that its data set held out.
+
+
+rule evaluate:
+    input:
+        final="checkpoints/{run}/final",
+        tokens=lambda w: listings(plan.run(w.run).dataset, "tokens"),
+    output:
+        "eval/{run}/heldout.json",
+    threads: workflow.cores
+    log:
+        "logs/evaluate/{run}.log",
+    shell:
+        "olmo evaluate --checkpoint {input.final:q} --tokens {input.tokens:q} --results {output:q}"
+        " --log {log:q}"

@@ -1,0 +1,14 @@
+# Order: in which order a run sees its instances; OLMo's, to the bit.
+
+
+rule order:
+    input:
+        lambda w: listings(plan.run(w.run).dataset, "tokens"),
+    output:
+        "checkpoints/{run}/global_indices.npy",
+    params:
+        recipe=lambda w: plan.order_flags(w.run),
+    log:
+        "logs/order/{run}.log",
+    shell:
+        "olmo order --tokens {input:q} --order {output:q} {params.recipe} --log {log:q}"

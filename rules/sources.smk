@@ -1,0 +1,33 @@
+# Sources: gz files of JSON lines in Dolma's schema, checked to their last byte.
+
+
+checkpoint source_list:
+    # The published list of a data set's files, with the sizes that the server tells.
+    output:
+        "data/{dataset}/sources.tsv",
+    params:
+        url=lambda w: plan.recipe(w.dataset).sources.list,
+    log:
+        "logs/source-list/{dataset}.log",
+    shell:
+        "olmo source-list --url {params.url:q} --table {output:q} --log {log:q}"
+
+
+rule sources:
+    input:
+        lambda w: plan.local_files(w.dataset, w.batch),
+    output:
+        "data/{dataset}/sources/{batch}.tsv",
+    params:
+        sources=lambda w: plan.source_flags(w.dataset, w.batch),
+    log:
+        "logs/sources/{dataset}/{batch}.log",
+    shell:
+        "olmo sources --listing {output:q} --sources {params.sources} --log {log:q}"
+
+
+def listings(dataset, stage):
+    """The listings of a stage's batches; where the list of files is not at hand, it comes first."""
+    if plan.unlisted(dataset):
+        checkpoints.source_list.get(dataset=dataset)
+    return plan.listings(dataset, stage)

@@ -1,0 +1,35 @@
+# Tokens: the tokenizer, and `dolma tokens` held still, counted and checked.
+
+
+rule tokenizer:
+    input:
+        lambda w: listings(w.dataset, "documents") if plan.trains_tokenizer(w.dataset) else [],
+    output:
+        "data/{dataset}/tokenizer.json",
+    params:
+        recipe=lambda w: plan.flags(w.dataset, "tokenizer"),
+    log:
+        "logs/tokenizer/{dataset}.log",
+    shell:
+        "olmo tokenizer --documents {input:q} --tokenizer {output:q} {params.recipe}"
+        " --log {log:q}"
+
+
+rule tokens:
+    input:
+        documents="data/{dataset}/documents/{batch}.tsv",
+        tokenizer="data/{dataset}/tokenizer.json",
+        environment=dolma_environment,
+    output:
+        "data/{dataset}/tokens/{batch}.tsv",
+    params:
+        eos=lambda w: plan.recipe(w.dataset).tokenizer.eos_token_id,
+        pad=lambda w: plan.recipe(w.dataset).tokenizer.pad_token_id,
+    log:
+        "logs/tokens/{dataset}/{batch}.log",
+    conda:
+        "../envs/dolma.yaml"
+    shell:
+        "olmo tokens --documents {input.documents:q} --tokenizer {input.tokenizer:q}"
+        " --environment {input.environment:q} --eos-token-id {params.eos}"
+        " --pad-token-id {params.pad} --listing {output:q} --log {log:q}"

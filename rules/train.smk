@@ -1,0 +1,20 @@
+# Training: torchrun, from whatever checkpoint an earlier attempt left, to the final one.
+
+
+rule train:
+    input:
+        tokens=lambda w: listings(plan.run(w.run).dataset, "tokens"),
+        order="checkpoints/{run}/global_indices.npy",
+        tokenizer=lambda w: f"data/{plan.run(w.run).dataset}/tokenizer.json",
+        config=lambda w: plan.run(w.run).train,
+    output:
+        directory("checkpoints/{run}/final"),
+    params:
+        processes=lambda w: plan.run(w.run).processes,
+    threads: workflow.cores
+    log:
+        "logs/train/{run}.log",
+    shell:
+        "olmo train --config {input.config:q} --tokens {input.tokens:q} --order {input.order:q}"
+        " --tokenizer {input.tokenizer:q} --final {output:q} --processes {params.processes}"
+        " --log {log:q}"
