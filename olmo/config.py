@@ -92,6 +92,7 @@ class EvaluatorType(StrEnum):
 
 
 class DistributedStrategy(StrEnum):
+    single = "single"
     ddp = "ddp"
     fsdp = "fsdp"
 
@@ -198,9 +199,7 @@ class BaseConfig:
                 )
             raw = raw[key]
         if not isinstance(raw, dict):
-            raise ValueError(
-                f"{path} must hold a mapping of keys, found {type(raw).__name__}"
-            )
+            raise ValueError(f"{path} must hold a mapping of keys, found {type(raw).__name__}")
         plain = _resolve(cls, raw, overrides or (), validate_paths)
         return _typed(cls.update_legacy_settings(plain), cls, "")
 
@@ -249,11 +248,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in rules
-        if not tag.endswith((":timestamp", ":float"))
-    ]
+    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":float"))]
     for first, rules in _Loader.yaml_implicit_resolvers.items()
 }
 _FLOAT = r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?"
@@ -282,9 +277,7 @@ def _resolve(
         if isinstance(value, dict):
             return {k: lift(v) for k, v in value.items()}
         if isinstance(value, list):
-            if len(value) > 32 and all(
-                isinstance(v, str) and "${" not in v for v in value
-            ):
+            if len(value) > 32 and all(isinstance(v, str) and "${" not in v for v in value):
                 placeholder = f"<list {len(waiting)} set aside while resolving>"
                 waiting[placeholder] = value
                 return placeholder
@@ -300,23 +293,17 @@ def _resolve(
 
     try:
         # The defaults take part, since ${save_interval} may mean one that the file does not set.
-        tree = OmegaConf.merge(
-            OmegaConf.create(_defaults(cls)), OmegaConf.create(lift(raw))
-        )
+        tree = OmegaConf.merge(OmegaConf.create(_defaults(cls)), OmegaConf.create(lift(raw)))
         for override in overrides:
             name, given, value = override.lstrip("-").partition("=")
             try:
                 parsed = yaml.load(value, _Loader) if given else True
             except yaml.YAMLError as error:
-                raise ValueError(
-                    f"cannot read the value of --{name}={value}: {error}"
-                ) from error
+                raise ValueError(f"cannot read the value of --{name}={value}: {error}") from error
             name = name.replace("-", "_")
             # Values such as ${a.b} stay text here and are resolved with the rest.
             OmegaConf.update(tree, name, parsed, merge=False, force_add=True)
-        return put_back(
-            OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-        )
+        return put_back(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         raise ValueError(f"{error}".strip()) from error
 
@@ -344,14 +331,10 @@ def _register_resolvers(validate_paths: bool) -> None:
 
     def path_last_checkpoint(folder: str) -> str:
         steps = [
-            p
-            for p in Path(folder).glob("step*")
-            if re.fullmatch(r"step\d+(-unsharded)?", p.name)
+            p for p in Path(folder).glob("step*") if re.fullmatch(r"step\d+(-unsharded)?", p.name)
         ]
         if not steps:
-            return missing(
-                f"no checkpoint (step{{N}} or step{{N}}-unsharded) in {folder}", ""
-            )
+            return missing(f"no checkpoint (step{{N}} or step{{N}}-unsharded) in {folder}", "")
         # Of two at one step the sharded one comes first, as it is the cheaper to load.
         return str(
             max(
@@ -362,9 +345,7 @@ def _register_resolvers(validate_paths: bool) -> None:
 
     # OmegaConf 2.4 renamed the call and warns of the old name, the only one that 2.3 has.
     modern = "replace" in inspect.signature(OmegaConf.register_resolver).parameters
-    register = (
-        OmegaConf.register_resolver if modern else OmegaConf.register_new_resolver
-    )
+    register = OmegaConf.register_resolver if modern else OmegaConf.register_new_resolver
     resolvers: dict[str, Any] = {
         "path.glob": path_glob,
         "path.choose": path_choose,
@@ -376,11 +357,7 @@ def _register_resolvers(validate_paths: bool) -> None:
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    return {
-        name: h
-        for name, h in typing.get_type_hints(cls).items()
-        if not name.startswith("_")
-    }
+    return {name: h for name, h in typing.get_type_hints(cls).items() if not name.startswith("_")}
 
 
 def _defaults(cls: type) -> dict[str, Any]:
@@ -394,9 +371,7 @@ def _is_required(f: dataclasses.Field[Any]) -> bool:
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:
-    return (
-        f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-    )
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def _plain(value: Any, everything: bool = False) -> Any:
@@ -405,8 +380,7 @@ def _plain(value: Any, everything: bool = False) -> Any:
         return {
             f.name: _plain(getattr(value, f.name), everything)
             for f in dataclasses.fields(value)
-            if everything
-            or not (f.metadata.get("ours") and getattr(value, f.name) == _default(f))
+            if everything or not (f.metadata.get("ours") and getattr(value, f.name) == _default(f))
         }
     if isinstance(value, Enum):
         return value.value
@@ -453,7 +427,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) != len(args):
             raise refuse(f"{len(args)} values")
         return tuple(
-            _typed(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args))
+            _typed(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
         )
     if origin is dict:
         if not isinstance(value, dict):
@@ -493,17 +467,13 @@ def _typed_dataclass(value: Any, cls: Any, where: str) -> Any:
     if isinstance(value, cls):
         return value
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{where}: expected the keys of a {cls.__name__}, found {value!r}"
-        )
+        raise ValueError(f"{where}: expected the keys of a {cls.__name__}, found {value!r}")
     hints, values = _hints(cls), {}
     for key, part in value.items():
         place = f"{where}.{key}" if where else str(key)
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
-            raise ValueError(
-                f"{place}: no such key in {cls.__name__}; the nearest is '{near[0]}'"
-            )
+            raise ValueError(f"{place}: no such key in {cls.__name__}; the nearest is '{near[0]}'")
         values[key] = _typed(part, hints[key], place)
     for f in dataclasses.fields(cls):
         if _is_required(f) and f.name not in values:
@@ -518,14 +488,10 @@ def _typed_dataclass(value: Any, cls: Any, where: str) -> Any:
 class ModelConfig(BaseConfig):
     d_model: int = 768
     n_heads: int = 12
-    n_kv_heads: int | None = (
-        None  # None: n_heads; 1: multi-query; between: grouped-query
-    )
+    n_kv_heads: int | None = None  # None: n_heads; 1: multi-query; between: grouped-query
     clip_qkv: float | None = None  # clamp q, k, v to ±this
     n_layers: int = 12
-    mlp_ratio: int = (
-        4  # width of ff_proj over d_model; swiglu's inner width is half of it
-    )
+    mlp_ratio: int = 4  # width of ff_proj over d_model; swiglu's inner width is half of it
     mlp_hidden_size: int | None = None  # width of ff_proj, over mlp_ratio
     activation_type: ActivationType = ActivationType.swiglu
     block_type: BlockType = BlockType.sequential
@@ -535,9 +501,7 @@ class ModelConfig(BaseConfig):
     rope: bool = False
     rope_full_precision: bool = True
     rope_theta: int = 10_000
-    flash_attention: bool = (
-        False  # a wish; which attention runs, and why, is printed at the start
-    )
+    flash_attention: bool = False  # a wish; which attention runs, and why, is printed at the start
     attention_dropout: float = 0.1
     multi_query_attention: bool | None = None  # older spelling of n_kv_heads: 1
     attention_layer_norm: bool = False  # norm on queries and keys
@@ -553,9 +517,7 @@ class ModelConfig(BaseConfig):
     bias_for_layer_norm: bool | None = None  # None: as include_bias
     scale_logits: bool = False  # by 1/sqrt(d_model)
     vocab_size: int = 50257
-    embedding_size: int | None = (
-        50304  # rows of wte, at least vocab_size; None: vocab_size
-    )
+    embedding_size: int | None = 50304  # rows of wte, at least vocab_size; None: vocab_size
     weight_tying: bool = True
     eos_token_id: int = 50256
     pad_token_id: int = 50256
@@ -566,9 +528,7 @@ class ModelConfig(BaseConfig):
     precision: str | None = None  # set TrainConfig.precision instead
     scale_emb_init: bool = False
     emb_init_std: float | None = None
-    norm_after: bool = (
-        False  # norm the output of attention and MLP, not their input (OLMo 2)
-    )
+    norm_after: bool = False  # norm the output of attention and MLP, not their input (OLMo 2)
 
     @property
     def effective_n_kv_heads(self) -> int:
@@ -590,12 +550,8 @@ class OptimizerConfig(BaseConfig):
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-5
-    no_decay_norm_and_bias: bool | None = (
-        None  # older spelling of the two below, negated
-    )
-    selective_updates: bool = (
-        False  # leave parameter and state alone where the gradient is 0
-    )
+    no_decay_norm_and_bias: bool | None = None  # older spelling of the two below, negated
+    selective_updates: bool = False  # leave parameter and state alone where the gradient is 0
     decay_norm_and_bias: bool = False
     decay_embeddings: bool = False
     metrics_log_interval: int | None = None  # steps between per-parameter metrics
@@ -684,9 +640,7 @@ class DataConfig(BaseConfig):
 
         dtype = getattr(np, self.memmap_dtype, None)
         if not (isinstance(dtype, type) and issubclass(dtype, np.generic)):
-            raise TypeError(
-                f"data.memmap_dtype: {self.memmap_dtype!r} is not a valid numpy type"
-            )
+            raise TypeError(f"data.memmap_dtype: {self.memmap_dtype!r} is not a valid numpy type")
         return dtype
 
 
@@ -759,9 +713,7 @@ class TrainConfig(BaseConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    restore_dataloader: bool = (
-        True  # on resume go on in the data; False: from its start
-    )
+    restore_dataloader: bool = True  # on resume go on in the data; False: from its start
     fast_forward_batches: int | None = None  # on resume skip this many batches more
     evaluators: list[EvaluatorConfig] = field(default_factory=list)
     eval_interval: int = 1000  # steps
@@ -781,9 +733,7 @@ class TrainConfig(BaseConfig):
     no_pre_train_checkpoint: bool = False  # do not save step 0
     load_path: str | None = None  # folder or URL of a checkpoint to start from
     load_path_sharded_checkpointer: ShardedCheckpointerType | None = None
-    try_load_latest_save: bool = (
-        False  # go on from save_folder's newest checkpoint, if it has one
-    )
+    try_load_latest_save: bool = False  # go on from save_folder's newest checkpoint, if it has one
     reset_optimizer_state: bool = False
     reset_trainer_state: bool = False
     sharded_checkpointer: ShardedCheckpointerType = ShardedCheckpointerType.torch_legacy
@@ -845,9 +795,7 @@ class TrainConfig(BaseConfig):
         }
         if self.precision not in types:
             known = ", ".join(str(t) for t in types if t)
-            raise ValueError(
-                f"precision: expected one of {known}, found {self.precision!r}"
-            )
+            raise ValueError(f"precision: expected one of {known}, found {self.precision!r}")
         return types[self.precision]
 
     @classmethod
@@ -855,13 +803,9 @@ class TrainConfig(BaseConfig):
         plain = dict(plain)
         legacy = {True: "whole_layer", False: None}
         if isinstance(plain.get("activation_checkpointing"), bool):
-            plain["activation_checkpointing"] = legacy[
-                plain["activation_checkpointing"]
-            ]
+            plain["activation_checkpointing"] = legacy[plain["activation_checkpointing"]]
         if isinstance(plain.get("optimizer"), dict):
-            plain["optimizer"] = OptimizerConfig.update_legacy_settings(
-                plain["optimizer"]
-            )
+            plain["optimizer"] = OptimizerConfig.update_legacy_settings(plain["optimizer"])
         return plain
 
 

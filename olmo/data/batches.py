@@ -1,0 +1,327 @@
+"""From the order to batches: who gets which instance, and how instances become tensors.
+
+With a global batch size G and a world size W, process r computes, of the order's instances
+s*G … (s+1)*G - 1 at step s, every W-th beginning with the r-th. Nothing else decides the data: a
+run may go on with another world size, and reading threads change nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from olmo.config import DataConfig, PaddingDirection, TrainConfig
+from olmo.data import order
+from olmo.data.memmap import MemMapDataset, build_memmap_dataset
+
+
+@dataclass
+class DataCollator:
+    """Items to one batch; shorter ones are padded to the longest."""
+
+    pad_direction: PaddingDirection
+    pad_token_id: int
+
+    @classmethod
+    def from_train_config(cls, config: TrainConfig) -> DataCollator:
+        return cls(config.data.pad_direction, config.model.pad_token_id)
+
+    def __call__(
+        self, items: Sequence[dict[str, Any] | torch.Tensor | list[int]]
+    ) -> dict[str, Any]:
+        """Each item is a dictionary with input_ids, or the ids alone.
+
+        Gives input_ids (B, T) int64 and, where items have them, attention_mask (B, T) float,
+        attention_bias (B, 1, T, T), label_mask (B, T) bool, index (B,), instance_mask (B,),
+        doc_lens (B, documents) with max_doc_lens, and metadata.
+        """
+        assert items
+        rows: list[dict[str, Any]] = [
+            item if isinstance(item, dict) else {"input_ids": item} for item in items
+        ]
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padding(row: dict[str, Any]) -> tuple[int, int]:
+            short = longest - len(row["input_ids"])
+            return (short, 0) if self.pad_direction == PaddingDirection.left else (0, short)
+
+        def stack(name: str, dtype: torch.dtype, value: float) -> None:
+            padded = [
+                F.pad(torch.as_tensor(row[name]).to(dtype), padding(row), value=value)
+                for row in rows
+                if row.get(name) is not None
+            ]
+            if padded:
+                out[name] = torch.stack(padded)
+
+        out: dict[str, Any] = {}
+        stack("input_ids", torch.long, self.pad_token_id)
+        stack("attention_mask", torch.float, 0.0)
+        biases = []
+        for row in rows:
+            if (bias := row.get("attention_bias")) is not None:
+                bias = torch.as_tensor(bias)
+                bias = bias.reshape((1,) * (3 - bias.dim()) + bias.shape)  # (1, T, T)
+                nothing = False if bias.dtype == torch.bool else float("-inf")
+                biases.append(F.pad(bias, padding(row) * 2, value=nothing))
+        if biases:
+            out["attention_bias"] = torch.stack(biases)
+        stack("label_mask", torch.bool, False)
+        for name in ("index", "instance_mask"):
+            values = [torch.as_tensor(row[name]) for row in rows if row.get(name) is not None]
+            if values:
+                out[name] = torch.stack(values)
+        lengths = [row["doc_lens"] for row in rows if row.get("doc_lens") is not None]
+        if lengths:
+            out["doc_lens"] = torch.nn.utils.rnn.pad_sequence(lengths, batch_first=True)
+            out["max_doc_lens"] = [int(row.max()) for row in lengths]
+        metadata = [row["metadata"] for row in rows if row.get("metadata") is not None]
+        if metadata:
+            out["metadata"] = metadata
+        return out
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class IterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """One process's share of a data set, in the run's order, from any instance on.
+
+    `start_index` and `max_examples` count over all processes and are multiples of
+    `global_batch_size`. With `work_dir`, the order is kept there as global_indices.npy; with
+    `order_path`, this epoch's order is read from there instead of being made.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        global_batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        start_index: int = 0,
+        max_examples: int | None = None,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        world_size: int | None = None,
+        rank: int | None = None,
+        fs_local_rank: int | None = None,
+        work_dir: str | Path | None = None,
+        num_threads: int | None = None,  # OLMo's; reading ahead is the loader's here
+        order_path: str | Path | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch = epoch
+        self.start_index = start_index
+        self.max_examples = max_examples
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.world_size = _world_size() if world_size is None else world_size
+        self.rank = _rank() if rank is None else rank
+        if global_batch_size % self.world_size:
+            raise ValueError(
+                f"global_train_batch_size={global_batch_size} is not a multiple of the "
+                f"{self.world_size} processes; change one of them"
+            )
+        self.global_batch_size = global_batch_size
+        self.device_batch_size = global_batch_size // self.world_size
+        self.total_size = order.total_size(len(dataset), self.world_size, drop_last)
+        # One process per file system writes the order, the first one unless we are told.
+        default = int(os.environ.get("FS_LOCAL_RANK", self.rank))
+        self.fs_local_rank = default if fs_local_rank is None else fs_local_rank
+        self.work_dir = None if work_dir is None else Path(work_dir)
+        self._given = (order_path, epoch)
+        self.global_indices_file: Path | None = None
+        if self.work_dir is not None:
+            self._save_global_indices()
+
+    def _save_global_indices(self) -> None:
+        assert self.work_dir is not None
+        self.global_indices_file = self.work_dir / "global_indices.npy"
+        if self.fs_local_rank == 0:
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+            partial = self.work_dir / f".global_indices.{os.getpid()}"
+            order.write(self._build_global_indices(), partial)
+            partial.replace(self.global_indices_file)
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+
+    def _build_global_indices(self) -> np.ndarray:
+        n = len(self.dataset)
+        path, epoch = self._given
+        if path is not None and epoch == self.epoch:
+            indices = order.read(path, n)
+        else:
+            indices = order.global_indices(n, self.seed, self.epoch, self.shuffle)
+        return order.fit_to_world_size(indices, self.world_size, self.drop_last)
+
+    def get_global_indices(self) -> np.ndarray:
+        """The epoch's order over all processes, padded or cut to a multiple of them, uint32."""
+        if self.global_indices_file is not None:
+            return order.read(self.global_indices_file)
+        return self._build_global_indices()
+
+    def reshuffle(self, epoch: int) -> None:
+        """Go on with another epoch's order."""
+        self.epoch = epoch
+        if self.work_dir is not None:
+            self._save_global_indices()
+
+    def rank_indices(self) -> np.ndarray:
+        """What this process reads, in order."""
+        indices = self.get_global_indices()[: self.max_examples][self.start_index :]
+        return indices[self.rank : self.total_size : self.world_size]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        indices = self.rank_indices()
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None:
+            # torch's loader takes a whole batch from each worker in turn. Worker w therefore gets
+            # batches w, w + W, …, and of an unfinished last one every W-th instance.
+            size, w, workers = self.device_batch_size, worker.id, worker.num_workers
+            whole = len(indices) // size * size
+            indices = np.concatenate(
+                [
+                    indices[:whole].reshape(-1, size)[w::workers].reshape(-1),
+                    indices[whole + w :: workers],
+                ]
+            )
+        for index in indices:
+            item = self.dataset[int(index)]
+            item = item if isinstance(item, dict) else {"input_ids": item}
+            yield {**item, "index": int(index)}
+
+
+class TrainLoader:
+    """Batches of one process in order, read ahead by a thread.
+
+    A batch has what `DataCollator` gives and the `index` of each instance. Changing
+    `dataset.start_index` moves the next iteration.
+    """
+
+    # Batches waiting to be computed. Reading is a copy from the page cache, so two are plenty.
+    AHEAD = 2
+
+    def __init__(
+        self, dataset: IterableDataset, collator: DataCollator, drop_last: bool, pin_memory: bool
+    ) -> None:
+        self.dataset = dataset
+        self.collate_fn = collator
+        self.batch_size = dataset.device_batch_size
+        self.drop_last = drop_last
+        self.pin_memory = pin_memory
+
+    def __len__(self) -> int:
+        n = len(self.dataset.rank_indices())
+        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+
+    def _read(self, indices: np.ndarray) -> dict[str, Any]:
+        source = self.dataset.dataset
+        if isinstance(source, MemMapDataset):
+            batch = source.batch(indices)
+        else:
+            items = [source[int(i)] for i in indices]
+            batch = self.collate_fn(items)
+        batch["index"] = torch.from_numpy(indices.astype(np.int64))
+        if self.pin_memory:
+            batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
+        return batch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        indices, size = self.dataset.rank_indices(), self.batch_size
+        steps = len(self)
+        batches: queue.Queue[Any] = queue.Queue(self.AHEAD)
+        stopped = threading.Event()
+
+        def put(value: Any) -> None:
+            while not stopped.is_set():
+                try:
+                    return batches.put(value, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def read_ahead() -> None:
+            try:
+                for step in range(steps):
+                    if stopped.is_set():
+                        return
+                    put(self._read(indices[step * size : (step + 1) * size]))
+            except BaseException as error:
+                put(error)
+
+        reader = threading.Thread(target=read_ahead, name="batches", daemon=True)
+        reader.start()
+        try:
+            for _ in range(steps):
+                batch = batches.get()
+                if isinstance(batch, BaseException):
+                    raise batch
+                yield batch
+        finally:
+            stopped.set()
+            reader.join()
+
+
+def build_train_dataloader(
+    train_config: TrainConfig,
+    *,
+    world_size: int | None = None,
+    rank: int | None = None,
+    fs_local_rank: int | None = None,
+    include_instance_metadata: bool = False,
+) -> TrainLoader:
+    """This process's batches of the run, whose order is written to <save_folder>/train_data.
+
+    Raises ValueError where the folder already holds another run's order, unless the config says
+    save_overwrite or try_load_latest_save.
+    """
+    data = train_config.data
+    work_dir = Path(train_config.save_folder) / "train_data"
+    rank = _rank() if rank is None else rank
+    may_exist = train_config.save_overwrite or train_config.try_load_latest_save
+    if rank == 0 and work_dir.is_dir() and not may_exist:
+        raise ValueError(
+            f"{train_config.save_folder} already holds a run; give --try_load_latest_save to go on "
+            "with it, --save_overwrite to write over it, or another --save_folder"
+        )
+    dataset = IterableDataset(
+        build_memmap_dataset(train_config, data, include_instance_metadata),
+        train_config.global_train_batch_size,
+        seed=train_config.seed if data.seed is None else data.seed,
+        epoch=train_config.epoch or 0,
+        drop_last=data.drop_last,
+        world_size=world_size,
+        rank=rank,
+        fs_local_rank=fs_local_rank,
+        work_dir=work_dir,
+        order_path=data.order_path,
+    )
+    collator = DataCollator.from_train_config(train_config)
+    pin = data.pin_memory and torch.cuda.is_available()
+    return TrainLoader(dataset, collator, data.drop_last, pin)
+
+
+def build_eval_batches(
+    train_config: TrainConfig, data_config: DataConfig, batch_size: int, rank: int, world_size: int
+) -> Iterator[dict[str, Any]]:
+    """An evaluation set's batches of one process, in stored order, the last one maybe smaller."""
+    dataset = build_memmap_dataset(train_config, data_config)
+    indices = np.arange(len(dataset))[rank::world_size]
+    for start in range(0, len(indices), batch_size):
+        yield dataset.batch(indices[start : start + batch_size])

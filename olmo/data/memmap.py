@@ -1,0 +1,300 @@
+"""Token files as OLMo reads them: raw arrays without a header, cut into instances of one length.
+
+Instances of a file = bytes // (bytes per token * chunk_size). The remainder of each file is
+dropped, an instance never spans files, and a file that is too short gives none.
+
+Shapes: B instances, T = chunk_size tokens.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from olmo.config import DataConfig, InstanceFilterConfig, TrainConfig
+
+
+class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """Instances of `chunk_size` tokens out of raw token files, in the order of `paths`.
+
+    Each item has input_ids, (T,) int64, and as asked for: label_mask, (T,) bool, from raw bool
+    files; attention_mask, (T,) int64, 0 at padding; doc_lens, (documents,) int32, the lengths
+    between end-of-document tokens, these included; instance_mask, False where there is more
+    repetition than `instance_filter_config` allows; metadata, that of the file.
+    """
+
+    def __init__(
+        self,
+        *paths: str | Path,
+        chunk_size: int = 1024,
+        memmap_dtype: type[np.integer[Any]] = np.uint16,
+        metadata: list[dict[str, Any]] | dict[str, Any] | None = None,
+        include_instance_metadata: bool = True,
+        generate_attention_mask: bool = False,
+        generate_doc_lengths: bool = False,
+        pad_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        label_mask_paths: Sequence[str | Path] | None = None,
+        instance_filter_config: InstanceFilterConfig | None = None,
+    ) -> None:
+        if not paths:
+            raise ValueError("At least one path is required")
+        if generate_attention_mask and pad_token_id is None:
+            raise ValueError("'pad_token_id' is required for 'generate_attention_mask'")
+        if generate_doc_lengths and eos_token_id is None:
+            raise ValueError("'eos_token_id' is required for 'generate_cu_doc_lengths'")
+        if label_mask_paths and len(label_mask_paths) != len(paths):
+            raise ValueError(
+                "There must be the same number of 'label_mask_paths' as there are 'paths'"
+            )
+        if isinstance(metadata, list) and len(metadata) != len(paths):
+            raise ValueError("'metadata' should have the same length as the number of file paths")
+        self.paths = paths
+        self.chunk_size = chunk_size
+        self.dtype = memmap_dtype
+        self.metadata = metadata if isinstance(metadata, list) else [metadata or {}] * len(paths)
+        self.include_instance_metadata = include_instance_metadata
+        self.generate_attention_mask = generate_attention_mask
+        self.generate_doc_lengths = generate_doc_lengths
+        self.pad_token_id = pad_token_id
+        self.eos_token_id = eos_token_id
+        self.label_mask_paths = list(label_mask_paths) if label_mask_paths else None
+        self.instance_filter_config = instance_filter_config
+        self._ends: list[int] | None = None  # of each file, in instances
+        self._arrays: dict[tuple[int, bool], np.ndarray] = {}  # opened files, (file, is a mask)
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.chunk_size
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """First instance of each file, and one past its last."""
+        if self._ends is None:
+            ends, end = [], 0
+            for i, path in enumerate(self.paths):
+                length = self._instances(path, np.dtype(self.dtype).itemsize)
+                if self.label_mask_paths is not None:
+                    mask_path = self.label_mask_paths[i]
+                    if self._instances(mask_path, 1) != length:
+                        raise ValueError(
+                            f"masking file '{mask_path}' should be the same size as '{path}'"
+                        )
+                end += length
+                ends.append(end)
+            self._ends = ends
+        return list(zip([0, *self._ends[:-1]], self._ends, strict=True))
+
+    def _instances(self, path: str | Path, itemsize: int) -> int:
+        return Path(path).stat().st_size // (itemsize * self.chunk_size)
+
+    def __len__(self) -> int:
+        return self.offsets[-1][1] if self._ends is None else self._ends[-1]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The file of an instance and its place in there."""
+        n = len(self)
+        position = index if index >= 0 else n + index
+        if not 0 <= position < n:
+            raise IndexError(f"{index} is out of bounds for dataset of size {n}")
+        assert self._ends is not None
+        file = bisect.bisect_right(self._ends, position)
+        return file, position - (self._ends[file - 1] if file else 0)
+
+    def _tokens(self, file: int, row: int, mask: bool = False) -> np.ndarray:
+        """(T,) as stored."""
+        array = self._arrays.get((file, mask))
+        if array is None:
+            path = (
+                self.label_mask_paths[file] if mask and self.label_mask_paths else self.paths[file]
+            )
+            # A read-only array over the mapped bytes; np.memmap's own class is slow to slice.
+            mapped = np.memmap(path, mode="r", dtype=np.bool_ if mask else self.dtype)
+            array = self._arrays[file, mask] = np.asarray(mapped)
+        return array[row * self.chunk_size : (row + 1) * self.chunk_size]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = int(index)
+        batch = self.batch([index])
+        item: dict[str, Any] = {"input_ids": batch["input_ids"][0]}
+        if "instance_mask" in batch:
+            item["instance_mask"] = bool(batch["instance_mask"][0])
+        if "label_mask" in batch:
+            item["label_mask"] = batch["label_mask"][0]
+        if "metadata" in batch:
+            item["metadata"] = batch["metadata"][0]
+        if "attention_mask" in batch:
+            item["attention_mask"] = batch["attention_mask"][0].long()
+        if "doc_lens" in batch:
+            item["doc_lens"] = batch["doc_lens"][0]
+        return item
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, Any]:
+        """Instances as one batch, equal to collating them one by one but for their `index`.
+
+        input_ids (B, T) int64, attention_mask (B, T) float32, label_mask (B, T) bool,
+        instance_mask (B,) bool, doc_lens (B, most documents) int32 padded with 0.
+        """
+        places = [self._locate(int(i)) for i in indices]
+        ids = np.empty((len(places), self.chunk_size), np.int64)
+        for b, (file, row) in enumerate(places):
+            ids[b] = self._tokens(file, row)
+        out: dict[str, Any] = {"input_ids": torch.from_numpy(ids)}
+        if self.generate_attention_mask:
+            out["attention_mask"] = (out["input_ids"] != self.pad_token_id).float()
+        if self.label_mask_paths is not None:
+            masks = np.stack([self._tokens(file, row, mask=True) for file, row in places])
+            out["label_mask"] = torch.from_numpy(masks)
+        if self.instance_filter_config is not None:
+            kept = [not is_repetitive(row, self.instance_filter_config) for row in ids]
+            out["instance_mask"] = torch.tensor(kept)
+        if self.generate_doc_lengths:
+            assert self.eos_token_id is not None
+            lengths = [get_document_lengths(row, self.eos_token_id) for row in out["input_ids"]]
+            out["doc_lens"] = torch.nn.utils.rnn.pad_sequence(lengths, batch_first=True)
+            out["max_doc_lens"] = [int(row.max()) for row in lengths]
+        if self.include_instance_metadata:
+            out["metadata"] = [copy.deepcopy(self.metadata[file]) for file, _ in places]
+        return out
+
+    def __add__(self, other: Any) -> MemMapDataset:  # type: ignore[override]
+        if not isinstance(other, MemMapDataset):
+            raise NotImplementedError(f"Expected another MemMapDataset but got {type(other)}")
+        if (self.label_mask_paths is None) != (other.label_mask_paths is None):
+            raise ValueError("cannot join a data set that has label masks with one that has none")
+        masks = (self.label_mask_paths or []) + (other.label_mask_paths or [])
+        return MemMapDataset(
+            *self.paths,
+            *other.paths,
+            chunk_size=self.chunk_size,
+            memmap_dtype=self.dtype,
+            metadata=self.metadata + other.metadata,
+            include_instance_metadata=self.include_instance_metadata,
+            generate_attention_mask=self.generate_attention_mask,
+            generate_doc_lengths=self.generate_doc_lengths,
+            pad_token_id=self.pad_token_id,
+            eos_token_id=self.eos_token_id,
+            label_mask_paths=masks or None,
+            instance_filter_config=self.instance_filter_config,
+        )
+
+
+def get_document_lengths(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Lengths of the documents in one instance, (documents,) int32, each with its closing token.
+
+    >>> get_document_lengths(torch.tensor([3, 4, 0, 5]), 0)
+    tensor([3, 1], dtype=torch.int32)
+    """
+    ends = (input_ids == eos_token_id).nonzero(as_tuple=True)[0] + 1
+    if len(input_ids) and (len(ends) == 0 or ends[-1] != len(input_ids)):
+        ends = torch.cat([ends, ends.new_tensor([len(input_ids)])])
+    return torch.diff(ends, prepend=ends.new_zeros(1)).int()
+
+
+def is_repetitive(ids: np.ndarray, limits: InstanceFilterConfig) -> bool:
+    """Whether an n-gram of a period within `limits` repeats at least `repetition_max_count` times.
+
+    Where ids[i] == ids[i - period] holds L times in a row, the n-gram is there (L + period) //
+    period times. Fewer than three times do not count as repetition.
+    """
+    longest = min(limits.repetition_max_period, len(ids) // 3)
+    least = max(limits.repetition_max_count, 3)
+    for period in range(limits.repetition_min_period, longest + 1):
+        breaks = np.flatnonzero(ids[period:] != ids[:-period])
+        edges = np.concatenate([[-1], breaks, [len(ids) - period]])
+        run = int(np.diff(edges).max()) - 1
+        if (run + period) // period >= least:
+            return True
+    return False
+
+
+def build_memmap_dataset(
+    train_config: TrainConfig, data_config: DataConfig, include_instance_metadata: bool = True
+) -> MemMapDataset:
+    """The token files of a DataConfig, as instances of the model's max_sequence_length.
+
+    `data.paths` keep their order, `data.datasets` are taken by sorted label.
+    """
+    metadata: list[dict[str, Any]]
+    if data_config.paths and data_config.datasets:
+        raise ValueError("DataConfig.paths is mutually exclusive with DataConfig.datasets")
+    if data_config.paths:
+        paths = data_config.paths
+        metadata = [{"path": path} for path in paths]
+    elif data_config.datasets:
+        labelled = [(k, p) for k in sorted(data_config.datasets) for p in data_config.datasets[k]]
+        paths = [path for _, path in labelled]
+        metadata = [{"label": label} for label, _ in labelled]
+    else:
+        raise ValueError("One of DataConfig.paths or DataConfig.datasets is required")
+    return MemMapDataset(
+        *paths,
+        chunk_size=train_config.model.max_sequence_length,
+        memmap_dtype=data_config.effective_memmap_dtype,
+        metadata=metadata,
+        include_instance_metadata=include_instance_metadata,
+        pad_token_id=train_config.model.pad_token_id,
+        eos_token_id=train_config.model.eos_token_id,
+        generate_attention_mask=data_config.generate_attention_mask,
+        generate_doc_lengths=data_config.generate_doc_lengths,
+        label_mask_paths=data_config.label_mask_paths,
+        instance_filter_config=data_config.instance_filter,
+    )
+
+
+def check_tokens(dataset: MemMapDataset, vocab_size: int, where: str = "data") -> int:
+    """Refuse token files that training would trip over; gives the number of tokens looked at.
+
+    Every token of small data is looked at, of large data the beginning of each file. `vocab_size`
+    is the number of embeddings; `where` names the config's section in what is said.
+    """
+    for path in (*dataset.paths, *(dataset.label_mask_paths or ())):
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"{where}: no token file at {path}; mend {where}.paths, or --{where}.paths=[…]"
+            )
+    sizes = [Path(path).stat().st_size for path in dataset.paths]
+    itemsize = np.dtype(dataset.dtype).itemsize
+    for path, size in zip(dataset.paths, sizes, strict=True):
+        if size % itemsize:
+            raise ValueError(
+                f"{where}: {path} has {size} bytes, not a whole number of "
+                f"{np.dtype(dataset.dtype).name} tokens; mend {where}.memmap_dtype"
+            )
+    if len(dataset) == 0:
+        raise ValueError(
+            f"{where}: {sum(sizes) // itemsize} tokens in {len(sizes)} files give no instance of "
+            f"{dataset.chunk_size}; give more data, or a smaller model.max_sequence_length"
+        )
+    looked_at, budget = 0, 64_000_000 // len(sizes)
+    for path, size in zip(dataset.paths, sizes, strict=True):
+        if size == 0:
+            continue
+        tokens = np.asarray(np.memmap(path, mode="r", dtype=dataset.dtype))[: max(budget, 4096)]
+        if itemsize == 2 and _is_wider(tokens):
+            raise ValueError(
+                f"{where}: {path} is read as {np.dtype(dataset.dtype).name} but looks like uint32: "
+                f"every other number is next to zero; set --{where}.memmap_dtype=uint32"
+            )
+        if (largest := int(tokens.max())) >= vocab_size:
+            at = int(np.argmax(tokens >= vocab_size))
+            raise ValueError(
+                f"{where}: token {at} of {path} is {tokens[at]} and the largest {largest}, but the "
+                f"model has {vocab_size} embeddings; this is another tokenizer's file, or another "
+                f"{where}.memmap_dtype"
+            )
+        looked_at += len(tokens)
+    return looked_at
+
+
+def _is_wider(tokens: np.ndarray) -> bool:
+    """Whether 16-bit numbers are really the halves of 32-bit ones: the upper halves are ~0."""
+    pairs = tokens[: len(tokens) // 2 * 2].reshape(-1, 2)
+    low, high = (pairs <= 3).mean(axis=0) if len(pairs) >= 16 else (1.0, 0.0)
+    return bool(high > 0.95 and low < 0.5)

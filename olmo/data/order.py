@@ -1,0 +1,67 @@
+"""The order in which a run sees its instances: OLMo's, to the bit.
+
+The stored order is the shuffle alone, n numbers for n instances. What depends on the number of
+processes, padding to a multiple of it or cutting the tail, is derived when training
+(`fit_to_world_size`), so that one order serves every world size.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+# Raw little-endian numbers, no header: what OLMo calls global_indices.npy.
+ORDER_DTYPE = np.dtype("<u4")
+
+
+def global_indices(n: int, seed: int, epoch: int = 0, shuffle: bool = True) -> np.ndarray:
+    """The indices 0 … n-1 in the order of one epoch, (n,) uint32.
+
+    Each epoch shuffles anew, from PCG64(seed + epoch).
+    """
+    limit = np.iinfo(np.uint32).max
+    if not 0 <= n < limit:
+        raise ValueError(
+            f"an order is kept in uint32 and holds up to {limit - 1} instances, not {n}"
+        )
+    indices = np.arange(n, dtype=ORDER_DTYPE)
+    if shuffle:
+        np.random.Generator(np.random.PCG64(seed + epoch)).shuffle(indices)
+    return indices
+
+
+def total_size(n: int, world_size: int, drop_last: bool) -> int:
+    """How many of n instances all processes see together, each the same number of them."""
+    if drop_last and n % world_size:
+        return math.ceil((n - world_size) / world_size) * world_size
+    return math.ceil(n / world_size) * world_size
+
+
+def fit_to_world_size(indices: np.ndarray, world_size: int, drop_last: bool) -> np.ndarray:
+    """Cut the tail, or repeat the order from its start, so that `world_size` divides the length.
+
+    Note that drop_last looks at the world size, not at the batch size.
+    """
+    total = total_size(len(indices), world_size, drop_last)
+    return indices[:total] if total <= len(indices) else np.resize(indices, total)
+
+
+def write(indices: np.ndarray, path: str | Path) -> None:
+    """Write raw little-endian uint32."""
+    indices.astype(ORDER_DTYPE, copy=False).tofile(path)
+
+
+def read(path: str | Path, n: int | None = None) -> np.ndarray:
+    """A stored order, memory-mapped; `n`, if given, is how many instances it must hold."""
+    size = Path(path).stat().st_size
+    if size % ORDER_DTYPE.itemsize or (n is not None and size != n * ORDER_DTYPE.itemsize):
+        expected = "a whole number of" if n is None else n
+        raise ValueError(
+            f"{path}: expected {expected} uint32 numbers, found {size} bytes; "
+            "the order belongs to other data, or to another max_sequence_length"
+        )
+    if size == 0:
+        return np.empty(0, ORDER_DTYPE)
+    return np.memmap(path, mode="r", dtype=ORDER_DTYPE)
