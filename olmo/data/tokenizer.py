@@ -1,0 +1,210 @@
+"""The tokenizer: given, or trained on the documents; and its agreement with a training config."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from olmo.data import gz
+from olmo.data.documents import parse
+from olmo.stage import Facts, Input, Inputs, Output, stage
+from olmo.store import sha256 as digest_of
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")  # ids 0 and 1
+# How the tokenizers in use name the token that ends a text, and the one that fills a batch.
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+PADDING = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
+
+
+@stage(version=1)
+def trained_tokenizer(
+    documents: Inputs,
+    tokenizer: Output,
+    vocab_size: int,
+    special_tokens: tuple[str, ...] = SPECIAL_TOKENS,
+    min_frequency: int = 2,
+) -> Facts:
+    """Train a byte-level BPE on documents, as GPT-NeoX's and OLMo's tokenizers were.
+
+    The special tokens get the ids 0, 1, …; the 256 bytes follow, then the merges. Texts are
+    normalised by NFC. The same documents in the same order give the same file.
+
+    Raises ValueError if the documents are too few for the vocabulary.
+    """
+    import tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
+
+    smallest = 256 + len(special_tokens)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size: expected at least {smallest} (256 bytes and {len(special_tokens)} "
+            f"special tokens), found {vocab_size}"
+        )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(special_tokens),
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    model = Tokenizer(models.BPE())
+    model.normalizer = normalizers.NFC()
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.post_processor = processors.ByteLevel(trim_offsets=True)
+    model.decoder = decoders.ByteLevel()
+    model.train_from_iterator(texts(documents), trainer)
+    if model.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"vocab_size: expected {vocab_size:,} tokens, found {model.get_vocab_size():,}: these "
+            "documents have no more pairs to merge. Give more documents or a smaller vocab_size"
+        )
+    tokenizer.write_text(portable(model.to_str()), encoding="utf-8")
+    return {"vocab_size": vocab_size, "tokenizers": tokenizers.__version__}
+
+
+@stage(version=1)
+def given_tokenizer(name: str, tokenizer: Output, sha256: str | None = None) -> Facts:
+    """Take a tokenizer from a URL or the hub: hf://allenai/OLMo-7B/tokenizer.json, https://…
+
+    Whatever cached-path resolves. Raises ValueError if it is not what `sha256` says, or is no
+    tokenizer. It is rewritten in the form that the tokenizing toolkit reads.
+    """
+    try:
+        from cached_path import cached_path
+    except ImportError as error:
+        raise ValueError(
+            "a tokenizer by URL needs the package cached-path: uv pip install cached-path"
+        ) from error
+    path = Path(cached_path(name))
+    found = digest_of(path)
+    if sha256 is not None and found != sha256:
+        raise ValueError(
+            f"{name}: expected sha256 {sha256}, found {found}. If the new file is wanted, write "
+            "its sha256 into the recipe"
+        )
+    return {"name": name, "source_sha256": found, **write_portable(path, name, tokenizer)}
+
+
+@stage(version=1)
+def local_tokenizer(source: Input, tokenizer: Output) -> Facts:
+    """Take a tokenizer from a file; otherwise as from a URL."""
+    return write_portable(source, str(source), tokenizer)
+
+
+def texts(documents: list[Path]) -> Iterator[str]:
+    """The texts of the documents' files, in order."""
+    for path in documents:
+        with gz.reading(path) as lines:
+            for number, line in enumerate(lines, 1):
+                _, text, reason = parse(line)
+                if reason is not None or text is None:
+                    raise ValueError(f"{path}:{number}: expected a document, found {reason}")
+                yield text
+
+
+def portable(content: str) -> str:
+    """A tokenizer's JSON with each merge as one string, as tokenizers before 0.20 read it.
+
+    The toolkit's own tokenizers is 0.19.1, which knows no merges as pairs. A pair can be a string
+    only where no token holds a space; in a byte-level vocabulary none does.
+    """
+    tokenizer = json.loads(content)
+    merges = tokenizer["model"].get("merges", [])
+    if merges and isinstance(merges[0], list):
+        if spaced := next((pair for pair in merges if any(" " in part for part in pair)), None):
+            raise ValueError(
+                f"expected merges of tokens without spaces (a byte-level BPE), found {spaced!r}: "
+                "the tokenizing toolkit cannot read this tokenizer"
+            )
+        tokenizer["model"]["merges"] = [" ".join(pair) for pair in merges]
+        return json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n"
+    return content
+
+
+def write_portable(source: Path, name: str, output: Path) -> dict[str, Any]:
+    """Check a given tokenizer and write it in the form that the toolkit reads; facts of it."""
+    from tokenizers import Tokenizer
+
+    try:
+        content = source.read_text(encoding="utf-8")
+        vocab_size = Tokenizer.from_str(content).get_vocab_size()
+        settings = json.loads(content)
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(
+            f"{name}: expected a Hugging Face tokenizer.json, found: {error}"
+        ) from error
+    for key in "truncation", "padding":
+        if settings.get(key) is not None:
+            raise ValueError(
+                f"{name}: expected {key}: null, found {settings[key]}: it would change the length of "
+                "documents. Set it to null in the file"
+            )
+    if settings["model"].get("dropout"):
+        raise ValueError(
+            f"{name}: expected dropout: null, found {settings['model']['dropout']}: the same text "
+            "would not give the same tokens. Set it to null in the file"
+        )
+    text = portable(content)
+    if text == content:
+        shutil.copyfile(source, output)
+    else:
+        output.write_text(text, encoding="utf-8")
+    return {"vocab_size": vocab_size}
+
+
+def disagreements(
+    tokenizer: Path,
+    eos_token_id: int,
+    pad_token_id: int,
+    vocab_size: int,
+    embedding_size: int | None = None,
+) -> list[str]:
+    """Where a tokenizer and a training config's `model` section do not fit, a sentence each."""
+    from tokenizers import Tokenizer
+
+    model = Tokenizer.from_file(str(tokenizer))
+    size = model.get_vocab_size()
+    names = model.get_added_tokens_decoder()  # id → the token, for the added ones
+    found = []
+    if vocab_size != size:
+        found.append(f"model.vocab_size: expected the tokenizer's {size:,}, found {vocab_size:,}")
+    rows = embedding_size or vocab_size
+    if (largest := max(model.get_vocab().values())) >= rows:
+        found.append(
+            f"model.embedding_size: expected more than the tokenizer's largest id, {largest:,}; "
+            f"found {rows:,}"
+        )
+    expected = {"eos": END_OF_TEXT, "pad": PADDING}
+    for kind, id in (("eos", eos_token_id), ("pad", pad_token_id)):
+        known = [name for name in expected[kind] if model.token_to_id(name) is not None]
+        named = model.id_to_token(id)
+        if named in known or (kind == "pad" and id == eos_token_id):
+            continue
+        if known:
+            wanted = " or ".join(f"{model.token_to_id(name)} ({name})" for name in known)
+            found.append(f"model.{kind}_token_id: expected {wanted}, found {id} ({named})")
+        elif id not in names:
+            found.append(f"model.{kind}_token_id: expected a special token, found {id} ({named})")
+    return found
+
+
+def check_tokenizer(
+    tokenizer: Path,
+    eos_token_id: int,
+    pad_token_id: int,
+    vocab_size: int,
+    embedding_size: int | None = None,
+) -> None:
+    """Raises ValueError where the tokenizer and a training config do not fit: before training."""
+    found = disagreements(tokenizer, eos_token_id, pad_token_id, vocab_size, embedding_size)
+    if found:
+        raise ValueError(
+            f"the tokenizer {tokenizer} and the training config do not fit:\n  "
+            + "\n  ".join(found)
+            + "\nMend the config, or name the tokenizer that it was written for"
+        )
