@@ -25,14 +25,14 @@ class SourcesConfig(BaseConfig):
     stdlib: int | None = None  # the running Python's standard library, in so many files
     files: list[str] = field(default_factory=list)  # local gz files of Dolma's schema; globs
     table: str | None = None  # a TSV: url, bytes, sha256, licence
-    list: str | None = None  # a URL of a text file of URLs, as Dolma publishes them
+    url_list: str | None = None  # a URL of a text file of URLs, as Dolma publishes them
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in ("stdlib", "files", "table", "list") if getattr(self, name)]
+        given = [name for name in ("stdlib", "files", "table", "url_list") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(
-                "sources: expected one of stdlib, files, table, list; found "
+                "sources: expected one of stdlib, files, table, url_list; found "
                 + (" and ".join(given) or "none")
             )
 
@@ -203,7 +203,7 @@ class Plan:
 
     def unlisted(self, dataset: str) -> bool:
         """Whether a data set's files are known only after its list has been fetched."""
-        unlisted = bool(self.recipe(dataset).sources.list) and not table_path(dataset).exists()
+        unlisted = bool(self.recipe(dataset).sources.url_list) and not table_path(dataset).exists()
         if unlisted and dataset not in self._told:
             self._told.add(dataset)
             print(

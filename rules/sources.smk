@@ -6,7 +6,7 @@ checkpoint source_list:
     output:
         "data/{dataset}/sources.tsv",
     params:
-        url=lambda w: plan.recipe(w.dataset).sources.list,
+        url=lambda w: plan.recipe(w.dataset).sources.url_list,
     log:
         "logs/source-list/{dataset}.log",
     shell:
