@@ -34,9 +34,12 @@ REASONS = {
 }
 TRAIN, HELDOUT, DROPPED = "train", "heldout", "dropped"
 
-# dolma tokens writes files of at most 2^30 tokens and never splits a document; with a byte-level
-# tokenizer a text has at most as many tokens as bytes, and one more ends it.
-MAX_TEXT_BYTES = 2**30 - 2
+# dolma tokens writes files of fewer than 2^30 tokens and never splits a document. A byte-level
+# tokenizer makes at most one token of each byte; Unicode normalisation (NFC) may first make a
+# text three times as long; and one token ends it.
+MAX_TOKENS = 2**30
+MAX_BYTES_PER_BYTE = 3
+MAX_TEXT_BYTES = MAX_TOKENS // MAX_BYTES_PER_BYTE - 1
 
 
 @stage(version=1)
@@ -60,7 +63,7 @@ def documents(
 
     `table` (parquet) has one row per kept line: file (`name`, as the recipe knows the source),
     line in the source, id, split (train, heldout or dropped), row (line in the file of that
-    split, from 1; null when dropped), reason (of the drop, otherwise null).
+    split, from 1; null when dropped), bytes (of the text in UTF-8), reason (of a drop).
 
     Raises ValueError for a broken or empty source and for drops that `allow` does not name.
     """
@@ -84,7 +87,7 @@ def documents(
     }
     rows: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    characters = 0
+    text_bytes = 0
     with (
         gz.reading(source, name) as lines,
         gz.writing(documents) as train_lines,
@@ -95,11 +98,12 @@ def documents(
         # islice and zip run in C: a line that is not kept costs little more than its decompression.
         for line, at in islice(zip(lines, number, strict=False), offset, None, keep_one_in):
             identity, text, reason = parse(line, max_text_bytes)
+            size = None if text is None else len(text.encode())
             if reason is None:
-                assert identity is not None and text is not None
+                assert identity is not None and size is not None
                 split = HELDOUT if is_held_out(identity, heldout_share) else TRAIN
                 rows[split] += 1
-                characters += len(text)
+                text_bytes += size
                 output[split].write(line if line.endswith(b"\n") else line + b"\n")
             else:
                 split = DROPPED
@@ -108,6 +112,7 @@ def documents(
             columns["id"].append(identity)
             columns["split"].append(split)
             columns["row"].append(rows[split] if reason is None else None)
+            columns["bytes"].append(size)
             columns["reason"].append(reason)
         total = next(number) - 1
     if total == 0:
@@ -120,6 +125,7 @@ def documents(
             "id": polars.String,
             "split": polars.String,
             "row": polars.UInt64,
+            "bytes": polars.UInt64,
             "reason": polars.String,
         },
     )
@@ -133,7 +139,7 @@ def documents(
         "kept_lines": frame.height,
         "documents": rows[TRAIN],
         "heldout": rows[HELDOUT],
-        "characters": characters,
+        "text_bytes": text_bytes,
         "drops": dict(sorted(reasons.items())),
     }
 

@@ -141,8 +141,8 @@ def write_portable(source: Path, name: str, output: Path) -> dict[str, Any]:
     for key in "truncation", "padding":
         if settings.get(key) is not None:
             raise ValueError(
-                f"{name}: expected {key}: null, found {settings[key]}: it would change the length of "
-                "documents. Set it to null in the file"
+                f"{name}: expected {key}: null, found {settings[key]}: it would change "
+                "the length of documents. Set it to null in the file"
             )
     if settings["model"].get("dropout"):
         raise ValueError(

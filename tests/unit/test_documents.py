@@ -76,10 +76,11 @@ def test_each_document_is_on_one_side_and_stays_there(run, tmp_path):
         for split, kind in (("train", "documents"), ("heldout", "heldout"))
     }
     table = polars.read_parquet(out["table"])
-    assert table.columns == ["file", "line", "id", "split", "row", "reason"]
+    assert table.columns == ["file", "line", "id", "split", "row", "bytes", "reason"]
     assert set(table["file"]) == {"a b.gz"}
     for row in table.iter_rows(named=True):
         assert sides[row["split"]][row["row"] - 1] == lines[row["line"] - 1]
+        assert row["bytes"] == len(json.loads(lines[row["line"] - 1])["text"].encode())
     chosen = set(table.filter(split="heldout")["id"])
     run(pack(tmp_path / "b.gz", lines[::-2]), heldout_share=0.1)
     table = polars.read_parquet(out["table"])
