@@ -78,13 +78,15 @@ def documents(
     if unknown := sorted(set(allow) - set(REASONS)):
         raise ValueError(f"allow: unknown reason {unknown[0]!r}. Known: {', '.join(REASONS)}")
 
-    columns: dict[str, list] = {
-        "line": [],
-        "id": [],
-        "split": [],
-        "row": [],
-        "reason": [],
+    schema = {
+        "line": polars.UInt64,
+        "id": polars.String,
+        "split": polars.String,
+        "row": polars.UInt64,
+        "bytes": polars.UInt64,
+        "reason": polars.String,
     }
+    columns: dict[str, list] = {column: [] for column in schema}
     rows: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     text_bytes = 0
@@ -118,17 +120,7 @@ def documents(
     if total == 0:
         raise ValueError(f"{name}: expected lines, found an empty source. Remove it or fetch it.")
 
-    frame = polars.DataFrame(
-        columns,
-        schema={
-            "line": polars.UInt64,
-            "id": polars.String,
-            "split": polars.String,
-            "row": polars.UInt64,
-            "bytes": polars.UInt64,
-            "reason": polars.String,
-        },
-    )
+    frame = polars.DataFrame(columns, schema)
     if forbidden := sorted(set(reasons) - set(allow)):
         raise ValueError(drops_message(name, frame, reasons, forbidden))
     frame.select(polars.lit(name).alias("file"), polars.all()).write_parquet(
