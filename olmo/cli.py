@@ -30,37 +30,38 @@ COMMANDS = {
     "evaluate": "olmo.run:evaluate",
     # beside it
     "environment": "olmo.environments:environment",
-    "store-verify": "olmo.upkeep:verify",
-    "store-gc": "olmo.upkeep:gc",
-    "store-checkout": "olmo.upkeep:checkout",
-    "store-why": "olmo.upkeep:why",
-    "store-trace": "olmo.upkeep:trace",
-    "store-pin": "olmo.upkeep:pin",
+    "store verify": "olmo.upkeep:verify",
+    "store gc": "olmo.upkeep:gc",
+    "store checkout": "olmo.upkeep:checkout",
+    "store why": "olmo.upkeep:why",
+    "store trace": "olmo.upkeep:trace",
+    "store pin": "olmo.upkeep:pin",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; an error that its user can mend is one sentence and exit status 1."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if len(words) > 1 and f"{words[0]}-{words[1]}" in COMMANDS:  # olmo store verify
-        words[:2] = [f"{words[0]}-{words[1]}"]
-    if not words or words[0] not in COMMANDS:
-        sys.exit(usage(words))
-    module, name = COMMANDS[words[0]].split(":")
+    verb = words.pop(0) if words else ""
+    if words and f"{verb} {words[0]}" in COMMANDS:  # olmo store verify
+        verb = f"{verb} {words.pop(0)}"
+    if verb not in COMMANDS:
+        sys.exit(usage(verb))
+    module, name = COMMANDS[verb].split(":")
     command = getattr(importlib.import_module(module), name)
     die_with_supervisor()
     try:
-        arguments = parse(words[0], command, words[1:])
+        arguments = parse(verb, command, words)
         with copied_to(arguments.pop("log")):
-            command(**arguments)
+            first = [arguments.pop(name) for name in positional(command)]
+            command(*first, **arguments)
     except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"olmo {words[0]}: {error}")
+        sys.exit(f"olmo {verb}: {error}")
 
 
-def usage(words: Sequence[str]) -> str:
-    names = [name.replace("store-", "store ") for name in COMMANDS]
-    asked = f"no command '{words[0]}'\n" if words and words[0] not in ("-h", "--help") else ""
-    return f"{asked}usage: olmo <command> [--help]\ncommands: {', '.join(names)}"
+def usage(verb: str) -> str:
+    asked = f"no command '{verb}'\n" if verb not in ("", "-h", "--help", "store") else ""
+    return f"{asked}usage: olmo <command> [--help]\ncommands: {', '.join(COMMANDS)}"
 
 
 def parse(name: str, command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def parse(name: str, command: Callable[..., Any], words: Sequence[str]) -> dict[
     function = command.build if isinstance(command, Stage) else command
     text = inspect.getdoc(function) or ""
     parser = argparse.ArgumentParser(
-        prog=f"olmo {name.replace('store-', 'store ')}",
+        prog=f"olmo {name}",
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -81,9 +82,12 @@ def parse(name: str, command: Callable[..., Any], words: Sequence[str]) -> dict[
     return vars(parser.parse_args(words))
 
 
-def add_argument(
-    parser: argparse.ArgumentParser, parameter: inspect.Parameter, hint: Any
-) -> None:
+def positional(command: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(command).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]
+
+
+def add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter, hint: Any) -> None:
     required = parameter.default is inspect.Parameter.empty
     positional = required and parameter.kind is inspect.Parameter.POSITIONAL_ONLY
     flag = parameter.name if positional else "--" + parameter.name.replace("_", "-")

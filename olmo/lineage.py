@@ -23,9 +23,13 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
     return changed
 
 
-def nearest(store: Store, action: dict[str, Any]) -> Record | None:
+def nearest(store: Store, action: dict[str, Any], besides: str = "") -> Record | None:
     """The known action of the same stage that differs in the fewest fields."""
-    known = [r for r in store.records() if r["action"]["stage"] == action["stage"]]
+    known = [
+        record
+        for record in store.records()
+        if record["action"]["stage"] == action["stage"] and record["key"] != besides
+    ]
     return min(known, key=lambda r: len(differences(r["action"], action)), default=None)
 
 

@@ -284,7 +284,7 @@ def read_table(path: Path) -> Iterator[tuple[str, int | None, str | None]]:
             f"{path}: expected the columns url, bytes, sha256, licence; found {header}"
         )
     for line in lines[1:]:
-        url, size, digest = (line.split("\t") + ["", ""])[:3]
+        url, size, digest = [*line.split("\t"), "", ""][:3]
         yield url, int(size) if size else None, digest or None
 
 

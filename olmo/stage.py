@@ -11,8 +11,7 @@ are linked to what came out. `documents.build(…)` is the function alone. On th
 The types say what each parameter is to the action's identity:
 
     Input, Inputs      files that are read: their contents' digests
-    Output, Outputs,   a file, files, a folder that are made: how many is in the identity, where
-    Folder             is not
+    Output, Folder     a file, a folder that is made: not in the identity
     Work               a folder that survives a failed attempt: not in the identity
     Free[T]            changes no byte: threads, progress, a running toolkit
     anything else      a parameter that changes bytes
@@ -40,7 +39,6 @@ T = TypeVar("T")
 Input = Annotated[Path, "input"]
 Inputs = Annotated[list[Path], "input"]
 Output = Annotated[Path, "output"]
-Outputs = Annotated[list[Path], "output"]
 Folder = Annotated[Path, "output"]
 Work = Annotated[Path, "work"]
 Free = Annotated[T, "free"]
@@ -51,7 +49,15 @@ STORE = "OLMO_STORE"
 
 def here() -> Store:
     """The store of this process: $OLMO_STORE, or the folder `store`."""
-    return Store(Path(os.environ.get(STORE, "store")))
+    return Store(Path(os.environ.get(STORE, "store")), say)
+
+
+def say(line: str) -> None:
+    """Tell the user, on the terminal and in the log file that `--log` named."""
+    print(line, file=sys.stderr, flush=True)
+    if log := os.environ.get("OLMO_LOG"):
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 class Stage:
@@ -69,16 +75,6 @@ class Stage:
     def arguments(self, kwargs: Mapping[str, Any], chosen: str) -> dict[str, Any]:
         return {name: value for name, value in kwargs.items() if self.roles[name] == chosen}
 
-    def names(self, kwargs: Mapping[str, Any]) -> dict[str, Path]:
-        """What each output is called in the record, and the name it is to have outside."""
-        names: dict[str, Path] = {}
-        for name, value in self.arguments(kwargs, "output").items():
-            if isinstance(value, list):
-                names |= {f"{name}.{index:05d}": path for index, path in enumerate(value)}
-            elif value is not None:
-                names[name] = value
-        return names
-
     def action(self, store: Store, **kwargs: Any) -> Action:
         """What a call asks for. Hashes the inputs that are not in the store yet."""
         parameters = self.signature.parameters
@@ -94,12 +90,6 @@ class Stage:
             for name, value in self.arguments(kwargs, "parameter").items()
             if value != parameters[name].default
         }
-        counts = {
-            name: len(value)
-            for name, value in self.arguments(kwargs, "output").items()
-            if isinstance(value, list)
-        }
-        params |= {f"count of {name}": count for name, count in counts.items()}
         return Action(self.name, self.version, params, inputs)
 
     def __call__(self, **kwargs: Any) -> Record:
@@ -110,17 +100,14 @@ class Stage:
         """
         store = here()
         action = self.action(store, **kwargs)
-        names = self.names(kwargs)
+        names = {n: p for n, p in self.arguments(kwargs, "output").items() if p is not None}
         ran = False
 
         def build(work: Path) -> Facts:
             nonlocal ran
             ran = True
             store.say(f"{self.name}: {explain(store, action, list(names.values()))}")
-            made: dict[str, Any] = {}
-            for name, value in self.arguments(kwargs, "output").items():
-                made[name] = [work / "outputs" / n for n in names if n.split(".")[0] == name]
-                made[name] = made[name] if isinstance(value, list) else next(iter(made[name]), None)
+            made = {name: work / "outputs" / name for name in names}
             places = {name: work / "attempt" for name, kind in self.roles.items() if kind == "work"}
             with measured() as run:
                 result = dict(self.build(**{**kwargs, **made, **places}) or {})

@@ -141,6 +141,8 @@ class Store:
             os.utime(path, ns=(SEAL_NS, SEAL_NS))
             os.replace(path, target)
             _sync_folder(target.parent)
+        else:
+            path.unlink()
         return {"sha256": digest, "size": size}
 
     def digest(self, path: Path) -> str:
@@ -372,12 +374,18 @@ class Store:
         digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()
         return self.root / "links" / digest[:32]
 
-    def last(self, path: Path) -> Record | None:
-        """The action that a human name stands for, or stood for before it was deleted."""
+    def root_of(self, path: Path) -> dict[str, str] | None:
+        """What a human name stands for, or stood for before it was deleted."""
         try:
-            return self.record(json.loads(self._root(path).read_text())["key"])
+            link: dict[str, str] = json.loads(self._root(path).read_text())
+            return link
         except FileNotFoundError:
             return None
+
+    def last(self, path: Path) -> Record | None:
+        """The action that a human name stands for, or stood for before it was deleted."""
+        link = self.root_of(path)
+        return self.record(link["key"]) if link else None
 
     def _symlink(self, path: Path, target: Path) -> None:
         """Relative where the store lies in the project, so that the folder can be moved whole."""
@@ -387,15 +395,13 @@ class Store:
     def links(self) -> Iterator[dict[str, str]]:
         """The human names that still point into the store: {"path", "key", "output"}."""
         for root in sorted((self.root / "links").glob("*")):
-            if "." in root.name:
+            if "." in root.name:  # a draft
                 continue
             link: dict[str, str] = json.loads(root.read_text())
             path = Path(link["path"])
             probe = path / "record.json" if path.is_dir() and not path.is_symlink() else path
             if probe.is_symlink() and _is_within(probe, self.root):
                 yield link
-            else:
-                root.unlink(missing_ok=True)
 
     def named(self, path: Path) -> Record:
         """The record of the action behind a human name.

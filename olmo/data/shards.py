@@ -6,15 +6,23 @@ bytes from the store by their digests, so that a path is for people and for othe
 """
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from olmo.stage import Stage, here
+from olmo.data import gz
+from olmo.data.documents import documents as documents_stage
+from olmo.data.order import global_indices
+from olmo.data.order import write as write_order
+from olmo.data.stdlib import library_digest, stdlib
+from olmo.data.tokenizer import given_tokenizer, local_tokenizer, trained_tokenizer
+from olmo.stage import Facts, Input, Output, Stage, here, stage
 from olmo.store import Record
 
+TOKEN_BYTES = 2  # uint16, as OLMo reads token files
 HEADER = ("shard", "output", "path", "sha256", "bytes")
 
 
@@ -57,7 +65,9 @@ def write(listing: Path, entries: Iterable[Entry]) -> None:
     os.replace(draft, listing)
 
 
-def run(listing: Path, shard: str, stage: Stage, names: dict[str, str], **kwargs: Any) -> list[Entry]:
+def run(
+    listing: Path, shard: str, stage: Stage, names: dict[str, str], **kwargs: Any
+) -> list[Entry]:
     """Run one shard's stage. `names`: output → its path below data/<dataset>."""
     dataset = listing.parent.parent
     record: Record = stage(**kwargs, **{name: dataset / path for name, path in names.items()})
@@ -65,3 +75,120 @@ def run(listing: Path, shard: str, stage: Stage, names: dict[str, str], **kwargs
         Entry(shard, name, path, record["outputs"][name]["sha256"], record["outputs"][name]["size"])
         for name, path in names.items()
     ]
+
+
+def sources(listing: Path, sources: list[str]) -> None:
+    """Get a batch of sources, each given as name=place, place#sha256=… where that is known."""
+    entries = []
+    for given in sources:
+        name, _, place = given.partition("=")
+        place, *known = place.split("#")
+        expected = dict(word.split("=", 1) for word in known)
+        names = {"source": f"sources/{name}.json.gz"}
+        if place.startswith("stdlib:"):
+            number, _, shards = place.removeprefix("stdlib:").partition("/")
+            entries.append(standard_library(listing, name, int(number), int(shards)))
+        elif "://" in place:
+            size = int(expected["bytes"]) if "bytes" in expected else None
+            entries += run(
+                listing,
+                name,
+                download,
+                names,
+                url=place,
+                bytes=size,
+                sha256=expected.get("sha256"),
+            )
+        else:
+            entries += run(listing, name, local_source, names, file=Path(place))
+    write(listing, entries)
+
+
+def standard_library(listing: Path, name: str, number: int, shards: int) -> Entry:
+    """One file of the standard library's; all of them are one action, run once."""
+    record = stdlib(
+        folder=listing.parent.parent / "stdlib", shards=shards, library=library_digest()
+    )
+    file = f"stdlib-{number:02d}.json.gz"
+    made = record["outputs"]["folder"]["files"][file]
+    return Entry(name, "source", f"stdlib/{file}", made["sha256"], made["size"])
+
+
+def documents(
+    sources: list[Path],
+    listing: Path,
+    keep_one_in: int = 1,
+    offset: int = 0,
+    heldout_share: float = 0.0,
+    allow: tuple[str, ...] = (),
+) -> None:
+    """One line in N of each source of a batch, checked, the held-out ones split off."""
+    entries = []
+    for source in read(sources, "source"):
+        names = {
+            "documents": f"documents/{source.shard}.json.gz",
+            "heldout": f"heldout/{source.shard}.json.gz",
+            "table": f"documents/{source.shard}.parquet",
+        }
+        entries += run(
+            listing,
+            source.shard,
+            documents_stage,
+            names,
+            source=source.object,
+            name=Path(source.path).name,
+            keep_one_in=keep_one_in,
+            offset=offset,
+            heldout_share=heldout_share,
+            allow=tuple(allow),
+        )
+    write(listing, entries)
+
+
+def tokenizer(
+    documents: list[Path],
+    tokenizer: Path,
+    eos_token_id: int,
+    pad_token_id: int,
+    train_vocab_size: int | None = None,
+    file: Path | None = None,
+    hub: str | None = None,
+    sha256: str | None = None,
+) -> None:
+    """The data set's tokenizer: trained on its documents, a file, or one from the hub."""
+    if train_vocab_size is not None:
+        shards = [entry.object for entry in read(documents, "documents")]
+        trained_tokenizer(documents=shards, tokenizer=tokenizer, vocab_size=train_vocab_size)
+    elif file is not None:
+        if sha256 is not None and (found := here().digest(file)) != sha256:
+            raise ValueError(f"{file}: expected sha256 {sha256}, found {found}")
+        local_tokenizer(source=file, tokenizer=tokenizer)
+    else:
+        given_tokenizer(name=f"hf://{hub}/tokenizer.json", tokenizer=tokenizer, sha256=sha256)
+
+
+def order(tokens: list[Path], order: Path, sequence_length: int, seed: int) -> None:
+    """The order in which a run sees its instances: a shuffle that depends on their number."""
+    sizes = [entry.bytes for entry in read(tokens, "tokens")]
+    instances = sum(size // (TOKEN_BYTES * sequence_length) for size in sizes)
+    if instances == 0:
+        raise ValueError(
+            f"expected at least one instance of {sequence_length} tokens, found {sum(sizes)} "
+            f"bytes in {len(sizes)} shards, none as long as that"
+        )
+    global_order(order=order, instances=instances, seed=seed)
+
+
+@stage(version=1)
+def global_order(order: Output, instances: int, seed: int, epoch: int = 0) -> Facts:
+    """global_indices.npy of one epoch, without what depends on the world size."""
+    write_order(global_indices(instances, seed, epoch), order)
+    return {"instances": instances}
+
+
+@stage(version=1)
+def local_source(file: Input, source: Output) -> Facts:
+    """A local file of Dolma's schema, as it is."""
+    gz.refuse_other_content(file, str(file))
+    shutil.copyfile(file, source)
+    return {"licence": "unknown"}

@@ -35,12 +35,13 @@ TOPICS = PurePosixPath("pydoc_data/topics.py")
 
 
 @stage(version=1)
-def stdlib(folder: Folder, shards: int) -> Facts:
+def stdlib(folder: Folder, shards: int, library: str | None = None) -> Facts:
     """Write the running Python's standard library as text in Dolma's schema.
 
     The folder gets `stdlib-00.json.gz` and so on, and `manifest.tsv`, a table of the source files:
     path, bytes, sha256, shard. A package's documents stay together; packages are dealt to the
-    shards, largest first, so that the shards come out about equally large.
+    shards, largest first, so that the shards come out about equally large. `library` is what
+    `library_digest` tells: it makes the sources, which are no file of ours, part of the action.
     """
     if not 1 <= shards <= 100:
         raise ValueError(f"expected 1 to 100 shards, found {shards}")
@@ -87,6 +88,15 @@ def stdlib(folder: Folder, shards: int) -> Facts:
         "documents": documents,
         "licence": "PSF-2.0",
     }
+
+
+def library_digest() -> str:
+    """Names the running Python and the bytes of its library: the sha256 of every source's."""
+    root = Path(sysconfig.get_path("stdlib"))
+    lines = [f"{platform.python_implementation()} {platform.python_version()}"]
+    for path in source_files(root):
+        lines.append(f"{path} {hashlib.sha256((root / path).read_bytes()).hexdigest()}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def source_files(root: Path) -> Iterator[PurePosixPath]:

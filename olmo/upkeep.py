@@ -1,0 +1,77 @@
+"""`olmo store …`: look after the store by hand."""
+
+import json
+from pathlib import Path
+
+from olmo.lineage import differences, nearest
+from olmo.lineage import trace as trace_lines
+from olmo.stage import here
+
+
+def verify() -> None:
+    """Hash every object. What is corrupt goes to quarantine; the next run makes it anew."""
+    store = here()
+    objects = len(list((store.root / "objects").glob("??/*")))
+    if corrupt := store.verify():
+        raise ValueError(
+            f"{len(corrupt)} of {objects} objects were corrupt and are in {store.root}/quarantine: "
+            + ", ".join(digest[:12] + "…" for digest in corrupt)
+            + ". Run snakemake again: it makes them anew"
+        )
+    print(f"{store.root}: {objects} objects, all sound")
+
+
+def gc(dry_run: bool = False) -> None:
+    """Remove the objects that no path and no pin points to. Records stay."""
+    store = here()
+    sizes = {p.name: p.stat().st_size for p in (store.root / "objects").glob("??/*")}
+    removed = store.gc(dry_run)
+    freed = sum(sizes[digest] for digest in removed)
+    verb = "would remove" if dry_run else "removed"
+    print(f"{store.root}: {verb} {len(removed)} of {len(sizes)} objects, {freed:,} bytes")
+
+
+def checkout(name: str, /, to: Path | None = None) -> None:
+    """Make an artifact's path again, or another one with --to.
+
+    NAME is a path that the store made, deleted since or not, or an action's key (with --to).
+    """
+    store = here()
+    link = store.root_of(Path(name))
+    record = store.record(link["key"]) if link else store.record(name)
+    if record is None or (to is None and link is None):
+        raise ValueError(f"expected a path that the store {store.root} made, found {name}")
+    if not store.hit(record["key"]):
+        raise ValueError(f"objects of {name} are gone from {store.root}; run snakemake again")
+    for output in [link["output"]] if link else record["outputs"]:
+        path = to or Path(name)
+        path = path if link or len(record["outputs"]) == 1 else path / output
+        store.link(record, output, path)
+        print(f"{path} → {record['action']['stage']} {record['key'][:12]}…")
+
+
+def why(path: Path, /) -> None:
+    """What made PATH, and what differs from the nearest other action, field by field."""
+    store = here()
+    record = store.named(path)
+    print(json.dumps(record["action"], indent=1))
+    others = nearest(store, record["action"], besides=record["key"])
+    if others is None:
+        print("no other action of this stage is known")
+        return
+    print(f"differs from {others['key'][:12]}… ({others['run']['started']}) in:")
+    for line in differences(others["action"], record["action"]):
+        print(f"  {line}")
+
+
+def trace(path: Path, /) -> None:
+    """The way back from PATH to its sources, an action a line."""
+    print("\n".join(trace_lines(here(), path)))
+
+
+def pin(path: Path, /, remove: bool = False) -> None:
+    """Keep what PATH names through `gc`, also when the path is deleted."""
+    store = here()
+    key = store.named(path)["key"]
+    store.unpin(key) if remove else store.pin(key)
+    print(f"{'un' if remove else ''}pinned {key[:12]}…")
