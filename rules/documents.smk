@@ -6,9 +6,9 @@ rule documents:
         "data/{dataset}/sources/{batch}.tsv",
     output:
         "data/{dataset}/documents/{batch}.tsv",
-    params:
-        recipe=lambda w: plan.flags(w.dataset, "documents"),
     log:
         "logs/documents/{dataset}/{batch}.log",
+    params:
+        recipe=lambda w: plan.flags(w.dataset, "documents"),
     shell:
         "olmo documents --sources {input:q} --listing {output:q} {params.recipe} --log {log:q}"

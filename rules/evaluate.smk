@@ -7,9 +7,9 @@ rule evaluate:
         tokens=lambda w: listings(plan.run(w.run).dataset, "tokens"),
     output:
         "eval/{run}/heldout.json",
-    threads: workflow.cores
     log:
         "logs/evaluate/{run}.log",
+    threads: workflow.cores
     shell:
         "olmo evaluate --checkpoint {input.final:q} --tokens {input.tokens:q} --results {output:q}"
         " --log {log:q}"

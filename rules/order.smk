@@ -6,9 +6,9 @@ rule order:
         lambda w: listings(plan.run(w.run).dataset, "tokens"),
     output:
         "checkpoints/{run}/global_indices.npy",
-    params:
-        recipe=lambda w: plan.order_flags(w.run),
     log:
         "logs/order/{run}.log",
+    params:
+        recipe=lambda w: plan.order_flags(w.run),
     shell:
         "olmo order --tokens {input:q} --order {output:q} {params.recipe} --log {log:q}"

@@ -5,10 +5,10 @@ checkpoint source_list:
     # The published list of a data set's files, with the sizes that the server tells.
     output:
         "data/{dataset}/sources.tsv",
-    params:
-        url=lambda w: plan.recipe(w.dataset).sources.url_list,
     log:
         "logs/source-list/{dataset}.log",
+    params:
+        url=lambda w: plan.recipe(w.dataset).sources.url_list,
     shell:
         "olmo source-list --url {params.url:q} --table {output:q} --log {log:q}"
 
@@ -18,10 +18,10 @@ rule sources:
         lambda w: plan.local_files(w.dataset, w.batch),
     output:
         "data/{dataset}/sources/{batch}.tsv",
-    params:
-        sources=lambda w: plan.source_flags(w.dataset, w.batch),
     log:
         "logs/sources/{dataset}/{batch}.log",
+    params:
+        sources=lambda w: plan.source_flags(w.dataset, w.batch),
     shell:
         "olmo sources --listing {output:q} --sources {params.sources} --log {log:q}"
 

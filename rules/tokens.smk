@@ -6,10 +6,10 @@ rule tokenizer:
         lambda w: listings(w.dataset, "documents") if plan.trains_tokenizer(w.dataset) else [],
     output:
         "data/{dataset}/tokenizer.json",
-    params:
-        recipe=lambda w: plan.flags(w.dataset, "tokenizer"),
     log:
         "logs/tokenizer/{dataset}.log",
+    params:
+        recipe=lambda w: plan.flags(w.dataset, "tokenizer"),
     shell:
         "olmo tokenizer --documents {input:q} --tokenizer {output:q} {params.recipe}"
         " --log {log:q}"
@@ -22,13 +22,13 @@ rule tokens:
         environment=dolma_environment,
     output:
         "data/{dataset}/tokens/{batch}.tsv",
-    params:
-        eos=lambda w: plan.recipe(w.dataset).tokenizer.eos_token_id,
-        pad=lambda w: plan.recipe(w.dataset).tokenizer.pad_token_id,
     log:
         "logs/tokens/{dataset}/{batch}.log",
     conda:
         "../envs/dolma.yaml"
+    params:
+        eos=lambda w: plan.recipe(w.dataset).tokenizer.eos_token_id,
+        pad=lambda w: plan.recipe(w.dataset).tokenizer.pad_token_id,
     shell:
         "olmo tokens --documents {input.documents:q} --tokenizer {input.tokenizer:q}"
         " --environment {input.environment:q} --eos-token-id {params.eos}"

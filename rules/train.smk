@@ -9,11 +9,11 @@ rule train:
         config=lambda w: plan.run(w.run).train,
     output:
         directory("checkpoints/{run}/final"),
-    params:
-        processes=lambda w: plan.run(w.run).processes,
-    threads: workflow.cores
     log:
         "logs/train/{run}.log",
+    threads: workflow.cores
+    params:
+        processes=lambda w: plan.run(w.run).processes,
     shell:
         "olmo train --config {input.config:q} --tokens {input.tokens:q} --order {input.order:q}"
         " --tokenizer {input.tokenizer:q} --final {output:q} --processes {params.processes}"
