@@ -1,0 +1,296 @@
+"""Transformer blocks: attention and feed-forward, each added to the residual stream.
+
+Shapes: B batch, T positions, d d_model, H heads, H_kv heads of keys and values, D = d/H,
+S = past positions + T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olmo.config import ActivationType, BlockType, ModelConfig
+from olmo.model.attention import Backend, attention, choose
+from olmo.model.init import Linear, Role, reset
+from olmo.model.norm import LayerNormBase
+from olmo.model.rope import BufferCache, RotaryEmbedding
+
+KeyValues = tuple[Tensor, Tensor]
+"""Keys, already rotated, and values of one block, each (B, H_kv, S, D)."""
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout that at p=0 is nothing at all: no copy, and no number from the generator."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if self.p == 0.0 else super().forward(input)
+
+
+class Activation(nn.Module):
+    """The feed-forward's nonlinearity; its output is `output_multiplier` as wide as its input."""
+
+    output_multiplier = 1.0
+
+    @classmethod
+    def build(cls, config: ModelConfig) -> Activation:
+        kinds = {
+            ActivationType.gelu: GELU,
+            ActivationType.relu: ReLU,
+            ActivationType.swiglu: SwiGLU,
+        }
+        return kinds[ActivationType(config.activation_type)]()
+
+
+class GELU(Activation):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+
+class ReLU(Activation):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+class SwiGLU(Activation):
+    """silu(second half) * first half (Shazeer 2020, arXiv:2002.05202)."""
+
+    output_multiplier = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = x.chunk(2, dim=-1)
+        return F.silu(gate) * x
+
+
+class BlockOutput(NamedTuple):
+    x: Tensor
+    cache: KeyValues | None
+
+
+class OLMoBlock(nn.Module):
+    """What the two kinds of block share; they differ in how queries, keys and values are made.
+
+    Modules are registered, and weights drawn, in OLMo's order, so that names, checkpoints and
+    seeds mean the same.
+    """
+
+    attn_norm: LayerNormBase
+    ff_norm: LayerNormBase
+    ff_proj: Linear
+
+    def __init__(self, layer_id: int, config: ModelConfig, cache: BufferCache) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+        self.config = config
+        self.head_size = config.d_model // config.n_heads
+        self.n_kv_heads = config.effective_n_kv_heads
+        self.kv_size = self.n_kv_heads * self.head_size
+        self.hidden_size = (
+            config.mlp_ratio * config.d_model
+            if config.mlp_hidden_size is None
+            else config.mlp_hidden_size
+        )
+        _check(config, self.n_kv_heads, self.hidden_size)
+
+        self.dropout = Dropout(config.residual_dropout)
+        self.k_norm: LayerNormBase | None = None
+        self.q_norm: LayerNormBase | None = None
+        if config.attention_layer_norm:
+            affine = config.attention_layer_norm_with_affine
+            self.k_norm = LayerNormBase.build(config, self.kv_size, elementwise_affine=affine)
+            self.q_norm = LayerNormBase.build(config, elementwise_affine=affine)
+        self.act = Activation.build(config)
+        self.attn_out = self._linear(config.d_model, config.d_model)
+        inner = int(self.act.output_multiplier * self.hidden_size)
+        self.ff_out = self._linear(inner, config.d_model)
+        self.rotary_emb = RotaryEmbedding(config, cache) if config.rope else None
+        self.backend: Backend | None = None  # set by OLMo.use_attention
+
+    def _linear(self, d_in: int, d_out: int) -> Linear:
+        return Linear(d_in, d_out, bias=self.config.include_bias, device=self.config.init_device)
+
+    @classmethod
+    def build(cls, layer_id: int, config: ModelConfig, cache: BufferCache) -> OLMoBlock:
+        """The kind that config.block_type names."""
+        kinds = {BlockType.sequential: OLMoSequentialBlock, BlockType.llama: OLMoLlamaBlock}
+        return kinds[BlockType(config.block_type)](layer_id, config, cache)
+
+    def reset_parameters(self) -> None:
+        for norm in (self.k_norm, self.q_norm):
+            if norm is not None:
+                norm.reset_parameters()
+        reset(self.attn_out, self.config, Role.attention_out, self.layer_id)
+        reset(self.ff_out, self.config, Role.feed_forward_out, self.layer_id)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, d), keys and values (B, T, H_kv * D)."""
+        raise NotImplementedError
+
+    def clip(self, x: Tensor) -> Tensor:
+        limit = self.config.clip_qkv
+        return x if limit is None else x.clamp(-limit, limit)
+
+    def attend(
+        self,
+        x: Tensor,
+        attention_bias: Tensor | None,
+        layer_past: KeyValues | None,
+        use_cache: bool,
+    ) -> tuple[Tensor, KeyValues | None]:
+        """Attention of x (B, T, d) to itself and the past, projected back to (B, T, d)."""
+        B, T, _ = x.shape
+        q, k, v = self.project(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            # Over all heads at once, and back to the type that the products run in.
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q = q.view(B, T, self.config.n_heads, self.head_size).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, self.n_kv_heads, self.head_size).transpose(1, 2)  # (B, H_kv, T, D)
+        v = v.view(B, T, self.n_kv_heads, self.head_size).transpose(1, 2)
+        past = 0 if layer_past is None else layer_past[0].shape[-2]
+        if self.rotary_emb is not None:
+            q, k = self.rotary_emb(q, k, start=past)
+        if layer_past is not None:
+            k = torch.cat((layer_past[0], k), dim=-2)  # (B, H_kv, S, D)
+            v = torch.cat((layer_past[1], v), dim=-2)
+        if attention_bias is not None:
+            attention_bias = _fit(attention_bias[:, :, past : past + T, : past + T], q.dtype)
+        out = attention(
+            q,
+            k,
+            v,
+            backend=self.backend or choose(self.config, q.device, q.dtype).backend,
+            bias=attention_bias,
+            causal=T > 1 or past == 0,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+        )
+        out = out.transpose(1, 2).reshape(B, T, -1)  # (B, T, d)
+        return self.attn_out(out), (k, v) if use_cache else None
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.ff_out(self.act(self.ff_proj(x)))
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_bias: Tensor | None = None,
+        layer_past: KeyValues | None = None,
+        use_cache: bool = False,
+    ) -> BlockOutput:
+        """
+        Args:
+            x: (B, T, d).
+            attention_bias: broadcast to (B, H, S, S); None is causal.
+            layer_past: what `cache` was for the positions before these.
+            use_cache: also return the keys and values up to here.
+        """
+        if self.config.norm_after:
+            h, cache = self.attend(x, attention_bias, layer_past, use_cache)
+            x = x + self.dropout(self.attn_norm(h))
+            return BlockOutput(x + self.dropout(self.ff_norm(self.feed_forward(x))), cache)
+        h, cache = self.attend(self.attn_norm(x), attention_bias, layer_past, use_cache)
+        x = x + self.dropout(h)
+        return BlockOutput(x + self.dropout(self.feed_forward(self.ff_norm(x))), cache)
+
+
+class OLMoSequentialBlock(OLMoBlock):
+    """Queries, keys and values by one projection, `att_proj`, in that order."""
+
+    def __init__(self, layer_id: int, config: ModelConfig, cache: BufferCache) -> None:
+        super().__init__(layer_id, config, cache)
+        self.fused_dims = (config.d_model, self.kv_size, self.kv_size)
+        self.att_proj = self._linear(config.d_model, sum(self.fused_dims))
+        self.ff_proj = self._linear(config.d_model, self.hidden_size)
+        self.attn_norm = LayerNormBase.build(config)
+        self.ff_norm = LayerNormBase.build(config)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.attn_norm.reset_parameters()
+        self.ff_norm.reset_parameters()
+        reset(self.att_proj, self.config, Role.into)
+        reset(self.ff_proj, self.config, Role.into)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.clip(self.att_proj(x)).split(self.fused_dims, dim=-1)
+        return q, k, v
+
+
+class OLMoLlamaBlock(OLMoBlock):
+    """Queries, keys and values by a projection each, as Llama has them."""
+
+    def __init__(self, layer_id: int, config: ModelConfig, cache: BufferCache) -> None:
+        super().__init__(layer_id, config, cache)
+        self.attn_norm = LayerNormBase.build(config)
+        self.ff_norm = LayerNormBase.build(config)
+        self.q_proj = self._linear(config.d_model, config.d_model)
+        self.k_proj = self._linear(config.d_model, self.kv_size)
+        self.v_proj = self._linear(config.d_model, self.kv_size)
+        self.ff_proj = self._linear(config.d_model, self.hidden_size)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.attn_norm.reset_parameters()
+        self.ff_norm.reset_parameters()
+        for module in (self.q_proj, self.k_proj, self.v_proj, self.ff_proj):
+            reset(module, self.config, Role.into)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.clip(self.q_proj(x)), self.clip(self.k_proj(x)), self.clip(self.v_proj(x))
+
+
+class OLMoBlockGroup(nn.ModuleList):
+    """Consecutive blocks that are wrapped, and named, as one: `block_groups.{group}.{block}`."""
+
+    def __init__(self, blocks: Iterable[OLMoBlock]) -> None:
+        super().__init__(blocks)
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_bias: Tensor | None = None,
+        layers_past: list[KeyValues] | None = None,
+        use_cache: bool = False,
+    ) -> tuple[Tensor, list[KeyValues] | None]:
+        """As a block, with one past and one cache for each block inside."""
+        caches: list[KeyValues] = []
+        for i, block in enumerate(self):
+            past = None if layers_past is None else layers_past[i]
+            x, cache = block(x, attention_bias, past, use_cache)
+            if cache is not None:
+                caches.append(cache)
+        return x, caches if use_cache else None
+
+
+def _fit(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float bias in the scores' type, where -inf would turn fully masked rows into NaN."""
+    if bias.dtype == torch.bool:
+        return bias
+    return bias.to(dtype).clamp(min=torch.finfo(dtype).min)
+
+
+def _check(config: ModelConfig, n_kv_heads: int, hidden_size: int) -> None:
+    if config.d_model % config.n_heads:
+        raise ValueError(
+            f"model.d_model must be a multiple of model.n_heads; found {config.d_model} and "
+            f"{config.n_heads}"
+        )
+    if config.n_heads % n_kv_heads:
+        raise ValueError(
+            f"model.n_heads must be a multiple of model.n_kv_heads; found {config.n_heads} and "
+            f"{n_kv_heads}"
+        )
+    if config.rope and (config.d_model // config.n_heads) % 2:
+        raise ValueError(
+            f"model.rope needs an even head size; model.d_model / model.n_heads is "
+            f"{config.d_model // config.n_heads}"
+        )
+    if config.clip_qkv is not None and config.clip_qkv <= 0:
+        raise ValueError(f"model.clip_qkv must be above 0 or null; found {config.clip_qkv}")
+    if config.activation_type == ActivationType.swiglu and hidden_size % 2:
+        raise ValueError(
+            f"swiglu halves the hidden size, which must be even; found {hidden_size}: "
+            "change model.mlp_hidden_size or model.mlp_ratio"
+        )

@@ -1,0 +1,343 @@
+"""The OLMo language model: embeddings, blocks, head. A plain module that knows of one device.
+
+Shapes: B batch, T positions, d d_model, V rows of the embedding (embedding_size, or vocab_size),
+S = past positions + T.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olmo.config import ModelConfig
+from olmo.model.attention import Backend, Choice, causal_bias, choose, document_mask
+from olmo.model.block import Dropout, KeyValues, OLMoBlock, OLMoBlockGroup
+from olmo.model.generate import OLMoGenerateOutput, generate
+from olmo.model.init import Embedding, Linear, Role, reset
+from olmo.model.norm import LayerNormBase
+from olmo.model.regroup import regrouped
+from olmo.model.rope import BufferCache, alibi_bias
+
+
+class OLMoOutput(NamedTuple):
+    logits: Tensor
+    """(B, T, V), or (B, 1, V) with last_logits_only: log-probabilities before normalisation."""
+
+    attn_key_values: list[KeyValues] | None
+    """With use_cache: keys and values of each block."""
+
+    hidden_states: tuple[Tensor, ...] | None
+    """With output_hidden_states: (B, T, d) before each block, and after the last norm."""
+
+
+class OLMo(nn.Module):
+    """OLMo v1 and 2 (Groeneveld et al. 2024, arXiv:2402.00838; arXiv:2501.00656).
+
+    Args:
+        config: is read and never changed.
+        init_params: draw the weights now. On the device `meta` they are not drawn; materialise
+            the model (`to_empty`) and call `reset_parameters`, which gives the same weights.
+
+    Raises:
+        ValueError: contradicting settings, naming the keys.
+    """
+
+    transformer: Any  # a ModuleDict, whose names are those of OLMo's checkpoints
+
+    def __init__(self, config: ModelConfig, init_params: bool = True) -> None:
+        super().__init__()
+        _check(config)
+        self.config = config
+        self.cache = BufferCache()
+        self.attention: Choice | None = None
+        n_embeddings = config.embedding_size or config.vocab_size
+        device = config.init_device
+
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": Embedding(n_embeddings, config.d_model, device=device),
+                "emb_drop": Dropout(config.embedding_dropout),
+                "ln_f": LayerNormBase.build(config),
+            }
+        )
+        blocks = [OLMoBlock.build(i, config, self.cache) for i in range(config.n_layers)]
+        size = config.block_group_size
+        if size == 1:
+            self.transformer["blocks"] = nn.ModuleList(blocks)
+        else:
+            groups = [OLMoBlockGroup(blocks[i : i + size]) for i in range(0, len(blocks), size)]
+            self.transformer["block_groups"] = nn.ModuleList(groups)
+        if not (config.alibi or config.rope):
+            length = config.max_sequence_length
+            self.transformer["wpe"] = Embedding(length, config.d_model, device=device)
+        if not config.weight_tying:
+            bias = config.include_bias
+            self.transformer["ff_out"] = Linear(config.d_model, n_embeddings, bias, device)
+        if config.embedding_layer_norm:
+            self.transformer["emb_norm"] = LayerNormBase.build(config)
+        if config.alibi:
+            self._bias(config.max_sequence_length, torch.device("cpu"))
+
+        if init_params and config.init_device != "meta":
+            self.reset_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer["wte"].weight.device
+
+    def blocks(self) -> Iterator[OLMoBlock]:
+        """All blocks in order, grouped or not."""
+        if self.config.block_group_size == 1:
+            yield from self.transformer["blocks"]
+        else:
+            for group in self.transformer["block_groups"]:
+                yield from group
+
+    def reset_parameters(self) -> None:
+        """Draw all weights, from the CPU's generator, in OLMo's order."""
+        parts = self.transformer
+        reset(parts["wte"], self.config, Role.embedding)
+        if "wpe" in parts:
+            reset(parts["wpe"], self.config, Role.position)
+        parts["ln_f"].reset_parameters()
+        if "emb_norm" in parts:
+            parts["emb_norm"].reset_parameters()
+        if "ff_out" in parts:
+            reset(parts["ff_out"], self.config, Role.head)
+        for block in self.blocks():
+            block.reset_parameters()
+
+    def use_attention(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        backend: Backend | str | None = None,
+    ) -> Choice:
+        """Choose the attention kernel once, for all blocks, and say which and why.
+
+        Without this call each forward pass finds the same choice anew.
+
+        Args:
+            device: where the model will run; by default where it is.
+            dtype: what attention will run in: autocast's type where autocast is on.
+            backend: insist on this one.
+
+        Raises:
+            ValueError: what is asked for (model.flash_attention too) cannot be had.
+        """
+        device = self.device if device is None else torch.device(device)
+        self.attention = choose(self.config, device, dtype, backend)
+        for block in self.blocks():
+            block.backend = self.attention.backend
+        return self.attention
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        input_embeddings: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        past_key_values: Sequence[KeyValues] | None = None,
+        use_cache: bool = False,
+        last_logits_only: bool = False,
+        output_hidden_states: bool | None = None,
+        doc_lens: Tensor | None = None,
+        max_doc_lens: Sequence[int] | None = None,
+    ) -> OLMoOutput:
+        """
+        Args:
+            input_ids: (B, T), integers below vocab_size.
+            input_embeddings: (B, T, d) in the place of the embedded ids.
+            attention_mask: (B, S), 0 where no one may look (padding).
+            attention_bias: (B or 1, H or 1, S, S) or (S, S), in the place of the causal one: 0 or
+                False in a bool or int8 tensor forbids a look, a float one is added to the scores.
+            past_key_values: `attn_key_values` of the positions before `input_ids`.
+            use_cache: return `attn_key_values`.
+            last_logits_only: compute logits for the last position only.
+            output_hidden_states: return `hidden_states`.
+            doc_lens: (B, most documents), lengths of the documents in each row, padded with 0:
+                positions then see their own document only.
+            max_doc_lens: accepted as OLMo has it; the lengths say it all.
+        """
+        if past_key_values is not None and len(past_key_values) != self.config.n_layers:
+            raise ValueError(
+                f"past_key_values must hold one pair for each of {self.config.n_layers} blocks, "
+                f"found {len(past_key_values)}"
+            )
+        past = 0 if past_key_values is None else past_key_values[0][0].shape[-2]
+        x = self._embed(input_ids, input_embeddings, past)  # (B, T, d)
+        bias = self._attention_bias(x, past, attention_mask, attention_bias, doc_lens)
+
+        hidden: list[Tensor] = []
+        caches: list[KeyValues] = []
+        size = self.config.block_group_size
+        for i, part in enumerate(self.transformer["blocks" if size == 1 else "block_groups"]):
+            if output_hidden_states:
+                hidden.append(x)
+            if size == 1:
+                x, cache = part(x, bias, past_key_values and past_key_values[i], use_cache)
+                caches.append(cache)
+            else:
+                pasts = past_key_values and past_key_values[i * size : (i + 1) * size]
+                x, group_caches = part(x, bias, pasts, use_cache)
+                caches.extend(group_caches or [])
+
+        if last_logits_only:
+            x = x[:, -1:]
+        x = self.transformer["ln_f"](x)
+        if output_hidden_states:
+            hidden.append(x)
+        return OLMoOutput(
+            logits=self._logits(x),
+            attn_key_values=caches if use_cache else None,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+        )
+
+    def _embed(self, input_ids: Tensor, input_embeddings: Tensor | None, past: int) -> Tensor:
+        parts = self.transformer
+        x = parts["wte"](input_ids) if input_embeddings is None else input_embeddings
+        if "emb_norm" in parts:
+            x = parts["emb_norm"](x)
+        if "wpe" in parts:
+            positions = torch.arange(past, past + x.shape[1], device=x.device)
+            x = parts["wpe"](positions) + x
+        return parts["emb_drop"](x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        parts = self.transformer
+        logits = parts["ff_out"](x) if "ff_out" in parts else F.linear(x, parts["wte"].weight)
+        return logits / math.sqrt(self.config.d_model) if self.config.scale_logits else logits
+
+    def _attention_bias(
+        self,
+        x: Tensor,
+        past: int,
+        attention_mask: Tensor | None,
+        attention_bias: Tensor | None,
+        doc_lens: Tensor | None,
+    ) -> Tensor | None:
+        """Who may look at whom, (B or 1, H or 1, S, S), or None for plain causal attention.
+
+        What is forbidden gets float32's lowest number, not -inf, as in OLMo: a row that may look
+        nowhere then sees everything alike instead of becoming NaN.
+        """
+        length = past + x.shape[1]
+        lowest = torch.finfo(torch.float32).min
+        unmasked = attention_mask is None and attention_bias is None and not self.config.alibi
+        if unmasked and doc_lens is not None and past == 0:
+            return document_mask(doc_lens, length)
+        if unmasked and doc_lens is None and (past == 0 or x.shape[1] == 1):
+            return None
+
+        if attention_bias is None:
+            bias = self._bias(length, x.device)
+        else:
+            bias = attention_bias.view((1,) * (4 - attention_bias.ndim) + attention_bias.shape)
+            if bias.dtype in (torch.bool, torch.int8, torch.uint8):
+                bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(bias == 0, lowest)
+        bias = bias[:, :, :length, :length].float()
+        if attention_mask is not None:
+            if attention_mask.shape != (len(x), length):
+                raise ValueError(
+                    f"attention_mask must be (batch, past + current positions) = "
+                    f"{(len(x), length)}, found {tuple(attention_mask.shape)}"
+                )
+            bias = bias + (1.0 - attention_mask.float())[:, None, None, :] * lowest
+        if doc_lens is not None:
+            bias = bias + (~document_mask(doc_lens, length)).float() * lowest
+        return bias.clamp(min=lowest)
+
+    def _bias(self, length: int, device: torch.device) -> Tensor:
+        """The causal bias, with ALiBi's where configured, for `length` positions or more."""
+        bias = self.cache.on(device, "attention_bias")
+        if bias is None or bias.shape[-1] < length:
+            bias = causal_bias(length, device)
+            if self.config.alibi:
+                slopes = alibi_bias(length, self.config.n_heads, self.config.alibi_bias_max, device)
+                bias = bias + slopes
+            self.cache["attention_bias"] = bias
+        return bias
+
+    def num_params(self, include_embedding: bool = True) -> int:
+        """Number of weights, a tied head counted once, with or without both embeddings."""
+        return sum(
+            p.numel()
+            for name, p in self.named_parameters()
+            if include_embedding or not (".wte." in name or ".wpe." in name)
+        )
+
+    @property
+    def num_fwd_flops(self) -> int:
+        """OLMo's count of floating-point operations per token, forward.
+
+        Two for each weight outside the embeddings, and attention over the whole window. It leaves
+        a tied head out (`flops_per_token` does not).
+        """
+        return 2 * self.num_params(include_embedding=False) + 4 * self._attention_size()
+
+    @property
+    def num_bck_flops(self) -> int:
+        """OLMo's count for the backward pass: four for each weight, embeddings too."""
+        return 4 * self.num_params() + 8 * self._attention_size()
+
+    def flops_per_token(self, causal: bool = False) -> int:
+        """Operations per token, forward and backward, with PaLM's convention for MFU.
+
+        6 for each weight of a matrix product, the head counted once whether tied or not, and
+        12 L T d for attention (PaLM, Chowdhery et al. 2022, appendix B), or with `causal` only
+        for the pairs that are not masked: 6 L (T + 1) d.
+        """
+        products = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        if self.config.weight_tying:
+            products += self.transformer["wte"].weight.numel()
+        layers, length = self.config.n_layers, self.config.max_sequence_length
+        pairs = 6 * layers * (length + 1) if causal else 12 * layers * length
+        return 6 * products + pairs * self.config.d_model
+
+    def _attention_size(self) -> int:
+        config = self.config
+        return config.n_layers * config.d_model * config.max_sequence_length
+
+    def generate(self, input_ids: Tensor, **options: Any) -> OLMoGenerateOutput:
+        """Continue `input_ids` (B, T); the options are those of `olmo.model.generate.generate`."""
+        return generate(self, input_ids, **options)
+
+    def _make_state_dict_compatible(
+        self, state_dict: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, set[str]]]:
+        """OLMo's name for `regrouped`."""
+        return regrouped(state_dict, self.config.block_group_size)
+
+
+def _check(config: ModelConfig) -> None:
+    if config.alibi and config.flash_attention:
+        raise ValueError(
+            "model.alibi is a bias that flash attention does not take; "
+            "set model.flash_attention=false"
+        )
+    if config.alibi and config.rope:
+        raise ValueError("model.alibi and model.rope exclude each other; keep one of them")
+    if config.embedding_size is not None and config.embedding_size != config.vocab_size:
+        if config.embedding_size < config.vocab_size:
+            raise ValueError(
+                f"model.embedding_size must be at least model.vocab_size ({config.vocab_size}), "
+                f"found {config.embedding_size}"
+            )
+        if config.embedding_size % 128:
+            warnings.warn(
+                f"model.embedding_size={config.embedding_size} is no multiple of 128, which costs "
+                "speed on GPUs",
+                stacklevel=3,
+            )
+    size = config.block_group_size
+    if not 0 < size <= config.n_layers or config.n_layers % size:
+        raise ValueError(
+            f"model.n_layers must be a multiple of model.block_group_size; found "
+            f"{config.n_layers} and {size}"
+        )
