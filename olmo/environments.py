@@ -1,0 +1,89 @@
+"""Environments of other programs' own, for what cannot live in ours: built once, by uv."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import uuid
+from pathlib import Path
+
+
+def environment(requirements: Path, environment: Path) -> None:
+    """Build the virtual environment that `requirements` pins, for the running Python's version.
+
+    `environment` is a JSON file, written last: "python" (the interpreter's path, relative to this
+    file) and what the environment was made from. The environment itself lies beside it, in a
+    folder named by that, so that an unchanged one is found again and a half-built one is not.
+
+    Raises ValueError when uv cannot install what is asked for.
+    """
+    content = requirements.read_text()
+    environment = Path(os.path.abspath(environment))
+    made_from = {
+        "requirements": hashlib.sha256(content.encode()).hexdigest(),
+        "python_version": platform.python_version(),
+        "platform": sysconfig.get_platform(),
+    }
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    folder = environment.parent / f"{requirements.stem}-{key}"
+    marker, interpreter = folder / "made-from.json", folder / "bin" / "python"
+    if not (marker.exists() and interpreter.exists()):
+        shutil.rmtree(folder, ignore_errors=True)  # an attempt that was cut off
+        uv("venv", "--quiet", "--no-project", "--python", sys.executable, str(folder))
+        uv(
+            "pip",
+            "install",
+            "--quiet",
+            "--python",
+            str(folder),
+            "-r",
+            os.path.abspath(requirements),
+        )
+        marker.write_text(json.dumps(made_from, indent=1))
+    python = os.path.relpath(interpreter, environment.parent)
+    draft = environment.with_suffix(f".{uuid.uuid4().hex[:8]}")
+    draft.write_text(json.dumps({"python": python, **made_from}, indent=1, sort_keys=True) + "\n")
+    os.replace(draft, environment)
+
+
+def uv(*arguments: str) -> None:
+    """Run uv, one of our dependencies, out of reach of this project's own constraints.
+
+    Raises ValueError with what it said when it fails.
+    """
+    from uv import find_uv_bin
+
+    hidden = ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT", "PYTHONPATH")  # ours, not the new one's
+    surroundings = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run(
+        [find_uv_bin(), *arguments], cwd=os.sep, env=surroundings, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise ValueError(
+            f"uv {' '.join(arguments)} failed:\n{done.stderr.strip()}\nExpected the packages to be "
+            "installable: check the network and the free space, then run the same again"
+        )
+
+
+def interpreter(environment: Path) -> Path:
+    """The Python of an environment, by its JSON file."""
+    path = environment.parent / json.loads(environment.read_text())["python"]
+    if not path.exists():
+        raise ValueError(
+            f"{environment}: expected an interpreter at {path}, found none. Build it again: "
+            f"rm {environment}, then run the same command"
+        )
+    return path
+
+
+def version(requirements: Path, package: str) -> str:
+    """The version of a package that a requirements file pins."""
+    for line in requirements.read_text().splitlines():
+        name, _, rest = line.partition("==")
+        if name == package:
+            return rest.split(";")[0].strip()
+    raise ValueError(f"{requirements}: expected a line {package}==…, found none")
