@@ -19,7 +19,6 @@ FIELDS = [
     "grad_clip_warmup_steps",
     "grad_clip_warmup_factor",
 ]
-)
 
 
 def build(case: dict[str, Any]) -> Scheduler:
