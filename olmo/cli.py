@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with copied_to(arguments.pop("log")):
             first = [arguments.pop(name) for name in positional(command)]
             command(*first, **arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ChildProcessError) as error:
         sys.exit(f"olmo {verb}: {error}")
 
 

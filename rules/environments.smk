@@ -14,4 +14,4 @@ rule environment:
 
 def dolma_environment(wildcards):
     """Ours, unless `--sdm conda` activates the same versions around the job."""
-    return [] if workflow.deployment_settings.deployment_method else "environments/dolma.json"
+    return [] if workflow.deployment_settings.deployment_method else ["environments/dolma.json"]

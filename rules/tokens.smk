@@ -20,6 +20,7 @@ rule tokens:
         documents="data/{dataset}/documents/{batch}.tsv",
         tokenizer="data/{dataset}/tokenizer.json",
         environment=dolma_environment,
+        requirements="envs/dolma.txt",
     output:
         "data/{dataset}/tokens/{batch}.tsv",
     log:
@@ -27,9 +28,12 @@ rule tokens:
     conda:
         "../envs/dolma.yaml"
     params:
+        environment=lambda w, input: (
+            f"--environment {input.environment}" if input.environment else ""
+        ),
         eos=lambda w: plan.recipe(w.dataset).tokenizer.eos_token_id,
         pad=lambda w: plan.recipe(w.dataset).tokenizer.pad_token_id,
     shell:
         "olmo tokens --documents {input.documents:q} --tokenizer {input.tokenizer:q}"
-        " --environment {input.environment:q} --eos-token-id {params.eos}"
+        " --requirements {input.requirements:q} {params.environment} --eos-token-id {params.eos}"
         " --pad-token-id {params.pad} --listing {output:q} --log {log:q}"

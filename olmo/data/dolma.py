@@ -44,7 +44,7 @@ class Dolma:
     def __call__(self, toolkit: str, time_limit_s: float, **request: Any) -> str:
         """Tokenize one file; returns what the toolkit said. See dolma_worker for the request.
 
-        Raises ValueError with what it said when it fails, RuntimeError when it dies.
+        Raises ValueError with what it said when it fails, ChildProcessError when it dies.
         """
         deadline = time.monotonic() + time_limit_s
         if self.process is None:
@@ -62,7 +62,7 @@ class Dolma:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise RuntimeError(self.death()) from None
+            raise ChildProcessError(self.death()) from None
         answer = self.answer(deadline)
         if "error" in answer:
             raise ValueError(f"the toolkit failed: {answer['error']}. It said:\n{self.tail()}")
@@ -85,15 +85,15 @@ class Dolma:
         )
 
     def answer(self, deadline: float) -> dict[str, Any]:
-        """The worker's next line; raises RuntimeError when it ends or the time is over."""
+        """The worker's next line; raises ChildProcessError when it ends or the time is over."""
         line = b""
         while not line.endswith(b"\n"):
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
-                raise RuntimeError(f"the toolkit did not end in time. It said:\n{self.tail()}")
+                raise ChildProcessError(f"the toolkit did not end in time. It said:\n{self.tail()}")
             block = os.read(self.process.stdout.fileno(), 1 << 16)
             if not block:
-                raise RuntimeError(self.death())
+                raise ChildProcessError(self.death())
             line += block
         answer: dict[str, Any] = json.loads(line)
         return answer

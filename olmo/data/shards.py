@@ -9,16 +9,20 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from olmo.data import gz
+from olmo.data.documents import HELDOUT, TRAIN
 from olmo.data.documents import documents as documents_stage
+from olmo.data.dolma import Dolma, toolkit
 from olmo.data.order import global_indices
 from olmo.data.order import write as write_order
 from olmo.data.stdlib import library_digest, stdlib
 from olmo.data.tokenizer import given_tokenizer, local_tokenizer, trained_tokenizer
+from olmo.data.tokens import tokens as tokens_stage
+from olmo.environments import interpreter
 from olmo.stage import Facts, Input, Output, Stage, here, stage
 from olmo.store import Record
 
@@ -165,6 +169,50 @@ def tokenizer(
         local_tokenizer(source=file, tokenizer=tokenizer)
     else:
         given_tokenizer(name=f"hf://{hub}/tokenizer.json", tokenizer=tokenizer, sha256=sha256)
+
+
+def tokens(
+    documents: list[Path],
+    tokenizer: Path,
+    listing: Path,
+    eos_token_id: int,
+    pad_token_id: int,
+    requirements: Path,
+    environment: Path | None = None,
+) -> None:
+    """Token shards of a batch's documents and held-out documents, by one process of the toolkit.
+
+    `environment` is what `olmo environment` made of `requirements`; without it, the toolkit is
+    that of the `python` on PATH (`--sdm conda`).
+    """
+    python = interpreter(environment) if environment else Path(shutil.which("python") or "python")
+    tables = {entry.shard: entry.object for entry in read(documents, "table")}
+    parts = {
+        TRAIN: ("documents", {"tokens": "tokens/{}.npy", "index": "tokens/{}.parquet"}),
+        HELDOUT: ("heldout", {"tokens": "heldout/{}.npy", "index": "heldout/{}.parquet"}),
+    }
+    entries = []
+    with Dolma(python) as dolma:  # starts when the first shard is not in the store
+        for split, (output, paths) in parts.items():
+            for entry in read(documents, output):
+                made = run(
+                    listing,
+                    entry.shard,
+                    tokens_stage,
+                    {name: path.format(entry.shard) for name, path in paths.items()},
+                    documents=entry.object,
+                    table=tables[entry.shard],
+                    tokenizer=tokenizer,
+                    eos_token_id=eos_token_id,
+                    pad_token_id=pad_token_id,
+                    toolkit=toolkit(requirements),
+                    dolma=dolma,
+                    split=split,
+                )
+                # The listing tells the held-out shards from the others by the output's name.
+                prefix = "" if split == TRAIN else "heldout-"
+                entries += [replace(file, output=prefix + file.output) for file in made]
+    write(listing, entries)
 
 
 def order(tokens: list[Path], order: Path, sequence_length: int, seed: int) -> None:

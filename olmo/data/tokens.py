@@ -54,7 +54,7 @@ def tokens(
     `table` is the table that the documents' stage made, `split` the part of it in `documents`.
 
     Raises ValueError for a document too long for `max_size`, and when what came out is not what
-    went in; RuntimeError when the toolkit's process dies or takes too long.
+    went in; ChildProcessError when the toolkit's process dies or takes too long.
     """
     import numpy as np
     import polars

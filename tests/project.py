@@ -1,0 +1,258 @@
+"""A small project in a folder of its own, run by the real Snakefile: what pipeline tests stand on.
+
+Its recipe takes seconds: three files of text from the standard library, a small tokenizer, a
+model of a few thousand parameters. Everything else is the repository's own.
+"""
+
+import gzip
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+REPOSITORY = Path(__file__).parent.parent
+MARK = "OLMO_TEST_RUN"  # in the environment of every process of a run, so that it can be found
+
+TRAIN = {
+    "seed": 6198,
+    "model": {
+        "d_model": 32,
+        "n_heads": 2,
+        "n_layers": 2,
+        "mlp_ratio": 4,
+        "weight_tying": True,
+        "rope": True,
+        "flash_attention": False,
+        "include_bias": False,
+        "layer_norm_type": "default",
+        "layer_norm_with_affine": False,
+        "attention_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "embedding_dropout": 0.0,
+        "max_sequence_length": 64,
+        "vocab_size": 512,
+        "embedding_size": 512,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "init_fn": "mitchell",
+    },
+    "optimizer": {"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.1},
+    "scheduler": {"name": "cosine_with_warmup", "t_warmup": 4, "alpha_f": 0.1},
+    "tokenizer": {"identifier": "tokenizer.json"},
+    "max_duration": 24,
+    "global_train_batch_size": 8,
+    "device_train_microbatch_size": 2,
+    "device_eval_batch_size": 8,
+    "precision": "fp32",
+    "max_grad_norm": 1.0,
+    "eval_interval": 12,
+    "save_interval_unsharded": 3,
+    "save_num_unsharded_checkpoints_to_keep": 2,
+    "console_log_interval": 1,
+    "intra_op_threads": 1,
+}
+
+
+@dataclass
+class Outcome:
+    """What a run of snakemake said, and which stages' work ran or was found in the store."""
+
+    status: int
+    output: str
+    ran: Counter[str] = field(default_factory=Counter)
+    found: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        for stage, verb in re.findall(r"^(\w+): (runs|found in the store)", self.output, re.M):
+            (self.ran if verb == "runs" else self.found)[stage] += 1
+
+
+class Project:
+    """A folder with the repository's rules and a small recipe."""
+
+    def __init__(self, root: Path, store: Path | None = None, environments: Path | None = None):
+        self.root, self.store = root, store or root / "store"
+        self.environments = environments or REPOSITORY / "store" / "environments"
+        for name in ("rules", "profiles", "envs"):
+            shutil.copytree(REPOSITORY / name, root / name)
+        shutil.copy(REPOSITORY / "Snakefile", root)
+        self.write(
+            "config/config.yaml",
+            {
+                "shards_per_job": 2,
+                "runs": {"small": {"train": "config/train/small.yaml", "dataset": "small"}},
+            },
+        )
+        self.write("config/train/small.yaml", TRAIN)
+        self.write(
+            "config/data/small.yaml",
+            {
+                "sources": {"files": ["sources/*.json.gz"]},
+                "documents": {"keep_one_in": 2, "heldout_share": 0.1},
+                "tokenizer": {"train_vocab_size": 512, "eos_token_id": 0, "pad_token_id": 1},
+            },
+        )
+        for number in range(3):
+            write_source(root / f"sources/part-{number}.json.gz", documents(number))
+
+    def write(self, name: str, content: dict) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def change(self, name: str, **values: object) -> None:
+        """Set `a__b=value` in a YAML file."""
+        content = yaml.safe_load((self.root / name).read_text())
+        for place, value in values.items():
+            *path, last = place.split("__")
+            inner = content
+            for word in path:
+                inner = inner[word]
+            inner[last] = value
+        self.write(name, content)
+
+    def use_given_tokenizer(self, path: Path) -> None:
+        shutil.copy(path, self.root / "tokenizer.json")
+        self.change(
+            "config/data/small.yaml",
+            tokenizer={"file": "tokenizer.json", "eos_token_id": 0, "pad_token_id": 1},
+        )
+
+    # --- running ----------------------------------------------------------------------------
+
+    def start(self, *words: str, cores: int = 2, mark: str = "") -> "subprocess.Popen[str]":
+        """Start snakemake; its output goes to `output.txt`."""
+        environment = {
+            **os.environ,
+            "OLMO_STORE": str(self.store),
+            "OLMO_ENVIRONMENTS": str(self.environments),
+            "PYTHONPATH": str(REPOSITORY),
+            MARK: mark,
+        }
+        environment.pop("OLMO_SUPERVISOR", None)
+        with (self.root / "output.txt").open("w") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", "snakemake", *words, "--cores", str(cores)],
+                cwd=self.root,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+
+    def run(self, *words: str, cores: int = 2, ok: bool = True, timeout: float = 300) -> Outcome:
+        """Run snakemake to its end; with `ok`, it must succeed."""
+        process = self.start(*(words or ("checkpoints/small/final",)), cores=cores)
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        outcome = Outcome(status, (self.root / "output.txt").read_text())
+        if ok and status:
+            raise AssertionError(outcome.output[-6000:])
+        return outcome
+
+    def olmo(self, *words: str) -> Outcome:
+        done = subprocess.run(
+            [sys.executable, "-m", "olmo.cli", *words],
+            cwd=self.root,
+            env={**os.environ, "OLMO_STORE": str(self.store), "PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return Outcome(done.returncode, done.stdout)
+
+    # --- what is there ----------------------------------------------------------------------
+
+    @property
+    def final(self) -> Path:
+        return self.root / "checkpoints/small/final"
+
+    def content(self) -> str:
+        """The digest of the final checkpoint: config, model, optimizer, train state."""
+        record = json.loads((self.final / "record.json").read_text())
+        digest: str = record["content"]
+        return digest
+
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in (self.final / "metrics.jsonl").open()]
+
+    def half_written(self) -> list[Path]:
+        """Files at final names that are no links into the store, and drafts left beside them."""
+        found = []
+        for folder in ("data", "checkpoints"):
+            for path in (self.root / folder).rglob("*"):
+                listing = path.suffix == ".tsv" and not path.is_symlink()
+                link = path.is_symlink() and path.exists()
+                if not (path.is_dir() or listing or link or path.name == ".snakemake_timestamp"):
+                    found.append(path)
+        return found
+
+
+def documents(number: int, count: int = 160) -> list[dict]:
+    """Documents of real text: module after module of the standard library, in paragraphs."""
+    import sysconfig
+
+    modules = ["argparse", "ast", "asyncio/base_events", "datetime", "decimal", "inspect"]
+    root = Path(sysconfig.get_path("stdlib"))
+    texts = []
+    for module in modules[2 * number : 2 * number + 2]:
+        path = root / f"{module}.py"
+        path = path if path.stat().st_size > 10_000 else root / f"_py{module}.py"
+        texts += [t for t in path.read_text().split("\n\n") if len(t) > 40]
+    return [
+        {"id": f"{number}-{index}", "text": text, "source": "stdlib"}
+        for index, text in enumerate(texts[:count])
+    ]
+
+
+def write_source(path: Path, lines: list[dict] | list[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.GzipFile(path, "wb", mtime=0) as file:
+        for line in lines:
+            file.write((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n")
+
+
+def read_source(path: Path) -> list[dict]:
+    with gzip.open(path, "rb") as file:
+        return [json.loads(line) for line in file]
+
+
+# --- processes of a run ---------------------------------------------------------------------
+
+
+def processes(mark: str) -> dict[int, str]:
+    """pid → command line of every living process that carries the mark."""
+    found = {}
+    wanted = f"{MARK}={mark}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted not in (folder / "environ").read_bytes().split(b"\0"):
+                continue
+            if (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                continue
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            found[int(folder.name)] = command.strip()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return found
+
+
+def all_gone(mark: str, within: float) -> dict[int, str]:
+    """What is left of a run after so many seconds; {} as soon as nothing is."""
+    end = time.monotonic() + within
+    while (left := processes(mark)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return left
