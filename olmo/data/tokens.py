@@ -174,6 +174,8 @@ def gather(parts: Path, dtype: np.dtype, tokens: Path) -> polars.DataFrame:
                     raise ValueError(f"{path.name}: expected a document at {end}, found {first}")
                 end = int(last)
                 rows.append((int(line), identity, len(arrays), int(first), end))
+        if end == 0:
+            continue  # no document came through: the toolkit leaves a file of zeros
         if end != len(array):
             raise ValueError(
                 f"{path.name}: expected {end:,} tokens by the toolkit's own table, found "
@@ -181,7 +183,8 @@ def gather(parts: Path, dtype: np.dtype, tokens: Path) -> polars.DataFrame:
             )
         arrays.append(array)
     rows.sort()
-    ends = np.cumsum([end - start for *_, start, end in rows], dtype=np.uint64)
+    lengths = np.array([end - start for *_, start, end in rows], np.uint64)
+    ends = np.cumsum(lengths, dtype=np.uint64)
     with open(tokens, "wb") as output:
         for _, _, part, start, end in rows:
             output.write(arrays[part][start:end].tobytes())
@@ -189,7 +192,7 @@ def gather(parts: Path, dtype: np.dtype, tokens: Path) -> polars.DataFrame:
         {
             "row": [row[0] for row in rows],
             "id": [row[1] for row in rows],
-            "start": np.concatenate([np.zeros(1, np.uint64), ends[:-1]]),
+            "start": ends - lengths,
             "end": ends,
         },
         schema=dict(row=polars.UInt64, id=polars.String, start=polars.UInt64, end=polars.UInt64),
