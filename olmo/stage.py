@@ -75,6 +75,13 @@ class Stage:
     def arguments(self, kwargs: Mapping[str, Any], chosen: str) -> dict[str, Any]:
         return {name: value for name, value in kwargs.items() if self.roles[name] == chosen}
 
+    def stamps(self, kwargs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+        """Size, time of change and number of each input file: other ones mean other bytes."""
+        given = [v for v in self.arguments(kwargs, "input").values() if v is not None]
+        paths = [p for v in given for p in (v if isinstance(v, list | tuple) else [v])]
+        found = [os.stat(path) for path in paths if os.path.exists(path)]
+        return [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in found]
+
     def action(self, store: Store, **kwargs: Any) -> Action:
         """What a call asks for. Hashes the inputs that are not in the store yet."""
         parameters = self.signature.parameters
@@ -99,6 +106,7 @@ class Stage:
             ValueError: bad input; an input that changed while it was read.
         """
         store = here()
+        before = self.stamps(kwargs)
         action = self.action(store, **kwargs)
         names = {n: p for n, p in self.arguments(kwargs, "output").items() if p is not None}
         ran = False
@@ -108,12 +116,15 @@ class Stage:
             ran = True
             store.say(f"{self.name}: {explain(store, action, list(names.values()))}")
             made = {name: work / "outputs" / name for name in names}
-            places = {name: work / "attempt" for name, kind in self.roles.items() if kind == "work"}
+            places = {}
+            for name, path in self.arguments(kwargs, "work").items():
+                places[name] = work / "attempt"
+                store.point(path, places[name])
             with measured() as run:
                 result = dict(self.build(**{**kwargs, **made, **places}) or {})
             facts = result if "facts" not in result else dict(result.pop("facts"))
             extra = {} if facts is result else result
-            if self.action(store, **kwargs) != action:
+            if self.stamps(kwargs) != before:
                 raise ValueError(
                     f"{self.name}: an input changed while it was read; expected it to stay "
                     "as it was until the stage ends. Run the same command again"

@@ -370,6 +370,14 @@ class Store:
             )
             os.replace(draft, root)
 
+    def point(self, path: Path, target: Path) -> None:
+        """Make `path` a link to a folder in the store that is still being worked in."""
+        path = Path(os.path.abspath(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+        self._symlink(draft, target)
+        os.replace(draft, path)
+
     def _root(self, path: Path) -> Path:
         digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()
         return self.root / "links" / digest[:32]

@@ -1,0 +1,176 @@
+"""A training run as a stage: from token shards and an order to a final checkpoint.
+
+The trainer knows nothing of this module. It gets a config whose paths are filled in, a folder in
+the store that survives any failure, and says there when it has come to its end.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from olmo.config import DataConfig, EvaluatorConfig, TrainConfig, identity
+from olmo.data.shards import read
+from olmo.data.tokenizer import check_tokenizer
+from olmo.process import describe_exit, supervised
+from olmo.stage import STORE, Facts, Folder, Free, Input, Inputs, Output, Work, here, stage
+
+HELDOUT = "heldout"  # the label of the data set's own held-out documents
+ASIDE = ["metrics.jsonl", "loss.svg"]  # timings and pictures: no part of the content
+
+
+def train(
+    config: Path, tokens: list[Path], order: Path, tokenizer: Path, final: Path, processes: int = 1
+) -> None:
+    """Train as `config` says on the shards of `tokens`, or carry on where that was cut off."""
+    cfg = TrainConfig.load(config, validate_paths=False)
+    model = cfg.model
+    check_tokenizer(
+        tokenizer, model.eos_token_id, model.pad_token_id, model.vocab_size, model.embedding_size
+    )
+    training(
+        tokens=[entry.object for entry in read(tokens, "tokens")],
+        order=order,
+        settings=identity(cfg),
+        final=final,
+        work=final.parent / "run",
+        cfg=cfg,
+        heldout=[entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes],
+        processes=processes,
+    )
+
+
+@stage(version=1)
+def training(
+    tokens: Inputs,
+    order: Input,
+    settings: dict[str, Any],
+    final: Folder,
+    work: Work,
+    cfg: Free[TrainConfig],
+    heldout: Free[list[Path]],
+    processes: Free[int],
+) -> Facts:
+    """Run the trainer to its end and export its last checkpoint.
+
+    `work` keeps the run's own checkpoints, from which the next attempt goes on. `settings` is
+    what of `cfg` decides bytes.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    place = filled_in(cfg, tokens, order, heldout, work)
+    place.save(work / "given.yaml")
+    launch(work / "given.yaml", processes, place.intra_op_threads)
+
+    from olmo.checkpoint.final import export
+    from olmo.report.loss import plot
+
+    reached = export(work, final, settings | {"data": named_by_content(settings, tokens, order)})
+    metrics = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    (final / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    plot(metrics, final / "loss.svg")
+    return {
+        "facts": {
+            "run_name": cfg.run_name,
+            "steps": reached["global_step"],
+            "tokens": reached["global_train_tokens_seen"],
+            "heldout_loss": heldout_losses(metrics),
+        },
+        "conditions": conditions(place, processes),
+        "aside": ASIDE,
+    }
+
+
+def filled_in(
+    cfg: TrainConfig, tokens: list[Path], order: Path, heldout: list[Path], folder: Path
+) -> TrainConfig:
+    """The config with the places of this attempt: data, order, held-out data, folder."""
+    paths = [str(path) for path in tokens]
+    data = cfg.data.update_with(paths=paths, datasets=None, order_path=os.path.realpath(order))
+    evaluators = list(cfg.evaluators)
+    if heldout:
+        held = DataConfig(paths=[str(path) for path in heldout], drop_last=False)
+        evaluators.append(EvaluatorConfig(label=HELDOUT, data=held))
+    return cfg.update_with(
+        data=data,
+        evaluators=evaluators,
+        save_folder=str(folder),
+        save_overwrite=True,
+        try_load_latest_save=True,
+    )
+
+
+def named_by_content(settings: dict[str, Any], tokens: list[Path], order: Path) -> dict[str, Any]:
+    """The `data` section of final/config.yaml: the same wherever the store is."""
+    store = here()
+
+    def address(path: Path) -> str:
+        digest = store.digest(path)
+        return f"${{oc.env:{STORE},store}}/objects/{digest[:2]}/{digest}"
+
+    paths = [address(path) for path in tokens]
+    return settings.get("data", {}) | {"paths": paths, "order_path": address(order)}
+
+
+def launch(config: Path, processes: int, threads: int | None) -> None:
+    """Run the trainer under torchrun.
+
+    Raises:
+        ChildProcessError: it ended before its end; the same command carries on.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "-m", "olmo.train", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 1)}
+    with supervised(command, env=environment, stdin=subprocess.DEVNULL) as process:
+        status = process.wait()
+    if status:
+        raise ChildProcessError(
+            f"training ended early ({describe_exit(status)}); what the trainer said stands above. "
+            f"Its checkpoints are in {config.parent}: the same command carries on from the last"
+        )
+
+
+def heldout_losses(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The first and the last loss on each held-out set, in nats a token."""
+    losses: dict[str, dict[str, float]] = {}
+    for row in metrics:
+        for name, value in row.items():
+            if name.startswith("eval/") and name.endswith("/CrossEntropyLoss"):
+                label = name.split("/")[1]
+                losses.setdefault(label, {"first": value})["last"] = value
+    return losses
+
+
+def conditions(cfg: TrainConfig, processes: int) -> dict[str, Any]:
+    """What may change the bits of a result without being part of what was asked."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "processes": processes,
+        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": cfg.intra_op_threads or torch.get_num_threads(),
+        "torch": version("torch"),
+    }
+
+
+def evaluate(checkpoint: Path, tokens: list[Path], results: Path) -> None:
+    """Loss and perplexity of a final checkpoint on the documents its data set held out."""
+    heldout_perplexity(
+        model=checkpoint / "model.safetensors",
+        config=checkpoint / "config.yaml",
+        heldout=[entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes],
+        results=results,
+    )
+
+
+@stage(version=1)
+def heldout_perplexity(model: Input, config: Input, heldout: Inputs, results: Output) -> Facts:
+    """Mean loss in nats a token, and perplexity, over held-out token files."""
+    from olmo.evaluate.final import perplexity
+
+    found = perplexity(model, config, heldout)
+    results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    return found
