@@ -91,6 +91,28 @@ class DataCollator:
         return out
 
 
+def labels_of(batch: dict[str, Any]) -> torch.Tensor:
+    """The token each position is to predict, (B, T) int64; -100 where none counts.
+
+    The last position predicts nothing; a label is masked by its own label_mask, attention_mask
+    (padding) or instance_mask.
+    """
+    labels = batch["input_ids"].clone()
+    if (label_mask := batch.get("label_mask")) is not None:
+        labels.masked_fill_(~label_mask, -100)
+    if (attention_mask := batch.get("attention_mask")) is not None:
+        labels.masked_fill_(attention_mask == 0.0, -100)
+    if (instance_mask := batch.get("instance_mask")) is not None:
+        labels.masked_fill_(~instance_mask[:, None], -100)
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch the model looks at."""
+    names = ("input_ids", "attention_mask", "attention_bias", "doc_lens", "max_doc_lens")
+    return {name: batch[name] for name in names if name in batch}
+
+
 def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 

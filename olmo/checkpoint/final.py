@@ -1,0 +1,63 @@
+"""The pipeline's final folder: plain names, plain values, and the same bytes for the same run.
+
+config.yaml         what decided these bytes
+model.safetensors   weights by parameter name
+optim.safetensors   optimizer state as `part/parameter name`
+train.json          step, tokens, epoch, the optimizer's group settings
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from olmo.checkpoint.load import load
+from olmo.config import to_yaml
+
+FINISHED = "finished.json"  # in the save folder of a run that came to its end
+
+
+def export(save_folder: str | Path, out: str | Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Write the last checkpoint of a finished run as a final folder; what train.json holds.
+
+    `config` becomes config.yaml: `olmo.config.identity(cfg)` with content addresses in the place
+    of paths. Nothing of time, place or host is written. `out` may exist and must be empty.
+
+    Raises ValueError for a run that has not come to its end, and for a broken checkpoint.
+    """
+    from safetensors.torch import save_file
+
+    save_folder, out = Path(save_folder), Path(out)
+    marker = save_folder / FINISHED
+    if not marker.exists():
+        raise ValueError(f"the run in {save_folder} has not come to its end; train it further")
+    checkpoint = load(save_folder / json.loads(marker.read_text())["checkpoint"])
+    assert checkpoint.optim is not None and checkpoint.train is not None
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise ValueError(f"{out} is not empty")
+
+    (out / "config.yaml").write_text(to_yaml(config))
+    # One metadata entry only: safetensors writes several in no fixed order.
+    weights = {name: tensor.contiguous() for name, tensor in sorted(checkpoint.model.items())}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    state, groups = checkpoint.optim
+    parts = {
+        f"{part}/{name}": tensor.contiguous()
+        for name, kept in sorted(state.items())
+        for part, tensor in sorted(kept.items())
+    }
+    save_file(parts, out / "optim.safetensors", metadata={"format": "pt"})
+    train = {
+        "global_step": checkpoint.train["global_step"],
+        "global_train_tokens_seen": checkpoint.train["global_train_tokens_seen"],
+        "global_train_examples_seen_this_epoch": checkpoint.train[
+            "global_train_examples_seen_this_epoch"
+        ],
+        "epoch": checkpoint.train["epoch"],
+        "world_size": checkpoint.train["world_size"],
+        "optimizer": groups,
+    }
+    (out / "train.json").write_text(json.dumps(train, indent=1, sort_keys=True) + "\n")
+    return train

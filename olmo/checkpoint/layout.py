@@ -1,0 +1,168 @@
+"""Checkpoint folders on disk: their names, when one is whole, which is the newest, which go.
+
+    <save_folder>/step40-unsharded/   config.yaml  model.pt  optim.pt  train.pt  manifest.json
+    <save_folder>/latest-unsharded -> step40-unsharded
+    <save_folder>/latest           -> the newest of any kind
+
+A folder is filled under another name, each file and then the manifest brought to disk, and
+renamed at the end. So a folder of that name is whole, and its manifest (size and sha256 of each
+file) says whether it still is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step(\d+)(-unsharded)?")
+_PARTIAL, _REPLACED = ".partial", ".replaced"
+
+
+def folder_name(step: int, unsharded: bool) -> str:
+    return f"step{step}{'-unsharded' if unsharded else ''}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint folder's name; None for other names."""
+    found = _STEP.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
+def is_unsharded(folder: Path) -> bool:
+    return folder.name.endswith("-unsharded")
+
+
+def checkpoints(save_folder: str | Path, unsharded: bool | None = None) -> list[Path]:
+    """Checkpoint folders, oldest first, of one kind or of both; unfinished ones are not there."""
+    found = [
+        path
+        for path in Path(save_folder).glob("step*")
+        if path.is_dir() and not path.is_symlink() and step_of(path) is not None
+    ]
+    if unsharded is not None:
+        found = [path for path in found if is_unsharded(path) == unsharded]
+    # Of two at one step the sharded one counts as the newer: it is the cheaper to load.
+    return sorted(found, key=lambda path: (step_of(path) or 0, not is_unsharded(path)))
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """A folder to fill; it gets its manifest and the name `folder` at the end, or never.
+
+    An older folder of that name is replaced. Raises OSError where the disk is full.
+    """
+    partial = folder.with_name(folder.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        manifest = {}
+        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+            manifest[str(path.relative_to(partial))] = {
+                "bytes": path.stat().st_size,
+                "sha256": sha256(path),
+            }
+            _to_disk(path)
+        text = json.dumps({"files": manifest}, indent=1, sort_keys=True) + "\n"
+        (partial / MANIFEST).write_text(text)
+        _to_disk(partial / MANIFEST)
+        _to_disk(partial)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            error.errno,
+            f"could not write the checkpoint {folder} ({error.strerror}); "
+            "earlier checkpoints are untouched, and the run goes on from the newest of them",
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    publish(partial, folder)
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Give a finished folder its name, putting aside one that has it."""
+    if folder.exists():
+        replaced = folder.with_name(folder.name + _REPLACED)
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+        partial.rename(folder)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(folder)
+    _to_disk(folder.parent)
+
+
+def sweep(save_folder: Path) -> None:
+    """Remove what interrupted saves left."""
+    for path in save_folder.glob("step*"):
+        if path.name.endswith((_PARTIAL, _REPLACED)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def link_latest(folder: Path) -> None:
+    """Point `latest`, and `latest-unsharded` where it fits, to this folder."""
+    for name in ("latest", "latest-unsharded") if is_unsharded(folder) else ("latest",):
+        fresh = folder.with_name(f".{name}.{os.getpid()}")
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(folder.name)
+        fresh.replace(folder.with_name(name))
+
+
+def retain(save_folder: str | Path, keep: int, unsharded: bool) -> list[Path]:
+    """Remove all but the newest `keep` folders of one kind (-1: keep all); what was removed."""
+    found = checkpoints(save_folder, unsharded)
+    going = found[: max(len(found) - keep, 0)] if keep >= 0 else []
+    for path in going:
+        shutil.rmtree(path)
+    return going
+
+
+def verify(folder: Path) -> None:
+    """Raise ValueError unless every file is there as its manifest says.
+
+    A folder without a manifest (OLMo's own) is taken as it is.
+    """
+    remedy = "load another one (--load_path), or remove the folder"
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        return
+    try:
+        files = json.loads(manifest.read_text())["files"]
+    except (ValueError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"the checkpoint {folder} has an unreadable manifest; {remedy}") from error
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"the checkpoint {folder} lacks {name}; {remedy}")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise ValueError(
+                f"the checkpoint {folder} is cut off or overwritten: {name} has {size} bytes, "
+                f"expected {expected['bytes']}; {remedy}"
+            )
+        if (found := sha256(path)) != expected["sha256"]:
+            raise ValueError(
+                f"the checkpoint {folder} is corrupt: {name} has sha256 {found[:12]}…, "
+                f"expected {expected['sha256'][:12]}…; {remedy}"
+            )
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

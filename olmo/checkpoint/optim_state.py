@@ -1,0 +1,69 @@
+"""An optimizer's state by parameter name.
+
+torch numbers parameters in the order of its groups; OLMo's optimizers keep the names beside them
+(`param_names`). By name a state survives other groupings, world sizes and trainers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+State = dict[str, dict[str, Any]]  # parameter name → what the optimizer keeps of it
+
+
+def by_name(state_dict: dict[str, Any]) -> tuple[State, list[dict[str, Any]]]:
+    """State and groups of an optimizer's state_dict, parameters called by their names.
+
+    Takes torch's numbered form with `param_names`, and the named form that FSDP gives. Raises
+    ValueError where numbers come without names.
+    """
+    groups: list[dict[str, Any]] = []
+    names: dict[Any, str] = {}
+    for group in state_dict["param_groups"]:
+        called = group["params"]
+        if called and isinstance(called[0], int):
+            if "param_names" not in group:
+                raise ValueError(
+                    "the optimizer state numbers its parameters and does not name them "
+                    "(no param_names); start from the weights alone: --reset_optimizer_state"
+                )
+            called = group["param_names"]
+        names |= dict(zip(group["params"], called, strict=True))
+        rest = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        groups.append({**rest, "param_names": [clean(name) for name in called]})
+    return {clean(names[key]): value for key, value in state_dict["state"].items()}, groups
+
+
+def load_by_name(
+    optimizer: torch.optim.Optimizer, state: State, groups: list[dict[str, Any]]
+) -> None:
+    """Put a named state into an optimizer over the same parameters.
+
+    Settings of a group follow the checkpoint's group of its first parameter. Raises ValueError
+    where a parameter has no state.
+    """
+    origin = {name: group for group in groups for name in group["param_names"]}
+    numbered: dict[int, dict[str, Any]] = {}
+    new_groups = []
+    for group in optimizer.state_dict()["param_groups"]:
+        names = group["param_names"]
+        for number, name in zip(group["params"], names, strict=True):
+            if name not in origin:
+                raise ValueError(
+                    f"the checkpoint's optimizer state has nothing for {name}; it belongs to "
+                    "another model; start from the weights alone: --reset_optimizer_state"
+                )
+            if name in state:
+                numbered[number] = state[name]
+        kept = {k: v for k, v in origin[names[0]].items() if k in group} if names else {}
+        new_groups.append({**group, **kept, "params": group["params"], "param_names": names})
+    optimizer.load_state_dict({"state": numbered, "param_groups": new_groups})
+
+
+def clean(name: str) -> str:
+    """Without what FSDP's, DDP's and torch.compile's wrappers put in."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")

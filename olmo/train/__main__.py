@@ -1,0 +1,57 @@
+"""The command line: a config, and `--a.b=value` for what is to be otherwise."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+USAGE = """\
+usage: python -m olmo.train CONFIG [--key=value | --key value | --flag]…
+       torchrun --nproc_per_node=N -m olmo.train CONFIG […]
+
+Train an OLMo model as the YAML file CONFIG says. `--optimizer.learning_rate=3e-4` sets any key,
+a bare `--save_overwrite` sets it to true.
+
+exit codes: 0 finished · 75 paused by a signal or the time limit, the same command with
+--try_load_latest_save goes on · 2 the config, data or checkpoint is not as it must be · 1 else
+(under torchrun its own: 1 for all of them)
+"""
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """`--a.b=value` for each option; a value may also follow its key as the next word."""
+    found: list[str] = []
+    for word in arguments:
+        if word.startswith("--"):
+            found.append(word)
+        elif found and "=" not in found[-1]:
+            found[-1] += f"={word}"
+        else:
+            raise ValueError(f"expected --key=value, found '{word}'")
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    rank = int(os.environ.get("RANK", 0))
+    who = f"rank {rank}: " if rank else ""
+    from olmo.config import TrainConfig
+    from olmo.train.loop import train
+    from olmo.train.pending import NotFinite
+
+    try:
+        return train(TrainConfig.load(arguments[0], overrides(arguments[1:])))
+    except (ValueError, OSError) as error:
+        print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except NotFinite as error:
+        if not rank:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,314 @@
+"""Training, from a config to its last checkpoint: set-up, then the loop.
+
+The state of a run is its weights, its optimizer's state and four numbers (`Position`). Everything
+else follows from the config and the step, so that a run which stopped anywhere goes on with the
+same bits.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Generator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olmo.checkpoint import layout
+from olmo.checkpoint.final import FINISHED
+from olmo.checkpoint.load import put_weights
+from olmo.checkpoint.optim_state import load_by_name
+from olmo.config import SchedulerUnits, TrainConfig
+from olmo.data.batches import TrainLoader, build_eval_batches, build_train_dataloader
+from olmo.data.memmap import build_memmap_dataset
+from olmo.evaluate.perplexity import evaluate
+from olmo.log import count, speak, tell
+from olmo.model import OLMo
+from olmo.train.meters import SpeedMeter, device_flops, memory_metrics
+from olmo.train.optim import Optimizer, build_optimizer
+from olmo.train.parallel import World, average_gradients, join_world, leave_world, parallelize
+from olmo.train.pending import Numbers, Pending
+from olmo.train.saving import Saver
+from olmo.train.schedule import BoltOnWarmupScheduler, Scheduler, build_scheduler
+from olmo.train.signals import PAUSED, StopRequest
+from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBiases
+from olmo.train.start import Position, check, duration, find_start
+from olmo.train.step import autocast, forward_backward
+
+
+def train(cfg: TrainConfig) -> int:
+    """Train as `cfg` says, which is not changed; the exit code (0 finished, 75 paused).
+
+    Raises ValueError or OSError for what is not as it must be, before training starts where it
+    can be known.
+    """
+    stop = StopRequest(cfg.time_limit)
+    world = join_world()
+    speak(world.first)
+    try:
+        return _train(cfg, world, stop)
+    finally:
+        leave_world(world)
+
+
+def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
+    # --- what we run on ---
+    if cfg.intra_op_threads is not None:
+        torch.set_num_threads(cfg.intra_op_threads)
+    torch.use_deterministic_algorithms(world.device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    origin = "intra_op_threads" if cfg.intra_op_threads else "torch's choice"
+    tell(f"device: {world.device} ({world.why}), processes: {world.size}")
+    tell(
+        f"CPU threads per process: {torch.get_num_threads()} ({origin}), torch {torch.__version__}"
+    )
+    precision = cfg.precision or "fp32"
+    dtype = str(cfg.autocast_precision).removeprefix("torch.")
+    tell(f"precision: {precision}, matrix products in {dtype}, weights and optimizer in float32")
+
+    # --- the data ---
+    batch_size, length = cfg.global_train_batch_size, cfg.model.max_sequence_length
+    check(cfg, world)
+    loader = build_train_dataloader(cfg, world_size=world.size, rank=world.rank)
+    tokens_per_step = batch_size * length
+    steps_per_epoch = loader.dataset.total_size // batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"the data has {len(loader.dataset.dataset)} instances of {length} tokens, less than "
+            f"one step of global_train_batch_size={batch_size}"
+        )
+    instances = len(loader.dataset.dataset)
+    tell(f"data: {count(instances * length)} tokens, {instances} instances of {length}")
+    micro = min(cfg.device_train_microbatch_size, batch_size // world.size)
+    tell(
+        f"a step: {batch_size} instances = {count(tokens_per_step)} tokens, per process in "
+        f"{-(-batch_size // world.size // micro)} microbatches of {micro}; "
+        f"an epoch: {steps_per_epoch} steps"
+    )
+
+    # --- the model ---
+    torch.manual_seed(cfg.seed)
+    model = OLMo(cfg.model.update_with(init_device="cpu"))
+    attention = model.use_attention(world.device, cfg.autocast_precision)
+    inner = model.num_params(include_embedding=False)
+    tell(f"model: {count(model.num_params())} parameters, {count(inner)} outside embeddings")
+    tell(f"attention: {attention}")
+
+    # --- where the run was ---
+    folder = Path(cfg.save_folder)
+    checkpoint, position, resumed = find_start(cfg, world, folder)
+    if checkpoint is not None:
+        put_weights(model, checkpoint)
+        tell(f"weights: from {checkpoint.folder}")
+    model.to(world.device)
+    tell(f"parallelism: {parallelize(cfg, model, world)}")
+    optimizer = build_optimizer(cfg, model)
+    scheduler: Scheduler = build_scheduler(cfg)
+    if checkpoint is not None and checkpoint.optim is not None:
+        load_by_name(optimizer, *checkpoint.optim)
+    elif checkpoint is not None and position.global_step > 0:
+        warm = position.global_step
+        scheduler = BoltOnWarmupScheduler.wrap(scheduler, warm, warm + int(cfg.scheduler.t_warmup))
+        tell(f"learning rate: a new warm-up from step {warm}, for the optimizer starts afresh")
+    loader.dataset.start_index = position.global_train_examples_seen_this_epoch
+    if loader.dataset.epoch != position.epoch:
+        loader.dataset.reshuffle(position.epoch)
+    max_steps, max_tokens = duration(cfg, position, tokens_per_step, steps_per_epoch)
+    if position.global_step > 0:
+        _set_rates(cfg, optimizer, scheduler, position, max_steps, max_tokens)
+    end = min(max_steps, cfg.stop_at or max_steps)
+    last_step = end if cfg.stop_after is None else min(end, position.global_step + cfg.stop_after)
+    tell(
+        f"duration: steps {position.global_step + 1} to {last_step} "
+        f"({count(last_step * tokens_per_step)} tokens, {last_step / steps_per_epoch:.2f} epochs)"
+    )
+
+    # --- where metrics and checkpoints go ---
+    saver = Saver(cfg, world, model, optimizer, position)
+    if checkpoint is not None and resumed:
+        saver.saved = checkpoint.folder.absolute()
+    sinks: list[Sink] = []
+    if world.first:
+        layout.sweep(folder)
+        (folder / FINISHED).unlink(missing_ok=True)
+        cfg.save(folder / "config.yaml")
+        sinks = [
+            JsonLines(folder, position.global_step if resumed else None),
+            Console(cfg.console_log_interval, last_step),
+        ]
+        if cfg.wandb is not None:
+            sinks.append(WeightsAndBiases(cfg))
+    indices = DataIndices(cfg, world.rank, position.global_step if resumed else None)
+    flops = model.num_fwd_flops + model.num_bck_flops
+    peak = cfg.speed_monitor.gpu_flops_available or device_flops(world.device)
+    window = cfg.speed_monitor.window_size
+    speed = SpeedMeter(window, world.size, model.flops_per_token(), flops, peak)
+
+    def write(step: int, metrics: dict[str, float]) -> None:
+        for sink in sinks:
+            sink.write(step, metrics)
+
+    def evaluation() -> dict[str, float]:
+        return _evaluate(cfg, model, world)
+
+    if not resumed and not cfg.dry_run and (position.global_step == 0 or cfg.eval_on_load):
+        write(position.global_step, evaluation())
+    if cfg.force_save_unsharded or not (resumed or checkpoint or cfg.no_pre_train_checkpoint):
+        saver.save()
+    if cfg.dry_run:
+        tell("dry run: everything is in place, nothing is trained")
+        return 0
+
+    # --- the loop ---
+    stop.listen()
+    if cfg.gen1_gc_interval is not None:
+        gc.disable()  # its pauses fall where we say, at the same step on every process
+    paused: str | None = None
+    exit_code = 1
+    parameters = list(model.parameters())
+    failed = torch.zeros((), device=world.device)  # 1 from the first step that was not finite on
+    numbers = Numbers()
+    batches = _endless(loader, position, steps_per_epoch, batch_size)
+    model.train()
+    try:
+        while position.global_step < last_step and paused is None:
+            batch = next(batches)
+            speed.resume()
+            position.global_step += 1
+            position.global_train_examples_seen_this_epoch += batch_size
+            position.global_train_tokens_seen += tokens_per_step
+            step = position.global_step
+            indices.write(step, batch["index"])
+
+            optimizer.zero_grad(set_to_none=True)
+            losses = forward_backward(model, batch, cfg, world.device, step)
+            average_gradients(parameters, world)
+            found = optimizer.clip_grads_and_collect_metrics(step, _wants_details(cfg, step))
+            # Once a gradient is not finite nothing moves any more. That is known on the device;
+            # we hear of it when the numbers are fetched, and so before anything is saved.
+            assert optimizer.found_inf is not None
+            failed = torch.maximum(failed, optimizer.found_inf)
+            optimizer.found_inf = failed
+            _set_rates(cfg, optimizer, scheduler, position, max_steps, max_tokens)
+            optimizer.step()
+            found |= optimizer.get_post_step_metrics(model)
+
+            rates = {
+                f"optim/learning_rate_group{i}": float(group["lr"])
+                for i, group in enumerate(optimizer.param_groups)
+            }
+            numbers.steps.append(
+                Pending(step, losses.ce, losses.z, failed, found, rates, batch["index"])
+            )
+
+            last = step == last_step
+            evaluates = last or step % cfg.eval_interval == 0
+            saves = saver.due(step, last)
+            if last or evaluates or saves or step % cfg.console_log_interval == 0:
+                *earlier, (_, metrics) = numbers.fetch(world)
+                speed.step(len(earlier) + 1, tokens_per_step)
+                for number, values in earlier:
+                    write(number, values)
+                metrics |= speed.metrics(position.global_train_tokens_seen)
+                metrics |= memory_metrics(world.device)
+                if evaluates:
+                    speed.pause()
+                    metrics |= evaluation()
+                write(step, metrics)
+            if saves:
+                speed.pause()
+                _flush(sinks, indices)
+                saver.save()
+            if cfg.gen1_gc_interval and step % cfg.gen1_gc_interval == 0:
+                gc.collect(1)
+            if world.any(stop.reason is not None) and not last:
+                paused = stop.reason or "another process"
+        if paused is not None and position.global_step:
+            for number, values in numbers.fetch(world):
+                write(number, values)
+            _flush(sinks, indices)
+            tell(f"paused at step {position.global_step} by {paused}, saved to {saver.save()}")
+            exit_code = PAUSED
+        else:
+            exit_code = PAUSED if position.global_step < end else 0
+            where = {"step": position.global_step, "checkpoint": saver.save().name}
+            if exit_code == 0 and world.first:
+                (folder / FINISHED).write_text(json.dumps(where) + "\n")
+        world.wait()
+        return exit_code
+    finally:
+        gc.enable()
+        batches.close()
+        indices.close()
+        for sink in sinks:
+            sink.close(exit_code)
+
+
+def _endless(
+    loader: TrainLoader, position: Position, steps_per_epoch: int, batch_size: int
+) -> Generator[dict[str, Any], None, None]:
+    """Whole batches from `position` on, epoch after epoch, each shuffled anew."""
+    while True:
+        done = position.global_train_examples_seen_this_epoch // batch_size
+        yield from islice(loader, max(steps_per_epoch - done, 0))
+        position.epoch += 1
+        position.global_train_examples_seen_this_epoch = 0
+        loader.dataset.start_index = 0
+        loader.dataset.reshuffle(position.epoch)
+        tell(f"epoch {position.epoch} begins, in a new order")
+
+
+def _set_rates(
+    cfg: TrainConfig,
+    optimizer: Optimizer,
+    scheduler: Scheduler,
+    position: Position,
+    max_steps: int,
+    max_tokens: int,
+) -> None:
+    """Learning rate of this update, and the clipping threshold of the next (OLMo's order)."""
+    steps = cfg.scheduler.units == SchedulerUnits.steps
+    now = position.global_step if steps else position.global_train_tokens_seen
+    end = max_steps if steps else max_tokens
+    ratio = scheduler.get_max_grad_norm_ratio(cfg.max_grad_norm_ratio, now, end)
+    for group in optimizer.param_groups:
+        group["lr"] = scheduler.get_lr(cfg.optimizer.learning_rate, now, end)
+        group["max_grad_norm"] = scheduler.get_max_grad_norm(cfg.max_grad_norm, now, end)
+        group["max_grad_norm_ratio"] = ratio
+
+
+def _wants_details(cfg: TrainConfig, step: int) -> bool:
+    """Whether each parameter's metrics are collected: for Weights & Biases, at their interval."""
+    if cfg.wandb is None:
+        return False
+    interval = max(cfg.optimizer.metrics_log_interval or 1, cfg.wandb.log_interval)
+    return step % interval == 0
+
+
+def _evaluate(cfg: TrainConfig, model: OLMo, world: World) -> dict[str, float]:
+    """Losses on every held-out set of the config."""
+    metrics: dict[str, float] = {}
+    for evaluator in cfg.evaluators:
+        size = evaluator.device_eval_batch_size or cfg.device_eval_batch_size
+        batches = build_eval_batches(cfg, evaluator.data, size, world.rank, world.size)
+        subset = evaluator.subset_num_batches or cfg.eval_subset_num_batches
+        metrics |= evaluate(
+            model,
+            evaluator.label,
+            build_memmap_dataset(cfg, evaluator.data),
+            islice(batches, subset if subset > 0 else None),
+            world.device,
+            autocast(cfg, world.device),
+            world.sum,
+        )
+    return metrics
+
+
+def _flush(sinks: list[Sink], indices: DataIndices) -> None:
+    """What was told of these steps is on disk before a checkpoint says they are done."""
+    for sink in sinks:
+        if isinstance(sink, JsonLines):
+            sink.flush()
+    indices.flush()

@@ -1,0 +1,88 @@
+"""Speed: tokens per second, time left, and how much of the device's arithmetic is used."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+
+import torch
+
+
+class SpeedMeter:
+    """Speed over the last `window` steps, pauses (saving, evaluation) left out.
+
+    `flops` are per token, forward and backward, in PaLM's convention, which MFU needs.
+    `device_flops` is what one device can do in a second, None where that is not known.
+    """
+
+    def __init__(
+        self, window: int, devices: int, flops: int, olmo_flops: int, device_flops: float | None
+    ) -> None:
+        self._steps: deque[tuple[float, int, int]] = deque(maxlen=window)  # seconds, steps, tokens
+        self._devices, self._flops, self._olmo_flops = devices, flops, olmo_flops
+        self._device_flops = device_flops
+        self._mark: float | None = None
+
+    def pause(self) -> None:
+        """What happens until the next `resume` is not training."""
+        self._mark = None
+
+    def resume(self) -> None:
+        if self._mark is None:
+            self._mark = time.monotonic()
+
+    def step(self, steps: int, tokens: int) -> None:
+        """So many steps, each over `tokens` of all devices, ended now."""
+        now = time.monotonic()
+        if self._mark is not None:
+            self._steps.append((now - self._mark, steps, steps * tokens))
+        self._mark = now
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices together; 0 before the first step."""
+        seconds = sum(seconds for seconds, _, _ in self._steps)
+        return sum(tokens for _, _, tokens in self._steps) / seconds if seconds else 0.0
+
+    @property
+    def steps_per_second(self) -> float:
+        seconds = sum(seconds for seconds, _, _ in self._steps)
+        return sum(steps for _, steps, _ in self._steps) / seconds if seconds else 0.0
+
+    def metrics(self, total_tokens: int) -> dict[str, float]:
+        """Under OLMo's names, and MFU where the device's speed is known.
+
+        total_training_Gflops keeps OLMo's convention, which leaves a tied head out.
+        """
+        gflops = self._olmo_flops * total_tokens / 1e9
+        out: dict[str, float] = {
+            "throughput/total_tokens": total_tokens,
+            "throughput/total_training_Gflops": gflops,
+            "throughput/total_training_log_Gflops": math.log(gflops) if gflops > 0 else 0.0,
+        }
+        if self._steps:
+            per_device = self.tokens_per_second / self._devices
+            out["throughput/device/tokens_per_second"] = per_device
+            out["throughput/device/batches_per_second"] = self.steps_per_second
+            if self._device_flops:
+                out["throughput/device/mfu_palm"] = per_device * self._flops / self._device_flops
+        return out
+
+
+# Dense bf16 without sparsity, per second, from the vendors' data sheets.
+_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def device_flops(device: torch.device) -> float | None:
+    """Arithmetic peak of a known device in bf16, else None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in _BF16_FLOPS.items() if part in name), None)
+
+
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {}
+    return {"System/Peak GPU Memory (MB)": torch.cuda.max_memory_allocated(device) / 1e6}

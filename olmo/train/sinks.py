@@ -1,0 +1,185 @@
+"""Where metrics go: a line of JSON a step, a line for people, Weights & Biases."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from olmo.config import TrainConfig
+from olmo.log import count, duration
+
+METRICS = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self, exit_code: int) -> None: ...
+
+
+class JsonLines:
+    """<save_folder>/metrics.jsonl: {"step": 3, "train/CrossEntropyLoss": …} a step.
+
+    Opened at `step`, it forgets later lines, and one that was cut off: going on from there writes
+    them again.
+    """
+
+    def __init__(self, folder: Path, step: int | None) -> None:
+        path = folder / METRICS
+        kept = b""
+        if step is not None and path.exists():
+            kept = b"".join(
+                line for line in path.read_bytes().splitlines(True) if _upto(line, step)
+            )
+        if not path.exists() or path.read_bytes() != kept:
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(kept)
+            partial.replace(path)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        # One write call a line: killed at any moment, the file has whole lines.
+        os.write(self._file, (json.dumps({"step": step, **metrics}) + "\n").encode())
+
+    def flush(self) -> None:
+        """On disk, before a checkpoint says that these steps are behind us."""
+        os.fsync(self._file)
+
+    def close(self, exit_code: int) -> None:
+        os.close(self._file)
+
+
+def _upto(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError):
+        return False
+
+
+class Console:
+    """A dense line every `interval` steps; in a terminal one line that moves, with a bar."""
+
+    def __init__(self, interval: int, last_step: int, stream: TextIO = sys.stdout) -> None:
+        self._interval, self._last, self._out = interval, last_step, stream
+        self._moving = stream.isatty()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        evaluated = {k: v for k, v in metrics.items() if k.startswith("eval/")}
+        text = self._line(step, metrics)
+        if self._moving:
+            width = 20
+            done = int(width * step / max(self._last, 1))
+            bar = "█" * done + "░" * (width - done)
+            self._out.write(f"\r\x1b[K{bar} {text}" + ("\n" if evaluated else ""))
+        elif step % self._interval == 0 or step == self._last:
+            self._out.write(text + "\n")
+        for name, value in evaluated.items():
+            self._out.write(f"  step {step}: {name} {value:.4f}\n")
+        self._out.flush()
+
+    def _line(self, step: int, metrics: Mapping[str, float]) -> str:
+        parts = [f"step {step:>{len(str(self._last))}}/{self._last}"]
+        if (loss := metrics.get("train/CrossEntropyLoss")) is not None:
+            parts.append(f"loss {loss:.4f}")
+        if (norm := metrics.get("optim/total_grad_norm")) is not None:
+            parts.append(f"grad norm {norm:.2f}")
+        if (rate := metrics.get("optim/learning_rate_group0")) is not None:
+            parts.append(f"lr {rate:.2e}")
+        if speed := metrics.get("throughput/device/tokens_per_second"):
+            parts.append(f"{count(speed)} tokens/s/device")
+        if mfu := metrics.get("throughput/device/mfu_palm"):
+            parts.append(f"MFU {mfu:.1%}")
+        if pace := metrics.get("throughput/device/batches_per_second"):
+            parts.append(f"ETA {duration((self._last - step) / pace)}")
+        return "  ".join(parts)
+
+    def close(self, exit_code: int) -> None:
+        if self._moving:
+            self._out.write("\n")
+
+
+class WeightsAndBiases:
+    def __init__(self, cfg: TrainConfig) -> None:
+        assert cfg.wandb is not None
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                "the config asks for Weights & Biases, which is not installed: `pip install wandb`, "
+                "or take it out with --wandb=null"
+            ) from error
+        settings = cfg.wandb
+        folder = Path(cfg.save_folder) / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._interval = settings.log_interval
+        # WANDB_MODE=offline and the rest of its environment are wandb's own business.
+        self._run: Any = wandb.init(
+            dir=str(folder),
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            name=settings.name,
+            tags=settings.tags,
+            config=cfg.asdict(exclude=["wandb"]),
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step % self._interval == 0 or any(name.startswith("eval/") for name in metrics):
+            self._run.log(dict(metrics), step=step)
+
+    def close(self, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
+
+
+class DataIndices:
+    """<save_folder>/data-indices/rank{r}.tsv.gz: step, then the instances this process computed.
+
+    Opened at `step`, it keeps the lines up to there.
+    """
+
+    def __init__(self, cfg: TrainConfig, rank: int, step: int | None) -> None:
+        self._file: gzip.GzipFile | None = None
+        if not cfg.save_data_indices:
+            return
+        path = Path(cfg.save_folder) / "data-indices" / f"rank{rank}.tsv.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = list(_lines_upto(path, step)) if step is not None and path.exists() else []
+        partial = path.with_suffix(".partial")
+        # A fixed name and time inside, so that equal lines are equal bytes.
+        self._raw = open(partial, "wb")  # noqa: SIM115 - closed by close()
+        self._file = gzip.GzipFile("", "wb", fileobj=self._raw, mtime=0)
+        self._file.writelines(kept)
+        self.flush()
+        partial.replace(path)
+
+    def write(self, step: int, indices: Iterable[int]) -> None:
+        if self._file is not None:
+            row = "\t".join(str(int(i)) for i in indices)
+            self._file.write(f"{step}\t{row}\n".encode())
+
+    def flush(self) -> None:
+        """Readable up to here, even if nothing comes after it."""
+        if self._file is not None:
+            self._file.flush()
+            self._raw.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._raw.close()
+
+
+def _lines_upto(path: Path, step: int) -> Iterator[bytes]:
+    """Whole lines up to a step, out of a file that may have been cut off."""
+    with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile), gzip.open(path) as stream:
+        for line in stream:
+            if not line.endswith(b"\n") or int(line.split(b"\t")[0]) > step:
+                return
+            yield line

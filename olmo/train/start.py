@@ -1,0 +1,127 @@
+"""Where a run begins, where it ends, and what is refused before it does either."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from olmo.checkpoint.load import Checkpoint, load, newest
+from olmo.config import EvaluatorType, TrainConfig
+from olmo.data.memmap import build_memmap_dataset, check_tokens
+from olmo.log import count, tell
+from olmo.train.parallel import World
+
+
+@dataclass
+class Position:
+    """Where a run is. The names are OLMo's."""
+
+    global_step: int = 0
+    epoch: int = 0
+    global_train_examples_seen_this_epoch: int = 0
+    global_train_tokens_seen: int = 0
+
+
+def check(cfg: TrainConfig, world: World) -> None:
+    """What can be known to be wrong before anything is built."""
+    batch_size = cfg.global_train_batch_size
+    if batch_size % world.size:
+        raise ValueError(
+            f"global_train_batch_size={batch_size} is not a multiple of the {world.size} "
+            "processes; change one of them"
+        )
+    per_device = batch_size // world.size
+    if cfg.device_train_batch_size not in (None, per_device):
+        raise ValueError(
+            f"device_train_batch_size={cfg.device_train_batch_size} does not agree with "
+            f"global_train_batch_size={batch_size} on {world.size} processes; leave it out"
+        )
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(cfg.model, name) >= cfg.model.vocab_size:
+            raise ValueError(
+                f"model.{name}={getattr(cfg.model, name)} is not below "
+                f"model.vocab_size={cfg.model.vocab_size}; they are of different tokenizers"
+            )
+    for evaluator in cfg.evaluators:
+        if evaluator.type != EvaluatorType.lm:
+            raise ValueError(
+                f"evaluators: '{evaluator.label}' is a downstream task, which this trainer does "
+                "not run yet; take it out of the config"
+            )
+    if not world.first:
+        return
+    vocabulary = cfg.model.embedding_size or cfg.model.vocab_size
+    looked_at = check_tokens(build_memmap_dataset(cfg, cfg.data), vocabulary)
+    for evaluator in cfg.evaluators:
+        where = f"evaluators.{evaluator.label}.data"
+        looked_at += check_tokens(build_memmap_dataset(cfg, evaluator.data), vocabulary, where)
+    tell(f"checked: {count(looked_at)} tokens, all below {vocabulary}")
+
+
+def find_start(
+    cfg: TrainConfig, world: World, folder: Path
+) -> tuple[Checkpoint | None, Position, bool]:
+    """What to start from, where that was, and whether it is this very run that goes on."""
+    own = world.tell_all(newest(folder) if world.first else None)
+    if cfg.try_load_latest_save and own is not None:
+        checkpoint = load(own)
+        assert checkpoint.train is not None
+        tell(f"going on from {own}")
+        return checkpoint, _position(checkpoint.train, cfg), True
+    if cfg.load_path is None:
+        return None, Position(epoch=cfg.epoch or 0), False
+    checkpoint = load(
+        cfg.load_path,
+        optimizer=not cfg.reset_optimizer_state,
+        trainer=not cfg.reset_trainer_state,
+    )
+    position = Position(epoch=cfg.epoch or 0)
+    if checkpoint.train is not None:
+        position = _position(checkpoint.train, cfg)
+        if not cfg.restore_dataloader:
+            position = Position()
+        elif cfg.epoch is not None and cfg.epoch != position.epoch:
+            position.epoch, position.global_train_examples_seen_this_epoch = cfg.epoch, 0
+        skipped = (cfg.fast_forward_batches or 0) * cfg.global_train_batch_size
+        position.global_train_examples_seen_this_epoch += skipped
+    in_place = checkpoint.folder.resolve().parent == folder.resolve()
+    return checkpoint, position, in_place and checkpoint.train is not None
+
+
+def _position(train: dict[str, Any], cfg: TrainConfig) -> Position:
+    """From train.pt; older OLMo versions keep less there."""
+    step = int(train["global_step"])
+    data_step = train.get("global_data_step", step)
+    examples = train.get("global_train_examples_seen", data_step * cfg.global_train_batch_size)
+    tokens = data_step * cfg.global_train_batch_size * cfg.model.max_sequence_length
+    return Position(
+        global_step=step,
+        epoch=int(train.get("epoch") or 0),
+        global_train_examples_seen_this_epoch=int(
+            train.get("global_train_examples_seen_this_epoch", examples)
+        ),
+        global_train_tokens_seen=int(train.get("global_train_tokens_seen", tokens)),
+    )
+
+
+def duration(
+    cfg: TrainConfig, position: Position, tokens_per_step: int, steps_per_epoch: int
+) -> tuple[int, int]:
+    """The run's length in steps and in tokens: max_duration is steps, "2e9T" or "1ep"."""
+    text = str(cfg.max_duration).strip()
+    try:
+        if text.endswith("T"):
+            tokens = int(float(text[:-1]))
+            left = max(tokens - position.global_train_tokens_seen, 0)
+            return position.global_step + math.ceil(left / tokens_per_step), tokens
+        steps = int(text[:-2]) * steps_per_epoch if text.endswith("ep") else int(float(text))
+    except ValueError:
+        raise ValueError(
+            f'max_duration: expected steps (1000), tokens ("2e9T") or epochs ("1ep"); found {text!r}'
+        ) from None
+    if text.endswith("ep"):
+        return steps, steps * tokens_per_step
+    left = max(steps - position.global_step, 0)
+    return steps, position.global_train_tokens_seen + left * tokens_per_step

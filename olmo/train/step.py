@@ -1,0 +1,101 @@
+"""One training step: forward and backward over microbatches, the mean over processes, the update.
+
+As OLMo computes it: the cross-entropy is summed over the labels that count and divided by the
+number of input tokens B*T. The reported loss is therefore (T-1)/T of the mean over labels, and
+masked labels do not raise the weight of the others.
+
+Shapes: B instances of this process, M of a microbatch, T tokens, V rows of the embedding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olmo.config import TrainConfig
+from olmo.data.batches import labels_of, model_inputs
+
+
+@dataclass
+class Losses:
+    """Of one step and process, summed over labels and divided by B*T. Scalars on the device."""
+
+    ce: Tensor
+    z: Tensor | None
+
+
+def autocast(cfg: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context that matrix products run in: bf16 or fp16 where configured, on a CPU too."""
+    dtype = cfg.autocast_precision
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def microbatches(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
+    """Slices of `size` instances, the last one maybe smaller."""
+    n = len(batch["input_ids"])
+    for start in range(0, n, size):
+        # Tensors have the instances first, and so do lists (metadata, max_doc_lens).
+        yield {name: value[start : start + size] for name, value in batch.items()}
+
+
+def loss_sums(
+    model: nn.Module, batch: dict[str, Any], z_multiplier: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy and z-loss of a microbatch, each summed over the labels that count.
+
+    The z-loss (PaLM, Chowdhery et al. 2022) is `z_multiplier` times log(sum exp(logits))².
+    """
+    logits = model(**model_inputs(batch)).logits.flatten(0, 1).float()  # (M*T, V)
+    labels = labels_of(batch).flatten()
+    ce = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    if z_multiplier is None:
+        return ce, None
+    return ce, z_multiplier * (logits.logsumexp(-1).square() * (labels != -100)).sum()
+
+
+def forward_backward(
+    model: nn.Module, batch: dict[str, Any], cfg: TrainConfig, device: torch.device, step: int
+) -> Losses:
+    """Gradients of this process's batch, added to the parameters' `.grad`."""
+    z_multiplier = cfg.auxiliary_loss_multiplier if cfg.softmax_auxiliary_loss else None
+    tokens = batch["input_ids"].numel()
+    drops = cfg.model.attention_dropout or cfg.model.residual_dropout or cfg.model.embedding_dropout
+    total: Losses | None = None
+    for micro in microbatches(batch, cfg.device_train_microbatch_size):
+        if drops:
+            # What is dropped depends on the run, the step and the sample alone: not on what was
+            # computed before, and so not on where the run was interrupted.
+            torch.manual_seed(random_key(cfg.seed, step, int(micro["index"][0])))
+        micro = {
+            k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+            for k, v in micro.items()
+            if k != "index"
+        }
+        with autocast(cfg, device):
+            ce, z = loss_sums(model, micro, z_multiplier)
+        ce, z = ce / tokens, None if z is None else z / tokens
+        (ce if z is None else ce + z).backward()
+        losses = Losses(ce.detach(), None if z is None else z.detach())
+        if total is None:
+            total = losses
+        else:
+            total.ce += losses.ce
+            if total.z is not None and losses.z is not None:
+                total.z += losses.z
+    assert total is not None
+    return total
+
+
+def random_key(seed: int, step: int, sample: int) -> int:
+    """A seed for torch's generator, the same wherever and whenever this sample is computed."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
