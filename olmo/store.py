@@ -328,7 +328,7 @@ class Store:
                     f"the disk is full ({free:,} bytes free under {self.root}): {error}. Nothing "
                     "half-written was kept; make room (`olmo store gc`), then run the same again"
                 ) from error
-            if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
                 raise ValueError(
                     f"the store {self.root} cannot be written: {error}. Expected a folder that "
                     "this user may write to; name one with OLMO_STORE=<folder>"

@@ -1,0 +1,24 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # `import project`
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`gpu` tests are skipped with the reason, `long` ones unless they are asked for."""
+    asked = config.getoption("markexpr")
+    for item in items:
+        if "long" in item.keywords and "long" not in asked:
+            item.add_marker(pytest.mark.skip(reason="chaos over many rounds; run with -m long"))
+        if "gpu" in item.keywords and (why := no_gpu()):
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+def no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no CUDA device here"

@@ -1,0 +1,117 @@
+"""Bad input through the real Snakefile: one clear sentence, before hours are spent."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+from project import Project, documents, write_source
+
+ORDER = "checkpoints/small/global_indices.npy"
+
+
+def refused(project: Project, *expected: str, target: str = ORDER) -> str:
+    """Run to a failure whose output holds every expected phrase."""
+    outcome = project.run(target, ok=False)
+    assert outcome.status != 0, outcome.output[-3000:]
+    for phrase in expected:
+        assert phrase in outcome.output, outcome.output[-3000:]
+    assert project.half_written() == []
+    return outcome.output
+
+
+def test_an_unknown_key_names_the_nearest(project: Project):
+    project.change("config/config.yaml", shards_per_jobs=3)
+    refused(project, "shards_per_jobs", "the nearest is 'shards_per_job'")
+
+
+def test_an_unknown_recipe_key_names_the_nearest(project: Project):
+    project.change("config/data/small.yaml", documents__keep_one=3)
+    refused(project, "keep_one", "the nearest is 'keep_one_in'", "config/data/small.yaml")
+
+
+def test_an_unknown_training_key_names_the_nearest(project: Project):
+    project.change("config/train/small.yaml", optimizer__learning_rte=3)
+    refused(project, "learning_rte", "the nearest is 'learning_rate'")
+
+
+def test_a_missing_source(project: Project):
+    project.change("config/data/small.yaml", sources={"files": ["sources/none.json.gz"]})
+    refused(project, "sources/none.json.gz, which does not exist")
+
+
+def test_ids_that_do_not_match_are_found_before_any_work(project: Project):
+    project.change("config/train/small.yaml", model__eos_token_id=5)
+    output = refused(project, "model.eos_token_id is 5", "has 0")
+    assert "runs for the first time" not in output
+
+
+def test_a_vocabulary_that_does_not_match(project: Project):
+    project.change("config/train/small.yaml", model__vocab_size=500)
+    project.run(ORDER)
+    refused(
+        project,
+        "model.vocab_size: expected the tokenizer's 512, found 500",
+        target="checkpoints/small/final",
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "phrase"),
+    [
+        (lambda good: good[: len(good) // 2], "truncated"),
+        (lambda good: good[:200] + bytes([good[200] ^ 255]) + good[201:], "corrupt"),
+        (lambda good: b"<!DOCTYPE html><html>not found</html>", "web page"),
+        (lambda good: b"", "empty"),
+        (
+            lambda good: gzip.compress(b'{"id": "a", "text": "x"}\n{"id": "b", "te', mtime=0),
+            "bad-json",
+        ),
+        (lambda good: gzip.compress(b'{"id": "a"}\n', mtime=0), "no-text"),
+        (lambda good: gzip.compress(b'{"text": "x"}\n', mtime=0), "no-id"),
+        (lambda good: gzip.compress(b'{"id": "a", "text": "\xff"}\n', mtime=0), "not-utf8"),
+    ],
+    ids=["truncated", "corrupt", "html", "empty", "json", "text", "id", "utf8"],
+)
+def test_a_broken_source(project: Project, content, phrase: str):
+    project.change("config/data/small.yaml", documents__keep_one_in=1)
+    source = project.root / "sources/part-1.json.gz"
+    source.write_bytes(content(source.read_bytes()))
+    refused(project, phrase, "part-1.json.gz", target="data/small/documents/000.tsv")
+
+
+def test_an_allowed_drop_is_counted_and_listed(project: Project):
+    import polars
+
+    project.change(
+        "config/data/small.yaml",
+        documents={"keep_one_in": 1, "heldout_share": 0.1, "allow": ["no-text"]},
+    )
+    lines = documents(1)
+    del lines[3]["text"]
+    write_source(project.root / "sources/part-1.json.gz", lines)
+    project.run("data/small/tokens/000.tsv")
+    table = polars.read_parquet(project.root / "data/small/documents/part-1.parquet")
+    dropped = table.filter(polars.col("split") == "dropped")
+    assert dropped.select("file", "line", "reason").rows() == [("part-1.json.gz", 4, "no-text")]
+    assert table.height == len(lines)
+
+
+def test_a_store_that_cannot_be_written(project: Project, tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    project.store = tmp_path / "file"
+    refused(project, "cannot be written", "OLMO_STORE")
+
+
+def test_two_runs_in_one_folder(project: Project):
+    from project import all_gone
+
+    first = project.start(ORDER, mark="two-in-one")
+    try:
+        while not (project.root / ".snakemake/running").exists():
+            assert first.poll() is None
+        (project.root / "output.txt").rename(project.root / "first.txt")
+        refused(project, "another snakemake (pid", "runs in")
+        assert first.wait(120) == 0
+    finally:
+        first.kill()
+        assert all_gone("two-in-one", 10) == {}

@@ -1,0 +1,158 @@
+"""The whole chain, and what a second run of it does and does not do."""
+
+import math
+from pathlib import Path
+
+import pytest
+from project import Project, read_source, write_source
+
+NOTHING = "Nothing to be done"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Project:
+    """A project with a given tokenizer whose chain has run once; tests in order change it."""
+    project = Project(tmp_path_factory.mktemp("chain") / "project")
+    project.use_given_tokenizer(tokenizer)
+    first = project.run()
+    assert first.ran["training"] == 1 and first.ran["tokens"] == 6 and not first.found
+    return project
+
+
+def touch_everything(project: Project) -> None:
+    for path in project.root.rglob("*"):
+        if path.exists():
+            path.touch()
+
+
+def test_the_final_folder_is_whole(finished: Project):
+    names = {path.name for path in finished.final.iterdir()} - {".snakemake_timestamp"}
+    assert names == {
+        "config.yaml",
+        "model.safetensors",
+        "optim.safetensors",
+        "train.json",
+        "record.json",
+        "metrics.jsonl",
+        "loss.svg",
+    }
+    assert (finished.final / "loss.svg").read_text().startswith("<svg")
+    assert finished.half_written() == []
+    config = (finished.final / "config.yaml").read_text()
+    assert str(finished.root) not in config and "/objects/" in config
+
+
+def test_it_learns(finished: Project):
+    rows = [row for row in finished.metrics() if "eval/heldout/CrossEntropyLoss" in row]
+    losses = [row["eval/heldout/CrossEntropyLoss"] for row in rows]
+    assert abs(losses[0] - math.log(512)) < 0.2
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_again_runs_nothing(finished: Project):
+    again = finished.run()
+    assert NOTHING in again.output and not again.ran and not again.found
+
+
+def test_touched_files_run_no_work(finished: Project):
+    before = finished.content()
+    touch_everything(finished)
+    assert not finished.run().ran
+    assert finished.content() == before
+
+
+def test_deleted_outputs_are_restored_from_the_store(finished: Project):
+    import shutil
+
+    before = finished.content()
+    for name in ("data", "checkpoints", ".snakemake", "logs"):
+        shutil.rmtree(finished.root / name)
+    restored = finished.run()
+    assert not restored.ran and restored.found["training"] == 1
+    assert finished.content() == before
+
+
+def test_a_deleted_shard_is_restored(finished: Project):
+    shard = finished.root / "data/small/tokens/part-1.npy"
+    shard.unlink()
+    restored = finished.run()
+    assert shard.exists() and not restored.ran
+
+
+def test_a_parameter_there_and_back_only_hits(finished: Project):
+    before = finished.content()
+    recipe = "config/data/small.yaml"
+    target = "checkpoints/small/global_indices.npy"
+    finished.change(recipe, documents__heldout_share=0.2)
+    there = finished.run(target)
+    assert there.ran["documents"] == 3 and there.ran["tokens"] == 6
+    finished.change(recipe, documents__heldout_share=0.1)
+    back = finished.run()
+    assert not back.ran and finished.content() == before
+
+
+def test_changed_bytes_that_the_subsample_drops_stop_there(finished: Project):
+    before = finished.content()
+    path = finished.root / "sources/part-1.json.gz"
+    lines = read_source(path)
+    lines[1]["text"] += " changed"  # one in two is kept: the first, the third, …
+    write_source(path, lines)
+    changed = finished.run()
+    assert changed.ran == {"local_source": 1, "documents": 1}
+    assert finished.content() == before
+
+
+def test_a_changed_source_runs_its_chain_the_order_and_training(finished: Project):
+    before = finished.content()
+    path = finished.root / "sources/part-2.json.gz"
+    lines = read_source(path)
+    for line in lines:
+        line["text"] += "\n# " + line["id"] * 20
+    write_source(path, lines)
+    changed = finished.run()
+    assert changed.ran == {
+        "local_source": 1,
+        "documents": 1,
+        "tokens": 2,  # its training and its held-out documents
+        "global_order": 1,
+        "training": 1,
+    }
+    assert finished.content() != before
+
+
+def test_a_corrupt_object_is_found_quarantined_and_rebuilt(finished: Project):
+    before = finished.content()
+    for number, find in enumerate(("verify", "hit")):
+        shard = (finished.root / f"data/small/tokens/part-{number}.npy").resolve()
+        data = bytearray(shard.read_bytes())
+        data[100] ^= 4
+        shard.chmod(0o644)
+        shard.write_bytes(data)
+        if find == "verify":
+            found = finished.olmo("store", "verify")
+            assert found.status == 1 and shard.name[:12] in found.output
+            assert not shard.exists()
+        else:
+            touch_everything(finished)
+            (finished.root / "data/small/tokens/000.tsv").unlink()
+        rebuilt = finished.run()
+        assert rebuilt.ran == {"tokens": 1}, rebuilt.output
+        assert finished.content() == before
+        assert len(list((finished.store / "quarantine").iterdir())) == number + 1
+
+
+def test_evaluation_agrees_with_the_run(finished: Project):
+    import json
+
+    finished.run("eval/small/heldout.json")
+    found = json.loads((finished.root / "eval/small/heldout.json").read_text())
+    last = finished.metrics()[-1]["eval/heldout/CrossEntropyLoss"]
+    assert found["CrossEntropyLoss"] == pytest.approx(last, abs=1e-6)
+
+
+def test_the_way_back_reaches_the_sources(finished: Project):
+    lines = finished.olmo("store", "trace", "checkpoints/small/final").output.splitlines()
+    stages = [line.split()[0] for line in lines]
+    assert stages[0] == "training"
+    assert {"tokens", "documents", "local_source", "global_order", "local_tokenizer"} < set(stages)
+    assert stages.count("local_source") == 3
