@@ -1,0 +1,109 @@
+"""Sources: gz files from elsewhere, each one here whole and checked, or named with the reason."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from olmo import io, log
+from olmo.data import gz
+from olmo.stage import Facts, Free, Input, Output, Work, here, stage
+from olmo.store import sha256 as digest_of
+
+COLUMNS = ("url", "bytes", "sha256", "licence")
+
+
+@stage(version=1)
+def source_list(url: str, table: Output, licence: str = "") -> Facts:
+    """Make the table of a data set's sources from a published list of URLs, one a line.
+
+    A tab-separated table: url, bytes (as the servers tell), sha256 (not known yet), licence.
+    Says how much there is to download.
+    """
+    part = table.with_name("part")
+    listed = table.with_name("listed")
+    io.fetch(url, listed, part)
+    text = listed.read_text(encoding="utf-8")
+    shutil.rmtree(part)
+    listed.unlink()
+    urls = [line.strip() for line in text.splitlines() if line.strip()]
+    for number, one in enumerate(urls, 1):
+        if "://" not in one or any(letter.isspace() for letter in one):
+            raise ValueError(f"{url}: expected a URL a line, found in line {number}: {one[:80]!r}")
+    if not urls:
+        raise ValueError(f"{url}: expected a list of URLs, found an empty file")
+    found = io.sizes(urls)
+    known = [size for size in found if size is not None]
+    unknown = f", and {len(urls) - len(known)} files of unknown size" * (len(known) < len(urls))
+    log.tell(f"{len(urls):,} files, {sum(known):,} bytes ({sum(known) / 1e9:,.1f} GB){unknown}")
+    rows = [
+        COLUMNS,
+        *(
+            (one, "" if n is None else str(n), "", licence)
+            for one, n in zip(urls, found, strict=True)
+        ),
+    ]
+    table.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    return {"url": url, "files": len(urls), "bytes": sum(known), "unknown": len(urls) - len(known)}
+
+
+@stage(version=1)
+def download(
+    url: str,
+    source: Output,
+    part: Work,
+    sha256: str | None = None,
+    bytes: Free[int | None] = None,
+) -> Facts:
+    """Fetch one gz file and check it: its length, its own checksum to the end, its sha256.
+
+    Where the sha256 is not known the one of this first download is recorded: it is the digest of
+    the output. Where it is known and the store has it, nothing is fetched. What arrived before an
+    attempt was cut off is used.
+    """
+    known = here().object_path(sha256) if sha256 else None
+    if known is not None and known.exists() and digest_of(known) == sha256:
+        shutil.copyfile(known, source)
+        fetched: dict = {"bytes": source.stat().st_size, "received": 0}
+    else:
+        fetched = io.fetch(url, source, part)
+        if fetched.get("resumed") and not sound(source, url):
+            fetched = io.fetch(url, source, part)  # pieces of different files: once more, whole
+    text_bytes = check(source, url, bytes, sha256)
+    shutil.rmtree(part, ignore_errors=True)
+    return {"url": url, "sha256": digest_of(source), "text_bytes": text_bytes, **fetched}
+
+
+@stage(version=1)
+def local_source(file: Input, source: Output, sha256: str | None = None) -> Facts:
+    """Take a gz file of this machine, checked as a download is."""
+    shutil.copyfile(file, source)
+    return {"text_bytes": check(source, str(file), None, sha256)}
+
+
+def sound(source: Path, name: str) -> bool:
+    try:
+        gz.check(source, name)
+    except ValueError:
+        return False
+    return True
+
+
+def check(source: Path, name: str, bytes: int | None, sha256: str | None) -> int:
+    """Raises ValueError unless a gz file is whole and what the table says; bytes of its text."""
+    size = source.stat().st_size
+    gz.refuse_other_content(source, name)
+    if bytes is not None and size != bytes:
+        raise ValueError(
+            f"{name}: expected {bytes:,} bytes by the source table, found {size:,}. If the file "
+            "was changed on purpose, correct the table"
+        )
+    if sha256 is not None and (found := digest_of(source)) != sha256:
+        raise ValueError(
+            f"{name}: expected sha256 {sha256} by the source table, found {found}. If the file "
+            "was changed on purpose, correct the table"
+        )
+    text_bytes = gz.check(source, name)
+    if text_bytes == 0:
+        raise ValueError(f"{name}: expected lines, found an empty source. Take it from the list")
+    return text_bytes

@@ -1,0 +1,270 @@
+"""Bytes from elsewhere: resumable downloads, sizes, and the schemes that name places.
+
+Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import requests
+
+BLOCK = 1 << 20
+CONNECT_S, STALL_S = 20, 60  # no connection, no byte for so long: the attempt failed
+FRUITLESS = 6  # attempts in a row that bring not one new byte, until we give up
+LONGEST_WAIT_S = 300.0  # however long a server asks us to wait
+# Buckets whose contents are public by http as well, where no key is needed.
+PUBLIC = {
+    "r2://olmo-data/": "https://olmo-data.org/",
+    "r2://olmo-checkpoints/": "https://olmo-checkpoints.org/",
+}
+Progress = Callable[[int], None]
+
+
+class Passing(Exception):
+    """A failure that may pass: the attempt is made again, after `wait_s` if the server said so."""
+
+    def __init__(self, reason: str, wait_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+def public(url: str) -> str:
+    """The address that needs no credentials, where there is one: r2://olmo-data/… by https."""
+    for bucket, place in PUBLIC.items():
+        if url.startswith(bucket):
+            return place + url.removeprefix(bucket)
+    return url
+
+
+def is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def fetch(url: str, path: Path, part: Path, progress: Progress = lambda _: None) -> dict[str, Any]:
+    """Bring what `url` names to `path`. Facts: how many bytes, how many came over the net.
+
+    http and https resume where an attempt ended, also one of an earlier process: `part` is a
+    folder that keeps what has arrived. hf://, s3://, gs:// and so on go through cached-path.
+
+    Raises ValueError, one line, when it cannot be had; OSError when it cannot be written.
+    """
+    url = public(url)
+    part.mkdir(parents=True, exist_ok=True)
+    if is_http(url):
+        return Download(url, part, progress).to(path)
+    try:
+        from cached_path import cached_path
+    except ImportError as error:
+        raise ValueError(f"{url} needs the package cached-path: pip install cached-path") from error
+    try:
+        found = cached_path(url, cache_dir=part / "cached-path")
+    except Exception as error:  # each scheme's client raises its own
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+            raise
+        raise ValueError(f"{url}: {type(error).__name__}: {error}") from error
+    shutil.copyfile(found, path)
+    return {"bytes": path.stat().st_size}
+
+
+class Download:
+    """One http download: the bytes that have arrived, and what tells whether they still fit.
+
+    part/body      the bytes so far
+    part/told.json what the server said of them: its validator (ETag, else Last-Modified), the size
+    """
+
+    def __init__(self, url: str, part: Path, progress: Progress) -> None:
+        self.url = url
+        self.body = part / "body"
+        self.told_path = part / "told.json"
+        self.progress = progress
+        self.told: dict[str, Any] = {}
+        if self.body.exists() and self.told_path.exists():
+            self.told = json.loads(self.told_path.read_text())
+        self.received = 0
+        self.resumed = 0
+
+    @property
+    def size(self) -> int:
+        return self.body.stat().st_size if self.told else 0
+
+    def to(self, path: Path) -> dict[str, Any]:
+        """Attempt until the whole is here, then move it to `path`."""
+        import requests
+        from tenacity import RetryCallState, Retrying, retry_if_exception_type
+        from tenacity.wait import wait_exponential_jitter
+
+        most, fruitless = self.size, 0
+
+        def give_up(state: RetryCallState) -> bool:
+            nonlocal most, fruitless
+            fruitless = 0 if self.size > most else fruitless + 1
+            most = max(most, self.size)
+            return fruitless >= FRUITLESS
+
+        def wait(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            asked = error.wait_s if isinstance(error, Passing) else None
+            return backoff(state) if asked is None else min(asked, LONGEST_WAIT_S)
+
+        backoff = wait_exponential_jitter(multiplier=0.2, max=30, jitter=0.2)
+        again = Retrying(
+            retry=retry_if_exception_type(Passing), stop=give_up, wait=wait, reraise=True
+        )
+        with requests.Session() as session:
+            try:
+                again(self.attempt, session)
+            except Passing as error:
+                raise ValueError(
+                    f"{self.url}: {error}; gave up after {FRUITLESS} attempts without a new byte. "
+                    f"The {self.size:,} bytes that arrived are kept: run the same command again"
+                ) from error
+        os.replace(self.body, path)
+        self.told_path.unlink()
+        return {
+            "bytes": path.stat().st_size,
+            "received": self.received,
+            "resumed": self.resumed,
+            "validator": self.told.get("validator"),
+        }
+
+    def attempt(self, session: requests.Session) -> None:
+        """Ask for what is missing; returns when all is here, raises Passing when not yet."""
+        import requests
+        import urllib3
+
+        have = self.size
+        headers = {"Accept-Encoding": "identity"}
+        if have:
+            headers["Range"] = f"bytes={have}-"
+            if self.told["validator"]:
+                headers["If-Range"] = self.told["validator"]
+        try:
+            with session.get(
+                self.url, headers=headers, stream=True, timeout=(CONNECT_S, STALL_S)
+            ) as response:
+                if self.begin(response, have):
+                    return
+                self.receive(response)
+        except requests.TooManyRedirects as error:
+            raise ValueError(f"{self.url}: the server redirects in a circle") from error
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
+            raise ValueError(f"{self.url}: not an address that can be asked: {error}") from error
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            raise Passing(f"the connection failed: {reason(error)}") from error
+        total = self.told["bytes"]
+        if total is not None and self.size < total:
+            raise Passing(f"expected {total:,} bytes, found {self.size:,}")
+
+    def begin(self, response: requests.Response, have: int) -> bool:
+        """Judge an answer's head and ready the file for its body. True: nothing is missing."""
+        refuse_status(response, self.url)
+        if response.status_code == 416:  # we asked for what lies after the end
+            total = response.headers.get("Content-Range", "").rpartition("/")[2]
+            if total == str(have):
+                return True
+            self.forget()
+            raise Passing("the server has other bytes than those that arrived before")
+        validator = validator_of(response)
+        if response.status_code == 206:
+            start, _, total = response.headers.get("Content-Range", "").partition("/")
+            fits = start.startswith(f"bytes {have}-") and total in ("*", str(self.told["bytes"]))
+            if not fits or (validator or None) != self.told["validator"]:
+                self.forget()
+                raise Passing("the file changed on the server between two attempts")
+            self.resumed += 1
+            return False
+        length = response.headers.get("Content-Length")
+        self.told = {"validator": validator, "bytes": int(length) if length else None}
+        self.body.write_bytes(b"")
+        self.told_path.write_text(json.dumps(self.told))
+        return False
+
+    def receive(self, response: requests.Response) -> None:
+        with open(self.body, "ab") as file:
+            # As sent: some servers call a .gz file's own compression a Content-Encoding.
+            for block in response.raw.stream(BLOCK, decode_content=False):
+                file.write(block)
+                self.received += len(block)
+                self.progress(len(block))
+
+    def forget(self) -> None:
+        """Start over: what has arrived is of no use."""
+        self.told = {}
+        self.told_path.unlink(missing_ok=True)
+
+
+def refuse_status(response: requests.Response, url: str) -> None:
+    """Raises ValueError for an answer that is final, Passing for one that may change."""
+    status = response.status_code
+    said = f"the server answered {status} {response.reason or ''}".rstrip()
+    if status in (200, 206, 416):
+        return
+    if status in (408, 425, 429) or status >= 500:
+        raise Passing(said, retry_after(response.headers.get("Retry-After")))
+    remedy = {
+        401: "it wants credentials",
+        403: "access is refused: check the address, or ask its owner for access",
+        404: "there is no such file: check the address",
+        410: "the file was taken away",
+    }
+    raise ValueError(f"{url}: {said}; {remedy.get(status, 'expected 200')}")
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds to wait by a Retry-After header, which holds seconds or a date."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return None
+
+
+def validator_of(response: requests.Response) -> str | None:
+    """What names this version of the file; a weak ETag does not vouch for single bytes."""
+    tag = response.headers.get("ETag")
+    return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
+
+
+def reason(error: BaseException) -> str:
+    """The innermost cause in a few words: the libraries wrap it many times over."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return f"{type(error).__name__}: {error}"
+
+
+def sizes(urls: Iterable[str], threads: int = 16) -> list[int | None]:
+    """Bytes of each file as its server tells them, without fetching; None where it does not."""
+    import requests
+
+    def size(url: str) -> int | None:
+        try:
+            with session.head(
+                public(url),
+                allow_redirects=True,
+                headers={"Accept-Encoding": "identity"},
+                timeout=(CONNECT_S, STALL_S),
+            ) as response:
+                length = response.headers.get("Content-Length")
+                return int(length) if response.ok and length else None
+        except requests.RequestException:
+            return None
+
+    with requests.Session() as session, ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(size, urls))

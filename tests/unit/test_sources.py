@@ -1,0 +1,323 @@
+"""Sources over a network that fails: each file arrives whole, or one line says why not."""
+
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from olmo import io
+from olmo.data.sources import download, local_source, source_list
+
+TEXT = b"".join(
+    json.dumps({"id": str(n), "text": random.Random(n).randbytes(60).hex()}).encode() + b"\n"
+    for n in range(4000)
+)
+FILE = gzip.compress(TEXT, mtime=0)
+OTHER = gzip.compress(TEXT[::-1], mtime=0)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves /name by the behaviour registered for it; counts requests and body bytes."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behaviours, self.requests, self.sent = {}, [], 0
+
+    def __call__(self, name, behaviour):
+        self.behaviours["/" + name] = behaviour
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+    def handle_error(self, *_):
+        pass  # a client that hangs up is part of the plan
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        asked = [headers for path, headers in self.server.requests if path == self.path]
+        self.server.requests.append((self.path, dict(self.headers)))
+        self.server.behaviours[self.path](self, len(asked) + 1)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def answer(self, status, body=b"", length=None, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+            self.server.sent += len(body)
+        if length is not None:
+            self.close_connection = True
+
+    def file(self, content=FILE, cut=None, etag='"1"'):
+        """As a good server does, Range and If-Range too; `cut`: hangs up after so many bytes."""
+        start, status = 0, 200
+        if "Range" in self.headers and self.headers.get("If-Range", etag) == etag:
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            status = 206
+        headers = {"ETag": etag} if etag else {}
+        if start >= len(content):
+            return self.answer(416, Content_Range=f"bytes */{len(content)}", **headers)
+        if status == 206:
+            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        body = content[start:]
+        if cut is None:
+            return self.answer(status, body, **headers)
+        return self.answer(status, body[:cut], length=len(body), **headers)
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """No long waits between attempts, and a store of our own."""
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: naps.append(seconds))
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    naps = []
+    return naps
+
+
+def get(url, folder, **known):
+    folder.mkdir(exist_ok=True)
+    facts = download.build(url=url, source=folder / "source", part=folder / "part", **known)
+    assert (folder / "source").read_bytes() == FILE
+    assert facts["sha256"] == hashlib.sha256(FILE).hexdigest()
+    assert facts["text_bytes"] == len(TEXT) and not (folder / "part").exists()
+    return facts
+
+
+def test_a_file_arrives(server, tmp_path):
+    url = server("a.gz", lambda h, n: h.file())
+    facts = get(url, tmp_path / "a", bytes=len(FILE), sha256=hashlib.sha256(FILE).hexdigest())
+    assert facts["received"] == len(FILE) and facts["validator"] == '"1"'
+
+
+def test_a_file_that_lies_in_the_store_is_not_fetched(server, tmp_path):
+    url = server("a.gz", lambda h, n: h.file())
+    record = download(url=url, source=tmp_path / "a.gz", part=tmp_path / "part")
+    digest = record["outputs"]["source"]["sha256"]
+    again = download(url=url, source=tmp_path / "b.gz", part=tmp_path / "part", sha256=digest)
+    assert again["facts"]["received"] == 0
+    assert (tmp_path / "b.gz").read_bytes() == FILE and len(server.requests) == 1
+
+
+def test_a_cut_connection_is_taken_up_where_it_broke(server, tmp_path):
+    url = server("a.gz", lambda h, n: h.file(cut=50_000 if n < 4 else None))
+    assert get(url, tmp_path / "a")["resumed"] == 3
+    assert server.sent == len(FILE), "no byte came twice"
+    assert server.requests[1][1]["Range"] == "bytes=50000-"
+    assert server.requests[1][1]["If-Range"] == '"1"'
+
+
+def test_a_server_without_ranges_is_asked_again_from_the_start(server, tmp_path):
+    def whole(handler, n):
+        handler.answer(200, FILE[: 50_000 * n], length=len(FILE)) if n < 4 else handler.answer(
+            200, FILE
+        )
+
+    assert get(server("a.gz", whole), tmp_path / "a")["resumed"] == 0
+
+
+def test_a_file_that_changes_between_attempts_comes_from_the_start(server, tmp_path):
+    def changing(handler, n):
+        handler.file(OTHER, cut=50_000, etag='"0"') if n == 1 else handler.file(FILE, etag='"1"')
+
+    get(server("a.gz", changing), tmp_path / "a")
+
+
+def test_a_changing_file_that_nothing_gives_away_is_fetched_once_more_whole(server, tmp_path):
+    other = OTHER[: len(FILE)].ljust(len(FILE), b"\0")
+
+    def sly(handler, n):
+        handler.file(other, cut=50_000, etag="") if n == 1 else handler.file(etag="")
+
+    get(server("a.gz", sly), tmp_path / "a")
+    assert len(server.requests) == 3, "cut, taken up, and once more"
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_s_retry_after_is_honoured(server, tmp_path, quick, status):
+    def busy(handler, n):
+        handler.answer(status, b"", Retry_After=str(7 * n)) if n < 3 else handler.file()
+
+    get(server("a.gz", busy), tmp_path / "a")
+    assert quick == [7, 14]
+
+
+def test_retry_after_may_be_a_date_and_is_never_for_ever(server, tmp_path, quick):
+    def busy(handler, n):
+        when = "Wed, 21 Oct 2099 07:28:00 GMT" if n == 1 else "soon"
+        handler.answer(503, b"", Retry_After=when) if n < 3 else handler.file()
+
+    get(server("a.gz", busy), tmp_path / "a")
+    assert quick[0] == io.LONGEST_WAIT_S and quick[1] < 5
+
+
+def test_a_server_that_stalls_is_asked_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "STALL_S", 0.2)
+    woken = threading.Event()
+
+    def stalls(handler, n):
+        if n > 1:
+            return handler.file()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(FILE)))
+        handler.end_headers()
+        handler.wfile.write(FILE[:1000])
+        handler.wfile.flush()
+        woken.wait(30)
+
+    get(server("a.gz", stalls), tmp_path / "a")
+    woken.set()
+
+
+@pytest.mark.parametrize(
+    "behaviour, message, requests",
+    [
+        (lambda h, n: h.answer(404), "answered 404.*check the address", 1),
+        (lambda h, n: h.answer(403), "answered 403.*access is refused", 1),
+        (lambda h, n: h.answer(500), "answered 500.*gave up after 6 attempts", 6),
+        (lambda h, n: h.file(cut=0), "expected .* bytes, found 0|IncompleteRead", 6),
+        (lambda h, n: h.answer(200, b"<html>Sorry</html>"), "found a web page", 1),
+        (lambda h, n: h.answer(200, b""), "found an empty file", 1),
+        (lambda h, n: h.answer(200, FILE[:-9]), "truncated", 1),
+        (lambda h, n: h.answer(200, gzip.compress(b"")), "an empty source", 1),
+        (lambda h, n: h.answer(302, Location=h.path), "redirects in a circle", 31),
+    ],
+    ids=["404", "403", "500", "cut", "html", "empty", "short length", "no lines", "loop"],
+)
+def test_what_cannot_be_had_is_one_line(server, tmp_path, behaviour, message, requests):
+    url = server("a.gz", behaviour)
+    with pytest.raises(ValueError, match=f"^{url}: (?s:.*)({message})") as error:
+        get(url, tmp_path / "a")
+    assert "\n" not in str(error.value)
+    assert len(server.requests) == requests
+
+
+def test_a_host_that_does_not_answer_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"^http://127.0.0.1:9/a.gz: the connection failed: .*"):
+        get("http://127.0.0.1:9/a.gz", tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "known, message",
+    [
+        ({"bytes": 17}, "expected 17 bytes by the source table, found"),
+        ({"sha256": "0" * 64}, "expected sha256 0000.* by the source table, found"),
+    ],
+)
+def test_a_file_that_is_not_what_the_table_says_is_refused(server, tmp_path, known, message):
+    with pytest.raises(ValueError, match=message):
+        get(server("a.gz", lambda h, n: h.file()), tmp_path / "a", **known)
+
+
+def test_a_download_that_was_killed_goes_on_in_the_next_process(server, tmp_path):
+    held = threading.Event()
+
+    def slow(handler, n):
+        if n > 1:
+            return handler.file()
+        handler.send_response(200)
+        handler.send_header("ETag", '"1"')
+        handler.send_header("Content-Length", str(len(FILE)))
+        handler.end_headers()
+        handler.wfile.write(FILE[:100_000])
+        handler.wfile.flush()
+        held.wait(60)
+
+    url, part = server("a.gz", slow), tmp_path / "a" / "part"
+    part.parent.mkdir()
+    program = (
+        "import sys; from pathlib import Path; from olmo import io; io.BLOCK = 1000;"
+        "io.fetch(sys.argv[1], Path('never'), Path(sys.argv[2]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, url, str(part)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    while not (part / "body").exists() or (part / "body").stat().st_size < 50_000:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    held.set()
+    assert get(url, tmp_path / "a")["resumed"] == 1
+    assert int(server.requests[1][1]["Range"].removeprefix("bytes=")[:-1]) >= 50_000
+
+
+def test_two_hundred_files_from_a_bad_server_cost_little_more_than_their_bytes(server, tmp_path):
+    chance = random.Random(0)
+
+    def bad(handler, n):
+        dice = chance.random()
+        if dice < 0.2:
+            return handler.file(cut=chance.randrange(len(FILE)))
+        if dice < 0.3:
+            return handler.answer(503)
+        return handler.file()
+
+    for n in range(200):
+        io.fetch(server(f"{n}.gz", bad), tmp_path / f"{n}.gz", tmp_path / "part")
+        assert (tmp_path / f"{n}.gz").read_bytes() == FILE
+    assert server.sent <= 1.05 * 200 * len(FILE)
+
+
+def test_a_list_becomes_a_table_with_sizes(server, tmp_path, capsys):
+    a, b = server("a.gz", lambda h, n: h.file()), server("b.gz", lambda h, n: h.answer(404))
+    url = server("list.txt", lambda h, n: h.answer(200, f"{a}\n\n{b}\n".encode()))
+    facts = source_list.build(url=url, table=tmp_path / "table.tsv", licence="ODC-BY")
+    assert (tmp_path / "table.tsv").read_text() == (
+        f"url\tbytes\tsha256\tlicence\n{a}\t{len(FILE)}\t\tODC-BY\n{b}\t\t\tODC-BY\n"
+    )
+    assert facts == {"url": url, "files": 2, "bytes": len(FILE), "unknown": 1}
+    assert "2 files" in (said := capsys.readouterr().out) and "1 files of unknown size" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["table.tsv"]
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>\n<p>no</p>", b"ok://a/b.gz\n../../etc/passwd\n"])
+def test_what_is_no_list_is_refused(server, tmp_path, content):
+    url = server("list.txt", lambda h, n: h.answer(200, content))
+    with pytest.raises(ValueError, match=r"expected a (list of URLs|URL a line), found"):
+        source_list.build(url=url, table=tmp_path / "table.tsv")
+
+
+def test_r2_buckets_that_are_public_are_asked_by_https():
+    assert io.public("r2://olmo-data/a/b.npy") == "https://olmo-data.org/a/b.npy"
+    assert io.public("r2://mine/a/b.npy") == "r2://mine/a/b.npy"
+
+
+def test_a_local_file_is_checked_as_a_download_is(tmp_path):
+    file = tmp_path / "-a b\n.gz"
+    file.write_bytes(FILE)
+    local_source.build(file=file, source=tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == FILE
+    file.write_bytes(FILE[:-4])
+    with pytest.raises(ValueError, match="truncated"):
+        local_source.build(file=file, source=tmp_path / "out")
