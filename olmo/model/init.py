@@ -7,6 +7,9 @@ one model on every device, and a model built on `meta` and materialised later th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 
 import torch
@@ -96,6 +99,19 @@ def reset(
     init_normal(module, std, cut)
 
 
+_first_filling: ContextVar[bool] = ContextVar("_first_filling", default=True)
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Build layers without drawing anything, for weights that come from elsewhere."""
+    token = _first_filling.set(False)
+    try:
+        yield
+    finally:
+        _first_filling.reset(token)
+
+
 class Linear(nn.Linear):
     """nn.Linear that takes the same numbers from the CPU's generator wherever it is built.
 
@@ -104,6 +120,8 @@ class Linear(nn.Linear):
     """
 
     def reset_parameters(self) -> None:
+        if not _first_filling.get():
+            return
         if self.weight.device.type == "cpu":
             super().reset_parameters()
         else:
@@ -114,6 +132,8 @@ class Embedding(nn.Embedding):
     """nn.Embedding that takes the same numbers from the CPU's generator wherever it is built."""
 
     def reset_parameters(self) -> None:
+        if not _first_filling.get():
+            return
         if self.weight.device.type == "cpu":
             super().reset_parameters()
         else:

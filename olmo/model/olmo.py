@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from olmo.config import ModelConfig
 from olmo.model.attention import Backend, Choice, causal_bias, choose, document_mask
 from olmo.model.block import Dropout, KeyValues, OLMoBlock, OLMoBlockGroup
 from olmo.model.generate import OLMoGenerateOutput, generate
-from olmo.model.init import Embedding, Linear, Role, reset
+from olmo.model.init import Embedding, Linear, Role, reset, unfilled
 from olmo.model.norm import LayerNormBase
 from olmo.model.regroup import regrouped
 from olmo.model.rope import BufferCache, alibi_bias
@@ -41,8 +42,9 @@ class OLMo(nn.Module):
 
     Args:
         config: is read and never changed.
-        init_params: draw the weights now. On the device `meta` they are not drawn; materialise
-            the model (`to_empty`) and call `reset_parameters`, which gives the same weights.
+        init_params: draw the weights now; False leaves whatever the memory holds, to be loaded.
+            On the device `meta` there is nothing to draw into: materialise the model (`to_empty`)
+            and call `reset_parameters`, which gives the weights that this seed gives elsewhere.
 
     Raises:
         ValueError: contradicting settings, naming the keys.
@@ -56,10 +58,19 @@ class OLMo(nn.Module):
         self.config = config
         self.cache = BufferCache()
         self.attention: Choice | None = None
-        n_embeddings = config.embedding_size or config.vocab_size
-        device = config.init_device
+        with nullcontext() if init_params else unfilled():
+            self.transformer = self._build()
+        if config.alibi:
+            self._bias(config.max_sequence_length, torch.device("cpu"))
 
-        self.transformer = nn.ModuleDict(
+        if init_params and config.init_device != "meta":
+            self.reset_parameters()
+
+    def _build(self) -> nn.ModuleDict:
+        config, device = self.config, self.config.init_device
+        n_embeddings = config.embedding_size or config.vocab_size
+
+        parts = nn.ModuleDict(
             {
                 "wte": Embedding(n_embeddings, config.d_model, device=device),
                 "emb_drop": Dropout(config.embedding_dropout),
@@ -69,23 +80,19 @@ class OLMo(nn.Module):
         blocks = [OLMoBlock.build(i, config, self.cache) for i in range(config.n_layers)]
         size = config.block_group_size
         if size == 1:
-            self.transformer["blocks"] = nn.ModuleList(blocks)
+            parts["blocks"] = nn.ModuleList(blocks)
         else:
             groups = [OLMoBlockGroup(blocks[i : i + size]) for i in range(0, len(blocks), size)]
-            self.transformer["block_groups"] = nn.ModuleList(groups)
+            parts["block_groups"] = nn.ModuleList(groups)
         if not (config.alibi or config.rope):
             length = config.max_sequence_length
-            self.transformer["wpe"] = Embedding(length, config.d_model, device=device)
+            parts["wpe"] = Embedding(length, config.d_model, device=device)
         if not config.weight_tying:
             bias = config.include_bias
-            self.transformer["ff_out"] = Linear(config.d_model, n_embeddings, bias, device)
+            parts["ff_out"] = Linear(config.d_model, n_embeddings, bias, device)
         if config.embedding_layer_norm:
-            self.transformer["emb_norm"] = LayerNormBase.build(config)
-        if config.alibi:
-            self._bias(config.max_sequence_length, torch.device("cpu"))
-
-        if init_params and config.init_device != "meta":
-            self.reset_parameters()
+            parts["emb_norm"] = LayerNormBase.build(config)
+        return parts
 
     @property
     def device(self) -> torch.device:

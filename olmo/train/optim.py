@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, LionW, Muon, with clipping and metrics that never wait for the device.
+"""Optimizers: AdamW, LionW, Muon.
 
     optim = build_optimizer(cfg, model)
     metrics = optim.clip_grads_and_collect_metrics(step)  # tensors, on the device
@@ -9,207 +9,44 @@ Parameters may be sharded DTensors; norms are then those of the whole.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from olmo.config import OptimizerType, TrainConfig
 from olmo.model.norm import LayerNormBase
 from olmo.model.regroup import plain_name
-
-log = logging.getLogger(__name__)
-
-Group = dict[str, Any]
+from olmo.train.clip import Group, Optimizer, is_sharded, norms_of, vector, whole, with_grad
 
 
-class Optimizer(torch.optim.Optimizer):
-    """What OLMo's optimizers share. Parameter groups have, beside torch's fields:
-
-    - param_names: plain names, in the order of params, sorted
-    - max_grad_norm: threshold for the norm of all gradients together, or None
-    - max_grad_norm_ratio: threshold for each gradient's norm, in multiples of its running mean,
-      or None; it wins over max_grad_norm
-    - sharded: whether the parameters are DTensors
-    """
-
-    _record_update_metrics = False
-    _selective_updates = False
-    _collecting_metrics = False
-    found_inf: Tensor | None = None
-    """1.0 where the last clipping saw a gradient that is not finite, else 0.0. `step` reads it."""
-
-    @torch.no_grad()
-    def clip_grads_and_collect_metrics(
-        self,
-        global_step: int,
-        collect_param_metrics: bool = True,
-        process_group: Any = None,
-        device: torch.device | None = None,
-    ) -> dict[str, Tensor]:
-        """Clip gradients in place, group by group, as their fields say.
-
-        Args:
-            global_step: accepted as OLMo has it.
-            collect_param_metrics: also collect, for each parameter, min, max, avg and norm of
-                itself, its gradient and its state; expensive.
-            process_group, device: accepted as OLMo has them; tensors know both.
-
-        Returns:
-            0-d tensors on the device. `total_grad_norm`, before clipping, is always there. With
-            collect_param_metrics also {param,grad,exp_avg,…}/{name}.{min,max,avg,norm} (min and
-            max of the absolute values), `clipping_rate`, `grad_norm_exp_avg/{name}`.
-        """
-        self._collecting_metrics = collect_param_metrics
-        named = [list(_with_grad(group)) for group in self.param_groups]
-        grads = [[cast(Tensor, p.grad) for _, p in pairs] for pairs in named]
-        flat = [g for group_grads in grads for g in group_grads]
-        if not flat:
-            raise ValueError("no parameter has a gradient; call loss.backward() first")
-        norms = _norms(flat)  # (parameters,)
-        total_norm = norms.square().sum().sqrt()
-        self.found_inf = (~torch.isfinite(total_norm)).float()
-
-        metrics = {"total_grad_norm": total_norm}
-        if collect_param_metrics:
-            metrics |= self._param_metrics([pair for pairs in named for pair in pairs])
-        clipped, eligible = torch.zeros_like(total_norm), 0
-        group_norms = norms.split([len(pairs) for pairs in named])
-        for group, pairs, group_grads, its_norms in zip(
-            self.param_groups, named, grads, group_norms, strict=True
-        ):
-            if not pairs:
-                continue
-            if (ratio := group.get("max_grad_norm_ratio")) is not None:
-                coefficients = self._clip_adaptively(group, ratio, pairs, its_norms, metrics)
-            elif (max_norm := group.get("max_grad_norm")) is not None:
-                coefficient = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_(group_grads, coefficient)
-                coefficients = coefficient.expand(len(pairs))
-            else:
-                continue
-            eligible += len(pairs)
-            clipped += (coefficients < 1.0).sum()
-        if collect_param_metrics:
-            metrics["clipping_rate"] = clipped / max(1, eligible)
-        return metrics
-
-    def _clip_adaptively(
-        self,
-        group: Group,
-        ratio: float,
-        pairs: Sequence[tuple[str, Tensor]],
-        norms: Tensor,
-        metrics: dict[str, Tensor],
-    ) -> Tensor:
-        """Clip each gradient to `ratio` times the running mean of its clipped norms.
-
-        The mean starts with the first norm that finds the optimizer's state made, that is at
-        the second step, as in OLMo.
-
-        Returns:
-            The coefficients, (parameters of the group,).
-        """
-        states = [self.state[p] for _, p in pairs]
-        averages = []
-        for state, norm in zip(states, norms.unbind(), strict=True):
-            average = state.get("grad_norm_exp_avg")
-            if average is None:
-                average = norm.clone()
-                if state:
-                    state["grad_norm_exp_avg"] = average
-            averages.append(average)
-        stacked = torch.stack(averages)
-        coefficients = (ratio * stacked / (norms + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([cast(Tensor, p.grad) for _, p in pairs], list(coefficients.unbind()))
-        updated = stacked.lerp(norms * coefficients, 1 - max(group["betas"]))
-        updated = torch.where(torch.isfinite(updated), updated, stacked)
-        torch._foreach_copy_(averages, list(updated.unbind()))
-        if self._collecting_metrics:
-            for (name, _), average in zip(pairs, averages, strict=True):
-                metrics[f"grad_norm_exp_avg/{name}"] = average
-        return coefficients
-
-    def _param_metrics(self, pairs: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        names: list[str] = []
-        tensors: list[Tensor] = []
-        for name, p in pairs:
-            state = self.get_state_for_param(p)
-            shown = {"grad": p.grad, "param": p} | dict(sorted(state.items()))
-            for kind, tensor in shown.items():
-                if tensor is not None:
-                    names.append(f"{kind}/{name}")
-                    tensors.append(tensor.detach())
-        columns = {
-            "min": _whole([t.abs().min().float() for t in tensors]),
-            "max": _whole([t.abs().max().float() for t in tensors]),
-            "avg": _whole([t.float().mean() for t in tensors]),
-            "norm": _norms(tensors),
-        }
-        return {
-            f"{name}.{what}": value
-            for what, column in columns.items()
-            for name, value in zip(names, column.unbind(), strict=True)
-        }
-
-    def get_state_for_param(self, param: Tensor) -> dict[str, Tensor | None]:
-        """The parts of the state that metrics are collected of."""
-        return {}
-
-    def get_post_step_metrics(
-        self, module: nn.Module | None = None, process_group: Any = None
-    ) -> dict[str, Tensor]:
-        """What the last step did, if record_update_metrics asks for it."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """State comes from `state_dict`; settings stay those of the config.
-
-        Raises:
-            ValueError: the parameters are others.
-        """
-        saved = state_dict["param_groups"]
-        groups = []
-        for theirs, ours in zip(saved, self.param_groups, strict=False):
-            their_names = [plain_name(n) for n in theirs.get("param_names", ours["param_names"])]
-            if their_names != ours["param_names"]:
-                differing = sorted(set(their_names) ^ set(ours["param_names"]))
-                raise ValueError(
-                    "the optimizer's state is of other parameters, or in another order; "
-                    f"they differ in {', '.join(differing[:5]) or 'their order'}. "
-                    "--reset_optimizer_state starts it afresh"
-                )
-            groups.append({**theirs, **{k: v for k, v in ours.items() if k != "params"}})
-        if len(saved) != len(self.param_groups):
-            raise ValueError(
-                f"the optimizer's state has {len(saved)} parameter groups, expected "
-                f"{len(self.param_groups)}. --reset_optimizer_state starts it afresh"
-            )
-        super().load_state_dict({**state_dict, "param_groups": groups})
-
-
-class AdamW(torch.optim.AdamW, Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) by torch's fused kernel where it has one.
+class AdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), by torch's fused kernel on CPU and CUDA.
 
     With selective_updates a parameter's entries, and their state, stay as they are where the
-    gradient is exactly 0 (rare tokens' embeddings do not decay).
+    gradient is exactly 0 (the embeddings of tokens that were not seen do not decay).
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        *,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-5,
+        weight_decay: float = 0.01,
         record_update_metrics: bool = False,
         selective_updates: bool = False,
-        **settings: Any,
     ) -> None:
-        super().__init__(params, **settings)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"amsgrad": False, "fused": None})
         self._record_update_metrics = record_update_metrics
         self._selective_updates = selective_updates
         self._update_metrics: dict[str, Tensor] = {}
+        for group in self.param_groups:
+            group["fused"] = {p.device.type for p in group["params"]} <= {"cpu", "cuda"}
 
     def get_state_for_param(self, param: Tensor) -> dict[str, Tensor | None]:
         return {key: self.state[param].get(key) for key in ("exp_avg", "exp_avg_sq")}
@@ -218,36 +55,60 @@ class AdamW(torch.optim.AdamW, Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         recording = self._record_update_metrics and self._collecting_metrics
         before = self._snapshot() if recording else []
-        if self._selective_updates:
-            for group in self.param_groups:
-                self._step_selectively(group)
-        else:
-            super().step(closure)
+        for group in self.param_groups:
+            self._step_group(group)
         if recording:
             self._record(before)
 
+    def _step_group(self, group: Group) -> None:
+        if self._selective_updates:
+            self._step_selectively(group)
+            return
+        params = [p for _, p in with_grad(group)]
+        states = [self._state_of(p, group) for p in params]
+        beta1, beta2 = group["betas"]
+        adamw(
+            params,
+            [cast(Tensor, p.grad) for p in params],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=group["fused"],
+            found_inf=self.found_inf if group["fused"] else None,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _state_of(self, p: Tensor, group: Group) -> dict[str, Any]:
+        state = self.state[p]
+        if "step" not in state:
+            # The fused kernel counts steps on the device, the others on the host.
+            device = p.device if group["fused"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+        return state
+
     def _step_selectively(self, group: Group) -> None:
         beta1, beta2 = group["betas"]
-        lr, eps = group["lr"], group["eps"]
-        for _, p in _with_grad(group):
-            grad, alive = _finite(cast(Tensor, p.grad), self.found_inf)
-            state = self.state[p]
-            if "step" not in state:
-                device = p.device if group["fused"] or group["capturable"] else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
-            state["step"] += 1 if alive is None else alive.to(state["step"].device)
+        for _, p in with_grad(group):
+            grad, alive = _finite(p, self.found_inf)
+            state = self._state_of(p, group)
+            state["step"] += alive.to(state["step"].device)
             steps = state["step"].double().clamp(min=1)
-            mask = (grad != 0).to(p.dtype)
-            if alive is not None:
-                mask = mask * alive
-            p.mul_(1 - mask * (lr * group["weight_decay"]))
+            mask = (grad != 0) * alive
+            p.mul_(1 - mask * (group["lr"] * group["weight_decay"]))
             state["exp_avg"].lerp_(grad, mask * (1 - beta1))
             state["exp_avg_sq"].mul_(1 - mask * (1 - beta2)).addcmul_(grad, grad, value=1 - beta2)
-            step_size = (lr / (1 - beta1**steps)).to(p.device, p.dtype)
+            step_size = (group["lr"] / (1 - beta1**steps)).to(p.device, p.dtype)
             correction = (1 - beta2**steps).sqrt().to(p.device, p.dtype)
-            denominator = state["exp_avg_sq"].sqrt() / correction + eps
+            denominator = state["exp_avg_sq"].sqrt() / correction + group["eps"]
             p.sub_(mask * step_size * state["exp_avg"] / denominator)
 
     def _snapshot(self) -> list[tuple[str, Tensor, Tensor]]:
@@ -255,13 +116,13 @@ class AdamW(torch.optim.AdamW, Optimizer):
         return [
             (name, p, p * (1 - group["lr"] * group["weight_decay"]))
             for group in self.param_groups
-            for name, p in _with_grad(group)
+            for name, p in with_grad(group)
         ]
 
     def _record(self, before: list[tuple[str, Tensor, Tensor]]) -> None:
         updates = [p - decayed for _, p, decayed in before]
-        largest = _whole([u.abs().max().float() for u in updates])
-        for (name, _, _), norm, most in zip(before, _norms(updates), largest, strict=True):
+        largest = vector([u.abs().max().float() for u in updates])
+        for (name, _, _), norm, most in zip(before, norms_of(updates), largest, strict=True):
             self._update_metrics[f"step/{name}.norm"] = norm
             self._update_metrics[f"step/{name}.max"] = most
 
@@ -300,17 +161,15 @@ class LionW(Optimizer):
         norms: list[list[Tensor]] = [[], []]
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for _, p in _with_grad(group):
-                grad, alive = _finite(cast(Tensor, p.grad), self.found_inf)
+            for _, p in with_grad(group):
+                grad, alive = _finite(p, self.found_inf)
                 state = self.state[p]
                 if "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(p)
                 average = state["exp_avg"]
                 update = average.lerp(grad, 1 - beta1)
                 sign = update.sign()
-                moving: Tensor | float = 1.0 if alive is None else alive
-                if self._selective_updates:
-                    moving = (grad != 0).to(p.dtype) * moving
+                moving = (grad != 0) * alive if self._selective_updates else alive
                 p.mul_(1 - moving * (group["lr"] * group["weight_decay"]))
                 p.sub_(sign * (moving * group["lr"]))
                 average.lerp_(grad, moving * (1 - beta2))
@@ -319,8 +178,8 @@ class LionW(Optimizer):
                     norms[0].append(update)
                     norms[1].append(sign)
         if recording:
-            dot = _whole(products).sum()
-            lengths = [torch.linalg.vector_norm(_norms(tensors)) for tensors in norms]
+            dot = vector(products).sum()
+            lengths = [torch.linalg.vector_norm(norms_of(tensors)) for tensors in norms]
             cosine = dot / (lengths[0] * lengths[1]).clamp(min=1e-8)
             self._update_metrics = {"update_cos_sim": cosine}
 
@@ -341,39 +200,29 @@ class Muon(AdamW):
     arXiv:2502.16982).
     """
 
-    def _init_group(self, group: Group, *lists: Any) -> bool:  # type: ignore[override]
-        # This is where torch's AdamW gathers what it will step.
-        return False if group["muon"] else super()._init_group(group, *lists)
-
     def get_state_for_param(self, param: Tensor) -> dict[str, Tensor | None]:
         if "momentum" in self.state[param]:
             return {"momentum": self.state[param]["momentum"]}
         return super().get_state_for_param(param)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            if group["muon"]:
-                self._step_matrices(group)
-        super().step(closure)
-
-    def _step_matrices(self, group: Group) -> None:
+    def _step_group(self, group: Group) -> None:
+        if not group["muon"]:
+            super()._step_group(group)
+            return
         beta = group["betas"][1]
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-        alive: Tensor | float = 1.0
-        for _, p in _with_grad(group):
-            grad, living = _finite(cast(Tensor, p.grad), self.found_inf)
-            alive = 1.0 if living is None else living
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for _, p in with_grad(group):
+            grad, alive = _finite(p, self.found_inf)
             state = self.state[p]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(p)
             state["momentum"].lerp_(grad, alive * (1 - beta))
             ahead = grad.lerp(state["momentum"], beta)
-            by_shape.setdefault(p.shape, []).append((p, ahead))
+            by_shape.setdefault(p.shape, []).append((p, ahead, alive))
         for shape, matrices in by_shape.items():
-            whole = torch.stack([_full(ahead) for _, ahead in matrices])  # (n, rows, columns)
-            updates = orthogonalize(whole) * (0.2 * math.sqrt(max(shape)))
-            for (p, _), update in zip(matrices, updates.unbind(), strict=True):
+            stacked = torch.stack([whole(ahead) for _, ahead, _ in matrices])  # (n, rows, columns)
+            updates = orthogonalize(stacked) * (0.2 * math.sqrt(max(shape)))
+            for (p, _, alive), update in zip(matrices, updates.unbind(), strict=True):
                 p.mul_(1 - alive * (group["lr"] * group["weight_decay"]))
                 p.sub_(_like(update, p) * (alive * group["lr"]))
 
@@ -411,6 +260,7 @@ def get_param_groups(cfg: TrainConfig, model: nn.Module) -> list[Group]:
         for name, p in module.named_parameters(recurse=False):
             if not p.requires_grad:
                 continue
+            full_name = plain_name(f"{module_name}.{name}" if module_name else name)
             if name.endswith("bias") or isinstance(module, (LayerNormBase, nn.LayerNorm)):
                 decays = optimizer.decay_norm_and_bias
             elif isinstance(module, nn.Embedding):
@@ -419,10 +269,9 @@ def get_param_groups(cfg: TrainConfig, model: nn.Module) -> list[Group]:
                 decays = True
             else:
                 raise ValueError(
-                    f"no weight decay rule for {module_name}.{name} of a "
-                    f"{type(module).__name__}; known are linear layers, norms and embeddings"
+                    f"no weight decay rule for {full_name} of a {type(module).__name__}; "
+                    "known are linear layers, norms and embeddings"
                 )
-            full_name = plain_name(f"{module_name}.{name}" if module_name else name)
             (decaying if decays else others)[full_name] = p
 
     def is_matrix_of_block(name: str) -> bool:
@@ -443,7 +292,7 @@ def get_param_groups(cfg: TrainConfig, model: nn.Module) -> list[Group]:
         {
             "params": [params[name] for name in sorted(params)],
             "param_names": sorted(params),
-            "sharded": any(_is_sharded(p) for p in params.values()),
+            "sharded": any(is_sharded(p) for p in params.values()),
             "max_grad_norm": cfg.max_grad_norm,
             "max_grad_norm_ratio": cfg.max_grad_norm_ratio,
             **fields,
@@ -476,50 +325,22 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> Optimizer:
             "optimizer.selective_updates works entry by entry, Muon on whole matrices; "
             "set --optimizer.selective_updates=false or another optimizer.name"
         )
-    devices = {p.device.type for group in groups for p in group["params"]}
-    fused = True if devices <= {"cpu", "cuda"} else None
     optimizer_class = Muon if kind is OptimizerType.muon else AdamW
-    return optimizer_class(groups, eps=config.eps, fused=fused, **shared)
+    return optimizer_class(groups, eps=config.eps, **shared)
 
 
-def _with_grad(group: Group) -> Iterable[tuple[str, Tensor]]:
-    return (
-        (name, p)
-        for name, p in zip(group["param_names"], group["params"], strict=True)
-        if p.grad is not None
-    )
-
-
-def _finite(grad: Tensor, found_inf: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The gradient with NaN and infinity as 0, and 1.0 or 0.0 for whether to move at all."""
+def _finite(p: Tensor, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradient with NaN and infinity as 0; and 1.0, or 0.0 if nothing may move."""
+    grad = cast(Tensor, p.grad)
     if found_inf is None:
-        return grad, None
+        return grad, torch.ones((), device=p.device)
     return grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), 1.0 - found_inf
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor."""
-    return cast(Any, tensor).full_tensor() if _is_sharded(tensor) else tensor
-
-
-def _like(whole: Tensor, p: Tensor) -> Tensor:
-    """`whole`, sharded as `p` is."""
-    if not _is_sharded(p):
-        return whole
+def _like(value: Tensor, p: Tensor) -> Tensor:
+    """`value`, sharded as `p` is."""
+    if not is_sharded(p):
+        return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole, cast(Any, p).device_mesh, cast(Any, p).placements)
-
-
-def _whole(scalars: list[Tensor]) -> Tensor:
-    """0-d tensors, reduced over their shards, as one vector."""
-    return _full(torch.stack(scalars))
-
-
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """The 2-norm of each tensor, in float32, as one vector."""
-    return _whole(list(torch._foreach_norm(tensors, 2, dtype=torch.float32)))
+    return distribute_tensor(value, cast(Any, p).device_mesh, cast(Any, p).placements)
