@@ -86,7 +86,7 @@ def documents(
         "bytes": polars.UInt64,
         "reason": polars.String,
     }
-    columns: dict[str, list] = {column: [] for column in schema}
+    table_rows: list[tuple] = []
     rows: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     text_bytes = 0
@@ -100,27 +100,23 @@ def documents(
         # islice and zip run in C: a line that is not kept costs little more than its decompression.
         for line, at in islice(zip(lines, number, strict=False), offset, None, keep_one_in):
             identity, text, reason = parse(line, max_text_bytes)
-            size = None if text is None else len(text.encode())
+            size = None if text is None else size_in_utf8(text)
             if reason is None:
                 assert identity is not None and size is not None
                 split = HELDOUT if is_held_out(identity, heldout_share) else TRAIN
                 rows[split] += 1
                 text_bytes += size
                 output[split].write(line if line.endswith(b"\n") else line + b"\n")
+                table_rows.append((at, identity, split, rows[split], size, None))
             else:
-                split = DROPPED
                 reasons[reason] += 1
-            columns["line"].append(at)
-            columns["id"].append(identity)
-            columns["split"].append(split)
-            columns["row"].append(rows[split] if reason is None else None)
-            columns["bytes"].append(size)
-            columns["reason"].append(reason)
+                table_rows.append((at, identity, DROPPED, None, size, reason))
         total = next(number) - 1
     if total == 0:
         raise ValueError(f"{name}: expected lines, found an empty source. Remove it or fetch it.")
 
-    frame = polars.DataFrame(columns, schema)
+    columns = zip(*table_rows, strict=True) if table_rows else [()] * len(schema)
+    frame = polars.DataFrame(dict(zip(schema, columns, strict=True)), schema)
     if forbidden := sorted(set(reasons) - set(allow)):
         raise ValueError(drops_message(name, frame, reasons, forbidden))
     frame.select(polars.lit(name).alias("file"), polars.all()).write_parquet(
@@ -146,14 +142,16 @@ def parse(
     import msgspec
 
     try:
-        found = decoder().decode(line.decode())
+        if not line.isascii():
+            line.decode()  # all of it: the decoder does not look into what it skips
+        found = decoder().decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None, None, reason_of(line)
-    if b"\r" in line.removesuffix(b"\n").removesuffix(b"\r"):
+    if b"\r" in line and b"\r" in line.removesuffix(b"\n").removesuffix(b"\r"):
         return found.id, found.text, "carriage-return"
     if not found.text or found.text.isspace():
         return found.id, found.text, "empty-text"
-    if 4 * len(found.text) > max_text_bytes and len(found.text.encode()) > max_text_bytes:
+    if 4 * len(found.text) > max_text_bytes and size_in_utf8(found.text) > max_text_bytes:
         return found.id, found.text, "too-long"
     return found.id, found.text, None
 
@@ -189,8 +187,14 @@ def reason_of(line: bytes) -> str:
     return "bad-json"  # Python's own decoder is laxer: NaN, for one
 
 
+def size_in_utf8(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def is_held_out(identity: str, share: float) -> bool:
     """Whether the document with this id is held out: the same on every machine, for ever."""
+    if share == 0:
+        return False
     digest = hashlib.sha256(identity.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 

@@ -123,6 +123,11 @@ def test_what_is_nearly_json_is_no_document(other):
     assert parse(other)[2] == "bad-json"
 
 
+def test_a_field_that_is_not_read_counts_too():
+    assert parse(b'{"id": "a", "text": "b", "more": "\xff"}')[2] == "not-utf8"
+    assert parse(b'{"id": "a", "text": "b", "more": "\\ud800"}')[2] == "surrogate"
+
+
 def test_windows_line_ends_and_characters_beyond_the_first_plane_are_documents():
     assert parse(b'{"id": "a", "text": "\\ud83d\\ude00"}\r\n') == ("a", "😀", None)
 
