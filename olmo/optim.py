@@ -1,9 +1,9 @@
 """OLMo's module path for what lives in `olmo.train.optim` and `olmo.train.schedule`."""
 
+from olmo.train.clip import Optimizer as Optimizer
 from olmo.train.optim import AdamW as AdamW
 from olmo.train.optim import LionW as LionW
 from olmo.train.optim import Muon as Muon
-from olmo.train.optim import Optimizer as Optimizer
 from olmo.train.optim import build_optimizer as build_optimizer
 from olmo.train.optim import get_param_groups as get_param_groups
 from olmo.train.schedule import BoltOnWarmupScheduler as BoltOnWarmupScheduler

@@ -232,7 +232,8 @@ class OLMo(nn.Module):
         """Who may look at whom, (B or 1, H or 1, S, S), or None for plain causal attention.
 
         What is forbidden gets float32's lowest number, not -inf, as in OLMo: a row that may look
-        nowhere then sees everything alike instead of becoming NaN.
+        nowhere then sees everything alike instead of becoming NaN. Two of them add up to -inf,
+        which the blocks turn back.
         """
         length = past + x.shape[1]
         lowest = torch.finfo(torch.float32).min
@@ -258,7 +259,7 @@ class OLMo(nn.Module):
             bias = bias + (1.0 - attention_mask.float())[:, None, None, :] * lowest
         if doc_lens is not None:
             bias = bias + (~document_mask(doc_lens, length)).float() * lowest
-        return bias.clamp(min=lowest)
+        return bias
 
     def _bias(self, length: int, device: torch.device) -> Tensor:
         """The causal bias, with ALiBi's where configured, for `length` positions or more."""

@@ -118,8 +118,9 @@ def test_documents_with_alibi_and_padding() -> None:
     mask = torch.ones_like(ids)
     mask[:, 10:] = 0
     both = model(ids, attention_mask=mask, doc_lens=torch.tensor([[5, 7]])).logits
-    alone = model(ids[:, :5]).logits
-    torch.testing.assert_close(both[:, :5], alone, atol=2e-5, rtol=1e-4)
+    for start, end in ((0, 5), (5, 10)):
+        alone = model(ids[:, start:end]).logits
+        torch.testing.assert_close(both[:, start:end], alone, atol=2e-5, rtol=1e-4)
 
 
 def test_document_mask() -> None:
@@ -194,6 +195,20 @@ def test_last_logits_hidden_states_and_embeddings() -> None:
     torch.testing.assert_close(model(ids, input_embeddings=embedded).logits, whole.logits)
     tied = F.linear(whole.hidden_states[-1], model.transformer.wte.weight)
     torch.testing.assert_close(tied, whole.logits)
+
+
+@torch.no_grad()
+def test_scaled_logits() -> None:
+    plain, scaled = build(), build(scale_logits=True)
+    torch.testing.assert_close(scaled(some_ids()).logits * 32**0.5, plain(some_ids()).logits)
+
+
+@pytest.mark.parametrize("block_type", ["sequential", "llama"])
+def test_clip_qkv_clips_all_three_on_both_sides(block_type: str) -> None:
+    model = build(block_type=block_type, clip_qkv=0.25)
+    x = torch.randn(2, 5, 32) * 9
+    for part in next(model.blocks()).project(x):
+        assert part.max() == 0.25 and part.min() == -0.25
 
 
 @torch.no_grad()
