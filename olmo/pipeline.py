@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from olmo.config import BaseConfig, TrainConfig
+from olmo.store import now
 
 
 @dataclass
@@ -113,6 +114,7 @@ class Plan:
         self._recipes: dict[str, Recipe] = {}
         self._trains: dict[str, TrainConfig] = {}
         self._told: set[str] = set()
+        self._looked_at: set[str] = set()
 
     @property
     def store(self) -> str:
@@ -187,19 +189,56 @@ class Plan:
         return self.sources(dataset)[int(batch) * size : (int(batch) + 1) * size]
 
     def listings(self, dataset: str, stage: str) -> list[str]:
-        """The listings of a stage's batches, each the word of a finished job on its files.
+        """The listings of a stage's batches, each the word of a finished job on its files."""
+        return [f"data/{dataset}/{stage}/{batch}.tsv" for batch in self.batches(dataset)]
 
-        A listing of which a file is gone says nothing any more: it is removed, so that the job
-        that wrote it runs again and finds the rest in the store.
+    def journal(self, dataset: str) -> str:
+        """A file that every rule of a data set reads, and that changes when damage is found.
+
+        By itself snakemake does not look at a shard, a tokenizer or a listing that is gone while
+        the checkpoint made from it is there, nor behind a link. So what is missing is written
+        into data/<dataset>/damage.log when the plan is made; the data set's jobs run again, find
+        in the store what is still sound, and make the rest anew.
         """
-        paths = [f"data/{dataset}/{stage}/{batch}.tsv" for batch in self.batches(dataset)]
-        for path in map(Path, paths):
-            if path.exists():
-                rows = path.read_text().splitlines()[1:]
-                names = [path.parent.parent / row.split("\t")[2] for row in rows]
-                if not all(name.exists() for name in names):
-                    path.unlink()
-        return paths
+        path = Path("data", dataset, "damage.log")
+        if dataset not in self._looked_at:
+            self._looked_at.add(dataset)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                path.touch()
+                os.utime(path, (0, 0))  # older than anything made here
+            if missing := sorted(self.missing(dataset)):
+                with path.open("a") as file:
+                    file.writelines(f"{now()} missing: {name}\n" for name in missing)
+        return str(path)
+
+    def missing(self, dataset: str) -> set[str]:
+        """The files of a data set, and of its runs, that were made here and have lost their bytes.
+
+        A listing that names one of them is taken away, so that its job runs.
+        """
+        folder = Path("data", dataset)
+        missing = set()
+        for listing in folder.glob("*/[0-9]*.tsv"):
+            rows = listing.read_text().splitlines()[1:]
+            files = [folder / row.split("\t")[2] for row in rows]
+            if gone := {str(file) for file in files if not file.exists()}:
+                missing |= gone
+                listing.unlink()
+        runs = [
+            Path("checkpoints", r)
+            for r, run in self.pipeline.runs.items()
+            if run.dataset == dataset
+        ]
+        finals = [run / "final" for run in runs if (run / "final").exists()]
+        needed = [
+            file
+            for final in finals
+            for file in (*final.iterdir(), final.parent / "global_indices.npy")
+        ]
+        if finals:
+            needed += [folder / "tokenizer.json", *map(Path, self.listings(dataset, "tokens"))]
+        return missing | {str(file) for file in needed if not file.exists()}
 
     def unlisted(self, dataset: str) -> bool:
         """Whether a data set's files are known only after its list has been fetched."""

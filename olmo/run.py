@@ -163,14 +163,20 @@ def evaluate(checkpoint: Path, tokens: list[Path], results: Path) -> None:
         config=checkpoint / "config.yaml",
         heldout=[entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes],
         results=results,
+        checkpoint=checkpoint,
     )
 
 
 @stage(version=1)
-def heldout_perplexity(model: Input, config: Input, heldout: Inputs, results: Output) -> Facts:
-    """Mean loss in nats a token, and perplexity, over held-out token files."""
+def heldout_perplexity(
+    model: Input, config: Input, heldout: Inputs, results: Output, checkpoint: Free[Path]
+) -> Facts:
+    """Mean loss in nats a token, and perplexity, over held-out token files.
+
+    `checkpoint` is the folder that holds `model` and `config`.
+    """
     from olmo.evaluate.final import perplexity
 
-    found = perplexity(model, config, heldout)
+    found = perplexity(checkpoint, heldout)
     results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     return found

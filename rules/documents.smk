@@ -3,7 +3,8 @@
 
 rule documents:
     input:
-        "data/{dataset}/sources/{batch}.tsv",
+        lambda w: plan.journal(w.dataset),
+        sources="data/{dataset}/sources/{batch}.tsv",
     output:
         "data/{dataset}/documents/{batch}.tsv",
     log:
@@ -11,4 +12,4 @@ rule documents:
     params:
         recipe=lambda w: plan.flags(w.dataset, "documents"),
     shell:
-        "olmo documents --sources {input:q} --listing {output:q} {params.recipe} --log {log:q}"
+        "olmo documents --sources {input.sources:q} --listing {output:q} {params.recipe} --log {log:q}"

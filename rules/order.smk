@@ -3,7 +3,8 @@
 
 rule order:
     input:
-        lambda w: listings(plan.run(w.run).dataset, "tokens"),
+        lambda w: plan.journal(plan.run(w.run).dataset),
+        tokens=lambda w: listings(plan.run(w.run).dataset, "tokens"),
     output:
         "checkpoints/{run}/global_indices.npy",
     log:
@@ -11,4 +12,4 @@ rule order:
     params:
         recipe=lambda w: plan.order_flags(w.run),
     shell:
-        "olmo order --tokens {input:q} --order {output:q} {params.recipe} --log {log:q}"
+        "olmo order --tokens {input.tokens:q} --order {output:q} {params.recipe} --log {log:q}"

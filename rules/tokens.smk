@@ -3,7 +3,10 @@
 
 rule tokenizer:
     input:
-        lambda w: listings(w.dataset, "documents") if plan.trains_tokenizer(w.dataset) else [],
+        lambda w: plan.journal(w.dataset),
+        documents=lambda w: (
+            listings(w.dataset, "documents") if plan.trains_tokenizer(w.dataset) else []
+        ),
     output:
         "data/{dataset}/tokenizer.json",
     log:
@@ -11,12 +14,13 @@ rule tokenizer:
     params:
         recipe=lambda w: plan.flags(w.dataset, "tokenizer"),
     shell:
-        "olmo tokenizer --documents {input:q} --tokenizer {output:q} {params.recipe}"
+        "olmo tokenizer --documents {input.documents:q} --tokenizer {output:q} {params.recipe}"
         " --log {log:q}"
 
 
 rule tokens:
     input:
+        lambda w: plan.journal(w.dataset),
         documents="data/{dataset}/documents/{batch}.tsv",
         tokenizer="data/{dataset}/tokenizer.json",
         environment=dolma_environment,

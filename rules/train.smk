@@ -3,6 +3,7 @@
 
 rule train:
     input:
+        lambda w: plan.journal(plan.run(w.run).dataset),
         tokens=lambda w: listings(plan.run(w.run).dataset, "tokens"),
         order="checkpoints/{run}/global_indices.npy",
         tokenizer=lambda w: f"data/{plan.run(w.run).dataset}/tokenizer.json",

@@ -43,7 +43,8 @@ TRAIN = {
         "embedding_size": 512,
         "eos_token_id": 0,
         "pad_token_id": 1,
-        "init_fn": "mitchell",
+        "init_fn": "normal",
+        "init_std": 0.02,
     },
     "optimizer": {"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.1},
     "scheduler": {"name": "cosine_with_warmup", "t_warmup": 4, "alpha_f": 0.1},
@@ -194,7 +195,7 @@ class Project:
         found = []
         for folder in ("data", "checkpoints"):
             for path in (self.root / folder).rglob("*"):
-                listing = path.suffix == ".tsv" and not path.is_symlink()
+                listing = path.suffix in (".tsv", ".log") and not path.is_symlink()
                 link = path.is_symlink() and path.exists()
                 if not (path.is_dir() or listing or link or path.name == ".snakemake_timestamp"):
                     found.append(path)
