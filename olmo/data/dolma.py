@@ -1,20 +1,34 @@
-"""`dolma tokens` at work: the toolkit in an environment of its own, one process for many files."""
+"""The engine `dolma`: `dolma tokens`, held still, in an environment of its own.
+
+The toolkit shuffles what it writes and loses what it cannot read without an error. So each file
+of documents is given to it alone, and what comes out is put back into the documents' order.
+"""
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 import select
+import shutil
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from subprocess import PIPE
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from olmo.data import dolma_worker
+from olmo.data.documents import MAX_BYTES_PER_BYTE
+from olmo.data.tokens import Job
 from olmo.environments import version
 from olmo.process import describe_exit, supervised
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars
 
 
 def toolkit(requirements: Path) -> str:
@@ -27,10 +41,12 @@ class Dolma:
 
     Args:
         python: the interpreter of an environment made from envs/dolma.txt.
+        toolkit: the versions that it holds, by `toolkit(requirements)`.
     """
 
-    def __init__(self, python: Path) -> None:
+    def __init__(self, python: Path, toolkit: str) -> None:
         self.python = python
+        self.toolkit = toolkit
         self.process: Any = None
 
     def __enter__(self) -> Dolma:
@@ -41,8 +57,28 @@ class Dolma:
         self.process = None
         self.stack.close()
 
-    def __call__(self, toolkit: str, time_limit_s: float, **request: Any) -> str:
-        """Tokenize one file; returns what the toolkit said. See dolma_worker for the request.
+    def tokenize(self, job: Job) -> tuple[polars.DataFrame, str]:
+        """Write a file's tokens; each document's row, id and range, and what the toolkit said."""
+        import numpy as np
+
+        with scratch_beside(job.tokens) as folder:
+            os.symlink(os.path.realpath(job.documents), folder / "documents.gz")
+            said = self.ask(
+                time_limit_s=time_limit(job.text_bytes),
+                folder=str(folder),
+                documents="documents.gz",
+                tokenizer=os.path.realpath(job.tokenizer),
+                eos_token_id=job.eos_token_id,
+                pad_token_id=job.pad_token_id,
+                encode_special_tokens=job.special_as_text,
+                dtype=job.dtype,
+                # Room for the file, no more: the toolkit lays out its output at full length.
+                max_size=min(job.max_size, job.text_bytes * MAX_BYTES_PER_BYTE + job.count + 2),
+            )
+            return gather(folder / "parts", np.dtype(job.dtype), job.tokens), said
+
+    def ask(self, time_limit_s: float, **request: Any) -> str:
+        """Have one file tokenized; what the toolkit said. See dolma_worker for the request.
 
         Raises ValueError with what it said when it fails, ChildProcessError when it dies.
         """
@@ -51,9 +87,9 @@ class Dolma:
             self.start()
             versions = self.answer(deadline)
             found = " ".join(f"{name}=={version}" for name, version in versions.items())
-            if found != toolkit:
+            if found != self.toolkit:
                 raise ValueError(
-                    f"expected {toolkit} in the environment of {self.python}, found {found}. "
+                    f"expected {self.toolkit} in the environment of {self.python}, found {found}. "
                     "Build the environment again from envs/dolma.txt"
                 )
         self.said.seek(0)
@@ -108,3 +144,69 @@ class Dolma:
         text = self.said.read().decode(errors="replace")
         lines = [line for line in text.splitlines() if line.strip() and "/s]" not in line]
         return "\n".join(lines[-20:])
+
+
+def time_limit(text_bytes: int) -> float:
+    """Seconds after which the toolkit hangs rather than works: a hundredth of its usual speed."""
+    return 600 + text_bytes / 5_000
+
+
+class scratch_beside:
+    """A folder for the toolkit's files beside an output, gone when the block ends."""
+
+    def __init__(self, output: Path) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix=".dolma-", dir=output.parent))
+
+    def __enter__(self) -> Path:
+        return self.folder
+
+    def __exit__(self, *_: Any) -> None:
+        shutil.rmtree(self.folder)
+
+
+def gather(parts: Path, dtype: np.dtype, tokens: Path) -> polars.DataFrame:
+    """Write the documents' tokens in the order of their lines; their new ranges, ids and lines.
+
+    The toolkit's parts: raw tokens in .npy; start, end, id, source, line in .csv.gz, both in the
+    order into which it shuffled them.
+
+    Raises ValueError when a part's tokens and its table do not fit.
+    """
+    import numpy as np
+    import polars
+
+    csv.field_size_limit(sys.maxsize)
+    arrays: list[np.ndarray] = []
+    rows: list[tuple[int, str, int, int, int]] = []  # line, id, part, start, end
+    for path in sorted(parts.glob("*.npy")):
+        array = np.memmap(path, dtype, mode="r")
+        end = 0
+        with gzip.open(path.with_suffix(".csv.gz"), "rt", encoding="utf-8", newline="") as table:
+            for first, last, identity, _, line in csv.reader(table):
+                if int(first) != end or int(last) <= end:
+                    raise ValueError(f"{path.name}: expected a document at {end}, found {first}")
+                end = int(last)
+                rows.append((int(line), identity, len(arrays), int(first), end))
+        if end == 0:
+            continue  # no document came through: the toolkit leaves a file of zeros
+        if end != len(array):
+            raise ValueError(
+                f"{path.name}: expected {end:,} tokens by the toolkit's own table, found "
+                f"{len(array):,}"
+            )
+        arrays.append(array)
+    rows.sort()
+    lengths = np.array([end - start for *_, start, end in rows], np.uint64)
+    ends = np.cumsum(lengths, dtype=np.uint64)
+    with open(tokens, "wb") as output:
+        for _, _, part, start, end in rows:
+            output.write(arrays[part][start:end].tobytes())
+    return polars.DataFrame(
+        {
+            "row": [row[0] for row in rows],
+            "id": [row[1] for row in rows],
+            "start": ends - lengths,
+            "end": ends,
+        },
+        schema=dict(row=polars.UInt64, id=polars.String, start=polars.UInt64, end=polars.UInt64),
+    )

@@ -13,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-def tokenize(documents, tokenizer, eos_token_id, pad_token_id, dtype, max_size):
+def tokenize(
+    documents, tokenizer, eos_token_id, pad_token_id, encode_special_tokens, dtype, max_size
+):
     """`dolma tokens` on `documents`, which makes parts/part-*.npy and .csv.gz in this folder."""
     from dolma.cli.tokenizer import TokenizationConfig, TokenizerCli, TokenizerConfig
 
@@ -22,7 +24,10 @@ def tokenize(documents, tokenizer, eos_token_id, pad_token_id, dtype, max_size):
             documents=[documents],
             destination="parts",
             tokenizer=TokenizerConfig(
-                name_or_path=tokenizer, eos_token_id=eos_token_id, pad_token_id=pad_token_id
+                name_or_path=tokenizer,
+                eos_token_id=eos_token_id,
+                pad_token_id=pad_token_id,
+                encode_special_tokens=encode_special_tokens,
             ),
             dtype=dtype,
             max_size=max_size,

@@ -13,17 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from olmo.data import gz
 from olmo.data.documents import HELDOUT, TRAIN
 from olmo.data.documents import documents as documents_stage
 from olmo.data.dolma import Dolma, toolkit
 from olmo.data.order import global_indices
 from olmo.data.order import write as write_order
+from olmo.data.sources import download, local_source
 from olmo.data.stdlib import library_digest, stdlib
 from olmo.data.tokenizer import given_tokenizer, local_tokenizer, trained_tokenizer
 from olmo.data.tokens import tokens as tokens_stage
 from olmo.environments import interpreter
-from olmo.stage import Facts, Input, Output, Stage, here, stage
+from olmo.stage import Facts, Output, Stage, here, stage
 from olmo.store import Record
 
 TOKEN_BYTES = 2  # uint16, as OLMo reads token files
@@ -94,6 +94,7 @@ def sources(listing: Path, sources: list[str]) -> None:
             entries.append(standard_library(listing, name, int(number), int(shards)))
         elif "://" in place:
             size = int(expected["bytes"]) if "bytes" in expected else None
+            part = listing.parent / f"{name}.part"  # a name for what has arrived, while it comes
             entries += run(
                 listing,
                 name,
@@ -102,7 +103,9 @@ def sources(listing: Path, sources: list[str]) -> None:
                 url=place,
                 bytes=size,
                 sha256=expected.get("sha256"),
+                part=part,
             )
+            part.unlink(missing_ok=True)
         else:
             entries += run(listing, name, local_source, names, file=Path(place))
     write(listing, entries)
@@ -192,7 +195,8 @@ def tokens(
         HELDOUT: ("heldout", {"tokens": "heldout/{}.npy", "index": "heldout/{}.parquet"}),
     }
     entries = []
-    with Dolma(python) as dolma:  # starts when the first shard is not in the store
+    # The toolkit starts when the first shard is not in the store.
+    with Dolma(python, toolkit(requirements)) as engine:
         for split, (output, paths) in parts.items():
             for entry in read(documents, output):
                 made = run(
@@ -205,8 +209,8 @@ def tokens(
                     tokenizer=tokenizer,
                     eos_token_id=eos_token_id,
                     pad_token_id=pad_token_id,
-                    toolkit=toolkit(requirements),
-                    dolma=dolma,
+                    toolkit=engine.toolkit,
+                    engine=engine,
                     split=split,
                 )
                 # The listing tells the held-out shards from the others by the output's name.
@@ -232,11 +236,3 @@ def global_order(order: Output, instances: int, seed: int, epoch: int = 0) -> Fa
     """global_indices.npy of one epoch, without what depends on the world size."""
     write_order(global_indices(instances, seed, epoch), order)
     return {"instances": instances}
-
-
-@stage(version=1)
-def local_source(file: Input, source: Output) -> Facts:
-    """A local file of Dolma's schema, as it is."""
-    gz.refuse_other_content(file, str(file))
-    shutil.copyfile(file, source)
-    return {"licence": "unknown"}

@@ -1,24 +1,17 @@
-"""Token shards: `dolma tokens` held still, counted and checked, with a table of the documents.
+"""Token shards: every document, in its place, with a table of which tokens are whose.
 
-The toolkit shuffles what it writes and loses what it cannot read without an error. So each file
-of documents is given to it alone, what comes out is put back into the documents' order, and the
-shard counts only if every document is there, in its place.
+Two engines make them, with the same bytes: `dolma`, the toolkit itself, and `fast`. A shard
+counts only if every document that went in came out.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import os
-import shutil
-import sys
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from olmo import log
 from olmo.data.documents import MAX_BYTES_PER_BYTE, MAX_TOKENS, TRAIN
-from olmo.data.dolma import Dolma
 from olmo.stage import Facts, Free, Input, Output, stage
 
 if TYPE_CHECKING:
@@ -32,6 +25,34 @@ PARQUET: dict[str, Any] = {
 }
 
 
+AS_SPECIAL, AS_TEXT = "as-special", "as-text"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file of documents to tokenize."""
+
+    documents: Path
+    tokenizer: Path
+    tokens: Path  # to be written: raw little-endian `dtype`
+    eos_token_id: int
+    pad_token_id: int
+    dtype: str
+    text_bytes: int
+    count: int  # of documents
+    max_size: int
+    special_as_text: bool
+
+
+class Engine(Protocol):
+    """What makes token shards. `toolkit` is part of their identity: names and versions."""
+
+    toolkit: str
+
+    def tokenize(self, job: Job) -> tuple[polars.DataFrame, str]:
+        """Write the tokens; (row, id, start, end of each document, in order), and what was said."""
+
+
 @stage(version=1)
 def tokens(
     documents: Input,
@@ -42,16 +63,20 @@ def tokens(
     eos_token_id: int,
     pad_token_id: int,
     toolkit: str,
-    dolma: Free[Dolma],
+    engine: Free[Engine],
     split: str = TRAIN,
     max_size: int = MAX_TOKENS,
+    special_tokens: str = AS_SPECIAL,
 ) -> Facts:
-    """Tokenize one file of documents with `dolma tokens`.
+    """Tokenize one file of documents.
 
     `tokens` gets raw little-endian uint16 (uint32 for more than 65,536 token ids), documents one
     after the other in their order, each ended by the eos token. `index` (parquet) has a row per
     document: start, end (its token range), id, file, line (in the source), bytes (of its text).
     `table` is the table that the documents' stage made, `split` the part of it in `documents`.
+    What looks like a special token in a text becomes that token (`as-special`, the toolkit's way)
+    or stays text (`as-text`). `toolkit` is the engine's: an engine that runs changes no byte, but
+    its versions may.
 
     Raises ValueError for a document too long for `max_size`, and when what came out is not what
     went in; ChildProcessError when the toolkit's process dies or takes too long.
@@ -60,6 +85,11 @@ def tokens(
     import polars
     from tokenizers import Tokenizer
 
+    assert toolkit == engine.toolkit
+    if special_tokens not in (AS_SPECIAL, AS_TEXT):
+        raise ValueError(
+            f"special_tokens: expected {AS_SPECIAL} or {AS_TEXT}, found {special_tokens!r}"
+        )
     expected = (
         polars.read_parquet(table)
         .filter(polars.col("split") == split)
@@ -76,22 +106,20 @@ def tokens(
         tokens.write_bytes(b"")
         ranges = expected.select("row", "id", start="row", end="row")
     else:
-        with scratch_beside(tokens) as folder:
-            os.symlink(os.path.realpath(documents), folder / "documents.gz")
-            said = dolma(
-                toolkit,
-                time_limit_s=time_limit(text_bytes),
-                folder=str(folder),
-                documents="documents.gz",
-                tokenizer=os.path.realpath(tokenizer),
-                eos_token_id=eos_token_id,
-                pad_token_id=pad_token_id,
-                dtype=dtype.name,
-                # Room for the file, no more: the toolkit lays out its output at full length.
-                max_size=min(max_size, text_bytes * MAX_BYTES_PER_BYTE + expected.height + 2),
-            )
-            ranges = gather(folder / "parts", dtype, tokens)
-            refuse_losses(expected, ranges, said)
+        job = Job(
+            documents=documents,
+            tokenizer=tokenizer,
+            tokens=tokens,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            dtype=dtype.name,
+            text_bytes=text_bytes,
+            count=expected.height,
+            max_size=max_size,
+            special_as_text=special_tokens == AS_TEXT,
+        )
+        ranges, said = engine.tokenize(job)
+        refuse_losses(expected, ranges, said)
 
     found = expected.with_columns(ranges["start"], ranges["end"])
     counts = check_tokens(tokens, dtype, found["end"].to_numpy(), eos_token_id, vocab_size)
@@ -105,7 +133,7 @@ def tokens(
     for name, count in special.items():
         log.warn(
             f"{found['file'][0]}: {name} stands {count} times in the text of documents and became "
-            "that special token, as the toolkit does it: it can look like a document's end"
+            f"that special token; special_tokens: {AS_TEXT} in the recipe keeps it text"
         )
     return {
         "documents": found.height,
@@ -131,72 +159,6 @@ def refuse_long(expected: polars.DataFrame, max_size: int) -> None:
             f"has fewer than max_size={max_size:,} tokens; found {row['bytes']:,}. Raise max_size, "
             f"or drop it: documents with max_text_bytes: {most} and allow: [too-long]"
         )
-
-
-def time_limit(text_bytes: int) -> float:
-    """Seconds after which the toolkit hangs rather than works: a hundredth of its usual speed."""
-    return 600 + text_bytes / 5_000
-
-
-class scratch_beside:
-    """A folder for the toolkit's files beside an output, gone when the block ends."""
-
-    def __init__(self, output: Path) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix=".dolma-", dir=output.parent))
-
-    def __enter__(self) -> Path:
-        return self.folder
-
-    def __exit__(self, *_: Any) -> None:
-        shutil.rmtree(self.folder)
-
-
-def gather(parts: Path, dtype: np.dtype, tokens: Path) -> polars.DataFrame:
-    """Write the documents' tokens in the order of their lines; their new ranges, ids and lines.
-
-    The toolkit's parts: raw tokens in .npy; start, end, id, source, line in .csv.gz, both in the
-    order into which it shuffled them.
-
-    Raises ValueError when a part's tokens and its table do not fit.
-    """
-    import numpy as np
-    import polars
-
-    csv.field_size_limit(sys.maxsize)
-    arrays: list[np.ndarray] = []
-    rows: list[tuple[int, str, int, int, int]] = []  # line, id, part, start, end
-    for path in sorted(parts.glob("*.npy")):
-        array = np.memmap(path, dtype, mode="r")
-        end = 0
-        with gzip.open(path.with_suffix(".csv.gz"), "rt", encoding="utf-8", newline="") as table:
-            for first, last, identity, _, line in csv.reader(table):
-                if int(first) != end or int(last) <= end:
-                    raise ValueError(f"{path.name}: expected a document at {end}, found {first}")
-                end = int(last)
-                rows.append((int(line), identity, len(arrays), int(first), end))
-        if end == 0:
-            continue  # no document came through: the toolkit leaves a file of zeros
-        if end != len(array):
-            raise ValueError(
-                f"{path.name}: expected {end:,} tokens by the toolkit's own table, found "
-                f"{len(array):,}"
-            )
-        arrays.append(array)
-    rows.sort()
-    lengths = np.array([end - start for *_, start, end in rows], np.uint64)
-    ends = np.cumsum(lengths, dtype=np.uint64)
-    with open(tokens, "wb") as output:
-        for _, _, part, start, end in rows:
-            output.write(arrays[part][start:end].tobytes())
-    return polars.DataFrame(
-        {
-            "row": [row[0] for row in rows],
-            "id": [row[1] for row in rows],
-            "start": ends - lengths,
-            "end": ends,
-        },
-        schema=dict(row=polars.UInt64, id=polars.String, start=polars.UInt64, end=polars.UInt64),
-    )
 
 
 def refuse_losses(expected: polars.DataFrame, found: polars.DataFrame, said: str) -> None:

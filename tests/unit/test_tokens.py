@@ -23,6 +23,7 @@ from olmo.process import alive
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "envs" / "dolma.txt"
+TOOLKIT = toolkit(REQUIREMENTS)
 EOS = 0
 TEXTS = [
     f"  def f_{n}(x):\n    return x ** {n}  # größer als {n} 字 \u2028\n" * (n % 7 + 1)
@@ -43,7 +44,7 @@ def python(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dolma(python):
-    with Dolma(python) as dolma:
+    with Dolma(python, TOOLKIT) as dolma:
         yield dolma
 
 
@@ -77,8 +78,8 @@ def tokenize(shard, folder, dolma, **parameters):
             "index": folder / "index.parquet",
             "eos_token_id": EOS,
             "pad_token_id": 1,
-            "toolkit": toolkit(REQUIREMENTS),
-            "dolma": dolma,
+            "toolkit": dolma.toolkit,
+            "engine": dolma,
             **parameters,
         }
     )
@@ -119,7 +120,7 @@ def test_bytes_are_the_same_again_and_however_the_toolkit_cuts_its_files(shard, 
 def test_a_document_that_would_make_the_toolkit_loop_is_refused(shard, tmp_path):
     longest = max(len(text.encode()) for text in TEXTS)
     with pytest.raises(ValueError, match=r"source.gz:\d+: .*max_size=1,000 tokens; found"):
-        tokenize(shard, tmp_path, Dolma(Path("never started")), max_size=1000)
+        tokenize(shard, tmp_path, Dolma(Path("never started"), TOOLKIT), max_size=1000)
     assert longest > 1000 // 3
 
 
@@ -131,7 +132,7 @@ def test_no_documents_are_an_empty_shard(shard, tmp_path):
     facts, array, index = tokenize(
         {**shard, **made, "documents": made["heldout"]},
         tmp_path / "out",
-        Dolma(Path("never started")),
+        Dolma(Path("never started"), TOOLKIT),
         split="heldout",
     )
     assert len(array) == facts["documents"] == facts["tokens"] == index.height == 0
@@ -193,9 +194,10 @@ def test_a_truncated_file_of_documents_fails_the_stage(shard, tmp_path, dolma):
 
 
 def test_another_version_of_the_toolkit_is_refused(shard, tmp_path, dolma):
+    another_version = "dolma==9.9 tokenizers==0.19.1"
     expected = r"expected dolma==9.9 .*found dolma==1.2.1"
-    with pytest.raises(ValueError, match=expected), Dolma(dolma.python) as another:
-        tokenize(shard, tmp_path, another, toolkit="dolma==9.9 tokenizers==0.19.1")
+    with pytest.raises(ValueError, match=expected), Dolma(dolma.python, another_version) as another:
+        tokenize(shard, tmp_path, another)
 
 
 def test_the_toolkit_s_own_error_is_told(shard, tmp_path, dolma):
@@ -204,7 +206,7 @@ def test_the_toolkit_s_own_error_is_told(shard, tmp_path, dolma):
 
 
 def test_a_killed_toolkit_is_an_error_at_once_and_leaves_no_process(shard, tmp_path, python):
-    with Dolma(python) as dolma:
+    with Dolma(python, TOOLKIT) as dolma:
         dolma.start()
         versions = dolma.answer(time.monotonic() + 60)
         assert versions["dolma"] == "1.2.1"
@@ -221,8 +223,8 @@ def test_a_toolkit_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\necho never mind >&2\nsleep 1000 & echo $! > pid; wait\n")
     program.chmod(0o755)
     expected = "did not end in time(?s:.)*never mind"
-    with pytest.raises(ChildProcessError, match=expected), Dolma(program) as dolma:
-        dolma("dolma==1.2.1 tokenizers==0.19.1", time_limit_s=0.5)
+    with pytest.raises(ChildProcessError, match=expected), Dolma(program, TOOLKIT) as dolma:
+        dolma.ask(time_limit_s=0.5)
     child = (tmp_path / "pid").read_text().strip()
     state = subprocess.run(["ps", "-o", "stat=", "-p", child], capture_output=True).stdout
     assert state[:1] in (b"", b"Z"), "gone, or dead and waiting for init"
