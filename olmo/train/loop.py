@@ -204,7 +204,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             )
 
             last = step == last_step
-            evaluates = last or step % cfg.eval_interval == 0
+            evaluates = step == end or step % cfg.eval_interval == 0
             saves = saver.due(step, last)
             if last or evaluates or saves or step % cfg.console_log_interval == 0:
                 *earlier, (_, metrics) = numbers.fetch(world)

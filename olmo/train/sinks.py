@@ -112,8 +112,8 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise ValueError(
-                "the config asks for Weights & Biases, which is not installed: `pip install wandb`, "
-                "or take it out with --wandb=null"
+                "the config asks for Weights & Biases, which is not installed: "
+                "`pip install wandb`, or take it out with --wandb=null"
             ) from error
         settings = cfg.wandb
         folder = Path(cfg.save_folder) / "wandb"

@@ -119,7 +119,8 @@ def duration(
         steps = int(text[:-2]) * steps_per_epoch if text.endswith("ep") else int(float(text))
     except ValueError:
         raise ValueError(
-            f'max_duration: expected steps (1000), tokens ("2e9T") or epochs ("1ep"); found {text!r}'
+            f'max_duration: expected steps (1000), tokens ("2e9T") or epochs ("1ep"), '
+            f"found {text!r}"
         ) from None
     if text.endswith("ep"):
         return steps, steps * tokens_per_step
