@@ -39,19 +39,11 @@ def test_reads_olmo_yaml(tmp_path: Path) -> None:
         """,
     )
     cfg = TrainConfig.load(path)
-    assert (
-        cfg.save_folder == "//small"
-        and cfg.wandb is not None
-        and cfg.wandb.name == "small"
-    )
+    assert cfg.save_folder == "//small" and cfg.wandb is not None and cfg.wandb.name == "small"
     assert cfg.optimizer.learning_rate == 4e-4 and cfg.optimizer.betas == (0.9, 0.95)
-    assert cfg.eval_interval == 1000, (
-        "an interpolation sees defaults that the file does not set"
-    )
+    assert cfg.eval_interval == 1000, "an interpolation sees defaults that the file does not set"
     assert cfg.max_duration == 739_328 and cfg.device_eval_batch_size == 16
-    assert cfg.evaluators == [
-        EvaluatorConfig(label="a", data=DataConfig(paths=["x.npy"]))
-    ]
+    assert cfg.evaluators == [EvaluatorConfig(label="a", data=DataConfig(paths=["x.npy"]))]
     assert ModelConfig.load(path, key="model") == cfg.model
 
 
@@ -66,14 +58,8 @@ def test_overrides_win_and_take_part_in_interpolation(tmp_path: Path) -> None:
         "--max_duration=2e9T",
     ]
     cfg = TrainConfig.load(path, overrides)
-    assert (
-        cfg.eval_interval == 7 and cfg.save_overwrite and cfg.data.paths == ["a", "b"]
-    )
-    assert (
-        cfg.model.n_heads == 2
-        and cfg.save_folder == "s3://x"
-        and cfg.max_duration == "2e9T"
-    )
+    assert cfg.eval_interval == 7 and cfg.save_overwrite and cfg.data.paths == ["a", "b"]
+    assert cfg.model.n_heads == 2 and cfg.save_folder == "s3://x" and cfg.max_duration == "2e9T"
 
 
 def test_path_resolvers(tmp_path: Path) -> None:
@@ -81,9 +67,7 @@ def test_path_resolvers(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     for name in ("step9-unsharded", "step10", "step10-unsharded", "step7"):
         (tmp_path / name).mkdir()
-    text = (
-        "data: {paths: '${path.glob:%s/*.npy}'}\nload_path: ${path.last_checkpoint:%s}"
-    )
+    text = "data: {paths: '${path.glob:%s/*.npy}'}\nload_path: ${path.last_checkpoint:%s}"
     cfg = TrainConfig.load(write(tmp_path, text % (tmp_path, tmp_path)))
     assert cfg.data.paths == [f"{tmp_path}/a.npy", f"{tmp_path}/b.npy"], "sorted"
     assert cfg.load_path == f"{tmp_path}/step10"
@@ -130,9 +114,7 @@ def test_missing_file() -> None:
 def test_built_with_keywords() -> None:
     model = ModelConfig(block_type="llama", d_model=8)  # type: ignore[arg-type]
     assert model.block_type is BlockType.llama
-    cfg = TrainConfig.new(
-        model={"d_model": 8}, optimizer=OptimizerConfig(betas=[0.5, 0.6])
-    )  # type: ignore[arg-type]
+    cfg = TrainConfig.new(model={"d_model": 8}, optimizer=OptimizerConfig(betas=[0.5, 0.6]))  # type: ignore[arg-type]
     assert cfg.model.d_model == 8 and cfg.optimizer.betas == (0.5, 0.6)
     with pytest.raises(ValueError, match="nearest"):
         ModelConfig.new(d_modle=8)
@@ -143,46 +125,32 @@ def test_kv_heads() -> None:
     assert ModelConfig(n_heads=8, multi_query_attention=True).effective_n_kv_heads == 1
     assert ModelConfig(n_heads=8, n_kv_heads=2).effective_n_kv_heads == 2
     with pytest.raises(ValueError, match="contradicts"):
-        _ = ModelConfig(
-            n_heads=8, n_kv_heads=2, multi_query_attention=True
-        ).effective_n_kv_heads
+        _ = ModelConfig(n_heads=8, n_kv_heads=2, multi_query_attention=True).effective_n_kv_heads
 
 
 def test_legacy_spellings(tmp_path: Path) -> None:
-    text = (
-        "activation_checkpointing: true\noptimizer: {name: decoupled_lionw, eps: 1e-3}"
-    )
+    text = "activation_checkpointing: true\noptimizer: {name: decoupled_lionw, eps: 1e-3}"
     cfg = TrainConfig.load(write(tmp_path, text))
-    assert (
-        cfg.activation_checkpointing == "whole_layer" and cfg.optimizer.name == "lionw"
-    )
+    assert cfg.activation_checkpointing == "whole_layer" and cfg.optimizer.name == "lionw"
 
 
 def test_saved_and_read_back(tmp_path: Path) -> None:
-    cfg = TrainConfig.new(
-        max_duration="1ep", data={"datasets": {"x": ["1.npy"]}}, compile={}
-    )
+    cfg = TrainConfig.new(max_duration="1ep", data={"datasets": {"x": ["1.npy"]}}, compile={})
     cfg.save(tmp_path / "out.yaml")
     assert TrainConfig.load(tmp_path / "out.yaml") == cfg
     text = (tmp_path / "out.yaml").read_text()
-    assert "intra_op_threads" not in text, (
-        "OLMo must be able to read what does not use ours"
-    )
+    assert "intra_op_threads" not in text, "OLMo must be able to read what does not use ours"
     cfg.intra_op_threads = 2
     cfg.save(tmp_path / "out.yaml")
     assert TrainConfig.load(tmp_path / "out.yaml").intra_op_threads == 2
 
 
-def test_thousands_of_paths_are_kept_out_of_omegaconf(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_thousands_of_paths_are_kept_out_of_omegaconf(tmp_path: Path, monkeypatch) -> None:
     import omegaconf
 
     seen = []
     create = omegaconf.OmegaConf.create
-    monkeypatch.setattr(
-        omegaconf.OmegaConf, "create", lambda x: seen.append(str(x)) or create(x)
-    )
+    monkeypatch.setattr(omegaconf.OmegaConf, "create", lambda x: seen.append(str(x)) or create(x))
     paths = [f"https://x/part-{i}.npy" for i in range(5000)]
     text = "data:\n  paths:\n" + "".join(f"    - {p}\n" for p in paths)
     assert TrainConfig.load(write(tmp_path, text)).data.paths == paths
