@@ -21,6 +21,7 @@ from olmo.model.attention import Backend, Choice, causal_bias, choose, document_
 from olmo.model.block import Dropout, KeyValues, OLMoBlock, OLMoBlockGroup
 from olmo.model.generate import OLMoGenerateOutput, generate
 from olmo.model.init import Embedding, Linear, Role, reset, unfilled
+from olmo.model.loss import LossSums, linear_cross_entropy
 from olmo.model.norm import LayerNormBase
 from olmo.model.regroup import regrouped
 from olmo.model.rope import BufferCache, alibi_bias
@@ -28,13 +29,17 @@ from olmo.model.rope import BufferCache, alibi_bias
 
 class OLMoOutput(NamedTuple):
     logits: Tensor
-    """(B, T, V), or (B, 1, V) with last_logits_only: log-probabilities before normalisation."""
+    """(B, T, V), or (B, 1, V) with last_logits_only: log-probabilities before normalisation.
+    With labels, whose loss needs no logits, empty."""
 
     attn_key_values: list[KeyValues] | None
     """With use_cache: keys and values of each block."""
 
     hidden_states: tuple[Tensor, ...] | None
     """With output_hidden_states: (B, T, d) before each block, and after the last norm."""
+
+    loss: LossSums | None = None
+    """With labels: the losses, summed over the labels that count."""
 
 
 class OLMo(nn.Module):
@@ -156,6 +161,8 @@ class OLMo(nn.Module):
         output_hidden_states: bool | None = None,
         doc_lens: Tensor | None = None,
         max_doc_lens: Sequence[int] | None = None,
+        labels: Tensor | None = None,
+        z_multiplier: float = 0.0,
     ) -> OLMoOutput:
         """
         Args:
@@ -171,6 +178,9 @@ class OLMo(nn.Module):
             doc_lens: (B, most documents), lengths of the documents in each row, padded with 0:
                 positions then see their own document only.
             max_doc_lens: accepted as OLMo has it; the lengths say it all.
+            labels: (B, T), the id that should come after each position, -100 for none: compute
+                `loss` instead of logits, chunk by chunk (see `olmo.model.loss`).
+            z_multiplier: weight of the z-loss in `loss.total`.
         """
         if past_key_values is not None and len(past_key_values) != self.config.n_layers:
             raise ValueError(
@@ -201,9 +211,10 @@ class OLMo(nn.Module):
         if output_hidden_states:
             hidden.append(x)
         return OLMoOutput(
-            logits=self._logits(x),
+            logits=self._logits(x) if labels is None else x.new_empty(0),
             attn_key_values=caches if use_cache else None,
             hidden_states=tuple(hidden) if output_hidden_states else None,
+            loss=None if labels is None else self._loss(x, labels, z_multiplier),
         )
 
     def _embed(self, input_ids: Tensor, input_embeddings: Tensor | None, past: int) -> Tensor:
@@ -216,10 +227,21 @@ class OLMo(nn.Module):
             x = parts["wpe"](positions) + x
         return parts["emb_drop"](x)
 
+    def _head(self) -> tuple[Tensor, Tensor | None, float]:
+        """Weight (V, d), bias (V,) and scale of the logits."""
+        head = self.transformer["wte" if self.config.weight_tying else "ff_out"]
+        scale = 1 / math.sqrt(self.config.d_model) if self.config.scale_logits else 1.0
+        return head.weight, getattr(head, "bias", None), scale
+
     def _logits(self, x: Tensor) -> Tensor:
-        parts = self.transformer
-        logits = parts["ff_out"](x) if "ff_out" in parts else F.linear(x, parts["wte"].weight)
-        return logits / math.sqrt(self.config.d_model) if self.config.scale_logits else logits
+        weight, bias, scale = self._head()
+        logits = F.linear(x, weight, bias)
+        return logits if scale == 1.0 else logits * scale
+
+    def _loss(self, x: Tensor, labels: Tensor, z_multiplier: float) -> LossSums:
+        weight, bias, scale = self._head()
+        rows = x.flatten(0, 1)
+        return linear_cross_entropy(rows, weight, labels.flatten(), bias, scale, z_multiplier)
 
     def _attention_bias(
         self,
