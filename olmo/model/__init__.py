@@ -6,10 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch.nn import Dropout
+
     from olmo.model.block import (
         GELU,
         Activation,
-        Dropout,
         OLMoBlock,
         OLMoBlockGroup,
         OLMoLlamaBlock,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Dropout
 
 from olmo.config import ActivationType, BlockType, ModelConfig
 from olmo.model.attention import Backend, attention, choose
@@ -21,13 +22,6 @@ from olmo.model.rope import BufferCache, RotaryEmbedding
 
 KeyValues = tuple[Tensor, Tensor]
 """Keys, already rotated, and values of one block, each (B, H_kv, S, D)."""
-
-
-class Dropout(nn.Dropout):
-    """nn.Dropout that at p=0 is nothing at all: no copy, and no number from the generator."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input if self.p == 0.0 else super().forward(input)
 
 
 class Activation(nn.Module):

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import Dropout
 
 from olmo.config import ModelConfig
 from olmo.model.attention import Backend, Choice, causal_bias, choose, document_mask
-from olmo.model.block import Dropout, KeyValues, OLMoBlock, OLMoBlockGroup
+from olmo.model.block import KeyValues, OLMoBlock, OLMoBlockGroup
 from olmo.model.generate import OLMoGenerateOutput, generate
 from olmo.model.init import Embedding, Linear, Role, reset, unfilled
 from olmo.model.loss import LossSums, linear_cross_entropy

@@ -113,7 +113,7 @@ class Optimizer(torch.optim.Optimizer):
         coefficients = (ratio * stacked / (norms + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([cast(Tensor, p.grad) for _, p in pairs], list(coefficients.unbind()))
         updated = stacked.lerp(norms * coefficients, 1 - max(group["betas"]))
-        updated = torch.where(torch.isfinite(updated), updated, stacked)
+        updated = torch.where(metrics["total_grad_norm"].isfinite(), updated, stacked)
         torch._foreach_copy_(averages, list(updated.unbind()))
         if self._collecting_metrics:
             for (name, _), average in zip(pairs, averages, strict=True):

@@ -105,7 +105,8 @@ class AdamW(Optimizer):
             mask = (grad != 0) * alive
             p.mul_(1 - mask * (group["lr"] * group["weight_decay"]))
             state["exp_avg"].lerp_(grad, mask * (1 - beta1))
-            state["exp_avg_sq"].mul_(1 - mask * (1 - beta2)).addcmul_(grad, grad, value=1 - beta2)
+            square = grad * grad * alive
+            state["exp_avg_sq"].mul_(1 - mask * (1 - beta2)).add_(square, alpha=1 - beta2)
             step_size = (group["lr"] / (1 - beta1**steps)).to(p.device, p.dtype)
             correction = (1 - beta2**steps).sqrt().to(p.device, p.dtype)
             denominator = state["exp_avg_sq"].sqrt() / correction + group["eps"]

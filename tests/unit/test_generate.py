@@ -70,6 +70,8 @@ def test_a_row_that_ended_repeats_its_end(model: OLMo) -> None:
     torch.testing.assert_close(scores[0, 0], (first + second).detach(), atol=1e-4, rtol=1e-4)
     model.config.eos_token_id = int(model.generate(IDS[:1], max_steps=1).token_ids)
     assert model.generate(IDS[:1], max_steps=9).token_ids.shape[-1] == 1
+    longer = model.generate(IDS[:1], max_steps=9, min_steps=3).token_ids[0, 0]
+    assert len(longer) >= 3 and model.config.eos_token_id not in longer[:3]
 
 
 def test_sampling(model: OLMo) -> None:
