@@ -153,8 +153,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     def evaluation() -> dict[str, float]:
         return _evaluate(cfg, model, world)
 
-    if not resumed and not cfg.dry_run and (position.global_step == 0 or cfg.eval_on_load):
-        write(position.global_step, evaluation())
+    fresh = not resumed and not cfg.dry_run and (position.global_step == 0 or cfg.eval_on_load)
+    if fresh and (first := evaluation()):
+        write(position.global_step, first)
     if cfg.force_save_unsharded or not (resumed or checkpoint or cfg.no_pre_train_checkpoint):
         saver.save()
     if cfg.dry_run:
@@ -195,12 +196,11 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             optimizer.step()
             found |= optimizer.get_post_step_metrics(model)
 
-            rates = {
-                f"optim/learning_rate_group{i}": float(group["lr"])
-                for i, group in enumerate(optimizer.param_groups)
-            }
+            known = speed.work(position.global_train_tokens_seen)
+            for i, group in enumerate(optimizer.param_groups):
+                known[f"optim/learning_rate_group{i}"] = float(group["lr"])
             numbers.steps.append(
-                Pending(step, losses.ce, losses.z, failed, found, rates, batch["index"])
+                Pending(step, losses.ce, losses.z, failed, found, known, batch["index"])
             )
 
             last = step == last_step
@@ -211,7 +211,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
                 speed.step(len(earlier) + 1, tokens_per_step)
                 for number, values in earlier:
                     write(number, values)
-                metrics |= speed.metrics(position.global_train_tokens_seen)
+                metrics |= speed.metrics()
                 metrics |= memory_metrics(world.device)
                 if evaluates:
                     speed.pause()

@@ -50,17 +50,21 @@ class SpeedMeter:
         seconds = sum(seconds for seconds, _, _ in self._steps)
         return sum(steps for _, steps, _ in self._steps) / seconds if seconds else 0.0
 
-    def metrics(self, total_tokens: int) -> dict[str, float]:
-        """Under OLMo's names, and MFU where the device's speed is known.
+    def work(self, total_tokens: int) -> dict[str, float]:
+        """What was done in all, under OLMo's names.
 
         total_training_Gflops keeps OLMo's convention, which leaves a tied head out.
         """
         gflops = self._olmo_flops * total_tokens / 1e9
-        out: dict[str, float] = {
+        return {
             "throughput/total_tokens": total_tokens,
             "throughput/total_training_Gflops": gflops,
-            "throughput/total_training_log_Gflops": math.log(gflops) if gflops > 0 else 0.0,
+            "throughput/total_training_log_Gflops": math.log(gflops),
         }
+
+    def metrics(self) -> dict[str, float]:
+        """How fast, under OLMo's names, and MFU where the device's speed is known."""
+        out: dict[str, float] = {}
         if self._steps:
             per_device = self.tokens_per_second / self._devices
             out["throughput/device/tokens_per_second"] = per_device

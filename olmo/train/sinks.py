@@ -66,9 +66,9 @@ def _upto(line: bytes, step: int) -> bool:
 class Console:
     """A dense line every `interval` steps; in a terminal one line that moves, with a bar."""
 
-    def __init__(self, interval: int, last_step: int, stream: TextIO = sys.stdout) -> None:
-        self._interval, self._last, self._out = interval, last_step, stream
-        self._moving = stream.isatty()
+    def __init__(self, interval: int, last_step: int, stream: TextIO | None = None) -> None:
+        self._interval, self._last, self._out = interval, last_step, stream or sys.stdout
+        self._moving = self._out.isatty()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         evaluated = {k: v for k, v in metrics.items() if k.startswith("eval/")}

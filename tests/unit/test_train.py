@@ -1,0 +1,256 @@
+"""The trainer does what its config says, stops where it says, and goes on with the same bits."""
+
+import copy
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_run import LENGTH, config, metrics, read_until, run, same, settings, start, state
+
+from olmo.checkpoint import layout
+from olmo.config import TrainConfig
+from olmo.data import order
+from olmo.train.__main__ import main, overrides
+from olmo.train.pending import NotFinite
+from olmo.train.signals import PAUSED
+
+
+def test_a_run_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = config(tmp_path)
+    before = copy.deepcopy(cfg)
+    assert run(tmp_path) == 0
+    assert cfg == before
+
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(11))
+    first, last = lines[0], lines[-1]
+    assert first["eval/heldout/CrossEntropyLoss"] == pytest.approx(math.log(128), abs=0.5)
+    assert last["eval/heldout/CrossEntropyLoss"] < first["eval/heldout/CrossEntropyLoss"] - 0.3
+    assert [line["step"] for line in lines if "eval/heldout/Perplexity" in line] == [0, 5, 10]
+    assert last["train/Perplexity"] == pytest.approx(math.exp(last["train/CrossEntropyLoss"]))
+    assert {
+        "optim/total_grad_norm",
+        "optim/learning_rate_group0",
+        "throughput/total_tokens",
+    } <= set(last)
+    names = [path.name for path in layout.checkpoints(tmp_path / "run")]
+    assert names == ["step0-unsharded", "step4-unsharded", "step8-unsharded", "step10-unsharded"]
+    assert json.loads((tmp_path / "run/finished.json").read_text()) == {
+        "step": 10,
+        "checkpoint": "step10-unsharded",
+    }
+    assert TrainConfig.load(tmp_path / "run/config.yaml") == cfg
+
+    said = capsys.readouterr().out
+    for part in ("device: cpu", "attention: ", "precision: fp32", "CPU threads per process: 1"):
+        assert part in said
+    assert "step 10/10  loss " in said and "tokens/s" in said and "ETA" in said
+
+
+def test_the_data_seen_is_the_order(tmp_path: Path) -> None:
+    run(tmp_path)
+    ids = order.global_indices(203, 6198).tolist()
+    expected = [f"{s + 1}\t" + "\t".join(map(str, ids[s * 8 : s * 8 + 8])) for s in range(10)]
+    assert state(tmp_path / "run")["indices"][0].decode().splitlines() == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "amp_bf16", "model": {"residual_dropout": 0.1}, "console_log_interval": 3},
+        {"max_grad_norm_ratio": 1.1, "scheduler": {"grad_clip_warmup_steps": 7,
+         "grad_clip_warmup_factor": 3.0}, "optimizer": {"name": "lionw", "learning_rate": 1e-3}},
+        {"softmax_auxiliary_loss": True, "data": {"generate_doc_lengths": True}},
+    ],
+    ids=["plain", "bf16-dropout", "lion-clipping", "z-loss-documents"],
+)  # fmt: skip
+def test_resumed_equals_straight(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert run(tmp_path, save_folder=str(tmp_path / "straight"), **changes) == 0
+    resumed: dict[str, Any] = {"save_folder": str(tmp_path / "resumed"), **changes}
+    assert run(tmp_path, stop_after=3, **resumed) == PAUSED
+    assert run(tmp_path, stop_after=4, try_load_latest_save=True, **resumed) == PAUSED
+    assert run(tmp_path, try_load_latest_save=True, **resumed) == 0
+    straight, resumed_state = state(tmp_path / "straight"), state(tmp_path / "resumed")
+    for part in straight:
+        assert same(straight[part], resumed_state[part]), part
+
+
+def test_a_finished_run_asked_again_trains_nothing(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = state(tmp_path / "run")
+    stamp = (tmp_path / "run/step10-unsharded/model.pt").stat().st_mtime_ns
+    assert run(tmp_path, try_load_latest_save=True) == 0
+    assert same(before, state(tmp_path / "run"))
+    assert (tmp_path / "run/step10-unsharded/model.pt").stat().st_mtime_ns == stamp
+
+
+def test_epochs_go_on_in_new_orders(tmp_path: Path) -> None:
+    # 203 instances are 25 steps of 8; the third epoch begins after step 50.
+    changes: dict[str, Any] = {"max_duration": "2ep", "evaluators": []}
+    assert run(tmp_path, **changes) == 0
+    lines = state(tmp_path / "run")["indices"][0].decode().splitlines()
+    assert len(lines) == 50
+    second = order.global_indices(203, 6198, epoch=1).tolist()
+    assert lines[25].split("\t") == ["26", *map(str, second[:8])]
+    # Resumed at the very end of the first.
+    again = {**changes, "save_folder": str(tmp_path / "again")}
+    assert run(tmp_path, stop_after=25, **again) == PAUSED
+    assert run(tmp_path, try_load_latest_save=True, **again) == 0
+    assert same(state(tmp_path / "run"), state(tmp_path / "again"))
+
+
+@pytest.mark.parametrize(
+    "duration, steps", [("6", 6), (6, 6), (f"{6 * 8 * LENGTH}T", 6), (f"{5 * 8 * LENGTH + 1}T", 6)]
+)
+def test_it_stops_exactly_there(tmp_path: Path, duration: Any, steps: int) -> None:
+    assert run(tmp_path, max_duration=duration, evaluators=[]) == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == steps
+
+
+def test_stop_at_is_an_end(tmp_path: Path) -> None:
+    assert run(tmp_path, stop_at=3) == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == 3
+
+
+def test_microbatches_change_the_rounding_only(tmp_path: Path) -> None:
+    losses = []
+    for size in (8, 3, 1):
+        folder = str(tmp_path / f"run{size}")
+        run(tmp_path, device_train_microbatch_size=size, save_folder=folder, evaluators=[])
+        losses.append([m["train/CrossEntropyLoss"] for m in metrics(Path(folder))[1:]])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
+
+
+def test_bf16_is_bf16(tmp_path: Path) -> None:
+    for precision in ("fp32", "amp_bf16"):
+        run(tmp_path, precision=precision, save_folder=str(tmp_path / precision))
+    fp32, bf16 = metrics(tmp_path / "fp32"), metrics(tmp_path / "amp_bf16")
+    difference = abs(fp32[1]["train/CrossEntropyLoss"] - bf16[1]["train/CrossEntropyLoss"])
+    assert 1e-6 < difference < 0.05
+    weights = torch.load(tmp_path / "amp_bf16/latest/model.pt", weights_only=True)
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+def test_not_finite_leaves_everything_as_it_was(tmp_path: Path, interval: int) -> None:
+    """A huge learning rate from the third step on: the fourth's loss is not finite."""
+    changes: dict[str, Any] = {
+        "console_log_interval": interval,
+        "optimizer": {"learning_rate": 1e30},
+        "scheduler": {"name": "constant"},
+        "max_grad_norm": None,
+        "evaluators": [],
+    }
+    with pytest.raises(NotFinite, match=r"step 2: the gradient is not finite") as caught:
+        run(tmp_path, **changes)
+    ids = order.global_indices(203, 6198).tolist()
+    assert str(ids[8:16]) in str(caught.value), "the instances are named"
+    saved = layout.checkpoints(tmp_path / "run")
+    assert [path.name for path in saved] == ["step0-unsharded"]
+    weights = torch.load(saved[0] / "model.pt", weights_only=True)
+    assert all(w.isfinite().all() for w in weights.values())
+    assert not (tmp_path / "run/finished.json").exists()
+
+
+def test_sigterm_saves_and_leaves_with_its_own_code(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"max_duration": 100_000, "save_interval_unsharded": 50_000}
+    process = start(tmp_path, **changes)
+    read_until(process, lambda line: line.startswith("step") and " 20/" in line)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == PAUSED and "paused at step" in said
+    at = metrics(tmp_path / "run")[-1]["step"]
+    assert layout.checkpoints(tmp_path / "run")[-1].name == f"step{at:.0f}-unsharded"
+
+
+def test_time_limit(tmp_path: Path) -> None:
+    assert run(tmp_path, max_duration=100_000, time_limit=0.5, evaluators=[]) == PAUSED
+    assert layout.checkpoints(tmp_path / "run")
+
+
+def test_killed_and_resumed_equals_straight(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"max_duration": 60, "save_interval_unsharded": 7}
+    assert run(tmp_path, save_folder=str(tmp_path / "straight"), **changes) == 0
+    process = start(tmp_path, save_folder=str(tmp_path / "killed"), **changes)
+    read_until(process, lambda line: line.startswith("step 33/"))
+    process.kill()
+    process.communicate()
+    # What a kill in the middle of a line, and of a save, leaves.
+    with open(tmp_path / "killed/metrics.jsonl", "a") as file:
+        file.write('{"step": 34, "train/Cro')
+    (tmp_path / "killed/step35-unsharded.partial").mkdir(exist_ok=True)
+    again = str(tmp_path / "killed")
+    assert run(tmp_path, save_folder=again, try_load_latest_save=True, **changes) == 0
+    assert same(state(tmp_path / "straight"), state(tmp_path / "killed"))
+    assert not list((tmp_path / "killed").glob("*.partial"))
+
+
+def test_a_folder_with_a_run_is_not_written_over(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ValueError, match=r"already holds a run.*try_load_latest_save"):
+        run(tmp_path)
+    assert run(tmp_path, save_overwrite=True) == 0
+
+
+def test_starting_from_weights_alone(tmp_path: Path) -> None:
+    run(tmp_path, save_folder=str(tmp_path / "first"))
+    begin = {"load_path": str(tmp_path / "first/latest"), "reset_trainer_state": True}
+    assert run(tmp_path, reset_optimizer_state=True, **begin) == 0
+    lines = metrics(tmp_path / "run")
+    loss = metrics(tmp_path / "first")[-1]["eval/heldout/CrossEntropyLoss"]
+    assert lines[0]["eval/heldout/CrossEntropyLoss"] == loss and lines[-1]["step"] == 10
+
+
+def test_a_fresh_optimizer_warms_up_again(tmp_path: Path) -> None:
+    run(tmp_path, save_folder=str(tmp_path / "first"), stop_after=6)
+    load = {"load_path": str(tmp_path / "first/latest"), "reset_optimizer_state": True}
+    assert run(tmp_path, **load) == 0
+    rates = [m["optim/learning_rate_group0"] for m in metrics(tmp_path / "run")]
+    assert len(rates) == 4 and rates[0] < rates[1] < rates[2]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"data": {"paths": ["nowhere.npy"]}}, "no token file at nowhere.npy"),
+        ({"model": {"vocab_size": 50, "embedding_size": 50}}, "has 50 embeddings"),
+        ({"model": {"eos_token_id": 60}}, "model.eos_token_id=60 is not below"),
+        ({"max_duration": "many"}, 'max_duration: expected steps .*"2e9T".*many'),
+        ({"global_train_batch_size": 512}, "less than one step"),
+        ({"device_train_batch_size": 5}, "does not agree with"),
+        ({"evaluators": [{"label": "piqa", "type": "downstream"}]}, "'piqa' is a downstream task"),
+        ({"load_path": "nowhere"}, "no checkpoint folder at nowhere"),
+        ({"precision": "fp8"}, "precision: expected one of amp_bf16"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_training(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        run(tmp_path, **changes)
+    assert not layout.checkpoints(tmp_path / "run")
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert overrides(["--a.b=1", "--flag", "--load_path", "x", "--other"]) == [
+        "--a.b=1",
+        "--flag",
+        "--load_path=x",
+        "--other",
+    ]
+    assert main([]) == 2 and main(["--help"]) == 0
+    assert main(["nowhere.yaml"]) == 2
+    assert "error: no config file at nowhere.yaml" in capsys.readouterr().err
+
+
+def test_dry_run_trains_nothing(tmp_path: Path) -> None:
+    assert run(tmp_path, dry_run=True, no_pre_train_checkpoint=True) == 0
+    assert not metrics(tmp_path / "run") and not layout.checkpoints(tmp_path / "run")
+    assert settings(tmp_path)["max_duration"] == 10
