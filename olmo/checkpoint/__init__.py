@@ -7,9 +7,9 @@ from typing import Any
 
 _HOME = {
     "save_unsharded": "save",
-    "load": "load",
-    "load_model": "load",
-    "Checkpoint": "load",
+    "load": "read",
+    "load_model": "read",
+    "Checkpoint": "read",
     "export": "final",
     "checkpoints": "layout",
     "verify": "layout",

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from olmo.checkpoint.load import load
+from olmo.checkpoint.read import load
 from olmo.config import to_yaml
 
 FINISHED = "finished.json"  # in the save folder of a run that came to its end

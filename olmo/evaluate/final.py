@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from olmo.checkpoint.load import load_model
+from olmo.checkpoint.read import load_model
 from olmo.config import DataConfig, TrainConfig
 from olmo.data.batches import build_eval_batches
 from olmo.data.memmap import build_memmap_dataset

@@ -18,16 +18,17 @@ import torch
 
 from olmo.checkpoint import layout
 from olmo.checkpoint.final import FINISHED
-from olmo.checkpoint.load import put_weights
 from olmo.checkpoint.optim_state import load_by_name
+from olmo.checkpoint.read import put_weights
 from olmo.config import SchedulerUnits, TrainConfig
 from olmo.data.batches import TrainLoader, build_eval_batches, build_train_dataloader
 from olmo.data.memmap import build_memmap_dataset
 from olmo.evaluate.perplexity import evaluate
 from olmo.log import count, speak, tell
 from olmo.model import OLMo
+from olmo.train.clip import Optimizer
 from olmo.train.meters import SpeedMeter, device_flops, memory_metrics
-from olmo.train.optim import Optimizer, build_optimizer
+from olmo.train.optim import build_optimizer
 from olmo.train.parallel import World, average_gradients, join_world, leave_world, parallelize
 from olmo.train.pending import Numbers, Pending
 from olmo.train.saving import Saver

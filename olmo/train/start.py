@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from olmo.checkpoint.load import Checkpoint, load, newest
+from olmo.checkpoint.read import Checkpoint, load, newest
 from olmo.config import EvaluatorType, TrainConfig
 from olmo.data.memmap import build_memmap_dataset, check_tokens
 from olmo.log import count, tell

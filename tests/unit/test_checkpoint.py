@@ -1,0 +1,218 @@
+"""A checkpoint is whole or not there, and what is broken is told and never loaded."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import metrics, run, same, state
+
+from olmo import checkpoint
+from olmo.checkpoint import layout
+from olmo.checkpoint.read import newest
+from olmo.config import TrainConfig, identity
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert run(folder) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run", symlinks=True))
+
+
+def test_layout(finished: Path) -> None:
+    folder = finished / "step10-unsharded"
+    files = {"config.yaml", "model.pt", "optim.pt", "train.pt", "manifest.json"}
+    assert {path.name for path in folder.iterdir()} == files
+    assert (finished / "latest").resolve() == folder == (finished / "latest-unsharded").resolve()
+    assert (finished / "latest").readlink() == Path("step10-unsharded"), "movable with its folder"
+    weights = torch.load(folder / "model.pt", weights_only=True)
+    assert {"transformer.wte.weight", "transformer.blocks.1.att_proj.weight"} <= set(weights)
+    train = torch.load(folder / "train.pt", weights_only=True)
+    assert train["global_step"] == 10 and train["global_train_tokens_seen"] == 10 * 8 * 16
+    groups = torch.load(folder / "optim.pt", weights_only=True)["param_groups"]
+    assert groups[1]["param_names"] == ["transformer.wte.weight"]
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / "optim.pt"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "model.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def lose_a_file(folder: Path) -> None:
+    (folder / "train.pt").unlink()
+
+
+def spoil_the_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (cut_off, "is cut off or overwritten: optim.pt has"),
+        (flip_a_bit, "is corrupt: model.pt has sha256"),
+        (lose_a_file, "lacks train.pt"),
+        (spoil_the_manifest, "unreadable manifest"),
+    ],
+)
+def test_a_broken_one_is_refused_and_the_one_before_taken(
+    copy: Path, damage: Any, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = state(copy)
+    damage(copy / "step10-unsharded")
+    with pytest.raises(ValueError, match=said):
+        checkpoint.load(copy / "step10-unsharded")
+    assert newest(copy) == copy / "step8-unsharded"
+    warned = capsys.readouterr().err
+    assert "WARNING: passing over a broken checkpoint" in warned and said in warned
+    # The run goes on from there and comes to the same end.
+    assert run(copy.parent, try_load_latest_save=True) == 0
+    assert same(before, state(copy))
+
+
+def test_interrupted_at_any_write_the_one_before_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full, or a kill, at each step of the save at step 4."""
+
+    class Killed(BaseException):
+        pass
+
+    straight = tmp_path / "straight"
+    run(tmp_path, save_folder=str(straight))
+    places = [(torch, "save"), (layout, "_to_disk"), (layout, "publish"), (layout, "link_latest")]
+    for i, (module, name) in enumerate(places):
+        for error in (OSError(28, "No space left on device"), Killed()):
+            again = tmp_path / f"again{i}{type(error).__name__}"
+            original = getattr(module, name)
+
+            def failing(*args: Any, original: Any = original, error: Any = error) -> Any:
+                if any("step4" in str(arg) for arg in args):
+                    raise error
+                return original(*args)
+
+            monkeypatch.setattr(module, name, failing)
+            with pytest.raises((OSError, Killed), match=r"step4|No space|^$"):
+                run(tmp_path, save_folder=str(again))
+            monkeypatch.undo()
+            whole = newest(again)
+            assert whole is not None
+            layout.verify(whole)
+            assert run(tmp_path, save_folder=str(again), try_load_latest_save=True) == 0
+            assert same(state(straight), state(again))
+
+
+def test_pickled_code_does_not_run(copy: Path, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    folder = copy / "step10-unsharded"
+    (folder / "manifest.json").unlink()
+    torch.save({"weight": Trap()}, folder / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt: it holds pickled code"):
+        checkpoint.load(folder)
+    (folder / "model.pt").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match=r"cannot read .*model\.pt"):
+        checkpoint.load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_models_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None:
+    load = {"load_path": str(finished / "latest"), "reset_trainer_state": True}
+    with pytest.raises(ValueError, match=r"wte\.weight is \(128, 16\), the config's model has"):
+        run(tmp_path, model={"d_model": 32}, **load)
+    with pytest.raises(ValueError, match=r"has no weight transformer\.blocks\.2"):
+        run(tmp_path, model={"n_layers": 3}, save_overwrite=True, **load)
+    with pytest.raises(ValueError, match=r"has a weight transformer\.blocks\.1"):
+        run(tmp_path, model={"n_layers": 1}, save_overwrite=True, **load)
+
+
+def test_retention(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"save_interval_unsharded": 2, "evaluators": []}
+    run(tmp_path, save_num_unsharded_checkpoints_to_keep=2, **changes)
+    names = [path.name for path in layout.checkpoints(tmp_path / "run")]
+    assert names == ["step8-unsharded", "step10-unsharded"]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_final_has_the_same_bytes_in_equal_runs(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    run(other, stop_after=7, save_interval_unsharded=3, console_log_interval=5)
+    assert run(other, try_load_latest_save=True) == 0
+    for save_folder, out in ((finished, "a"), (other / "run", "b")):
+        cfg = TrainConfig.load(save_folder / "config.yaml")
+        train = checkpoint.export(save_folder, tmp_path / out, identity(cfg))
+        assert train["global_step"] == 10
+    first, second = content(tmp_path / "a"), content(tmp_path / "b")
+    assert set(first) == {"config.yaml", "model.safetensors", "optim.safetensors", "train.json"}
+    assert first == second
+    assert not any(str(tmp_path).encode() in text for text in first.values())
+
+
+def test_final_is_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    cfg = TrainConfig.load(finished / "config.yaml")
+    checkpoint.export(finished, tmp_path / "final", identity(cfg))
+    of_final = checkpoint.load_model(tmp_path / "final")
+    of_run = checkpoint.load_model(finished / "latest")
+    ids = torch.arange(2, 18)[None]
+    assert torch.equal(of_final(ids).logits, of_run(ids).logits)
+    # And a run goes on from it as from the run's own.
+    for name, load_path in (("a", tmp_path / "final"), ("b", finished / "latest")):
+        changes = {"load_path": str(load_path), "save_folder": str(tmp_path / name)}
+        assert run(tmp_path, max_duration=14, **changes) == 0
+    assert same(state(tmp_path / "a"), state(tmp_path / "b"))
+    assert metrics(tmp_path / "a")[0]["step"] == 11
+
+
+def test_an_unfinished_run_has_no_final(tmp_path: Path) -> None:
+    run(tmp_path, stop_after=2)
+    with pytest.raises(ValueError, match="has not come to its end"):
+        checkpoint.export(tmp_path / "run", tmp_path / "final", {})
+
+
+def test_an_optimizer_state_by_name_fits_other_groupings() -> None:
+    """FSDP's form, names in the place of numbers and wrappers in the names."""
+    from olmo.checkpoint.optim_state import by_name, load_by_name
+
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([{"params": [parameter], "param_names": ["a.weight"]}])
+    state = {"_fsdp_wrapped_module.a.weight": {"step": torch.tensor(3.0), "exp_avg": torch.ones(2),
+             "exp_avg_sq": torch.ones(2)}}  # fmt: skip
+    groups = [{"params": ["_fsdp_wrapped_module.a.weight"], "lr": 0.5}]
+    load_by_name(optimizer, *by_name({"state": state, "param_groups": groups}))
+    assert optimizer.state[parameter]["exp_avg"].tolist() == [1, 1]
+    with pytest.raises(ValueError, match="no param_names"):
+        by_name({"state": {}, "param_groups": [{"params": [0]}]})
+    with pytest.raises(ValueError, match=r"nothing for a\.weight"):
+        load_by_name(optimizer, {}, [{"param_names": ["b"]}])
+
+
+def test_sweeping_leaves_what_is_whole(copy: Path) -> None:
+    shutil.copytree(copy / "step8-unsharded", copy / "step9-unsharded.partial")
+    shutil.move(copy / "step4-unsharded", copy / "step4-unsharded.replaced")
+    layout.sweep(copy)
+    names = [path.name for path in sorted(copy.glob("step*"))]
+    assert names == ["step0-unsharded", "step10-unsharded", "step8-unsharded"]
+    assert json.loads((copy / "step8-unsharded/manifest.json").read_text())["files"]
