@@ -7,6 +7,7 @@ counts only if every document that went in came out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -83,7 +84,6 @@ def tokens(
     """
     import numpy as np
     import polars
-    from tokenizers import Tokenizer
 
     assert toolkit == engine.toolkit
     if special_tokens not in (AS_SPECIAL, AS_TEXT):
@@ -97,8 +97,7 @@ def tokens(
         .select("row", "id", "file", "line", "bytes")
     )
     refuse_long(expected, max_size)
-    model = Tokenizer.from_file(str(tokenizer))
-    vocab_size = model.get_vocab_size()
+    vocab_size, special_names = vocabulary(tokenizer.read_bytes())
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
     text_bytes = int(expected["bytes"].sum())
@@ -125,9 +124,8 @@ def tokens(
     counts = check_tokens(tokens, dtype, found["end"].to_numpy(), eos_token_id, vocab_size)
     found.select("start", "end", "id", "file", "line", "bytes").write_parquet(index, **PARQUET)
     special = {
-        name.content: int(counts[id] - (found.height if id == eos_token_id else 0))
-        for id, name in sorted(model.get_added_tokens_decoder().items())
-        if name.special
+        name: int(counts[id] - (found.height if id == eos_token_id else 0))
+        for id, name in special_names.items()
     }
     special = {name: count for name, count in special.items() if count}
     for name, count in special.items():
@@ -142,6 +140,16 @@ def tokens(
         "dtype": dtype.name,
         "special_tokens_in_text": special,
     }
+
+
+@cache
+def vocabulary(tokenizer: bytes) -> tuple[int, dict[int, str]]:
+    """A tokenizer file's number of tokens, and its special ones by their ids."""
+    from tokenizers import Tokenizer
+
+    model = Tokenizer.from_buffer(tokenizer)
+    added = sorted(model.get_added_tokens_decoder().items())
+    return model.get_vocab_size(), {id: token.content for id, token in added if token.special}
 
 
 def refuse_long(expected: polars.DataFrame, max_size: int) -> None:

@@ -18,7 +18,7 @@ from olmo.data.documents import documents
 from olmo.data.dolma import Dolma, toolkit
 from olmo.data.tokenizer import trained_tokenizer
 from olmo.data.tokens import tokens
-from olmo.environments import environment, interpreter, version
+from olmo.environments import version
 from olmo.process import alive
 
 ROOT = Path(__file__).parents[2]
@@ -31,21 +31,6 @@ TEXTS = [
 ]
 IDS = [f"doc-{n}" for n in range(600)]
 IDS[3], IDS[4], IDS[5] = 'a "quoted", id', "two\r\nlines\r\rand more\n", "ü\t\x00"
-
-
-@pytest.fixture(scope="session")
-def python(tmp_path_factory):
-    """The toolkit's environment, the one that the pipeline uses: built once, then found."""
-    path = ROOT / "environments" / "dolma.json"
-    path.parent.mkdir(exist_ok=True)
-    environment(requirements=REQUIREMENTS, environment=path)
-    return interpreter(path)
-
-
-@pytest.fixture(scope="module")
-def dolma(python):
-    with Dolma(python, TOOLKIT) as dolma:
-        yield dolma
 
 
 @pytest.fixture(scope="module")
