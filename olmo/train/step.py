@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmo.config import TrainConfig
@@ -47,29 +46,14 @@ def microbatches(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
         yield {name: value[start : start + size] for name, value in batch.items()}
 
 
-def loss_sums(
-    model: nn.Module, batch: dict[str, Any], z_multiplier: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy and z-loss of a microbatch, each summed over the labels that count.
-
-    The z-loss (PaLM, Chowdhery et al. 2022) is `z_multiplier` times log(sum exp(logits))².
-    """
-    logits = model(**model_inputs(batch)).logits.flatten(0, 1).float()  # (M*T, V)
-    labels = labels_of(batch).flatten()
-    ce = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    if z_multiplier is None:
-        return ce, None
-    return ce, z_multiplier * (logits.logsumexp(-1).square() * (labels != -100)).sum()
-
-
 def forward_backward(
     model: nn.Module, batch: dict[str, Any], cfg: TrainConfig, device: torch.device, step: int
 ) -> Losses:
     """Gradients of this process's batch, added to the parameters' `.grad`."""
-    z_multiplier = cfg.auxiliary_loss_multiplier if cfg.softmax_auxiliary_loss else None
+    z_multiplier = (cfg.auxiliary_loss_multiplier or 0.0) if cfg.softmax_auxiliary_loss else 0.0
     tokens = batch["input_ids"].numel()
     drops = cfg.model.attention_dropout or cfg.model.residual_dropout or cfg.model.embedding_dropout
-    total: Losses | None = None
+    ce, z = torch.zeros((), device=device), torch.zeros((), device=device)
     for micro in microbatches(batch, cfg.device_train_microbatch_size):
         if drops:
             # What is dropped depends on the run, the step and the sample alone: not on what was
@@ -81,18 +65,12 @@ def forward_backward(
             if k != "index"
         }
         with autocast(cfg, device):
-            ce, z = loss_sums(model, micro, z_multiplier)
-        ce, z = ce / tokens, None if z is None else z / tokens
-        (ce if z is None else ce + z).backward()
-        losses = Losses(ce.detach(), None if z is None else z.detach())
-        if total is None:
-            total = losses
-        else:
-            total.ce += losses.ce
-            if total.z is not None and losses.z is not None:
-                total.z += losses.z
-    assert total is not None
-    return total
+            labels = labels_of(micro)
+            loss = model(**model_inputs(micro), labels=labels, z_multiplier=z_multiplier).loss
+        (loss.total / tokens).backward()
+        ce += loss.ce.detach() / tokens
+        z += loss.z.detach() / tokens
+    return Losses(ce, z if cfg.softmax_auxiliary_loss else None)
 
 
 def random_key(seed: int, step: int, sample: int) -> int:
