@@ -8,6 +8,7 @@ import argparse
 import importlib
 import inspect
 import os
+import signal
 import sys
 import types
 import typing
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from olmo.log import LOG
 from olmo.process import die_with_supervisor
 from olmo.stage import Stage, role
 
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     module, name = COMMANDS[verb].split(":")
     command = getattr(importlib.import_module(module), name)
     die_with_supervisor()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so clean up
     try:
         arguments = parse(verb, command, words)
         with copied_to(arguments.pop("log")):
@@ -118,7 +121,7 @@ class copied_to:
     """What this process and its children say goes to a log file as well as to the terminal.
 
     A `tee` of our own making would make the terminal a pipe and so take the progress bar away:
-    only the lines that olmo.log and the store write are copied, through $OLMO_LOG.
+    only the lines that olmo.log writes are copied, through $OLMO_LOG.
     """
 
     def __init__(self, log: Path | None) -> None:
@@ -128,7 +131,7 @@ class copied_to:
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self.log.write_text("")
-            os.environ["OLMO_LOG"] = str(self.log.resolve())
+            os.environ[LOG] = str(self.log.resolve())
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         if self.log is not None and error is not None:

@@ -1,8 +1,12 @@
-"""What a program tells: lines on stdout for people, one process speaking."""
+"""What a program tells: lines for people, one process speaking, and a copy in a log file."""
 
 from __future__ import annotations
 
+import os
 import sys
+
+# The log file of a stage, also for what it starts: `olmo <stage> --log FILE` sets it.
+LOG = "OLMO_LOG"
 
 _quiet = False
 
@@ -17,12 +21,26 @@ def tell(text: str) -> None:
     """One line about what happens and why."""
     if not _quiet:
         print(text, flush=True)
+        keep(text)
 
 
 def warn(text: str) -> None:
     """One loud line about what is not as it should be, on stderr."""
     if not _quiet:
-        print(f"WARNING: {text}", file=sys.stderr, flush=True)
+        say(f"WARNING: {text}")
+
+
+def say(text: str) -> None:
+    """One line on stderr, from any process."""
+    print(text, file=sys.stderr, flush=True)
+    keep(text)
+
+
+def keep(text: str) -> None:
+    """One line for the log file alone: what is on the terminal already."""
+    if path := os.environ.get(LOG):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
 
 def duration(seconds: float) -> str:

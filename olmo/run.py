@@ -36,7 +36,7 @@ def train(
         order=order,
         settings=identity(cfg),
         final=final,
-        work=final.parent / "run",
+        attempt=final.parent / "run",
         cfg=cfg,
         heldout=[entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes],
         processes=processes,
@@ -49,26 +49,26 @@ def training(
     order: Input,
     settings: dict[str, Any],
     final: Folder,
-    work: Work,
+    attempt: Work,
     cfg: Free[TrainConfig],
     heldout: Free[list[Path]],
     processes: Free[int],
 ) -> Facts:
     """Run the trainer to its end and export its last checkpoint.
 
-    `work` keeps the run's own checkpoints, from which the next attempt goes on. `settings` is
+    `attempt` keeps the run's own checkpoints, from which the next attempt goes on. `settings` is
     what of `cfg` decides bytes.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    place = filled_in(cfg, tokens, order, heldout, work)
-    place.save(work / "given.yaml")
-    launch(work / "given.yaml", processes, place.intra_op_threads)
+    attempt.mkdir(parents=True, exist_ok=True)
+    place = filled_in(cfg, tokens, order, heldout, attempt)
+    place.save(attempt / "given.yaml")
+    launch(attempt / "given.yaml", processes, place.intra_op_threads)
 
     from olmo.checkpoint.final import export
     from olmo.report.loss import plot
 
-    reached = export(work, final, settings | {"data": named_by_content(settings, tokens, order)})
-    metrics = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    reached = export(attempt, final, settings | {"data": named_by_content(settings, tokens, order)})
+    metrics = [json.loads(line) for line in (attempt / "metrics.jsonl").read_text().splitlines()]
     (final / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     plot(metrics, final / "loss.svg")
     return {

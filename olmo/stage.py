@@ -12,7 +12,8 @@ The types say what each parameter is to the action's identity:
 
     Input, Inputs      files that are read: their contents' digests
     Output, Folder     a file, a folder that is made: not in the identity
-    Work               a folder that survives a failed attempt: not in the identity
+    Work               a place that survives a failed attempt, given by the store; a caller who
+                       names a path gets a link to it there: not in the identity
     Free[T]            changes no byte: threads, progress, a running toolkit
     anything else      a parameter that changes bytes
 
@@ -33,6 +34,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from olmo.log import say
 from olmo.store import Action, Record, Store, now
 
 T = TypeVar("T")
@@ -50,14 +52,6 @@ STORE = "OLMO_STORE"
 def here() -> Store:
     """The store of this process: $OLMO_STORE, or the folder `store`."""
     return Store(Path(os.environ.get(STORE, "store")), say)
-
-
-def say(line: str) -> None:
-    """Tell the user, on the terminal and in the log file that `--log` named."""
-    print(line, file=sys.stderr, flush=True)
-    if log := os.environ.get("OLMO_LOG"):
-        with open(log, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
 
 
 class Stage:
@@ -116,9 +110,8 @@ class Stage:
             ran = True
             store.say(f"{self.name}: {explain(store, action, list(names.values()))}")
             made = {name: work / "outputs" / name for name in names}
-            places = {}
+            places = {name: work / name for name, kind in self.roles.items() if kind == "work"}
             for name, path in self.arguments(kwargs, "work").items():
-                places[name] = work / "attempt"
                 store.point(path, places[name])
             with measured() as run:
                 result = dict(self.build(**{**kwargs, **made, **places}) or {})

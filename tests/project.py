@@ -54,6 +54,7 @@ TRAIN = {
     "device_train_microbatch_size": 2,
     "device_eval_batch_size": 8,
     "precision": "fp32",
+    "distributed_strategy": "ddp",
     "max_grad_norm": 1.0,
     "eval_interval": 12,
     "save_interval_unsharded": 3,

@@ -94,7 +94,6 @@ def sources(listing: Path, sources: list[str]) -> None:
             entries.append(standard_library(listing, name, int(number), int(shards)))
         elif "://" in place:
             size = int(expected["bytes"]) if "bytes" in expected else None
-            part = listing.parent / f"{name}.part"  # a name for what has arrived, while it comes
             entries += run(
                 listing,
                 name,
@@ -103,9 +102,7 @@ def sources(listing: Path, sources: list[str]) -> None:
                 url=place,
                 bytes=size,
                 sha256=expected.get("sha256"),
-                part=part,
             )
-            part.unlink(missing_ok=True)
         else:
             entries += run(listing, name, local_source, names, file=Path(place))
     write(listing, entries)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from olmo.config import TrainConfig
-from olmo.log import count, duration
+from olmo.log import count, duration, keep
 
 METRICS = "metrics.jsonl"
 
@@ -78,10 +78,15 @@ class Console:
             done = int(width * step / max(self._last, 1))
             bar = "█" * done + "░" * (width - done)
             self._out.write(f"\r\x1b[K{bar} {text}" + ("\n" if evaluated else ""))
-        elif step % self._interval == 0 or step == self._last:
+        due = step % self._interval == 0 or step == self._last
+        if due and not self._moving:
             self._out.write(text + "\n")
+        if due:
+            keep(text)
         for name, value in evaluated.items():
-            self._out.write(f"  step {step}: {name} {value:.4f}\n")
+            line = f"  step {step}: {name} {value:.4f}"
+            self._out.write(line + "\n")
+            keep(line)
         self._out.flush()
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> str:
