@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from functools import cache
 from itertools import count, islice
+from math import ceil, isfinite
 from typing import Any
 
 from olmo.data import gz
@@ -52,18 +53,21 @@ def documents(
     keep_one_in: int = 1,
     offset: int = 0,
     heldout_share: float = 0.0,
+    weight: float = 1.0,
     max_text_bytes: int = MAX_TEXT_BYTES,
     allow: tuple[str, ...] = (),
 ) -> Facts:
     """Keep one line in N of a source, check each, and split off the held-out ones.
 
     Lines offset + 1, offset + 1 + N, … (counted from 1) are kept, so offset 0 is what
-    `awk 'NR%N==1'` keeps. A document is held out if the hash of its id falls into `heldout_share`,
-    so it stays on its side when files are reordered or the subsample changes.
+    `awk 'NR%N==1'` keeps. Of these, `weight` 0.3 takes three documents in ten, chosen by the hash
+    of their ids, so that the choice stands when files change; 2.5 takes each one twice and half of
+    them a third time, the copies after the whole. A document is held out, and then not repeated,
+    if the hash of its id falls into `heldout_share`: it stays on its side for ever.
 
-    `table` (parquet) has one row per kept line: file (`name`, as the recipe knows the source),
-    line in the source, id, split (train, heldout or dropped), row (line in the file of that
-    split, from 1; null when dropped), bytes (of the text in UTF-8), reason (of a drop).
+    `table` (parquet) has one row per line written or dropped: file (`name`, as the recipe knows
+    the source), line in the source, id, split (train, heldout or dropped), row (line in the file
+    of that split, from 1; null when dropped), bytes (of the text in UTF-8), reason (of a drop).
 
     Raises ValueError for a broken or empty source and for drops that `allow` does not name.
     """
@@ -75,6 +79,8 @@ def documents(
         )
     if not 0 <= heldout_share < 1:
         raise ValueError(f"expected heldout_share from 0 up to 1, found {heldout_share}")
+    if not (weight > 0 and isfinite(weight)):
+        raise ValueError(f"expected a weight above 0, found {weight}")
     if unknown := sorted(set(allow) - set(REASONS)):
         raise ValueError(f"allow: unknown reason {unknown[0]!r}. Known: {', '.join(REASONS)}")
 
@@ -90,28 +96,31 @@ def documents(
     rows: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     text_bytes = 0
-    with (
-        gz.reading(source, name) as lines,
-        gz.writing(documents) as train_lines,
-        gz.writing(heldout) as heldout_lines,
-    ):
+    with gz.writing(documents) as train_lines, gz.writing(heldout) as heldout_lines:
         output = {TRAIN: train_lines, HELDOUT: heldout_lines}
-        number = count(1)
-        # islice and zip run in C: a line that is not kept costs little more than its decompression.
-        for line, at in islice(zip(lines, number, strict=False), offset, None, keep_one_in):
-            identity, text, reason = parse(line, max_text_bytes)
-            size = None if text is None else size_in_utf8(text)
-            if reason is None:
-                assert identity is not None and size is not None
-                split = HELDOUT if is_held_out(identity, heldout_share) else TRAIN
-                rows[split] += 1
-                text_bytes += size
-                output[split].write(line if line.endswith(b"\n") else line + b"\n")
-                table_rows.append((at, identity, split, rows[split], size, None))
-            else:
-                reasons[reason] += 1
-                table_rows.append((at, identity, DROPPED, None, size, reason))
-        total = next(number) - 1
+        for copy in range(ceil(weight)):
+            number = count(1)
+            with gz.reading(source, name) as lines:
+                # islice and zip run in C: a line not kept costs little but its decompression.
+                for line, at in islice(zip(lines, number, strict=False), offset, None, keep_one_in):
+                    identity, text, reason = parse(line, max_text_bytes)
+                    size = None if text is None else size_in_utf8(text)
+                    if reason is not None:
+                        if copy == 0:
+                            reasons[reason] += 1
+                            table_rows.append((at, identity, DROPPED, None, size, reason))
+                        continue
+                    assert identity is not None and size is not None
+                    if weight != 1 and copy >= copies(identity, weight):
+                        continue
+                    split = HELDOUT if is_held_out(identity, heldout_share) else TRAIN
+                    if split == HELDOUT and copy > 0:
+                        continue  # a copy would only weigh on the evaluation
+                    rows[split] += 1
+                    text_bytes += size
+                    output[split].write(line if line.endswith(b"\n") else line + b"\n")
+                    table_rows.append((at, identity, split, rows[split], size, None))
+            total = next(number) - 1
     if total == 0:
         raise ValueError(f"{name}: expected lines, found an empty source. Remove it or fetch it.")
 
@@ -124,7 +133,7 @@ def documents(
     )
     return {
         "lines": total,
-        "kept_lines": frame.height,
+        "rows": frame.height,
         "documents": rows[TRAIN],
         "heldout": rows[HELDOUT],
         "text_bytes": text_bytes,
@@ -193,10 +202,17 @@ def size_in_utf8(text: str) -> int:
 
 def is_held_out(identity: str, share: float) -> bool:
     """Whether the document with this id is held out: the same on every machine, for ever."""
-    if share == 0:
-        return False
-    digest = hashlib.sha256(identity.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return share > 0 and fraction(identity) < share
+
+
+def copies(identity: str, weight: float) -> int:
+    """How often the document with this id is taken: `weight` times, on average over the ids."""
+    return int(weight) + (fraction("copies of " + identity) < weight - int(weight))
+
+
+def fraction(identity: str) -> float:
+    """A number from 0 up to 1 that depends on the id alone, spread evenly over ids."""
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
 
 
 def drops_message(name: str, table: Any, reasons: Counter[str], forbidden: list[str]) -> str:

@@ -41,7 +41,7 @@ def test_keeps_what_the_seed_s_awk_keeps(run, tmp_path, end):
     )
     facts, out = run(source, keep_one_in=10)
     assert gzip.decompress(out["documents"].read_bytes()) == awk.stdout
-    assert facts["lines"] == 103 and facts["documents"] == facts["kept_lines"] == 11
+    assert facts["lines"] == 103 and facts["documents"] == facts["rows"] == 11
 
 
 def test_offset_moves_the_subsample_and_the_parts_make_the_whole(run, tmp_path):
@@ -87,6 +87,34 @@ def test_each_document_is_on_one_side_and_stays_there(run, tmp_path):
     assert set(table.filter(split="heldout")["id"]) == chosen & set(table["id"])
 
 
+def written(out, kind="documents"):
+    return [json.loads(one)["id"] for one in gzip.decompress(out[kind].read_bytes()).splitlines()]
+
+
+def test_a_weight_below_one_takes_the_same_documents_whatever_the_file_s_order(run, tmp_path):
+    lines = [line(n) for n in range(3000)]
+    _, out = run(pack(tmp_path / "a.gz", lines), weight=0.3)
+    some = written(out)
+    assert 800 < len(some) < 1000
+    _, out = run(pack(tmp_path / "b.gz", lines[::-1]), weight=0.3)
+    assert written(out) == some[::-1]
+    _, out = run(pack(tmp_path / "a.gz", lines), weight=0.5)
+    assert set(some) < set(written(out)), "more weight, and the same ones among them"
+
+
+def test_a_weight_above_one_repeats_the_whole_and_then_a_part(run, tmp_path):
+    source = pack(tmp_path / "a.gz", [line(n) for n in range(1000)] + [BAD["no-text"]])
+    facts, out = run(source, weight=2.25, heldout_share=0.1, allow=("no-text",))
+    ids, held = written(out), written(out, "heldout")
+    whole = [f"doc-{n}" for n in range(1000) if f"doc-{n}" not in held]
+    assert ids[: 2 * len(whole)] == whole * 2 and facts["drops"] == {"no-text": 1}
+    third = ids[2 * len(whole) :]
+    assert 170 < len(third) < 280 and set(third) < set(whole) and len(set(third)) == len(third)
+    table = polars.read_parquet(out["table"])
+    assert table.filter(split="train")["id"].to_list() == ids
+    assert table.filter(split="train")["row"].to_list() == list(range(1, len(ids) + 1))
+
+
 BAD = {
     "not-utf8": b'{"id": "a", "text": "\xff"}',
     "bad-json": b'{"id": "a", "text": "b"',
@@ -108,7 +136,7 @@ def test_a_bad_line_fails_the_stage_unless_its_reason_is_allowed(run, tmp_path, 
     with pytest.raises(ValueError, match=f"part.json.gz:2: {reason}(.|\n)*allow: .{reason}"):
         run(source, max_text_bytes=100)
     facts, out = run(source, max_text_bytes=100, allow=(reason,))
-    assert facts["kept_lines"] == facts["documents"] + sum(facts["drops"].values()) == 3
+    assert facts["rows"] == facts["documents"] + sum(facts["drops"].values()) == 3
     assert facts["drops"] == {reason: 1}
     dropped = polars.read_parquet(out["table"]).filter(split="dropped")
     assert dropped.select("file", "line", "row", "reason").rows() == [
@@ -138,6 +166,7 @@ def test_windows_line_ends_and_characters_beyond_the_first_plane_are_documents()
         ({"keep_one_in": 10, "offset": 10}, "offset < keep_one_in"),
         ({"keep_one_in": 0}, "keep_one_in"),
         ({"heldout_share": 1.0}, "heldout_share"),
+        ({"weight": 0.0}, "expected a weight above 0"),
         ({"allow": ("no-txt",)}, "unknown reason 'no-txt'. Known: .*no-text"),
     ],
 )
