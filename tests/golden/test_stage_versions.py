@@ -1,0 +1,142 @@
+"""A stage's bytes change only with its VERSION.
+
+Each stage that can run here in seconds, and whose bytes do not depend on the machine, has the
+digest of what it makes of a small fixed input in stages.json. When this fails: if the change is
+meant, bump the stage's version (its artifacts are made anew everywhere), then
+
+    uv run python tests/golden/test_stage_versions.py
+"""
+
+import gzip
+import importlib
+import json
+import pkgutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import olmo
+from olmo.stage import Stage
+from olmo.store import content, sha256
+
+GOLDEN = Path(__file__).parent / "stages.json"
+LIBRARY = {
+    "alpha.py": '"""A module."""\n\nimport os\n\n\ndef one(x):\n    return x + 1\n\n\nclass Two:\n    pass\n',
+    "beta/__init__.py": "from .inner import f\n",
+    "beta/inner.py": "def f():\n    return 'ü'\n",
+    "pydoc_data/topics.py": "topics = {'with': 'The with statement'}\n",
+}
+LINES = [
+    {"id": f"doc-{i}", "text": f"Document {i}: naïve café, {'words ' * (i % 7)}end.", "source": "x"}
+    for i in range(200)
+]
+
+# Whose bytes depend on more than their input and code, and what holds them still instead.
+ELSEWHERE = {
+    "training": "its bits depend on the processor; tests/golden holds its curves",
+    "heldout_perplexity": "likewise",
+    "download": "its bytes are the server's; tests/unit/test_sources.py",
+    "source_list": "likewise",
+    "given_tokenizer": "its bytes are the hub's; it shares its code with local_tokenizer",
+    "tokens": "needs the toolkit's environment: tests/unit/test_tokens.py",
+}
+
+
+def source(folder: Path) -> Path:
+    path = folder / "source.json.gz"
+    with gzip.GzipFile(path, "wb", mtime=0) as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in LINES)
+    return path
+
+
+def tokenizer(folder: Path) -> Path:
+    from olmo.data.tokenizer import trained_tokenizer
+
+    path = folder / "given.json"
+    trained_tokenizer.build(documents=[source(folder)], tokenizer=path, vocab_size=300)
+    return path
+
+
+def library(folder: Path) -> Path:
+    for name, text in LIBRARY.items():
+        (folder / "library" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "library" / name).write_text(text)
+    return folder / "library"
+
+
+def make_stdlib(stage: Stage, folder: Path) -> None:
+    import sysconfig
+
+    get_path, root = sysconfig.get_path, library(folder)
+    sysconfig.get_path = lambda name, *_: str(root)
+    try:
+        stage.build(folder=folder / "outputs", shards=2)
+    finally:
+        sysconfig.get_path = get_path
+
+
+MAKE: dict[str, Callable[[Stage, Path], object]] = {
+    "stdlib": make_stdlib,
+    "local_source": lambda s, d: s.build(file=source(d), source=d / "outputs"),
+    "documents": lambda s, d: s.build(
+        source=source(d),
+        documents=folder(d) / "documents",
+        heldout=folder(d) / "heldout",
+        table=folder(d) / "table",
+        name="source.json.gz",
+        keep_one_in=2,
+        heldout_share=0.1,
+    ),
+    "trained_tokenizer": lambda s, d: s.build(
+        documents=[source(d)], tokenizer=d / "outputs", vocab_size=300
+    ),
+    "local_tokenizer": lambda s, d: s.build(source=tokenizer(d), tokenizer=d / "outputs"),
+    "global_order": lambda s, d: s.build(order=d / "outputs", instances=1000, seed=6198),
+}
+
+
+def folder(root: Path) -> Path:
+    (root / "outputs").mkdir(exist_ok=True)
+    return root / "outputs"
+
+
+def stages() -> dict[str, Stage]:
+    found = {}
+    for module in pkgutil.walk_packages(olmo.__path__, "olmo."):
+        if not module.name.endswith("__main__"):
+            for value in vars(importlib.import_module(module.name)).values():
+                if isinstance(value, Stage):
+                    found[value.name] = value
+    return found
+
+
+def made(name: str, root: Path) -> dict:
+    stage = stages()[name]
+    MAKE[name](stage, root)
+    outputs = root / "outputs"
+    files = [outputs] if outputs.is_file() else sorted(p for p in outputs.rglob("*") if p.is_file())
+    digest = content({str(f.relative_to(root)): {"sha256": sha256(f)} for f in files})
+    return {"version": stage.version, "content": digest}
+
+
+def test_every_stage_is_held():
+    assert stages().keys() == MAKE.keys() | ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_bytes_change_only_with_the_version(name: str, tmp_path: Path):
+    assert made(name, tmp_path) == json.loads(GOLDEN.read_text())[name], (
+        f"the stage {name} gives other bytes than its version says; see the top of {__file__}"
+    )
+
+
+if __name__ == "__main__":
+    golden = {}
+    for name in MAKE:
+        with tempfile.TemporaryDirectory() as root:
+            golden[name] = made(name, Path(root))
+    GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
+    sys.exit(0)

@@ -1,0 +1,89 @@
+"""Imports go one way, and the trainer needs torch, numpy and omegaconf only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "olmo"
+
+# Rooms that import nothing of ours, or only what is named.
+LEAVES: dict[str, set[str]] = {
+    "config": set(),
+    "log": set(),
+    "process": set(),
+    "io": set(),
+    "lease": set(),
+    "store": {"lease"},
+}
+# Rooms, and the rooms further along the one way that they must not know.
+NEVER = {
+    "data": {"model", "train", "checkpoint", "evaluate", "report", "run"},
+    "model": {"data", "train", "checkpoint", "evaluate", "report", "run", "store", "stage"},
+    "checkpoint": {"evaluate", "report", "run"},
+    "train": {"report", "run", "store", "stage"},
+    "evaluate": {"report", "run", "store", "stage"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of ours that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("olmo.")}
+    return found
+
+
+def files(room: str) -> list[Path]:
+    module = PACKAGE / f"{room}.py"
+    return [module] if module.exists() else sorted((PACKAGE / room).rglob("*.py"))
+
+
+@pytest.mark.parametrize("room", LEAVES)
+def test_leaves_import_nothing_of_ours(room: str):
+    assert {name for file in files(room) for name in imports(file)} <= LEAVES[room]
+
+
+@pytest.mark.parametrize("room", NEVER)
+def test_imports_go_one_way(room: str):
+    assert files(room)
+    for file in files(room):
+        assert not imports(file) & NEVER[room], file
+
+
+def test_the_model_has_no_word_of_how_it_is_spread():
+    for file in files("model"):
+        if file.name == "regroup.py":  # reads names that wrappers left in old checkpoints
+            continue
+        words = file.read_text().lower()
+        assert not [w for w in ("fsdp", "distributed", "torch.compile") if w in words], file
+
+
+def test_the_trainer_needs_torch_numpy_and_omegaconf_only():
+    """A GPU machine often has no more: everything else is as if it were not installed."""
+    script = """
+import importlib.metadata, re, sys
+allowed, todo = set(), ["torch", "numpy", "omegaconf"]
+while todo:
+    name = re.split(r"[ ;<>=!~\\[(]", todo.pop())[0].lower().replace("_", "-")
+    if name not in allowed:
+        allowed.add(name)
+        try:
+            todo += importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            pass
+for module, owners in importlib.metadata.packages_distributions().items():
+    if not {o.lower().replace("_", "-") for o in owners} & (allowed | {"olmo", "setuptools"}):
+        sys.modules[module] = None
+import olmo.train, olmo.train.loop, olmo.model, olmo.data, olmo.optim, olmo.checkpoint
+assert "polars" not in sys.modules or sys.modules["polars"] is None
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=PACKAGE.parent)
