@@ -28,7 +28,11 @@ PUBLIC = {
     "r2://olmo-data/": "https://olmo-data.org/",
     "r2://olmo-checkpoints/": "https://olmo-checkpoints.org/",
 }
-Progress = Callable[[int], None]
+Progress = Callable[[int], None]  # called with the number of bytes that have just arrived
+
+
+def unseen(_: int) -> None:
+    """Progress that nobody looks at."""
 
 
 class Passing(Exception):
@@ -51,7 +55,7 @@ def is_http(url: str) -> bool:
     return url.startswith(("http://", "https://"))
 
 
-def fetch(url: str, path: Path, part: Path, progress: Progress = lambda _: None) -> dict[str, Any]:
+def fetch(url: str, path: Path, part: Path, progress: Progress = unseen) -> dict[str, Any]:
     """Bring what `url` names to `path`. Facts: how many bytes, how many came over the net.
 
     http and https resume where an attempt ended, also one of an earlier process: `part` is a

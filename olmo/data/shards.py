@@ -9,16 +9,18 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from olmo import log
 from olmo.data.documents import HELDOUT, TRAIN
 from olmo.data.documents import documents as documents_stage
 from olmo.data.dolma import Dolma, toolkit
 from olmo.data.order import global_indices
 from olmo.data.order import write as write_order
-from olmo.data.sources import download, local_source
+from olmo.data.sources import Arrivals, download, local_source
 from olmo.data.stdlib import library_digest, stdlib
 from olmo.data.tokenizer import given_tokenizer, local_tokenizer, trained_tokenizer
 from olmo.data.tokens import tokens as tokens_stage
@@ -81,31 +83,69 @@ def run(
     ]
 
 
-def sources(listing: Path, sources: list[str]) -> None:
-    """Get a batch of sources, each given as name=place, place#sha256=… where that is known."""
-    entries = []
-    for given in sources:
-        name, _, place = given.partition("=")
-        place, *known = place.split("#")
-        expected = dict(word.split("=", 1) for word in known)
-        names = {"source": f"sources/{name}.json.gz"}
-        if place.startswith("stdlib:"):
-            number, _, shards = place.removeprefix("stdlib:").partition("/")
-            entries.append(standard_library(listing, name, int(number), int(shards)))
-        elif "://" in place:
-            size = int(expected["bytes"]) if "bytes" in expected else None
-            entries += run(
+def sources(
+    listing: Path, sources: list[str], parallel: int = 4, allow_missing: bool = False
+) -> None:
+    """Get a batch of sources, each given as name=place, place#sha256=… where that is known.
+
+    So many at once come over the net; the others come although one fails. What failed is told at
+    the end, and fails the batch unless missing files are allowed: then they are left out.
+    """
+    given = [split_place(source) for source in sources]
+    remote = [known for _, place, known in given if "://" in place]
+    sizes = [int(known["bytes"]) for known in remote if "bytes" in known]
+    arrivals = Arrivals(len(remote), sum(sizes) if len(sizes) == len(remote) else None)
+
+    def fetch(name: str, place: str, known: dict[str, str]) -> list[Entry]:
+        try:
+            return run(
                 listing,
                 name,
                 download,
-                names,
+                {"source": f"sources/{name}.json.gz"},
                 url=place,
-                bytes=size,
-                sha256=expected.get("sha256"),
+                bytes=int(known["bytes"]) if "bytes" in known else None,
+                sha256=known.get("sha256"),
+                mirrors=tuple(known["mirrors"].split(",")) if "mirrors" in known else (),
+                progress=arrivals.add,
             )
-        else:
-            entries += run(listing, name, local_source, names, file=Path(place))
+        finally:
+            arrivals.finish()
+
+    def get(name: str, place: str, known: dict[str, str]) -> list[Entry]:
+        if place.startswith("stdlib:"):
+            number, _, shards = place.removeprefix("stdlib:").partition("/")
+            return [standard_library(listing, name, int(number), int(shards))]
+        return run(
+            listing,
+            name,
+            local_source,
+            {"source": f"sources/{name}.json.gz"},
+            file=Path(place),
+            sha256=known.get("sha256"),
+        )
+
+    entries: list[Entry] = []
+    failures: list[str] = []
+    with ThreadPoolExecutor(parallel) as pool:
+        coming = {one[0]: pool.submit(fetch, *one) for one in given if "://" in one[1]}
+        for name, place, known in given:
+            try:
+                entries += coming[name].result() if name in coming else get(name, place, known)
+            except ValueError as error:
+                failures.append(str(error))
+    if failures and not allow_missing:
+        raise ValueError(f"{len(failures)} of {len(given)} sources:\n  " + "\n  ".join(failures))
+    for failure in failures:
+        log.warn(f"left out: {failure}")
     write(listing, entries)
+
+
+def split_place(source: str) -> tuple[str, str, dict[str, str]]:
+    """name=place#bytes=…#sha256=…#mirrors=…,… in its parts."""
+    name, _, place = source.partition("=")
+    place, *known = place.split("#")
+    return name, place, dict(word.split("=", 1) for word in known)
 
 
 def standard_library(listing: Path, name: str, number: int, shards: int) -> Entry:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from pathlib import Path
 
 from olmo import io, log
@@ -54,24 +56,83 @@ def download(
     part: Work,
     sha256: str | None = None,
     bytes: Free[int | None] = None,
+    mirrors: Free[tuple[str, ...]] = (),
+    progress: Free[io.Progress] = io.unseen,
 ) -> Facts:
     """Fetch one gz file and check it: its length, its own checksum to the end, its sha256.
 
     Where the sha256 is not known the one of this first download is recorded: it is the digest of
     the output. Where it is known and the store has it, nothing is fetched. What arrived before an
-    attempt was cut off is used.
+    attempt was cut off is used. Where `url` fails the mirrors are tried, in their order.
     """
     known = here().object_path(sha256) if sha256 else None
     if known is not None and known.exists() and digest_of(known) == sha256:
         shutil.copyfile(known, source)
-        fetched: dict = {"bytes": source.stat().st_size, "received": 0}
+        text_bytes = check(source, url, bytes, sha256)
+        return {"url": url, "sha256": sha256, "text_bytes": text_bytes, "received": 0}
+    failures = []
+    for number, place in enumerate((url, *mirrors)):
+        try:
+            fetched = io.fetch(place, source, part / str(number), progress)
+            if fetched.get("resumed") and not sound(source, place):  # once more, of one piece
+                fetched = io.fetch(place, source, part / str(number), progress)
+            text_bytes = check(source, place, bytes, sha256)
+            break
+        except ValueError as error:
+            failures.append(str(error))
     else:
-        fetched = io.fetch(url, source, part)
-        if fetched.get("resumed") and not sound(source, url):
-            fetched = io.fetch(url, source, part)  # pieces of different files: once more, whole
-    text_bytes = check(source, url, bytes, sha256)
+        raise ValueError("; then ".join(failures))
     shutil.rmtree(part, ignore_errors=True)
-    return {"url": url, "sha256": digest_of(source), "text_bytes": text_bytes, **fetched}
+    return {
+        "url": url,
+        "from": place,
+        "sha256": digest_of(source),
+        "text_bytes": text_bytes,
+        **fetched,
+    }
+
+
+class Arrivals:
+    """Tells how a set of downloads gets on, a line every few seconds, until the block ends.
+
+    Args:
+        files: how many there are.
+        bytes: how many they hold, where that is known of all.
+    """
+
+    EVERY_S = 5.0
+
+    def __init__(self, files: int, bytes: int | None) -> None:
+        self.files, self.bytes = files, bytes
+        self.here = self.received = 0
+        self.began = self.told = time.monotonic()
+        self.lock = threading.Lock()
+
+    def add(self, received: int) -> None:
+        """So many bytes came over the net."""
+        with self.lock:
+            self.received += received
+            if time.monotonic() - self.told >= self.EVERY_S:
+                self.tell()
+
+    def finish(self) -> None:
+        """A file is here, or will not come."""
+        with self.lock:
+            self.here += 1
+            if self.here == self.files and self.received:
+                self.tell()
+
+    def tell(self) -> None:
+        self.told = time.monotonic()
+        rate = self.received / max(self.told - self.began, 1e-3)
+        of = left = ""
+        if self.bytes is not None:
+            of = f" of {log.count(self.bytes)}B"
+            left = f", {log.duration((self.bytes - self.received) / rate)} left"
+        log.tell(
+            f"{self.here} of {self.files} files, {log.count(self.received)}B{of}, "
+            f"{log.count(rate)}B/s{left * (self.here < self.files)}"
+        )
 
 
 @stage(version=1)

@@ -14,7 +14,8 @@ import time
 import pytest
 
 from olmo import io
-from olmo.data.sources import download, local_source, source_list
+from olmo.data import shards
+from olmo.data.sources import Arrivals, download, local_source, source_list
 
 TEXT = b"".join(
     json.dumps({"id": str(n), "text": random.Random(n).randbytes(60).hex()}).encode() + b"\n"
@@ -252,8 +253,8 @@ def test_a_download_that_was_killed_goes_on_in_the_next_process(server, tmp_path
         handler.wfile.flush()
         held.wait(60)
 
-    url, part = server("a.gz", slow), tmp_path / "a" / "part"
-    part.parent.mkdir()
+    url, part = server("a.gz", slow), tmp_path / "a" / "part" / "0"
+    part.parent.mkdir(parents=True)
     program = (
         "import sys; from pathlib import Path; from olmo import io; io.BLOCK = 1000;"
         "io.fetch(sys.argv[1], Path('never'), Path(sys.argv[2]))"
@@ -287,6 +288,50 @@ def test_two_hundred_files_from_a_bad_server_cost_little_more_than_their_bytes(s
         io.fetch(server(f"{n}.gz", bad), tmp_path / f"{n}.gz", tmp_path / "part")
         assert (tmp_path / f"{n}.gz").read_bytes() == FILE
     assert server.sent <= 1.05 * 200 * len(FILE)
+
+
+def test_mirrors_are_tried_in_their_order(server, tmp_path):
+    a, b, c = (
+        server(name, behaviour)
+        for name, behaviour in {
+            "a.gz": lambda h, n: h.answer(404),
+            "b.gz": lambda h, n: h.answer(200, FILE[:-9]),
+            "c.gz": lambda h, n: h.file(),
+        }.items()
+    )
+    assert get(a, tmp_path / "a", mirrors=(b, c))["from"] == c
+    assert [path for path, _ in server.requests] == ["/a.gz", "/b.gz", "/c.gz"]
+    with pytest.raises(ValueError, match=r"/a.gz: .*404.*; then .*/b.gz: truncated"):
+        get(a, tmp_path / "b", mirrors=(b,))
+
+
+def test_the_others_come_although_one_fails(server, tmp_path):
+    gone = server("gone.gz", lambda h, n: h.answer(404))
+    page = server("page.gz", lambda h, n: h.answer(200, b"<html>"))
+    good = [server(f"{n}.gz", lambda h, n: h.file()) for n in range(5)]
+    places = [f"{n}={place}#bytes={len(FILE)}" for n, place in enumerate([gone, *good, page])]
+    listing = tmp_path / "data" / "sources" / "000.tsv"
+    with pytest.raises(ValueError, match=r"^2 of 7 sources:\n  .*gone.*404.*\n  .*page.*a web p"):
+        shards.sources(listing=listing, sources=places)
+    assert not listing.exists()
+    asked = len(server.requests)
+    shards.sources(listing=listing, sources=places, allow_missing=True)
+    assert len(server.requests) == asked + 2, "the five are in the store"
+    found = shards.read([listing], "source")
+    assert [entry.shard for entry in found] == ["1", "2", "3", "4", "5"]
+    assert all(entry.object.read_bytes() == FILE for entry in found)
+
+
+def test_the_arrival_of_many_files_is_one_display(capsys, monkeypatch):
+    monkeypatch.setattr(Arrivals, "EVERY_S", 0)
+    arrivals = Arrivals(files=2, bytes=4_000_000)
+    arrivals.add(1_000_000)
+    arrivals.finish()
+    arrivals.add(3_000_000)
+    arrivals.finish()
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("0 of 2 files, 1MB of 4MB, ") and first.endswith(" left")
+    assert last.startswith("2 of 2 files, 4MB of 4MB, ") and last.endswith("B/s")
 
 
 def test_a_list_becomes_a_table_with_sizes(server, tmp_path, capsys):
