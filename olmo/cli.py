@@ -27,6 +27,7 @@ COMMANDS = {
     "documents": "olmo.data.shards:documents",
     "tokenizer": "olmo.data.shards:tokenizer",
     "tokens": "olmo.data.shards:tokens",
+    "statistics": "olmo.data.shards:statistics",
     "order": "olmo.data.shards:order",
     "train": "olmo.run:train",
     "evaluate": "olmo.run:evaluate",

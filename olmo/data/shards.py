@@ -21,6 +21,7 @@ from olmo.data.dolma import Dolma, toolkit
 from olmo.data.order import global_indices
 from olmo.data.order import write as write_order
 from olmo.data.sources import Arrivals, download, local_source
+from olmo.data.statistics import statistics as statistics_stage
 from olmo.data.stdlib import library_digest, stdlib
 from olmo.data.tokenizer import given_tokenizer, local_tokenizer, trained_tokenizer
 from olmo.data.tokens import tokens as tokens_stage
@@ -254,6 +255,18 @@ def tokens(
                 prefix = "" if split == TRAIN else "heldout-"
                 entries += [replace(file, output=prefix + file.output) for file in made]
     write(listing, entries)
+
+
+def statistics(documents: list[Path], tokens: list[Path], summary: Path, text: Path) -> None:
+    """What a data set holds, as a table for programs and one for people, which is told."""
+    statistics_stage(
+        tables=[entry.object for entry in read(documents, "table")],
+        tokens=[entry.object for entry in read(tokens, "index")],
+        heldout=[entry.object for entry in read(tokens, "heldout-index")],
+        summary=summary,
+        text=text,
+    )
+    log.tell(text.read_text(encoding="utf-8").rstrip())
 
 
 def order(tokens: list[Path], order: Path, sequence_length: int, seed: int) -> None:

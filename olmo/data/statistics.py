@@ -1,0 +1,130 @@
+"""What a data set holds: documents, bytes, tokens, lengths and drops, per source and in all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from olmo.data.documents import DROPPED, HELDOUT, TRAIN
+from olmo.data.tokens import PARQUET
+from olmo.stage import Facts, Inputs, Output, stage
+
+if TYPE_CHECKING:
+    import polars
+
+ALL = "in all"
+
+
+@stage(version=1)
+def statistics(
+    tables: Inputs, tokens: Inputs, heldout: Inputs, summary: Output, text: Output
+) -> Facts:
+    """Count what the documents' tables and the token shards' tables hold.
+
+    `summary` (parquet) has a row per file and split, and per file and reason of drops: documents,
+    bytes (of text), tokens, bytes_per_token, and the shortest, median, 99th percentile and longest
+    document in tokens; then the same for the whole, under the file "in all". `text` is the table
+    as a person reads it.
+
+    Raises ValueError where documents and token shards do not tell of the same documents.
+    """
+    import polars
+
+    lengths = polars.concat(
+        [
+            polars.scan_parquet(path).select(
+                "file", "bytes", tokens=polars.col("end") - polars.col("start"), split=polars.lit(s)
+            )
+            for s, paths in ((TRAIN, tokens), (HELDOUT, heldout))
+            for path in paths
+        ]
+    )
+    rows = polars.concat([polars.scan_parquet(path) for path in tables])
+    whole = {"file": polars.lit(ALL)}
+    kept = polars.concat([count_kept(lengths), count_kept(lengths.with_columns(**whole))])
+    drops = polars.concat([count_drops(rows), count_drops(rows.with_columns(**whole))])
+    found = polars.concat([kept, drops], how="diagonal").sort(
+        polars.col("file") == ALL, "file", "split", "reason", descending=[False, False, True, False]
+    )
+    frame = found.select(COLUMNS).collect()
+
+    expected = rows.filter(polars.col("split") != DROPPED).select(polars.len()).collect().item()
+    counted = frame.filter(polars.col("file") == ALL, polars.col("split") != DROPPED)
+    if counted["documents"].sum() != expected:
+        raise ValueError(
+            f"expected {expected:,} documents in the token shards, as the documents' tables have, "
+            f"found {counted['documents'].sum():,}: make statistics of all shards of one data set"
+        )
+    frame.write_parquet(summary, **PARQUET)
+    text.write_text(as_text(frame), encoding="utf-8")
+    return {
+        split: frame.filter(file=ALL, split=split)
+        .select("documents", "bytes", "tokens")
+        .row(0, named=True)
+        for split in counted["split"]
+    }
+
+
+COLUMNS = (
+    "file",
+    "split",
+    "reason",
+    "documents",
+    "bytes",
+    "tokens",
+    "bytes_per_token",
+    "shortest",
+    "median",
+    "p99",
+    "longest",
+)
+
+
+def count_kept(lengths: polars.LazyFrame) -> polars.LazyFrame:
+    import polars
+
+    tokens = polars.col("tokens")
+    return lengths.group_by("file", "split").agg(
+        documents=polars.len().cast(polars.UInt64),
+        bytes=polars.col("bytes").sum(),
+        tokens=tokens.sum(),
+        bytes_per_token=polars.col("bytes").sum() / tokens.sum(),
+        shortest=tokens.min(),
+        median=tokens.quantile(0.5, "lower").cast(polars.UInt64),
+        p99=tokens.quantile(0.99, "lower").cast(polars.UInt64),
+        longest=tokens.max(),
+        reason=polars.lit(None, polars.String),
+    )
+
+
+def count_drops(rows: polars.LazyFrame) -> polars.LazyFrame:
+    import polars
+
+    return (
+        rows.filter(polars.col("split") == DROPPED)
+        .group_by("file", "split", "reason")
+        .agg(documents=polars.len().cast(polars.UInt64))
+    )
+
+
+def as_text(frame: polars.DataFrame) -> str:
+    """A table of aligned columns; numbers with thousands separated, nothing where nothing is."""
+
+    def cell(value: object) -> str:
+        if value is None:
+            return ""
+        if isinstance(value, float):
+            return f"{value:.2f}"
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
+    table = [[name.replace("_", " ") for name in frame.columns]]
+    table += [[cell(value) for value in row] for row in frame.rows()]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    numbers = [dtype.is_numeric() for dtype in frame.dtypes]
+    lines = [
+        "  ".join(
+            word.rjust(width) if number else word.ljust(width)
+            for word, width, number in zip(row, widths, numbers, strict=True)
+        ).rstrip()
+        for row in table
+    ]
+    return "\n".join(lines) + "\n"
