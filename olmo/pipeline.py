@@ -255,9 +255,8 @@ class Plan:
 
     def local_files(self, dataset: str, batch: str) -> list[str]:
         """The local files of a batch: what snakemake watches."""
-        if not self.recipe(dataset).sources.files:
-            return []
-        return [source.place for source in self.batch(dataset, batch)]
+        places = [source.place for source in self.batch(dataset, batch)]
+        return [place for place in places if "://" not in place and not place.startswith("stdlib:")]
 
     def source_flags(self, dataset: str, batch: str) -> str:
         """A batch's sources as the command takes them: name=place, and what is known of them."""

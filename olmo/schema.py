@@ -1,0 +1,88 @@
+"""JSON schemas of the configuration files, made from the dataclasses: config/schema/*.json.
+
+    uv run python -m olmo.schema           # write them
+    uv run python -m olmo.schema --check   # what CI runs
+
+An editor that knows JSON schema then completes and checks the YAML as it is typed.
+"""
+
+import dataclasses
+import enum
+import json
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from olmo.config import TrainConfig
+from olmo.pipeline import Pipeline, Recipe
+
+FOLDER = Path(__file__).parent.parent / "config" / "schema"
+ROOTS = {"config": Pipeline, "data": Recipe, "train": TrainConfig}
+PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+
+
+def schema(hint: Any) -> dict[str, Any]:
+    """The schema of a type: a dataclass, an enumeration, a list, a union, a plain value."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return {}
+    if hint in PLAIN:
+        return {"type": PLAIN[hint]}
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [schema(argument) for argument in arguments]}
+    if origin in (list, tuple):
+        return {"type": "array", "items": schema(arguments[0]) if origin is list else {}}
+    if origin is dict or hint is dict:
+        return {"type": "object", "additionalProperties": schema(arguments[1]) if arguments else {}}
+    if dataclasses.is_dataclass(hint):
+        return of_dataclass(hint)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return {"enum": [member.value for member in hint]}
+    raise TypeError(f"no schema for {hint!r}")
+
+
+def of_dataclass(cls: Any) -> dict[str, Any]:
+    """Fields are properties; others are refused, as they are when the file is loaded.
+
+    Strings stand for anything, since OmegaConf resolves "${…}" to values of every type.
+    """
+    hints = typing.get_type_hints(cls)
+    properties, required = {}, []
+    for field in dataclasses.fields(cls):
+        wanted = schema(hints[field.name])
+        interpolation = {"type": "string", "pattern": r"\$\{"}
+        text = wanted.get("type") == "string" or not wanted
+        properties[field.name] = wanted if text else {"anyOf": [wanted, interpolation]}
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            required.append(field.name)
+    found: dict[str, Any] = {
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+    return found | ({"required": required} if required else {})
+
+
+def texts() -> dict[Path, str]:
+    """What each schema file holds."""
+    made = {}
+    for name, cls in ROOTS.items():
+        root = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": cls.__name__}
+        text = json.dumps(root | schema(cls), indent=1, sort_keys=True)
+        made[FOLDER / f"{name}.json"] = text + "\n"
+    return made
+
+
+def main() -> None:
+    for path, text in texts().items():
+        if "--check" not in sys.argv:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            sys.exit(f"{path} is not what the dataclasses say; run: uv run python -m olmo.schema")
+
+
+if __name__ == "__main__":
+    main()
