@@ -22,7 +22,7 @@ class LossSums(NamedTuple):
     """Sums over the labels that count, float32 scalars."""
 
     total: Tensor
-    """ce + z, the one to differentiate."""
+    """ce + z, the only one to differentiate."""
 
     ce: Tensor
     """Cross-entropy, in nats."""
@@ -58,10 +58,13 @@ def linear_cross_entropy(
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
-        total, ce, z = _LinearCrossEntropy.apply(
+        total, z = _LinearCrossEntropy.apply(
             x, weight, bias, labels, dtype, scale, z_multiplier, chunk
         )
-    return LossSums(total, ce, z)
+    # Without a z-loss nothing is subtracted: inductor would return one tensor for both, which
+    # then cannot be differentiated.
+    ce = total.detach() - z.detach() if z_multiplier else total.detach()
+    return LossSums(total, ce, z.detach())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -76,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: float,
         z_multiplier: float,
         chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         learns = any(ctx.needs_input_grad)
         w = weight.to(dtype)
         ce = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -114,8 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if learns:
             dw = None if dw is None else dw.to(weight.dtype)
             ctx.save_for_backward(torch.cat(dx), dw, db)
-        ctx.mark_non_differentiable(ce, z)
-        return ce + z, ce, z
+        return ce + z, z
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:

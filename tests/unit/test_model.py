@@ -20,6 +20,7 @@ from olmo.model import (
     OLMoSequentialBlock,
 )
 from olmo.model.attention import Backend, attention, choose, document_mask
+from olmo.model.block import _fit
 
 TINY = {
     "d_model": 32,
@@ -162,12 +163,18 @@ def test_attention_bias_forms() -> None:
     assert not torch.allclose(model(ids, attention_bias=everyone).logits, plain, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_fully_masked_row_is_no_nan() -> None:
-    mask = torch.zeros(2, 12)
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = build().to(dtype)(some_ids(), attention_mask=mask).logits
-        assert torch.isfinite(logits).all()
+def test_a_row_that_may_look_nowhere_sees_everything_alike(dtype: torch.dtype) -> None:
+    model = build().to(dtype)
+    nothing = torch.full((1, 1, 12, 12), -torch.inf)
+    lowest = torch.full((1, 1, 12, 12), torch.finfo(torch.float32).min)
+    logits = [model(some_ids(), attention_bias=bias).logits for bias in (nothing, lowest)]
+    assert torch.isfinite(logits[0]).all()
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=0)
+    q, k, v = (torch.randn(1, 1, 12, 8, dtype=dtype) for _ in range(3))
+    alike = attention(q, k, v, Backend.sdpa, bias=_fit(nothing, dtype))
+    torch.testing.assert_close(alike, v.mean(dim=-2, keepdim=True).expand_as(v))
 
 
 def test_mask_of_another_length() -> None:
