@@ -331,7 +331,8 @@ def named(files: list[tuple[str, int | None, str | None]]) -> list[Source]:
 
     The last part of its place, without the ending; where two are alike, with the folder.
     """
-    parts = [[p for p in urlparse(place).path.split("/") if p] for place, _, _ in files]
+    paths = [urlparse(place).path if "://" in place else place for place, *_ in files]
+    parts = [[part for part in path.split("/") if part] for path in paths]
     for depth in (1, 2, 3):
         names = [safe("-".join(part[-depth:])) for part in parts]
         if len(set(names)) == len(names):

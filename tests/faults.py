@@ -3,7 +3,7 @@
     python tests/faults.py --rounds 10                   # all victims, ten moments each
     python tests/faults.py --rounds 1 --victim dolma
 
-A round starts the small chain in a fresh store, kills one process with SIGKILL at a random moment
+A round starts the small chain, or the part of it in which the victim lives, kills one process with SIGKILL at a random moment
 of its life, and then looks:
 
 - within 10 s nothing of that run is left, grandchildren included;
@@ -40,18 +40,20 @@ class Victim:
     name: str
     command: str
     lives_s: float  # about; a moment is drawn from this much of its life
+    done_before: str | None  # what is there already when the round begins
     ranks: int = 1
 
 
+ORDER = "checkpoints/small/global_indices.npy"
 VICTIMS = {
     victim.name: victim
     for victim in (
-        Victim("snakemake", "-m snakemake", 18.0),
-        Victim("stage", "olmo tokens", 3.0),
-        Victim("dolma", "dolma_worker.py", 2.5),
-        Victim("launcher", "torch.distributed.run", 7.0),
-        Victim("trainer", "-m olmo.train", 4.0),
-        Victim("rank", "-m olmo.train", 5.0, ranks=2),
+        Victim("snakemake", "-m snakemake", 16.0, None),
+        Victim("stage", "olmo tokens", 2.5, "data/small/tokenizer.json"),
+        Victim("dolma", "dolma_worker.py", 2.0, "data/small/tokenizer.json"),
+        Victim("launcher", "torch.distributed.run", 6.0, ORDER),
+        Victim("trainer", "-m olmo.train", 4.0, ORDER),
+        Victim("rank", "-m olmo.train", 5.0, ORDER, ranks=2),
     )
 }
 
@@ -73,13 +75,6 @@ def new_project(root: Path, victim: Victim) -> Project:
     # Steps slow enough that a moment can fall between them.
     project.change("config/train/small.yaml", max_duration=60, eval_interval=30)
     return project
-
-
-def undisturbed(root: Path, victim: Victim) -> str:
-    """The final digest of a run that nobody disturbs."""
-    project = new_project(root, victim)
-    project.run()
-    return project.content()
 
 
 def find(mark: str, victim: Victim) -> Iterator[int]:
@@ -129,10 +124,14 @@ def disturb(project: Project, victim: Victim, after_s: float) -> Round:
 
 
 def rounds(victim: Victim, count: int, folder: Path) -> Iterator[Round]:
-    wanted = undisturbed(folder / "undisturbed", victim)
-    shutil.rmtree(folder / "undisturbed")
+    begun = new_project(folder / "begun", victim)
+    if victim.done_before:
+        begun.run(victim.done_before)
+    undisturbed = begun.copy(folder / "undisturbed")
+    undisturbed.run()
+    wanted = undisturbed.content()
     for number in range(count):
-        project = new_project(folder / f"round-{number}", victim)
+        project = begun.copy(folder / f"round-{number}")
         # One moment in each of `count` equal parts of the victim's life.
         after_s = victim.lives_s * (number + random.random()) / count
         result = disturb(project, victim, after_s)

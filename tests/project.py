@@ -81,12 +81,16 @@ class Outcome:
 class Project:
     """A folder with the repository's rules and a small recipe."""
 
-    def __init__(self, root: Path, store: Path | None = None, environments: Path | None = None):
+    def __init__(self, root: Path, store: Path | None = None):
         self.root, self.store = root, store or root / "store"
-        self.environments = environments or REPOSITORY / "store" / "environments"
+        if root.exists():  # a copy of another project
+            return
         for name in ("rules", "profiles", "envs"):
             shutil.copytree(REPOSITORY / name, root / name)
         shutil.copy(REPOSITORY / "Snakefile", root)
+        # The toolkit's environment is built once, beside the repository's own.
+        (REPOSITORY / "environments").mkdir(exist_ok=True)
+        (root / "environments").symlink_to(REPOSITORY / "environments")
         self.write(
             "config/config.yaml",
             {
@@ -122,6 +126,11 @@ class Project:
             inner[last] = value
         self.write(name, content)
 
+    def copy(self, root: Path) -> "Project":
+        """The same project in another folder, its store and all."""
+        shutil.copytree(self.root, root, symlinks=True)
+        return Project(root)
+
     def use_given_tokenizer(self, path: Path) -> None:
         shutil.copy(path, self.root / "tokenizer.json")
         self.change(
@@ -136,7 +145,6 @@ class Project:
         environment = {
             **os.environ,
             "OLMO_STORE": str(self.store),
-            "OLMO_ENVIRONMENTS": str(self.environments),
             "PYTHONPATH": str(REPOSITORY),
             MARK: mark,
         }

@@ -1,0 +1,170 @@
+"""A function as a stage: what is in its identity, what is found again, what it tells."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from olmo import cli
+from olmo.lineage import differences, trace
+from olmo.stage import Facts, Folder, Free, Input, Inputs, Output, Work, here, stage
+
+CALLS: list[dict] = []
+
+
+@stage(version=1)
+def join(
+    parts: Inputs,
+    joined: Output,
+    glue: str = "",
+    words: tuple[str, ...] = (),
+    threads: Free[int] = 1,
+) -> Facts:
+    """Join files."""
+    CALLS.append({"threads": threads})
+    joined.write_text(glue.join(part.read_text() for part in parts))
+    return {"parts": len(parts)}
+
+
+@stage(version=1)
+def unpack(packed: Input, folder: Folder, attempt: Work, optional: Input | None = None) -> Facts:
+    """Write a folder, in two attempts."""
+    if not attempt.exists():
+        attempt.mkdir()
+        raise ValueError("cut off")
+    folder.mkdir()
+    (folder / "text").write_text(packed.read_text())
+    return {"facts": {"n": 1}, "conditions": {"processes": 2}}
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OLMO_STORE", raising=False)
+    CALLS.clear()
+    Path("a").write_text("A")
+    Path("b").write_text("B")
+    return tmp_path
+
+
+def call(**changes):
+    return join(**{"parts": [Path("a"), Path("b")], "joined": Path("out/joined"), **changes})
+
+
+def test_what_changes_bytes_is_in_the_key_and_nothing_else():
+    first = call()
+    assert Path("out/joined").read_text() == "AB"
+    same = [
+        call(threads=8),
+        call(joined=Path("elsewhere")),
+        call(glue=""),
+        call(words=()),
+    ]
+    assert {record["key"] for record in same} == {first["key"]} and len(CALLS) == 1
+    Path("moved").write_text("A")
+    assert call(parts=[Path("moved"), Path("b")])["key"] == first["key"]
+    others = [call(glue="-"), call(words=("x",)), call(parts=[Path("b"), Path("a")])]
+    assert len({record["key"] for record in others} | {first["key"]}) == 4
+
+
+def test_a_parameter_at_its_default_is_not_in_the_action():
+    assert call()["action"]["params"] == {}
+    assert call(glue="-")["action"]["params"] == {"glue": "-"}
+
+
+def test_an_input_in_the_store_is_known_by_its_link():
+    call()
+    record = join(parts=[Path("out/joined")], joined=Path("again"))
+    assert record["action"]["inputs"]["parts"] == [Path("out/joined").resolve().name]
+
+
+def test_a_missing_input_says_so():
+    with pytest.raises(ValueError, match=r"expected a file at .*none, found nothing"):
+        call(parts=[Path("none")])
+
+
+def test_an_input_that_changes_while_it_is_read_fails_the_stage():
+    @stage(version=1)
+    def careless(source: Input, made: Output) -> Facts:
+        made.write_text("x")
+        source.write_text("changed meanwhile")
+        return {}
+
+    with pytest.raises(ValueError, match="changed while it was read"):
+        careless(source=Path("a"), made=Path("made"))
+    assert not Path("made").exists()
+
+
+def test_a_failed_attempt_is_carried_on():
+    with pytest.raises(ValueError, match="cut off"):
+        unpack(packed=Path("a"), folder=Path("f"), attempt=Path("run"))
+    assert Path("run").is_dir() and not Path("f").exists()
+    record = unpack(packed=Path("a"), folder=Path("f"), attempt=Path("run"))
+    assert Path("f/text").read_text() == "A"
+    assert record["facts"] == {"n": 1} and record["conditions"] == {"processes": 2}
+    assert json.loads(Path("f/record.json").read_text())["key"] == record["key"]
+
+
+def test_the_record_tells_how_it_went():
+    run = call()["run"]
+    assert {"started", "wall_s", "cpu_s", "peak_memory_bytes", "host", "python", "commit"} <= set(
+        run
+    )
+    assert run["peak_memory_bytes"] > 1e6
+
+
+def test_a_second_run_tells_why(capsys: pytest.CaptureFixture[str]):
+    call()
+    call(glue="+")
+    assert "params.glue: default → +" in capsys.readouterr().err
+
+
+def test_differences_field_by_field():
+    before = {"version": 1, "params": {"n": 1, "m": 2}, "inputs": {"parts": ["x", "y"]}}
+    now = {"version": 1, "params": {"n": 3}, "inputs": {"parts": ["x", "z"]}}
+    assert differences(before, now) == [
+        "inputs.parts: 1 of 2 changed",
+        "params.m: 2 → default",
+        "params.n: 1 → 3",
+    ]
+
+
+def test_the_way_back():
+    call()
+    join(parts=[Path("out/joined")], joined=Path("again"), glue="x")
+    stages = [line.split()[0] for line in trace(here(), Path("again"))]
+    assert stages == ["join", "join"]
+
+
+def test_the_command_line_comes_from_the_signature(monkeypatch: pytest.MonkeyPatch):
+    line = "--parts a b --joined out/c --glue + --words x y --threads 3"
+    words = line.split()
+    arguments = cli.parse("join", join, words)
+    assert arguments == {
+        "parts": [Path("a"), Path("b")],
+        "joined": Path("out/c"),
+        "glue": "+",
+        "words": ["x", "y"],
+        "threads": 3,
+        "log": None,
+    }
+    monkeypatch.setitem(cli.COMMANDS, "join", "test_stage:join")
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    cli.main(["join", *words, "--log", "logs/join.log"])
+    assert Path("out/c").read_text() == "A+B"
+    assert "runs for the first time" in Path("logs/join.log").read_text()
+
+
+def test_a_users_error_is_one_sentence(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["store", "why", "nowhere"])
+    assert str(ended.value).startswith("olmo store why: expected a name that the store")
+
+
+# The public command line: a change here breaks scripts, and belongs into the CHANGELOG.
+COMMANDS = """source-list sources documents tokenizer tokens statistics order train evaluate environment
+store-verify store-gc store-checkout store-why store-trace store-pin"""
+
+
+def test_the_commands_are_what_they_were():
+    assert [name.replace(" ", "-") for name in cli.COMMANDS] == COMMANDS.split()
