@@ -47,6 +47,7 @@ def load_by_name(
     origin = {name: group for group in groups for name in group["param_names"]}
     numbered: dict[int, dict[str, Any]] = {}
     new_groups = []
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.state_dict()["param_groups"]:
         names = group["param_names"]
         for number, name in zip(group["params"], names, strict=True):
@@ -56,10 +57,24 @@ def load_by_name(
                     "another model; start from the weights alone: --reset_optimizer_state"
                 )
             if name in state:
-                numbered[number] = state[name]
+                numbered[number] = {
+                    k: _placed(v, parameters[number]) for k, v in state[name].items()
+                }
         kept = {k: v for k, v in origin[names[0]].items() if k in group} if names else {}
         new_groups.append({**group, **kept, "params": group["params"], "param_names": names})
     optimizer.load_state_dict({"state": numbered, "param_groups": new_groups})
+
+
+def _placed(value: Any, parameter: torch.Tensor) -> Any:
+    """A part of the state, split over processes as its parameter is."""
+    sharded = hasattr(parameter, "full_tensor")
+    if not sharded or getattr(value, "shape", None) != parameter.shape:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
 def clean(name: str) -> str:

@@ -342,8 +342,15 @@ def build_train_dataloader(
 def build_eval_batches(
     train_config: TrainConfig, data_config: DataConfig, batch_size: int, rank: int, world_size: int
 ) -> Iterator[dict[str, Any]]:
-    """An evaluation set's batches of one process, in stored order, the last one maybe smaller."""
+    """An evaluation set's batches of one process, in stored order, the last one maybe smaller.
+
+    All processes get batches of the same shapes, for those that hold a model together must call
+    it together. Where the instances run out the first one fills in, and `counts` (B,) is False.
+    """
     dataset = build_memmap_dataset(train_config, data_config)
-    indices = np.arange(len(dataset))[rank::world_size]
+    n = len(dataset)
+    indices = np.arange(order.total_size(n, world_size, drop_last=False))[rank::world_size]
     for start in range(0, len(indices), batch_size):
-        yield dataset.batch(indices[start : start + batch_size])
+        chosen = indices[start : start + batch_size]
+        counts = torch.from_numpy(chosen < n)
+        yield dataset.batch(np.where(chosen < n, chosen, 0)) | {"counts": counts}

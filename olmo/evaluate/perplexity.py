@@ -43,8 +43,8 @@ class LossByLabel:
     def add(self, batch: dict[str, Any], losses: Tensor) -> None:
         labels = [row.get("label", self._default) for row in batch["metadata"]]
         where = torch.tensor([self._names.index(label) for label in labels], device=losses.device)
-        values = torch.stack([losses.double(), torch.ones_like(losses, dtype=torch.float64)])
-        self._sums.index_add_(1, where, values)
+        counts = batch["counts"].double() if "counts" in batch else torch.ones_like(losses).double()
+        self._sums.index_add_(1, where, torch.stack([losses.double() * counts, counts]))
 
     def metrics(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """eval/<label>/CrossEntropyLoss and /Perplexity, over what `add_up` sums over processes."""

@@ -37,6 +37,10 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     rank = int(os.environ.get("RANK", 0))
+    # Threads that wait for each other's share of an operation sleep instead of spinning: on a
+    # machine that does other things too, spinning takes their time and ours. Read by OpenMP when
+    # torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     who = f"rank {rank}: " if rank else ""
     from olmo.config import TrainConfig
     from olmo.train.loop import train

@@ -29,7 +29,14 @@ from olmo.model import OLMo
 from olmo.train.clip import Optimizer
 from olmo.train.meters import SpeedMeter, device_flops, memory_metrics
 from olmo.train.optim import build_optimizer
-from olmo.train.parallel import World, average_gradients, join_world, leave_world, parallelize
+from olmo.train.parallel import (
+    World,
+    average_gradients,
+    is_sharded,
+    join_world,
+    leave_world,
+    parallelize,
+)
 from olmo.train.pending import Numbers, Pending
 from olmo.train.saving import Saver
 from olmo.train.schedule import BoltOnWarmupScheduler, Scheduler, build_scheduler
@@ -169,7 +176,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         gc.disable()  # its pauses fall where we say, at the same step on every process
     paused: str | None = None
     exit_code = 1
-    parameters = list(model.parameters())
+    parameters, sharded = list(model.parameters()), is_sharded(cfg, world)
     failed = torch.zeros((), device=world.device)  # 1 from the first step that was not finite on
     numbers = Numbers()
     batches = _endless(loader, position, steps_per_epoch, batch_size)
@@ -186,7 +193,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
 
             optimizer.zero_grad(set_to_none=True)
             losses = forward_backward(model, batch, cfg, world.device, step)
-            average_gradients(parameters, world)
+            if not sharded:  # else backward has done it
+                average_gradients(parameters, world)
             found = optimizer.clip_grads_and_collect_metrics(step, _wants_details(cfg, step))
             # Once a gradient is not finite nothing moves any more. That is known on the device;
             # we hear of it when the numbers are fetched, and so before anything is saved.

@@ -41,13 +41,16 @@ class Saver:
         step = self._position.global_step
         folder = self._folder / layout.folder_name(step, unsharded=True)
         if self.saved != folder:
+            # Gathering shards takes every process, writing one.
+            model = _kept(dict(self._model.state_dict()))
+            optim = _kept(self._optimizer.state_dict())
             if self._world.first:
                 save_unsharded(
                     self._folder,
                     step,
                     config_yaml=to_yaml(self._cfg.asdict()),
-                    model={name: _kept(t) for name, t in self._model.state_dict().items()},
-                    optim=_kept(self._optimizer.state_dict()),
+                    model=model,
+                    optim=optim,
                     train=train_state(self._position, self._world.size),
                     keep=self._cfg.save_num_unsharded_checkpoints_to_keep or 1,
                 )
@@ -72,7 +75,9 @@ def _hits(interval: int | None, step: int) -> bool:
 
 
 def _kept(value: Any) -> Any:
-    """Tensors on the host, in containers of the same kind."""
+    """Whole tensors on the host, in containers of the same kind."""
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor()
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):

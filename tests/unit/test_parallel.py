@@ -92,3 +92,36 @@ def test_when_one_dies_all_are_gone(tmp_path: Path, victim: str) -> None:
         time.sleep(0.1)
     process.communicate(timeout=30)
     assert process.returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "processes, fsdp",
+    [
+        (2, {"wrapping_strategy": None}),
+        (2, {"wrapping_strategy": "by_block", "sharding_strategy": "SHARD_GRAD_OP"}),
+        (4, {"sharding_strategy": "HYBRID_SHARD", "hybrid_sharding_num_model_replicas": 2}),
+    ],
+    ids=["FSDP2", "FSDP2-blocks", "HSDP"],
+)  # fmt: skip
+def test_sharded_computes_what_one_does(
+    tmp_path: Path, processes: int, fsdp: dict[str, Any]
+) -> None:
+    changes: dict[str, Any] = {"max_duration": 20, "activation_checkpointing": "one_in_two"}
+    assert run(tmp_path, save_folder=str(tmp_path / "one"), **changes) == 0
+    changes |= {"distributed_strategy": "fsdp", "fsdp": fsdp}
+    finish(tmp_path, processes, save_folder=str(tmp_path / "many"), **changes)
+    one, many = metrics(tmp_path / "one"), metrics(tmp_path / "many")
+    for name in ("train/CrossEntropyLoss", "optim/total_grad_norm", "eval/heldout/Perplexity"):
+        a, b = ([m[name] for m in lines if name in m] for lines in (one, many))
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_sharded_resumed_equals_straight(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"distributed_strategy": "fsdp", "precision": "amp_bf16"}
+    finish(tmp_path, 2, save_folder=str(tmp_path / "straight"), **changes)
+    changes |= {"save_folder": str(tmp_path / "resumed")}
+    finish(tmp_path, 2, code=1, stop_after=7, **changes)
+    finish(tmp_path, 2, try_load_latest_save=True, **changes)
+    assert same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
