@@ -1,0 +1,96 @@
+"""One line in ten: ours beside bare decompression and beside the seed's `zcat | awk | gzip`.
+
+    python bench/subsample.py [--copies 20] [--rounds 5]
+
+Text is the Python's own standard library, with other ids, so many times over. Every round runs
+each of the three once, in a process of its own; CPU seconds are medians over the rounds.
+"""
+
+import argparse
+import gzip
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+OURS = """
+import polars  # as every process of a batch has it already
+from pathlib import Path
+from olmo.data.documents import documents
+import resource
+before = resource.getrusage(resource.RUSAGE_SELF)
+documents.build(source=Path(r"{source}"), documents=Path(r"{out}"), heldout=Path(r"{out}.h"),
+                table=Path(r"{out}.t"), name="x", keep_one_in=10)
+"""
+BARE = """
+from isal import igzip
+import resource
+before = resource.getrusage(resource.RUSAGE_SELF)
+with igzip.open(r"{source}") as file:
+    while file.read(1 << 20):
+        pass
+"""
+SEED = """
+import subprocess, resource
+before = resource.getrusage(resource.RUSAGE_CHILDREN)
+subprocess.run("zcat '{source}' | awk 'NR%10==1' | gzip > '{out}'", shell=True, check=True)
+"""
+AFTER = """
+after = resource.getrusage(resource.RUSAGE_{who})
+print(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--copies", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source.json.gz"
+        megabytes = write_source(source, args.copies) / 1e6
+        programs = {"bare": (BARE, "SELF"), "ours": (OURS, "SELF"), "seed": (SEED, "CHILDREN")}
+        seconds: dict[str, list[float]] = {name: [] for name in programs}
+        for _ in range(args.rounds):
+            for name, (program, who) in programs.items():
+                text = (program + AFTER).format(source=source, out=Path(folder) / name, who=who)
+                done = subprocess.run([sys.executable, "-c", text], check=True, stdout=-1)
+                seconds[name].append(float(done.stdout))
+        ours, seed = (
+            gzip.decompress((Path(folder) / name).read_bytes()) for name in ("ours", "seed")
+        )
+        assert ours == seed, "expected the seed's lines"
+    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
+    print(f"{megabytes:,.0f} MB of lines, one in ten kept; output equal to the seed's")
+    cpu = {name: statistics.median(times) for name, times in seconds.items()}
+    for name, time in cpu.items():
+        print(f"{name:5} {time:7.3f} CPU-s {megabytes / time:8,.0f} MB/CPU-s")
+    print(
+        f"ours / bare {cpu['bare'] / cpu['ours']:.2f}, ours / seed {cpu['seed'] / cpu['ours']:.2f}"
+    )
+
+
+def write_source(path: Path, copies: int) -> int:
+    """The standard library's documents in random order, so many times; bytes of the lines."""
+    from olmo.data.stdlib import stdlib
+
+    folder = path.parent / "stdlib"
+    stdlib.build(folder=folder, shards=1)
+    lines = gzip.decompress((folder / "stdlib-00.json.gz").read_bytes()).splitlines()
+    documents = [json.loads(line) for line in lines]
+    size = 0
+    with gzip.open(path, "wb", 6) as file:
+        for copy in range(copies):
+            random.Random(copy).shuffle(documents)
+            for document in documents:
+                line = json.dumps(document | {"id": f"{copy}/{document['id']}"}).encode() + b"\n"
+                size += file.write(line)
+    return size
+
+
+if __name__ == "__main__":
+    main()
