@@ -12,6 +12,7 @@ from olmo.config import EvaluatorType, TrainConfig
 from olmo.data.memmap import build_memmap_dataset, check_tokens
 from olmo.log import count, tell
 from olmo.train.parallel import World
+from olmo.train.unused import check_unused
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Position:
 
 def check(cfg: TrainConfig, world: World) -> None:
     """What can be known to be wrong before anything is built."""
+    check_unused(cfg)
     batch_size = cfg.global_train_batch_size
     if batch_size % world.size:
         raise ValueError(

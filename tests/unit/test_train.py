@@ -18,6 +18,7 @@ from olmo.data import order
 from olmo.train.__main__ import main, overrides
 from olmo.train.pending import NotFinite
 from olmo.train.signals import PAUSED
+from olmo.train.unused import HARMLESS, REFUSED
 
 
 def test_a_run_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +229,7 @@ def test_a_fresh_optimizer_warms_up_again(tmp_path: Path) -> None:
         ({"evaluators": [{"label": "piqa", "type": "downstream"}]}, "'piqa' is a downstream task"),
         ({"load_path": "nowhere"}, "no checkpoint folder at nowhere"),
         ({"precision": "fp8"}, "precision: expected one of amp_bf16"),
+        ({"use_msamp": True}, "use_msamp: MS-AMP is not there yet"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_before_training(
@@ -236,6 +238,20 @@ def test_what_is_wrong_is_said_before_training(
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         run(tmp_path, **changes)
     assert not layout.checkpoints(tmp_path / "run")
+
+
+def test_harmless_keys_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, dry_run=True, data={"num_workers": 3}, fused_loss=True)
+    said = capsys.readouterr().out
+    assert "not acted on: fused_loss (the loss is always fused), data.num_workers" in said
+    assert said.count("num_workers") == 1
+
+
+@pytest.mark.parametrize("key", [*HARMLESS, *REFUSED])
+def test_keys_not_acted_on_exist(key: str) -> None:
+    config: Any = TrainConfig.new(wandb={}, ddp={})
+    for name in key.split("."):
+        config = getattr(config, name)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,60 @@
+"""Keys of OLMo's config that this trainer does not act on, all of them: why that is harmless, or
+that it is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from olmo.config import TrainConfig
+from olmo.log import tell
+
+# Ignoring these changes nothing that was asked for. They are named once at the start if set.
+HARMLESS = {
+    "fused_loss": "the loss is always fused",
+    "hf_datasets_cache_dir": "only downstream tasks read data sets from the hub",
+    "new_style_checkpoints": "one sharded layout is written",
+    "sharded_checkpointer": "one sharded layout is written",
+    "load_path_sharded_checkpointer": "the layout is found by looking",
+    "canceled_check_interval": "every step looks",
+    "extra_steps_after_cancel": "a resumed run repeats nothing",
+    "fsdp.use_orig_params": "always so",
+    "ddp.grad_sync_mode": "gradients meet once a step",
+    "ddp.find_unused_params": "no parameter is unused",
+    "model.init_device": "weights are drawn on the CPU, the same everywhere",
+    "model.precision": "TrainConfig.precision decides",
+    "optimizer.no_decay_norm_and_bias": "decay_norm_and_bias and decay_embeddings decide",
+    "data.num_workers": "a thread reads ahead",
+    "data.prefetch_factor": "a thread reads ahead",
+    "data.persistent_workers": "a thread reads ahead",
+    "data.timeout": "a thread reads ahead",
+    "wandb.log_artifacts": "checkpoints stay where they are",
+    "wandb.rank_zero_only": "always so",
+    "tokenizer.truncate_direction": "token files are not truncated",
+}
+
+# Ignoring these would be another run than the one that was asked for.
+REFUSED = {
+    "use_msamp": "MS-AMP is not there yet; use precision: amp_bf16",
+    "module_outputs_save_steps": "tracing of modules' outputs is not there; leave it out",
+    "remote_save_folder": "saving to a bucket is not there yet; copy the save folder",
+    "data.custom_dataset": "custom data sets are not there yet; write token files",
+}
+
+
+def check_unused(cfg: TrainConfig) -> None:
+    """Tell of set keys that are ignored; ValueError for one that cannot be."""
+    for key, reason in REFUSED.items():
+        if _is_set(cfg, key):
+            raise ValueError(f"{key}: {reason}")
+    if ignored := [f"{k} ({why})" for k, why in HARMLESS.items() if _is_set(cfg, k)]:
+        tell(f"not acted on: {', '.join(ignored)}")
+
+
+def _is_set(cfg: TrainConfig, key: str) -> bool:
+    """Whether a key has another value than its default."""
+    value: Any = cfg
+    for name in key.split("."):
+        if value is None:
+            return False
+        owner, value = value, getattr(value, name)
+    return value != getattr(type(owner)(), key.split(".")[-1])
