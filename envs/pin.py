@@ -23,9 +23,9 @@ BLOCK = re.compile(r"^constraint-dependencies = \[\n(.*?)^\]\n", re.MULTILINE | 
 
 def resolved() -> list[str]:
     """`name==version ; marker` of everything that the project and its groups need."""
+    only_versions = ["--no-hashes", "--no-header", "--no-annotate", "--no-emit-project", "--quiet"]
     export = subprocess.run(
-        [uv.find_uv_bin(), "export", "--all-groups", "--no-hashes", "--no-emit-project"]
-        + ["--no-header", "--no-annotate", "--quiet"],
+        [uv.find_uv_bin(), "export", "--all-groups", *only_versions],
         cwd=PROJECT.parent,
         check=True,
         capture_output=True,

@@ -3,8 +3,8 @@
     python tests/faults.py --rounds 10                   # all victims, ten moments each
     python tests/faults.py --rounds 1 --victim dolma
 
-A round starts the small chain, or the part of it in which the victim lives, kills one process with SIGKILL at a random moment
-of its life, and then looks:
+A round starts the small chain, or the part of it in which the victim lives, kills one process with
+SIGKILL at a random moment of its life, and then looks:
 
 - within 10 s nothing of that run is left, grandchildren included;
 - no file at a final name is half-written;

@@ -24,7 +24,8 @@ from olmo.store import content, sha256
 
 GOLDEN = Path(__file__).parent / "stages.json"
 LIBRARY = {
-    "alpha.py": '"""A module."""\n\nimport os\n\n\ndef one(x):\n    return x + 1\n\n\nclass Two:\n    pass\n',
+    "alpha.py": '"""A module."""\n\nimport os\n\n\ndef one(x):\n    return x + 1\n\n\n'
+    "class Two:\n    pass\n",
     "beta/__init__.py": "from .inner import f\n",
     "beta/inner.py": "def f():\n    return 'ü'\n",
     "pydoc_data/topics.py": "topics = {'with': 'The with statement'}\n",

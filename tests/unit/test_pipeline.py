@@ -43,7 +43,7 @@ def test_flags_quote_what_a_shell_minds():
     assert "--allow no-id no-text" in plan().flags("mine", "documents")
     Path("in/a b; $(touch x).json.gz").touch()
     words = shlex.split(plan(sources={"files": ["in/a*"]}).source_flags("mine", "000"))
-    assert words == ["a_b___touch_x_=in/a b; $(touch x).json.gz"]
+    assert words == ["a_b____touch_x_=in/a b; $(touch x).json.gz"]
 
 
 def test_names_are_safe_and_unlike():
