@@ -42,6 +42,7 @@ ELSEWHERE = {
     "download": "its bytes are the server's; tests/unit/test_sources.py",
     "source_list": "likewise",
     "given_tokenizer": "its bytes are the hub's; it shares its code with local_tokenizer",
+    "statistics": "a summary of shards: tests/unit/test_statistics.py",
     "tokens": "needs the toolkit's environment: tests/unit/test_tokens.py",
 }
 

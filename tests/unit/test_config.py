@@ -107,7 +107,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_missing_file() -> None:
-    with pytest.raises(FileNotFoundError, match="no config file at nowhere.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"no config file at nowhere\.yaml"):
         TrainConfig.load("nowhere.yaml")
 
 
