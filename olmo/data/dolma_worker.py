@@ -14,8 +14,14 @@ from pathlib import Path
 
 
 def tokenize(
-    documents, tokenizer, eos_token_id, pad_token_id, encode_special_tokens, dtype, max_size
-):
+    documents: str,
+    tokenizer: str,
+    eos_token_id: int,
+    pad_token_id: int,
+    encode_special_tokens: bool,
+    dtype: str,
+    max_size: int,
+) -> None:
     """`dolma tokens` on `documents`, which makes parts/part-*.npy and .csv.gz in this folder."""
     from dolma.cli.tokenizer import TokenizationConfig, TokenizerCli, TokenizerConfig
 
@@ -39,7 +45,7 @@ def tokenize(
     )
 
 
-def main():
+def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)  # not inherited; what dolma prints goes to 2
     os.dup2(2, 1)
     versions = {name: version(name) for name in ("dolma", "tokenizers")}

@@ -1,6 +1,8 @@
 """Bad input through the real Snakefile: one clear sentence, before hours are spent."""
 
 import gzip
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,36 @@ def test_two_runs_in_one_folder(project: Project):
     finally:
         first.kill()
         assert all_gone("two-in-one", 10) == {}
+
+
+def test_a_wrong_sha256(project: Project):
+    import hashlib
+
+    right = hashlib.sha256((project.root / "sources/part-0.json.gz").read_bytes()).hexdigest()
+    wrong = "0" * 64
+    rows = [("sources/part-0.json.gz", right), ("sources/part-1.json.gz", wrong)]
+    table = "url\tbytes\tsha256\tlicence\n" + "".join(f"{u}\t\t{s}\tPSF-2.0\n" for u, s in rows)
+    (project.root / "sources.tsv").write_text(table)
+    project.change("config/data/small.yaml", sources={"table": "sources.tsv"})
+    refused(
+        project, "part-1.json.gz", f"expected sha256 {wrong}", target="data/small/sources/000.tsv"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_and_then_room(project: Project, tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        (disk / "ballast").write_bytes(bytes(4 * 2**20 - 60_000))
+        project.store = disk / "store"
+        refused(project, "the disk is full", "make room")
+        assert project.olmo("store", "verify").status == 0
+        (disk / "ballast").unlink()
+        project.run(ORDER)
+        assert project.olmo("store", "verify").status == 0
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
