@@ -1,0 +1,59 @@
+"""The README's commands exist: each is parsed, or planned, in a copy of the repository."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from project import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+def test_the_readme_has_commands():
+    assert "pip install uv && uv run snakemake --cores 2 checkpoints/olmo-tiny/final" in COMMANDS
+    assert "uv run pytest" in COMMANDS
+    assert "uv run pytest" in (REPOSITORY / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "snakemake" in c])
+def test_a_snakemake_command_can_be_planned(command: str, tmp_path: Path):
+    for name in ("rules", "profiles", "envs", "config"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    shutil.copy(REPOSITORY / "Snakefile", tmp_path)
+    words = shlex.split(command.split("uv run snakemake")[1])
+    words += [] if "-n" in words else ["-n"]
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *words, "--cores", "2"]
+        if "--cores" not in words
+        else [sys.executable, "-m", "snakemake", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "rule train" in said
+    if "250m" in command:
+        assert "known after its list" in said and "checkpoint source_list" in said
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("uv run olmo")])
+def test_an_olmo_command_can_be_parsed(command: str):
+    words = shlex.split(command)[3:]
+    verb = words[:2] if words[0] == "store" else words[:1]
+    done = subprocess.run(
+        [sys.executable, "-m", "olmo.cli", *verb, "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for flag in (word for word in words if word.startswith("--")):
+        assert flag in done.stdout
