@@ -31,6 +31,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -47,6 +48,7 @@ Free = Annotated[T, "free"]
 Facts = Mapping[str, Any]
 
 STORE = "OLMO_STORE"
+TOOLS = ("torch", "numpy", "polars", "tokenizers", "tiktoken", "isal", "safetensors", "altair")
 
 
 def here() -> Store:
@@ -57,10 +59,10 @@ def here() -> Store:
 class Stage:
     """A function whose results live in the store; see the module's text."""
 
-    def __init__(self, build: Callable[..., Any], version: int) -> None:
+    def __init__(self, build: Callable[..., Any], number: int) -> None:
         functools.update_wrapper(self, build)
         self.build = build
-        self.version = version
+        self.version = number
         self.name = build.__name__
         self.signature = inspect.signature(build)
         hints = typing.get_type_hints(build, include_extras=True)
@@ -178,6 +180,7 @@ class measured:
             "cpu_s": round(cpu_seconds() - self.cpu, 3),
             "peak_memory_bytes": max(own, children) * unit,
             "machine_energy_j": used,
+            "tools": {name: version(name) for name in TOOLS if name in sys.modules},
         }
 
 
