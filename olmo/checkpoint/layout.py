@@ -52,13 +52,26 @@ def checkpoints(save_folder: str | Path, unsharded: bool | None = None) -> list[
     return sorted(found, key=lambda path: (step_of(path) or 0, not is_unsharded(path)))
 
 
+def partial_name(folder: Path) -> Path:
+    """What a folder is called while it is being filled."""
+    return folder.with_name(folder.name + _PARTIAL)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint so that what is left of it, if interrupted, is not taken for one."""
+    replaced = folder.with_name(folder.name + _REPLACED)
+    shutil.rmtree(replaced, ignore_errors=True)
+    folder.rename(replaced)
+    shutil.rmtree(replaced)
+
+
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[Path]:
     """A folder to fill; it gets its manifest and the name `folder` at the end, or never.
 
     An older folder of that name is replaced. Raises OSError where the disk is full.
     """
-    partial = folder.with_name(folder.name + _PARTIAL)
+    partial = partial_name(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -121,7 +134,7 @@ def retain(save_folder: str | Path, keep: int, unsharded: bool) -> list[Path]:
     found = checkpoints(save_folder, unsharded)
     going = found[: max(len(found) - keep, 0)] if keep >= 0 else []
     for path in going:
-        shutil.rmtree(path)
+        remove(path)
     return going
 
 

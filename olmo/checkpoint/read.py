@@ -48,14 +48,25 @@ def load(folder: str | Path, optimizer: bool = True, trainer: bool = True) -> Ch
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint folder at {folder}; mend --load_path")
     layout.verify(folder)
+    if (folder / "model_and_optim").is_dir():
+        from olmo.checkpoint.sharded import read_sharded
+
+        weights, state = read_sharded(folder, optimizer)
+        return Checkpoint(
+            folder,
+            {clean(name): tensor for name, tensor in weights.items()},
+            state,
+            _torch(folder / "train" / "rank0.pt") if trainer else None,
+        )
     if (folder / "model.safetensors").exists():
         model = _safetensors(folder / "model.safetensors")
     elif (folder / "model.pt").exists():
         model = _torch(folder / "model.pt")
     else:
         raise ValueError(
-            f"{folder} holds neither model.pt nor model.safetensors; expected an unsharded "
-            "checkpoint (step{N}-unsharded) or a final one"
+            f"{folder} holds none of model.pt, model.safetensors, model_and_optim/; expected a "
+            "checkpoint (step{N}-unsharded, or step{N} of torch's distributed checkpoint) or a "
+            "final one. OLMo's older sharded layouts are unsharded by its scripts/unshard.py"
         )
     return Checkpoint(
         folder,

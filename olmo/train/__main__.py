@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 USAGE = """\
@@ -55,6 +56,13 @@ def main(arguments: Sequence[str]) -> int:
         if not rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except Exception:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise
+        # Another process is gone, most likely, and a thread of ours may wait for it: leave at once.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":

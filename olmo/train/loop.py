@@ -165,7 +165,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     if fresh and (first := evaluation()):
         write(position.global_step, first)
     if cfg.force_save_unsharded or not (resumed or checkpoint or cfg.no_pre_train_checkpoint):
-        saver.save()
+        saver.save("unsharded" if cfg.force_save_unsharded else None)
+        saver.finish()
     if cfg.dry_run:
         tell("dry run: everything is in place, nothing is trained")
         return 0
@@ -214,7 +215,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
 
             last = step == last_step
             evaluates = step == end or step % cfg.eval_interval == 0
-            saves = saver.due(step, last)
+            saves = saver.due(step)
             if last or evaluates or saves or step % cfg.console_log_interval == 0:
                 *earlier, (_, metrics) = numbers.fetch(world)
                 speed.step(len(earlier) + 1, tokens_per_step)
@@ -229,7 +230,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             if saves:
                 speed.pause()
                 _flush(sinks, indices)
-                saver.save()
+                saver.save(saves)
             if cfg.gen1_gc_interval and step % cfg.gen1_gc_interval == 0:
                 gc.collect(1)
             if world.any(stop.reason is not None) and not last:
@@ -238,13 +239,16 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             for number, values in numbers.fetch(world):
                 write(number, values)
             _flush(sinks, indices)
-            tell(f"paused at step {position.global_step} by {paused}, saved to {saver.save()}")
+            where = saver.save()
+            saver.finish()
+            tell(f"paused at step {position.global_step} by {paused}, saved to {where}")
             exit_code = PAUSED
         else:
             exit_code = PAUSED if position.global_step < end else 0
-            where = {"step": position.global_step, "checkpoint": saver.save().name}
+            reached = {"step": position.global_step, "checkpoint": saver.save().name}
+            saver.finish()
             if exit_code == 0 and world.first:
-                (folder / FINISHED).write_text(json.dumps(where) + "\n")
+                (folder / FINISHED).write_text(json.dumps(reached) + "\n")
         world.wait()
         return exit_code
     finally:

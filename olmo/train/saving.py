@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from olmo.checkpoint import layout
 from olmo.checkpoint.save import save_unsharded
 from olmo.config import TrainConfig, to_yaml
 from olmo.log import tell
-from olmo.train.parallel import World
+from olmo.train.parallel import World, is_sharded
 from olmo.train.start import Position
 
 
 class Saver:
-    """Saves a run at the intervals of its config and at its end, each step once."""
+    """Saves a run at the intervals of its config and at its end, each step once.
+
+    Training waits only for a copy of the state; a thread writes it while training goes on.
+    """
 
     def __init__(
         self,
@@ -31,33 +37,77 @@ class Saver:
         self._cfg, self._world, self._folder = cfg, world, Path(cfg.save_folder).absolute()
         self._model, self._optimizer, self._position = model, optimizer, position
         self.saved: Path | None = None  # the newest
+        self._sharded = is_sharded(cfg, world)
+        # The writers of all processes meet in a group of their own, apart from training's sums.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._writing: Future[Path] | None = None
 
-    def due(self, step: int, last: bool) -> bool:
-        """Whether something is saved at this step."""
-        return last or _hits(self._cfg.save_interval_unsharded, step)
+    def due(self, step: int) -> str | None:
+        """What is saved at this step: unsharded, sharded, ephemeral, or None.
 
-    def save(self) -> Path:
-        """Save now, if this step is not saved yet; the folder."""
+        Raises what went wrong with the save before.
+        """
+        if self._writing is not None and self._writing.done():
+            self.finish()
+        cfg = self._cfg
+        if _hits(cfg.save_interval_unsharded, step):
+            return "unsharded" if cfg.save_num_unsharded_checkpoints_to_keep else None
+        if _hits(cfg.save_interval, step):
+            return "sharded" if cfg.save_num_checkpoints_to_keep else None
+        return "ephemeral" if _hits(cfg.save_interval_ephemeral, step) else None
+
+    def save(self, kind: str | None = None) -> Path:
+        """Begin to save now, if this step is not saved yet; the folder.
+
+        Without a `kind`, that which the run's end or a pause has: unsharded where every process
+        holds the whole model, or the config saves unsharded ones at all.
+        """
+        self.finish()
         step = self._position.global_step
-        folder = self._folder / layout.folder_name(step, unsharded=True)
-        if self.saved != folder:
+        if self.saved is not None and layout.step_of(self.saved) == step:
+            return self.saved
+        whole = not self._sharded or self._cfg.save_interval_unsharded is not None
+        kind = kind or ("unsharded" if whole else "sharded")
+        folder = self._folder / layout.folder_name(step, unsharded=kind == "unsharded")
+        shared: dict[str, Any] = {
+            "config_yaml": to_yaml(self._cfg.asdict()),
+            "train": train_state(self._position, self._world.size),
+        }
+        model, optim = dict(self._model.state_dict()), self._optimizer.state_dict()
+        if kind == "unsharded":
             # Gathering shards takes every process, writing one.
-            model = _kept(dict(self._model.state_dict()))
-            optim = _kept(self._optimizer.state_dict())
+            model, optim = _copied(model, whole=True), _copied(optim, whole=True)
             if self._world.first:
-                save_unsharded(
-                    self._folder,
-                    step,
-                    config_yaml=to_yaml(self._cfg.asdict()),
-                    model=model,
-                    optim=optim,
-                    train=train_state(self._position, self._world.size),
-                    keep=self._cfg.save_num_unsharded_checkpoints_to_keep or 1,
-                )
-            self.saved = folder
-            tell(f"saved {folder}")
-            self._world.wait()
+                keep = self._cfg.save_num_unsharded_checkpoints_to_keep or 1
+                shared |= {"model": model, "optim": optim, "keep": keep}
+                write = partial(save_unsharded, self._folder, step, **shared)
+                self._writing = self._thread.submit(write)
+        else:
+            from olmo.checkpoint.sharded import save_sharded
+
+            group = self._group
+            self._writing = self._thread.submit(
+                save_sharded,
+                self._folder,
+                step,
+                model=_copied(model, whole=False),
+                optim=_copied(optim, whole=False),
+                first=self._world.first,
+                group=group,
+                wait=lambda: dist.barrier(group=group) if group is not None else None,
+                keep=self._cfg.save_num_checkpoints_to_keep or 1,
+                ephemeral=kind == "ephemeral",
+                **shared,
+            )
+        self.saved = folder
         return folder
+
+    def finish(self) -> None:
+        """Wait for the save that is under way; raises what went wrong with it."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            tell(f"saved {writing.result()}")
 
 
 def train_state(position: Position, world_size: int) -> dict[str, Any]:
@@ -74,14 +124,24 @@ def _hits(interval: int | None, step: int) -> bool:
     return interval is not None and step % interval == 0
 
 
-def _kept(value: Any) -> Any:
-    """Whole tensors on the host, in containers of the same kind."""
+def _copied(value: Any, whole: bool) -> Any:
+    """Copies of tensors on the host, gathered if `whole`, in containers of the same kind."""
     if hasattr(value, "full_tensor"):
-        value = value.full_tensor()
+        return value.full_tensor().cpu() if whole else _copied_shard(value)
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {k: _kept(v) for k, v in value.items()}
+        return {k: _copied(v, whole) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_kept(v) for v in value)
+        return type(value)(_copied(v, whole) for v in value)
     return value
+
+
+def _copied_shard(value: Any) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    local = value.to_local().detach().to("cpu", copy=True)
+    mesh, shape, stride = value.device_mesh, value.shape, value.stride()
+    return DTensor.from_local(
+        local, mesh, value.placements, run_check=False, shape=shape, stride=stride
+    )
