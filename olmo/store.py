@@ -343,24 +343,17 @@ class Store:
         Replaces what was there, in one step, so that nobody sees half a folder.
         """
         path = Path(os.path.abspath(path))
+        made = record["outputs"][output]
         with self._writable():
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
-            made = record["outputs"][output]
             if "files" in made:
-                draft.mkdir()
-                for name, file in (made["files"] | made["aside"]).items():
-                    (draft / name).parent.mkdir(parents=True, exist_ok=True)
-                    self._symlink(draft / name, self.object_path(file["sha256"]))
-                self._symlink(draft / "record.json", self.record_path(record["key"]))
+                files = made["files"] | made["aside"]
+                targets = {name: self.object_path(file["sha256"]) for name, file in files.items()}
+                targets["record.json"] = self.record_path(record["key"])
+                self._link_folder(path, targets, draft)
             else:
                 self._symlink(draft, self.object_path(made["sha256"]))
-            if path.is_dir() and not path.is_symlink():
-                old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
-                os.replace(path, old)
-                os.replace(draft, path)
-                shutil.rmtree(old)
-            else:
                 os.replace(draft, path)
             root = self._root(path)
             root.parent.mkdir(parents=True, exist_ok=True)
@@ -369,6 +362,25 @@ class Store:
                 json.dumps({"path": str(path), "key": record["key"], "output": output})
             )
             os.replace(draft, root)
+
+    def _link_folder(self, path: Path, targets: Mapping[str, Path], draft: Path) -> None:
+        """A folder cannot be replaced as a file can, so one process at a time does it."""
+        with lease(self.root / "leases", f"name-{self._root(path).name}"):
+            if path.is_dir() and all(
+                os.path.realpath(path / name) == os.path.realpath(target)
+                for name, target in targets.items()
+            ):
+                return
+            for name, target in targets.items():
+                (draft / name).parent.mkdir(parents=True, exist_ok=True)
+                self._symlink(draft / name, target)
+            if path.is_dir() and not path.is_symlink():
+                old = draft.with_suffix(".old")
+                os.replace(path, old)
+                os.replace(draft, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(draft, path)
 
     def point(self, path: Path, target: Path) -> None:
         """Make `path` a link to a folder in the store that is still being worked in."""

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +152,15 @@ def split_place(source: str) -> tuple[str, str, dict[str, str]]:
 
 def standard_library(listing: Path, name: str, number: int, shards: int) -> Entry:
     """One file of the standard library's; all of them are one action, run once."""
-    record = stdlib(
-        folder=listing.parent.parent / "stdlib", shards=shards, library=library_digest()
-    )
+    record = whole_library(listing.parent.parent / "stdlib", shards)
     file = f"stdlib-{number:02d}.json.gz"
     made = record["outputs"]["folder"]["files"][file]
     return Entry(name, "source", f"stdlib/{file}", made["sha256"], made["size"])
+
+
+@cache
+def whole_library(folder: Path, shards: int) -> Record:
+    return stdlib(folder=folder, shards=shards, library=library_digest())
 
 
 def documents(

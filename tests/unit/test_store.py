@@ -196,6 +196,37 @@ def test_a_folder_of_links_replaces_an_older_one_whole(store: Store, tmp_path: P
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def _name(root: Path, folder: Path, keys: list[str], barrier) -> None:
+    store = Store(root, say=lambda line: None)
+    records = [store.record(key) for key in keys]
+    barrier.wait()
+    for number in range(60):
+        store.link(records[number % 2], "final", folder)
+
+
+def test_a_folder_is_named_by_several_at_once(store: Store, tmp_path: Path):
+    def build(text: str):
+        def make(work: Path):
+            (work / "outputs" / "final").mkdir()
+            (work / "outputs" / "final" / "text").write_text(text)
+            return {}
+
+        return make
+
+    keys = [store.run(Action("demo", n), build(f"text {n}"))["key"] for n in (1, 2)]
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    args = (store.root, tmp_path / "final", keys, barrier)
+    processes = [context.Process(target=_name, args=args) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert {p.name for p in (tmp_path / "final").iterdir()} == {"text", "record.json"}
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
 def test_gc_keeps_what_is_named_or_pinned(store: Store, tmp_path: Path):
     named, pinned, loose = (
         store.run(Action("demo", 1, {"n": n}), write(f"text {n}")) for n in range(3)
