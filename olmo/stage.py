@@ -35,8 +35,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from olmo.action import Action
 from olmo.log import say
-from olmo.store import Action, Record, Store, now
+from olmo.store import Record, Store, now
 
 T = TypeVar("T")
 Input = Annotated[Path, "input"]

@@ -8,18 +8,16 @@
     pins/                     actions that `gc` keeps whatever points to them
     quarantine/               contents that were not what their name says
 
-An action is a stage, the version of its code, the parameters that change bytes and the digests
-of its inputs. Its key is the sha256 of that as canonical JSON. Paths, hosts, threads and times
-are not in it. Consumers know an input by its content, not by the action that made it: where an
-edit upstream ends in equal bytes, everything after it is found again.
+An action (see `olmo.action`) is what was asked, a content is what came out. Consumers know an
+input by its content, not by the action that made it: where an edit upstream ends in equal bytes,
+everything after it is found again.
 
-Imports nothing of ours but `lease`.
+Imports nothing of ours but `action` and `lease`.
 """
 
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import stat
@@ -28,10 +26,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from olmo.action import Action, canonical
 from olmo.lease import held, lease
 
 # Objects up to this size are hashed again whenever they are used. Larger ones are, when their
@@ -50,59 +48,10 @@ class TwoContents(ValueError):
     """One action gave two contents: its stage is not deterministic."""
 
 
-def canonical(value: Any) -> bytes:
-    """JSON with one spelling a value: sorted keys, no spaces, UTF-8.
-
-    Raises:
-        ValueError: for what has no single spelling: NaN, infinities, paths, sets, objects.
-    """
-    _refuse_shapeless(value, "action")
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return text.encode()
-
-
-def _refuse_shapeless(value: Any, where: str) -> None:
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            if not isinstance(name, str):
-                raise ValueError(f"{where}: the key {name!r} is not a string")
-            _refuse_shapeless(inner, f"{where}.{name}")
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            _refuse_shapeless(inner, f"{where}[{index}]")
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{where}: {value} has no canonical form")
-    elif not (value is None or isinstance(value, str | int | bool)):
-        raise ValueError(f"{where}: a {type(value).__name__} has no canonical form: {value!r}")
-
-
 def sha256(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@dataclass(frozen=True)
-class Action:
-    """What a stage is asked for; equal actions give equal bytes."""
-
-    stage: str
-    version: int
-    params: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, Any] = field(default_factory=dict)  # name → digest, or a list of digests
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "stage": self.stage,
-            "version": self.version,
-            "params": self.params,
-            "inputs": self.inputs,
-        }
-
-    @property
-    def key(self) -> str:
-        return hashlib.sha256(canonical(self.as_dict())).hexdigest()
 
 
 Record = dict[str, Any]

@@ -16,7 +16,8 @@ LEAVES: dict[str, set[str]] = {
     "process": set(),
     "io": set(),
     "lease": set(),
-    "store": {"lease"},
+    "action": set(),
+    "store": {"action", "lease"},
 }
 # Rooms, and the rooms further along the one way that they must not know.
 NEVER = {

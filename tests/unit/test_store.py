@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from olmo.store import Action, Corrupt, Store, TwoContents, canonical
+from olmo.action import Action, canonical
+from olmo.store import Corrupt, Store, TwoContents
 
 
 @pytest.fixture
@@ -309,7 +310,8 @@ def test_a_killed_holder_is_replaced_at_once(tmp_path: Path):
         """
         import sys, time
         from pathlib import Path
-        from olmo.store import Action, Store
+        from olmo.action import Action
+        from olmo.store import Store
 
         def build(work):
             print("holding", flush=True)

@@ -1,0 +1,62 @@
+"""What a stage is asked for, and the one name that this has.
+
+An action is a stage, the version of its code, the parameters that change bytes and the digests
+of its inputs. Its key is the sha256 of that as canonical JSON. Paths, hosts, threads and times
+are not in it.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with one spelling a value: sorted keys, no spaces, UTF-8.
+
+    Raises:
+        ValueError: for what has no single spelling: NaN, infinities, paths, sets, objects.
+    """
+    _refuse_shapeless(value, "action")
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode()
+
+
+def _refuse_shapeless(value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{where}: the key {name!r} is not a string")
+            _refuse_shapeless(inner, f"{where}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            _refuse_shapeless(inner, f"{where}[{index}]")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: {value} has no canonical form")
+    elif not (value is None or isinstance(value, str | int | bool)):
+        raise ValueError(f"{where}: a {type(value).__name__} has no canonical form: {value!r}")
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a stage is asked for; equal actions give equal bytes."""
+
+    stage: str
+    version: int
+    params: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)  # name → digest, or a list of digests
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "version": self.version,
+            "params": self.params,
+            "inputs": self.inputs,
+        }
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(canonical(self.as_dict())).hexdigest()
