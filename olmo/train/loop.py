@@ -38,6 +38,7 @@ from olmo.train.parallel import (
     parallelize,
 )
 from olmo.train.pending import Numbers, Pending
+from olmo.train.profile import Profilers
 from olmo.train.saving import Saver
 from olmo.train.schedule import BoltOnWarmupScheduler, Scheduler, build_scheduler
 from olmo.train.signals import PAUSED, StopRequest
@@ -180,7 +181,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     parameters, sharded = list(model.parameters()), is_sharded(cfg, world)
     failed = torch.zeros((), device=world.device)  # 1 from the first step that was not finite on
     numbers = Numbers()
+    lowest_loss = float("inf")
     batches = _endless(loader, position, steps_per_epoch, batch_size)
+    profilers = Profilers(cfg, world.first)
     model.train()
     try:
         while position.global_step < last_step and paused is None:
@@ -227,12 +230,18 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
                     speed.pause()
                     metrics |= evaluation()
                 write(step, metrics)
+                loss = metrics["train/CrossEntropyLoss"]
+                lowest_loss = min(lowest_loss, loss)
+                limit = lowest_loss * (cfg.early_stopping_factor or float("inf"))
+                if loss > limit and step > cfg.scheduler.t_warmup and not last:
+                    paused = f"early_stopping_factor: the loss {loss:.4f} is above {limit:.4f}"
             if saves:
                 speed.pause()
                 _flush(sinks, indices)
                 saver.save(saves)
             if cfg.gen1_gc_interval and step % cfg.gen1_gc_interval == 0:
                 gc.collect(1)
+            profilers.step()
             if world.any(stop.reason is not None) and not last:
                 paused = stop.reason or "another process"
         if paused is not None and position.global_step:
@@ -253,6 +262,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         return exit_code
     finally:
         gc.enable()
+        profilers.close()
         batches.close()
         indices.close()
         for sink in sinks:

@@ -240,6 +240,19 @@ def test_what_is_wrong_is_said_before_training(
     assert not layout.checkpoints(tmp_path / "run")
 
 
+def test_early_stopping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, early_stopping_factor=0.9, scheduler={"t_warmup": 5}) == PAUSED
+    assert "paused at step 6 by early_stopping_factor" in capsys.readouterr().out
+
+
+def test_profilers_look_at_a_few_steps(tmp_path: Path) -> None:
+    run(tmp_path, python_profiling=True, torch_profiling=True, evaluators=[])
+    folder = tmp_path / "run/profiler"
+    assert "aten::" in (folder / "torch.txt").read_text()
+    assert "forward_backward" in (folder / "python.txt").read_text()
+    assert (folder / "trace.json.gz").stat().st_size > 1000
+
+
 def test_harmless_keys_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, dry_run=True, data={"num_workers": 3}, fused_loss=True)
     said = capsys.readouterr().out
