@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from olmo.checkpoint import layout
+from olmo.checkpoint.encoded import decode, is_encoded
 from olmo.checkpoint.optim_state import State, by_name, clean
 from olmo.config import ModelConfig
 from olmo.log import warn
@@ -25,6 +26,37 @@ class Checkpoint:
     model: dict[str, Tensor]  # by parameter name
     optim: tuple[State, list[dict[str, Any]]] | None  # state by parameter name, groups
     train: dict[str, Any] | None  # where the run was: global_step, epoch, …
+
+
+def fetched(url: str, into: Path, optimizer: bool = True, trainer: bool = True) -> Path:
+    """The unsharded checkpoint at a URL (http, s3, r2, gs, hf), downloaded to a folder in `into`.
+
+    What is there already is not fetched again. Raises ValueError, one line, for what cannot be had.
+    """
+    from olmo.io import fetch
+
+    url = url.rstrip("/")
+    folder = into / url.rsplit("/", 1)[-1]
+    kinds = [("config.yaml",), ("model.pt", "model.safetensors")]
+    kinds += [("optim.pt", "optim.safetensors")] if optimizer else []
+    kinds += [("train.pt", "other.pt")] if trainer else []
+    folder.mkdir(parents=True, exist_ok=True)
+    for names in kinds:
+        refusals = []
+        for name in names:
+            if (folder / name).exists():
+                break
+            try:
+                fetch(f"{url}/{name}", folder / name, folder / f".{name}.part")
+                break
+            except ValueError as error:
+                refusals.append(str(error))
+        else:
+            raise ValueError(
+                f"cannot load {url}: {'; '.join(refusals)}. Expected an unsharded checkpoint "
+                "(step{N}-unsharded) there"
+            )
+    return folder
 
 
 def newest(save_folder: str | Path) -> Path | None:
@@ -78,8 +110,11 @@ def load(folder: str | Path, optimizer: bool = True, trainer: bool = True) -> Ch
 
 def _optimizer(folder: Path) -> tuple[State, list[dict[str, Any]]]:
     if (folder / "optim.safetensors").exists():
+        stored = _safetensors(folder / "optim.safetensors")
+        if "param_groups" in stored:
+            return by_name(stored)
         state: State = {}
-        for key, tensor in _safetensors(folder / "optim.safetensors").items():
+        for key, tensor in stored.items():
             part, _, name = key.partition("/")
             state.setdefault(name, {})[part] = tensor
         return state, json.loads((folder / "train.json").read_text())["optimizer"]
@@ -112,15 +147,17 @@ def _torch(path: Path) -> dict[str, Any]:
         raise ValueError(f"cannot read {path}: {reason}") from error
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
+def _safetensors(path: Path) -> dict[str, Any]:
+    """Tensors by name; nested, with settings beside them, where OLMo wrote the file."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
         raise ValueError(f"reading {path} needs safetensors: `pip install safetensors`") from error
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        tensors = load_file(path)
+        return decode(tensors) if all(map(is_encoded, tensors)) else tensors
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 

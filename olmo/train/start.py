@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from olmo.checkpoint.read import Checkpoint, load, newest
+from olmo.checkpoint.read import Checkpoint, fetched, load, newest
 from olmo.config import EvaluatorType, TrainConfig
 from olmo.data.memmap import build_memmap_dataset, check_tokens
 from olmo.log import count, tell
@@ -74,11 +74,18 @@ def find_start(
         return checkpoint, _position(checkpoint.train, cfg), True
     if cfg.load_path is None:
         return None, Position(epoch=cfg.epoch or 0), False
-    checkpoint = load(
-        cfg.load_path,
-        optimizer=not cfg.reset_optimizer_state,
-        trainer=not cfg.reset_trainer_state,
-    )
+    place = Path(cfg.load_path)
+    parts = {
+        "optimizer": not cfg.reset_optimizer_state,
+        "trainer": not cfg.reset_trainer_state,
+    }
+    if "://" in cfg.load_path:
+        if world.first:
+            tell(f"fetching {cfg.load_path}")
+            fetched(cfg.load_path, folder / "loaded", **parts)
+        world.wait()
+        place = folder / "loaded" / cfg.load_path.rstrip("/").rsplit("/", 1)[-1]
+    checkpoint = load(place, **parts)
     position = Position(epoch=cfg.epoch or 0)
     if checkpoint.train is not None:
         position = _position(checkpoint.train, cfg)

@@ -1,13 +1,19 @@
 """A checkpoint is whole or not there, and what is broken is told and never loaded."""
 
+import base64
+import functools
+import http.server
 import json
 import pickle
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_run import metrics, run, same, state
 
 from olmo import checkpoint
@@ -261,3 +267,77 @@ def test_an_index_with_code_does_not_run(tmp_path: Path) -> None:
 def test_unknown_layouts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds none of model\.pt.*unshard\.py"):
         checkpoint.load(tmp_path)
+
+
+def olmo_key(path: tuple[str, ...], pickled: bool) -> str:
+    """A key as OLMo writes it."""
+    return base64.urlsafe_b64encode(pickle.dumps((path, pickled))).decode()
+
+
+def as_olmo_writes(folder: Path) -> None:
+    """model.pt and optim.pt as OLMo's safetensors files."""
+    weights = torch.load(folder / "model.pt", weights_only=True)
+    optim = torch.load(folder / "optim.pt", weights_only=True)
+    state = {
+        olmo_key(("state", name, part), False): tensor
+        for names, numbers in ((g["param_names"], g["params"]) for g in optim["param_groups"])
+        for name, number in zip(names, numbers, strict=True)
+        for part, tensor in optim["state"][number].items()
+    }
+    groups = [g | {"params": g["param_names"]} for g in optim["param_groups"]]
+    state[olmo_key(("param_groups",), True)] = torch.frombuffer(
+        bytearray(pickle.dumps(groups)), dtype=torch.uint8
+    )
+    for name, tensors in (
+        ("model", {olmo_key((name,), False): t for name, t in weights.items()}),
+        ("optim", state),
+    ):
+        save_file(tensors, folder / f"{name}.safetensors")
+        (folder / f"{name}.pt").unlink()
+    (folder / "manifest.json").unlink()
+
+
+def test_olmos_own_safetensors(copy: Path) -> None:
+    plain = checkpoint.load(copy / "latest")
+    as_olmo_writes(copy / "step10-unsharded")
+    encoded = checkpoint.load(copy / "latest")
+    assert same(plain.model, encoded.model) and plain.optim and encoded.optim
+    assert same(plain.optim[0], encoded.optim[0])
+    changes: dict[str, Any] = {"max_duration": 12, "save_folder": str(copy.parent / "on")}
+    assert run(copy.parent, load_path=str(copy / "latest"), **changes) == 0
+
+
+def test_olmos_own_safetensors_run_no_code(copy: Path, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    folder = copy / "step10-unsharded"
+    as_olmo_writes(folder)
+    key = base64.urlsafe_b64encode(pickle.dumps((("a", Trap()), False))).decode()
+    save_file({key: torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"which is not run"):
+        checkpoint.load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def served(finished: Path) -> Iterator[str]:
+    """The finished run by http."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(finished))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_by_url(finished: Path, served: str, tmp_path: Path) -> None:
+    for name, place in (
+        ("a", str(finished / "step8-unsharded")),
+        ("b", served + "/step8-unsharded"),
+    ):
+        changes = {"load_path": place, "save_folder": str(tmp_path / name)}
+        assert run(tmp_path, **changes) == 0
+    assert same(state(tmp_path / "a"), state(tmp_path / "b"))
+    with pytest.raises(ValueError, match=r"cannot load http.*step9-unsharded: .*404"):
+        run(tmp_path, load_path=f"{served}/step9-unsharded")
