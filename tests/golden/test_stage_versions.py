@@ -70,14 +70,11 @@ def library(folder: Path) -> Path:
 
 
 def make_stdlib(stage: Stage, folder: Path) -> None:
-    import sysconfig
-
-    get_path, root = sysconfig.get_path, library(folder)
-    sysconfig.get_path = lambda name, *_: str(root)
-    try:
+    """The library is a small one, and Python's version, which each document names, a fixed one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sysconfig.get_path", lambda name: str(library(folder)))
+        patch.setattr("platform.python_version", lambda: "3.11.7")
         stage.build(folder=folder / "outputs", shards=2)
-    finally:
-        sysconfig.get_path = get_path
 
 
 MAKE: dict[str, Callable[[Stage, Path], object]] = {
