@@ -47,14 +47,15 @@ def linear_cross_entropy(
         weight: (V, d).
         labels: (N,), int64; -100 does not count.
         bias: (V,).
-        chunk: rows at a time; by default as many as make logits of 8 MiB on a CPU, whose caches
-            they then fit, and of 512 MiB elsewhere.
+        chunk: rows at a time; by default as many as make logits of 16 MiB on a CPU and of 512 MiB
+            elsewhere.
 
     The product runs in autocast's type where autocast is on, all else in float32.
     """
     if chunk is None:
-        limit = (8 if x.device.type == "cpu" else 512) * 2**20
+        limit = (16 if x.device.type == "cpu" else 512) * 2**20
         chunk = max(64, limit // (4 * weight.shape[0]))
+        chunk = -(-len(x) // -(-len(x) // chunk))  # as many chunks, but of one size
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
@@ -85,42 +86,49 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ce = torch.zeros((), dtype=torch.float32, device=x.device)
         z = torch.zeros_like(ce)
         dx: list[Tensor] = []
-        dw: Tensor | None = None
-        db: Tensor | None = None
+        dw = torch.zeros_like(w, dtype=torch.float32) if learns else None
+        db = torch.zeros_like(ce).expand(len(w)).clone() if learns and bias is not None else None
         for rows, its_labels in zip(x.split(chunk), labels.split(chunk), strict=True):
             rows = rows.to(dtype)
             logits = (rows @ w.T).float()  # (C, V)
             if bias is not None:
-                logits = logits + bias.float()
+                logits += bias
             if scale != 1.0:
-                logits = logits * scale
-            counts = its_labels != IGNORE
+                logits *= scale
+            counts = (its_labels != IGNORE).float()[:, None]  # (C, 1)
             places = its_labels.clamp(min=0)[:, None]
-            lse = logits.logsumexp(dim=-1)  # (C,)
-            ce = ce + ((lse - logits.gather(1, places)[:, 0]) * counts).sum()
-            slope = counts.float()
+            right = logits.gather(1, places)
+            highest = logits.amax(dim=-1, keepdim=True)
+            powers = logits.sub_(highest).exp_()  # in the logits' place
+            sums = powers.sum(dim=-1, keepdim=True)
+            lse = sums.log() + highest  # log sum exp(logits), (C, 1)
+            ce = ce + ((lse - right) * counts).sum()
+            slope = counts
             if z_multiplier:
                 z = z + z_multiplier * (lse.square() * counts).sum()
-                slope = slope * (1 + 2 * z_multiplier * lse)
+                slope = counts * (1 + 2 * z_multiplier * lse)
             if not learns:
                 continue
-            ids = torch.arange(logits.shape[1], device=x.device)
-            hit = (ids == places) & counts[:, None]
-            dlogits = (logits - lse[:, None]).exp() * slope[:, None] - hit.float()
-            if bias is not None:
-                part = dlogits.sum(0) * scale
-                db = part if db is None else db + part
-            dlogits = (dlogits * scale).to(dtype)
+            dlogits = powers.mul_(slope / sums).scatter_add_(1, places, -counts)
+            if scale != 1.0:
+                dlogits *= scale
+            if db is not None:
+                db += dlogits.sum(dim=0)
+            dlogits = dlogits.to(dtype)
             dx.append((dlogits @ w).to(x.dtype))
-            product = (dlogits.T @ rows).float()  # (V, d)
-            dw = product if dw is None else dw + product
+            assert dw is not None
+            if dtype == torch.float32:
+                dw.addmm_(dlogits.T, rows)
+            else:  # sums of many chunks want more than half precision
+                dw += dlogits.T @ rows
         if learns:
-            dw = None if dw is None else dw.to(weight.dtype)
-            ctx.save_for_backward(torch.cat(dx), dw, db)
+            assert dw is not None
+            ctx.save_for_backward(torch.cat(dx), dw.to(weight.dtype), db)
         return ce + z, z
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, db = ctx.saved_tensors
-        rest = (None, None, None, None, None)
-        return dx * grad, dw * grad, None if db is None else db * grad, *rest
+        rest = (None,) * 5
+        # In place, so that no second gradient of the head is held; backward runs once.
+        return dx.mul_(grad), dw.mul_(grad), None if db is None else db.mul_(grad), *rest
