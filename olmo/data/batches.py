@@ -7,10 +7,11 @@ run may go on with another world size, and reading threads change nothing.
 
 from __future__ import annotations
 
+import importlib
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from olmo.config import DataConfig, PaddingDirection, TrainConfig
+from olmo.config import (
+    CustomDatasetCollatorConfig,
+    DataConfig,
+    PaddingDirection,
+    TrainConfig,
+)
 from olmo.data import order
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
 
@@ -241,7 +247,11 @@ class TrainLoader:
     AHEAD = 2
 
     def __init__(
-        self, dataset: IterableDataset, collator: DataCollator, drop_last: bool, pin_memory: bool
+        self,
+        dataset: IterableDataset,
+        collator: Callable[[Any], dict[str, Any]],
+        drop_last: bool,
+        pin_memory: bool,
     ) -> None:
         self.dataset = dataset
         self.collate_fn = collator
@@ -300,6 +310,75 @@ class TrainLoader:
             reader.join()
 
 
+def build_dataset(cfg: TrainConfig, data: DataConfig, metadata: bool = False) -> Any:
+    """What `data` describes: token files, or what a custom_dataset's own code makes.
+
+    Raises ValueError for code that is not there, and for both kinds at once.
+    """
+    custom = data.custom_dataset
+    if custom is None:
+        return build_memmap_dataset(cfg, data, metadata)
+    if data.paths or data.datasets:
+        raise ValueError("data.custom_dataset excludes data.paths and data.datasets; keep one")
+    return _imported(custom.name, custom.module)(**(custom.args or {}))
+
+
+def build_collator(cfg: TrainConfig, data: DataConfig) -> Callable[[Any], dict[str, Any]]:
+    """How items become batches: the custom data set's own way, or padding."""
+    custom = data.custom_dataset
+    if custom is not None and custom.collate_fn is not None:
+        return _imported(custom.collate_fn, custom.module)
+    return CustomCollator.of(cfg) if custom is not None else DataCollator.from_train_config(cfg)
+
+
+def _imported(name: str, module: str | None) -> Any:
+    """`module`'s `name`, or the dotted `name`."""
+    if module is None:
+        module, _, name = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"data.custom_dataset: no {name} in {module or 'no module'}: {error}"
+        ) from error
+
+
+@dataclass
+class CustomCollator:
+    """Items of a custom data set, whose fields have other names, to a batch."""
+
+    names: dict[str, str]  # ours → theirs
+    collate: DataCollator
+
+    @classmethod
+    def of(cls, cfg: TrainConfig) -> CustomCollator:
+        custom = cfg.data.custom_dataset
+        assert custom is not None
+        fields = custom.collate_config or CustomDatasetCollatorConfig()
+        names = {
+            "input_ids": custom.token_field or fields.input_id_field,
+            "attention_mask": fields.attention_mask_field,
+            "attention_bias": fields.attention_bias_field,
+            "label_mask": fields.label_mask_field,
+            "index": fields.index_field,
+            "instance_mask": fields.instance_mask_field,
+            "doc_lens": fields.doc_lens_field,
+            "metadata": fields.metadata_field,
+        }
+        given = {ours: theirs for ours, theirs in names.items() if theirs is not None}
+        return cls(given, DataCollator.from_train_config(cfg))
+
+    def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
+        return self.collate(
+            [
+                {ours: item[theirs] for ours, theirs in self.names.items()}
+                if isinstance(item, dict)
+                else item
+                for item in items
+            ]
+        )
+
+
 def build_train_dataloader(
     train_config: TrainConfig,
     *,
@@ -323,7 +402,7 @@ def build_train_dataloader(
             "with it, --save_overwrite to write over it, or another --save_folder"
         )
     dataset = IterableDataset(
-        build_memmap_dataset(train_config, data, include_instance_metadata),
+        build_dataset(train_config, data, include_instance_metadata),
         train_config.global_train_batch_size,
         seed=train_config.seed if data.seed is None else data.seed,
         epoch=train_config.epoch or 0,
@@ -334,7 +413,7 @@ def build_train_dataloader(
         work_dir=work_dir,
         order_path=data.order_path,
     )
-    collator = DataCollator.from_train_config(train_config)
+    collator = build_collator(train_config, data)
     pin = data.pin_memory and torch.cuda.is_available()
     return TrainLoader(dataset, collator, data.drop_last, pin)
 

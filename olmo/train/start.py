@@ -55,7 +55,9 @@ def check(cfg: TrainConfig, world: World) -> None:
     if not world.first:
         return
     vocabulary = cfg.model.embedding_size or cfg.model.vocab_size
-    looked_at = check_tokens(build_memmap_dataset(cfg, cfg.data), vocabulary)
+    looked_at = 0
+    if cfg.data.custom_dataset is None:
+        looked_at = check_tokens(build_memmap_dataset(cfg, cfg.data), vocabulary)
     for evaluator in cfg.evaluators:
         where = f"evaluators.{evaluator.label}.data"
         looked_at += check_tokens(build_memmap_dataset(cfg, evaluator.data), vocabulary, where)

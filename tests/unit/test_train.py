@@ -283,3 +283,26 @@ def test_dry_run_trains_nothing(tmp_path: Path) -> None:
     assert run(tmp_path, dry_run=True, no_pre_train_checkpoint=True) == 0
     assert not metrics(tmp_path / "run") and not layout.checkpoints(tmp_path / "run")
     assert settings(tmp_path)["max_duration"] == 10
+
+
+class Sequences:
+    """A data set of somebody's own: other field names, and sequences of two lengths."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"tokens": [2 + (index + i) % 50 for i in range(LENGTH - index % 2)]}
+
+
+def test_a_data_set_of_ones_own(tmp_path: Path) -> None:
+    custom = {"name": "test_train.Sequences", "args": {"n": 100}, "token_field": "tokens"}
+    data = {"paths": None, "custom_dataset": custom}
+    assert run(tmp_path, data=data, evaluators=[]) == 0
+    assert metrics(tmp_path / "run")[-1]["train/CrossEntropyLoss"] < 5
+    custom["name"] = "test_train.Nothing"
+    with pytest.raises(ValueError, match=r"data\.custom_dataset: no Nothing in test_train"):
+        run(tmp_path, data=data, save_overwrite=True)
