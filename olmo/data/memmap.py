@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import bisect
 import copy
+import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 
 from olmo.config import DataConfig, InstanceFilterConfig, TrainConfig
+from olmo.data.files import Tokens, file_sizes, is_url
 
 
 class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -66,8 +69,9 @@ class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.eos_token_id = eos_token_id
         self.label_mask_paths = list(label_mask_paths) if label_mask_paths else None
         self.instance_filter_config = instance_filter_config
+        self._remote = any(is_url(path) for path in paths)
         self._ends: list[int] | None = None  # of each file, in instances
-        self._arrays: dict[tuple[int, bool], np.ndarray] = {}  # opened files, (file, is a mask)
+        self._opened: dict[tuple[int, bool], Tokens] = {}  # (file, is a mask)
 
     @property
     def max_seq_len(self) -> int:
@@ -77,22 +81,19 @@ class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def offsets(self) -> list[tuple[int, int]]:
         """First instance of each file, and one past its last."""
         if self._ends is None:
-            ends, end = [], 0
-            for i, path in enumerate(self.paths):
-                length = self._instances(path, np.dtype(self.dtype).itemsize)
-                if self.label_mask_paths is not None:
-                    mask_path = self.label_mask_paths[i]
-                    if self._instances(mask_path, 1) != length:
+            width = np.dtype(self.dtype).itemsize * self.chunk_size
+            lengths = [size // width for size in file_sizes(self.paths)]
+            if self.label_mask_paths is not None:
+                masks = [size // self.chunk_size for size in file_sizes(self.label_mask_paths)]
+                for path, length, mask_path, mask in zip(
+                    self.paths, lengths, self.label_mask_paths, masks, strict=True
+                ):
+                    if mask != length:
                         raise ValueError(
                             f"masking file '{mask_path}' should be the same size as '{path}'"
                         )
-                end += length
-                ends.append(end)
-            self._ends = ends
+            self._ends = list(itertools.accumulate(lengths))
         return list(zip([0, *self._ends[:-1]], self._ends, strict=True))
-
-    def _instances(self, path: str | Path, itemsize: int) -> int:
-        return Path(path).stat().st_size // (itemsize * self.chunk_size)
 
     def __len__(self) -> int:
         return self.offsets[-1][1] if self._ends is None else self._ends[-1]
@@ -109,15 +110,13 @@ class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _tokens(self, file: int, row: int, mask: bool = False) -> np.ndarray:
         """(T,) as stored."""
-        array = self._arrays.get((file, mask))
-        if array is None:
+        tokens = self._opened.get((file, mask))
+        if tokens is None:
             path = (
                 self.label_mask_paths[file] if mask and self.label_mask_paths else self.paths[file]
             )
-            # A read-only array over the mapped bytes; np.memmap's own class is slow to slice.
-            mapped = np.memmap(path, mode="r", dtype=np.bool_ if mask else self.dtype)
-            array = self._arrays[file, mask] = np.asarray(mapped)
-        return array[row * self.chunk_size : (row + 1) * self.chunk_size]
+            tokens = self._opened[file, mask] = Tokens(path, np.bool_ if mask else self.dtype)
+        return tokens.read(row * self.chunk_size, (row + 1) * self.chunk_size)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = int(index)
@@ -143,8 +142,13 @@ class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
         """
         places = [self._locate(int(i)) for i in indices]
         ids = np.empty((len(places), self.chunk_size), np.int64)
-        for b, (file, row) in enumerate(places):
-            ids[b] = self._tokens(file, row)
+        if self._remote:
+            # The network's answers take their time: ask for all at once.
+            with ThreadPoolExecutor(min(len(places), 32)) as threads:
+                ids[:] = list(threads.map(lambda place: self._tokens(*place), places))
+        else:
+            for b, (file, row) in enumerate(places):
+                ids[b] = self._tokens(file, row)
         out: dict[str, Any] = {"input_ids": torch.from_numpy(ids)}
         if self.generate_attention_mask:
             out["attention_mask"] = (out["input_ids"] != self.pad_token_id).float()
@@ -254,12 +258,11 @@ def check_tokens(dataset: MemMapDataset, vocab_size: int, where: str = "data") -
     Every token of small data is looked at, of large data the beginning of each file. `vocab_size`
     is the number of embeddings; `where` names the config's section in what is said.
     """
-    for path in (*dataset.paths, *(dataset.label_mask_paths or ())):
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"{where}: no token file at {path}; mend {where}.paths, or --{where}.paths=[…]"
-            )
-    sizes = [Path(path).stat().st_size for path in dataset.paths]
+    try:
+        sizes = file_sizes(dataset.paths)
+        file_sizes(dataset.label_mask_paths or ())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}: {error}; mend --{where}.paths=[…]") from None
     itemsize = np.dtype(dataset.dtype).itemsize
     for path, size in zip(dataset.paths, sizes, strict=True):
         if size % itemsize:
@@ -276,7 +279,8 @@ def check_tokens(dataset: MemMapDataset, vocab_size: int, where: str = "data") -
     for path, size in zip(dataset.paths, sizes, strict=True):
         if size == 0:
             continue
-        tokens = np.asarray(np.memmap(path, mode="r", dtype=dataset.dtype))[: max(budget, 4096)]
+        most = 4096 if is_url(path) else max(budget, 4096)
+        tokens = Tokens(path, dataset.dtype).read(0, min(most, size // itemsize))
         if itemsize == 2 and _is_wider(tokens):
             raise ValueError(
                 f"{where}: {path} is read as {np.dtype(dataset.dtype).name} but looks like uint32: "

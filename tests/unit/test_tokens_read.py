@@ -1,5 +1,7 @@
 """Token files that training would trip over are refused before it starts."""
 
+import http.server
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +115,54 @@ def test_paths_or_datasets(tmp_path: Path) -> None:
     for wrong in (DataConfig(), DataConfig(paths=["x"], datasets=by_label)):
         with pytest.raises(ValueError, match=r"DataConfig\.paths"):
             build_memmap_dataset(cfg, wrong)
+
+
+class Ranges(http.server.BaseHTTPRequestHandler):
+    """Serves the file `t.npy` of its folder whole or by ranges, after one stumble."""
+
+    folder: Path
+    stumbled = False
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        if self.path != "/t.npy":
+            return self.answer(404, b"")
+        body = (self.folder / "t.npy").read_bytes()
+        if span := self.headers.get("Range"):
+            if not Ranges.stumbled:
+                Ranges.stumbled = True
+                return self.answer(503, b"")
+            first, last = map(int, span.removeprefix("bytes=").split("-"))
+            return self.answer(206, body[first : last + 1])
+        return self.answer(200, body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_token_files_by_url(tmp_path: Path) -> None:
+    path = tokens(tmp_path / "t.npy", np.arange(22, dtype=np.uint16))
+    Ranges.folder, Ranges.stumbled = tmp_path, False
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        there, here = (MemMapDataset(p, chunk_size=4) for p in (f"{url}/t.npy", path))
+        assert there.offsets == here.offsets
+        assert there.batch([4, 0, 3])["input_ids"].tolist() == [
+            here[i]["input_ids"].tolist() for i in (4, 0, 3)
+        ]
+        assert check_tokens(there, 22) == 22
+        with pytest.raises(ValueError, match="has 20 embeddings"):
+            check_tokens(there, 20)
+        with pytest.raises(FileNotFoundError, match=r"data: no token file at .*/no\.npy"):
+            check_tokens(MemMapDataset(f"{url}/no.npy"), 10)
+        server.shutdown()

@@ -1,0 +1,88 @@
+"""Token files where they are: mapped into memory here, read by byte ranges over http.
+
+A file of the published data is gigabytes; looking at one batch of it takes a few kilobytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TRIES = 5  # of one range, the wait doubling from half a second
+
+
+def is_url(path: str | Path) -> bool:
+    return "://" in str(path)
+
+
+def file_sizes(paths: Sequence[str | Path]) -> list[int]:
+    """Bytes of each file, in order; FileNotFoundError for one that is not there."""
+    from_urls: dict[str, int | None] = {}
+    if urls := sorted({str(path) for path in paths if is_url(path)}):
+        from olmo.io import sizes
+
+        from_urls = dict(zip(urls, sizes(urls), strict=True))
+    found = []
+    for path in paths:
+        if is_url(path):
+            size = from_urls[str(path)]
+            if size is None:
+                raise FileNotFoundError(f"no token file at {path}, or its server tells no size")
+            found.append(size)
+        elif Path(path).is_file():
+            found.append(Path(path).stat().st_size)
+        else:
+            raise FileNotFoundError(f"no token file at {path}")
+    return found
+
+
+class Tokens:
+    """A raw array, read by slices."""
+
+    def __init__(self, path: str | Path, dtype: Any) -> None:
+        self._dtype = np.dtype(dtype)
+        self._mapped: np.ndarray | None = None
+        self._url = str(path)
+        if not is_url(path):
+            # A plain array over the mapped bytes; np.memmap's own class is slow to slice.
+            self._mapped = np.asarray(np.memmap(path, mode="r", dtype=self._dtype))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start,), fewer at the file's end."""
+        if self._mapped is not None:
+            return self._mapped[start:stop]
+        width = self._dtype.itemsize
+        return np.frombuffer(_range(self._url, start * width, stop * width), self._dtype)
+
+
+def _range(url: str, start: int, stop: int) -> bytes:
+    """Bytes `start` … `stop` - 1 of what a URL names. ValueError where they cannot be had."""
+    import requests
+
+    from olmo.io import is_http, public
+
+    address = public(url)
+    if not is_http(address):
+        raise ValueError(f"token files are read from here or over http(s), not from {url}")
+    wait, why = 0.5, ""
+    for _ in range(TRIES):
+        try:
+            span = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+            response = requests.get(address, headers=span, timeout=30)
+            if response.status_code == 206:
+                return response.content
+            if response.status_code < 500:
+                raise ValueError(
+                    f"{url}: expected a part of the file (206), the server answered "
+                    f"{response.status_code}; download the file and give its path"
+                )
+            why = f"the server answered {response.status_code}"
+        except requests.RequestException as error:
+            why = f"{type(error).__name__}"
+        time.sleep(wait)
+        wait *= 2
+    raise ValueError(f"{url}: {why}, {TRIES} times over")
