@@ -8,6 +8,7 @@ meant, bump the stage's version (its artifacts are made anew everywhere), then
 """
 
 import gzip
+import hashlib
 import importlib
 import json
 import pkgutil
@@ -20,7 +21,7 @@ import pytest
 
 import olmo
 from olmo.stage import Stage
-from olmo.store import content, sha256
+from olmo.store import content
 
 GOLDEN = Path(__file__).parent / "stages.json"
 LIBRARY = {
@@ -117,8 +118,16 @@ def made(name: str, root: Path) -> dict:
     MAKE[name](stage, root)
     outputs = root / "outputs"
     files = [outputs] if outputs.is_file() else sorted(p for p in outputs.rglob("*") if p.is_file())
-    digest = content({str(f.relative_to(root)): {"sha256": sha256(f)} for f in files})
+    digest = content({str(f.relative_to(root)): {"sha256": digest_of(f)} for f in files})
     return {"version": stage.version, "content": digest}
+
+
+def digest_of(file: Path) -> str:
+    """Of a gz file, its lines: isal compresses with what the processor has, not always alike."""
+    content = file.read_bytes()
+    return hashlib.sha256(
+        gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    ).hexdigest()
 
 
 def test_every_stage_is_held():
