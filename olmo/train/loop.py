@@ -193,7 +193,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             position.global_train_examples_seen_this_epoch += batch_size
             position.global_train_tokens_seen += tokens_per_step
             step = position.global_step
-            indices.write(step, batch["index"])
+            indices.write(step, batch["index"].tolist())
 
             optimizer.zero_grad(set_to_none=True)
             losses = forward_backward(model, batch, cfg, world.device, step)

@@ -166,7 +166,7 @@ class DataIndices:
 
     def write(self, step: int, indices: Iterable[int]) -> None:
         if self._file is not None:
-            row = "\t".join(str(int(i)) for i in indices)
+            row = "\t".join(map(str, indices))
             self._file.write(f"{step}\t{row}\n".encode())
 
     def flush(self) -> None:

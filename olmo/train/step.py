@@ -58,7 +58,7 @@ def forward_backward(
         if drops:
             # What is dropped depends on the run, the step and the sample alone: not on what was
             # computed before, and so not on where the run was interrupted.
-            torch.manual_seed(random_key(cfg.seed, step, int(micro["index"][0])))
+            torch.manual_seed(random_key(cfg.seed, step, micro["index"].tolist()[0]))
         micro = {
             k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
             for k, v in micro.items()

@@ -1,6 +1,7 @@
 """The trainer does what its config says, stops where it says, and goes on with the same bits."""
 
 import copy
+import gzip
 import json
 import math
 import signal
@@ -251,6 +252,14 @@ def test_profilers_look_at_a_few_steps(tmp_path: Path) -> None:
     assert "aten::" in (folder / "torch.txt").read_text()
     assert "forward_backward" in (folder / "python.txt").read_text()
     assert (folder / "trace.json.gz").stat().st_size > 1000
+
+
+def test_between_log_lines_nobody_waits_for_the_device(tmp_path: Path) -> None:
+    """With LionW, since AdamW's fused kernel asks for its own step count."""
+    changes: dict[str, Any] = {"optimizer": {"name": "lionw"}, "save_interval_unsharded": None}
+    run(tmp_path, torch_profiling=True, console_log_interval=20, evaluators=[], **changes)
+    trace = gzip.decompress((tmp_path / "run/profiler/trace.json.gz").read_bytes()).decode()
+    assert "aten::mm" in trace and "aten::_local_scalar_dense" not in trace
 
 
 def test_harmless_keys_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
