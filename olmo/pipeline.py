@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from olmo.config import BaseConfig, TrainConfig
+from olmo.data.documents import MAX_TEXT_BYTES
 from olmo.store import now
 
 
@@ -45,6 +46,10 @@ class DocumentsConfig(BaseConfig):
     keep_one_in: int = 1
     offset: int = 0
     heldout_share: float = 0.0
+    # Parts and copies by the hash of the id, of sources by their names: "books-*=2.5". The first
+    # that fits counts; a source that none fits has weight 1.
+    weights: list[str] = field(default_factory=list)
+    max_text_bytes: int = MAX_TEXT_BYTES
     allow: list[str] = field(default_factory=list)
 
 
@@ -70,12 +75,33 @@ class TokenizerConfig(BaseConfig):
 
 
 @dataclass
+class TokensConfig(BaseConfig):
+    """How documents become tokens; both engines give the same bytes."""
+
+    engine: str = "dolma"  # the toolkit itself, or `fast`
+    audit_share: float = 0.01  # of fast's files, tokenized by the toolkit as well and compared
+    special_tokens: str = "as-special"  # what looks like one in a text; or "as-text"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in {
+            "engine": ("dolma", "fast"),
+            "special_tokens": ("as-special", "as-text"),
+        }.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"tokens.{name}: expected {' or '.join(known)}, found {getattr(self, name)!r}"
+                )
+
+
+@dataclass
 class Recipe(BaseConfig):
     """A data set: config/data/<name>.yaml."""
 
     sources: SourcesConfig
     tokenizer: TokenizerConfig
     documents: DocumentsConfig = field(default_factory=DocumentsConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
 
 
 @dataclass

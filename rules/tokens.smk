@@ -37,7 +37,8 @@ rule tokens:
         ),
         eos=lambda w: plan.recipe(w.dataset).tokenizer.eos_token_id,
         pad=lambda w: plan.recipe(w.dataset).tokenizer.pad_token_id,
+        recipe=lambda w: plan.flags(w.dataset, "tokens"),
     shell:
         "olmo tokens --documents {input.documents:q} --tokenizer {input.tokenizer:q}"
         " --requirements {input.requirements:q} {params.environment} --eos-token-id {params.eos}"
-        " --pad-token-id {params.pad} --listing {output:q} --log {log:q}"
+        " --pad-token-id {params.pad} {params.recipe} --listing {output:q} --log {log:q}"

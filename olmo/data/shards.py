@@ -11,20 +11,23 @@ import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from olmo import log
-from olmo.data.documents import HELDOUT, TRAIN
+from olmo.data.documents import HELDOUT, MAX_TEXT_BYTES, TRAIN
 from olmo.data.documents import documents as documents_stage
 from olmo.data.dolma import Dolma, toolkit
+from olmo.data.fast import Fast
 from olmo.data.order import global_indices
 from olmo.data.order import write as write_order
 from olmo.data.sources import Arrivals, download, local_source
 from olmo.data.statistics import statistics as statistics_stage
 from olmo.data.stdlib import library_digest, stdlib
 from olmo.data.tokenizer import given_tokenizer, local_tokenizer, trained_tokenizer
+from olmo.data.tokens import AS_SPECIAL
 from olmo.data.tokens import tokens as tokens_stage
 from olmo.environments import interpreter
 from olmo.stage import Facts, Output, Stage, here, stage
@@ -169,9 +172,14 @@ def documents(
     keep_one_in: int = 1,
     offset: int = 0,
     heldout_share: float = 0.0,
+    weights: tuple[str, ...] = (),
+    max_text_bytes: int = MAX_TEXT_BYTES,
     allow: tuple[str, ...] = (),
 ) -> None:
-    """One line in N of each source of a batch, checked, the held-out ones split off."""
+    """One line in N of each source of a batch, checked, the held-out ones split off.
+
+    `weights` are pattern=weight; the first pattern that fits a source's name gives its weight.
+    """
     entries = []
     for source in read(sources, "source"):
         names = {
@@ -189,9 +197,22 @@ def documents(
             keep_one_in=keep_one_in,
             offset=offset,
             heldout_share=heldout_share,
+            weight=weight_of(source.shard, weights),
+            max_text_bytes=max_text_bytes,
             allow=tuple(allow),
         )
     write(listing, entries)
+
+
+def weight_of(shard: str, weights: Iterable[str]) -> float:
+    for given in weights:
+        pattern, _, weight = given.partition("=")
+        try:
+            if fnmatchcase(shard, pattern):
+                return float(weight)
+        except ValueError:
+            raise ValueError(f"weights: expected pattern=number, found {given!r}") from None
+    return 1.0
 
 
 def tokenizer(
@@ -224,6 +245,9 @@ def tokens(
     pad_token_id: int,
     requirements: Path,
     environment: Path | None = None,
+    engine: str = "dolma",
+    audit_share: float = 0.01,
+    special_tokens: str = AS_SPECIAL,
 ) -> None:
     """Token shards of a batch's documents and held-out documents, by one process of the toolkit.
 
@@ -238,7 +262,8 @@ def tokens(
     }
     entries = []
     # The toolkit starts when the first shard is not in the store.
-    with Dolma(python, toolkit(requirements)) as engine:
+    with Dolma(python, toolkit(requirements)) as dolma:
+        chosen = Fast(dolma, audit_share) if engine == "fast" else dolma
         for split, (output, paths) in parts.items():
             for entry in read(documents, output):
                 made = run(
@@ -251,9 +276,10 @@ def tokens(
                     tokenizer=tokenizer,
                     eos_token_id=eos_token_id,
                     pad_token_id=pad_token_id,
-                    toolkit=engine.toolkit,
-                    engine=engine,
+                    toolkit=chosen.toolkit,
+                    engine=chosen,
                     split=split,
+                    special_tokens=special_tokens,
                 )
                 # The listing tells the held-out shards from the others by the output's name.
                 prefix = "" if split == TRAIN else "heldout-"
