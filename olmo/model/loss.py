@@ -82,48 +82,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         learns = any(ctx.needs_input_grad)
+        # Inductor writes better GPU code for the loop than there is, and worse for the CPU, where
+        # it copies the head's gradient for each chunk.
+        compute = _one_operation if x.device.type == "cpu" else _compute
         w = weight.to(dtype)
-        ce = torch.zeros((), dtype=torch.float32, device=x.device)
-        z = torch.zeros_like(ce)
-        dx: list[Tensor] = []
-        dw = torch.zeros_like(w, dtype=torch.float32) if learns else None
-        db = torch.zeros_like(ce).expand(len(w)).clone() if learns and bias is not None else None
-        for rows, its_labels in zip(x.split(chunk), labels.split(chunk), strict=True):
-            rows = rows.to(dtype)
-            logits = (rows @ w.T).float()  # (C, V)
-            if bias is not None:
-                logits += bias
-            if scale != 1.0:
-                logits *= scale
-            counts = (its_labels != IGNORE).float()[:, None]  # (C, 1)
-            places = its_labels.clamp(min=0)[:, None]
-            right = logits.gather(1, places)
-            highest = logits.amax(dim=-1, keepdim=True)
-            powers = logits.sub_(highest).exp_()  # in the logits' place
-            sums = powers.sum(dim=-1, keepdim=True)
-            lse = sums.log() + highest  # log sum exp(logits), (C, 1)
-            ce = ce + ((lse - right) * counts).sum()
-            slope = counts
-            if z_multiplier:
-                z = z + z_multiplier * (lse.square() * counts).sum()
-                slope = counts * (1 + 2 * z_multiplier * lse)
-            if not learns:
-                continue
-            dlogits = powers.mul_(slope / sums).scatter_add_(1, places, -counts)
-            if scale != 1.0:
-                dlogits *= scale
-            if db is not None:
-                db += dlogits.sum(dim=0)
-            dlogits = dlogits.to(dtype)
-            dx.append((dlogits @ w).to(x.dtype))
-            assert dw is not None
-            if dtype == torch.float32:
-                dw.addmm_(dlogits.T, rows)
-            else:  # sums of many chunks want more than half precision
-                dw += dlogits.T @ rows
-        if learns:
-            assert dw is not None
-            ctx.save_for_backward(torch.cat(dx), dw.to(weight.dtype), db)
+        ce, z, dx, dw, db = compute(x, w, bias, labels, scale, z_multiplier, chunk, learns)
+        ctx.biased = bias is not None
+        ctx.save_for_backward(dx, dw.to(weight.dtype), db)
         return ce + z, z
 
     @staticmethod
@@ -131,4 +96,86 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, dw, db = ctx.saved_tensors
         rest = (None,) * 5
         # In place, so that no second gradient of the head is held; backward runs once.
-        return dx.mul_(grad), dw.mul_(grad), None if db is None else db.mul_(grad), *rest
+        return dx.mul_(grad), dw.mul_(grad), db.mul_(grad) if ctx.biased else None, *rest
+
+
+def _compute(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    z_multiplier: float,
+    chunk: int,
+    learns: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy and z-loss, and what ce + z changes by with x, w and bias (empty, if not asked
+    for). Products are in w's type, all else in float32."""
+    ce = torch.zeros((), dtype=torch.float32, device=x.device)
+    z = torch.zeros_like(ce)
+    dx = torch.empty_like(x) if learns else x.new_empty(0)
+    dw = torch.zeros(w.shape if learns else (0,), dtype=torch.float32, device=x.device)
+    db = torch.zeros(len(w) if learns and bias is not None else 0, device=x.device)
+    for start in range(0, len(x), chunk):
+        rows = x[start : start + chunk].to(w.dtype)
+        its_labels = labels[start : start + chunk]
+        logits = (rows @ w.T).float()  # (C, V)
+        if bias is not None:
+            logits += bias
+        if scale != 1.0:
+            logits *= scale
+        counts = (its_labels != IGNORE).float()[:, None]  # (C, 1)
+        places = its_labels.clamp(min=0)[:, None]
+        right = logits.gather(1, places)
+        highest = logits.amax(dim=-1, keepdim=True)
+        powers = logits.sub_(highest).exp_()  # in the logits' place
+        sums = powers.sum(dim=-1, keepdim=True)
+        lse = sums.log() + highest  # log sum exp(logits), (C, 1)
+        ce = ce + ((lse - right) * counts).sum()
+        slope = counts
+        if z_multiplier:
+            z = z + z_multiplier * (lse.square() * counts).sum()
+            slope = counts * (1 + 2 * z_multiplier * lse)
+        if not learns:
+            continue
+        dlogits = powers.mul_(slope / sums).scatter_add_(1, places, -counts)
+        if scale != 1.0:
+            dlogits *= scale
+        if bias is not None:
+            db += dlogits.sum(dim=0)
+        dlogits = dlogits.to(w.dtype)
+        dx[start : start + chunk] = dlogits @ w
+        if w.dtype == torch.float32:
+            dw.addmm_(dlogits.T, rows)
+        else:  # sums of many chunks want more than half precision
+            dw += dlogits.T @ rows
+    return ce, z, dx, dw, db
+
+
+_one_operation = torch.library.custom_op(
+    "olmo::linear_cross_entropy",
+    _compute,
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor w, Tensor? bias, Tensor labels, float scale, float z_multiplier, "
+        "int chunk, bool learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+
+
+@_one_operation.register_fake
+def _shapes(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    z_multiplier: float,
+    chunk: int,
+    learns: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ce = torch.empty((), dtype=torch.float32, device=x.device)
+    dx = torch.empty_like(x) if learns else x.new_empty(0)
+    dw = torch.empty(w.shape if learns else (0,), dtype=torch.float32, device=x.device)
+    db = torch.empty(len(w) if learns and bias is not None else 0, device=x.device)
+    return ce, torch.empty_like(ce), dx, dw, db
