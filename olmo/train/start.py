@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from olmo.checkpoint.read import Checkpoint, fetched, load, newest
 from olmo.config import EvaluatorType, TrainConfig
 from olmo.data.memmap import build_memmap_dataset, check_tokens
-from olmo.log import count, tell
+from olmo.log import count, tell, warn
 from olmo.train.parallel import World
 from olmo.train.unused import check_unused
 
@@ -54,6 +55,7 @@ def check(cfg: TrainConfig, world: World) -> None:
             )
     if not world.first:
         return
+    warn_of_other_tokenizer(cfg)
     vocabulary = cfg.model.embedding_size or cfg.model.vocab_size
     looked_at = 0
     if cfg.data.custom_dataset is None:
@@ -62,6 +64,30 @@ def check(cfg: TrainConfig, world: World) -> None:
         where = f"evaluators.{evaluator.label}.data"
         looked_at += check_tokens(build_memmap_dataset(cfg, evaluator.data), vocabulary, where)
     tell(f"checked: {count(looked_at)} tokens, all below {vocabulary}")
+
+
+# The token that ends a text, and its id in the tokenizers that OLMo's public configs name.
+END_OF_TEXT = "<|endoftext|>"
+KNOWN_ENDS = {"gpt-neox-20b-pii-special": 0, "gpt-neox-olmo-dolma-v1_5": 50279}
+
+
+def warn_of_other_tokenizer(cfg: TrainConfig) -> None:
+    """Say so where the tokenizer that a config names ends a text with another id than it says.
+
+    OLMo's own public configs do. Training needs no tokenizer and the data is what it is, so this
+    is no error; but documents are then told apart by a token that the tokenizer never writes.
+    """
+    identifier = cfg.tokenizer.identifier
+    if Path(identifier).is_file():
+        added = json.loads(Path(identifier).read_text(encoding="utf-8")).get("added_tokens", [])
+        ends = [token["id"] for token in added if token["content"] == END_OF_TEXT]
+    else:
+        ends = [end for name, end in KNOWN_ENDS.items() if name in identifier]
+    if ends and cfg.model.eos_token_id not in ends:
+        warn(
+            f"tokenizer.identifier names {identifier}, which ends a text with {ends[0]}, but "
+            f"model.eos_token_id is {cfg.model.eos_token_id}: one of them is not what made the data"
+        )
 
 
 def find_start(

@@ -1,0 +1,33 @@
+"""What the trainer says of a config before it starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from olmo.config import ModelConfig, TokenizerConfig, TrainConfig
+from olmo.train.start import warn_of_other_tokenizer
+
+PII = "tokenizers/allenai_eleuther-ai-gpt-neox-20b-pii-special.json"
+
+
+def said(identifier: str, eos: int, capsys: pytest.CaptureFixture[str]) -> str:
+    model = ModelConfig(eos_token_id=eos, vocab_size=50280)
+    warn_of_other_tokenizer(
+        TrainConfig(model=model, tokenizer=TokenizerConfig(identifier=identifier))
+    )
+    return capsys.readouterr().err
+
+
+def test_the_public_configs_name_another_tokenizer(capsys: pytest.CaptureFixture[str]):
+    assert "ends a text with 0, but model.eos_token_id is 50279" in said(PII, 50279, capsys)
+    assert said(PII, 0, capsys) == ""
+    assert said("allenai/gpt-neox-olmo-dolma-v1_5", 50279, capsys) == ""
+    assert said("somebody/unknown", 3, capsys) == ""
+
+
+def test_a_file_is_looked_into(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"added_tokens": [{"id": 7, "content": "<|endoftext|>"}]}))
+    assert said(str(path), 7, capsys) == ""
+    assert "ends a text with 7, but model.eos_token_id is 8" in said(str(path), 8, capsys)
