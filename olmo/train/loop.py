@@ -181,14 +181,15 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     parameters, sharded = list(model.parameters()), is_sharded(cfg, world)
     failed = torch.zeros((), device=world.device)  # 1 from the first step that was not finite on
     numbers = Numbers()
-    lowest_loss = float("inf")
+    lowest_loss, first_step = float("inf"), position.global_step
     batches = _endless(loader, position, steps_per_epoch, batch_size)
     profilers = Profilers(cfg, world.first)
     model.train()
     try:
         while position.global_step < last_step and paused is None:
             batch = next(batches)
-            speed.resume()
+            if position.global_step > first_step:  # the first one compiles and allocates
+                speed.resume()
             position.global_step += 1
             position.global_train_examples_seen_this_epoch += batch_size
             position.global_train_tokens_seen += tokens_per_step

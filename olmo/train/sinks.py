@@ -78,7 +78,8 @@ class Console:
             done = int(width * step / max(self._last, 1))
             bar = "█" * done + "░" * (width - done)
             self._out.write(f"\r\x1b[K{bar} {text}" + ("\n" if evaluated else ""))
-        due = step % self._interval == 0 or step == self._last
+        trained = "train/CrossEntropyLoss" in metrics
+        due = trained and (step % self._interval == 0 or step == self._last)
         if due and not self._moving:
             self._out.write(text + "\n")
         if due:

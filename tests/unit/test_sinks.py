@@ -1,0 +1,81 @@
+"""What is told of a run: to people, and to programs."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_run import run
+
+from olmo.train.sinks import METRICS, Console, JsonLines
+
+METRICS_OF_A_STEP = {
+    "train/CrossEntropyLoss": 2.5,
+    "optim/total_grad_norm": 0.5,
+    "optim/learning_rate_group0": 1e-3,
+    "throughput/device/tokens_per_second": 21_460.0,
+    "throughput/device/batches_per_second": 2.0,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_line_every_interval() -> None:
+    out = io.StringIO()
+    console = Console(5, 12, out)
+    for step in range(1, 13):
+        console.write(step, METRICS_OF_A_STEP)
+    lines = out.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["5/12", "10/12", "12/12"]
+    expected = "loss 2.5000  grad norm 0.50  lr 1.00e-03  21.5k tokens/s/device  ETA 0:03"
+    assert lines[0] == f"step  5/12  {expected}"
+
+
+def test_a_bar_in_a_terminal() -> None:
+    out = Terminal()
+    console = Console(5, 10, out)
+    for step in (1, 5):
+        console.write(step, METRICS_OF_A_STEP)
+    assert out.getvalue().count("\r") == 2 and "\n" not in out.getvalue(), "one line that moves"
+    assert "█" * 10 + "░" * 10 in out.getvalue().split("\r")[-1]
+
+
+def test_lines_beyond_the_resumed_step_are_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "tr')
+    JsonLines(tmp_path, 2).write(3, {"x": 1.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    JsonLines(tmp_path, None)
+    assert path.read_text() == "", "a fresh run begins a fresh file"
+
+
+def test_missing_wandb_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"not installed: `pip install wandb`"):
+        run(tmp_path, wandb={"name": "x"})
+
+
+@pytest.mark.slow
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert run(tmp_path, wandb={"name": "x", "project": "p"}) == 0
+    assert list((tmp_path / "run/wandb").rglob("*.wandb"))
+
+
+def test_the_trainer_needs_torch_numpy_and_omegaconf_only() -> None:
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"wandb", "safetensors", "tokenizers", "requests", "polars",
+                                      "rich", "snakemake", "cached_path", "tenacity", "isal"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import olmo.train.loop, olmo.train.__main__, olmo.checkpoint.sharded, olmo.data
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
