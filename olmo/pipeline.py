@@ -251,18 +251,12 @@ class Plan:
             if gone := {str(file) for file in files if not file.exists()}:
                 missing |= gone
                 listing.unlink()
-        runs = [
-            Path("checkpoints", r)
-            for r, run in self.pipeline.runs.items()
-            if run.dataset == dataset
-        ]
-        finals = [run / "final" for run in runs if (run / "final").exists()]
-        needed = [
-            file
-            for final in finals
-            for file in (*final.iterdir(), final.parent / "global_indices.npy")
-        ]
-        if finals:
+        needed: list[Path] = []
+        for name, run in self.pipeline.runs.items():
+            final = Path("checkpoints", name, "final")
+            if run.dataset == dataset and final.exists():
+                needed += [*final.iterdir(), final.parent / "global_indices.npy"]
+        if needed and not self.unlisted(dataset):
             needed += [folder / "tokenizer.json", *map(Path, self.listings(dataset, "tokens"))]
         return missing | {str(file) for file in needed if not file.exists()}
 
