@@ -10,6 +10,7 @@ _HOME = {
     "load": "read",
     "load_model": "read",
     "Checkpoint": "read",
+    "convert": "conversion",
     "export": "final",
     "checkpoints": "layout",
     "verify": "layout",

@@ -12,6 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load
 from olmo.config import to_yaml
 
@@ -26,8 +29,6 @@ def export(save_folder: str | Path, out: str | Path, config: dict[str, Any]) -> 
 
     Raises ValueError for a run that has not come to its end, and for a broken checkpoint.
     """
-    from safetensors.torch import save_file
-
     save_folder, out = Path(save_folder), Path(out)
     marker = save_folder / FINISHED
     if not marker.exists():
@@ -39,16 +40,8 @@ def export(save_folder: str | Path, out: str | Path, config: dict[str, Any]) -> 
         raise ValueError(f"{out} is not empty")
 
     (out / "config.yaml").write_text(to_yaml(config))
-    # One metadata entry only: safetensors writes several in no fixed order.
-    weights = {name: tensor.contiguous() for name, tensor in sorted(checkpoint.model.items())}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     state, groups = checkpoint.optim
-    parts = {
-        f"{part}/{name}": tensor.contiguous()
-        for name, kept in sorted(state.items())
-        for part, tensor in sorted(kept.items())
-    }
-    save_file(parts, out / "optim.safetensors", metadata={"format": "pt"})
+    write_safetensors(out, checkpoint.model, state)
     train = {
         "global_step": checkpoint.train["global_step"],
         "global_train_tokens_seen": checkpoint.train["global_train_tokens_seen"],
@@ -61,3 +54,19 @@ def export(save_folder: str | Path, out: str | Path, config: dict[str, Any]) -> 
     }
     (out / "train.json").write_text(json.dumps(train, indent=1, sort_keys=True) + "\n")
     return train
+
+
+def write_safetensors(folder: Path, weights: dict[str, Tensor], state: State) -> None:
+    """model.safetensors and optim.safetensors, equal bytes for equal tensors."""
+    from safetensors.torch import save_file
+
+    # One metadata entry only: safetensors writes several in no fixed order.
+    metadata = {"format": "pt"}
+    named = {name: tensor.contiguous() for name, tensor in sorted(weights.items())}
+    save_file(named, folder / "model.safetensors", metadata=metadata)
+    parts = {
+        f"{part}/{name}": tensor.contiguous()
+        for name, kept in sorted(state.items())
+        for part, tensor in sorted(kept.items())
+    }
+    save_file(parts, folder / "optim.safetensors", metadata=metadata)

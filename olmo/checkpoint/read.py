@@ -138,7 +138,7 @@ def _trainer(folder: Path) -> dict[str, Any]:
 
 def _torch(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if "weights_only" in str(error).lower() or "WeightsUnpickler" in str(error):
             reason = "it holds pickled code or objects besides tensors, which are never run"

@@ -258,7 +258,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             reached = {"step": position.global_step, "checkpoint": saver.save().name}
             saver.finish()
             if exit_code == 0 and world.first:
-                (folder / FINISHED).write_text(json.dumps(reached) + "\n")
+                partial = folder / f".{FINISHED}"
+                partial.write_text(json.dumps(reached) + "\n")
+                partial.replace(folder / FINISHED)
         world.wait()
         return exit_code
     finally:

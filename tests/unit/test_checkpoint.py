@@ -341,3 +341,27 @@ def test_by_url(finished: Path, served: str, tmp_path: Path) -> None:
     assert same(state(tmp_path / "a"), state(tmp_path / "b"))
     with pytest.raises(ValueError, match=r"cannot load http.*step9-unsharded: .*404"):
         run(tmp_path, load_path=f"{served}/step9-unsharded")
+
+
+def test_converted_there_and_back(finished: Path, tmp_path: Path) -> None:
+    """A run goes on from each kind as from the original."""
+    kinds = {"sharded": finished / "latest"}
+    kinds["safetensors"] = checkpoint.convert(kinds["sharded"], tmp_path / "sharded", "sharded")
+    kinds["unsharded"] = checkpoint.convert(kinds["safetensors"], tmp_path / "st", "safetensors")
+    back = checkpoint.convert(kinds["unsharded"], tmp_path / "back", "unsharded")
+    assert back.name == "step10-unsharded"
+    original = checkpoint.load(finished / "latest")
+    for folder in (*kinds.values(), back):
+        found = checkpoint.load(folder)
+        assert same(original.model, found.model) and original.optim and found.optim
+        assert same(original.optim[0], found.optim[0])
+    for name in ("model.pt", "train.pt"):
+        old, new = (torch.load(f / name, weights_only=True) for f in (finished / "latest", back))
+        assert same(old, new)
+    changes: dict[str, Any] = {"max_duration": 12, "evaluators": []}
+    for name, folder in (("a", finished / "latest"), ("b", back)):
+        save = str(tmp_path / f"run-{name}")
+        assert run(tmp_path, load_path=str(folder), save_folder=save, **changes) == 0
+    assert same(state(tmp_path / "run-a"), state(tmp_path / "run-b"))
+    with pytest.raises(ValueError, match="expected one of unsharded, sharded, safetensors"):
+        checkpoint.convert(back, tmp_path / "x", "gguf")
