@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from olmo import io, log
 from olmo.data import gz
@@ -70,26 +72,65 @@ def download(
         shutil.copyfile(known, source)
         text_bytes = check(source, url, bytes, sha256)
         return {"url": url, "sha256": sha256, "text_bytes": text_bytes, "received": 0}
+
+    def whole(place: str) -> int:
+        return check(source, place, bytes, sha256)
+
+    found = fetched(url, mirrors, source, part, whole, progress)
+    return {"url": url, **found, "text_bytes": found.pop("checked")}
+
+
+@stage(version=1)
+def download_tokens(
+    url: str,
+    tokens: Output,
+    part: Work,
+    sha256: str | None = None,
+    dtype: str = "uint16",
+    bytes: Free[int | None] = None,
+    mirrors: Free[tuple[str, ...]] = (),
+    progress: Free[io.Progress] = io.unseen,
+) -> Facts:
+    """Fetch a file of tokens that somebody else made: raw little-endian `dtype`, no header.
+
+    As `download` does for text. What can be checked without a checksum is: the length is that of
+    whole tokens, and it is no web page, no gzip and no numpy file with a header.
+    """
+
+    def whole(place: str) -> int:
+        check_known(tokens, place, bytes, sha256)
+        return check_raw(tokens, place, dtype)
+
+    found = fetched(url, mirrors, tokens, part, whole, progress)
+    return {"url": url, **found, "dtype": dtype, "tokens": found.pop("checked")}
+
+
+def fetched(
+    url: str,
+    mirrors: tuple[str, ...],
+    path: Path,
+    part: Path,
+    check: Callable[[str], int],
+    progress: io.Progress,
+) -> dict[str, Any]:
+    """Fetch from the first of `url` and its mirrors whose file passes `check`; facts of it."""
     failures = []
     for number, place in enumerate((url, *mirrors)):
         try:
-            fetched = io.fetch(place, source, part / str(number), progress)
-            if fetched.get("resumed") and not sound(source, place):  # once more, of one piece
-                fetched = io.fetch(place, source, part / str(number), progress)
-            text_bytes = check(source, place, bytes, sha256)
-            break
+            facts = io.fetch(place, path, part / str(number), progress)
+            try:
+                checked = check(place)
+            except ValueError:
+                if not facts.get("resumed"):
+                    raise
+                facts = io.fetch(place, path, part / str(number), progress)  # of one piece
+                checked = check(place)
         except ValueError as error:
             failures.append(str(error))
-    else:
-        raise ValueError("; then ".join(failures))
-    shutil.rmtree(part, ignore_errors=True)
-    return {
-        "url": url,
-        "from": place,
-        "sha256": digest_of(source),
-        "text_bytes": text_bytes,
-        **fetched,
-    }
+            continue
+        shutil.rmtree(part, ignore_errors=True)
+        return {"from": place, "sha256": digest_of(path), "checked": checked, **facts}
+    raise ValueError("; then ".join(failures))
 
 
 class Arrivals:
@@ -142,29 +183,43 @@ def local_source(file: Input, source: Output, sha256: str | None = None) -> Fact
     return {"text_bytes": check(source, str(file), None, sha256)}
 
 
-def sound(source: Path, name: str) -> bool:
-    try:
-        gz.check(source, name)
-    except ValueError:
-        return False
-    return True
-
-
 def check(source: Path, name: str, bytes: int | None, sha256: str | None) -> int:
     """Raises ValueError unless a gz file is whole and what the table says; bytes of its text."""
-    size = source.stat().st_size
     gz.refuse_other_content(source, name)
-    if bytes is not None and size != bytes:
-        raise ValueError(
-            f"{name}: expected {bytes:,} bytes by the source table, found {size:,}. If the file "
-            "was changed on purpose, correct the table"
-        )
-    if sha256 is not None and (found := digest_of(source)) != sha256:
-        raise ValueError(
-            f"{name}: expected sha256 {sha256} by the source table, found {found}. If the file "
-            "was changed on purpose, correct the table"
-        )
+    check_known(source, name, bytes, sha256)
     text_bytes = gz.check(source, name)
     if text_bytes == 0:
         raise ValueError(f"{name}: expected lines, found an empty source. Take it from the list")
     return text_bytes
+
+
+def check_known(path: Path, name: str, bytes: int | None, sha256: str | None) -> None:
+    """Raises ValueError unless a file has the length and the sha256 that the table says."""
+    if bytes is not None and (size := path.stat().st_size) != bytes:
+        raise ValueError(
+            f"{name}: expected {bytes:,} bytes by the source table, found {size:,}. If the file "
+            "was changed on purpose, correct the table"
+        )
+    if sha256 is not None and (found := digest_of(path)) != sha256:
+        raise ValueError(
+            f"{name}: expected sha256 {sha256} by the source table, found {found}. If the file "
+            "was changed on purpose, correct the table"
+        )
+
+
+def check_raw(path: Path, name: str, dtype: str) -> int:
+    """Raises ValueError unless a file can be raw tokens; how many there are."""
+    import numpy as np
+
+    with open(path, "rb") as file:
+        start = file.read(64)
+    others = {b"\x93NUMPY": "a numpy file with a header", gz.MAGIC: "gzip", b"PK": "a zip file"}
+    for magic, kind in others.items():
+        if start.startswith(magic):
+            raise ValueError(f"{name}: expected raw tokens without a header, found {kind}")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"{name}: expected raw tokens, found a web page ({start!r}…)")
+    size, width = path.stat().st_size, np.dtype(dtype).itemsize
+    if size == 0 or size % width:
+        raise ValueError(f"{name}: expected tokens of {width} bytes each, found {size:,} bytes")
+    return size // width

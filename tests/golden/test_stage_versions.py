@@ -41,6 +41,7 @@ ELSEWHERE = {
     "training": "its bits depend on the processor; tests/golden holds its curves",
     "heldout_perplexity": "likewise",
     "download": "its bytes are the server's; tests/unit/test_sources.py",
+    "download_tokens": "likewise",
     "source_list": "likewise",
     "given_tokenizer": "its bytes are the hub's; it shares its code with local_tokenizer",
     "statistics": "a summary of shards: tests/unit/test_statistics.py",

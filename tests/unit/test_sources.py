@@ -15,7 +15,7 @@ import pytest
 
 from olmo import io
 from olmo.data import shards
-from olmo.data.sources import Arrivals, download, local_source, source_list
+from olmo.data.sources import Arrivals, download, download_tokens, local_source, source_list
 
 TEXT = b"".join(
     json.dumps({"id": str(n), "text": random.Random(n).randbytes(60).hex()}).encode() + b"\n"
@@ -351,6 +351,31 @@ def test_what_is_no_list_is_refused(server, tmp_path, content):
     url = server("list.txt", lambda h, n: h.answer(200, content))
     with pytest.raises(ValueError, match=r"expected a (list of URLs|URL a line), found"):
         source_list.build(url=url, table=tmp_path / "table.tsv")
+
+
+def test_tokens_that_somebody_else_made_are_fetched_and_counted(server, tmp_path):
+    raw = bytes(range(256)) * 512
+    url = server("part.npy", lambda h, n: h.file(raw, cut=70_000 if n == 1 else None))
+    facts = download_tokens.build(url=url, tokens=tmp_path / "out", part=tmp_path / "part")
+    assert (tmp_path / "out").read_bytes() == raw
+    assert facts["tokens"] == len(raw) // 2 and facts["resumed"] == 1
+    assert facts["dtype"] == "uint16" and facts["sha256"] == hashlib.sha256(raw).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x93NUMPY\x01\x00", "a numpy file with a header"),
+        (FILE, "found gzip"),
+        (b" <!DOCTYPE html>", "found a web page"),
+        (b"abc", "tokens of 2 bytes each, found 3 bytes"),
+        (b"", "found 0 bytes"),
+    ],
+)
+def test_what_cannot_be_raw_tokens_is_refused(server, tmp_path, content, message):
+    url = server("part.npy", lambda h, n: h.answer(200, content))
+    with pytest.raises(ValueError, match=message):
+        download_tokens.build(url=url, tokens=tmp_path / "out", part=tmp_path / "part")
 
 
 def test_r2_buckets_that_are_public_are_asked_by_https():
