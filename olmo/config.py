@@ -9,22 +9,14 @@ package does. Fields that OLMo does not have are marked "ours".
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import difflib
-import functools
-import inspect
-import re
-import types
-import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum
-from glob import glob
-from pathlib import Path
-from typing import Any, Self, Union
+from enum import StrEnum
+from typing import Any
 
-import yaml
+from olmo.strict import BaseConfig as BaseConfig
+from olmo.strict import as_plain, ours
+from olmo.strict import to_yaml as to_yaml
 
 # --- the kinds -----------------------------------------------------------------------------------
 
@@ -153,334 +145,6 @@ class ActivationCheckpointingStrategy(StrEnum):
     fine_grained = "fine_grained"
 
 
-# --- loading -------------------------------------------------------------------------------------
-
-
-class BaseConfig:
-    """Typed construction (`ModelConfig(block_type="llama")`), strict loading, saving."""
-
-    def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
-            setattr(self, name, _typed(getattr(self, name), hint, name))
-
-    @classmethod
-    def new(cls, **values: Any) -> Self:
-        """The config with `values` in place of the defaults; nested ones may be dictionaries."""
-        return _typed(values, cls, "")
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        overrides: Iterable[str] | None = None,
-        key: str | None = None,
-        validate_paths: bool = True,
-    ) -> Self:
-        """Read a YAML file, with `--a.b=value` or `a.b=value` overrides; a bare flag means true.
-
-        `key` picks one section of the file (`ModelConfig.load(path, key="model")`).
-        `validate_paths=False` lets ${path.glob:…} and ${path.choose:…} find nothing.
-
-        Raises ValueError for what cannot be read, unknown keys and values of the wrong type,
-        FileNotFoundError for a missing file.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no config file at {path}")
-        try:
-            with open(path, encoding="utf-8") as stream:
-                raw = yaml.load(stream, _Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not readable as YAML: {error}") from error
-        raw = {} if raw is None else raw
-        if key is not None and isinstance(raw, dict):
-            if key not in raw:
-                raise ValueError(
-                    f"{path} has no section '{key}'; it has {', '.join(map(str, raw))}"
-                )
-            raw = raw[key]
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path} must hold a mapping of keys, found {type(raw).__name__}")
-        plain = _resolve(cls, raw, overrides or (), validate_paths)
-        return _typed(cls.update_legacy_settings(plain), cls, "")
-
-    @classmethod
-    def update_legacy_settings(cls, plain: dict[str, Any]) -> dict[str, Any]:
-        """Values that older OLMo configs spell differently."""
-        return plain
-
-    def save(self, path: str | Path) -> None:
-        """Write YAML that `load` reads back to an equal object."""
-        Path(path).write_text(to_yaml(self.asdict()), encoding="utf-8")
-
-    def asdict(self, exclude: Iterable[str] | None = None) -> dict[str, Any]:
-        """Plain dictionaries, lists, strings and numbers. What is ours is there only if used."""
-        left_out = set(exclude or ())
-        return {k: v for k, v in _plain(self).items() if k not in left_out}
-
-    def update_with(self, **values: Any) -> Self:
-        """A copy with some fields changed."""
-        changed = copy.deepcopy(self)
-        for name, value in values.items():
-            setattr(changed, name, value)
-        return changed
-
-
-def _ours(default: Any = None) -> Any:
-    """A field OLMo does not have: absent from saved configs until used, so that OLMo reads them."""
-    return field(default=default, metadata={"ours": True})
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML with 1e-4 read as a number, dates left as text, and a repeated key refused."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"key '{key_node.value}' is there twice",
-                    key_node.start_mark,
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":float"))]
-    for first, rules in _Loader.yaml_implicit_resolvers.items()
-}
-_FLOAT = r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?"
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(rf"^({_FLOAT}|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
-
-
-def _resolve(
-    cls: type, raw: dict[str, Any], overrides: Iterable[str], validate_paths: bool
-) -> dict[str, Any]:
-    """Overrides and ${interpolations}, by OmegaConf.
-
-    OmegaConf makes a node of every value, which takes minutes for thousands of data paths. Long
-    lists without interpolations therefore wait outside, behind one placeholder each.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    _register_resolvers(validate_paths)
-    waiting: dict[str, list[Any]] = {}
-
-    def lift(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: lift(v) for k, v in value.items()}
-        if isinstance(value, list):
-            if len(value) > 32 and all(isinstance(v, str) and "${" not in v for v in value):
-                placeholder = f"<list {len(waiting)} set aside while resolving>"
-                waiting[placeholder] = value
-                return placeholder
-            return [lift(v) for v in value]
-        return value
-
-    def put_back(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: put_back(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [put_back(v) for v in value]
-        return waiting.get(value, value) if isinstance(value, str) else value
-
-    try:
-        # The defaults take part, since ${save_interval} may mean one that the file does not set.
-        tree = OmegaConf.merge(OmegaConf.create(_defaults(cls)), OmegaConf.create(lift(raw)))
-        for override in overrides:
-            name, given, value = override.lstrip("-").partition("=")
-            try:
-                parsed = yaml.load(value, _Loader) if given else True
-            except yaml.YAMLError as error:
-                raise ValueError(f"cannot read the value of --{name}={value}: {error}") from error
-            name = name.replace("-", "_")
-            # Values such as ${a.b} stay text here and are resolved with the rest.
-            OmegaConf.update(tree, name, parsed, merge=False, force_add=True)
-        return put_back(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{error}".strip()) from error
-
-
-def _register_resolvers(validate_paths: bool) -> None:
-    from omegaconf import OmegaConf
-
-    def missing(what: str, empty: Any) -> Any:
-        if validate_paths:
-            raise FileNotFoundError(what)
-        return empty
-
-    def path_glob(*patterns: str) -> list[str]:
-        found: list[str] = []
-        for pattern in patterns:
-            matches = sorted(glob(pattern))
-            found += matches or missing(f"no file matches {pattern}", [])
-        return found
-
-    def path_choose(*paths: str) -> str:
-        for path in paths:
-            if "://" in path or Path(path).exists():
-                return path
-        return missing(f"none of these exist: {', '.join(paths)}", "")
-
-    def path_last_checkpoint(folder: str) -> str:
-        steps = [
-            p for p in Path(folder).glob("step*") if re.fullmatch(r"step\d+(-unsharded)?", p.name)
-        ]
-        if not steps:
-            return missing(f"no checkpoint (step{{N}} or step{{N}}-unsharded) in {folder}", "")
-        # Of two at one step the sharded one comes first, as it is the cheaper to load.
-        return str(
-            max(
-                steps,
-                key=lambda p: (int(re.findall(r"\d+", p.name)[0]), "-" not in p.name),
-            )
-        )
-
-    # OmegaConf 2.4 renamed the call and warns of the old name, the only one that 2.3 has.
-    modern = "replace" in inspect.signature(OmegaConf.register_resolver).parameters
-    register = OmegaConf.register_resolver if modern else OmegaConf.register_new_resolver
-    resolvers: dict[str, Any] = {
-        "path.glob": path_glob,
-        "path.choose": path_choose,
-        "path.last_checkpoint": path_last_checkpoint,
-    }
-    for name, resolver in resolvers.items():
-        register(name, resolver, replace=True)
-
-
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return {name: h for name, h in typing.get_type_hints(cls).items() if not name.startswith("_")}
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    if any(_is_required(f) for f in dataclasses.fields(cls)):
-        return {}
-    return _plain(cls(), everything=True)
-
-
-def _is_required(f: dataclasses.Field[Any]) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-
-
-def _default(f: dataclasses.Field[Any]) -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-
-
-def _plain(value: Any, everything: bool = False) -> Any:
-    """Dataclasses, enumerations and tuples as what JSON and YAML know."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: _plain(getattr(value, f.name), everything)
-            for f in dataclasses.fields(value)
-            if everything or not (f.metadata.get("ours") and getattr(value, f.name) == _default(f))
-        }
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, dict):
-        return {k: _plain(v, everything) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v, everything) for v in value]
-    return value
-
-
-def to_yaml(plain: dict[str, Any]) -> str:
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=10_000)
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`, or a ValueError naming `where`, what was expected and found."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-
-    def refuse(expected: str) -> ValueError:
-        return ValueError(f"{where}: expected {expected}, found {value!r}")
-
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        options = [a for a in args if a is not type(None)]
-        for option in options:
-            if isinstance(option, type) and type(value) is option:
-                return value
-        if len(options) == 1:
-            return _typed(value, options[0], where)
-        for option in options:
-            try:
-                return _typed(value, option, where)
-            except ValueError:
-                continue
-        raise refuse(" or ".join(getattr(o, "__name__", str(o)) for o in options))
-    if origin is list:
-        if not isinstance(value, (list, tuple)):
-            raise refuse("a list")
-        return [_typed(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) != len(args):
-            raise refuse(f"{len(args)} values")
-        return tuple(
-            _typed(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
-        )
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise refuse("a mapping")
-        return {str(k): _typed(v, args[1], f"{where}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return _typed_dataclass(value, hint, where)
-    if issubclass(hint, Enum):
-        try:
-            return hint(value)
-        except ValueError:
-            raise refuse(f"one of {', '.join(hint)}") from None
-    if hint is bool:
-        if isinstance(value, str) and value.lower() in (
-            "true",
-            "yes",
-            "on",
-            "false",
-            "no",
-            "off",
-        ):
-            return value.lower() in ("true", "yes", "on")
-        if not isinstance(value, bool):
-            raise refuse("true or false")
-        return value
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise refuse({int: "a whole number", float: "a number", str: "text"}[hint])
-    try:
-        if hint is int and isinstance(value, float) and value != int(value):
-            raise ValueError
-        return hint(value)
-    except (ValueError, OverflowError):
-        raise refuse("a whole number" if hint is int else "a number") from None
-
-
-def _typed_dataclass(value: Any, cls: Any, where: str) -> Any:
-    if isinstance(value, cls):
-        return value
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected the keys of a {cls.__name__}, found {value!r}")
-    hints, values = _hints(cls), {}
-    for key, part in value.items():
-        place = f"{where}.{key}" if where else str(key)
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
-            raise ValueError(f"{place}: no such key in {cls.__name__}; the nearest is '{near[0]}'")
-        values[key] = _typed(part, hints[key], place)
-    for f in dataclasses.fields(cls):
-        if _is_required(f) and f.name not in values:
-            raise ValueError(f"{where}: the key '{f.name}' is missing")
-    return cls(**values)
-
-
 # --- the fields ----------------------------------------------------------------------------------
 
 
@@ -574,7 +238,7 @@ class SchedulerConfig(BaseConfig):
     grad_clip_warmup_steps: int | float | None = None
     grad_clip_warmup_factor: float | None = None
     warmup_min_lr: float | None = None  # None: a tenth of the peak
-    t_decay: int | float | None = _ours()  # warmup_stable_decay: length of the decay
+    t_decay: int | float | None = ours()  # warmup_stable_decay: length of the decay
 
 
 @dataclass
@@ -631,7 +295,7 @@ class DataConfig(BaseConfig):
     instance_filter: InstanceFilterConfig | None = None
     custom_dataset: CustomDatasetConfig | None = None
     # The order made beforehand: raw little-endian uint32, one number per instance, no padding.
-    order_path: str | None = _ours()
+    order_path: str | None = ours()
 
     @property
     def effective_memmap_dtype(self) -> Any:
@@ -777,10 +441,10 @@ class TrainConfig(BaseConfig):
     fused_loss: bool | None = None
     hf_datasets_cache_dir: str | None = None
     module_outputs_save_steps: list[int] | None = None
-    use_msamp: bool = _ours(False)  # the seed's
+    use_msamp: bool = ours(False)  # the seed's
     # CPU threads of one process. The order of sums, and so the bits, depend on it, which is why
     # it belongs to the run and not to the machine. None: torch's choice.
-    intra_op_threads: int | None = _ours()
+    intra_op_threads: int | None = ours()
 
     @property
     def autocast_precision(self) -> Any:
@@ -889,7 +553,7 @@ def identity(cfg: TrainConfig) -> dict[str, Any]:
                 if inner or standard is None:
                     out[f.name] = inner
             else:
-                out[f.name] = _plain(value)
+                out[f.name] = as_plain(value)
         return out
 
     return differing(cfg, TrainConfig(), "")
