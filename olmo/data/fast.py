@@ -8,9 +8,10 @@ agree rests on three things:
   list. It cannot where every token, merged alone, becomes itself: a pair of tokens that fills a
   token's span was made by merges inside that span, which are those that the span makes alone, and
   alone it ends in the listed pair. `merges_differ` checks that for every token.
-- Splitting and normalising. Each library brings its own edition of Unicode. Where editions differ
-  (letters and marks that are younger than Unicode 3.2, characters not yet assigned) a document is
-  tokenized by the toolkit itself. tests/unit/test_fast.py compares the others.
+- Splitting and normalising. Each library brings its own edition of Unicode. A document with a
+  character on which editions may differ (young marks and rare letters, characters not assigned
+  yet; see `is_settled`) is tokenized by the toolkit itself. tests/unit/test_fast.py compares the
+  others.
 - Auditing. A share of the shards is tokenized by the toolkit as well, and compared.
 
 A tokenizer that does not qualify is refused.
@@ -277,10 +278,17 @@ class Splitter:
 
 @cache
 def is_settled(letter: str) -> bool:
-    """Whether every edition of Unicode since 3.2 splits and normalises this character alike."""
+    """Whether the editions of Unicode at work here split and normalise this character alike.
+
+    Those since 3.2 agree on what 3.2 has and on symbols (emoji, for one), which are neither
+    letters nor marks; those at work on letters and digits of the basic plane as well, to which
+    Unicode 15, the newest that a Python of ours knows, adds none.
+    """
+    kind = unicodedata.category(letter)[0]
     return (
         unicodedata.ucd_3_2_0.category(letter) != "Cn"
-        or unicodedata.category(letter)[0] in "PSZ"  # emoji, for one: no letters, no marks
+        or kind in "PSZ"
+        or (kind in "LN" and ord(letter) < 0x10000)
     )
 
 
