@@ -22,7 +22,7 @@ from olmo.workspace import alone, next_steps
 configfile: "config/config.yaml"
 
 
-plan = Plan(config)
+plan = Plan(config, dry_run=lambda: workflow.dryrun)
 
 os.environ["OLMO_STORE"] = plan.store
 os.environ["OLMO_SUPERVISOR"] = str(os.getpid())  # what a job starts ends with this process

@@ -9,7 +9,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,15 @@ class Source:
 class Plan:
     """config/config.yaml and the recipes it leads to, read when they are asked for."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(
+        self, config: dict[str, Any], dry_run: Callable[[], bool] = lambda: False
+    ) -> None:
         self.pipeline = Pipeline.new(**config)
+        self.dry_run = dry_run  # known only when snakemake asks for the first input
         self._recipes: dict[str, Recipe] = {}
         self._trains: dict[str, TrainConfig] = {}
         self._told: set[str] = set()
-        self._looked_at: set[str] = set()
+        self._journals: dict[str, list[str]] = {}
 
     @property
     def store(self) -> str:
@@ -218,30 +222,39 @@ class Plan:
         """The listings of a stage's batches, each the word of a finished job on its files."""
         return [f"data/{dataset}/{stage}/{batch}.tsv" for batch in self.batches(dataset)]
 
-    def journal(self, dataset: str) -> str:
+    def journal(self, dataset: str) -> list[str]:
         """A file that every rule of a data set reads, and that changes when damage is found.
 
         By itself snakemake does not look at a shard, a tokenizer or a listing that is gone while
         the checkpoint made from it is there, nor behind a link. So what is missing is written
         into data/<dataset>/damage.log when the plan is made; the data set's jobs run again, find
-        in the store what is still sound, and make the rest anew.
+        in the store what is still sound, and make the rest anew. A dry run writes nothing: where
+        there is damage, a file that is gone with this process stands for the journal.
         """
         path = Path("data", dataset, "damage.log")
-        if dataset not in self._looked_at:
-            self._looked_at.add(dataset)
+        if dataset not in self._journals:
+            missing = sorted(self.missing(dataset))
+            if self.dry_run():
+                if missing:
+                    self._draft = tempfile.NamedTemporaryFile(suffix=".damage.log")
+                    path = Path(self._draft.name)
+                self._journals[dataset] = [str(path)] if path.exists() else []
+                return self._journals[dataset]
+            self._journals[dataset] = [str(path)]
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 path.touch()
                 os.utime(path, (0, 0))  # older than anything made here
-            if missing := sorted(self.missing(dataset)):
+            if missing:
                 with path.open("a") as file:
                     file.writelines(f"{now()} missing: {name}\n" for name in missing)
-        return str(path)
+        return self._journals[dataset]
 
     def missing(self, dataset: str) -> set[str]:
         """The files of a data set, and of its runs, that were made here and have lost their bytes.
 
-        A listing that names one of them is taken away, so that its job runs.
+        A listing that names one of them is taken away, so that its job runs whenever it is asked
+        for, and the file counts as missing once.
         """
         folder = Path("data", dataset)
         missing = set()
@@ -250,7 +263,8 @@ class Plan:
             files = [folder / row.split("\t")[2] for row in rows]
             if gone := {str(file) for file in files if not file.exists()}:
                 missing |= gone
-                listing.unlink()
+                if not self.dry_run():
+                    listing.unlink()
         needed: list[Path] = []
         for name, run in self.pipeline.runs.items():
             final = Path("checkpoints", name, "final")

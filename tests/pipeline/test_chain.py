@@ -75,6 +75,10 @@ def test_deleted_outputs_are_restored_from_the_store(finished: Project):
 def test_a_deleted_shard_is_restored(finished: Project):
     shard = finished.root / "data/small/tokens/part-1.npy"
     shard.unlink()
+    journal = finished.root / "data/small/damage.log"
+    planned = finished.run("checkpoints/small/final", "-n").output
+    assert "train" in planned and NOTHING not in planned
+    assert str(shard.relative_to(finished.root)) not in journal.read_text()
     restored = finished.run()
     assert shard.exists() and not restored.ran
     assert NOTHING in finished.run().output

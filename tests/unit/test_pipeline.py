@@ -27,9 +27,10 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def plan(**changes) -> Plan:
+def plan(dry: bool = False, **changes) -> Plan:
     Path("config/data/mine.yaml").write_text(yaml.safe_dump({**RECIPE, **changes}))
-    return Plan({"runs": {"r": {"train": "t.yaml", "dataset": "mine"}}, "shards_per_job": 2})
+    runs = {"r": {"train": "t.yaml", "dataset": "mine"}}
+    return Plan({"runs": runs, "shards_per_job": 2}, dry_run=lambda: dry)
 
 
 def test_batches():
@@ -84,12 +85,15 @@ def test_what_is_missing_is_written_down_once_a_plan():
     listing.write_text("shard\toutput\tpath\tsha256\tbytes\np\ttokens\ttokens/p.npy\tab\t2\n")
     shard = Path("data/mine/tokens/p.npy")
     shard.touch()
-    journal = Path(plan().journal("mine"))
+    [journal] = map(Path, plan().journal("mine"))
     assert journal.read_text() == "" and journal.stat().st_mtime == 0 and listing.exists()
     shard.unlink()
     shard.symlink_to("gone")
+    looked = plan(dry=True)
+    [draft] = map(Path, looked.journal("mine"))
+    assert draft != journal and draft.exists() and listing.exists() and not journal.read_text()
     again = plan()
-    assert again.journal("mine") == again.journal("mine")
+    assert again.journal("mine") == again.journal("mine") == [str(journal)]
     assert journal.read_text().count("missing: data/mine/tokens/p.npy") == 1
     assert not listing.exists()
 
