@@ -1,16 +1,54 @@
 """From a list of text files to a language-model checkpoint one can trust."""
 
-from __future__ import annotations
+from olmo.lazy import lazy
 
-import importlib
-from typing import Any
-
-_HOME = {"TrainConfig": "olmo.config", "ModelConfig": "olmo.config", "OLMo": "olmo.model"}
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    # Looked up when asked for: `import olmo` costs nothing.
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'olmo' has no attribute '{name}'")
+__getattr__, __all__ = lazy(
+    __name__,
+    {
+        "config": [
+            "ActivationCheckpointingStrategy",
+            "ActivationType",
+            "BlockType",
+            "CheckpointType",
+            "CompilerConfig",
+            "DDPConfig",
+            "DDPGradSyncMode",
+            "DataConfig",
+            "DistributedStrategy",
+            "EvaluatorConfig",
+            "FSDPConfig",
+            "FSDPPrecision",
+            "FSDPWrapStrategy",
+            "InitFnType",
+            "InstanceFilterConfig",
+            "LayerNormType",
+            "ModelConfig",
+            "OptimizerConfig",
+            "OptimizerType",
+            "PaddingDirection",
+            "SchedulerConfig",
+            "SchedulerType",
+            "SpeedMonitorConfig",
+            "TokenizerConfig",
+            "TrainConfig",
+            "TruncationDirection",
+            "WandbConfig",
+        ],
+        "model": [
+            "GELU",
+            "Activation",
+            "LayerNorm",
+            "LayerNormBase",
+            "OLMo",
+            "OLMoBlock",
+            "OLMoGenerateOutput",
+            "OLMoOutput",
+            "OLMoSequentialBlock",
+            "RMSLayerNorm",
+            "ReLU",
+            "RotaryEmbedding",
+            "SwiGLU",
+        ],
+        "tokenizer": ["Tokenizer"],
+    },
+)

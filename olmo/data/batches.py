@@ -7,94 +7,23 @@ run may go on with another world size, and reading threads change nothing.
 
 from __future__ import annotations
 
-import importlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from olmo.config import (
-    CustomDatasetCollatorConfig,
-    DataConfig,
-    PaddingDirection,
-    TrainConfig,
-)
+from olmo.config import DataConfig, TrainConfig
 from olmo.data import order
+from olmo.data.collator import build_collator
+from olmo.data.custom_datasets import build_custom_dataset
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
-
-
-@dataclass
-class DataCollator:
-    """Items to one batch; shorter ones are padded to the longest."""
-
-    pad_direction: PaddingDirection
-    pad_token_id: int
-
-    @classmethod
-    def from_train_config(cls, config: TrainConfig) -> DataCollator:
-        return cls(config.data.pad_direction, config.model.pad_token_id)
-
-    def __call__(
-        self, items: Sequence[dict[str, Any] | torch.Tensor | list[int]]
-    ) -> dict[str, Any]:
-        """Each item is a dictionary with input_ids, or the ids alone.
-
-        Gives input_ids (B, T) int64 and, where items have them, attention_mask (B, T) float,
-        attention_bias (B, 1, T, T), label_mask (B, T) bool, index (B,), instance_mask (B,),
-        doc_lens (B, documents) with max_doc_lens, and metadata.
-        """
-        assert items
-        rows: list[dict[str, Any]] = [
-            item if isinstance(item, dict) else {"input_ids": item} for item in items
-        ]
-        longest = max(len(row["input_ids"]) for row in rows)
-
-        def padding(row: dict[str, Any]) -> tuple[int, int]:
-            short = longest - len(row["input_ids"])
-            return (short, 0) if self.pad_direction == PaddingDirection.left else (0, short)
-
-        def stack(name: str, dtype: torch.dtype, value: float) -> None:
-            padded = [
-                F.pad(torch.as_tensor(row[name]).to(dtype), padding(row), value=value)
-                for row in rows
-                if row.get(name) is not None
-            ]
-            if padded:
-                out[name] = torch.stack(padded)
-
-        out: dict[str, Any] = {}
-        stack("input_ids", torch.long, self.pad_token_id)
-        stack("attention_mask", torch.float, 0.0)
-        biases = []
-        for row in rows:
-            if (bias := row.get("attention_bias")) is not None:
-                bias = torch.as_tensor(bias)
-                bias = bias.reshape((1,) * (3 - bias.dim()) + bias.shape)  # (1, T, T)
-                nothing = False if bias.dtype == torch.bool else float("-inf")
-                biases.append(F.pad(bias, padding(row) * 2, value=nothing))
-        if biases:
-            out["attention_bias"] = torch.stack(biases)
-        stack("label_mask", torch.bool, False)
-        for name in ("index", "instance_mask"):
-            values = [torch.as_tensor(row[name]) for row in rows if row.get(name) is not None]
-            if values:
-                out[name] = torch.stack(values)
-        lengths = [row["doc_lens"] for row in rows if row.get("doc_lens") is not None]
-        if lengths:
-            out["doc_lens"] = torch.nn.utils.rnn.pad_sequence(lengths, batch_first=True)
-            out["max_doc_lens"] = [int(row.max()) for row in lengths]
-        metadata = [row["metadata"] for row in rows if row.get("metadata") is not None]
-        if metadata:
-            out["metadata"] = metadata
-        return out
+from olmo.torch_util import barrier, get_fs_local_rank, get_global_rank, get_world_size
 
 
 def labels_of(batch: dict[str, Any]) -> torch.Tensor:
@@ -117,14 +46,6 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the model looks at."""
     names = ("input_ids", "attention_mask", "attention_bias", "doc_lens", "max_doc_lens")
     return {name: batch[name] for name in names if name in batch}
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class IterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
@@ -160,8 +81,8 @@ class IterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.max_examples = max_examples
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self.world_size = _world_size() if world_size is None else world_size
-        self.rank = _rank() if rank is None else rank
+        self.world_size = get_world_size() if world_size is None else world_size
+        self.rank = get_global_rank() if rank is None else rank
         if global_batch_size % self.world_size:
             raise ValueError(
                 f"global_train_batch_size={global_batch_size} is not a multiple of the "
@@ -170,9 +91,9 @@ class IterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.global_batch_size = global_batch_size
         self.device_batch_size = global_batch_size // self.world_size
         self.total_size = order.total_size(len(dataset), self.world_size, drop_last)
-        # One process per file system writes the order, the first one unless we are told.
-        default = int(os.environ.get("FS_LOCAL_RANK", self.rank))
-        self.fs_local_rank = default if fs_local_rank is None else fs_local_rank
+        # One process per file system writes the order. Where several do, on a shared one, they
+        # write the same.
+        self.fs_local_rank = get_fs_local_rank() if fs_local_rank is None else fs_local_rank
         self.work_dir = None if work_dir is None else Path(work_dir)
         self._given = (order_path, epoch)
         self.global_indices_file: Path | None = None
@@ -184,11 +105,10 @@ class IterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.global_indices_file = self.work_dir / "global_indices.npy"
         if self.fs_local_rank == 0:
             self.work_dir.mkdir(parents=True, exist_ok=True)
-            partial = self.work_dir / f".global_indices.{os.getpid()}"
+            partial = self.work_dir / f".global_indices.{self.rank}.{os.getpid()}"
             order.write(self._build_global_indices(), partial)
             partial.replace(self.global_indices_file)
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
+        barrier()
 
     def _build_global_indices(self) -> np.ndarray:
         n = len(self.dataset)
@@ -310,75 +230,6 @@ class TrainLoader:
             reader.join()
 
 
-def build_dataset(cfg: TrainConfig, data: DataConfig, metadata: bool = False) -> Any:
-    """What `data` describes: token files, or what a custom_dataset's own code makes.
-
-    Raises ValueError for code that is not there, and for both kinds at once.
-    """
-    custom = data.custom_dataset
-    if custom is None:
-        return build_memmap_dataset(cfg, data, metadata)
-    if data.paths or data.datasets:
-        raise ValueError("data.custom_dataset excludes data.paths and data.datasets; keep one")
-    return _imported(custom.name, custom.module)(**(custom.args or {}))
-
-
-def build_collator(cfg: TrainConfig, data: DataConfig) -> Callable[[Any], dict[str, Any]]:
-    """How items become batches: the custom data set's own way, or padding."""
-    custom = data.custom_dataset
-    if custom is not None and custom.collate_fn is not None:
-        return _imported(custom.collate_fn, custom.module)
-    return CustomCollator.of(cfg) if custom is not None else DataCollator.from_train_config(cfg)
-
-
-def _imported(name: str, module: str | None) -> Any:
-    """`module`'s `name`, or the dotted `name`."""
-    if module is None:
-        module, _, name = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"data.custom_dataset: no {name} in {module or 'no module'}: {error}"
-        ) from error
-
-
-@dataclass
-class CustomCollator:
-    """Items of a custom data set, whose fields have other names, to a batch."""
-
-    names: dict[str, str]  # ours → theirs
-    collate: DataCollator
-
-    @classmethod
-    def of(cls, cfg: TrainConfig) -> CustomCollator:
-        custom = cfg.data.custom_dataset
-        assert custom is not None
-        fields = custom.collate_config or CustomDatasetCollatorConfig()
-        names = {
-            "input_ids": custom.token_field or fields.input_id_field,
-            "attention_mask": fields.attention_mask_field,
-            "attention_bias": fields.attention_bias_field,
-            "label_mask": fields.label_mask_field,
-            "index": fields.index_field,
-            "instance_mask": fields.instance_mask_field,
-            "doc_lens": fields.doc_lens_field,
-            "metadata": fields.metadata_field,
-        }
-        given = {ours: theirs for ours, theirs in names.items() if theirs is not None}
-        return cls(given, DataCollator.from_train_config(cfg))
-
-    def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
-        return self.collate(
-            [
-                {ours: item[theirs] for ours, theirs in self.names.items()}
-                if isinstance(item, dict)
-                else item
-                for item in items
-            ]
-        )
-
-
 def build_train_dataloader(
     train_config: TrainConfig,
     *,
@@ -390,19 +241,26 @@ def build_train_dataloader(
     """This process's batches of the run, whose order is written to <save_folder>/train_data.
 
     Raises ValueError where the folder already holds another run's order, unless the config says
-    save_overwrite or try_load_latest_save.
+    save_overwrite or try_load_latest_save; and where the config names two kinds of data at once.
     """
     data = train_config.data
+    if data.custom_dataset and (data.paths or data.datasets):
+        raise ValueError("data.custom_dataset excludes data.paths and data.datasets; keep one")
     work_dir = Path(train_config.save_folder) / "train_data"
-    rank = _rank() if rank is None else rank
+    rank = get_global_rank() if rank is None else rank
     may_exist = train_config.save_overwrite or train_config.try_load_latest_save
     if rank == 0 and work_dir.is_dir() and not may_exist:
         raise ValueError(
             f"{train_config.save_folder} already holds a run; give --try_load_latest_save to go on "
             "with it, --save_overwrite to write over it, or another --save_folder"
         )
+    instances = (
+        build_custom_dataset(train_config)
+        if data.custom_dataset
+        else build_memmap_dataset(train_config, data, include_instance_metadata)
+    )
     dataset = IterableDataset(
-        build_dataset(train_config, data, include_instance_metadata),
+        instances,
         train_config.global_train_batch_size,
         seed=train_config.seed if data.seed is None else data.seed,
         epoch=train_config.epoch or 0,
@@ -413,9 +271,8 @@ def build_train_dataloader(
         work_dir=work_dir,
         order_path=data.order_path,
     )
-    collator = build_collator(train_config, data)
     pin = data.pin_memory and torch.cuda.is_available()
-    return TrainLoader(dataset, collator, data.drop_last, pin)
+    return TrainLoader(dataset, build_collator(train_config), data.drop_last, pin)
 
 
 def build_eval_batches(

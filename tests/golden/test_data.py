@@ -11,7 +11,8 @@ import torch
 
 from olmo.config import DataConfig, InstanceFilterConfig, PaddingDirection, TrainConfig
 from olmo.data import order
-from olmo.data.batches import DataCollator, IterableDataset, build_train_dataloader
+from olmo.data.batches import IterableDataset, build_train_dataloader
+from olmo.data.collator import DataCollator
 from olmo.data.memmap import MemMapDataset
 
 GOLDEN = Path(__file__).parent / "data"

@@ -1,0 +1,3 @@
+"""OLMo's name for `olmo.data.memmap`."""
+
+from olmo.data.memmap import MemMapDataset as MemMapDataset

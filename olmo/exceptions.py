@@ -1,0 +1,3 @@
+"""OLMo's name for what a wrong config raises."""
+
+OLMoConfigurationError = ValueError

@@ -1,0 +1,22 @@
+"""Public names of a package, imported when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+
+def lazy(package: str, homes: dict[str, list[str]]) -> tuple[Callable[[str], Any], list[str]]:
+    """`__getattr__` and `__all__` for an `__init__.py`: `homes` maps its modules to their names.
+
+    `import olmo.data` then costs nothing, and torch is imported with the first name that needs it.
+    """
+    home = {name: module for module, names in homes.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name in home:
+            return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return get, sorted(home)

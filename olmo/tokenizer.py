@@ -1,0 +1,141 @@
+"""The tokenizer beside a model: text to ids, with the end-of-text token, and back.
+
+A wrapper of `tokenizers.Tokenizer` with OLMo's interface. Training reads token files and needs
+none of it; the tokenizer that makes those files is `olmo.data.tokenizer`'s.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from olmo.config import ModelConfig, TokenizerConfig, TrainConfig, TruncationDirection
+
+
+class Tokenizer:
+    """
+    Args:
+        base_tokenizer: a `tokenizers.Tokenizer`.
+        eos_token_id: ends every text that is encoded with its special tokens.
+        pad_token_id: eos_token_id by default.
+        truncate_to: at most so many ids for a text, the end-of-text one included.
+        truncate_direction: the side on which too long a text is cut.
+    """
+
+    def __init__(
+        self,
+        base_tokenizer: Any,
+        eos_token_id: int,
+        pad_token_id: int | None = None,
+        truncate_to: int | None = None,
+        truncate_direction: str | TruncationDirection = TruncationDirection.right,
+    ) -> None:
+        self.base_tokenizer = base_tokenizer
+        self.base_tokenizer.no_truncation()
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = eos_token_id if pad_token_id is None else pad_token_id
+        self.truncate_to = truncate_to
+        self.truncate_direction = TruncationDirection(truncate_direction)
+
+    @classmethod
+    def from_file(cls, filename: str | Path, **options: Any) -> Self:
+        """From a tokenizer.json; eos_token_id is its last id unless given."""
+        return cls._of(_library().from_file(str(filename)), options)
+
+    @classmethod
+    def from_pretrained(cls, identifier: str, **options: Any) -> Self:
+        """From the Hugging Face hub; eos_token_id is the last id unless given."""
+        return cls._of(_library().from_pretrained(identifier), options)
+
+    @classmethod
+    def _of(cls, base: Any, options: dict[str, Any]) -> Self:
+        return cls(base, **{"eos_token_id": base.get_vocab_size() - 1} | options)
+
+    @classmethod
+    def from_train_config(cls, config: TrainConfig) -> Self:
+        """What config.tokenizer.identifier names: a file, or a model on the hub.
+
+        OLMo's package holds files named tokenizers/ORGANISATION_NAME.json; where there is no such
+        file the hub's ORGANISATION/NAME is meant.
+
+        Raises ValueError if it has not config.model.vocab_size tokens.
+        """
+        return cls._fitting(config.tokenizer, config.model)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint_dir: str | Path) -> Self:
+        """What the config.yaml of a checkpoint, in a folder or at a URL, names."""
+        from cached_path import cached_path
+
+        path = cached_path(f"{str(checkpoint_dir).rstrip('/')}/config.yaml")
+        tokenizer = TokenizerConfig.load(path, key="tokenizer", validate_paths=False)
+        return cls._fitting(tokenizer, ModelConfig.load(path, key="model", validate_paths=False))
+
+    @classmethod
+    def _fitting(cls, config: TokenizerConfig, model: ModelConfig) -> Self:
+        name, ends = config.identifier, (model.eos_token_id, model.pad_token_id)
+        options = dict(zip(("eos_token_id", "pad_token_id"), ends, strict=True))
+        if Path(name).is_file():
+            tokenizer = cls.from_file(name, **options)
+        else:
+            if name.startswith("tokenizers/") and name.endswith(".json"):
+                name = Path(name).stem.replace("_", "/", 1)
+            tokenizer = cls.from_pretrained(name, **options)
+        if tokenizer.vocab_size != model.vocab_size:
+            raise ValueError(
+                f"tokenizer.identifier: expected model.vocab_size={model.vocab_size} tokens, "
+                f"found {tokenizer.vocab_size} in {config.identifier}"
+            )
+        return tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self.base_tokenizer.get_vocab_size()
+
+    @property
+    def eos_token(self) -> str:
+        return self.decode([self.eos_token_id], skip_special_tokens=False)
+
+    @property
+    def pad_token(self) -> str:
+        return self.decode([self.pad_token_id], skip_special_tokens=False)
+
+    def encode(self, input: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of one text."""
+        return self.encode_batch([input], add_special_tokens)[0]
+
+    def encode_batch(self, inputs: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """The ids of each text."""
+        room = self.truncate_to
+        if room is not None and add_special_tokens:
+            room -= self.num_special_tokens_to_add()
+        texts = [self._cut(text.ids, room) for text in self.base_tokenizer.encode_batch(inputs)]
+        return [self.add_special_tokens(ids) for ids in texts] if add_special_tokens else texts
+
+    def _cut(self, ids: list[int], room: int | None) -> list[int]:
+        if room is None or len(ids) <= room:
+            return ids
+        right = self.truncate_direction == TruncationDirection.right
+        return ids[:room] if right else ids[len(ids) - room :]
+
+    def add_special_tokens(self, input_ids: list[int]) -> list[int]:
+        """Append the end-of-text token in place, unless it is the last one already."""
+        if not input_ids or input_ids[-1] != self.eos_token_id:
+            input_ids.append(self.eos_token_id)
+        return input_ids
+
+    def num_special_tokens_to_add(self, is_pair: bool = False) -> int:
+        return 2 if is_pair else 1
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self.base_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+def _library() -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ValueError(
+            "a tokenizer needs the package tokenizers: uv pip install tokenizers"
+        ) from error
+    return Tokenizer
