@@ -39,6 +39,8 @@ COMMANDS = {
     "store why": "olmo.upkeep:why",
     "store trace": "olmo.upkeep:trace",
     "store pin": "olmo.upkeep:pin",
+    "store push": "olmo.upkeep:push",
+    "store pull": "olmo.upkeep:pull",
 }
 
 
@@ -102,6 +104,8 @@ def add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter, 
         options["action"] = argparse.BooleanOptionalAction
     elif many:
         options |= {"type": kind, "nargs": "*"}
+        if positional:
+            options["default"] = []
     else:
         options["type"] = kind
     parser.add_argument(flag, **options)

@@ -1,7 +1,4 @@
-"""Bytes from elsewhere: resumable downloads, sizes, and the schemes that name places.
-
-Imports nothing of ours.
-"""
+"""Bytes from elsewhere: resumable downloads, sizes, and the schemes that name places."""
 
 from __future__ import annotations
 
@@ -15,6 +12,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from olmo.bucket import bucket, is_bucket
 
 if TYPE_CHECKING:
     import requests
@@ -43,6 +42,10 @@ class Passing(Exception):
         self.wait_s = wait_s
 
 
+class NotThere(ValueError):
+    """The server has no such file, and says so."""
+
+
 def public(url: str) -> str:
     """The address that needs no credentials, where there is one: r2://olmo-data/… by https."""
     for bucket, place in PUBLIC.items():
@@ -59,7 +62,8 @@ def fetch(url: str, path: Path, part: Path, progress: Progress = unseen) -> dict
     """Bring what `url` names to `path`. Facts: how many bytes, how many came over the net.
 
     http and https resume where an attempt ended, also one of an earlier process: `part` is a
-    folder that keeps what has arrived. hf://, s3://, gs:// and so on go through cached-path.
+    folder that keeps what has arrived. s3://, r2://, weka://, gs:// and file:// are buckets;
+    hf:// and so on go through cached-path.
 
     Raises ValueError, one line, when it cannot be had; OSError when it cannot be written.
     """
@@ -67,6 +71,11 @@ def fetch(url: str, path: Path, part: Path, progress: Progress = unseen) -> dict
     part.mkdir(parents=True, exist_ok=True)
     if is_http(url):
         return Download(url, part, progress).to(path)
+    if is_bucket(url):
+        place, _, name = url.rpartition("/")
+        bucket(place).get(name, part / "body")
+        os.replace(part / "body", path)
+        return {"bytes": path.stat().st_size}
     try:
         from cached_path import cached_path
     except ImportError as error:
@@ -223,7 +232,8 @@ def refuse_status(response: requests.Response, url: str) -> None:
         404: "there is no such file: check the address",
         410: "the file was taken away",
     }
-    raise ValueError(f"{url}: {said}; {remedy.get(status, 'expected 200')}")
+    kind = NotThere if status in (404, 410) else ValueError
+    raise kind(f"{url}: {said}; {remedy.get(status, 'expected 200')}")
 
 
 def retry_after(value: str | None) -> float | None:

@@ -42,9 +42,14 @@ def makers(store: Store) -> dict[str, list[Record]]:
     return made
 
 
-def ancestors(store: Store, record: Record) -> Iterator[tuple[int, Record]]:
-    """The way back from an artifact to its sources: (depth, record), each action once."""
-    made_by, seen = makers(store), {record["key"]}
+def ancestors(
+    store: Store, record: Record, made_by: dict[str, list[Record]] | None = None
+) -> Iterator[tuple[int, Record]]:
+    """The way back from an artifact to its sources: (depth, record), each action once.
+
+    `made_by` is what `makers` found, for who asks more than once.
+    """
+    made_by, seen = makers(store) if made_by is None else made_by, {record["key"]}
     level, depth = [record], 0
     while level:
         found: list[Record] = []

@@ -2,6 +2,7 @@
 
     objects/<d2>/<sha256>     contents, read-only, never changed
     actions/<k2>/<key>.json   what was asked, what came out, how it went: the record, written last
+    drafts/                   files on their way in from another store
     work/<key>/               a stage's own folder while it runs; a training run's checkpoints
     leases/                   who runs what right now
     links/                    where human names point into the store: the roots for `gc`
@@ -84,7 +85,7 @@ class Store:
             os.fsync(file.fileno())
         size = path.stat().st_size
         target = self.object_path(digest)
-        if not self._sound(digest, size):
+        if not self.sound(digest, size):
             target.parent.mkdir(parents=True, exist_ok=True)
             path.chmod(0o444)
             os.utime(path, ns=(SEAL_NS, SEAL_NS))
@@ -103,7 +104,7 @@ class Store:
         """
         target = Path(os.path.realpath(path))
         if target.parent.parent == Path(os.path.realpath(self.root)) / "objects":
-            if not self._sound(target.name):
+            if not self.sound(target.name):
                 raise Corrupt(
                     f"{path} points to {target.name[:12]}…, which is damaged or gone from the "
                     f"store {self.root}; run the same command again and it is made anew"
@@ -113,7 +114,7 @@ class Store:
             raise ValueError(f"expected a file at {path}, found {_kind(target)}")
         return sha256(target)
 
-    def _sound(self, digest: str, size: int | None = None) -> bool:
+    def sound(self, digest: str, size: int | None = None) -> bool:
         """Whether an object is here and is what its name says; if not, it goes to quarantine."""
         path = self.object_path(digest)
         try:
@@ -162,7 +163,7 @@ class Store:
         record = self.record(key)
         if record is None:
             return None
-        sound = [self._sound(file["sha256"], file["size"]) for file in files(record)]
+        sound = [self.sound(file["sha256"], file["size"]) for file in files(record)]
         return record if all(sound) else None
 
     def run(self, action: Action, build: Callable[[Path], Mapping[str, Any]]) -> Record:
@@ -246,6 +247,37 @@ class Store:
             "changed without a new VERSION. The earlier record stands; both contents are in "
             f"{self.root}/objects. To accept the new one: rm {self.record_path(record['key'])}"
         )
+
+    def adopt(self, record: Record) -> None:
+        """Take another store's record of an action whose contents are here, or may come later.
+
+        Raises:
+            ValueError: its parts are not of one piece.
+            TwoContents: another content is known for it here, under equal conditions.
+        """
+        asked = Action(**record["action"])
+        whole = asked.key == record["key"] and content(record["outputs"]) == record["content"]
+        inside = all(
+            not name.startswith("/") and ".." not in name.split("/")
+            for output in record["outputs"].values()
+            for name in [*output.get("files", {}), *output.get("aside", {})]
+        )
+        if not (whole and inside):
+            raise ValueError(f"the record {record['key'][:12]}… was changed after it was written")
+        self._compare(record)
+        if self.record(record["key"]) is None:
+            self._write_record(record)
+
+    @contextmanager
+    def draft(self) -> Iterator[Path]:
+        """A folder of one's own on the store's disk, gone with the block."""
+        with self._writable(), lease(self.root / "leases", f"draft-{uuid.uuid4().hex}"):
+            folder = self.root / "drafts" / uuid.uuid4().hex
+            folder.mkdir(parents=True)
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder)
 
     def _write_record(self, record: Record) -> None:
         path = self.record_path(record["key"])
@@ -416,6 +448,8 @@ class Store:
         removed = [path for path in objects if path.name not in keep]
         for path in [] if dry_run else removed:
             path.unlink()
+        if not dry_run:
+            shutil.rmtree(self.root / "drafts", ignore_errors=True)
         for work in [] if dry_run else sorted((self.root / "work").glob("*")):
             shutil.rmtree(work / "outputs", ignore_errors=True)
             if self.record(work.name) is not None or not any(work.iterdir()):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from olmo import remote
 from olmo.lineage import differences, nearest
 from olmo.lineage import trace as trace_lines
 from olmo.stage import here
@@ -75,3 +76,22 @@ def pin(path: Path, /, remove: bool = False) -> None:
     key = store.named(path)["key"]
     store.unpin(key) if remove else store.pin(key)
     print(f"{'un' if remove else ''}pinned {key[:12]}…")
+
+
+def push(to: str, paths: list[Path], /, inputs: bool = False, verify: bool = False) -> None:
+    """Send what PATHS name, or all names here, to a second store: a folder or a bucket.
+
+    The records of what they were made from go along; the contents only with --inputs. With
+    --verify, what is there is fetched and hashed, and replaced where it is damaged.
+    """
+    print(f"{to}: {remote.push(here(), remote.Remote(to), paths, inputs, verify)}")
+
+
+def pull(source: str, patterns: list[str], /, inputs: bool = False) -> None:
+    """Take what PATTERNS name, or all names there, from a second store: also by http(s).
+
+    Each object is hashed as it arrives. With --inputs also the contents that they were made from,
+    so that snakemake finds everything done.
+    """
+    names, moved = remote.pull(here(), remote.Remote(source), patterns, inputs)
+    print(f"{source}: {len(names):,} names; {moved}")

@@ -1,6 +1,7 @@
 """The whole chain, and what a second run of it does and does not do."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,6 @@ def test_touched_files_run_no_work(finished: Project):
 
 
 def test_deleted_outputs_are_restored_from_the_store(finished: Project):
-    import shutil
-
     before = finished.content()
     for name in ("data", "checkpoints", ".snakemake", "logs"):
         shutil.rmtree(finished.root / name)
@@ -162,3 +161,17 @@ def test_the_way_back_reaches_the_sources(finished: Project):
     assert {"tokens", "documents", "local_source", "global_order", "local_tokenizer"} < set(stages)
     # Three files, and the one from before the bytes changed that the subsample drops.
     assert stages.count("local_source") == 4
+
+
+def test_what_was_pushed_and_pulled_is_not_made_again(finished: Project, tmp_path: Path):
+    finished.run()
+    pushed = finished.olmo("store", "push", str(tmp_path / "second"), "--inputs")
+    assert pushed.status == 0, pushed.output
+    other = finished.copy(tmp_path / "other")
+    for name in ("store", "data", "checkpoints", ".snakemake"):
+        shutil.rmtree(other.root / name)
+    other.store = other.root / "store"
+    pulled = other.olmo("store", "pull", str(tmp_path / "second"), "--inputs")
+    assert pulled.status == 0, pulled.output
+    assert not other.run().ran
+    assert other.content() == finished.content()

@@ -1,0 +1,356 @@
+"""A second store: what was made once goes to others, who take only what they need.
+
+    objects/<d2>/<sha256>     as in a store
+    actions/<k2>/<key>.json
+    names/<path>.json         what each human name stands for, by its path in the project:
+                              {"key", "output", "ancestors": the actions that it came from}
+    names.txt                 all of them, since a web server has no listing
+
+It is a folder, a mounted path, a bucket (s3://, gs://: by fsspec) or, to pull from, http(s).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from olmo import io
+from olmo.lineage import ancestors, makers
+from olmo.log import warn
+from olmo.store import Record, Store, files, sha256
+
+AT_ONCE = 16  # transfers; a bucket answers slowly, but many at a time
+ATTEMPTS = 3  # at an object whose bytes arrive damaged
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Moved:
+    """What went over, and what was there already."""
+
+    objects: int = 0
+    bytes: int = 0
+    there: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.objects:,} objects, {self.bytes:,} bytes; {self.there:,} were there"
+
+
+class Remote:
+    """The files of a second store, each by its name in it.
+
+    Raises ValueError, one line, for what the place refuses.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.web = io.is_http(self.url)
+        self.folder = False
+        if not self.web:
+            with told(self.url):
+                import fsspec
+
+                self.fs, self.root = fsspec.core.url_to_fs(self.url)
+                self.folder = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        with told(f"{self.url}/{name}", may_lack=True):
+            try:
+                return int(self.fs.info(f"{self.root}/{name}")["size"])
+            except FileNotFoundError:
+                return None
+
+    def put(self, path: Path, name: str) -> None:
+        """Write a file, whole or not at all."""
+        with told(f"{self.url}/{name}"):
+            if not self.folder:  # a bucket shows a file when all of it has come, and is right
+                self.fs.put_file(str(path), f"{self.root}/{name}")
+                return
+            target = Path(self.root, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft = target.with_name(f".{uuid.uuid4().hex[:8]}")
+            try:
+                shutil.copyfile(path, draft)
+                os.replace(draft, target)
+            finally:
+                draft.unlink(missing_ok=True)
+
+    def get(self, name: str, path: Path) -> None:
+        """Bring a file here; FileNotFoundError where there is none."""
+        if self.web:
+            try:
+                io.fetch(f"{self.url}/{quote(name)}", path, path.with_suffix(".part"))
+            except io.NotThere as error:
+                raise FileNotFoundError(str(error)) from error
+            return
+        with told(f"{self.url}/{name}", may_lack=True):
+            self.fs.get_file(f"{self.root}/{name}", str(path))
+
+    def names(self) -> list[str]:
+        """The names that were pushed, from the files that say so."""
+        with told(f"{self.url}/names"):
+            found = self.fs.find(f"{self.root}/names")
+        start = f"{self.root}/names/".lstrip("/")
+        return sorted(path.lstrip("/").removeprefix(start).removesuffix(".json") for path in found)
+
+
+class told:
+    """Turns what a place's client raises into one line that begins with the place."""
+
+    def __init__(self, place: str, may_lack: bool = False) -> None:
+        self.place, self.may_lack = place, may_lack
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
+        passes = (ValueError, FileNotFoundError) if self.may_lack else ValueError
+        if isinstance(error, Exception) and not isinstance(error, passes):
+            raise ValueError(f"{self.place}: {type(error).__name__}: {error}") from error
+
+
+def push(
+    store: Store,
+    remote: Remote,
+    paths: Sequence[Path] = (),
+    inputs: bool = False,
+    verify: bool = False,
+) -> Moved:
+    """Send what human names stand for, and the records of all that it was made from.
+
+    Args:
+        paths: names that the store made, or folders of them; all of them where none is given.
+        inputs: send also the contents that these were made from, back to the sources.
+        verify: fetch and hash what is there already, and replace what is damaged.
+
+    Raises:
+        ValueError: a path that the store did not make or that lies outside the project; an
+            object that is damaged here.
+    """
+    if remote.web:
+        raise ValueError(f"{remote.url}: expected a folder or a bucket; http can be pulled from")
+    made_by = makers(store)
+    names: dict[str, dict[str, Any]] = {}
+    records: dict[str, Record] = {}
+    wanted: dict[str, int] = {}
+    for name, link in chosen(store, paths).items():
+        record = store.record(link["key"])
+        assert record is not None, f"{name} was made by an action that has no record"
+        line = [one for _, one in ancestors(store, record, made_by)]
+        records |= {one["key"]: one for one in line}
+        for one in line if inputs else line[:1]:
+            wanted |= {file["sha256"]: file["size"] for file in files(one)}
+        came_from = [one["key"] for one in line[1:]]
+        names[name] = {"key": record["key"], "output": link["output"], "ancestors": came_from}
+
+    moved = Moved()
+    with store.draft() as folder:
+
+        def send(item: tuple[str, int]) -> None:
+            digest, size = item
+            name = object_name(digest)
+            if remote.size(name) == size and (not verify or arrived(remote, digest, folder)):
+                moved.there += 1
+                return
+            if not store.sound(digest, size):
+                raise ValueError(
+                    f"object {digest[:12]}… is damaged or gone from {store.root}; run snakemake "
+                    "again, which makes it anew"
+                )
+            remote.put(store.object_path(digest), name)
+            # A bucket's protocol carries a checksum; of a folder, look at what was written.
+            if remote.size(name) != size or (remote.folder and not arrived(remote, digest, folder)):
+                raise ValueError(f"{remote.url}/{name}: other bytes arrived than were sent")
+            moved.objects += 1
+            moved.bytes += size
+
+        def send_name(name: str) -> None:
+            draft = folder / uuid.uuid4().hex
+            draft.write_text(json.dumps(names[name]))
+            remote.put(draft, f"names/{name}.json")
+
+        # Contents, then records, then names: what can be seen there is whole.
+        each(send, wanted.items())
+        each(lambda key: remote.put(store.record_path(key), record_name(key)), records)
+        each(send_name, names)
+        (folder / "names.txt").write_text("".join(f"{name}\n" for name in remote.names()))
+        remote.put(folder / "names.txt", "names.txt")
+    return moved
+
+
+def pull(
+    store: Store, remote: Remote, patterns: Sequence[str] = (), inputs: bool = False
+) -> tuple[list[str], Moved]:
+    """Take what names stand for there, and make the names here; (the names, what came).
+
+    Every object is hashed as it arrives, and fetched again where that is not its name. What is
+    here already, and sound, is not fetched.
+
+    Args:
+        patterns: paths in the project, `*` for many; all that is there where none is given.
+        inputs: take also the contents that these were made from, back to the sources.
+
+    Raises:
+        ValueError: no such name there; an object that is damaged there.
+        TwoContents: the store here knows another content for the same action.
+    """
+    moved = Moved()
+    with store.draft() as folder:
+        names = asked(remote, patterns, folder)
+        for name in names:
+            refuse_to_replace(store, Path(name))
+        links = dict(zip(names, each(lambda n: read_name(remote, n, folder), names), strict=True))
+        of_names = {link["key"] for link in links.values()}
+        keys = of_names.union(*(link["ancestors"] for link in links.values()))
+        records = each(lambda key: read_record(remote, key, folder), sorted(keys))
+        wanted = {
+            file["sha256"]: file["size"]
+            for record in records
+            if inputs or record["key"] in of_names
+            for file in files(record)
+        }
+
+        def take(item: tuple[str, int]) -> None:
+            digest, size = item
+            if store.sound(digest, size):
+                moved.there += 1
+                return
+            store.put(sound_object(remote, digest, folder))
+            moved.objects += 1
+            moved.bytes += size
+
+        each(take, wanted.items())
+    for record in records:
+        store.adopt(record)
+    known = {record["key"]: record for record in records}
+    for name, link in links.items():
+        store.link(known[link["key"]], link["output"], Path(name))
+    return names, moved
+
+
+def chosen(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str]]:
+    """The human names at or below these paths, by their place in the project."""
+    project = Path.cwd()
+    links = {Path(link["path"]): link for link in store.links()}
+    for path in paths:
+        if not any(name.is_relative_to(os.path.abspath(path)) for name in links):
+            raise ValueError(f"expected a name that the store {store.root} made, found {path}")
+    below = [Path(os.path.abspath(path)) for path in paths] or [project]
+    found = {n: link for n, link in links.items() if any(n.is_relative_to(one) for one in below)}
+    if outside := [name for name in found if not name.is_relative_to(project)]:
+        raise ValueError(f"expected names below {project}, found {outside[0]}; push from there")
+    if not found:
+        raise ValueError(f"the store {store.root} has made nothing below {project} yet")
+    return {name.relative_to(project).as_posix(): link for name, link in found.items()}
+
+
+def asked(remote: Remote, patterns: Sequence[str], folder: Path) -> list[str]:
+    """The names there that patterns mean."""
+    patterns = [os.path.normpath(pattern) for pattern in patterns]
+    if patterns and not any(letter in "".join(patterns) for letter in "*?["):
+        return patterns
+    try:
+        listed = folder / "names"
+        remote.get("names.txt", listed)
+    except FileNotFoundError:
+        raise ValueError(f"{remote.url}: expected a store that was pushed to, found none") from None
+    names = listed.read_text().splitlines()
+    found = [n for n in names if not patterns or any(fnmatchcase(n, one) for one in patterns)]
+    if not found:
+        raise ValueError(f"{remote.url}: none of its {len(names)} names is like {patterns}")
+    return found
+
+
+def refuse_to_replace(store: Store, path: Path) -> None:
+    """Raises ValueError where a name would lie outside the project or replace what is not ours."""
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"expected a path in the project, found the name {path}")
+    if os.path.lexists(path) and store.root_of(path) is None:
+        raise ValueError(f"{path} is there and was not made by {store.root}; move it away")
+
+
+def read_name(remote: Remote, name: str, folder: Path) -> dict[str, Any]:
+    try:
+        link: dict[str, Any] = read_json(remote, f"names/{name}.json", folder)
+    except FileNotFoundError:
+        raise ValueError(f"{remote.url}: expected the name {name}, which was not pushed") from None
+    return link
+
+
+def read_record(remote: Remote, key: str, folder: Path) -> Record:
+    try:
+        record: Record = read_json(remote, record_name(key), folder)
+    except FileNotFoundError:
+        raise ValueError(f"{remote.url}: the record {key[:12]}… is gone; push again") from None
+    if record.get("key") != key:
+        raise ValueError(f"{remote.url}/{record_name(key)}: it is another action's record")
+    return record
+
+
+def read_json(remote: Remote, name: str, folder: Path) -> Any:
+    draft = folder / uuid.uuid4().hex
+    remote.get(name, draft)
+    try:
+        return json.loads(draft.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{remote.url}/{name} is damaged ({error}); push again") from error
+
+
+def sound_object(remote: Remote, digest: str, folder: Path) -> Path:
+    """Fetch an object and hash it; again where the bytes are not those that its name says."""
+    for _ in range(ATTEMPTS):
+        draft = folder / uuid.uuid4().hex
+        try:
+            remote.get(object_name(digest), draft)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{remote.url}: object {digest[:12]}… is not there; it takes a push --inputs, or "
+                "another push of what was pushed"
+            ) from None
+        if sha256(draft) == digest:
+            return draft
+        warn(f"{remote.url}: object {digest[:12]}… arrived damaged; it is fetched again")
+        draft.unlink()
+    raise ValueError(
+        f"{remote.url}/{object_name(digest)}: other bytes than its name says, {ATTEMPTS} times; "
+        "mend it from a store that has it: olmo store push --verify"
+    )
+
+
+def arrived(remote: Remote, digest: str, folder: Path) -> bool:
+    """Whether an object there is what its name says."""
+    draft = folder / uuid.uuid4().hex
+    remote.get(object_name(digest), draft)
+    same = sha256(draft) == digest
+    draft.unlink()
+    return same
+
+
+def object_name(digest: str) -> str:
+    return f"objects/{digest[:2]}/{digest}"
+
+
+def record_name(key: str) -> str:
+    return f"actions/{key[:2]}/{key}.json"
+
+
+def each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Call `function` for each item, several at once; the first error ends it."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
