@@ -93,11 +93,10 @@ def documents(
         "reason": polars.String,
     }
     table_rows: list[tuple] = []
-    rows: Counter[str] = Counter()
+    rows = {TRAIN: 0, HELDOUT: 0}
     reasons: Counter[str] = Counter()
-    text_bytes = 0
     with gz.writing(documents) as train_lines, gz.writing(heldout) as heldout_lines:
-        output = {TRAIN: train_lines, HELDOUT: heldout_lines}
+        write = {TRAIN: train_lines.write, HELDOUT: heldout_lines.write}
         for copy in range(ceil(weight)):
             number = count(1)
             with gz.reading(source, name) as lines:
@@ -110,22 +109,20 @@ def documents(
                             reasons[reason] += 1
                             table_rows.append((at, identity, DROPPED, None, size, reason))
                         continue
-                    assert identity is not None and size is not None
+                    assert identity is not None
                     if weight != 1 and copy >= copies(identity, weight):
                         continue
                     split = HELDOUT if is_held_out(identity, heldout_share) else TRAIN
                     if split == HELDOUT and copy > 0:
                         continue  # a copy would only weigh on the evaluation
                     rows[split] += 1
-                    text_bytes += size
-                    output[split].write(line if line.endswith(b"\n") else line + b"\n")
+                    write[split](line if line.endswith(b"\n") else line + b"\n")
                     table_rows.append((at, identity, split, rows[split], size, None))
             total = next(number) - 1
     if total == 0:
         raise ValueError(f"{name}: expected lines, found an empty source. Remove it or fetch it.")
 
-    columns = zip(*table_rows, strict=True) if table_rows else [()] * len(schema)
-    frame = polars.DataFrame(dict(zip(schema, columns, strict=True)), schema)
+    frame = polars.DataFrame(table_rows, schema, orient="row")
     if forbidden := sorted(set(reasons) - set(allow)):
         raise ValueError(drops_message(name, frame, reasons, forbidden))
     frame.select(polars.lit(name).alias("file"), polars.all()).write_parquet(
@@ -136,7 +133,7 @@ def documents(
         "rows": frame.height,
         "documents": rows[TRAIN],
         "heldout": rows[HELDOUT],
-        "text_bytes": text_bytes,
+        "text_bytes": frame.filter(polars.col("split") != DROPPED)["bytes"].sum(),
         "drops": dict(sorted(reasons.items())),
     }
 

@@ -16,6 +16,7 @@ from typing import BinaryIO, cast
 
 LEVEL = 1  # isal's level 1: near the size of gzip -3, at many times its speed
 BUFFER = 1 << 20
+BLOCK = 1 << 18  # what is decompressed at a time: it stays in the processor's cache
 MAGIC = b"\x1f\x8b"
 
 
@@ -27,16 +28,17 @@ def reading(path: Path, name: str | None = None) -> Iterator[BinaryIO]:
     stops before its end, or does not match its own checksum. A cut shows only at the end: who
     stops reading early has not checked the file.
     """
-    from isal import igzip_threaded
+    from isal import igzip
     from isal.igzip_lib import IsalError
 
     name = name or str(path)
     refuse_other_content(path, name)
     try:
-        # A thread decompresses ahead, outside Python's lock, while its lines are looked at.
-        compressed = igzip_threaded.open(path, "rb", threads=1, block_size=BUFFER).detach()
-        with io.BufferedReader(compressed, BUFFER) as lines:
-            yield cast(BinaryIO, lines)
+        # Not igzip.open: a buffer asks for `closed` with every line, which is Python code there.
+        with open(path, "rb") as file:
+            decompressed = cast(io.RawIOBase, igzip._IGzipReader(file, BLOCK))
+            with io.BufferedReader(decompressed, BLOCK) as lines:
+                yield cast(BinaryIO, lines)
     except EOFError as error:
         raise ValueError(
             f"{name}: truncated: {path.stat().st_size:,} bytes of gzip end before their "
