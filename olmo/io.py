@@ -1,4 +1,7 @@
-"""Bytes from elsewhere: resumable downloads, sizes, and the schemes that name places."""
+"""Bytes from elsewhere: resumable downloads, sizes, and the schemes that name places.
+
+Imports nothing of ours.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from olmo.bucket import bucket, is_bucket
 
 if TYPE_CHECKING:
     import requests
@@ -48,9 +49,9 @@ class NotThere(ValueError):
 
 def public(url: str) -> str:
     """The address that needs no credentials, where there is one: r2://olmo-data/… by https."""
-    for bucket, place in PUBLIC.items():
-        if url.startswith(bucket):
-            return place + url.removeprefix(bucket)
+    for root, place in PUBLIC.items():
+        if url.startswith(root):
+            return place + url.removeprefix(root)
     return url
 
 
@@ -62,8 +63,7 @@ def fetch(url: str, path: Path, part: Path, progress: Progress = unseen) -> dict
     """Bring what `url` names to `path`. Facts: how many bytes, how many came over the net.
 
     http and https resume where an attempt ended, also one of an earlier process: `part` is a
-    folder that keeps what has arrived. s3://, r2://, weka://, gs:// and file:// are buckets;
-    hf:// and so on go through cached-path.
+    folder that keeps what has arrived. hf://, s3://, gs:// and so on go through cached-path.
 
     Raises ValueError, one line, when it cannot be had; OSError when it cannot be written.
     """
@@ -71,11 +71,6 @@ def fetch(url: str, path: Path, part: Path, progress: Progress = unseen) -> dict
     part.mkdir(parents=True, exist_ok=True)
     if is_http(url):
         return Download(url, part, progress).to(path)
-    if is_bucket(url):
-        place, _, name = url.rpartition("/")
-        bucket(place).get(name, part / "body")
-        os.replace(part / "body", path)
-        return {"bytes": path.stat().st_size}
     try:
         from cached_path import cached_path
     except ImportError as error:

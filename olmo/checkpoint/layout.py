@@ -39,17 +39,27 @@ def is_unsharded(folder: Path) -> bool:
     return folder.name.endswith("-unsharded")
 
 
+def is_name(folder: Path) -> bool:
+    """Whether this is what a checkpoint folder is called."""
+    return _STEP.fullmatch(folder.name) is not None
+
+
+def age(folder: Path) -> tuple[int, bool]:
+    """What checkpoint folders are sorted by, oldest first. Of two at one step the sharded one
+    counts as the newer: it is the cheaper to load."""
+    return step_of(folder) or 0, not is_unsharded(folder)
+
+
 def checkpoints(save_folder: str | Path, unsharded: bool | None = None) -> list[Path]:
     """Checkpoint folders, oldest first, of one kind or of both; unfinished ones are not there."""
     found = [
         path
         for path in Path(save_folder).glob("step*")
-        if path.is_dir() and not path.is_symlink() and step_of(path) is not None
+        if path.is_dir() and not path.is_symlink() and is_name(path)
     ]
     if unsharded is not None:
         found = [path for path in found if is_unsharded(path) == unsharded]
-    # Of two at one step the sharded one counts as the newer: it is the cheaper to load.
-    return sorted(found, key=lambda path: (step_of(path) or 0, not is_unsharded(path)))
+    return sorted(found, key=age)
 
 
 def partial_name(folder: Path) -> Path:
@@ -120,6 +130,16 @@ def sweep(save_folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_after(save_folder: Path, step: int, origin: Path | None) -> None:
+    """Remove checkpoints of later steps: another run's, which this one writes over.
+
+    Left there, they would be taken for this run's newest. The one it started from stays.
+    """
+    for path in checkpoints(save_folder):
+        if (step_of(path) or 0) > step and (origin is None or not path.samefile(origin)):
+            remove(path)
+
+
 def link_latest(folder: Path) -> None:
     """Point `latest`, and `latest-unsharded` where it fits, to this folder."""
     for name in ("latest", "latest-unsharded") if is_unsharded(folder) else ("latest",):
@@ -141,8 +161,11 @@ def retain(save_folder: str | Path, keep: int, unsharded: bool) -> list[Path]:
 def verify(folder: Path) -> None:
     """Raise ValueError unless every file is there as its manifest says.
 
-    A folder without a manifest (OLMo's own) is taken as it is.
+    A folder without a manifest (OLMo's own) is taken as it is. Raises FileNotFoundError where
+    there is no folder.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder at {folder}; mend --load_path")
     remedy = "load another one (--load_path), or remove the folder"
     manifest = folder / MANIFEST
     if not manifest.exists():

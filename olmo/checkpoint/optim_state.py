@@ -58,17 +58,17 @@ def load_by_name(
                 )
             if name in state:
                 numbered[number] = {
-                    k: _placed(v, parameters[number]) for k, v in state[name].items()
+                    k: placed(v, parameters[number]) for k, v in state[name].items()
                 }
         kept = {k: v for k, v in origin[names[0]].items() if k in group} if names else {}
         new_groups.append({**group, **kept, "params": group["params"], "param_names": names})
     optimizer.load_state_dict({"state": numbered, "param_groups": new_groups})
 
 
-def _placed(value: Any, parameter: torch.Tensor) -> Any:
-    """A part of the state, split over processes as its parameter is."""
-    sharded = hasattr(parameter, "full_tensor")
-    if not sharded or getattr(value, "shape", None) != parameter.shape:
+def placed(value: Any, parameter: torch.Tensor) -> Any:
+    """A whole tensor, split over processes as the parameter of its shape is."""
+    is_split = hasattr(parameter, "full_tensor") and not hasattr(value, "full_tensor")
+    if not is_split or getattr(value, "shape", None) != parameter.shape:
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 

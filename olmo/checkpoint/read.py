@@ -1,62 +1,74 @@
-"""Loading: OLMo's unsharded folders and the pipeline's final ones. No pickled code ever runs."""
+"""Loading: OLMo's folders, sharded or not, and the pipeline's final ones. No pickled code runs."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from olmo.checkpoint import layout
+from olmo.checkpoint import layout, plain
 from olmo.checkpoint.encoded import decode, is_encoded
-from olmo.checkpoint.optim_state import State, by_name, clean
+from olmo.checkpoint.optim_state import State, by_name, clean, load_by_name, placed
+from olmo.checkpoint.plain import Part
 from olmo.config import ModelConfig
 from olmo.log import warn
 
 if TYPE_CHECKING:
+    from olmo.checkpoint.sharded import Sharded
     from olmo.model import OLMo
 
 
 @dataclass
 class Checkpoint:
+    """What a checkpoint holds. Of a sharded one the tensors are Parts until they are read."""
+
     folder: Path
-    model: dict[str, Tensor]  # by parameter name
+    model: dict[str, Any]  # by parameter name
     optim: tuple[State, list[dict[str, Any]]] | None  # state by parameter name, groups
     train: dict[str, Any] | None  # where the run was: global_step, epoch, …
+    sharded: Sharded | None = None
 
+    def fill(self, pairs: Iterable[tuple[Tensor, Any]]) -> None:
+        """Copy into each tensor what is stored beside it; a DTensor takes its share."""
+        wanted: dict[str, list[Tensor]] = {}
+        for target, stored in pairs:
+            if isinstance(stored, Part):
+                wanted.setdefault(stored.key, []).append(target)
+            else:
+                target.copy_(placed(stored, target))
+        if self.sharded is not None:
+            self.sharded.read({key: targets[0] for key, targets in wanted.items()})
+        for first, *others in wanted.values():
+            for other in others:
+                other.copy_(first)
 
-def fetched(url: str, into: Path, optimizer: bool = True, trainer: bool = True) -> Path:
-    """The unsharded checkpoint at a URL (http, s3, r2, gs, hf), downloaded to a folder in `into`.
+    def whole(self) -> Checkpoint:
+        """The same with every tensor in this process's memory."""
+        if self.sharded is None:
+            return self
+        pairs: list[tuple[Tensor, Part]] = []
 
-    What is there already is not fetched again. Raises ValueError, one line, for what cannot be had.
-    """
-    from olmo.io import fetch
+        def room(stored: Any) -> Any:
+            if not isinstance(stored, Part):
+                return stored
+            pairs.append((torch.empty(stored.shape, dtype=stored.dtype), stored))
+            return pairs[-1][0]
 
-    url = url.rstrip("/")
-    folder = into / url.rsplit("/", 1)[-1]
-    kinds = [("config.yaml",), ("model.pt", "model.safetensors")]
-    kinds += [("optim.pt", "optim.safetensors")] if optimizer else []
-    kinds += [("train.pt", "other.pt")] if trainer else []
-    folder.mkdir(parents=True, exist_ok=True)
-    for names in kinds:
-        refusals = []
-        for name in names:
-            if (folder / name).exists():
-                break
-            try:
-                fetch(f"{url}/{name}", folder / name, folder / f".{name}.part")
-                break
-            except ValueError as error:
-                refusals.append(str(error))
-        else:
-            raise ValueError(
-                f"cannot load {url}: {'; '.join(refusals)}. Expected an unsharded checkpoint "
-                "(step{N}-unsharded) there"
+        model = {name: room(part) for name, part in self.model.items()}
+        optim = self.optim
+        if optim is not None:
+            state, groups = optim
+            optim = (
+                {name: {k: room(v) for k, v in kept.items()} for name, kept in state.items()},
+                groups,
             )
-    return folder
+        self.fill(pairs)
+        return replace(self, model=model, optim=optim, sharded=None)
 
 
 def newest(save_folder: str | Path) -> Path | None:
@@ -72,28 +84,23 @@ def newest(save_folder: str | Path) -> Path | None:
 
 
 def load(folder: str | Path, optimizer: bool = True, trainer: bool = True) -> Checkpoint:
-    """Read and verify a checkpoint folder; `optimizer` and `trainer` say whether theirs too.
+    """Verify a checkpoint folder and read it; `optimizer` and `trainer` say whether theirs too.
 
     Raises FileNotFoundError for no checkpoint, ValueError for a broken or an unknown one.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoint folder at {folder}; mend --load_path")
     layout.verify(folder)
-    if (folder / "model_and_optim").is_dir():
-        from olmo.checkpoint.sharded import read_sharded
+    return look(folder, optimizer, trainer).whole()
 
-        weights, state = read_sharded(folder, optimizer)
-        return Checkpoint(
-            folder,
-            {clean(name): tensor for name, tensor in weights.items()},
-            state,
-            _torch(folder / "train" / "rank0.pt") if trainer else None,
-        )
+
+def look(folder: Path, optimizer: bool = True, trainer: bool = True) -> Checkpoint:
+    """The same of a folder that is verified already; of a sharded one no tensor is read yet."""
+    if (folder / "model_and_optim").is_dir():
+        return _sharded(folder, optimizer, trainer)
     if (folder / "model.safetensors").exists():
         model = _safetensors(folder / "model.safetensors")
     elif (folder / "model.pt").exists():
-        model = _torch(folder / "model.pt")
+        model = plain.read(folder / "model.pt")
     else:
         raise ValueError(
             f"{folder} holds none of model.pt, model.safetensors, model_and_optim/; expected a "
@@ -108,6 +115,27 @@ def load(folder: str | Path, optimizer: bool = True, trainer: bool = True) -> Ch
     )
 
 
+def _sharded(folder: Path, optimizer: bool, trainer: bool) -> Checkpoint:
+    from olmo.checkpoint.sharded import FOLDER, TRAIN, Sharded
+
+    if not (folder / FOLDER / ".metadata").exists():
+        raise ValueError(
+            f"{folder}/{FOLDER} has no .metadata: it was not written by torch's distributed "
+            "checkpoint, or not to its end. OLMo's other sharded layouts are unsharded by its "
+            "scripts/unshard.py"
+        )
+    sharded = Sharded(folder, optimizer)
+    train = plain.read(folder / TRAIN) if optimizer or trainer else {}
+    groups = train.get("optimizer") or [{"param_names": sorted(sharded.state)}]
+    return Checkpoint(
+        folder,
+        dict(sharded.model),
+        (sharded.state, groups) if optimizer else None,
+        train if trainer else None,
+        sharded,
+    )
+
+
 def _optimizer(folder: Path) -> tuple[State, list[dict[str, Any]]]:
     if (folder / "optim.safetensors").exists():
         stored = _safetensors(folder / "optim.safetensors")
@@ -119,7 +147,7 @@ def _optimizer(folder: Path) -> tuple[State, list[dict[str, Any]]]:
             state.setdefault(name, {})[part] = tensor
         return state, json.loads((folder / "train.json").read_text())["optimizer"]
     if (folder / "optim.pt").exists():
-        return by_name(_torch(folder / "optim.pt"))
+        return by_name(plain.read(folder / "optim.pt"))
     raise ValueError(
         f"{folder} has no optimizer state; start from its weights alone: --reset_optimizer_state"
     )
@@ -130,21 +158,10 @@ def _trainer(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "train.json").read_text())
     for name in ("train.pt", "other.pt"):
         if (folder / name).exists():
-            return _torch(folder / name)
+            return plain.read(folder / name)
     raise ValueError(
         f"{folder} has no trainer state; start a new run from it: --reset_trainer_state"
     )
-
-
-def _torch(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if "weights_only" in str(error).lower() or "WeightsUnpickler" in str(error):
-            reason = "it holds pickled code or objects besides tensors, which are never run"
-        else:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"cannot read {path}: {reason}") from error
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
@@ -189,4 +206,20 @@ def put_weights(model: OLMo, checkpoint: Checkpoint) -> None:
         raise ValueError(
             f"{checkpoint.folder} has a weight {extra[0]} that the config's model has not"
         )
-    model.load_state_dict(weights)
+    checkpoint.fill((tensor, weights[name]) for name, tensor in own.items())
+
+
+def put_state(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's optimizer state into an optimizer; ValueError where it does not fit."""
+    assert checkpoint.optim is not None
+    state, groups = checkpoint.optim
+    pairs: list[tuple[Tensor, Part]] = []
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            for what, part in state.get(name, {}).items():
+                if isinstance(part, Part):
+                    like = parameter if part.shape == parameter.shape else torch.empty(part.shape)
+                    pairs.append((torch.empty_like(like, dtype=part.dtype), part))
+                    state[name][what] = pairs[-1][0]
+    checkpoint.fill(pairs)
+    load_by_name(optimizer, state, groups)

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from olmo.checkpoint import layout
+from olmo.checkpoint import layout, plain
 
 
 def save_unsharded(
@@ -29,10 +27,10 @@ def save_unsharded(
     folder = Path(save_folder) / layout.folder_name(step, unsharded=True)
     with layout.writing(folder) as partial:
         (partial / "config.yaml").write_text(config_yaml)
-        torch.save(dict(model), partial / "model.pt")
+        plain.write(dict(model), partial / "model.pt")
         if optim is not None:
-            torch.save(dict(optim), partial / "optim.pt")
-        torch.save(dict(train), partial / "train.pt")
+            plain.write(dict(optim), partial / "optim.pt")
+        plain.write(dict(train), partial / "train.pt")
     layout.link_latest(folder)
     layout.retain(save_folder, keep, unsharded=True)
     return folder

@@ -13,12 +13,13 @@ import contextlib
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
@@ -26,10 +27,12 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from olmo.checkpoint import layout
+from olmo.checkpoint import layout, plain
 from olmo.checkpoint.optim_state import State, by_name, clean
+from olmo.checkpoint.plain import Part
 
 FOLDER = "model_and_optim"
+TRAIN = "train/rank0.pt"
 EPHEMERAL = "ephemeral"  # an empty file in a checkpoint that the next one replaces
 
 _MODULE = "torch.distributed.checkpoint"
@@ -77,14 +80,14 @@ def save_sharded(
         flat |= {f"optim.state.{name}.{part}": value for part, value in kept.items()}
     with layout.writing(folder) if first else place as partial:
         wait()  # until the folder is there
-        with warnings.catch_warnings():
+        with _as_it_was(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process is one
-            writer = FileSystemWriter(partial / FOLDER)
+            writer = _Writer(partial / FOLDER)
             dcp_save(flat, storage_writer=writer, process_group=group, no_dist=group is None)
         if first:
             (partial / "config.yaml").write_text(config_yaml)
             (partial / "train").mkdir()
-            torch.save({**train, "optimizer": groups}, partial / "train" / "rank0.pt")
+            plain.write({**train, "optimizer": groups}, partial / TRAIN)
             if ephemeral:
                 (partial / EPHEMERAL).touch()
     if first:
@@ -102,35 +105,78 @@ def _retain(save_folder: Path, newest: Path, keep: int, ephemeral: bool) -> None
         layout.retain(save_folder, keep, unsharded=False)
 
 
-def is_sharded(folder: Path) -> bool:
-    return (folder / FOLDER / ".metadata").exists()
+class Sharded:
+    """What a sharded folder holds, whoever wrote it. Reads what it is asked for.
+
+    `model` and `state` have a Part for each tensor, by parameter name; `state` also has the
+    numbers among what the optimizer keeps.
+    """
+
+    def __init__(self, folder: Path, optimizer: bool) -> None:
+        self._folder = folder / FOLDER
+        index = _index(self._folder / ".metadata").state_dict_metadata
+        self.model: dict[str, Part] = {}
+        self.state: State = {}
+        numbers = []
+        for key, kind in index.items():
+            of, _, name = key.partition(".")
+            part = None
+            if isinstance(kind, TensorStorageMetadata):
+                part = Part(key, kind.size, kind.properties.dtype)
+            if of == "model" and part is not None:
+                self.model[clean(name)] = part
+            elif of == "optim" and name.startswith("state.") and optimizer:
+                name, _, what = name.removeprefix("state.").rpartition(".")
+                self.state.setdefault(clean(name), {})[what] = part
+                if part is None:
+                    numbers.append((clean(name), what, key))
+        found: dict[str, Any] = {key: None for _, _, key in numbers}
+        self.read(found)
+        for name, what, key in numbers:
+            self.state[name][what] = found[key]
+
+    def read(self, wanted: dict[str, Any]) -> None:
+        """Fill the tensors of `wanted`, by key; of a DTensor what this process has of it.
+
+        Raises ValueError for what is broken.
+        """
+        if not wanted:
+            return
+        with _as_it_was(f"cannot read {self._folder}"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reader, planner = _Reader(self._folder), _Planner(flatten_state_dict=False)
+            dcp_load(wanted, storage_reader=reader, planner=planner, no_dist=True)
 
 
-def read_sharded(
-    folder: Path, optimizer: bool
-) -> tuple[dict[str, torch.Tensor], tuple[State, list[dict[str, Any]]] | None]:
-    """Weights by name and the optimizer's state by name, whole, whoever wrote them."""
-    reader = _Reader(folder / FOLDER)
-    index = reader.read_metadata().state_dict_metadata
-    wanted: dict[str, Any] = {}
-    for key, kind in index.items():
-        if key.startswith("model.") or (optimizer and key.startswith("optim.")):
-            tensor = isinstance(kind, TensorStorageMetadata)
-            wanted[key] = torch.empty(kind.size, dtype=kind.properties.dtype) if tensor else None  # type: ignore[union-attr]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp_load(wanted, storage_reader=reader, planner=_Planner(False), no_dist=True)
-    model = {k.removeprefix("model."): v for k, v in wanted.items() if k.startswith("model.")}
-    if not optimizer:
-        return model, None
-    state: State = {}
-    for key, value in wanted.items():
-        if key.startswith("optim.state."):
-            name, _, part = key.removeprefix("optim.state.").rpartition(".")
-            state.setdefault(clean(name), {})[part] = value
-    train = torch.load(folder / "train" / "rank0.pt", weights_only=True, map_location="cpu")
-    groups = train.get("optimizer") or [{"param_names": sorted(state)}]
-    return model, (state, groups)
+def files_of(index: Path) -> list[str]:
+    """The files that a sharded checkpoint's index (.metadata) names, beside itself."""
+    names = {info.relative_path for info in _index(index).storage_data.values()}
+    if odd := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names {odd[0]}, which lies outside of its folder")
+    return sorted(names)
+
+
+def _index(path: Path) -> Metadata:
+    try:
+        return _Unpickler(io.BytesIO(path.read_bytes())).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _as_it_was(said: str | None = None) -> Iterator[None]:
+    """torch collects what went wrong on all processes; one of these is raised.
+
+    As ValueError that begins with `said`, if that is given.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        if said is None:
+            raise failure from None
+        reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        raise ValueError(f"{said}: {reason}") from failure
 
 
 class _Unpickler(pickle.Unpickler):
@@ -140,15 +186,16 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+class _Writer(FileSystemWriter):
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        with plain.disk_errors():
+            return super().write_data(*args, **kwargs)
+
+
 class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from error
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
+        metadata = _index(Path(self.path) / ".metadata")
+        metadata.storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 

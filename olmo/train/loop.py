@@ -18,8 +18,7 @@ import torch
 
 from olmo.checkpoint import layout
 from olmo.checkpoint.final import FINISHED
-from olmo.checkpoint.optim_state import load_by_name
-from olmo.checkpoint.read import put_weights
+from olmo.checkpoint.read import put_state, put_weights
 from olmo.config import SchedulerUnits, TrainConfig
 from olmo.data.batches import TrainLoader, build_train_dataloader
 from olmo.evaluate.evaluators import build_evaluators, evaluate
@@ -109,19 +108,21 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     # --- where the run was ---
     folder = Path(cfg.save_folder)
     checkpoint, position, resumed = find_start(cfg, world, folder)
-    if checkpoint is not None:
-        put_weights(model, checkpoint)
-        tell(f"weights: from {checkpoint.folder}")
     model.to(world.device)
     tell(f"parallelism: {parallelize(cfg, model, world)}")
     optimizer = build_optimizer(cfg, model)
+    if checkpoint is not None:  # after sharding: each process reads its own share
+        put_weights(model, checkpoint)
+        tell(f"weights: from {checkpoint.folder}")
     scheduler: Scheduler = build_scheduler(cfg)
+    source = None if checkpoint is None else checkpoint.folder.absolute()
     if checkpoint is not None and checkpoint.optim is not None:
-        load_by_name(optimizer, *checkpoint.optim)
+        put_state(optimizer, checkpoint)
     elif checkpoint is not None and position.global_step > 0:
         warm = position.global_step
         scheduler = BoltOnWarmupScheduler.wrap(scheduler, warm, warm + int(cfg.scheduler.t_warmup))
         tell(f"learning rate: a new warm-up from step {warm}, for the optimizer starts afresh")
+    del checkpoint  # and its memory
     loader.dataset.start_index = position.global_train_examples_seen_this_epoch
     if loader.dataset.epoch != position.epoch:
         loader.dataset.reshuffle(position.epoch)
@@ -137,11 +138,12 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
 
     # --- where metrics and checkpoints go ---
     saver = Saver(cfg, world, model, optimizer, position)
-    if checkpoint is not None and resumed:
-        saver.saved = checkpoint.folder.absolute()
+    saver.saved = source if resumed else None
     sinks: list[Sink] = []
     if world.first:
         layout.sweep(folder)
+        if cfg.save_overwrite and not cfg.dry_run:
+            layout.remove_after(folder, position.global_step if resumed else -1, source)
         (folder / FINISHED).unlink(missing_ok=True)
         cfg.save(folder / "config.yaml")
         sinks = [
@@ -163,7 +165,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     asked = cfg.eval_on_load if position.global_step else not resumed
     if asked and not cfg.dry_run and (first := evaluate(evaluators, model)):
         write(position.global_step, first)
-    if cfg.force_save_unsharded or not (resumed or checkpoint or cfg.no_pre_train_checkpoint):
+    if cfg.force_save_unsharded or not (resumed or source or cfg.no_pre_train_checkpoint):
         saver.save("unsharded" if cfg.force_save_unsharded else None)
         saver.finish()
     if cfg.dry_run:

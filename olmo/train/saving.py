@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from olmo.checkpoint import layout
 from olmo.checkpoint.save import save_unsharded
 from olmo.config import TrainConfig, to_yaml
-from olmo.log import tell
+from olmo.log import tell, warn
 from olmo.train.parallel import World, is_sharded
 from olmo.train.start import Position
 
@@ -41,7 +42,10 @@ class Saver:
         # The writers of all processes meet in a group of their own, apart from training's sums.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._writing: Future[Path] | None = None
+        self._writing: Future[Path | None] | None = None
+        self._unsent: ValueError | OSError | None = None  # what kept the last one from being sent
+        if cfg.remote_save_folder is not None and not cfg.dry_run:
+            self._writing = self._thread.submit(self._send)  # what an interrupted run has not sent
 
     def due(self, step: int) -> str | None:
         """What is saved at this step: unsharded, sharded, ephemeral, or None.
@@ -49,7 +53,7 @@ class Saver:
         Raises what went wrong with the save before.
         """
         if self._writing is not None and self._writing.done():
-            self.finish()
+            self._settle()
         cfg = self._cfg
         if _hits(cfg.save_interval_unsharded, step):
             return "unsharded" if cfg.save_num_unsharded_checkpoints_to_keep else None
@@ -63,7 +67,7 @@ class Saver:
         Without a `kind`, that which the run's end or a pause has: unsharded where every process
         holds the whole model, or the config saves unsharded ones at all.
         """
-        self.finish()
+        self._settle()
         step = self._position.global_step
         if self.saved is not None and layout.step_of(self.saved) == step:
             return self.saved
@@ -82,12 +86,12 @@ class Saver:
                 keep = self._cfg.save_num_unsharded_checkpoints_to_keep or 1
                 shared |= {"model": model, "optim": optim, "keep": keep}
                 write = partial(save_unsharded, self._folder, step, **shared)
-                self._writing = self._thread.submit(write)
+                self._writing = self._thread.submit(self._write, write)
         else:
             from olmo.checkpoint.sharded import save_sharded
 
             group = self._group
-            self._writing = self._thread.submit(
+            write = partial(
                 save_sharded,
                 self._folder,
                 step,
@@ -100,14 +104,42 @@ class Saver:
                 ephemeral=kind == "ephemeral",
                 **shared,
             )
+            self._writing = self._thread.submit(self._write, write)
         self.saved = folder
         return folder
 
     def finish(self) -> None:
-        """Wait for the save that is under way; raises what went wrong with it."""
+        """Wait for the save that is under way; raises what went wrong with it, or with sending."""
+        self._settle()
+        if self._unsent is not None:
+            raise self._unsent
+
+    def _settle(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            tell(f"saved {writing.result()}")
+            if (folder := writing.result()) is not None:
+                tell(f"saved {folder}")
+
+    def _write(self, write: Callable[[], Path]) -> Path:
+        """In the thread: write, then send."""
+        folder = write()
+        self._send()
+        return folder
+
+    def _send(self) -> None:
+        """Send what is whole to remote_save_folder.
+
+        What could not be sent is sent after the next save, or else is an error at the end.
+        """
+        if self._cfg.remote_save_folder is not None and self._world.first:
+            from olmo.checkpoint.remote import mirror
+
+            try:
+                mirror(self._folder, self._cfg.remote_save_folder)
+                self._unsent = None
+            except (ValueError, OSError) as error:
+                warn(f"not sent yet: {error}")
+                self._unsent = error
 
 
 def train_state(position: Position, world_size: int) -> dict[str, Any]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from olmo.checkpoint.read import Checkpoint, fetched, load, newest
+from olmo.checkpoint import layout
+from olmo.checkpoint.read import Checkpoint, look, newest
 from olmo.config import EvaluatorType, TrainConfig
 from olmo.data.memmap import build_memmap_dataset, check_tokens
 from olmo.log import count, tell, warn
 from olmo.train.parallel import World
 from olmo.train.unused import check_unused
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -90,13 +95,14 @@ def find_start(
     cfg: TrainConfig, world: World, folder: Path
 ) -> tuple[Checkpoint | None, Position, bool]:
     """What to start from, where that was, and whether it is this very run that goes on."""
-    own = world.tell_all(newest(folder) if world.first else None)
-    if cfg.try_load_latest_save and own is not None:
-        checkpoint = load(own)
+    own = _of_the_first(world, partial(_newest, cfg, folder)) if cfg.try_load_latest_save else None
+    if own is not None:
+        checkpoint = look(own)
         assert checkpoint.train is not None
         tell(f"going on from {own}")
         return checkpoint, _position(checkpoint.train, cfg), True
     if cfg.load_path is None:
+        _of_the_first(world, partial(_begin_there, cfg))
         return None, Position(epoch=cfg.epoch or 0), False
     place = Path(cfg.load_path)
     parts = {
@@ -104,12 +110,9 @@ def find_start(
         "trainer": not cfg.reset_trainer_state,
     }
     if "://" in cfg.load_path:
-        if world.first:
-            tell(f"fetching {cfg.load_path}")
-            fetched(cfg.load_path, folder / "loaded", **parts)
-        world.wait()
-        place = folder / "loaded" / cfg.load_path.rstrip("/").rsplit("/", 1)[-1]
-    checkpoint = load(place, **parts)
+        place = _of_the_first(world, partial(_fetched, cfg.load_path, folder / "loaded", parts))
+    _of_the_first(world, partial(layout.verify, place))
+    checkpoint = look(place, **parts)
     position = Position(epoch=cfg.epoch or 0)
     if checkpoint.train is not None:
         position = _position(checkpoint.train, cfg)
@@ -120,7 +123,48 @@ def find_start(
         skipped = (cfg.fast_forward_batches or 0) * cfg.global_train_batch_size
         position.global_train_examples_seen_this_epoch += skipped
     in_place = checkpoint.folder.resolve().parent == folder.resolve()
-    return checkpoint, position, in_place and checkpoint.train is not None
+    resumed = in_place and checkpoint.train is not None
+    if not resumed:
+        _of_the_first(world, partial(_begin_there, cfg))
+    return checkpoint, position, resumed
+
+
+def _newest(cfg: TrainConfig, folder: Path) -> Path | None:
+    """The run's newest checkpoint that is whole, also from its remote_save_folder."""
+    own = newest(folder)
+    if cfg.remote_save_folder is None:
+        return own
+    from olmo.checkpoint.remote import newest_of_both
+
+    return newest_of_both(own, folder, cfg.remote_save_folder)
+
+
+def _begin_there(cfg: TrainConfig) -> None:
+    if cfg.remote_save_folder is not None and not cfg.dry_run:
+        from olmo.checkpoint.remote import begin
+
+        begin(cfg.remote_save_folder, cfg.save_overwrite)
+
+
+def _fetched(url: str, into: Path, parts: dict[str, bool]) -> Path:
+    from olmo.checkpoint.remote import fetched
+
+    tell(f"fetching {url}")
+    return fetched(url, into, **parts)
+
+
+def _of_the_first(world: World, work: Callable[[], T]) -> T:
+    """What one process does for all: its result everywhere, and its error."""
+    found: Any = None
+    if world.first:
+        try:
+            found = work()
+        except (ValueError, OSError) as error:
+            found = error
+    found = world.tell_all(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _position(train: dict[str, Any], cfg: TrainConfig) -> Position:

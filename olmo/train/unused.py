@@ -35,7 +35,6 @@ HARMLESS = {
 REFUSED = {
     "use_msamp": "MS-AMP is not there yet; use precision: amp_bf16",
     "module_outputs_save_steps": "tracing of modules' outputs is not there; leave it out",
-    "remote_save_folder": "saving to a bucket is not there yet; copy the save folder",
 }
 
 

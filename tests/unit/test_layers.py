@@ -16,6 +16,7 @@ LEAVES: dict[str, set[str]] = {
     "log": set(),
     "process": set(),
     "io": set(),
+    "bucket": set(),
     "lease": set(),
     "action": set(),
     "store": {"action", "lease"},

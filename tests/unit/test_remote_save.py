@@ -1,0 +1,191 @@
+"""Checkpoints in a bucket: what goes there comes back, whole or not at all."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import s3_server
+from small_run import metrics, run, same, state
+
+from olmo.bucket import Bucket
+from olmo.checkpoint import layout, remote
+
+NAMES = ["config.yaml", "manifest.json", "model.pt", "optim.pt", "train.pt"]
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A folder of a bucket."""
+    import boto3
+
+    with s3_server() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield "s3://bucket/runs/a"
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("straight")
+    assert run(folder) == 0
+    return state(folder / "run")
+
+
+@pytest.mark.slow
+def test_a_lost_disk_loses_nothing(
+    tmp_path: Path, place: str, straight: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, stop_after=5, remote_save_folder=place) == 75
+    there = Bucket(place).sizes()
+    folders = ["step0-unsharded", "step4-unsharded", "step5-unsharded"]
+    assert sorted(there) == [f"{folder}/{name}" for folder in folders for name in NAMES]
+    assert "sent step5-unsharded to s3://" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run")
+    assert run(tmp_path, try_load_latest_save=True, remote_save_folder=place) == 0
+    assert "fetched step5-unsharded from s3://" in capsys.readouterr().out
+    resumed = state(tmp_path / "run")
+    assert same(straight["files"], resumed["files"]) and same(straight["train"], resumed["train"])
+    assert remote.whole_there(Bucket(place))[-1] == "step10-unsharded"
+    # Once more from a URL, as OLMo's users load.
+    url = {"load_path": f"{place}/step8-unsharded", "save_folder": str(tmp_path / "url")}
+    assert run(tmp_path, **url) == 0
+    assert same(straight["files"], state(tmp_path / "url")["files"])
+    with pytest.raises(ValueError, match=r"cannot load s3://.*step9-unsharded"):
+        run(tmp_path, load_path=f"{place}/step9-unsharded", save_folder=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"s3://other/runs: .*bucket"):
+        run(tmp_path, remote_save_folder="s3://other/runs", save_folder=str(tmp_path / "other"))
+    # Sharded ones.
+    changes: dict[str, Any] = {"save_interval": 3, "save_interval_unsharded": None}
+    changes |= {"save_folder": str(tmp_path / "sharded"), "remote_save_folder": place + "2"}
+    assert run(tmp_path, **changes) == 0
+    assert "step9/model_and_optim/.metadata" in Bucket(place + "2").sizes()
+    changes = {"save_folder": str(tmp_path / "again"), "load_path": f"{place}2/step9"}
+    assert run(tmp_path, **changes) == 0
+    assert same(straight["files"], state(tmp_path / "again")["files"])
+
+
+def test_what_a_kill_left_unsent_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = str(tmp_path / "there")
+    run(tmp_path)
+    sent: list[str] = []
+    put = Bucket.put
+
+    def killed(self: Bucket, path: Path, name: str) -> None:
+        if len(sent) == 4:
+            raise KeyboardInterrupt
+        sent.append(name)
+        put(self, path, name)
+
+    monkeypatch.setattr(Bucket, "put", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remote.mirror(tmp_path / "run", place)
+    assert remote.whole_there(Bucket(place)) == []
+
+    again: list[str] = []
+
+    def noting(self: Bucket, path: Path, name: str) -> None:
+        again.append(name)
+        put(self, path, name)
+
+    monkeypatch.setattr(Bucket, "put", noting)
+    remote.mirror(tmp_path / "run", place)
+    step0 = [name for name in again if name.startswith("step0")]
+    assert step0 == ["step0-unsharded/train.pt", "step0-unsharded/manifest.json"]
+    assert len(remote.whole_there(Bucket(place))) == 4
+    again.clear()
+    remote.mirror(tmp_path / "run", place)
+    assert again == []
+    # A checkpoint that was written anew is sent anew, though its files have the same sizes.
+    shutil.rmtree(tmp_path / "run")
+    run(tmp_path, seed=1)
+    remote.mirror(tmp_path / "run", place)
+    assert sum(name.endswith("model.pt") for name in again) == 4
+
+
+def test_a_broken_one_there_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "there"
+    run(tmp_path, remote_save_folder=str(there), evaluators=[])
+    shutil.rmtree(tmp_path / "run")
+    path = there / "step10-unsharded/model.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert run(tmp_path, try_load_latest_save=True, remote_save_folder=str(there)) == 0
+    assert "passing over a broken checkpoint of" in (said := capsys.readouterr()).err
+    assert "fetched step8-unsharded" in said.out
+    assert metrics(tmp_path / "run")[-1]["step"] == 10
+
+
+def test_another_run_there_is_not_written_over(tmp_path: Path) -> None:
+    there = str(tmp_path / "there")
+    run(tmp_path, remote_save_folder=there, evaluators=[])
+    other: dict[str, Any] = {"remote_save_folder": there, "save_folder": str(tmp_path / "other")}
+    with pytest.raises(ValueError, match=r"already holds a run, up to step10-unsharded; give"):
+        run(tmp_path, **other)
+    assert run(tmp_path, stop_after=5, save_overwrite=True, **other) == 75
+    # What the older run left there is not taken for the newest of this one.
+    assert remote.whole_there(Bucket(there))[-1] == "step5-unsharded"
+
+
+def test_what_cannot_be_sent_is_said_and_sent_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = str(tmp_path / "there")
+    put = Bucket.put
+
+    def refuses(self: Bucket, path: Path, name: str) -> None:
+        if name.startswith("step4-unsharded/optim"):
+            raise ValueError("the network is down")
+        put(self, path, name)
+
+    monkeypatch.setattr(Bucket, "put", refuses)
+    with pytest.raises(ValueError, match="the network is down"):
+        run(tmp_path, remote_save_folder=there)
+    assert "not sent yet: the network is down" in capsys.readouterr().err
+    # All is here, nothing is lost; the same command sends the rest.
+    assert layout.checkpoints(tmp_path / "run")[-1].name == "step10-unsharded"
+    monkeypatch.undo()
+    assert run(tmp_path, remote_save_folder=there, try_load_latest_save=True) == 0
+    whole = remote.whole_there(Bucket(there))
+    assert [layout.step_of(Path(name)) for name in whole] == [0, 4, 8, 10]
+
+
+@pytest.mark.parametrize(
+    "url, said",
+    [
+        ("r2://name/runs", "R2_ENDPOINT_URL is not set"),
+        ("gs://name/runs", "gcsfs"),
+        ("ftps://name/runs", "Protocol not known: ftps"),
+    ],
+)
+def test_a_place_that_is_not_there_is_said_before_training(
+    tmp_path: Path, url: str, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path, remote_save_folder=url)
+    assert not layout.checkpoints(tmp_path / "run")
+
+
+def test_the_manifest_comes_last(tmp_path: Path) -> None:
+    run(tmp_path, evaluators=[], max_duration=1)
+    order: list[str] = []
+
+    class Noting(Bucket):
+        def put(self, path: Path, name: str) -> None:
+            order.append(Path(name).name)
+            super().put(path, name)
+
+    patched = pytest.MonkeyPatch()
+    patched.setattr(remote, "Bucket", Noting)
+    remote.mirror(tmp_path / "run", str(tmp_path / "there"))
+    patched.undo()
+    assert order[0] == "sending.json" and order[5] == "manifest.json"
+    there = tmp_path / "there/step1-unsharded"
+    assert sorted(p.name for p in there.iterdir()) == NAMES
+    assert json.loads((there / "manifest.json").read_text())["files"].keys() == {*NAMES} - {
+        "manifest.json"
+    }
