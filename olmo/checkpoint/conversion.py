@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from olmo.checkpoint.final import write_safetensors
 from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load
+from olmo.checkpoint.remote import fetched
 from olmo.checkpoint.save import save_unsharded
+from olmo.log import tell
 
 KINDS = ("unsharded", "sharded", "safetensors")
 
 
-def convert(source: str | Path, into: str | Path, kind: str) -> Path:
-    """Read any checkpoint folder and write it as `kind`; the folder that was written.
+def convert(source: str | Path, into: str | Path, /, kind: str) -> Path:
+    """Read a checkpoint, a folder or a URL, and write it as another kind: unsharded, sharded or
+    safetensors; the folder that was written.
 
-    Sharded and unsharded ones are written as `into`/step{N} and `into`/step{N}-unsharded,
-    safetensors (model, optim, train.json, config.yaml) into `into` itself. Written sharded, it is
+    Sharded and unsharded ones are written as INTO/step{N} and INTO/step{N}-unsharded,
+    safetensors (model, optim, train.json, config.yaml) into INTO itself. Written sharded, it is
     one shard: a run that loads it spreads it as it needs.
 
     Raises ValueError for another kind, and for a checkpoint that lacks a part.
     """
     if kind not in KINDS:
-        raise ValueError(f"expected one of {', '.join(KINDS)}, found {kind!r}")
-    source, into = Path(source), Path(into)
+        raise ValueError(f"--kind: expected one of {', '.join(KINDS)}, found {kind!r}")
+    into = Path(into)
+    if "://" not in str(source):
+        return _convert(Path(source), into, kind)
+    into.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".fetched", dir=into) as place:
+        return _convert(fetched(str(source), Path(place)), into, kind)
+
+
+def _convert(source: Path, into: Path, kind: str) -> Path:
     checkpoint = load(source)
     assert checkpoint.optim is not None and checkpoint.train is not None
+    if not (source / "config.yaml").exists():
+        raise ValueError(f"{source} has no config.yaml, which a checkpoint of any kind has")
     config_yaml = (source / "config.yaml").read_text()
     if kind == "safetensors":
         into.mkdir(parents=True, exist_ok=True)
@@ -35,6 +49,7 @@ def convert(source: str | Path, into: str | Path, kind: str) -> Path:
         write_safetensors(into, checkpoint.model, checkpoint.optim[0])
         train = {**checkpoint.train, "optimizer": checkpoint.optim[1]}
         (into / "train.json").write_text(json.dumps(train, indent=1, sort_keys=True) + "\n")
+        tell(f"written: {into}")
         return into
     train = {k: v for k, v in checkpoint.train.items() if k != "optimizer"}
     parts: dict[str, Any] = {
@@ -46,10 +61,13 @@ def convert(source: str | Path, into: str | Path, kind: str) -> Path:
     step = int(train["global_step"])
     into.mkdir(parents=True, exist_ok=True)
     if kind == "unsharded":
-        return save_unsharded(into, step, **parts)
-    from olmo.checkpoint.sharded import save_sharded
+        folder = save_unsharded(into, step, **parts)
+    else:
+        from olmo.checkpoint.sharded import save_sharded
 
-    return save_sharded(into, step, **parts)
+        folder = save_sharded(into, step, **parts)
+    tell(f"written: {folder}")
+    return folder
 
 
 def _numbered(state: State, groups: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -179,7 +180,13 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> OLMo:
-    """The model of a checkpoint folder, in evaluation mode."""
+    """The model of a checkpoint, a folder or a URL, in evaluation mode."""
+    if "://" in str(folder):
+        from olmo.checkpoint.remote import fetched
+
+        with TemporaryDirectory() as place:
+            found = fetched(str(folder), Path(place), optimizer=False, trainer=False)
+            return load_model(found, device)
     from olmo.model import OLMo
 
     folder = Path(folder)

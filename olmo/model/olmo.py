@@ -6,10 +6,12 @@ S = past positions + T.
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -338,6 +340,18 @@ class OLMo(nn.Module):
     def generate(self, input_ids: Tensor, **options: Any) -> OLMoGenerateOutput:
         """Continue `input_ids` (B, T); the options are those of `olmo.model.generate.generate`."""
         return generate(self, input_ids, **options)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint_dir: str | Path, device: str = "cpu", checkpoint_type: Any = None
+    ) -> OLMo:
+        """The model of a checkpoint, in evaluation mode: a folder or a URL, with its config.yaml.
+
+        Whether it is sharded is found by looking; `checkpoint_type` is accepted as OLMo has it.
+        Raises ValueError or FileNotFoundError for what is broken or not there.
+        """
+        # Checkpoints know models, not models checkpoints: imported by who asks, when asked.
+        return importlib.import_module("olmo.checkpoint.read").load_model(checkpoint_dir, device)
 
     def _make_state_dict_compatible(
         self, state_dict: dict[str, Tensor]

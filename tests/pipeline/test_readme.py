@@ -50,7 +50,7 @@ def test_a_snakemake_command_can_be_planned(command: str, tmp_path: Path):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("uv run olmo")])
 def test_an_olmo_command_can_be_parsed(command: str):
     words = shlex.split(command)[3:]
-    verb = words[:2] if words[0] == "store" else words[:1]
+    verb = words[:2] if words[0] in ("store", "checkpoint") else words[:1]
     done = subprocess.run(
         [sys.executable, "-m", "olmo.cli", *verb, "--help"], capture_output=True, text=True
     )

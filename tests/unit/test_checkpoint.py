@@ -19,7 +19,9 @@ from small_run import metrics, run, same, state
 from olmo import checkpoint
 from olmo.checkpoint import layout
 from olmo.checkpoint.read import newest
+from olmo.cli import main
 from olmo.config import TrainConfig, identity
+from olmo.model import OLMo
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +343,31 @@ def test_by_url(finished: Path, served: str, tmp_path: Path) -> None:
     assert same(state(tmp_path / "a"), state(tmp_path / "b"))
     with pytest.raises(ValueError, match=r"cannot load http.*step9-unsharded: .*404"):
         run(tmp_path, load_path=f"{served}/step9-unsharded")
+
+
+def test_the_command_converts(
+    finished: Path, served: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between all kinds, from a path and from a URL."""
+    original = torch.load(finished / "step10-unsharded/optim.pt", weights_only=True)
+    at = f"{served}/step10-unsharded"
+    for kind in ("sharded", "safetensors", "unsharded"):
+        main(["checkpoint", "convert", at, str(tmp_path / kind), "--kind", kind])
+        at = capsys.readouterr().out.strip().removeprefix("written: ")
+    assert same(original, torch.load(Path(at) / "optim.pt", weights_only=True))
+    assert sorted(path.name for path in (tmp_path / "sharded").iterdir()) == ["latest", "step10"]
+    with pytest.raises(SystemExit, match="--kind: expected one of unsharded, sharded, safe"):
+        main(["checkpoint", "convert", at, str(tmp_path / "x"), "--kind", "gguf"])
+
+
+def test_a_model_by_olmos_own_name(finished: Path, served: str, tmp_path: Path) -> None:
+    sharded = checkpoint.convert(finished / "latest", tmp_path, "sharded")
+    ids = torch.arange(2, 18)[None]
+    places = [finished / "latest", str(sharded), f"{served}/step10-unsharded"]
+    models = [OLMo.from_checkpoint(place) for place in places]
+    logits = [model(ids).logits for model in models]
+    assert not models[0].training
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
 def test_converted_there_and_back(finished: Path, tmp_path: Path) -> None:
