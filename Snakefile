@@ -8,6 +8,7 @@
 # command makes is in the store (config: store) under its content; the paths here are links to it.
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -48,6 +49,7 @@ include: "rules/environments.smk"
 include: "rules/sources.smk"
 include: "rules/documents.smk"
 include: "rules/tokens.smk"
+include: "rules/statistics.smk"
 include: "rules/order.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"

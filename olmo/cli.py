@@ -24,6 +24,7 @@ COMMANDS = {
     # the one way, in its order
     "source-list": "olmo.data.sources:source_list",
     "sources": "olmo.data.shards:sources",
+    "given-tokens": "olmo.data.shards:given_tokens",
     "documents": "olmo.data.shards:documents",
     "tokenizer": "olmo.data.shards:tokenizer",
     "tokens": "olmo.data.shards:tokens",
@@ -32,6 +33,7 @@ COMMANDS = {
     "train": "olmo.run:train",
     "evaluate": "olmo.run:evaluate",
     # beside it
+    "checkpoint convert": "olmo.checkpoint.conversion:convert",
     "environment": "olmo.environments:environment",
     "store verify": "olmo.upkeep:verify",
     "store gc": "olmo.upkeep:gc",
@@ -66,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def usage(verb: str) -> str:
-    asked = f"no command '{verb}'\n" if verb not in ("", "-h", "--help", "store") else ""
+    rooms = ("", "-h", "--help", "store", "checkpoint")
+    asked = f"no command '{verb}'\n" if verb not in rooms else ""
     return f"{asked}usage: olmo <command> [--help]\ncommands: {', '.join(COMMANDS)}"
 
 

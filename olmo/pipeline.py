@@ -4,40 +4,45 @@ The Snakefile asks this module and nothing else for names; what is planned depen
 config/config.yaml, the recipes in config/data and, for a list of URLs, the list.
 """
 
-import glob
 import os
-import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from olmo.config import BaseConfig, TrainConfig
+from olmo.data import source_table
 from olmo.data.documents import MAX_TEXT_BYTES
+from olmo.data.source_table import Source, quoted
 from olmo.store import now
 
 
 @dataclass
 class SourcesConfig(BaseConfig):
-    """Where text comes from; exactly one of the four is given."""
+    """Where text comes from; exactly one of the first four is given."""
 
     stdlib: int | None = None  # the running Python's standard library, in so many files
     files: list[str] = field(default_factory=list)  # local gz files of Dolma's schema; globs
     table: str | None = None  # a TSV: url, bytes, sha256, licence
     url_list: str | None = None  # a URL of a text file of URLs, as Dolma publishes them
+    # Where else the files are, tried in this order: "https://a.org/x/=https://b.org/y/".
+    mirrors: list[str] = field(default_factory=list)
+    allow_missing: bool = False  # go on without the files that cannot be had
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in ("stdlib", "files", "table", "url_list") if getattr(self, name)]
+        kinds = ("stdlib", "files", "table", "url_list")
+        given = [name for name in kinds if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(
-                "sources: expected one of stdlib, files, table, url_list; found "
+                f"sources: expected one of {', '.join(kinds)}; found "
                 + (" and ".join(given) or "none")
             )
+        if wrong := [mirror for mirror in self.mirrors if mirror.count("=") != 1]:
+            raise ValueError(f"sources.mirrors: expected beginning=beginning, found {wrong[0]!r}")
 
 
 @dataclass
@@ -107,10 +112,13 @@ class Recipe(BaseConfig):
 
 @dataclass
 class Run(BaseConfig):
-    """A training run: which settings, on which data set, by how many processes."""
+    """A training run: which settings, on which data set, by how many processes.
+
+    Without a data set it is trained on the token files that its training config names.
+    """
 
     train: str
-    dataset: str
+    dataset: str | None = None
     processes: int = 1  # one a GPU; the result's identity does not hold it
 
 
@@ -123,28 +131,20 @@ class Pipeline(BaseConfig):
     shards_per_job: int = 4
 
 
-@dataclass(frozen=True)
-class Source:
-    """One file of a data set: a name that is safe in paths, where it is, what it should be."""
-
-    name: str
-    place: str
-    bytes: int | None = None
-    sha256: str | None = None
-
-
 class Plan:
     """config/config.yaml and the recipes it leads to, read when they are asked for."""
 
-    def __init__(
-        self, config: dict[str, Any], dry_run: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, config: dict[str, Any], dry_run: Callable[[], bool] = lambda: False) -> None:
         self.pipeline = Pipeline.new(**config)
+        # Data sets that are tokens already: those of runs that name no other.
+        self.given = {n: run.train for n, run in self.pipeline.runs.items() if not run.dataset}
         self.dry_run = dry_run  # known only when snakemake asks for the first input
         self._recipes: dict[str, Recipe] = {}
+        self._sources: dict[str, list[Source]] = {}
         self._trains: dict[str, TrainConfig] = {}
         self._told: set[str] = set()
         self._journals: dict[str, list[str]] = {}
+        self._drafts = tempfile.TemporaryDirectory()  # gone with this process
 
     @property
     def store(self) -> str:
@@ -154,8 +154,15 @@ class Plan:
     def run(self, name: str) -> Run:
         return self.pipeline.runs[name]
 
+    def dataset(self, run: str) -> str:
+        """The name of a run's data set; its own where its training config names the tokens."""
+        return self.run(run).dataset or run
+
     def recipe(self, dataset: str) -> Recipe:
         if dataset not in self._recipes:
+            if dataset in self.given:
+                self._recipes[dataset] = recipe_of(self.given[dataset])
+                return self._recipes[dataset]
             path = recipe_path(dataset)
             if not path.exists():
                 known = sorted(p.stem for p in Path("config/data").glob("*.yaml"))
@@ -173,13 +180,14 @@ class Plan:
         if run not in self._trains:
             path = self.run(run).train
             cfg = TrainConfig.load(path, validate_paths=False)
-            tokenizer = self.recipe(self.run(run).dataset).tokenizer
+            dataset = self.dataset(run)
+            tokenizer = self.recipe(dataset).tokenizer
             for name in ("eos_token_id", "pad_token_id"):
                 wanted, found = getattr(tokenizer, name), getattr(cfg.model, name)
                 if wanted != found:
                     raise ValueError(
                         f"{path}: model.{name} is {found}, but the tokenizer of "
-                        f"{recipe_path(self.run(run).dataset)} has {wanted}; set model.{name}: "
+                        f"{recipe_path(dataset)} has {wanted}; set model.{name}: "
                         f"{wanted}"
                     )
             self._trains[run] = cfg
@@ -194,20 +202,31 @@ class Plan:
             ValueError: a file that the recipe names is missing, two have one name, or the list
                 of URLs has not been fetched.
         """
+        if dataset not in self._sources:
+            self._sources[dataset] = self._find_sources(dataset)
+        return self._sources[dataset]
+
+    def _find_sources(self, dataset: str) -> list[Source]:
         sources = self.recipe(dataset).sources
         if sources.stdlib:
             return [
                 Source(f"stdlib-{i:02d}", f"stdlib:{i}/{sources.stdlib}")
                 for i in range(sources.stdlib)
             ]
+        if dataset in self.given:
+            return source_table.named([Source("", place) for place in sources.files])
         if sources.files:
-            return named([(place, None, None) for place in local(sources.files, dataset)])
-        table = Path(sources.table) if sources.table else table_path(dataset)
+            return source_table.local(sources.files, recipe_path(dataset))
+        table = self.table(dataset)
         if not table.exists():
             if sources.table:
                 raise ValueError(f"{recipe_path(dataset)}: no source table at {table}")
             raise ValueError(f"{dataset}: its list is to be fetched first: snakemake {table}")
-        return named(list(read_table(table)))
+        return source_table.read(table)
+
+    def table(self, dataset: str) -> Path:
+        """The table of a data set's sources: given, or made from a published list."""
+        return Path(self.recipe(dataset).sources.table or f"data/{dataset}/sources.tsv")
 
     def batches(self, dataset: str) -> list[str]:
         """Names of the batches in which a data set's files travel: "000", "001", …"""
@@ -236,8 +255,8 @@ class Plan:
             missing = sorted(self.missing(dataset))
             if self.dry_run():
                 if missing:
-                    self._draft = tempfile.NamedTemporaryFile(suffix=".damage.log")
-                    path = Path(self._draft.name)
+                    path = Path(self._drafts.name, f"{dataset}.log")
+                    path.touch()
                 self._journals[dataset] = [str(path)] if path.exists() else []
                 return self._journals[dataset]
             self._journals[dataset] = [str(path)]
@@ -265,22 +284,40 @@ class Plan:
                 missing |= gone
                 if not self.dry_run():
                     listing.unlink()
+        missing |= self.not_as_the_table_says(dataset)
         needed: list[Path] = []
-        for name, run in self.pipeline.runs.items():
+        for name in self.pipeline.runs:
             final = Path("checkpoints", name, "final")
-            if run.dataset == dataset and final.exists():
+            if self.dataset(name) == dataset and final.exists():
                 needed += [*final.iterdir(), final.parent / "global_indices.npy"]
         if needed and not self.unlisted(dataset):
             needed += [folder / "tokenizer.json", *map(Path, self.listings(dataset, "tokens"))]
         return missing | {str(file) for file in needed if not file.exists()}
 
+    def not_as_the_table_says(self, dataset: str) -> set[str]:
+        """Files that are here and of which the source table has come to say something else."""
+        table = self.recipe(dataset).sources.table
+        if not table or not Path(table).exists():
+            return set()
+        known = {source.name: source for source in self.sources(dataset)}
+        wrong = set()
+        for listing in Path("data", dataset, "sources").glob("[0-9]*.tsv"):
+            for row in listing.read_text().splitlines()[1:]:
+                name, _, _, digest, size = row.split("\t")
+                source = known.get(name)
+                if source and not source.allows(int(size), digest):
+                    wrong.add(f"{source.place} as {table} says now")
+                    if not self.dry_run():
+                        listing.unlink(missing_ok=True)
+        return wrong
+
     def unlisted(self, dataset: str) -> bool:
         """Whether a data set's files are known only after its list has been fetched."""
-        unlisted = bool(self.recipe(dataset).sources.url_list) and not table_path(dataset).exists()
+        unlisted = bool(self.recipe(dataset).sources.url_list) and not self.table(dataset).exists()
         if unlisted and dataset not in self._told:
             self._told.add(dataset)
             print(
-                f"{dataset}: its files are known after its list ({table_path(dataset)}) has been "
+                f"{dataset}: its files are known after its list ({self.table(dataset)}) has been "
                 f"fetched. Then, for each {self.pipeline.shards_per_job} of them: sources → "
                 "documents → tokens; and for the whole: tokenizer, order → train → evaluate",
                 file=sys.stderr,
@@ -293,13 +330,21 @@ class Plan:
         return [place for place in places if "://" not in place and not place.startswith("stdlib:")]
 
     def source_flags(self, dataset: str, batch: str) -> str:
-        """A batch's sources as the command takes them: name=place, and what is known of them."""
-        return shlex.join(
-            f"{source.name}={source.place}"
-            + (f"#sha256={source.sha256}" if source.sha256 else "")
-            + (f"#bytes={source.bytes}" if source.bytes else "")
-            for source in self.batch(dataset, batch)
-        )
+        """A batch's sources as the command takes them: name=place, and what is known of them.
+
+        What a table knows of their contents is not among it: the command reads the table, and
+        writes into it what it did not know.
+        """
+        sources = self.recipe(dataset).sources
+        beginnings = [mirror.split("=") for mirror in sources.mirrors]
+        words = ["--sources"]
+        for source in self.batch(dataset, batch):
+            place = source.place
+            mirrors = [b + place.removeprefix(a) for a, b in beginnings if place.startswith(a)]
+            words.append("#".join([f"{source.name}={quoted(place)}", *map(quoted, mirrors)]))
+        if sources.table or sources.url_list:
+            words += ["--table", str(self.table(dataset))]
+        return shlex.join(words + ["--allow-missing"] * sources.allow_missing)
 
     def trains_tokenizer(self, dataset: str) -> bool:
         return self.recipe(dataset).tokenizer.train_vocab_size is not None
@@ -308,9 +353,9 @@ class Plan:
         """What decides the order of a run's instances."""
         cfg = self.train_config(run)
         seed = cfg.seed if cfg.data.seed is None else cfg.data.seed
-        return shlex.join(
-            ["--sequence-length", str(cfg.model.max_sequence_length), "--seed", str(seed)]
-        )
+        length = cfg.model.max_sequence_length
+        words = ["--sequence-length", length, "--seed", seed, "--dtype", cfg.data.memmap_dtype]
+        return shlex.join(map(str, words))
 
     def flags(self, dataset: str, part: str) -> str:
         """A part of a recipe as flags of its stage's command."""
@@ -333,53 +378,26 @@ def table_path(dataset: str) -> Path:
     return Path(f"data/{dataset}/sources.tsv")
 
 
-def local(patterns: list[str], dataset: str) -> list[str]:
-    """The files that patterns name, each pattern's in sorted order."""
-    found = []
-    for pattern in patterns:
-        matches = sorted(glob.glob(pattern)) or ([pattern] if Path(pattern).exists() else [])
-        if not matches:
-            raise ValueError(
-                f"{recipe_path(dataset)}: sources.files names {pattern}, which does not exist "
-                f"(looked in {os.getcwd()}); put the file there or take the line out"
-            )
-        found += matches
-    return found
+def recipe_of(train: str) -> Recipe:
+    """The recipe that a training config implies: its token files, its tokenizer.
 
-
-def read_table(path: Path) -> Iterator[tuple[str, int | None, str | None]]:
-    """(url, bytes, sha256) of each line of a source table; what is not known yet is empty."""
-    lines = path.read_text().splitlines()
-    header = lines[0].split("\t") if lines else []
-    if header[:3] != ["url", "bytes", "sha256"]:
-        raise ValueError(
-            f"{path}: expected the columns url, bytes, sha256, licence; found {header}"
-        )
-    for line in lines[1:]:
-        url, size, digest = [*line.split("\t"), "", ""][:3]
-        yield url, int(size) if size else None, digest or None
-
-
-def named(files: list[tuple[str, int | None, str | None]]) -> list[Source]:
-    """Give each file a name that is safe in paths and unlike the others'.
-
-    The last part of its place, without the ending; where two are alike, with the folder.
+    OLMo's configs name a tokenizer by a file of OLMo's own repository,
+    tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json; on the hub that is
+    allenai/gpt-neox-olmo-dolma-v1_5.
     """
-    paths = [urlparse(place).path if "://" in place else place for place, *_ in files]
-    parts = [[part for part in path.split("/") if part] for path in paths]
-    for depth in (1, 2, 3):
-        names = [safe("-".join(part[-depth:])) for part in parts]
-        if len(set(names)) == len(names):
-            return [
-                Source(name, place, size, digest)
-                for name, (place, size, digest) in zip(names, files, strict=True)
-            ]
-    twice = next(name for name in names if names.count(name) > 1)
-    places = [p for (p, _, _), name in zip(files, names, strict=True) if name == twice]
-    raise ValueError(f"two sources would have the name {twice}: {places[0]} and {places[1]}")
-
-
-def safe(name: str) -> str:
-    """A name without endings, spaces, leading dashes or anything else that a shell minds."""
-    stem = re.sub(r"(\.(json|jsonl))?\.gz$|\.jsonl?$", "", name)
-    return re.sub(r"[^A-Za-z0-9._-]", "_", stem).lstrip("-.") or "_"
+    cfg = TrainConfig.load(train, validate_paths=False)
+    name = cfg.tokenizer.identifier
+    hub = Path(name).stem.replace("_", "/", 1) if name.endswith(".json") else name
+    tokenizer = TokenizerConfig(
+        file=name if Path(name).exists() else None,
+        hub=None if Path(name).exists() else hub,
+        eos_token_id=cfg.model.eos_token_id,
+        pad_token_id=cfg.model.pad_token_id,
+    )
+    labelled = cfg.data.datasets or {}
+    files = list(cfg.data.paths or [path for k in sorted(labelled) for path in labelled[k]])
+    if not files:
+        raise ValueError(f"{train}: expected data.paths, or `dataset` in config/config.yaml")
+    if cfg.data.label_mask_paths:
+        raise ValueError(f"{train}: data.label_mask_paths are for `python -m olmo.train` alone")
+    return Recipe(sources=SourcesConfig(files=files), tokenizer=tokenizer)

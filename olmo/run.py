@@ -29,7 +29,12 @@ def train(
     cfg = TrainConfig.load(config, validate_paths=False)
     model = cfg.model
     check_tokenizer(
-        tokenizer, model.eos_token_id, model.pad_token_id, model.vocab_size, model.embedding_size
+        tokenizer,
+        model.eos_token_id,
+        model.pad_token_id,
+        model.vocab_size,
+        model.embedding_size,
+        cfg.data.memmap_dtype,
     )
     training(
         tokens=[entry.object for entry in read(tokens, "tokens")],
@@ -91,7 +96,8 @@ def filled_in(
     data = cfg.data.update_with(paths=paths, datasets=None, order_path=os.path.realpath(order))
     evaluators = list(cfg.evaluators)
     if heldout:
-        held = DataConfig(paths=[str(path) for path in heldout], drop_last=False)
+        paths = [str(path) for path in heldout]
+        held = DataConfig(paths=paths, memmap_dtype=cfg.data.memmap_dtype, drop_last=False)
         evaluators.append(EvaluatorConfig(label=HELDOUT, data=held))
     return cfg.update_with(
         data=data,

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from olmo.pipeline import Plan
+from olmo.pipeline import Plan, recipe_path
 
 STARTED = time.time()
 _lock: list[IO[str]] = []  # held for as long as this process lives
@@ -58,6 +58,6 @@ def next_steps(plan: Plan) -> str:
             f"  How it was made:           olmo store trace {final}\n"
             f"  Evaluate it:               snakemake --cores 2 eval/{run}/heldout.json\n"
             f"  Change one thing:          edit {plan.run(run).train} or "
-            f"config/data/{plan.run(run).dataset}.yaml, and run the same again"
+            f"{recipe_path(plan.dataset(run))}, and run the same again"
         )
     return "\n".join(lines)

@@ -4,7 +4,7 @@
 rule evaluate:
     input:
         final="checkpoints/{run}/final",
-        tokens=lambda w: listings(plan.run(w.run).dataset, "tokens"),
+        tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
     output:
         "eval/{run}/heldout.json",
     log:

@@ -3,8 +3,8 @@
 
 rule order:
     input:
-        lambda w: plan.journal(plan.run(w.run).dataset),
-        tokens=lambda w: listings(plan.run(w.run).dataset, "tokens"),
+        lambda w: plan.journal(plan.dataset(w.run)),
+        tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
     output:
         "checkpoints/{run}/global_indices.npy",
     log:

@@ -24,7 +24,7 @@ rule sources:
     params:
         sources=lambda w: plan.source_flags(w.dataset, w.batch),
     shell:
-        "olmo sources --listing {output:q} --sources {params.sources} --log {log:q}"
+        "olmo sources --listing {output:q} {params.sources} --log {log:q}"
 
 
 def listings(dataset, stage):

@@ -1,4 +1,25 @@
-# Tokens: the tokenizer, and `dolma tokens` held still, counted and checked.
+# Tokens: the tokenizer, and `dolma tokens` held still, counted and checked. A run without a data
+# set takes those that its training config names.
+
+
+ruleorder: given_tokens > tokens
+
+
+rule given_tokens:
+    input:
+        lambda w: plan.journal(w.dataset),
+        lambda w: plan.local_files(w.dataset, w.batch),
+    output:
+        "data/{dataset}/tokens/{batch}.tsv",
+    log:
+        "logs/tokens/{dataset}/{batch}.log",
+    wildcard_constraints:
+        dataset="|".join(map(re.escape, plan.given)) or "(?!)",  # else none
+    params:
+        sources=lambda w: plan.source_flags(w.dataset, w.batch),
+        dtype=lambda w: plan.train_config(w.dataset).data.memmap_dtype,
+    shell:
+        "olmo given-tokens --listing {output:q} {params.sources} --dtype {params.dtype} --log {log:q}"
 
 
 rule tokenizer:

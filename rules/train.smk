@@ -3,10 +3,10 @@
 
 rule train:
     input:
-        lambda w: plan.journal(plan.run(w.run).dataset),
-        tokens=lambda w: listings(plan.run(w.run).dataset, "tokens"),
+        lambda w: plan.journal(plan.dataset(w.run)),
+        tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
         order="checkpoints/{run}/global_indices.npy",
-        tokenizer=lambda w: f"data/{plan.run(w.run).dataset}/tokenizer.json",
+        tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",
         config=lambda w: plan.run(w.run).train,
     output:
         directory("checkpoints/{run}/final"),

@@ -5,10 +5,11 @@ name, its path below data/<dataset> and what it is. The next stage reads the lis
 bytes from the store by their digests, so that a path is for people and for other programs.
 """
 
+import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -17,23 +18,25 @@ from pathlib import Path
 from typing import Any
 
 from olmo import log
+from olmo.data import source_table
 from olmo.data.documents import HELDOUT, MAX_TEXT_BYTES, TRAIN
 from olmo.data.documents import documents as documents_stage
 from olmo.data.dolma import Dolma, toolkit
 from olmo.data.fast import Fast
 from olmo.data.order import global_indices
 from olmo.data.order import write as write_order
-from olmo.data.sources import Arrivals, download, local_source
+from olmo.data.sources import Arrivals, download, download_tokens, local_source, local_tokens
 from olmo.data.statistics import statistics as statistics_stage
 from olmo.data.stdlib import library_digest, stdlib
 from olmo.data.tokenizer import given_tokenizer, local_tokenizer, trained_tokenizer
 from olmo.data.tokens import AS_SPECIAL
 from olmo.data.tokens import tokens as tokens_stage
 from olmo.environments import interpreter
+from olmo.io import Progress, unseen
+from olmo.lease import lease
 from olmo.stage import Facts, Output, Stage, here, stage
 from olmo.store import Record
 
-TOKEN_BYTES = 2  # uint16, as OLMo reads token files
 HEADER = ("shard", "output", "path", "sha256", "bytes")
 
 
@@ -88,69 +91,135 @@ def run(
     ]
 
 
-def sources(
-    listing: Path, sources: list[str], parallel: int = 4, allow_missing: bool = False
-) -> None:
-    """Get a batch of sources, each given as name=place, place#sha256=… where that is known.
+@dataclass(frozen=True)
+class Asked:
+    """A file that a batch asks for: its name, its place and the places to try if that fails."""
 
-    So many at once come over the net; the others come although one fails. What failed is told at
-    the end, and fails the batch unless missing files are allowed: then they are left out.
+    name: str
+    place: str
+    mirrors: tuple[str, ...] = ()
+    bytes: int | None = None
+    sha256: str | None = None
+
+    @property
+    def remote(self) -> bool:
+        return "://" in self.place
+
+
+def asked(words: list[str], table: Path | None = None) -> list[Asked]:
+    """Files given as name=place or name=place#mirror#mirror, and what a table knows of them."""
+    known = {source.place: source for source in source_table.read(table)} if table else {}
+    found = []
+    for word in words:
+        name, _, places = word.partition("=")
+        place, *mirrors = map(source_table.unquoted, places.split("#"))
+        row = known.get(place)
+        size, digest = (row.bytes, row.sha256) if row else (None, None)
+        found.append(Asked(name, place, tuple(mirrors), size, digest))
+    return found
+
+
+def arrivals(
+    files: list[Asked],
+    get: Callable[[Asked, Progress], list[Entry]],
+    parallel: int,
+    allow_missing: bool,
+) -> list[Entry]:
+    """The entries of every file; those that come over the net `parallel` at once.
+
+    The others come although one fails. What failed is told at the end, and is an error unless
+    missing files are allowed: then they are left out.
     """
-    given = [split_place(source) for source in sources]
-    remote = [known for _, place, known in given if "://" in place]
-    sizes = [int(known["bytes"]) for known in remote if "bytes" in known]
-    arrivals = Arrivals(len(remote), sum(sizes) if len(sizes) == len(remote) else None)
+    remote = [file for file in files if file.remote]
+    sizes = [file.bytes for file in remote if file.bytes is not None]
+    told = Arrivals(len(remote), sum(sizes) if len(sizes) == len(remote) else None)
 
-    def fetch(name: str, place: str, known: dict[str, str]) -> list[Entry]:
+    def fetch(file: Asked) -> list[Entry]:
         try:
-            return run(
-                listing,
-                name,
-                download,
-                {"source": f"sources/{name}.json.gz"},
-                url=place,
-                bytes=int(known["bytes"]) if "bytes" in known else None,
-                sha256=known.get("sha256"),
-                mirrors=tuple(known["mirrors"].split(",")) if "mirrors" in known else (),
-                progress=arrivals.add,
-            )
+            return get(file, told.add)
         finally:
-            arrivals.finish()
-
-    def get(name: str, place: str, known: dict[str, str]) -> list[Entry]:
-        if place.startswith("stdlib:"):
-            number, _, shards = place.removeprefix("stdlib:").partition("/")
-            return [standard_library(listing, name, int(number), int(shards))]
-        return run(
-            listing,
-            name,
-            local_source,
-            {"source": f"sources/{name}.json.gz"},
-            file=Path(place),
-            sha256=known.get("sha256"),
-        )
+            told.finish()
 
     entries: list[Entry] = []
     failures: list[str] = []
     with ThreadPoolExecutor(parallel) as pool:
-        coming = {one[0]: pool.submit(fetch, *one) for one in given if "://" in one[1]}
-        for name, place, known in given:
+        coming = {file: pool.submit(fetch, file) for file in remote}
+        for file in files:
             try:
-                entries += coming[name].result() if name in coming else get(name, place, known)
+                entries += coming[file].result() if file in coming else get(file, unseen)
             except ValueError as error:
                 failures.append(str(error))
     if failures and not allow_missing:
-        raise ValueError(f"{len(failures)} of {len(given)} sources:\n  " + "\n  ".join(failures))
+        raise ValueError(f"{len(failures)} of {len(files)} sources:\n  " + "\n  ".join(failures))
     for failure in failures:
         log.warn(f"left out: {failure}")
+    return entries
+
+
+def sources(
+    listing: Path,
+    sources: list[str],
+    table: Path | None = None,
+    parallel: int = 4,
+    allow_missing: bool = False,
+) -> None:
+    """Get a batch of sources, each given as name=place, or name=place#mirror#mirror.
+
+    So many at once come over the net; the others come although one fails. What failed is told at
+    the end, and fails the batch unless missing files are allowed: then they are left out. What
+    the table knows of a file must agree with it; what it does not know is written into it.
+    """
+
+    def get(file: Asked, progress: Progress) -> list[Entry]:
+        names = {"source": f"sources/{file.name}.json.gz"}
+        if file.place.startswith("stdlib:"):
+            number, _, shards = file.place.removeprefix("stdlib:").partition("/")
+            return [standard_library(listing, file.name, int(number), int(shards))]
+        if not file.remote:
+            place = Path(file.place)
+            return run(listing, file.name, local_source, names, file=place, sha256=file.sha256)
+        known = {"bytes": file.bytes, "sha256": file.sha256, "mirrors": file.mirrors}
+        return run(listing, file.name, download, names, url=file.place, progress=progress, **known)
+
+    files = asked(sources, table)
+    entries = arrivals(files, get, parallel, allow_missing)
+    if table is not None:
+        places = {file.name: file.place for file in files}
+        found = {places[entry.shard]: (entry.bytes, entry.sha256) for entry in entries}
+        with lease(here().root / "leases", table_lease(table)):
+            source_table.complete(table, found)
     write(listing, entries)
 
 
-def split_place(source: str) -> tuple[str, str, dict[str, str]]:
-    """name=place#bytes=…#sha256=…#mirrors=…,… in its parts."""
-    name, _, place = source.partition("=")
-    place, *known = place.split("#")
-    return name, place, dict(word.split("=", 1) for word in known)
+def table_lease(table: Path) -> str:
+    return f"table-{hashlib.sha256(os.path.abspath(table).encode()).hexdigest()[:32]}"
+
+
+def given_tokens(
+    listing: Path,
+    sources: list[str],
+    dtype: str = "uint16",
+    parallel: int = 4,
+    allow_missing: bool = False,
+) -> None:
+    """Get a batch of token files that somebody else made; otherwise as `olmo sources`."""
+
+    def get(file: Asked, progress: Progress) -> list[Entry]:
+        names = {"tokens": f"tokens/{file.name}.npy"}
+        if not file.remote:
+            return run(listing, file.name, local_tokens, names, file=Path(file.place), dtype=dtype)
+        return run(
+            listing,
+            file.name,
+            download_tokens,
+            names,
+            url=file.place,
+            mirrors=file.mirrors,
+            dtype=dtype,
+            progress=progress,
+        )
+
+    write(listing, arrivals(asked(sources), get, parallel, allow_missing))
 
 
 def standard_library(listing: Path, name: str, number: int, shards: int) -> Entry:
@@ -299,10 +368,13 @@ def statistics(documents: list[Path], tokens: list[Path], summary: Path, text: P
     log.tell(text.read_text(encoding="utf-8").rstrip())
 
 
-def order(tokens: list[Path], order: Path, sequence_length: int, seed: int) -> None:
+def order(
+    tokens: list[Path], order: Path, sequence_length: int, seed: int, dtype: str = "uint16"
+) -> None:
     """The order in which a run sees its instances: a shuffle that depends on their number."""
+    token_bytes = int(dtype.removeprefix("uint")) // 8
     sizes = [entry.bytes for entry in read(tokens, "tokens")]
-    instances = sum(size // (TOKEN_BYTES * sequence_length) for size in sizes)
+    instances = sum(size // (token_bytes * sequence_length) for size in sizes)
     if instances == 0:
         raise ValueError(
             f"expected at least one instance of {sequence_length} tokens, found {sum(sizes)} "

@@ -11,10 +11,9 @@ from typing import Any
 
 from olmo import io, log
 from olmo.data import gz
+from olmo.data.source_table import COLUMNS
 from olmo.stage import Facts, Free, Input, Output, Work, here, stage
 from olmo.store import sha256 as digest_of
-
-COLUMNS = ("url", "bytes", "sha256", "licence")
 
 
 @stage(version=1)
@@ -181,6 +180,13 @@ def local_source(file: Input, source: Output, sha256: str | None = None) -> Fact
     """Take a gz file of this machine, checked as a download is."""
     shutil.copyfile(file, source)
     return {"text_bytes": check(source, str(file), None, sha256)}
+
+
+@stage(version=1)
+def local_tokens(file: Input, tokens: Output, dtype: str = "uint16") -> Facts:
+    """Take a file of tokens of this machine, checked as a download is."""
+    shutil.copyfile(file, tokens)
+    return {"dtype": dtype, "tokens": check_raw(tokens, str(file), dtype)}
 
 
 def check(source: Path, name: str, bytes: int | None, sha256: str | None) -> int:

@@ -163,8 +163,10 @@ def disagreements(
     pad_token_id: int,
     vocab_size: int,
     embedding_size: int | None = None,
+    dtype: str = "uint16",
 ) -> list[str]:
-    """Where a tokenizer and a training config's `model` section do not fit, a sentence each."""
+    """Where a tokenizer and a training config do not fit, a sentence each."""
+    import numpy as np
     from tokenizers import Tokenizer
 
     model = Tokenizer.from_file(str(tokenizer))
@@ -178,6 +180,10 @@ def disagreements(
         found.append(
             f"model.embedding_size: expected more than the tokenizer's largest id, {largest:,}; "
             f"found {rows:,}"
+        )
+    if largest > np.iinfo(dtype).max:
+        found.append(
+            f"data.memmap_dtype: expected uint32, in which ids to {largest:,} fit; found {dtype}"
         )
     expected = {"eos": END_OF_TEXT, "pad": PADDING}
     for kind, id in (("eos", eos_token_id), ("pad", pad_token_id)):
@@ -199,9 +205,10 @@ def check_tokenizer(
     pad_token_id: int,
     vocab_size: int,
     embedding_size: int | None = None,
+    dtype: str = "uint16",
 ) -> None:
     """Raises ValueError where the tokenizer and a training config do not fit: before training."""
-    found = disagreements(tokenizer, eos_token_id, pad_token_id, vocab_size, embedding_size)
+    found = disagreements(tokenizer, eos_token_id, pad_token_id, vocab_size, embedding_size, dtype)
     if found:
         raise ValueError(
             f"the tokenizer {tokenizer} and the training config do not fit:\n  "

@@ -28,7 +28,8 @@ def perplexity(checkpoint: Path, heldout: list[Path]) -> dict[str, Any]:
         torch.set_num_threads(cfg.intra_op_threads)
     world = join_world()
     model = load_model(checkpoint, world.device)
-    data = DataConfig(paths=[str(path) for path in heldout], drop_last=False)
+    paths, dtype = [str(path) for path in heldout], cfg.data.memmap_dtype
+    data = DataConfig(paths=paths, memmap_dtype=dtype, drop_last=False)
     evaluator = EvaluatorConfig(LABEL, data=data, subset_num_batches=-1)
     heldout_set = HeldOut(cfg, evaluator, world)
     if len(heldout_set.dataset) == 0:

@@ -154,6 +154,13 @@ def test_evaluation_agrees_with_the_run(finished: Project):
     assert found["CrossEntropyLoss"] == pytest.approx(last, abs=1e-6)
 
 
+def test_statistics_count_what_there_is(finished: Project):
+    made = finished.run("data/small/statistics.txt").ran
+    assert made["statistics"] == 1
+    text = (finished.root / "data/small/statistics.txt").read_text()
+    assert "part-0" in text and "documents" in text
+
+
 def test_the_way_back_reaches_the_sources(finished: Project):
     lines = finished.olmo("store", "trace", "checkpoints/small/final").output.splitlines()
     stages = [line.split()[0] for line in lines]

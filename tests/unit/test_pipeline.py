@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olmo.pipeline import Plan, named, safe
+from olmo.data.shards import asked
+from olmo.data.source_table import Source, complete, named, read, safe
+from olmo.pipeline import Plan
 
 RECIPE = {
     "sources": {"files": ["in/*.json.gz"]},
@@ -44,15 +46,80 @@ def test_flags_quote_what_a_shell_minds():
     assert "--allow no-id no-text" in plan().flags("mine", "documents")
     Path("in/a b; $(touch x).json.gz").touch()
     words = shlex.split(plan(sources={"files": ["in/a*"]}).source_flags("mine", "000"))
-    assert words == ["a_b____touch_x_=in/a b; $(touch x).json.gz"]
+    assert words == ["--sources", "a_b____touch_x_=in/a b; $(touch x).json.gz"]
+
+
+def test_a_place_and_its_mirrors_are_parted_again():
+    Path("in/a#1 100%.json.gz").touch()
+    mirrors = ["in/a=https://b/#", "elsewhere/=x"]
+    sources = {"files": ["in/a*"], "mirrors": mirrors, "allow_missing": True}
+    words = shlex.split(plan(sources=sources).source_flags("mine", "000"))
+    assert words[0] == "--sources" and words[2:] == ["--allow-missing"]
+    [file] = asked(words[1:2])
+    assert file.place == "in/a#1 100%.json.gz" and file.mirrors == ("https://b/##1 100%.json.gz",)
+    with pytest.raises(ValueError, match="expected beginning=beginning, found 'x'"):
+        plan(sources={"files": ["in/a*"], "mirrors": ["x"]}).recipe("mine")
 
 
 def test_names_are_safe_and_unlike():
     assert safe("-rf.json.gz") == "rf" and safe("a b\n.jsonl.gz") == "a_b_"
-    both = named([("x/part-0.gz", None, None), ("y/part-0.gz", None, None)])
-    assert [source.name for source in both] == ["x-part-0", "y-part-0"]
-    with pytest.raises(ValueError, match="two sources would have the name"):
-        named([("part.gz", None, None), ("part.gz", None, None)])
+    assert safe("part-0-00000.npy") == "part-0-00000"
+
+    def names(*places: str) -> list[str]:
+        return [source.name for source in named([Source("", place) for place in places])]
+
+    assert names("x/part-0.gz", "y/part-0.gz") == ["x-part-0", "y-part-0"]
+    assert names("x/part-0.gz", "x/part-0.gz") == ["part-0", "part-0"]  # to be seen twice
+    with pytest.raises(ValueError, match=r"the name x-a_b: x/a b.gz and x/a_b.gz"):
+        names("x/a b.gz", "x/a_b.gz")
+
+
+TABLE = "url\tbytes\tsha256\tlicence\nhttps://x/a.json.gz\t12\t\todc-by\n"
+
+
+def test_a_table_is_completed_by_what_arrived(tmp_path: Path):
+    path = tmp_path / "table.tsv"
+    path.write_text(TABLE + f"https://x/b.json.gz\t\t{'b' * 64}\t\n")
+    complete(path, {"https://x/a.json.gz": (12, "a" * 64), "https://x/b.json.gz": (9, "c" * 64)})
+    a, b = read(path)
+    assert (a.bytes, a.sha256, a.licence) == (12, "a" * 64, "odc-by")
+    assert (b.bytes, b.sha256) == (9, "b" * 64), "what was known stays"
+    for wrong in ("https://x/a\t12\tabc\n", "https://x/a\tmany\n", "\t12\n", "u\t1\t\t\tmore\n"):
+        path.write_text(TABLE + wrong)
+        with pytest.raises(ValueError, match="line 3: expected url, bytes"):
+            read(path)
+
+
+def test_a_table_that_says_something_else_now_is_damage():
+    Path("table.tsv").write_text(TABLE)
+    listing = Path("data/mine/sources/000.tsv")
+    listing.parent.mkdir(parents=True)
+    row = f"a\tsource\tsources/a.json.gz\t{'a' * 64}\t12\n"
+    listing.write_text("shard\toutput\tpath\tsha256\tbytes\n" + row)
+    (listing.parent / "a.json.gz").touch()
+    given = {"table": "table.tsv"}
+    assert plan(sources=given).missing("mine") == set()
+    complete(Path("table.tsv"), {"https://x/a.json.gz": (12, "a" * 64)})
+    assert plan(sources=given).missing("mine") == set()
+    Path("table.tsv").write_text(Path("table.tsv").read_text().replace("a" * 64, "b" * 64))
+    assert plan(sources=given).missing("mine") == {"https://x/a.json.gz as table.tsv says now"}
+    assert not listing.exists()
+
+
+def test_a_run_without_a_data_set_takes_the_tokens_that_its_config_names():
+    model = {"vocab_size": 512, "eos_token_id": 7, "pad_token_id": 1}
+    data = {"datasets": {"b": ["https://x/b/part-0.npy"], "a": ["https://x/a/part-0.npy"]}}
+    config = {
+        "model": model,
+        "data": data,
+        "tokenizer": {"identifier": "tokenizers/lab_name_x.json"},
+    }
+    Path("t.yaml").write_text(yaml.safe_dump(config))
+    given = Plan({"runs": {"r": {"train": "t.yaml"}}})
+    assert given.dataset("r") == "r"
+    assert [source.name for source in given.sources("r")] == ["a-part-0", "b-part-0"]
+    tokenizer = given.recipe("r").tokenizer
+    assert (tokenizer.hub, tokenizer.eos_token_id) == ("lab/name_x", 7)
 
 
 def test_exactly_one_kind_of_source():
@@ -73,10 +140,10 @@ def test_a_list_that_is_not_at_hand_says_what_follows(capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert said.count("known after its list") == 1 and "sources → documents → tokens" in said
     Path("data/mine").mkdir(parents=True)
-    table = "url\tbytes\tsha256\tlicence\nhttps://x/a.json.gz\t12\t\todc-by\n"
-    Path("data/mine/sources.tsv").write_text(table)
+    Path("data/mine/sources.tsv").write_text(TABLE)
     assert not lists.unlisted("mine")
-    assert lists.source_flags("mine", "000") == "'a=https://x/a.json.gz#bytes=12'"
+    words = "--sources a=https://x/a.json.gz --table data/mine/sources.tsv"
+    assert lists.source_flags("mine", "000") == words
 
 
 def test_what_is_missing_is_written_down_once_a_plan():

@@ -1,0 +1,124 @@
+"""Which files a data set is made from: local ones, or a table of them.
+
+A table is tab-separated: url, bytes, sha256, licence. What is not known yet is empty; the first
+download of a file tells it (trust on first use), and later ones must agree.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import urlparse
+
+COLUMNS = ("url", "bytes", "sha256", "licence")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of a data set: a name that is safe in paths, where it is, what it should be."""
+
+    name: str
+    place: str
+    bytes: int | None = None
+    sha256: str | None = None
+    licence: str = ""
+
+    def allows(self, size: int, sha256: str) -> bool:
+        """Whether a file of so many bytes and this sha256 is what is known of it."""
+        return self.bytes in (None, size) and self.sha256 in (None, sha256)
+
+
+def read(path: Path) -> list[Source]:
+    """The files of a table, in order, each named by its url.
+
+    Raises:
+        ValueError: other columns; a number of bytes that is none; a sha256 that is none.
+    """
+    header, *rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    if tuple(header) not in (COLUMNS, COLUMNS[:3]):
+        raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}; found {header}")
+    found = []
+    for number, row in enumerate(rows, 2):
+        url, size, digest, licence, *rest = [*row, "", "", ""][: max(4, len(row))]
+        well = url and (not size or size.isdecimal()) and not rest
+        if not well or not re.fullmatch("([0-9a-f]{64})?", digest):
+            raise ValueError(
+                f"{path}, line {number}: expected url, bytes, sha256 (64 hexadecimal digits) and "
+                f"licence between tabs; found {row}"
+            )
+        known = int(size) if size else None
+        found.append(Source("", url, known, digest or None, licence))
+    return named(found)
+
+
+def complete(path: Path, arrived: dict[str, tuple[int, str]]) -> None:
+    """Write (bytes, sha256) of files that have arrived into a table, where it did not know them."""
+    rows = [COLUMNS]
+    for source in read(path):
+        size, digest = arrived.get(source.place, (source.bytes, source.sha256))
+        size, digest = source.bytes or size, source.sha256 or digest
+        rows.append((source.place, str(size or ""), digest or "", source.licence))
+    text = "".join("\t".join(row) + "\n" for row in rows)
+    if text != path.read_text(encoding="utf-8"):
+        draft = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+
+
+def local(patterns: Iterable[str], whose: Path) -> list[Source]:
+    """The files of this machine that patterns name, each pattern's in sorted order.
+
+    `whose` is the recipe that names them.
+    """
+    found = []
+    for pattern in patterns:
+        matches = sorted(glob.glob(pattern)) or ([pattern] if Path(pattern).exists() else [])
+        if not matches:
+            raise ValueError(
+                f"{whose}: sources.files names {pattern}, which does not exist (looked in "
+                f"{os.getcwd()}); put the file there or take the line out"
+            )
+        found += [Source("", place) for place in matches]
+    return named(found)
+
+
+def named(sources: list[Source]) -> list[Source]:
+    """Give each file a name that is safe in paths and unlike the others'.
+
+    The last part of its place, without the ending; where two are alike, with the folders before
+    it. A place that is named twice, to be seen twice, has one name.
+    """
+    places = [urlparse(s.place).path if "://" in s.place else s.place for s in sources]
+    parts = [[part for part in place.split("/") if part] for place in places]
+    different = len({source.place for source in sources})
+    for depth in range(1, 7):
+        names = [safe("-".join(part[-depth:])) for part in parts]
+        if len(set(names)) == different:
+            return [replace(s, name=name) for s, name in zip(sources, names, strict=True)]
+    first: dict[str, str] = {}
+    for name, source in zip(names, sources, strict=True):
+        if first.setdefault(name, source.place) != source.place:
+            raise ValueError(
+                f"two sources would have the name {name}: {first[name]} and {source.place}"
+            )
+    raise AssertionError("as many names as places, though not at once")
+
+
+def safe(name: str) -> str:
+    """A name without endings, spaces, leading dashes or anything else that a shell minds."""
+    stem = re.sub(r"(\.(json|jsonl))?\.gz$|\.jsonl?$|\.npy$", "", name)
+    return re.sub(r"[^A-Za-z0-9._-]", "_", stem).lstrip("-.") or "_"
+
+
+def quoted(place: str) -> str:
+    """A place in which no # stands, so that one can part it from another."""
+    return place.replace("%", "%25").replace("#", "%23")
+
+
+def unquoted(place: str) -> str:
+    return place.replace("%23", "#").replace("%25", "%")

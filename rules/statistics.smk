@@ -1,0 +1,16 @@
+# Statistics: what a data set holds, by source and shard, for programs and for people.
+
+
+rule statistics:
+    input:
+        lambda w: plan.journal(w.dataset),
+        documents=lambda w: listings(w.dataset, "documents"),
+        tokens=lambda w: listings(w.dataset, "tokens"),
+    output:
+        summary="data/{dataset}/statistics.parquet",
+        text="data/{dataset}/statistics.txt",
+    log:
+        "logs/statistics/{dataset}.log",
+    shell:
+        "olmo statistics --documents {input.documents:q} --tokens {input.tokens:q}"
+        " --summary {output.summary:q} --text {output.text:q} --log {log:q}"

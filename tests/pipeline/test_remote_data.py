@@ -1,0 +1,56 @@
+"""Data that comes over the net: a table that learns what arrived, and tokens that are given."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from project import TRAIN, Project
+from servers import web_server
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_table_learns_and_given_tokens_train_the_same_model(tmp_path: Path, tokenizer: Path):
+    project = Project(tmp_path / "project")
+    project.use_given_tokenizer(tokenizer)
+    (project.root / "sources").rename(tmp_path / "elsewhere")
+    table = project.root / "table.tsv"
+    with web_server(tmp_path) as web:
+        rows = [f"{web}/gone/part-{n}.json.gz" for n in range(3)]
+        table.write_text("\n".join(["url\tbytes\tsha256\tlicence", *rows, ""]))
+        project.change(
+            "config/data/small.yaml",
+            sources={"table": "table.tsv", "mirrors": [f"{web}/gone/={web}/elsewhere/"]},
+        )
+        assert project.run().ran["download"] == 3
+        known = [row.split("\t") for row in table.read_text().splitlines()[1:]]
+        for url, size, digest, _ in known:
+            file = tmp_path / "elsewhere" / url.rpartition("/")[2]
+            assert int(size) == file.stat().st_size and len(digest) == 64
+        assert "Nothing to be done" in project.run().output
+
+        # What the table says later is held against the file that is here.
+        text = table.read_text()
+        table.write_text(text.replace(known[1][2], "0" * 64))
+        refused = project.run(ok=False)
+        assert refused.status and "by the source table, found" in refused.output
+        table.write_text(text)
+
+        # A training config that names token files by URL, as OLMo's do, is a run as it is.
+        shards = sorted((project.root / "data/small/tokens").glob("*.npy"))
+        urls = [f"{web}/project/{shard.relative_to(project.root)}" for shard in shards]
+        named = TRAIN | {"tokenizer": {"identifier": "tokenizer.json"}, "data": {"paths": urls}}
+        project.write("config/train/given.yaml", named)
+        config = yaml.safe_load((project.root / "config/config.yaml").read_text())
+        config["runs"]["given"] = {"train": "config/train/given.yaml"}
+        project.write("config/config.yaml", config)
+        given = project.run("checkpoints/given/final")
+        assert given.ran["download_tokens"] == 3 and not given.ran["documents"]
+        assert "Nothing to be done" in project.run("checkpoints/given/final").output
+
+    def made(run: str) -> dict:
+        record = json.loads((project.root / "checkpoints" / run / "final/record.json").read_text())
+        return record["action"]["inputs"]
+
+    assert made("given") == made("small"), "the same tokens in the same order"
