@@ -48,8 +48,10 @@ class Tokens:
         self._mapped: np.ndarray | None = None
         self._url = str(path)
         if not is_url(path):
-            # A plain array over the mapped bytes; np.memmap's own class is slow to slice.
-            self._mapped = np.asarray(np.memmap(path, mode="r", dtype=self._dtype))
+            # A plain array over the mapped bytes; np.memmap's own class is slow to slice. A half
+            # token at the end belongs to no instance.
+            length = Path(path).stat().st_size // self._dtype.itemsize
+            self._mapped = np.asarray(np.memmap(path, self._dtype, mode="r", shape=(length,)))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """(stop - start,), fewer at the file's end."""
