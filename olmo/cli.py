@@ -30,6 +30,7 @@ COMMANDS = {
     "tokens": "olmo.data.shards:tokens",
     "statistics": "olmo.data.shards:statistics",
     "order": "olmo.data.shards:order",
+    "positions": "olmo.data.shards:positions",
     "train": "olmo.run:train",
     "evaluate": "olmo.run:evaluate",
     # beside it

@@ -13,3 +13,15 @@ rule order:
         recipe=lambda w: plan.order_flags(w.run),
     shell:
         "olmo order --tokens {input.tokens:q} --order {output:q} {params.recipe} --log {log:q}"
+
+
+rule positions:
+    # The inverse, for who asks when an instance is seen.
+    input:
+        "checkpoints/{run}/global_indices.npy",
+    output:
+        "checkpoints/{run}/positions.npy",
+    log:
+        "logs/positions/{run}.log",
+    shell:
+        "olmo positions --order {input:q} --positions {output:q} --log {log:q}"

@@ -48,6 +48,13 @@ def fit_to_world_size(indices: np.ndarray, world_size: int, drop_last: bool) -> 
     return indices[:total] if total <= len(indices) else np.resize(indices, total)
 
 
+def inverse(indices: np.ndarray) -> np.ndarray:
+    """At which position of an order each instance stands, (n,) uint32: its inverse."""
+    positions = np.empty(len(indices), ORDER_DTYPE)
+    positions[indices] = np.arange(len(indices), dtype=ORDER_DTYPE)
+    return positions
+
+
 def write(indices: np.ndarray, path: str | Path) -> None:
     """Write raw little-endian uint32."""
     indices.astype(ORDER_DTYPE, copy=False).tofile(path)

@@ -23,7 +23,8 @@ from olmo.data.documents import HELDOUT, MAX_TEXT_BYTES, TRAIN
 from olmo.data.documents import documents as documents_stage
 from olmo.data.dolma import Dolma, toolkit
 from olmo.data.fast import Fast
-from olmo.data.order import global_indices
+from olmo.data.order import global_indices, inverse
+from olmo.data.order import read as read_order
 from olmo.data.order import write as write_order
 from olmo.data.sources import Arrivals, download, download_tokens, local_source, local_tokens
 from olmo.data.statistics import statistics as statistics_stage
@@ -34,7 +35,7 @@ from olmo.data.tokens import tokens as tokens_stage
 from olmo.environments import interpreter
 from olmo.io import Progress, unseen
 from olmo.lease import lease
-from olmo.stage import Facts, Output, Stage, here, stage
+from olmo.stage import Facts, Input, Output, Stage, here, stage
 from olmo.store import Record
 
 HEADER = ("shard", "output", "path", "sha256", "bytes")
@@ -388,3 +389,11 @@ def global_order(order: Output, instances: int, seed: int, epoch: int = 0) -> Fa
     """global_indices.npy of one epoch, without what depends on the world size."""
     write_order(global_indices(instances, seed, epoch), order)
     return {"instances": instances}
+
+
+@stage(version=1)
+def positions(order: Input, positions: Output) -> Facts:
+    """The inverse of an order: for each instance its position, raw uint32, as the order is."""
+    found = inverse(read_order(order))
+    write_order(found, positions)
+    return {"instances": len(found)}

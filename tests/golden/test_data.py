@@ -208,3 +208,8 @@ def test_the_loader_gives_what_torchs_would(tmp_path: Path) -> None:
         if world_size == 2:
             first = order.global_indices(21, 6198)[start : start + 4].tolist()
             assert [seen[0][0][0][0], seen[1][0][0][0], seen[0][0][0][1], seen[1][0][0][1]] == first
+
+
+def test_the_inverse_says_where_each_instance_stands():
+    shuffled = order.global_indices(1000, seed=7)
+    assert np.array_equal(shuffled[order.inverse(shuffled)], np.arange(1000))

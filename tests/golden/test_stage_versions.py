@@ -64,6 +64,13 @@ def tokenizer(folder: Path) -> Path:
     return path
 
 
+def order(folder: Path) -> Path:
+    from olmo.data.order import global_indices, write
+
+    write(global_indices(1000, seed=6198), folder / "order.npy")
+    return folder / "order.npy"
+
+
 def library(folder: Path) -> Path:
     for name, text in LIBRARY.items():
         (folder / "library" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +103,8 @@ MAKE: dict[str, Callable[[Stage, Path], object]] = {
     ),
     "local_tokenizer": lambda s, d: s.build(source=tokenizer(d), tokenizer=d / "outputs"),
     "global_order": lambda s, d: s.build(order=d / "outputs", instances=1000, seed=6198),
+    "positions": lambda s, d: s.build(order=order(d), positions=d / "outputs"),
+    "local_tokens": lambda s, d: s.build(file=order(d), tokens=d / "outputs", dtype="uint32"),
 }
 
 
