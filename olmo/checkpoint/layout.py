@@ -22,7 +22,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step(\d+)(-unsharded)?")
-_PARTIAL, _REPLACED = ".partial", ".replaced"
+_PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
 
 
 def folder_name(step: int, unsharded: bool) -> str:
@@ -69,10 +69,10 @@ def partial_name(folder: Path) -> Path:
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint so that what is left of it, if interrupted, is not taken for one."""
-    replaced = folder.with_name(folder.name + _REPLACED)
-    shutil.rmtree(replaced, ignore_errors=True)
-    folder.rename(replaced)
-    shutil.rmtree(replaced)
+    removed = folder.with_name(folder.name + _REMOVED)
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed)
 
 
 @contextlib.contextmanager
@@ -123,10 +123,17 @@ def publish(partial: Path, folder: Path) -> None:
     _to_disk(folder.parent)
 
 
+def put_back(save_folder: Path) -> None:
+    """Give a checkpoint its name again, where a save was interrupted that was to replace it."""
+    for path in save_folder.glob(f"step*{_REPLACED}"):
+        if not path.with_suffix("").exists():
+            path.rename(path.with_suffix(""))
+
+
 def sweep(save_folder: Path) -> None:
     """Remove what interrupted saves left."""
     for path in save_folder.glob("step*"):
-        if path.name.endswith((_PARTIAL, _REPLACED)):
+        if path.suffix in (_PARTIAL, _REPLACED, _REMOVED):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -74,6 +74,7 @@ class Checkpoint:
 
 def newest(save_folder: str | Path) -> Path | None:
     """The newest checkpoint that is whole; a broken one is passed over, loudly."""
+    layout.put_back(Path(save_folder))
     for folder in reversed(layout.checkpoints(save_folder)):
         try:
             layout.verify(folder)

@@ -95,38 +95,6 @@ def test_a_broken_one_is_refused_and_the_one_before_taken(
     assert same(before, state(copy))
 
 
-def test_interrupted_at_any_write_the_one_before_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A disk that is full, or a kill, at each step of the save at step 4."""
-
-    class Killed(BaseException):
-        pass
-
-    straight = tmp_path / "straight"
-    run(tmp_path, save_folder=str(straight))
-    places = [(torch, "save"), (layout, "_to_disk"), (layout, "publish"), (layout, "link_latest")]
-    for i, (module, name) in enumerate(places):
-        for error in (OSError(28, "No space left on device"), Killed()):
-            again = tmp_path / f"again{i}{type(error).__name__}"
-            original = getattr(module, name)
-
-            def failing(*args: Any, original: Any = original, error: Any = error) -> Any:
-                if any("step4" in str(arg) for arg in args):
-                    raise error
-                return original(*args)
-
-            monkeypatch.setattr(module, name, failing)
-            with pytest.raises((OSError, Killed), match=r"step4|No space|^$"):
-                run(tmp_path, save_folder=str(again))
-            monkeypatch.undo()
-            whole = newest(again)
-            assert whole is not None
-            layout.verify(whole)
-            assert run(tmp_path, save_folder=str(again), try_load_latest_save=True) == 0
-            assert same(state(straight), state(again))
-
-
 def test_pickled_code_does_not_run(copy: Path, tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> Any:
