@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -214,29 +214,36 @@ def pull(
         of_names = {link["key"] for link in links.values()}
         keys = of_names.union(*(link["ancestors"] for link in links.values()))
         records = each(lambda key: read_record(remote, key, folder), sorted(keys))
-        wanted = {
+        contents = {
             file["sha256"]: file["size"]
             for record in records
             if inputs or record["key"] in of_names
             for file in files(record)
         }
-
-        def take(item: tuple[str, int]) -> None:
-            digest, size = item
-            if store.sound(digest, size):
-                moved.there += 1
-                return
-            store.put(sound_object(remote, digest, folder))
-            moved.objects += 1
-            moved.bytes += size
-
-        each(take, wanted.items())
+        fetch(store, remote, contents, folder, moved)
     for record in records:
         store.adopt(record)
     known = {record["key"]: record for record in records}
     for name, link in links.items():
         store.link(known[link["key"]], link["output"], Path(name))
     return names, moved
+
+
+def fetch(
+    store: Store, remote: Remote, contents: Mapping[str, int], folder: Path, moved: Moved
+) -> None:
+    """Bring contents, sha256 → size, that are not here yet, hashed as they arrive."""
+
+    def take(item: tuple[str, int]) -> None:
+        digest, size = item
+        if store.sound(digest, size):
+            moved.there += 1
+            return
+        store.put(sound_object(remote, digest, folder))
+        moved.objects += 1
+        moved.bytes += size
+
+    each(take, contents.items())
 
 
 def chosen(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str]]:

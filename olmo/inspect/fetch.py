@@ -1,0 +1,52 @@
+"""What of a run's data its steps need: a laptop takes that, and not the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from olmo import remote as second
+from olmo.config import TrainConfig
+from olmo.data import order
+from olmo.inspect.order import Seen
+from olmo.lineage import ancestors
+from olmo.remote import Moved, Remote
+from olmo.store import Store, files
+
+
+def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> Moved:
+    """Bring the order of a run and the token shards that hold its instances of these steps.
+
+    Args:
+        final: the run's final checkpoint, which is here.
+        steps: from 1 on.
+
+    Raises:
+        ValueError: `final` is no checkpoint of the pipeline's; a step that the run has not.
+    """
+    record = store.named(final)
+    cfg = TrainConfig.load(final / "config.yaml", validate_paths=False)
+    last = record["facts"].get("steps", 0)
+    if wrong := [step for step in steps if not 1 <= step <= last]:
+        raise ValueError(f"{final}: expected steps from 1 to {last}, found {wrong[0]}")
+    sizes = {f["sha256"]: f["size"] for _, r in ancestors(store, record) for f in files(r)}
+    of_order, *of_tokens = (
+        record["action"]["inputs"]["order"],
+        *record["action"]["inputs"]["tokens"],
+    )
+    moved = Moved()
+    with store.draft() as folder:
+        second.fetch(store, remote, {of_order: sizes[of_order]}, folder, moved)
+        stored = order.read(store.object_path(of_order))
+        width = np.dtype(cfg.data.effective_memmap_dtype).itemsize * cfg.model.max_sequence_length
+        ends = list(accumulate(sizes[digest] // width for digest in of_tokens))
+        world_size = record["conditions"]["processes"]
+        seen = Seen(cfg, ends[-1], len(stored), lambda a, b: stored[a:b], world_size)
+        instances = np.concatenate([seen.instances(step) for step in steps])
+        needed = {of_tokens[i] for i in np.searchsorted(ends, instances, side="right")}
+        wanted = {digest: sizes[digest] for digest in sorted(needed)}
+        second.fetch(store, remote, wanted, folder, moved)
+    return moved

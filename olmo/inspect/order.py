@@ -1,0 +1,84 @@
+"""Which instances a run saw at a step, from its config and its order alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from olmo.config import TrainConfig
+from olmo.data.order import fit_to_world_size, global_indices, total_size
+
+Read = Callable[[int, int], np.ndarray]  # a part of the stored order: (first, one past the last)
+
+
+class Seen:
+    """The instances of a run in the order in which it saw them.
+
+    Args:
+        cfg: the run's config.
+        n: how many instances its data holds.
+        stored: how many numbers its order file holds: n, or what OLMo wrote, n fitted to the
+            world size.
+        read: reads a part of that file.
+        world_size: of the run; it decides how an epoch ends (`order.total_size`), and who saw what.
+    """
+
+    def __init__(
+        self, cfg: TrainConfig, n: int, stored: int, read: Read, world_size: int = 1
+    ) -> None:
+        self.cfg, self.n, self.read, self.world_size = cfg, n, read, world_size
+        self.batch_size = cfg.global_train_batch_size
+        if self.batch_size % world_size:
+            raise ValueError(
+                f"expected a world size that divides global_train_batch_size={self.batch_size}, "
+                f"found {world_size}"
+            )
+        total = total_size(n, world_size, cfg.data.drop_last)
+        if stored not in (n, total):
+            raise ValueError(
+                f"expected an order of {n} instances (or {total}, fitted to a world size of "
+                f"{world_size}), found {stored}: it belongs to other data or another world size"
+            )
+        self.fitted = stored == total
+        self.steps_per_epoch = total // self.batch_size
+
+    def instances(self, step: int, rank: int | None = None) -> np.ndarray:
+        """The instances of step 1, 2, …; (G,), or (G / W,) of one rank.
+
+        Raises:
+            ValueError: there is no such step or rank.
+        """
+        if step < 1:
+            raise ValueError(f"expected a step from 1 on, found {step}")
+        epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
+        start = step_of_epoch * self.batch_size
+        found = self._part(epoch, start, start + self.batch_size)
+        if rank is None:
+            return found
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"expected a rank from 0 to {self.world_size - 1}, found {rank}")
+        return found[rank :: self.world_size]
+
+    def _part(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        if epoch == 0 and (self.fitted or stop <= self.n):
+            return self.read(start, stop)
+        seed = self.cfg.seed if self.cfg.data.seed is None else self.cfg.data.seed
+        whole = (
+            self.read(0, self.n)
+            if epoch == 0
+            else global_indices(self.n, seed, epoch + (self.cfg.epoch or 0))
+        )
+        return fit_to_world_size(whole, self.world_size, self.cfg.data.drop_last)[start:stop]
+
+
+def steps_of(text: str) -> range:
+    """Steps as a user writes them: "5", or "5..9" with both ends.
+
+    >>> list(steps_of("5..7")), list(steps_of("3"))
+    ([5, 6, 7], [3])
+    """
+    first, _, last = text.partition("..")
+    if not (first.isdecimal() and (last or first).isdecimal()):
+        raise ValueError(f"expected steps as 5 or 5..9, found {text!r}")
+    return range(int(first), int(last or first) + 1)
