@@ -33,10 +33,9 @@ def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> M
     if wrong := [step for step in steps if not 1 <= step <= last]:
         raise ValueError(f"{final}: expected steps from 1 to {last}, found {wrong[0]}")
     sizes = {f["sha256"]: f["size"] for _, r in ancestors(store, record) for f in files(r)}
-    of_order, *of_tokens = (
-        record["action"]["inputs"]["order"],
-        *record["action"]["inputs"]["tokens"],
-    )
+    given = record["action"]["inputs"]
+    of_order: str = given["order"]
+    of_tokens: list[str] = given["tokens"]
     moved = Moved()
     with store.draft() as folder:
         second.fetch(store, remote, {of_order: sizes[of_order]}, folder, moved)
