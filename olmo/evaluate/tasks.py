@@ -96,7 +96,15 @@ def requests(task: Task, folder: Path | None) -> list[Request]:
             if row["doc_id"] < UNCONDITIONAL
         ]
     else:
-        found = list(_from_documents(task, folder))
+        from jinja2 import UndefinedError
+
+        try:
+            found = list(_from_documents(task, folder))
+        except UndefinedError as error:
+            raise ValueError(
+                f"evaluators: '{task.label}': a document of {task.dataset} is not as "
+                f"tasks.yaml expects it: {error}"
+            ) from error
     if task.metric in OF_TARGET:
         found = [r._replace(option=0, target=0) for r in found if r.option == r.target]
     return found
