@@ -11,7 +11,7 @@ import polars
 import pytest
 import torch
 import torch.nn.functional as F
-from small_run import LENGTH, config, metrics, run
+from small_run import LENGTH, config, metrics, run, start
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from olmo.config import TrainConfig
@@ -245,6 +245,37 @@ def test_processes_share_the_work(folder: Path) -> None:
         torch.testing.assert_close(parts.sum(0), whole)
         assert ((parts != 0).sum(0) == 1).all(), "each is computed once"
         assert len(calls) == size * math.ceil(math.ceil(11 / size) / 2), "the same calls by each"
+
+
+@pytest.mark.slow
+def test_two_processes_that_hold_a_model_together(folder: Path, tmp_path: Path) -> None:
+    settings = downstream(folder, "piqa", "mmlu_stem_mc_5shot", "copa_rc_0shot_bpb", max_duration=3)
+    assert run(tmp_path, **settings, save_folder=str(tmp_path / "one")) == 0
+    sharded = settings | {"distributed_strategy": "fsdp", "save_folder": str(tmp_path / "two")}
+    process = start(tmp_path, 2, **sharded, device_train_microbatch_size=2)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    one, two = (
+        [{k: v for k, v in line.items() if "eval/" in k} for line in metrics(tmp_path / name)]
+        for name in ("one", "two")
+    )
+    assert len(one[0]) == 3 and one[0] != one[-1]
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_compiled_runs_evaluate_without_compiling(folder: Path, tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    graphs = []
+    for labels in ([], ["piqa"]):
+        counters.clear()
+        torch.compiler.reset()
+        changes = {"compile": {"backend": "eager"}, "save_folder": str(tmp_path / f"run{labels}")}
+        run(tmp_path, **downstream(folder, *labels, max_duration=2, eval_interval=1), **changes)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
+    assert "eval/downstream/piqa_len_norm" in metrics(tmp_path / "run['piqa']")[-1]
 
 
 def asked(*continuations: str, target: int = 0, document: int = 0) -> list[Request]:
