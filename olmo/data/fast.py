@@ -39,11 +39,12 @@ from olmo.data.tokens import Job
 if TYPE_CHECKING:
     import polars
 
-# GPT-2's, which byte-level pre-tokenizers use: contractions, words, numbers, the rest, spaces.
+# GPT-2's, which byte-level pre-tokenizers use: contractions, words, numbers, the rest, spaces. What
+# looks not ahead is one group, which tiktoken's regular expressions then match in a single step.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
-PATTERN = rf"{WORDS}|\s+(?!\S)|\s+"
+PATTERN = rf"(?:{WORDS})|\s+(?!\S)|\s+"
 # The same where each run of so many spaces is a token of its own, cut out before all else.
-PATTERN_WITH_RUNS = rf" {{%d,%d}}|{WORDS}|(?:(?! {{%d}})\s)+(?!\S)|(?:(?! {{%d}})\s)+"
+PATTERN_WITH_RUNS = rf"(?: {{%d,%d}}|{WORDS})|(?:(?! {{%d}})\s)+(?!\S)|(?:(?! {{%d}})\s)+"
 # Runs of white space longer than this overflow the stack of tiktoken's regular expressions.
 LONG_SPACE = 50_000
 
