@@ -120,11 +120,18 @@ _Loader.yaml_implicit_resolvers = {
     for first, rules in _Loader.yaml_implicit_resolvers.items()
 }
 _FLOAT = r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?"
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(rf"^({_FLOAT}|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Puts in quotes what is text and what the loader would take for a number: '1e-4'."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(rf"^({_FLOAT}|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$"),
+        list("-+0123456789."),
+    )
 
 
 def _resolve(
@@ -260,7 +267,7 @@ def as_plain(value: Any, everything: bool = False) -> Any:
 
 
 def to_yaml(plain: dict[str, Any]) -> str:
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=10_000)
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
@@ -282,6 +289,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if len(options) == 1:
             return _typed(value, options[0], where)
         for option in options:
+            if option is str and isinstance(value, (int, float)):
+                continue  # else a number that is not whole would pass as text
             try:
                 return _typed(value, option, where)
             except ValueError:
@@ -318,9 +327,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             "off",
         ):
             return value.lower() in ("true", "yes", "on")
-        if not isinstance(value, bool):
+        if value not in (0, 1):
             raise refuse("true or false")
-        return value
+        return bool(value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise refuse({int: "a whole number", float: "a number", str: "text"}[hint])
     try:

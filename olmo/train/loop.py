@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Generator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from olmo.data.batches import TrainLoader, build_train_dataloader
 from olmo.evaluate.evaluators import build_evaluators, evaluate
 from olmo.log import count, speak, tell
 from olmo.model import OLMo
+from olmo.precision import msamp
 from olmo.train.clip import Optimizer
 from olmo.train.meters import SpeedMeter, device_flops, memory_metrics
 from olmo.train.optim import build_optimizer
@@ -43,6 +45,7 @@ from olmo.train.signals import PAUSED, StopRequest
 from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBiases
 from olmo.train.start import Position, check, duration, find_start
 from olmo.train.step import forward_backward
+from olmo.train.traces import traced
 
 
 def train(cfg: TrainConfig) -> int:
@@ -111,6 +114,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     model.to(world.device)
     tell(f"parallelism: {parallelize(cfg, model, world)}")
     optimizer = build_optimizer(cfg, model)
+    if cfg.use_msamp:
+        model, optimizer = msamp.initialize(model, optimizer)
     if checkpoint is not None:  # after sharding: each process reads its own share
         put_weights(model, checkpoint)
         tell(f"weights: from {checkpoint.folder}")
@@ -197,7 +202,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             indices.write(step, batch["index"].tolist())
 
             optimizer.zero_grad(set_to_none=True)
-            losses = forward_backward(model, batch, cfg, world.device, step)
+            watched = step in (cfg.module_outputs_save_steps or ()) and world.first
+            with traced(model, folder / f"traces/step{step}") if watched else nullcontext():
+                losses = forward_backward(model, batch, cfg, world.device, step)
             if not sharded:  # else backward has done it
                 average_gradients(parameters, world)
             found = optimizer.clip_grads_and_collect_metrics(step, _wants_details(cfg, step))

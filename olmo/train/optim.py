@@ -248,13 +248,17 @@ def get_param_groups(cfg: TrainConfig, model: nn.Module) -> list[Group]:
     """Parameters with weight decay, then those without, each sorted by name.
 
     Linear weights decay. Norms and biases do if optimizer.decay_norm_and_bias says so, embeddings
-    (a tied one too) if optimizer.decay_embeddings does. For Muon the matrices of the blocks are a
+    (a tied one too) if optimizer.decay_embeddings does; where optimizer.no_decay_norm_and_bias is
+    given, it says both, negated. For Muon the matrices of the blocks are a
     group of their own.
 
     Raises:
         ValueError: a parameter of a module that no rule is known for.
     """
     optimizer = cfg.optimizer
+    norms_decay, embeddings_decay = optimizer.decay_norm_and_bias, optimizer.decay_embeddings
+    if optimizer.no_decay_norm_and_bias is not None:  # the older spelling wins, as in OLMo
+        norms_decay = embeddings_decay = not optimizer.no_decay_norm_and_bias
     decaying: dict[str, nn.Parameter] = {}
     others: dict[str, nn.Parameter] = {}
     for module_name, module in model.named_modules():
@@ -263,9 +267,9 @@ def get_param_groups(cfg: TrainConfig, model: nn.Module) -> list[Group]:
                 continue
             full_name = plain_name(f"{module_name}.{name}" if module_name else name)
             if name.endswith("bias") or isinstance(module, (LayerNormBase, nn.LayerNorm)):
-                decays = optimizer.decay_norm_and_bias
+                decays = norms_decay
             elif isinstance(module, nn.Embedding):
-                decays = optimizer.decay_embeddings
+                decays = embeddings_decay
             elif isinstance(module, nn.Linear):
                 decays = True
             else:

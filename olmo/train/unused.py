@@ -1,5 +1,4 @@
-"""Keys of OLMo's config that this trainer does not act on, all of them: why that is harmless, or
-that it is not."""
+"""Keys of OLMo's config that this trainer does not act on: all of them, and why they may be set."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ from typing import Any
 
 from olmo.config import TrainConfig
 from olmo.log import tell
+from olmo.precision import msamp
 
 # Ignoring these changes nothing that was asked for. They are named once at the start if set.
 HARMLESS = {
@@ -21,7 +21,6 @@ HARMLESS = {
     "ddp.find_unused_params": "no parameter is unused",
     "model.init_device": "weights are drawn on the CPU, the same everywhere",
     "model.precision": "TrainConfig.precision decides",
-    "optimizer.no_decay_norm_and_bias": "decay_norm_and_bias and decay_embeddings decide",
     "data.num_workers": "a thread reads ahead",
     "data.prefetch_factor": "a thread reads ahead",
     "data.persistent_workers": "a thread reads ahead",
@@ -31,18 +30,11 @@ HARMLESS = {
     "tokenizer.truncate_direction": "token files are not truncated",
 }
 
-# Ignoring these would be another run than the one that was asked for.
-REFUSED = {
-    "use_msamp": "MS-AMP is not there yet; use precision: amp_bf16",
-    "module_outputs_save_steps": "tracing of modules' outputs is not there; leave it out",
-}
-
 
 def check_unused(cfg: TrainConfig) -> None:
-    """Tell of set keys that are ignored; ValueError for one that cannot be."""
-    for key, reason in REFUSED.items():
-        if _is_set(cfg, key):
-            raise ValueError(f"{key}: {reason}")
+    """Tell of set keys that are ignored; ValueError for one that cannot be acted on here."""
+    if cfg.use_msamp and (reason := msamp.why_not(cfg)):
+        raise ValueError(f"use_msamp: {reason}")
     if ignored := [f"{k} ({why})" for k, why in HARMLESS.items() if _is_set(cfg, k)]:
         tell(f"not acted on: {', '.join(ignored)}")
 

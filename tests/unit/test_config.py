@@ -92,6 +92,7 @@ def test_path_resolvers(tmp_path: Path) -> None:
             "model.block_type: expected one of sequential, llama",
         ),
         ("dry_run: 3", "dry_run: expected true or false"),
+        ("max_duration: 0.5", "max_duration: expected int or str, found 0.5"),
         ("evaluators: [{type: lm}]", r"evaluators\[0\]: the key 'label' is missing"),
         ("data: {paths: a.npy}", "data.paths: expected a list"),
         ("model: {d_model: null}", "model.d_model: expected a whole number"),
@@ -143,6 +144,13 @@ def test_saved_and_read_back(tmp_path: Path) -> None:
     cfg.intra_op_threads = 2
     cfg.save(tmp_path / "out.yaml")
     assert TrainConfig.load(tmp_path / "out.yaml").intra_op_threads == 2
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.5", "1_000", "yes", "2024-01-01", "a: b", "", "1ep"])
+def test_text_that_looks_like_something_else_stays_text(tmp_path: Path, text: str) -> None:
+    TrainConfig(run_name=text, max_duration=text).save(tmp_path / "out.yaml")
+    cfg = TrainConfig.load(tmp_path / "out.yaml")
+    assert cfg.run_name == text and cfg.max_duration == text
 
 
 def test_thousands_of_paths_are_kept_out_of_omegaconf(tmp_path: Path, monkeypatch) -> None:

@@ -5,7 +5,10 @@ import gzip
 import json
 import math
 import signal
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from olmo.data import order
 from olmo.train.__main__ import main, overrides
 from olmo.train.pending import NotFinite
 from olmo.train.signals import PAUSED
-from olmo.train.unused import HARMLESS, REFUSED
+from olmo.train.unused import HARMLESS
 
 
 def test_a_run_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +233,8 @@ def test_a_fresh_optimizer_warms_up_again(tmp_path: Path) -> None:
         ({"evaluators": [{"label": "piqb", "type": "downstream"}]}, "no downstream task 'piqb'"),
         ({"load_path": "nowhere"}, "no checkpoint folder at nowhere"),
         ({"precision": "fp8"}, "precision: expected one of amp_bf16"),
-        ({"use_msamp": True}, "use_msamp: MS-AMP is not there yet"),
+        ({"use_msamp": True}, "the package msamp .* needs torch 2.1 .*--use_msamp=false"),
+        ({"use_msamp": True, "optimizer": {"name": "lionw"}}, "MS-AMP has AdamW only, not lionw"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_before_training(
@@ -269,7 +273,7 @@ def test_harmless_keys_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixt
     assert said.count("num_workers") == 1
 
 
-@pytest.mark.parametrize("key", [*HARMLESS, *REFUSED])
+@pytest.mark.parametrize("key", HARMLESS)
 def test_keys_not_acted_on_exist(key: str) -> None:
     config: Any = TrainConfig.new(wandb={}, ddp={})
     for name in key.split("."):
@@ -315,3 +319,37 @@ def test_a_data_set_of_ones_own(tmp_path: Path) -> None:
     custom["name"] = "test_train.Nothing"
     with pytest.raises(ValueError, match=r"data\.custom_dataset: no Nothing in test_train"):
         run(tmp_path, data=data, save_overwrite=True)
+
+
+def test_msamp_is_given_the_model_and_the_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the package, which no torch of ours can load."""
+    given: list[Any] = []
+
+    def initialize(model: Any, optimizer: Any, opt_level: str) -> tuple[Any, Any]:
+        given.extend([type(model).__name__, type(optimizer).__name__, opt_level])
+        return model, optimizer
+
+    stand_in = ModuleType("msamp")
+    stand_in.__dict__.update(initialize=initialize, __spec__=ModuleSpec("msamp", None))
+    monkeypatch.setitem(sys.modules, "msamp", stand_in)
+    assert run(tmp_path, use_msamp=True, max_duration=1, evaluators=[]) == 0
+    assert given == ["OLMo", "AdamW", "O2"]
+
+
+@pytest.mark.parametrize("compiler", [None, {"backend": "eager"}])
+def test_what_modules_were_given_and_gave(tmp_path: Path, compiler: dict[str, str] | None) -> None:
+    steps = {"module_outputs_save_steps": [2], "compile": compiler}
+    run(tmp_path, max_duration=3, evaluators=[], save_interval_unsharded=1, **steps)
+    assert [path.name for path in (tmp_path / "run/traces").iterdir()] == ["step2"]
+    folder = tmp_path / "run/traces/step2"
+    names = {path.name for path in folder.iterdir()}
+    assert "model.transformer.blocks.0.dropout_1_input.pt" in names, "called twice in a block"
+    assert "model.transformer.wte_1_input.pt" not in names, "the first microbatch only"
+    wte = torch.load(tmp_path / "run/step1-unsharded/model.pt")["transformer.wte.weight"]
+    ids = torch.load(folder / "model.transformer.wte_0_input.pt")
+    assert torch.equal(torch.load(folder / "model.transformer.wte_0_output.pt"), wte[ids])
+    x, cache = torch.load(folder / "model.transformer.blocks.1_0_output.pt")
+    assert torch.equal(torch.load(folder / "model.transformer.ln_f_0_input.pt"), x)
+    assert cache is None and "model_0_output.pt" in names

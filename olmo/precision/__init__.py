@@ -1,0 +1,1 @@
+"""Training below 16 bits."""
