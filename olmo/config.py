@@ -366,6 +366,35 @@ class FSDPConfig(BaseConfig):
     hybrid_sharding_num_model_replicas: int | None = None
 
 
+class FP8Backend(StrEnum):
+    native = "native"  # torch's scaled product
+    torchao = "torchao"
+    emulate = "emulate"  # float32 products of what the 8 bits stand for: slow, for tests
+
+
+class FP8Recipe(StrEnum):
+    tensorwise = "tensorwise"  # one scale a tensor: the fastest
+    rowwise = "rowwise"  # one for each row of a product: the most exact
+    rowwise_with_gw_hp = "rowwise_with_gw_hp"  # and weights' gradients in high precision
+
+
+class FP8Scaling(StrEnum):
+    dynamic = "dynamic"  # from the tensor itself
+    delayed = "delayed"  # from what it was like in earlier steps
+
+
+@dataclass
+class FP8Config(BaseConfig):
+    """Which products run in 8-bit floating point, and how (not OLMo's)."""
+
+    backend: FP8Backend = FP8Backend.native
+    recipe: FP8Recipe = FP8Recipe.tensorwise
+    scaling: FP8Scaling = FP8Scaling.dynamic
+    history: int = 16  # steps that delayed scaling looks back
+    # By the last part of a layer's name. The head stays out: its products decide the loss.
+    modules: list[str] = field(default_factory=lambda: ["ff_proj", "ff_out"])
+
+
 @dataclass
 class TrainConfig(BaseConfig):
     # What is trained.
@@ -442,6 +471,7 @@ class TrainConfig(BaseConfig):
     hf_datasets_cache_dir: str | None = None
     module_outputs_save_steps: list[int] | None = None
     use_msamp: bool = ours(False)  # the seed's
+    fp8: FP8Config | None = ours()  # noqa: RUF009
     # CPU threads of one process. The order of sums, and so the bits, depend on it, which is why
     # it belongs to the run and not to the machine. None: torch's choice.
     intra_op_threads: int | None = ours()

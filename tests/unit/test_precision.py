@@ -1,0 +1,168 @@
+"""8-bit linear layers: every backend beside the oracle and beside full precision."""
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from olmo.config import FP8Backend, FP8Config, FP8Recipe
+from olmo.precision.backends import backend, prepare
+from olmo.precision.fp8 import E4M3, Delayed, quantize, scale_of
+
+CPU = torch.device("cpu")
+BACKENDS, RECIPES = list(FP8Backend), list(FP8Recipe)
+# Least signal to noise in dB beside float32, of the output and of the gradients: two products one
+# after the other with 3 bits of mantissa, and 2 for gradients where there is one scale a tensor.
+FORWARD_DB, BACKWARD_DB = 24.0, 17.0
+
+
+class Two(nn.Module):
+    def __init__(self, inputs: int = 64, inner: int = 96, outputs: int = 48) -> None:
+        super().__init__()
+        self.ff_proj, self.ff_out = nn.Linear(inputs, inner), nn.Linear(inner, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff_out(torch.relu(self.ff_proj(x)))
+
+
+def run(config: FP8Config | None, x: Tensor, compiled: bool = False, **sizes: int) -> list[Tensor]:
+    """The output and the gradients of x and of each parameter."""
+    torch.manual_seed(1)
+    model = Two(**sizes)
+    if config is not None:
+        prepare(model, config, CPU)
+    x = x.clone().requires_grad_()
+    y = (torch.compile(model, fullgraph=True) if compiled else model)(x)
+    y.pow(2).sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+def decibel(found: Tensor, exact: Tensor) -> float:
+    noise = (found - exact).pow(2).sum()
+    return float(10 * torch.log10(exact.pow(2).sum() / noise))
+
+
+@pytest.mark.parametrize(("name", "recipe"), list(itertools.product(BACKENDS, RECIPES)))
+def test_close_to_full_precision(name: FP8Backend, recipe: FP8Recipe):
+    x = torch.randn(3, 32, 64, generator=torch.Generator().manual_seed(0))
+    found = run(FP8Config(backend=name, recipe=recipe), x)
+    forward, *backward = map(decibel, found, run(None, x))
+    assert forward > FORWARD_DB and min(backward) > BACKWARD_DB
+    assert max(forward, *backward) < 45, "that is more than 8 bits can do: nothing was quantized"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_native_is_what_the_oracle_says_in_odd_sizes(recipe: FP8Recipe, rows: int):
+    x = torch.randn(rows, 50, generator=torch.Generator().manual_seed(rows))
+    sizes = {"inputs": 50, "inner": 34, "outputs": 7}
+    native = run(FP8Config(recipe=recipe), x, **sizes)
+    oracle = run(FP8Config(backend="emulate", recipe=recipe), x, **sizes)
+    for a, b in zip(native, oracle, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_zeros_and_what_is_not_finite(name: FP8Backend, recipe: FP8Recipe):
+    config = FP8Config(backend=name, recipe=recipe)
+    for tensor in run(config, torch.zeros(16, 64)):
+        assert tensor.isfinite().all()
+    x = torch.zeros(16, 64)
+    x[3, 5] = torch.inf
+    assert not run(config, x)[0].isfinite().all(), "the finite check must see it"
+    # What lies far beyond the others is not lost, and drowns them where they share a scale.
+    x = torch.ones(16, 64)
+    x[3, 5] = 1e6
+    assert run(config, x)[0].isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaling", ["dynamic", "delayed"])
+def test_compiled_in_one_graph_it_computes_the_same(scaling: str):
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    config = FP8Config(scaling=scaling)
+    for a, b in zip(run(config, x, compiled=True), run(config, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_names_and_weights_stay_and_evaluation_is_exact(name: FP8Backend):
+    torch.manual_seed(1)
+    plain, eight = Two(), Two()
+    eight.load_state_dict(plain.state_dict())
+    parameters = list(eight.parameters())
+    found = prepare(eight, FP8Config(backend=name), CPU)[1]
+    assert found == f"2 linear layers (ff_proj, ff_out) in 8 bits by {name}, tensorwise, " + (
+        "dynamic scaling"
+    )
+    assert list(eight.state_dict()) == list(plain.state_dict())
+    assert all(a is b for a, b in zip(eight.parameters(), parameters, strict=True))
+    assert all(p.dtype == torch.float32 for p in eight.parameters())
+    x = torch.randn(8, 64)
+    assert not torch.equal(eight(x), plain(x))
+    assert torch.equal(eight.eval()(x), plain(x))
+
+
+def test_under_autocast_the_result_has_its_type():
+    model = Two()
+    prepare(model, FP8Config(), CPU)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(torch.randn(8, 64))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert model.ff_proj.weight.grad.dtype == torch.float32
+
+
+def test_delayed_scaling_goes_by_earlier_steps():
+    delayed = Delayed(2, CPU)
+    one, four = torch.full((4,), 1.0), torch.full((4,), -4.0)
+    assert delayed.scale(0, one, E4M3) == scale_of(torch.tensor(1.0), E4M3), "nothing seen yet"
+    delayed.step()
+    scale = delayed.scale(0, four, E4M3)
+    assert scale == scale_of(torch.tensor(1.0), E4M3)
+    assert (quantize(four, scale, E4M3).float() * scale == -1.0).all(), "cut, not infinite"
+    delayed.step()
+    assert delayed.scale(0, one, E4M3) == scale_of(torch.tensor(4.0), E4M3)
+    delayed.step()
+    delayed.step()
+    assert delayed.scale(0, four, E4M3) == scale_of(torch.tensor(1.0), E4M3), "two steps back"
+    assert delayed.state_dict() == {}
+
+
+def test_only_the_layers_that_are_named():
+    config = FP8Config(modules=["ff_out"])
+    model = Two()
+    assert prepare(model, config, CPU)[1].startswith("1 linear layers (ff_out)")
+    x = torch.randn(8, 64)
+    assert torch.equal(
+        model.ff_proj(x), nn.functional.linear(x, model.ff_proj.weight, model.ff_proj.bias)
+    )
+    with pytest.raises(ValueError, match=r"expected some of ff_out, ff_proj, found attn_out"):
+        prepare(Two(), FP8Config(modules=["ff_out", "attn_out"]), CPU)
+
+
+def test_why_not(monkeypatch: pytest.MonkeyPatch):
+    delayed = FP8Config(scaling="delayed")
+    for name in BACKENDS:
+        assert backend(name).why_not(CPU, FP8Config(backend=name)) is None
+    rowwise = FP8Config(scaling="delayed", recipe="rowwise")
+    assert "recipe: tensorwise" in (backend(FP8Backend.native).why_not(CPU, rowwise) or "")
+    assert "scaling: dynamic" in (backend(FP8Backend.torchao).why_not(CPU, delayed) or "")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("not built")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_scaled_mm", refuse)
+        why = backend(FP8Backend.native).why_not(CPU, FP8Config())
+        assert why and "not built" in why and "emulate" in why
+        with pytest.raises(
+            ValueError, match=r"fp8.backend: native cannot be had: torch .*not built"
+        ):
+            prepare(Two(), FP8Config(), CPU)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    why = backend(FP8Backend.torchao).why_not(CPU, FP8Config(backend="torchao"))
+    assert why == "the package torchao is missing: pip install torchao"
