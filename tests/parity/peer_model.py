@@ -24,8 +24,16 @@ def fill(model: torch.nn.Module) -> None:
         p.copy_(torch.from_numpy(values))
 
 
-def run(case: dict[str, Any], build_config: Any, build_model: Any, optim_module: Any) -> Any:
-    """The same code for both sides, given their config class, model class and `olmo.optim`."""
+def alone(model: Any, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Logits of rows cut into documents of `lengths`, each computed as if there were no other."""
+    return torch.cat([model(part).logits for part in ids.split(lengths, dim=1)], dim=1)
+
+
+def run(
+    case: dict[str, Any], build_config: Any, build_model: Any, optim_module: Any, documents: Any
+) -> Any:
+    """The same code for both sides, given their config class, model class, `olmo.optim` and a way
+    to compute logits of documents in one row that do not see each other."""
     config = build_config(**case["config"])
     torch.manual_seed(case["seed"])
     model = build_model(config.model)
@@ -39,6 +47,23 @@ def run(case: dict[str, Any], build_config: Any, build_model: Any, optim_module:
         out["masked"] = model(ids, attention_mask=mask).logits
         cached = model(ids[:, :5], use_cache=True).attn_key_values
         out["cached"] = model(ids[:, 5:], past_key_values=cached).logits
+        masked_cache = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
+        out["masked_cached"] = model(
+            ids[:, -1:], attention_mask=mask, past_key_values=masked_cache.attn_key_values
+        ).logits
+        generator = torch.Generator().manual_seed(case["seed"])
+        bias = torch.randn(len(ids), 1, *2 * ids.shape[1:], generator=generator)
+        out["bias"] = model(ids, attention_bias=bias).logits
+        allowed = (bias > 0) | torch.eye(ids.shape[1], dtype=torch.bool)
+        out["bool_bias"] = model(ids, attention_bias=allowed).logits
+        out["bias_and_mask"] = model(ids, attention_bias=bias, attention_mask=mask).logits
+        embedded = torch.randn(*ids.shape, config.model.d_model, generator=generator)
+        out["embedded"] = model(ids, input_embeddings=embedded).logits
+        rest = model(ids, last_logits_only=True, output_hidden_states=True)
+        out["last"] = rest.logits
+        out |= {f"hidden/{i}": x for i, x in enumerate(rest.hidden_states)}
+        if config.model.rope:
+            out["documents"] = documents(model, ids, case["documents"])
     model.train()
     optimizer = optim_module.build_optimizer(config, model)
     scheduler = optim_module.build_scheduler(config)
@@ -74,7 +99,7 @@ def main() -> None:
         cases = json.load(file)
     results = {}
     for i, case in enumerate(cases):
-        found = run(case, TrainConfig.new, OLMo, olmo.optim)
+        found = run(case, TrainConfig.new, OLMo, olmo.optim, alone)
         results.update({f"{i}/{k}": v for k, v in found.items()})
     np.savez(sys.argv[2], **results)
 

@@ -41,7 +41,10 @@ def random_case(seed: int) -> dict[str, Any]:
         "rope": position == "rope",
         "alibi": position == "alibi",
         "rope_theta": r.choice([10_000, 500_000]),
+        "rope_full_precision": r.random() < 0.8,
+        "alibi_bias_max": r.choice([8.0, 4.0]),
         "mlp_ratio": r.choice([2, 4, 8]),
+        "mlp_hidden_size": r.choice([None, None, 48]),
         "activation_type": r.choice(["swiglu", "gelu", "relu"]),
         "layer_norm_type": r.choice(["default", "low_precision", "rms"]),
         "layer_norm_with_affine": r.random() < 0.5,
@@ -60,7 +63,7 @@ def random_case(seed: int) -> dict[str, Any]:
         "scale_emb_init": r.random() < 0.5,
         "max_sequence_length": 16,
         "vocab_size": 100,
-        "embedding_size": 128,
+        "embedding_size": r.choice([None, 100, 128, 128]),
         "eos_token_id": 0,
         "pad_token_id": 1,
         "init_device": "cpu",
@@ -69,7 +72,10 @@ def random_case(seed: int) -> dict[str, Any]:
         "embedding_dropout": 0.0,
     }
     if block == "sequential":
-        model |= {"n_kv_heads": r.choice([None, 1, 2]), "norm_after": r.random() < 0.5}
+        model |= r.choice(
+            [{"n_kv_heads": n} for n in (None, 1, 2)] + [{"multi_query_attention": True}]
+        )
+        model["norm_after"] = r.random() < 0.5
     name = r.choice(["adamw", "lionw"])
     config = {
         "model": model,
@@ -94,7 +100,14 @@ def random_case(seed: int) -> dict[str, Any]:
     numbers = np.random.default_rng(seed)
     ids = numbers.integers(2, 100, (2, 12)).tolist()
     mask = [[1] * 12, [0] * 4 + [1] * 8]
-    return {"seed": seed, "config": config, "input_ids": ids, "attention_mask": mask, "steps": 6}
+    case = {"seed": seed, "config": config, "input_ids": ids, "attention_mask": mask, "steps": 6}
+    return case | {"documents": r.choice([[5, 7], [1, 2, 9], [12]])}
+
+
+def together(model: OLMo, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Logits of documents that do not see each other, by masking."""
+    doc_lens = torch.tensor([lengths] * len(ids), dtype=torch.int32)
+    return model(ids, doc_lens=doc_lens, max_doc_lens=[max(lengths)] * len(ids)).logits
 
 
 CASES = [random_case(seed) for seed in range(int(os.environ.get("OLMO_PARITY_CASES", 40)))]
@@ -119,7 +132,7 @@ def test_the_same_numbers(i: int, theirs: dict[str, np.ndarray]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        ours = run(CASES[i], TrainConfig.new, OLMo, olmo.optim)
+        ours = run(CASES[i], TrainConfig.new, OLMo, olmo.optim, together)
     finally:
         torch.set_num_threads(threads)
     expected = {k.split("/", 1)[1]: v for k, v in theirs.items() if k.split("/", 1)[0] == str(i)}
