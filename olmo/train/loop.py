@@ -26,6 +26,8 @@ from olmo.evaluate.evaluators import build_evaluators, evaluate
 from olmo.log import count, speak, tell
 from olmo.model import OLMo
 from olmo.precision import msamp
+from olmo.precision.backends import Backend as EightBits
+from olmo.precision.backends import prepare
 from olmo.train.clip import Optimizer
 from olmo.train.meters import SpeedMeter, device_flops, memory_metrics
 from olmo.train.optim import build_optimizer
@@ -112,6 +114,10 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     folder = Path(cfg.save_folder)
     checkpoint, position, resumed = find_start(cfg, world, folder)
     model.to(world.device)
+    eight_bits: EightBits | None = None
+    if cfg.fp8 is not None:
+        eight_bits, how = prepare(model, cfg.fp8, world.device)
+        tell(f"fp8: {how}")
     tell(f"parallelism: {parallelize(cfg, model, world)}")
     optimizer = build_optimizer(cfg, model)
     if cfg.use_msamp:
@@ -216,6 +222,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             _set_rates(cfg, optimizer, scheduler, position, max_steps, max_tokens)
             optimizer.step()
             found |= optimizer.get_post_step_metrics(model)
+            if eight_bits is not None:
+                eight_bits.after_step()
 
             known = speed.work(position.global_train_tokens_seen)
             for i, group in enumerate(optimizer.param_groups):

@@ -2,8 +2,10 @@
 
 import importlib.util
 import itertools
+from pathlib import Path
 
 import pytest
+import small_run
 import torch
 from torch import Tensor, nn
 
@@ -166,3 +168,30 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     why = backend(FP8Backend.torchao).why_not(CPU, FP8Config(backend="torchao"))
     assert why == "the package torchao is missing: pip install torchao"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaling", ["dynamic", "delayed"])
+def test_training_in_8_bits_ends_where_bf16_does(tmp_path: Path, scaling: str):
+    losses = {}
+    every = {"modules": ["att_proj", "attn_out", "ff_proj", "ff_out"], "scaling": scaling}
+    for name, fp8 in {"bf16": None, "fp8": every}.items():
+        changes = {"max_duration": 200, "save_interval_unsharded": 200, "eval_interval": 200}
+        model = {"d_model": 64, "n_heads": 2}
+        ran = small_run.run(
+            tmp_path,
+            precision="amp_bf16",
+            fp8=fp8,
+            model=model,
+            save_folder=str(tmp_path / name),
+            optimizer={"learning_rate": 3e-3},
+            **changes,
+        )
+        assert ran == 0
+        rows = small_run.metrics(tmp_path / name)
+        name_of_loss = "train/CrossEntropyLoss"
+        losses[name] = [row[name_of_loss] for row in rows if name_of_loss in row]
+    ends = {name: sum(values[-20:]) / 20 for name, values in losses.items()}
+    assert ends["bf16"] < 0.8 * losses["bf16"][0], "there was something to learn"
+    assert losses["fp8"] != losses["bf16"]
+    assert ends["fp8"] == pytest.approx(ends["bf16"], rel=0.01)
