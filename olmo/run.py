@@ -48,7 +48,7 @@ def train(
     )
 
 
-@stage(version=1)
+@stage(version=2)
 def training(
     tokens: Inputs,
     order: Input,
@@ -173,7 +173,7 @@ def evaluate(checkpoint: Path, tokens: list[Path], results: Path) -> None:
     )
 
 
-@stage(version=1)
+@stage(version=2)
 def heldout_perplexity(
     model: Input, config: Input, heldout: Inputs, results: Output, checkpoint: Free[Path]
 ) -> Facts:

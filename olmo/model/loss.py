@@ -84,7 +84,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         learns = any(ctx.needs_input_grad)
         # Inductor writes better GPU code for the loop than there is, and worse for the CPU, where
         # it copies the head's gradient for each chunk.
-        compute = _one_operation if x.device.type == "cpu" else _compute
+        whole = x.device.type == "cpu" and torch.compiler.is_compiling()
+        compute = _one_operation if whole else _compute
         w = weight.to(dtype)
         ce, z, dx, dw, db = compute(x, w, bias, labels, scale, z_multiplier, chunk, learns)
         ctx.biased = bias is not None
@@ -116,10 +117,11 @@ def _compute(
     dx = torch.empty_like(x) if learns else x.new_empty(0)
     dw = torch.zeros(w.shape if learns else (0,), dtype=torch.float32, device=x.device)
     db = torch.zeros(len(w) if learns and bias is not None else 0, device=x.device)
+    memory = x.new_empty(min(chunk, len(x)), len(w), dtype=w.dtype)  # one for all chunks
     for start in range(0, len(x), chunk):
         rows = x[start : start + chunk].to(w.dtype)
         its_labels = labels[start : start + chunk]
-        logits = (rows @ w.T).float()  # (C, V)
+        logits = torch.mm(rows, w.T, out=memory[: len(rows)]).float()  # (C, V)
         if bias is not None:
             logits += bias
         if scale != 1.0:
@@ -128,23 +130,24 @@ def _compute(
         places = its_labels.clamp(min=0)[:, None]
         right = logits.gather(1, places)
         highest = logits.amax(dim=-1, keepdim=True)
-        powers = logits.sub_(highest).exp_()  # in the logits' place
-        sums = powers.sum(dim=-1, keepdim=True)
-        lse = sums.log() + highest  # log sum exp(logits), (C, 1)
+        shares = torch.softmax(logits, dim=-1, out=logits)  # in the logits' place
+        lse = highest - shares.amax(dim=-1, keepdim=True).log()  # log sum exp(logits), (C, 1)
         ce = ce + ((lse - right) * counts).sum()
-        slope = counts
+        slope = scale * counts
         if z_multiplier:
             z = z + z_multiplier * (lse.square() * counts).sum()
-            slope = counts * (1 + 2 * z_multiplier * lse)
+            slope = slope * (1 + 2 * z_multiplier * lse)
         if not learns:
             continue
-        dlogits = powers.mul_(slope / sums).scatter_add_(1, places, -counts)
-        if scale != 1.0:
-            dlogits *= scale
+        # d(ce + z) / d(rows @ w.T + bias) is slope * dlogits. The factor of a row goes to the
+        # narrow side of each product, so that the logits are not read and written for it.
+        hit = scale * counts / torch.where(slope == 0, 1.0, slope)
+        dlogits = shares.scatter_add_(1, places, -hit)
         if bias is not None:
-            db += dlogits.sum(dim=0)
+            db += (dlogits.T @ slope)[:, 0]
         dlogits = dlogits.to(w.dtype)
-        dx[start : start + chunk] = dlogits @ w
+        dx[start : start + chunk] = dlogits @ w * slope
+        rows = rows * slope.to(w.dtype)
         if w.dtype == torch.float32:
             dw.addmm_(dlogits.T, rows)
         else:  # sums of many chunks want more than half precision

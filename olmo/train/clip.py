@@ -29,6 +29,15 @@ class Optimizer(torch.optim.Optimizer):
     found_inf: Tensor | None = None
     """1.0 where the last clipping saw a gradient that is not finite, else 0.0. `step` reads it."""
 
+    # torch marks these as not to be compiled, and imports its compiler to do so: more than half
+    # of the time until a small run's first step.
+    _torch: Any = torch.optim.Optimizer
+    add_param_group = _torch.add_param_group.__wrapped__
+    zero_grad = _torch.zero_grad.__wrapped__
+    state_dict = _torch.state_dict.__wrapped__
+    _load_state_dict = _torch.load_state_dict.__wrapped__
+    del _torch
+
     @torch.no_grad()
     def clip_grads_and_collect_metrics(
         self,
@@ -175,7 +184,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"the optimizer's state has {len(saved)} parameter groups, expected "
                 f"{len(self.param_groups)}. --reset_optimizer_state starts it afresh"
             )
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        self._load_state_dict({**state_dict, "param_groups": groups})
 
 
 def with_grad(group: Group) -> Iterable[tuple[str, Tensor]]:
