@@ -7,6 +7,7 @@ processes, padding to a multiple of it or cutting the tail, is derived when trai
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -19,17 +20,48 @@ ORDER_DTYPE = np.dtype("<u4")
 def global_indices(n: int, seed: int, epoch: int = 0, shuffle: bool = True) -> np.ndarray:
     """The indices 0 … n-1 in the order of one epoch, (n,) uint32.
 
-    Each epoch shuffles anew, from PCG64(seed + epoch).
+    Each epoch shuffles anew, from PCG64(seed + epoch). It takes 4 bytes an instance.
+
+    Raises ValueError when there are too many instances for uint32, or for this machine's memory.
     """
     limit = np.iinfo(np.uint32).max
     if not 0 <= n < limit:
         raise ValueError(
             f"an order is kept in uint32 and holds up to {limit - 1} instances, not {n}"
         )
+    needed, free = n * ORDER_DTYPE.itemsize, free_memory()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"the order of {n:,} instances needs {needed:,} bytes of memory, and {free:,} are free "
+            "here. Make it on a machine with more: the file is the same wherever it is made"
+        )
     indices = np.arange(n, dtype=ORDER_DTYPE)
     if shuffle:
         np.random.Generator(np.random.PCG64(seed + epoch)).shuffle(indices)
     return indices
+
+
+def free_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that a process can still have: the machine's, or what a container or a job is given.
+
+    None where the kernel does not tell (not Linux). Memory that only caches files counts as free.
+    """
+    try:
+        meminfo = dict(line.split(":") for line in (proc / "meminfo").read_text().splitlines())
+        free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+    with contextlib.suppress(OSError):
+        own = cgroup / (proc / "self/cgroup").read_text().rpartition("::/")[2].strip()
+        for group in (own, *own.parents):  # a limit of a group holds for those in it
+            with contextlib.suppress(OSError, ValueError):  # "max": none
+                most, now = (
+                    int((group / f"memory.{name}").read_text()) for name in ("max", "current")
+                )
+                lines = (group / "memory.stat").read_text().splitlines()
+                stat = dict(line.split() for line in lines)
+                free = min(free, most - now + int(stat.get("inactive_file", 0)))
+    return free
 
 
 def total_size(n: int, world_size: int, drop_last: bool) -> int:
