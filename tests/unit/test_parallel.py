@@ -7,16 +7,55 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_run import metrics, read_until, run, same, start, state
+from ranks import on_ranks, train_on
+from small_run import (
+    metrics,
+    read_until,
+    run,
+    same,
+    settings,
+    start,
+    state,
+)
 
-from olmo.train.parallel import TIMEOUT
+from olmo.checkpoint.read import look, put_state, put_weights
+from olmo.config import TrainConfig
+from olmo.model import OLMo
+from olmo.train.optim import build_optimizer
+from olmo.train.parallel import join_world, leave_world, parallelize
+
+# What is computed, and how it is spread.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "adamw-ratio": {"max_grad_norm": None, "max_grad_norm_ratio": 1.1},
+    "lionw": {"optimizer": {"name": "lionw", "learning_rate": 1e-3}},
+    "lionw-ratio": {"optimizer": {"name": "lionw", "learning_rate": 1e-3},
+                    "max_grad_norm_ratio": 1.1},
+    "muon": {"optimizer": {"name": "muon"}, "max_grad_norm": 0.5},
+}  # fmt: skip
+WAYS: dict[str, dict[str, Any]] = {
+    "DDP": {},
+    "FSDP2": {"wrapping_strategy": None},
+    "FSDP2-blocks": {"wrapping_strategy": "by_block", "sharding_strategy": "SHARD_GRAD_OP"},
+    "HSDP": {"wrapping_strategy": "by_block", "sharding_strategy": "HYBRID_SHARD",
+             "hybrid_sharding_num_model_replicas": 2},
+}  # fmt: skip
+CASES = {
+    2: [("DDP", "muon"), ("FSDP2", "adamw"), *(("FSDP2-blocks", name) for name in OPTIMIZERS)],
+    4: [("DDP", "adamw"), *((way, name) for way in ("FSDP2", "HSDP") for name in OPTIMIZERS)],
+}
+LONG: dict[str, Any] = {"max_duration": 20, "eval_interval": 10}
 
 
-def finish(folder: Path, processes: int, code: int = 0, **changes: Any) -> str:
-    process = start(folder, processes, **changes)
-    said, _ = process.communicate(timeout=TIMEOUT.total_seconds())
-    assert process.returncode == code, said
-    return said
+def spread(way: str) -> dict[str, Any]:
+    """The settings of a way."""
+    if way == "DDP":
+        return {}
+    return {"distributed_strategy": "fsdp", "fsdp": WAYS[way]}
+
+
+def log(folder: Path) -> Path:
+    return folder / "said.txt"
 
 
 def rows(run_folder: Path) -> dict[int, set[int]]:
@@ -29,40 +68,163 @@ def rows(run_folder: Path) -> dict[int, set[int]]:
     return found
 
 
-def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"max_duration": 20, "eval_interval": 10}
-    assert run(tmp_path, save_folder=str(tmp_path / "one"), **changes) == 0
-    said = finish(tmp_path, 2, save_folder=str(tmp_path / "two"), **changes)
-    assert "2 replicas, gradients averaged" in said
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert [m["step"] for m in one] == [m["step"] for m in two]
+def agree(one: Path, many: Path) -> None:
+    """Two runs have the same steps, and the same numbers but for rounding."""
+    a, b = metrics(one), metrics(many)
+    first = b[0]["step"]
+    a = [line for line in a if line["step"] >= first]
+    assert [line["step"] for line in a] == [line["step"] for line in b]
     for name in ("train/CrossEntropyLoss", "optim/total_grad_norm", "eval/heldout/Perplexity"):
-        a, b = ([m[name] for m in lines if name in m] for lines in (one, two))
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        x, y = ([line[name] for line in lines if name in line] for lines in (a, b))
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+    assert run(tmp_path, save_folder=str(tmp_path / "one"), **LONG) == 0
+    case = settings(tmp_path, save_folder=str(tmp_path / "two"), **LONG)
+    assert train_on(2, [case], log(tmp_path)) == [0]
+    assert "2 replicas, gradients averaged" in log(tmp_path).read_text()
+    agree(tmp_path / "one", tmp_path / "two")
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of one process for each optimizer."""
+    folder = tmp_path_factory.mktemp("parallel")
+    for name, changes in OPTIMIZERS.items():
+        assert run(folder, save_folder=str(folder / name), **LONG, **changes) == 0
+    return folder
+
+
+@pytest.fixture(scope="module", params=CASES)
+def many(one: Path, request: pytest.FixtureRequest) -> tuple[int, Path]:
+    """The same on several processes, in every way; a sharded checkpoint at step 7."""
+    size: int = request.param
+    cases = []
+    for way, name in CASES[size]:
+        folder = str(one / f"{size}-{way}-{name}")
+        changes = LONG | spread(way) | OPTIMIZERS[name] | {"save_folder": folder}
+        if way != "DDP":
+            changes |= {"save_interval": 7, "save_interval_unsharded": None}
+            changes |= {"activation_checkpointing": "one_in_two"}
+        cases.append(settings(one, **changes))
+    assert train_on(size, cases, log(one)) == [0] * len(cases)
+    return size, one
+
+
+@pytest.mark.slow
+def test_many_compute_what_one_does(many: tuple[int, Path]) -> None:
+    size, folder = many
+    for way, name in CASES[size]:
+        agree(folder / name, folder / f"{size}-{way}-{name}")
+
+
+@pytest.mark.slow
+def test_sharded_ones_load_at_any_number(many: tuple[int, Path]) -> None:
+    """What 2 or 4 processes saved, 1 and the other number go on from."""
+    size, folder = many
+    names = [name for way, name in CASES[size] if way in ("FSDP2", "FSDP2-blocks")][-3:]
+    way = CASES[size][2][0]
+    for other in (1, 6 - size):
+        cases = []
+        for name in names:
+            place = f"{size}-{way}-{name}"
+            changes = LONG | OPTIMIZERS[name] | spread(way if other > 1 else "DDP")
+            changes |= {"load_path": str(folder / place / "step7")}
+            changes |= {"save_folder": str(folder / f"{other}-after-{place}")}
+            cases.append(settings(folder, **changes))
+        if other == 1:
+            assert [run(folder, **case) for case in cases] == [0] * len(cases)
+        else:
+            assert train_on(other, cases, log(folder)) == [0] * len(cases)
+        for name in names:
+            agree(folder / name, folder / f"{other}-after-{size}-{way}-{name}")
 
 
 @pytest.mark.slow
 def test_resumed_equals_straight_on_two(tmp_path: Path) -> None:
-    finish(tmp_path, 2, save_folder=str(tmp_path / "straight"))
-    changes: dict[str, Any] = {"save_folder": str(tmp_path / "resumed")}
-    finish(tmp_path, 2, code=1, stop_after=7, **changes)
-    finish(tmp_path, 2, try_load_latest_save=True, **changes)
-    assert same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("ddp", {}),
+        ("fsdp", {"distributed_strategy": "fsdp", "precision": "amp_bf16"}),
+        ("kept", {"distributed_strategy": "fsdp", "save_interval": 3,
+                  "save_interval_unsharded": None, "optimizer": {"name": "muon"}}),
+    ]  # fmt: skip
+    cases = []
+    for name, changes in ways:
+        straight = {"save_folder": str(tmp_path / f"{name}-straight")}
+        resumed = {"save_folder": str(tmp_path / f"{name}-resumed")}
+        cases += [
+            settings(tmp_path, **changes, **straight),
+            settings(tmp_path, **changes, **resumed, stop_after=7),
+            settings(tmp_path, **changes, **resumed, try_load_latest_save=True),
+        ]
+    assert train_on(2, cases, log(tmp_path)) == [0, 75, 0] * len(ways)
+    for name, _ in ways:
+        folders = [tmp_path / f"{name}-straight", tmp_path / f"{name}-resumed"]
+        kept = [everything(folder) for folder in folders]
+        assert same(kept[0], kept[1]), name
+
+
+def everything(run_folder: Path) -> dict[str, Any]:
+    """`state` of a run, of whichever kind its last checkpoint is."""
+    from olmo import checkpoint
+
+    if (run_folder / "latest-unsharded").exists():
+        return state(run_folder)
+    last = checkpoint.load(run_folder / "latest")
+    return {"model": last.model, "optim": last.optim, "train": last.train,
+            "metrics": metrics(run_folder)}  # fmt: skip
 
 
 @pytest.mark.slow
 def test_the_data_goes_on_at_another_number_of_processes(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"evaluators": [], "save_folder": str(tmp_path / "changing")}
     assert run(tmp_path, evaluators=[]) == 0
-    finish(tmp_path, 2, code=1, stop_after=3, **changes)
+    stopping = settings(tmp_path, stop_after=3, **changes)
+    resuming = settings(tmp_path, try_load_latest_save=True, **changes)
+    assert train_on(2, [stopping], log(tmp_path)) == [75]
     assert run(tmp_path, stop_after=3, try_load_latest_save=True, **changes) == 75
-    finish(tmp_path, 2, try_load_latest_save=True, **changes)
+    assert train_on(2, [resuming], log(tmp_path)) == [0]
     losses = [
         [m["train/CrossEntropyLoss"] for m in metrics(tmp_path / name)[1:]]
         for name in ("run", "changing")
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert rows(tmp_path / "run") == rows(tmp_path / "changing")
+
+
+def bytes_loaded(case: dict[str, Any], folder: Path) -> int:
+    """How many bytes this rank reads to take its share of a checkpoint."""
+    cfg = TrainConfig.new(**case)
+    world = join_world()
+    model = OLMo(cfg.model)
+    parallelize(cfg, model, world)
+    optimizer = build_optimizer(cfg, model)
+    before = bytes_read()
+    checkpoint = look(folder)
+    put_weights(model, checkpoint)
+    put_state(optimizer, checkpoint)
+    read = bytes_read() - before
+    leave_world(world)
+    return read
+
+
+def bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.slow
+def test_each_process_reads_its_own_share(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"model": {"d_model": 256}, "evaluators": [], "max_duration": 1}
+    changes |= spread("FSDP2-blocks") | {"save_interval": 1, "save_interval_unsharded": None}
+    case = settings(tmp_path, **changes)
+    assert train_on(4, [case], log(tmp_path)) == [0]
+    folder = tmp_path / "run/step1"
+    size = sum(path.stat().st_size for path in (folder / "model_and_optim").iterdir())
+    found = on_ranks(4, [(bytes_loaded, (case, folder))], log(tmp_path))
+    for read in (own for (own,) in found.values()):
+        assert size / 5 < read < size / 3, (read, size)
 
 
 def children(pid: int) -> list[int]:
@@ -92,36 +254,3 @@ def test_when_one_dies_all_are_gone(tmp_path: Path, victim: str) -> None:
         time.sleep(0.1)
     process.communicate(timeout=30)
     assert process.returncode != 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "processes, fsdp",
-    [
-        (2, {"wrapping_strategy": None}),
-        (2, {"wrapping_strategy": "by_block", "sharding_strategy": "SHARD_GRAD_OP"}),
-        (4, {"sharding_strategy": "HYBRID_SHARD", "hybrid_sharding_num_model_replicas": 2}),
-    ],
-    ids=["FSDP2", "FSDP2-blocks", "HSDP"],
-)  # fmt: skip
-def test_sharded_computes_what_one_does(
-    tmp_path: Path, processes: int, fsdp: dict[str, Any]
-) -> None:
-    changes: dict[str, Any] = {"max_duration": 20, "activation_checkpointing": "one_in_two"}
-    assert run(tmp_path, save_folder=str(tmp_path / "one"), **changes) == 0
-    changes |= {"distributed_strategy": "fsdp", "fsdp": fsdp}
-    finish(tmp_path, processes, save_folder=str(tmp_path / "many"), **changes)
-    one, many = metrics(tmp_path / "one"), metrics(tmp_path / "many")
-    for name in ("train/CrossEntropyLoss", "optim/total_grad_norm", "eval/heldout/Perplexity"):
-        a, b = ([m[name] for m in lines if name in m] for lines in (one, many))
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_sharded_resumed_equals_straight(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"distributed_strategy": "fsdp", "precision": "amp_bf16"}
-    finish(tmp_path, 2, save_folder=str(tmp_path / "straight"), **changes)
-    changes |= {"save_folder": str(tmp_path / "resumed")}
-    finish(tmp_path, 2, code=1, stop_after=7, **changes)
-    finish(tmp_path, 2, try_load_latest_save=True, **changes)
-    assert same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
