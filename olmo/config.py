@@ -293,7 +293,7 @@ class DataConfig(BaseConfig):
     timeout: int = 0
     seed: int | None = None  # of the data order; None: the run's seed
     instance_filter: InstanceFilterConfig | None = None
-    custom_dataset: CustomDatasetConfig | None = None
+    custom_dataset: CustomDatasetConfig | None = ours()  # newer than its release
     # The order made beforehand: raw little-endian uint32, one number per instance, no padding.
     order_path: str | None = ours()
 
