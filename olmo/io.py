@@ -28,6 +28,7 @@ PUBLIC = {
     "r2://olmo-data/": "https://olmo-data.org/",
     "r2://olmo-checkpoints/": "https://olmo-checkpoints.org/",
 }
+HUB_DATASETS = "hf://datasets/"  # owner/name[@revision]/file
 Progress = Callable[[int], None]  # called with the number of bytes that have just arrived
 
 
@@ -63,7 +64,7 @@ def fetch(url: str, path: Path, part: Path, progress: Progress = unseen) -> dict
     """Bring what `url` names to `path`. Facts: how many bytes, how many came over the net.
 
     http and https resume where an attempt ended, also one of an earlier process: `part` is a
-    folder that keeps what has arrived. hf://, s3://, gs:// and so on go through cached-path.
+    folder that keeps what has arrived. hf://, s3://, gs:// and so on go through their clients.
 
     Raises ValueError, one line, when it cannot be had; OSError when it cannot be written.
     """
@@ -72,17 +73,40 @@ def fetch(url: str, path: Path, part: Path, progress: Progress = unseen) -> dict
     if is_http(url):
         return Download(url, part, progress).to(path)
     try:
-        from cached_path import cached_path
-    except ImportError as error:
-        raise ValueError(f"{url} needs the package cached-path: pip install cached-path") from error
-    try:
-        found = cached_path(url, cache_dir=part / "cached-path")
+        found = by_client(url, part)
     except Exception as error:  # each scheme's client raises its own
+        if isinstance(error, ImportError):
+            raise ValueError(f"{url} needs a package: {error}") from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
             raise
-        raise ValueError(f"{url}: {type(error).__name__}: {error}") from error
+        said = " ".join(str(error).split())  # some speak in paragraphs
+        raise ValueError(f"{url}: {type(error).__name__}: {said}") from error
     shutil.copyfile(found, path)
     return {"bytes": path.stat().st_size}
+
+
+def by_client(url: str, part: Path) -> Path:
+    """Bring a file by the client of its scheme; where it lies in that client's cache."""
+    if url.startswith(HUB_DATASETS):  # cached-path knows only the hub's models
+        from huggingface_hub import hf_hub_download
+
+        parts = url.removeprefix(HUB_DATASETS).split("/", 2)
+        if len(parts) != 3:
+            raise ValueError(f"expected {HUB_DATASETS}<owner>/<name>/<file>")
+        owner, name, file = parts
+        name, _, revision = name.partition("@")
+        return Path(
+            hf_hub_download(
+                f"{owner}/{name}",
+                file,
+                repo_type="dataset",
+                revision=revision or None,
+                cache_dir=part / "hub",
+            )
+        )
+    from cached_path import cached_path
+
+    return Path(cached_path(url, cache_dir=part / "cached-path"))
 
 
 class Download:

@@ -6,6 +6,8 @@ import http.server
 import json
 import os
 import random
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -199,6 +201,47 @@ def test_a_server_that_stalls_is_asked_again(server, tmp_path, monkeypatch):
     woken.set()
 
 
+def reset(handler):
+    """Hang up at once, unread bytes and all: the other side sees a reset, not an end."""
+    linger = struct.pack("ii", 1, 0)
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    handler.wfile.flush()
+    handler.connection.close()
+    handler.close_connection = True
+
+
+def test_a_connection_that_is_reset_is_taken_up_where_it_broke(server, tmp_path):
+    def resets(handler, n):
+        if n == 2:
+            return reset(handler)
+        handler.file(cut=50_000 if n < 4 else None)
+        if n < 4:
+            reset(handler)
+
+    get(server("a.gz", resets), tmp_path / "a")
+
+
+def test_a_body_without_a_length_that_is_cut_is_found_by_its_content(server, tmp_path):
+    def chunked(handler, n):
+        if n > 1:
+            return handler.file()
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.wfile.write(b"C350\r\n" + FILE[:50_000] + b"\r\n")
+        handler.close_connection = True  # without the last, empty chunk
+
+    get(server("a.gz", chunked), tmp_path / "a")
+
+
+def test_a_length_that_promises_too_much_is_believed_only_until_the_end_is_seen(server, tmp_path):
+    def promises(handler, n):
+        handler.answer(200, FILE, length=len(FILE) + 9, ETag='"1"') if n == 1 else handler.file()
+
+    get(server("a.gz", promises), tmp_path / "a")
+    assert server.sent == len(FILE)
+
+
 @pytest.mark.parametrize(
     "behaviour, message, requests",
     [
@@ -211,8 +254,13 @@ def test_a_server_that_stalls_is_asked_again(server, tmp_path, monkeypatch):
         (lambda h, n: h.answer(200, FILE[:-9]), "truncated", 1),
         (lambda h, n: h.answer(200, gzip.compress(b"")), "an empty source", 1),
         (lambda h, n: h.answer(302, Location=h.path), "redirects in a circle", 31),
+        (lambda h, n: reset(h), "the connection failed: .*gave up after 6 attempts", 6),
+        (lambda h, n: h.answer(302, Location="gopher://a/b"), "not an address", 1),
     ],
-    ids=["404", "403", "500", "cut", "html", "empty", "short length", "no lines", "loop"],
+    ids=[
+        *["404", "403", "500", "cut", "html", "empty", "short length", "no lines", "loop"],
+        *["reset", "other scheme"],
+    ],
 )
 def test_what_cannot_be_had_is_one_line(server, tmp_path, behaviour, message, requests):
     url = server("a.gz", behaviour)

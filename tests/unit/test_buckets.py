@@ -1,0 +1,119 @@
+"""Sources by s3:// and hf://, through the command that the pipeline calls: a file, or one line."""
+
+import gzip
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from servers import s3_server
+
+from olmo.data import shards
+
+FILE = gzip.compress(b'{"id": "a", "text": "b"}\n' * 2000, mtime=0)
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """The environment of a client of a server with one bucket and one file in it."""
+    with s3_server() as surroundings, pytest.MonkeyPatch.context() as patch:
+        for name, value in surroundings.items():
+            patch.setenv(name, value)
+        import boto3
+
+        client = boto3.session.Session().client("s3")
+        client.create_bucket(Bucket="lab")
+        client.put_object(Bucket="lab", Key="a b/good.json.gz", Body=FILE)
+        client.put_object(Bucket="lab", Key="page.json.gz", Body=b"<html>Sorry</html>")
+        yield surroundings
+
+
+def sources(folder, surroundings, *places):
+    """Runs the command; its exit status, what it said, and the listing that it is to write."""
+    listing = folder / "data" / "sources" / "000.tsv"
+    words = [f"{number}={place}" for number, place in enumerate(places)]
+    done = subprocess.run(
+        [sys.executable, "-m", "olmo.cli", "sources", "--listing", listing, "--sources", *words],
+        env={**os.environ, **surroundings, "OLMO_STORE": str(folder / "store")},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr, listing
+
+
+def line_about(place, said):
+    """The one line of an error that tells of a place."""
+    (line,) = [line for line in said.splitlines() if line.strip().startswith(place)]
+    return line
+
+
+def test_a_file_comes_from_a_bucket(s3, tmp_path, monkeypatch):
+    status, said, listing = sources(tmp_path, s3, "s3://lab/a b/good.json.gz")
+    assert status == 0, said
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    (entry,) = shards.read([listing], "source")
+    assert entry.object.read_bytes() == FILE
+
+
+def test_what_a_bucket_does_not_give_is_a_line_each(s3, tmp_path):
+    places = ["s3://lab/none.json.gz", "s3://nowhere/a.json.gz", "s3://lab/page.json.gz"]
+    status, said, listing = sources(tmp_path, s3, *places, "s3://lab/a b/good.json.gz")
+    assert status == 1 and not listing.exists()
+    assert "3 of 4 sources" in said and "Traceback" not in said
+    assert "not found" in line_about(places[0], said)
+    assert "not found" in line_about(places[1], said)
+    assert "found a web page" in line_about(places[2], said)
+
+
+def test_credentials_that_the_server_does_not_know(s3, tmp_path):
+    import requests
+
+    requests.post(f"{s3['AWS_ENDPOINT_URL']}/moto-api/reset-auth", data=b"0").raise_for_status()
+    try:
+        status, said, _ = sources(tmp_path, s3, "s3://lab/a b/good.json.gz")
+    finally:
+        requests.post(f"{s3['AWS_ENDPOINT_URL']}/moto-api/reset-auth", data=b"inf")
+    assert status == 1 and "Traceback" not in said
+    assert "403" in line_about("s3://lab/a b/good.json.gz", said)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What the hub's client asks for: a file's facts, then the file."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        found = self.path.split("?")[0] == "/datasets/lab/texts/resolve/main/good.json.gz"
+        body = FILE if found else json.dumps({"error": "Entry not found"}).encode()
+        self.send_response(200 if found else 404)
+        if found:
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("ETag", '"1"')
+        else:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+        server.shutdown()
+
+
+def test_a_file_comes_from_the_hub_or_a_line_says_why_not(hub, tmp_path):
+    hub = {**hub, "HF_HOME": str(tmp_path / "hf")}
+    good, none = (f"hf://datasets/lab/texts/{name}.json.gz" for name in ("good", "none"))
+    status, said, _ = sources(tmp_path, hub, good, none)
+    assert status == 1 and "1 of 2 sources" in said and "Traceback" not in said
+    assert "404" in line_about(none, said) or "not found" in line_about(none, said).lower()
