@@ -1,10 +1,7 @@
 """Random models and optimizers, computed by OLMo's own trainer and by ours."""
 
-import json
 import os
 import random
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +13,13 @@ import olmo.optim
 from olmo.config import TrainConfig
 from olmo.model import OLMo
 
-PEER = os.environ.get("OLMO_PEER_PYTHON")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PEER, reason="OLMO_PEER_PYTHON is not set; see tests/parity/README.md"),
+    pytest.mark.skipif(
+        not os.environ.get("OLMO_PEER_PYTHON"),
+        reason="OLMO_PEER_PYTHON is not set; see tests/parity/README.md",
+    ),
 ]
-HERE = Path(__file__).parent
 
 
 def random_case(seed: int) -> dict[str, Any]:
@@ -114,28 +112,19 @@ CASES = [random_case(seed) for seed in range(int(os.environ.get("OLMO_PARITY_CAS
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    folder = tmp_path_factory.mktemp("parity")
-    (folder / "cases.json").write_text(json.dumps(CASES))
-    assert PEER is not None
-    subprocess.run(
-        [PEER, HERE / "peer_model.py", folder / "cases.json", folder / "results.npz"],
-        check=True,
-        cwd=folder,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-    )
-    return dict(np.load(folder / "results.npz"))
+def results(theirs) -> dict[str, np.ndarray]:
+    return theirs("peer_model.py", CASES)
 
 
 @pytest.mark.parametrize("i", range(len(CASES)))
-def test_the_same_numbers(i: int, theirs: dict[str, np.ndarray]) -> None:
+def test_the_same_numbers(i: int, results: dict[str, np.ndarray]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         ours = run(CASES[i], TrainConfig.new, OLMo, olmo.optim, together)
     finally:
         torch.set_num_threads(threads)
-    expected = {k.split("/", 1)[1]: v for k, v in theirs.items() if k.split("/", 1)[0] == str(i)}
+    expected = {k.split("/", 1)[1]: v for k, v in results.items() if k.split("/", 1)[0] == str(i)}
     assert expected.keys() <= ours.keys()
     assert all("metric/exp_avg" in k for k in ours.keys() - expected.keys()), "LionW's average"
     for key, value in expected.items():
