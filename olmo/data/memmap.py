@@ -260,7 +260,7 @@ def check_tokens(dataset: MemMapDataset, vocab_size: int, where: str = "data") -
     """
     try:
         sizes = file_sizes(dataset.paths)
-        file_sizes(dataset.label_mask_paths or ())
+        masks = file_sizes(dataset.label_mask_paths or ())
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: {error}; mend --{where}.paths=[…]") from None
     itemsize = np.dtype(dataset.dtype).itemsize
@@ -269,6 +269,12 @@ def check_tokens(dataset: MemMapDataset, vocab_size: int, where: str = "data") -
             raise ValueError(
                 f"{where}: {path} has {size} bytes, not a whole number of "
                 f"{np.dtype(dataset.dtype).name} tokens; mend {where}.memmap_dtype"
+            )
+    for path, size, mask in zip(dataset.label_mask_paths or (), sizes, masks, strict=False):
+        if mask != size // itemsize:
+            raise ValueError(
+                f"{where}: expected a label for each of {size // itemsize} tokens, found {mask} in "
+                f"{path}; mend --{where}.label_mask_paths=[…]"
             )
     if len(dataset) == 0:
         raise ValueError(

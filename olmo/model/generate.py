@@ -23,6 +23,7 @@ def generate(
     attention_mask: Tensor | None = None,
     max_steps: int = 10,
     min_steps: int = 0,
+    beam_size: int = 1,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -35,17 +36,24 @@ def generate(
         input_ids: (B, T). Rows of different lengths are padded on the left, and `attention_mask`
             (B, T) is 0 there.
         min_steps: no row ends before so many.
+        beam_size: accepted as OLMo has it; there is no beam search, so 1.
         temperature: 0 takes the likeliest id each time, 1 samples as the model says.
         top_k: sample from the likeliest k ids only.
         top_p: sample from the likeliest ids that together reach this probability (nucleus
             sampling, Holtzman et al. 2020, arXiv:1904.09751).
 
     Raises:
-        ValueError: no step, or a text longer than the positions that the model has learned.
+        ValueError: no step, more than one beam, or a text longer than the positions that the model
+            has learned.
     """
     config = model.config
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, found {max_steps}")
+    if beam_size != 1:
+        raise ValueError(
+            f"there is no beam search here: expected beam_size=1, found {beam_size}; "
+            "temperature, top_k and top_p sample"
+        )
     learned = not (config.rope or config.alibi)
     if learned and input_ids.shape[1] + max_steps - 1 > config.max_sequence_length:
         raise ValueError(

@@ -40,12 +40,6 @@ def check(cfg: TrainConfig, world: World) -> None:
             f"global_train_batch_size={batch_size} is not a multiple of the {world.size} "
             "processes; change one of them"
         )
-    per_device = batch_size // world.size
-    if cfg.device_train_batch_size not in (None, per_device):
-        raise ValueError(
-            f"device_train_batch_size={cfg.device_train_batch_size} does not agree with "
-            f"global_train_batch_size={batch_size} on {world.size} processes; leave it out"
-        )
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(cfg.model, name) >= cfg.model.vocab_size:
             raise ValueError(

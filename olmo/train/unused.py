@@ -11,6 +11,8 @@ from olmo.precision import msamp
 # Ignoring these changes nothing that was asked for. They are named once at the start if set.
 HARMLESS = {
     "fused_loss": "the loss is always fused",
+    "device_train_batch_size": "it follows from the global one and the number of processes",
+    "device_train_grad_accum": "it follows from the batch and device_train_microbatch_size",
     "new_style_checkpoints": "one sharded layout is written",
     "sharded_checkpointer": "one sharded layout is written",
     "load_path_sharded_checkpointer": "the layout is found by looking",

@@ -62,6 +62,8 @@ def run(
         rest = model(ids, last_logits_only=True, output_hidden_states=True)
         out["last"] = rest.logits
         out |= {f"hidden/{i}": x for i, x in enumerate(rest.hidden_states)}
+        answer = model.generate(ids, attention_mask=mask, max_steps=4, beam_size=1)
+        out |= {"generated": answer.token_ids, "scores": answer.scores}
         if config.model.rope:
             out["documents"] = documents(model, ids, case["documents"])
     model.train()

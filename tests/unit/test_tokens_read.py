@@ -38,6 +38,15 @@ def test_padding_is_not_taken_for_wider_numbers(tmp_path: Path) -> None:
     check_tokens(MemMapDataset(path, chunk_size=4), 10)
 
 
+def test_label_masks_of_another_length(tmp_path: Path) -> None:
+    path = tokens(tmp_path / "t.npy", np.ones(10, np.uint16))
+    mask = tokens(tmp_path / "m.npy", np.ones(9, np.bool_))
+    for chunk_size in (4, 10):  # the same number of instances, and another
+        dataset = MemMapDataset(path, chunk_size=chunk_size, label_mask_paths=[mask])
+        with pytest.raises(ValueError, match=r"each of 10 tokens, found 9 in .*m\.npy"):
+            check_tokens(dataset, 10)
+
+
 def test_missing_short_and_odd_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"evaluators\.x\.data: no token file"):
         check_tokens(MemMapDataset(tmp_path / "no.npy"), 10, "evaluators.x.data")

@@ -229,7 +229,6 @@ def test_a_fresh_optimizer_warms_up_again(tmp_path: Path) -> None:
         ({"model": {"eos_token_id": 60}}, "model.eos_token_id=60 is not below"),
         ({"max_duration": "many"}, 'max_duration: expected steps .*"2e9T".*many'),
         ({"global_train_batch_size": 512}, "less than one step"),
-        ({"device_train_batch_size": 5}, "does not agree with"),
         ({"evaluators": [{"label": "piqb", "type": "downstream"}]}, "no downstream task 'piqb'"),
         ({"load_path": "nowhere"}, "no checkpoint folder at nowhere"),
         ({"precision": "fp8"}, "precision: expected one of amp_bf16"),
