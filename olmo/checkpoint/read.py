@@ -217,10 +217,16 @@ def put_weights(model: OLMo, checkpoint: Checkpoint) -> None:
     checkpoint.fill((tensor, weights[name]) for name, tensor in own.items())
 
 
-def put_state(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+def put_state(model: OLMo, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's optimizer state into an optimizer; ValueError where it does not fit."""
     assert checkpoint.optim is not None
     state, groups = checkpoint.optim
+    state, _ = model._make_state_dict_compatible(state)
+    groups = [
+        {**group, "param_names": list(model._make_state_dict_compatible(names)[0])}
+        for group in groups
+        for names in [dict.fromkeys(group["param_names"])]
+    ]
     pairs: list[tuple[Tensor, Part]] = []
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):

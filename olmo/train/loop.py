@@ -132,7 +132,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     scheduler: Scheduler = build_scheduler(cfg)
     source = None if checkpoint is None else checkpoint.folder.absolute()
     if checkpoint is not None and checkpoint.optim is not None:
-        put_state(optimizer, checkpoint)
+        put_state(model, optimizer, checkpoint)
     elif checkpoint is not None and position.global_step > 0:
         warm = position.global_step
         scheduler = BoltOnWarmupScheduler.wrap(scheduler, warm, warm + int(cfg.scheduler.t_warmup))

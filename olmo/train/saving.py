@@ -159,7 +159,7 @@ def _hits(interval: int | None, step: int) -> bool:
 def _copied(value: Any, whole: bool) -> Any:
     """Copies of tensors on the host, gathered if `whole`, in containers of the same kind."""
     if hasattr(value, "full_tensor"):
-        return value.full_tensor().cpu() if whole else _copied_shard(value)
+        return _gathered(value) if whole else _copied_shard(value)
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -167,6 +167,14 @@ def _copied(value: Any, whole: bool) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_copied(v, whole) for v in value)
     return value
+
+
+def _gathered(value: Any) -> Tensor:
+    gathered = value.full_tensor()
+    # Where one process has all of it (HSDP whose shards are of one process), nothing was gathered
+    # and this is the parameter itself, which training goes on to change.
+    is_own = gathered.data_ptr() == value.to_local().data_ptr()
+    return gathered.detach().to("cpu", copy=is_own)
 
 
 def _copied_shard(value: Any) -> Any:

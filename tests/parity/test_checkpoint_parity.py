@@ -77,7 +77,7 @@ def test_ours_reads_theirs(layout: str, theirs: tuple[Path, dict[str, np.ndarray
     cfg = TrainConfig.load(folder / "config.yaml")
     model = OLMo.from_checkpoint(folder / layout)
     optimizer = build_optimizer(cfg, model)
-    put_state(optimizer, loaded)
+    put_state(model, optimizer, loaded)
     kind = "DistributedDataParallel" if layout.startswith("ddp") else "FullyShardedDataParallel"
     equal(results(model, optimizer), of(kind, expected))
     assert loaded.train is not None and loaded.train["global_step"] == 3
@@ -108,7 +108,7 @@ def test_theirs_reads_ours(tmp_path: Path) -> None:
     model = OLMo.from_checkpoint(folder)
     cfg = TrainConfig.load(folder / "config.yaml")
     optimizer = build_optimizer(cfg, model)
-    put_state(optimizer, checkpoint.load(folder))
+    put_state(model, optimizer, checkpoint.load(folder))
     ours = results(model, optimizer)
 
     peer("read", folder, tmp_path / "results.npz")

@@ -122,10 +122,43 @@ def test_another_models_checkpoint_is_refused(finished: Path, tmp_path: Path) ->
 
 
 def test_retention(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"save_interval_unsharded": 2, "evaluators": []}
-    run(tmp_path, save_num_unsharded_checkpoints_to_keep=2, **changes)
+    """Each kind has a count of its own."""
+    changes: dict[str, Any] = {"save_interval_unsharded": 5, "save_interval": 2, "evaluators": []}
+    changes |= {"save_num_unsharded_checkpoints_to_keep": 2, "save_num_checkpoints_to_keep": 1}
+    run(tmp_path, **changes)
     names = [path.name for path in layout.checkpoints(tmp_path / "run")]
-    assert names == ["step8-unsharded", "step10-unsharded"]
+    assert names == ["step5-unsharded", "step8", "step10-unsharded"]
+    none: dict[str, Any] = {"save_num_checkpoints_to_keep": 0, "save_overwrite": True}
+    run(tmp_path, **changes | none)
+    assert not layout.checkpoints(tmp_path / "run", unsharded=False)
+
+
+def test_what_was_written_over_is_not_taken_for_the_newest(copy: Path) -> None:
+    assert run(copy.parent, save_overwrite=True, seed=1, stop_after=3) == 75
+    assert newest(copy) == copy / "step3-unsharded"
+    assert run(copy.parent, try_load_latest_save=True, save_overwrite=True, seed=1) == 0
+    assert [line["step"] for line in metrics(copy)] == list(range(11))
+
+
+def test_an_optimizer_goes_on_though_the_steps_are_counted_anew(
+    finished: Path, tmp_path: Path
+) -> None:
+    run(tmp_path, load_path=str(finished / "latest"), reset_trainer_state=True, max_duration=2)
+    optim = torch.load(tmp_path / "run/latest/optim.pt", weights_only=True)
+    assert {kept["step"].item() for kept in optim["state"].values()} == {12}
+    train = torch.load(tmp_path / "run/latest/train.pt", weights_only=True)
+    assert train["global_step"] == 2
+
+
+def test_blocks_may_be_grouped_anew(finished: Path, tmp_path: Path) -> None:
+    """A checkpoint of single blocks goes on in groups of two, optimizer and all."""
+    load = {"load_path": str(finished / "step4-unsharded"), "save_folder": str(tmp_path / "on")}
+    assert run(tmp_path, model={"block_group_size": 2}, **load) == 0
+    losses = [
+        [m["train/CrossEntropyLoss"] for m in metrics(folder)[-6:]]
+        for folder in (finished, tmp_path / "on")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -219,6 +252,45 @@ def test_only_the_newest_ephemeral_one_stays(tmp_path: Path) -> None:
     assert not (tmp_path / "run/step6").exists() and (tmp_path / "run/step8").exists()
 
 
+def cut_data(folder: Path) -> None:
+    path = next((folder / "model_and_optim").glob("*.distcp"))
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def spoil_data(folder: Path) -> None:
+    path = next((folder / "model_and_optim").glob("*.distcp"))
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut_index(folder: Path) -> None:
+    path = folder / "model_and_optim/.metadata"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def lose_index(folder: Path) -> None:
+    (folder / "model_and_optim/.metadata").unlink()
+
+
+def lose_data(folder: Path) -> None:
+    next((folder / "model_and_optim").glob("*.distcp")).unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_data, spoil_data, cut_index, lose_index, lose_data])
+def test_a_broken_sharded_one_is_refused(finished: Path, tmp_path: Path, damage: Any) -> None:
+    """Without a manifest too, as OLMo writes them."""
+    folder = checkpoint.convert(finished / "latest", tmp_path, "sharded")
+    (folder / "manifest.json").unlink()
+    damage(folder)
+    with pytest.raises(ValueError, match=r"cannot read .*model_and_optim|has no \.metadata"):
+        checkpoint.load(folder)
+
+
+def test_another_models_sharded_one_is_refused(finished: Path, tmp_path: Path) -> None:
+    load = {"load_path": str(checkpoint.convert(finished / "latest", tmp_path, "sharded"))}
+    with pytest.raises(ValueError, match=r"wte\.weight is \(128, 16\), the config's model has"):
+        run(tmp_path, model={"d_model": 32}, reset_trainer_state=True, **load)
+
+
 def test_an_index_with_code_does_not_run(tmp_path: Path) -> None:
     run(tmp_path, evaluators=[], **SHARDED)
     folder = tmp_path / "run/step9"
@@ -294,7 +366,12 @@ def test_olmos_own_safetensors_run_no_code(copy: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def served(finished: Path) -> Iterator[str]:
     """The finished run by http."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(finished))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def send_head(self) -> Any:
+            return self.send_error(403) if "secret" in self.path else super().send_head()
+
+    handler = functools.partial(Handler, directory=str(finished))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -311,6 +388,18 @@ def test_by_url(finished: Path, served: str, tmp_path: Path) -> None:
     assert same(state(tmp_path / "a"), state(tmp_path / "b"))
     with pytest.raises(ValueError, match=r"cannot load http.*step9-unsharded: .*404"):
         run(tmp_path, load_path=f"{served}/step9-unsharded")
+    with pytest.raises(ValueError, match=r"cannot load http.*step8-unsharded: .*403 .*refused"):
+        run(tmp_path, load_path=f"{served}/secret/step8-unsharded", save_overwrite=True)
+    # Two URLs that end alike are two checkpoints.
+    shutil.copytree(finished / "step4-unsharded", finished / "other/step8-unsharded")
+    other = {"load_path": f"{served}/other/step8-unsharded", "save_folder": str(tmp_path / "b")}
+    run(tmp_path, dry_run=True, save_overwrite=True, **other)
+    found = {
+        torch.load(p, weights_only=True)["global_step"]
+        for p in tmp_path.rglob("loaded/*/*/train.pt")
+    }
+    assert found == {4, 8}
+    shutil.rmtree(finished / "other")
 
 
 def test_the_command_converts(

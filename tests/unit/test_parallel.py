@@ -7,22 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from ranks import on_ranks, train_on
-from small_run import (
-    metrics,
-    read_until,
-    run,
-    same,
-    settings,
-    start,
-    state,
-)
+from small_run import metrics, read_until, run, same, settings, start, state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from olmo.checkpoint.read import look, put_state, put_weights
 from olmo.config import TrainConfig
 from olmo.model import OLMo
 from olmo.train.optim import build_optimizer
 from olmo.train.parallel import join_world, leave_world, parallelize
+from olmo.train.saving import _copied
 
 # What is computed, and how it is spread.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -194,6 +191,25 @@ def test_the_data_goes_on_at_another_number_of_processes(tmp_path: Path) -> None
     assert rows(tmp_path / "run") == rows(tmp_path / "changing")
 
 
+def changed_while_saved() -> list[list[float]]:
+    """Copies for a save, of a tensor that changes afterwards, as one process spreads it."""
+    dist.init_process_group("gloo")
+    copies = []
+    for places in ([Shard(0)], [Replicate(), Shard(0)]):
+        mesh = init_device_mesh("cpu", (1,) * len(places))
+        spread = distribute_tensor(torch.zeros(2), mesh, places)
+        copies += [_copied(spread, whole=True), _copied(spread, whole=False).to_local()]
+        spread.to_local().add_(1)
+    dist.destroy_process_group()
+    return [copy.tolist() for copy in copies]
+
+
+@pytest.mark.slow
+def test_what_is_being_saved_does_not_change(tmp_path: Path) -> None:
+    found = on_ranks(1, [(changed_while_saved, ())], log(tmp_path))
+    assert found == {0: [[[0.0, 0.0]] * 4]}
+
+
 def bytes_loaded(case: dict[str, Any], folder: Path) -> int:
     """How many bytes this rank reads to take its share of a checkpoint."""
     cfg = TrainConfig.new(**case)
@@ -204,7 +220,7 @@ def bytes_loaded(case: dict[str, Any], folder: Path) -> int:
     before = bytes_read()
     checkpoint = look(folder)
     put_weights(model, checkpoint)
-    put_state(optimizer, checkpoint)
+    put_state(model, optimizer, checkpoint)
     read = bytes_read() - before
     leave_world(world)
     return read

@@ -4,9 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from olmo.config import ModelConfig, TokenizerConfig, TrainConfig
-from olmo.train.start import warn_of_other_tokenizer
+from olmo.train.parallel import World
+from olmo.train.start import check, warn_of_other_tokenizer
+
+
+def test_a_world_that_does_not_divide_the_batch():
+    world = World(0, 0, 3, torch.device("cpu"), "three")
+    with pytest.raises(ValueError, match=r"batch_size=8 is not a multiple of the 3 processes"):
+        check(TrainConfig(global_train_batch_size=8), world)
+
 
 PII = "tokenizers/allenai_eleuther-ai-gpt-neox-20b-pii-special.json"
 
