@@ -18,6 +18,7 @@ from olmo.checkpoint.optim_state import State, by_name, clean, load_by_name, pla
 from olmo.checkpoint.plain import Part
 from olmo.config import ModelConfig
 from olmo.log import warn
+from olmo.model.regroup import regrouped
 
 if TYPE_CHECKING:
     from olmo.checkpoint.sharded import Sharded
@@ -220,12 +221,11 @@ def put_weights(model: OLMo, checkpoint: Checkpoint) -> None:
 def put_state(model: OLMo, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's optimizer state into an optimizer; ValueError where it does not fit."""
     assert checkpoint.optim is not None
-    state, groups = checkpoint.optim
-    state, _ = model._make_state_dict_compatible(state)
+    size = model.config.block_group_size
+    state, _ = regrouped(checkpoint.optim[0], size)
     groups = [
-        {**group, "param_names": list(model._make_state_dict_compatible(names)[0])}
-        for group in groups
-        for names in [dict.fromkeys(group["param_names"])]
+        {**group, "param_names": list(regrouped(dict.fromkeys(group["param_names"]), size)[0])}
+        for group in checkpoint.optim[1]
     ]
     pairs: list[tuple[Tensor, Part]] = []
     for group in optimizer.param_groups:
