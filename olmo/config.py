@@ -11,141 +11,33 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import StrEnum as StrEnum
 from typing import Any
 
+from olmo.kinds import ActivationCheckpointingStrategy as ActivationCheckpointingStrategy
+from olmo.kinds import ActivationType as ActivationType
+from olmo.kinds import BlockType as BlockType
+from olmo.kinds import CheckpointType as CheckpointType
+from olmo.kinds import DDPGradSyncMode as DDPGradSyncMode
+from olmo.kinds import DistributedStrategy as DistributedStrategy
+from olmo.kinds import EvaluatorType as EvaluatorType
+from olmo.kinds import FP8Backend as FP8Backend
+from olmo.kinds import FP8Recipe as FP8Recipe
+from olmo.kinds import FP8Scaling as FP8Scaling
+from olmo.kinds import FSDPPrecision as FSDPPrecision
+from olmo.kinds import FSDPWrapStrategy as FSDPWrapStrategy
+from olmo.kinds import InitFnType as InitFnType
+from olmo.kinds import LayerNormType as LayerNormType
+from olmo.kinds import OptimizerType as OptimizerType
+from olmo.kinds import PaddingDirection as PaddingDirection
+from olmo.kinds import SchedulerType as SchedulerType
+from olmo.kinds import SchedulerUnits as SchedulerUnits
+from olmo.kinds import ShardedCheckpointerType as ShardedCheckpointerType
+from olmo.kinds import ShardingStrategy as ShardingStrategy
+from olmo.kinds import TruncationDirection as TruncationDirection
 from olmo.strict import BaseConfig as BaseConfig
 from olmo.strict import as_plain, ours
 from olmo.strict import to_yaml as to_yaml
-
-# --- the kinds -----------------------------------------------------------------------------------
-
-
-class LayerNormType(StrEnum):
-    default = "default"
-    low_precision = "low_precision"
-    rms = "rms"
-
-
-class ActivationType(StrEnum):
-    gelu = "gelu"
-    relu = "relu"
-    swiglu = "swiglu"
-
-
-class BlockType(StrEnum):
-    sequential = "sequential"
-    llama = "llama"
-
-
-class InitFnType(StrEnum):
-    mitchell = "mitchell"
-    normal = "normal"
-    kaiming_normal = "kaiming_normal"
-    fan_in = "fan_in"
-    full_megatron = "full_megatron"
-
-
-class OptimizerType(StrEnum):
-    lionw = "lionw"
-    adamw = "adamw"
-    muon = "muon"  # ours: Muon on the blocks' matrices, AdamW on everything else
-
-
-class SchedulerType(StrEnum):
-    cosine_with_warmup = "cosine_with_warmup"
-    linear_with_warmup = "linear_with_warmup"
-    inverse_sqrt_with_warmup = "inverse_sqrt_with_warmup"
-    max_scheduler = "max_scheduler"
-    constant = "constant"
-    cosine_linear_envelope = "cosine_linear_envelope"
-    constant_with_warmup = "constant_with_warmup"
-    warmup_stable_decay = "warmup_stable_decay"  # ours
-
-
-class SchedulerUnits(StrEnum):
-    steps = "steps"
-    tokens = "tokens"
-
-
-class PaddingDirection(StrEnum):
-    right = "right"
-    left = "left"
-
-
-class TruncationDirection(StrEnum):
-    right = "right"
-    left = "left"
-
-
-class EvaluatorType(StrEnum):
-    downstream = "downstream"
-    lm = "lm"
-
-
-class DistributedStrategy(StrEnum):
-    single = "single"
-    ddp = "ddp"
-    fsdp = "fsdp"
-
-
-class DDPGradSyncMode(StrEnum):
-    batch = "batch"
-    micro_batch = "micro_batch"
-
-
-class FSDPWrapStrategy(StrEnum):
-    by_block = "by_block"
-    by_block_and_size = "by_block_and_size"
-    by_block_group = "by_block_group"
-    by_block_group_and_size = "by_block_group_and_size"
-    size_based = "size_based"
-    one_in_two = "one_in_two"
-    one_in_three = "one_in_three"
-    one_in_four = "one_in_four"
-    one_in_five = "one_in_five"
-
-
-class FSDPPrecision(StrEnum):
-    pure = "pure"
-    mixed = "mixed"
-
-
-class ShardingStrategy(StrEnum):
-    """torch.distributed.fsdp's names, without importing torch."""
-
-    FULL_SHARD = "FULL_SHARD"
-    SHARD_GRAD_OP = "SHARD_GRAD_OP"
-    NO_SHARD = "NO_SHARD"
-    HYBRID_SHARD = "HYBRID_SHARD"
-    _HYBRID_SHARD_ZERO2 = "_HYBRID_SHARD_ZERO2"
-
-
-class CheckpointType(StrEnum):
-    sharded = "sharded"
-    unsharded = "unsharded"
-    sharded_ephemeral = "sharded_ephemeral"
-
-
-class ShardedCheckpointerType(StrEnum):
-    torch_new = "torch_new"
-    torch_legacy = "torch_legacy"
-    local = "local"
-    olmo_core = "olmo_core"
-
-
-class ActivationCheckpointingStrategy(StrEnum):
-    whole_layer = "whole_layer"
-    one_in_two = "one_in_two"
-    one_in_three = "one_in_three"
-    one_in_four = "one_in_four"
-    one_in_eight = "one_in_eight"
-    two_in_three = "two_in_three"
-    three_in_four = "three_in_four"
-    fine_grained = "fine_grained"
-
-
-# --- the fields ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -293,7 +185,7 @@ class DataConfig(BaseConfig):
     timeout: int = 0
     seed: int | None = None  # of the data order; None: the run's seed
     instance_filter: InstanceFilterConfig | None = None
-    custom_dataset: CustomDatasetConfig | None = ours()  # newer than its release
+    custom_dataset: CustomDatasetConfig | None = ours()  # noqa: RUF009 (newer than its release)
     # The order made beforehand: raw little-endian uint32, one number per instance, no padding.
     order_path: str | None = ours()
 
@@ -366,23 +258,6 @@ class FSDPConfig(BaseConfig):
     hybrid_sharding_num_model_replicas: int | None = None
 
 
-class FP8Backend(StrEnum):
-    native = "native"  # torch's scaled product
-    torchao = "torchao"
-    emulate = "emulate"  # float32 products of what the 8 bits stand for: slow, for tests
-
-
-class FP8Recipe(StrEnum):
-    tensorwise = "tensorwise"  # one scale a tensor: the fastest
-    rowwise = "rowwise"  # one for each row of a product: the most exact
-    rowwise_with_gw_hp = "rowwise_with_gw_hp"  # and weights' gradients in high precision
-
-
-class FP8Scaling(StrEnum):
-    dynamic = "dynamic"  # from the tensor itself
-    delayed = "delayed"  # from what it was like in earlier steps
-
-
 @dataclass
 class FP8Config(BaseConfig):
     """Which products run in 8-bit floating point, and how (not OLMo's)."""
@@ -435,12 +310,12 @@ class TrainConfig(BaseConfig):
     # Duration and batches.
     max_duration: int | str = 10000  # steps, or "2e12T" tokens, or "1ep" epochs
     global_train_batch_size: int = 512  # instances per step over all processes
-    device_train_batch_size: int | None = None  # derived; given, it must agree
+    device_train_batch_size: int | None = None  # derived; what is given is ignored
     device_train_microbatch_size: int = 16
     device_eval_batch_size: int = 16
     eval_subset_num_batches: int = -1  # -1: all
     eval_on_load: bool = False
-    device_train_grad_accum: int | None = None  # derived; given, it must agree
+    device_train_grad_accum: int | None = None  # derived; what is given is ignored
     max_grad_norm: float | None = None
     max_grad_norm_ratio: float | None = None  # of the running mean; over max_grad_norm
     precision: str | None = None  # amp_bf16, amp_fp16, fp32; None: fp32
