@@ -205,18 +205,18 @@ def _register_resolvers(validate_paths: bool) -> None:
         return missing(f"none of these exist: {', '.join(paths)}", "")
 
     def path_last_checkpoint(folder: str) -> str:
-        steps = [
-            p for p in Path(folder).glob("step*") if re.fullmatch(r"step\d+(-unsharded)?", p.name)
-        ]
+        if "://" in folder:
+            from olmo.bucket import Bucket
+
+            names = {name.split("/")[0] for name in Bucket(folder).sizes()}
+        else:
+            names = {path.name for path in Path(folder).glob("step*")}
+        steps = [m for name in names if (m := re.fullmatch(r"step(\d+)(-unsharded)?", name))]
         if not steps:
             return missing(f"no checkpoint (step{{N}} or step{{N}}-unsharded) in {folder}", "")
         # Of two at one step the sharded one comes first, as it is the cheaper to load.
-        return str(
-            max(
-                steps,
-                key=lambda p: (int(re.findall(r"\d+", p.name)[0]), "-" not in p.name),
-            )
-        )
+        latest = max(steps, key=lambda m: (int(m[1]), m[2] is None))
+        return f"{folder.rstrip('/')}/{latest[0]}"
 
     # OmegaConf 2.4 renamed the call and warns of the old name, the only one that 2.3 has.
     modern = "replace" in inspect.signature(OmegaConf.register_resolver).parameters

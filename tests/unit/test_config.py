@@ -71,6 +71,13 @@ def test_path_resolvers(tmp_path: Path) -> None:
     cfg = TrainConfig.load(write(tmp_path, text % (tmp_path, tmp_path)))
     assert cfg.data.paths == [f"{tmp_path}/a.npy", f"{tmp_path}/b.npy"], "sorted"
     assert cfg.load_path == f"{tmp_path}/step10"
+    (tmp_path / "step12").mkdir()
+    (tmp_path / "step12/model.pt").touch()
+    there = write(tmp_path, f"load_path: ${{path.last_checkpoint:file://{tmp_path}}}")
+    assert TrainConfig.load(there).load_path == f"file://{tmp_path}/step12"
+    there = write(tmp_path, "load_path: ${path.last_checkpoint:/nowhere}")
+    with pytest.raises((FileNotFoundError, ValueError), match=r"no checkpoint .* in /nowhere"):
+        TrainConfig.load(there)
 
     nowhere = write(tmp_path, "data: {paths: '${path.glob:/nowhere/*.npy}'}")
     with pytest.raises((FileNotFoundError, ValueError), match="/nowhere"):
