@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
@@ -34,11 +35,16 @@ class Part:
     dtype: torch.dtype
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What torch.save wrote, on the CPU. Raises ValueError for code, and for a broken file."""
+def read(path: Path, mapped: bool = False) -> dict[str, Any]:
+    """What torch.save wrote, on the CPU. Raises ValueError for code, and for a broken file.
+
+    `mapped` tensors stay in the file until they are looked at, and are in memory once for all
+    processes of a machine. They are for copying from: the file must stay as it is meanwhile.
+    """
     try:
+        mapped = mapped and zipfile.is_zipfile(path)  # torch before 1.6 wrote files of its own
         with torch.serialization.safe_globals(_OLMOS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         if "weights_only" in str(error).lower() or "WeightsUnpickler" in str(error):
             reason = "it holds pickled code or objects besides tensors, which are never run"

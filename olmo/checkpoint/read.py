@@ -93,17 +93,23 @@ def load(folder: str | Path, optimizer: bool = True, trainer: bool = True) -> Ch
     """
     folder = Path(folder)
     layout.verify(folder)
-    return look(folder, optimizer, trainer).whole()
+    return look(folder, optimizer, trainer, mapped=False).whole()
 
 
-def look(folder: Path, optimizer: bool = True, trainer: bool = True) -> Checkpoint:
-    """The same of a folder that is verified already; of a sharded one no tensor is read yet."""
+def look(
+    folder: Path, optimizer: bool = True, trainer: bool = True, mapped: bool = True
+) -> Checkpoint:
+    """The same of a folder that is verified already, for put_weights and put_state.
+
+    They read what this process needs: Parts of a sharded one, and of an unsharded one what lies
+    in its files (`mapped`).
+    """
     if (folder / "model_and_optim").is_dir():
         return _sharded(folder, optimizer, trainer)
     if (folder / "model.safetensors").exists():
         model = _safetensors(folder / "model.safetensors")
     elif (folder / "model.pt").exists():
-        model = plain.read(folder / "model.pt")
+        model = plain.read(folder / "model.pt", mapped)
     else:
         raise ValueError(
             f"{folder} holds none of model.pt, model.safetensors, model_and_optim/; expected a "
@@ -113,7 +119,7 @@ def look(folder: Path, optimizer: bool = True, trainer: bool = True) -> Checkpoi
     return Checkpoint(
         folder,
         {clean(name): tensor for name, tensor in model.items()},
-        _optimizer(folder) if optimizer else None,
+        _optimizer(folder, mapped) if optimizer else None,
         _trainer(folder) if trainer else None,
     )
 
@@ -139,7 +145,7 @@ def _sharded(folder: Path, optimizer: bool, trainer: bool) -> Checkpoint:
     )
 
 
-def _optimizer(folder: Path) -> tuple[State, list[dict[str, Any]]]:
+def _optimizer(folder: Path, mapped: bool) -> tuple[State, list[dict[str, Any]]]:
     if (folder / "optim.safetensors").exists():
         stored = _safetensors(folder / "optim.safetensors")
         if "param_groups" in stored:
@@ -150,7 +156,7 @@ def _optimizer(folder: Path) -> tuple[State, list[dict[str, Any]]]:
             state.setdefault(name, {})[part] = tensor
         return state, json.loads((folder / "train.json").read_text())["optimizer"]
     if (folder / "optim.pt").exists():
-        return by_name(plain.read(folder / "optim.pt"))
+        return by_name(plain.read(folder / "optim.pt", mapped))
     raise ValueError(
         f"{folder} has no optimizer state; start from its weights alone: --reset_optimizer_state"
     )
@@ -227,13 +233,18 @@ def put_state(model: OLMo, optimizer: torch.optim.Optimizer, checkpoint: Checkpo
         {**group, "param_names": list(regrouped(dict.fromkeys(group["param_names"]), size)[0])}
         for group in checkpoint.optim[1]
     ]
-    pairs: list[tuple[Tensor, Part]] = []
+    pairs: list[tuple[Tensor, Any]] = []
+
+    def room(stored: Any, parameter: Tensor) -> Any:
+        if not isinstance(stored, Part | Tensor):
+            return stored
+        like = parameter if stored.shape == parameter.shape else torch.empty(stored.shape)
+        pairs.append((torch.empty_like(like, dtype=stored.dtype), stored))
+        return pairs[-1][0]
+
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            for what, part in state.get(name, {}).items():
-                if isinstance(part, Part):
-                    like = parameter if part.shape == parameter.shape else torch.empty(part.shape)
-                    pairs.append((torch.empty_like(like, dtype=part.dtype), part))
-                    state[name][what] = pairs[-1][0]
+            if name in state:
+                state[name] = {k: room(v, parameter) for k, v in state[name].items()}
     checkpoint.fill(pairs)
     load_by_name(optimizer, state, groups)

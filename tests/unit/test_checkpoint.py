@@ -19,6 +19,7 @@ from small_run import metrics, run, same, state
 from olmo import checkpoint
 from olmo.checkpoint import layout
 from olmo.checkpoint.read import newest
+from olmo.checkpoint.sharded import files_of
 from olmo.cli import main
 from olmo.config import TrainConfig, identity
 from olmo.model import OLMo
@@ -306,6 +307,16 @@ def test_an_index_with_code_does_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_an_index_names_files_of_its_folder_only(finished: Path, tmp_path: Path) -> None:
+    index = (
+        checkpoint.convert(finished / "latest", tmp_path, "sharded") / "model_and_optim/.metadata"
+    )
+    assert files_of(index) == ["__0_0.distcp"]
+    index.write_bytes(index.read_bytes().replace(b"__0_0.distcp", b"../../a/path"))
+    with pytest.raises(ValueError, match=r"names \.\./\.\./a/path, which lies outside"):
+        files_of(index)
+
+
 def test_unknown_layouts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds none of model\.pt.*unshard\.py"):
         checkpoint.load(tmp_path)
@@ -390,6 +401,11 @@ def test_by_url(finished: Path, served: str, tmp_path: Path) -> None:
         run(tmp_path, load_path=f"{served}/step9-unsharded")
     with pytest.raises(ValueError, match=r"cannot load http.*step8-unsharded: .*403 .*refused"):
         run(tmp_path, load_path=f"{served}/secret/step8-unsharded", save_overwrite=True)
+    # Sharded, which names its files in its index.
+    checkpoint.convert(finished / "step8-unsharded", finished / "other", "sharded")
+    sharded = {"load_path": f"{served}/other/step8", "save_folder": str(tmp_path / "c")}
+    assert run(tmp_path, **sharded) == 0
+    assert same(state(tmp_path / "a"), state(tmp_path / "c"))
     # Two URLs that end alike are two checkpoints.
     shutil.copytree(finished / "step4-unsharded", finished / "other/step8-unsharded")
     other = {"load_path": f"{served}/other/step8-unsharded", "save_folder": str(tmp_path / "b")}

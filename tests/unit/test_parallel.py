@@ -14,6 +14,7 @@ from small_run import metrics, read_until, run, same, settings, start, state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from olmo.checkpoint import convert
 from olmo.checkpoint.read import look, put_state, put_weights
 from olmo.config import TrainConfig
 from olmo.model import OLMo
@@ -238,9 +239,11 @@ def test_each_process_reads_its_own_share(tmp_path: Path) -> None:
     assert train_on(4, [case], log(tmp_path)) == [0]
     folder = tmp_path / "run/step1"
     size = sum(path.stat().st_size for path in (folder / "model_and_optim").iterdir())
-    found = on_ranks(4, [(bytes_loaded, (case, folder))], log(tmp_path))
-    for read in (own for (own,) in found.values()):
-        assert size / 5 < read < size / 3, (read, size)
+    whole = convert(folder, tmp_path, "unsharded")
+    work = [(bytes_loaded, (case, place)) for place in (folder, whole)]
+    for sharded, unsharded in on_ranks(4, work, log(tmp_path)).values():
+        assert size / 5 < sharded < size / 3, (sharded, size)
+        assert unsharded < size / 10, "it lies in the file, and is in memory once for all"
 
 
 def children(pid: int) -> list[int]:
