@@ -3,15 +3,16 @@
     python bench/plan.py [--files 10000] [--shards-per-job 4]
 
 A project of so many small local files, by the real Snakefile. The dry run plans everything. For
-the no-op, a few files are run, and what they made is laid out as if it were made of all: a listing
-for each batch, a link for each shard; `snakemake --touch` writes snakemake's own records of it.
-Order and training then run. The toolkit's environment is the repository's (`snakemake
-environments/dolma.json`).
+the no-op one batch is run, and what it left is laid out as if every batch had run: a listing, a
+link for each shard, and snakemake's own record of the job. Order and training then run. The
+toolkit's environment is the repository's (`snakemake environments/dolma.json`).
 """
 
 import argparse
+import base64
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,9 +24,7 @@ from project import REPOSITORY, Project, documents, write_source
 
 from olmo.data.tokenizer import trained_tokenizer
 
-RUN_FILES = 4  # that are really made
 FINAL = "checkpoints/small/final"
-STATISTICS = "data/small/statistics.parquet"
 
 
 def main() -> None:
@@ -36,15 +35,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         project = small_project(Path(folder) / "project", args.shards_per_job)
         project.run("data/small/tokens/000.tsv")
-        add_files(project, args.files)
+        for number in range(args.shards_per_job, args.files):  # links, each of a name of its own
+            os.link(source(project, number % args.shards_per_job), source(project, number))
         print(f"{platform.machine()}, Python {platform.python_version()}, {args.files:,} files, ")
         tell("dry run", snakemake(project, "-n", FINAL), "Job stats")
-        lay_out(project, args.files, args.shards_per_job)
-        # The journal of damage is older than anything that is made.
-        snakemake(project, "--touch", STATISTICS)
+        for batch in range(1, -(-args.files // args.shards_per_job)):
+            lay_out(project, batch, args.shards_per_job)
         project.run(FINAL, timeout=3600)
-        kept = sum(1 for _ in (project.root / ".snakemake/metadata").rglob("*"))
-        assert kept > 3 * args.files / args.shards_per_job, f"only {kept} records of snakemake's"
         tell("no-op", snakemake(project, FINAL), "Nothing to be done")
 
 
@@ -52,12 +49,12 @@ def small_project(root: Path, shards_per_job: int) -> Project:
     project = Project(root)
     project.change("config/config.yaml", shards_per_job=shards_per_job)
     project.change("config/data/small.yaml", tokens={"engine": "fast", "audit_share": 0.0})
-    for source in (root / "sources").iterdir():
-        source.unlink()
-    for number in range(RUN_FILES):
-        write_source(root / f"sources/part-{number:05d}.json.gz", documents(number % 3, 40))
+    for path in (root / "sources").iterdir():
+        path.unlink()
+    for number in range(shards_per_job):
+        write_source(source(project, number), documents(number % 3, 40))
     trained_tokenizer.build(
-        documents=[root / "sources/part-00000.json.gz"],
+        documents=[source(project, 0)],
         tokenizer=root / "trained.json",
         vocab_size=512,
     )
@@ -65,33 +62,27 @@ def small_project(root: Path, shards_per_job: int) -> Project:
     return project
 
 
-def add_files(project: Project, count: int) -> None:
-    """The other sources: links to those that were made, each under a name of its own."""
-    folder = project.root / "sources"
-    for number in range(RUN_FILES, count):
-        first = folder / f"part-{number % RUN_FILES:05d}.json.gz"
-        os.link(first, folder / f"part-{number:05d}.json.gz")
+def source(project: Project, number: int) -> Path:
+    return project.root / f"sources/part-{number:05d}.json.gz"
 
 
-def lay_out(project: Project, count: int, shards_per_job: int) -> None:
-    """Listings and links of all files, from those of the first ones."""
-    data = project.root / "data/small"
+def lay_out(project: Project, batch: int, size: int) -> None:
+    """What the first batch left, as another batch would have left it."""
+    data, records = project.root / "data/small", project.root / ".snakemake/metadata"
+
+    def here(text: str) -> str:
+        text = re.sub("part-([0-9]{5})", lambda m: f"part-{batch * size + int(m[1]):05d}", text)
+        return re.sub(r"/000\.(tsv|log)", rf"/{batch:03d}.\1", text)
+
     for stage in ("sources", "documents", "tokens"):
-        header, *rows = (data / stage / "000.tsv").read_text().splitlines(keepends=True)
-        made: dict[int, list[str]] = {number: [] for number in range(RUN_FILES)}
-        for row in rows:
-            made[int(row.split("\t")[0].removeprefix("part-"))].append(row)
-        for first in range(0, count, shards_per_job):
-            lines = [header]
-            for number in range(first, min(first + shards_per_job, count)):
-                old, new = f"part-{number % RUN_FILES:05d}", f"part-{number:05d}"
-                for row in made[number % RUN_FILES]:
-                    name = row.split("\t")[2]
-                    link = data / name.replace(old, new)
-                    if not link.is_symlink():
-                        link.symlink_to(os.readlink(data / name))
-                    lines.append(row.replace(old, new))
-            (data / stage / f"{first // shards_per_job:03d}.tsv").write_text("".join(lines))
+        text = (data / stage / "000.tsv").read_text()
+        for row in text.splitlines()[1:]:
+            link = data / row.split("\t")[2]
+            (data / here(str(link.relative_to(data)))).symlink_to(os.readlink(link))
+        (data / stage / f"{batch:03d}.tsv").write_text(here(text))
+        name = f"data/small/{stage}/000.tsv"
+        record = (records / base64.b64encode(name.encode()).decode()).read_text()
+        (records / base64.b64encode(here(name).encode()).decode()).write_text(here(record))
 
 
 def snakemake(project: Project, *words: str) -> tuple[str, float, float, float]:

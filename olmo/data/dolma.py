@@ -7,11 +7,13 @@ of documents is given to it alone, and what comes out is put back into the docum
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
 import os
 import select
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -80,7 +82,8 @@ class Dolma:
     def ask(self, time_limit_s: float, **request: Any) -> str:
         """Have one file tokenized; what the toolkit said. See dolma_worker for the request.
 
-        Raises ValueError with what it said when it fails, ChildProcessError when it dies.
+        Raises ValueError with what it said when it fails, ChildProcessError when it dies, OSError
+        when it dies or fails of a full disk.
         """
         deadline = time.monotonic() + time_limit_s
         if self.process is None:
@@ -98,8 +101,10 @@ class Dolma:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise ChildProcessError(self.death()) from None
+            raise self.death() from None
         answer = self.answer(deadline)
+        if answer.get("errno") in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(answer["errno"], answer["error"])
         if "error" in answer:
             raise ValueError(f"the toolkit failed: {answer['error']}. It said:\n{self.tail()}")
         return self.tail()
@@ -129,14 +134,19 @@ class Dolma:
                 raise ChildProcessError(f"the toolkit did not end in time. It said:\n{self.tail()}")
             block = os.read(self.process.stdout.fileno(), 1 << 16)
             if not block:
-                raise ChildProcessError(self.death())
+                raise self.death()
             line += block
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def death(self) -> str:
-        end = describe_exit(self.process.wait())
-        return f"the toolkit's process ended early ({end}). It said:\n{self.tail()}"
+    def death(self) -> OSError:
+        """What to raise when the toolkit's process has ended. The next request starts another."""
+        code = self.process.wait()
+        self.process = None
+        said = f"the toolkit's process ended early ({describe_exit(code)}). It said:\n{self.tail()}"
+        if code == -signal.SIGBUS:  # its files are mapped into memory, and there was no page left
+            return OSError(errno.ENOSPC, said)
+        return ChildProcessError(said)
 
     def tail(self) -> str:
         """The last lines that the toolkit said, without its progress bars."""

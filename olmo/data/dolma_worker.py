@@ -2,7 +2,7 @@
 
 Imports nothing of ours. Started once for a batch, because importing dolma takes seconds. Reads a
 request a line from stdin, {"folder", "documents", "tokenizer", …}, and answers a line, {} or
-{"error"}. What dolma says goes to stderr.
+{"error", "errno"}. What dolma says goes to stderr.
 """
 
 import json
@@ -62,7 +62,8 @@ def main() -> None:
             tokenize(**request)
             answer = {}
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            said = f"{type(error).__name__}: {error}"
+            answer = {"error": said, "errno": getattr(error, "errno", None)}
         print(json.dumps(answer), file=answers)
 
 

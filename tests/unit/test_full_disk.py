@@ -1,0 +1,97 @@
+"""A disk that fills up at any point of a stage: one clear error, nothing half-written, and on."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+from servers import web_server
+
+from olmo.data.documents import documents
+from olmo.data.fast import Fast
+from olmo.data.sources import download
+from olmo.data.tokenizer import trained_tokenizer
+from olmo.data.tokens import tokens
+from olmo.store import Store
+
+DISK = 24 << 20
+LINES = [
+    json.dumps({"id": f"doc-{n}", "text": random.Random(n).randbytes(400).hex()}).encode()
+    for n in range(4000)
+]
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """A small disk of its own, and the store on it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", disk]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    monkeypatch.setenv("OLMO_STORE", str(disk / "store"))
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A source on a web server, its documents, a tokenizer: none of them on the small disk."""
+    folder = tmp_path_factory.mktemp("given")
+    (folder / "source.gz").write_bytes(gzip.compress(b"\n".join(LINES), 1))
+    made = {kind: folder / kind for kind in ("documents", "heldout", "table")}
+    documents.build(source=folder / "source.gz", name="source.gz", **made)
+    trained_tokenizer.build(
+        documents=[made["documents"]], tokenizer=folder / "tokenizer.json", vocab_size=400
+    )
+    with web_server(folder) as url:
+        yield {"url": f"{url}/source.gz", "source": folder / "source.gz", "folder": folder, **made}
+
+
+def calls(given, out, dolma):
+    """Each stage of the data half, as it is called; its outputs in `out`."""
+    folder = given["folder"]
+    paths = {name: out / name for name in ("documents", "heldout", "table")}
+    inputs = {name: given[name] for name in ("documents", "table")}
+    fixed = {"tokenizer": folder / "tokenizer.json", "eos_token_id": 0, "pad_token_id": 1}
+    made = {"tokens": out / "tokens", "index": out / "index"}
+
+    def tokenize(engine):
+        return lambda: tokens(
+            **inputs, **fixed, **made, toolkit=engine.toolkit, engine=engine, split="train"
+        )
+
+    return {
+        "download": lambda: download(url=given["url"], source=out / "source"),
+        "documents": lambda: documents(source=given["source"], name="source.gz", **paths),
+        "dolma": tokenize(dolma),
+        "fast": tokenize(Fast(dolma, 0)),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["download", "documents", "dolma", "fast"])
+def test_a_full_disk_and_then_room(given, disk, dolma, name, tmp_path):
+    call = calls(given, tmp_path / "out", dolma)[name]
+    ballast, store = disk / "ballast", Store(disk / "store", say=lambda line: None)
+    failed = 0
+    for room in (4_000, 60_000, 400_000, 1_200_000, 2_500_000, 5_000_000):
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        ballast.write_bytes(bytes(max(0, free - room)))
+        try:
+            call()
+            break
+        except ValueError as error:
+            assert "the disk is full" in str(error) and "make room" in str(error)
+            failed += 1
+        finally:
+            ballast.unlink()
+        assert not list(store.verify())
+        assert not list((tmp_path / "out").glob("*")), "no name before its content"
+    assert failed >= 3
+    record = call()
+    for output in record["outputs"].values():
+        assert Path(store.object_path(output["sha256"])).exists()
