@@ -53,6 +53,7 @@ include: "rules/statistics.smk"
 include: "rules/order.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"
+include: "rules/bench.smk"
 
 
 onstart:

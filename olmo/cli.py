@@ -34,6 +34,7 @@ COMMANDS = {
     "train": "olmo.run:train",
     "evaluate": "olmo.run:evaluate",
     # beside it
+    "bench": "olmo.report.bench:bench",
     "checkpoint convert": "olmo.checkpoint.conversion:convert",
     "environment": "olmo.environments:environment",
     "store verify": "olmo.upkeep:verify",

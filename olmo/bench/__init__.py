@@ -1,0 +1,1 @@
+"""How fast training is, and with what: a matrix of settings, a process and a record for each."""

@@ -1,0 +1,145 @@
+"""The benchmark's matrix: what is timed, what has its reason, what is not timed again."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from olmo.bench import __main__ as runner
+from olmo.bench import table
+from olmo.bench.matrix import Cell, load
+from olmo.report.bench import draw, write_parquet
+
+ROOT = Path(__file__).parents[2]
+MODEL = {
+    "rope": True,
+    "include_bias": False,
+    "layer_norm_with_affine": False,
+    "attention_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "max_sequence_length": 32,
+    "vocab_size": 128,
+    "embedding_size": 128,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+
+
+def matrix(folder: Path, *groups: dict, **changes: object) -> Path:
+    section = {
+        "model": MODEL,
+        "shapes": {"small": {"d_model": 32, "n_heads": 2, "n_layers": 1}},
+        "groups": [{"shape": ["small"], **group} for group in groups],
+        "warmup": 1,
+        "steps": 3,
+        **changes,
+    }
+    path = folder / "matrix.yaml"
+    path.write_text(yaml.safe_dump({"cpu": section, "cuda": section}))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_projects_matrix_is_whole(kind: str):
+    section = load(ROOT / "config/bench/tps.yaml", kind)
+    names = [cell.name for cell in section.cells()]
+    assert len(names) == len(set(names)) > 10
+    shapes = {cell.shape for cell in section.cells()}
+    assert shapes == ({"tiny"} if kind == "cpu" else {"olmo-250m", "d1536", "seed-300m"})
+    if kind == "cuda":
+        assert {cell.fp8 for cell in section.cells()} == {"none", "native", "torchao", "msamp"}
+        assert all(section.train_config(cell).compile is None or cell.compile != "eager"
+                   for cell in section.cells())  # fmt: skip
+
+
+def test_a_cell_stands_once_and_a_typo_is_refused(tmp_path: Path):
+    section = load(matrix(tmp_path, {"microbatch": [1, 2]}, {"microbatch": [2, 4]}), "cpu")
+    assert [cell.microbatch for cell in section.cells()] == [1, 2, 4]
+    for wrong in (
+        {"shape": ["big"]},
+        {"precision": ["bf8"]},
+        {"fp8": ["fastest"]},
+        {"attention": ["flush"]},
+        {"compile": ["yes"]},
+        {"mb": [1]},
+    ):
+        with pytest.raises(ValueError, match=r"matrix\.yaml"):
+            load(matrix(tmp_path, wrong), "cpu")
+
+
+@pytest.mark.slow
+def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
+    path = matrix(
+        tmp_path,
+        {"microbatch": [1], "compile": ["default"]},
+        {"attention": ["math", "cudnn"], "fp8": ["none", "native"], "microbatch": [2]},
+        {"fp8": ["msamp"]},
+    )
+    out = tmp_path / "out"
+    records = runner.bench(path, out, "cpu")
+    by_name = {Cell(**record["cell"]).name: record for record in records}
+    compiled = by_name["small.auto.default.mb1.fp32.none"]
+    assert compiled["status"] == "ok" and len(compiled["seconds"]) == 3
+    assert compiled["tokens_per_step"] == 32 and compiled["last_loss"] > 0
+    plain, eight = (by_name[f"small.math.eager.mb2.fp32.{fp8}"] for fp8 in ("none", "native"))
+    assert plain["first_loss"] == pytest.approx(eight["first_loss"], rel=0.05)
+    assert plain["first_loss"] != eight["first_loss"], "8 bits are not 32"
+    cudnn = by_name["small.cudnn.eager.mb2.fp32.none"]
+    assert cudnn["status"] == "unavailable" and "NVIDIA" in cudnn["why"]
+    msamp = by_name["small.auto.eager.mb1.fp32.msamp"]
+    assert msamp["status"] == "unavailable" and "msamp" in msamp["why"]
+
+    # What is there is not timed again; what was lost is, alone.
+    files = {file: file.stat().st_mtime_ns for file in (out / "records").iterdir()}
+    assert len(files) == len(records) == 6
+    lost = next(file for file in files if ".math.eager.mb2.fp32.none." in file.name)
+    lost.unlink()
+    runner.bench(path, out, "cpu")
+    again = {file: file.stat().st_mtime_ns for file in (out / "records").iterdir()}
+    assert {file for file in files if again[file] != files[file]} == {lost}
+
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert [row["status"] for row in rows].count("ok") == 3
+    text = (out / "table.md").read_text()
+    assert "unavailable: the package msamp" in text and "± " in text
+    write_parquet(records, out / "table.parquet")
+    draw(records, out / "heat.svg")
+    assert (out / "heat.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.slow
+def test_what_ends_badly_is_a_record_too(tmp_path: Path):
+    late = runner.bench(matrix(tmp_path, {}, limit_s=0.2), tmp_path / "late", "cpu")
+    assert late[0]["status"] == "failed" and "limit_s=0.2" in late[0]["why"]
+    huge = {"huge": {"d_model": 2**21, "n_heads": 2, "n_layers": 1}}
+    groups = {"shape": ["huge"]}
+    died = runner.bench(matrix(tmp_path, groups, shapes=huge), tmp_path / "huge", "cpu")
+    assert died[0]["status"] in ("out of memory", "failed") and died[0]["why"]
+
+
+def test_the_table_names_references_and_sorts_by_speed(tmp_path: Path):
+    references = [{"shape": "small", "attention": "math", "tokens_per_second": 16e3, "what": "log"}]
+    section = load(matrix(tmp_path, {"microbatch": [1, 2]}, references=references), "cpu")
+
+    def record(cell: Cell, **more: object) -> dict:
+        where = {"device": "a card", "torch": "2", "threads": 1, "started": "2026-01-02T00:00:00Z"}
+        return {"cell": runner.as_plain(cell), "attention_used": "math", **where, **more}
+
+    speeds = {"tokens_per_second_p10": 9.0, "tokens_per_second_p90": 11.0, "mfu_palm": 0.5,
+              "mfu_causal": 0.4, "peak_memory_bytes": 2**21, "joules_per_token": None,
+              "last_loss": 3.0, "tokens_per_cpu_second": 7.0, "status": "ok"}  # fmt: skip
+    slow, fast = section.cells()
+    records = [
+        record(slow, tokens_per_second=10.0, **speeds),
+        record(fast, tokens_per_second=20.0, **speeds),
+        record(Cell("small", "cudnn"), status="unavailable", why="no | card\nhere"),
+    ]
+    lines = [x for x in table.markdown(records, section).splitlines() if x.startswith("| ")]
+    assert [line.split("|")[3].strip() for line in lines[1:]] == ["2", "1", "1"]
+    assert lines[1].endswith("| 20 ± 1 | 7 | 50.0%, 40.0% | 2 |  | 3.000 | 16,000 |")
+    assert "unavailable: no \\| card here" in lines[3]
+    assert "50.0% (PaLM)" in table.result(records[0])
+    assert json.loads(json.dumps(table.row(records[0])))["tokens_per_second"] == 10.0
