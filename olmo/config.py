@@ -112,6 +112,7 @@ class OptimizerConfig(BaseConfig):
     decay_embeddings: bool = False
     metrics_log_interval: int | None = None  # steps between per-parameter metrics
     record_update_metrics: bool = False
+    packed_state: bool = ours(False)  # adamw's moments in 8 and 16 bits
 
     @classmethod
     def update_legacy_settings(cls, plain: dict[str, Any]) -> dict[str, Any]:

@@ -311,7 +311,8 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> Optimizer:
     """The optimizer that cfg.optimizer describes, over the trainable parameters of `model`.
 
     Raises:
-        ValueError: selective_updates with Muon, whose updates are never selective.
+        ValueError: selective_updates with Muon, whose updates are never selective; packed_state
+            with another optimizer than AdamW.
     """
     groups = get_param_groups(cfg, model)
     config = cfg.optimizer
@@ -323,6 +324,8 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> Optimizer:
         "selective_updates": config.selective_updates,
     }
     kind = OptimizerType(config.name)
+    if config.packed_state and kind is not OptimizerType.adamw:
+        raise ValueError(f"optimizer.packed_state is for adamw, not for {kind}")
     if kind is OptimizerType.lionw:
         return LionW(groups, **shared)
     if kind is OptimizerType.muon and config.selective_updates:
@@ -331,6 +334,8 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> Optimizer:
             "set --optimizer.selective_updates=false or another optimizer.name"
         )
     optimizer_class = Muon if kind is OptimizerType.muon else AdamW
+    if config.packed_state:
+        from olmo.train.packed import PackedAdamW as optimizer_class
     return optimizer_class(groups, eps=config.eps, **shared)
 
 
