@@ -33,22 +33,24 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def forked(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """A process that has begun to call `function`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the server finds this file
+        forkserver.ensure_running()
+    process = CONTEXT.Process(target=function, args=arguments, kwargs=options)
+    process.start()
+    return process
+
+
 def on_ranks(size: int, work: list[tuple[Callable[..., Any], tuple[Any, ...]]], log: Path) -> Any:
     """Call each function of `work` on `size` ranks, in a group of its own; rank → results.
 
     What the ranks say goes to `log`.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the server finds this file
-        forkserver.ensure_running()
     ports = [free_port() for _ in work]
     results = CONTEXT.SimpleQueue()
-    processes = [
-        CONTEXT.Process(target=_rank, args=(rank, size, ports, work, log, results))
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
+    processes = [forked(_rank, rank, size, ports, work, log, results) for rank in range(size)]
     for process in processes:
         process.join(TIMEOUT.total_seconds())
     assert [p.exitcode for p in processes] == [0] * size, log.read_text()[-5000:]

@@ -1,6 +1,7 @@
 """Several processes: the same numbers as one, the same data at any number, and none left over."""
 
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from olmo.checkpoint import convert
-from olmo.checkpoint.read import look, put_state, put_weights
+from olmo.checkpoint.read import look, newest, put_state, put_weights
 from olmo.config import TrainConfig
 from olmo.model import OLMo
+from olmo.train.loop import train
 from olmo.train.optim import build_optimizer
 from olmo.train.parallel import join_world, leave_world, parallelize
 from olmo.train.saving import _copied
@@ -40,8 +42,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CASES = {
     2: [("DDP", "muon"), ("FSDP2", "adamw"), *(("FSDP2-blocks", name) for name in OPTIMIZERS)],
-    4: [("DDP", "adamw"), *((way, name) for way in ("FSDP2", "HSDP") for name in OPTIMIZERS)],
-}
+    4: [("DDP", "adamw"), *(("FSDP2", name) for name in OPTIMIZERS),
+        *(("HSDP", name) for name in ("adamw-ratio", "lionw", "muon"))],
+}  # fmt: skip
 LONG: dict[str, Any] = {"max_duration": 20, "eval_interval": 10}
 
 
@@ -190,6 +193,30 @@ def test_the_data_goes_on_at_another_number_of_processes(tmp_path: Path) -> None
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     assert rows(tmp_path / "run") == rows(tmp_path / "changing")
+
+
+def train_with_little_disk(case: dict[str, Any]) -> str:
+    """What a rank says whose run cannot save: the second's disk is full."""
+    if os.environ["RANK"] == "1":
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, most))
+    try:
+        train(TrainConfig.new(**case))
+    except OSError as error:
+        return str(error)
+    return "finished"
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_process_is_said_by_all(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"save_interval": 4, "save_interval_unsharded": None}
+    changes |= spread("FSDP2") | {"evaluators": [], "no_pre_train_checkpoint": True}
+    case = settings(tmp_path, **changes)
+    found = on_ranks(2, [(train_with_little_disk, (case,))], log(tmp_path))
+    assert "could not write the checkpoint" in found[0][0] and "step4 (File too" in found[0][0]
+    assert "File too large" in found[1][0]
+    assert newest(tmp_path / "run") is None
+    assert train_on(2, [case | {"save_overwrite": True}], log(tmp_path)) == [0]
 
 
 def changed_while_saved() -> list[list[float]]:
