@@ -5,7 +5,7 @@
     drafts/                   files on their way in from another store
     work/<key>/               a stage's own folder while it runs; a training run's checkpoints
     leases/                   who runs what right now
-    links/                    where human names point into the store: the roots for `gc`
+    links/                    where human names point into the store: what `gc` keeps
     pins/                     actions that `gc` keeps whatever points to them
     quarantine/               contents that were not what their name says
 
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.action import Action, canonical
-from olmo.lease import held, lease
+from olmo.lease import lease
 
 # Objects up to this size are hashed again whenever they are used. Larger ones are, when their
 # size or time of change is not as the store left it; `olmo store verify` hashes them all.
@@ -128,10 +128,11 @@ class Store:
             if found.st_mtime_ns != SEAL_NS:  # touched, or copied here by other means
                 os.utime(path, ns=(SEAL_NS, SEAL_NS))
             return True
-        self._quarantine(path, f"its {found.st_size:,} bytes are not what its name says")
+        self.quarantine(path, f"its {found.st_size:,} bytes are not what its name says")
         return False
 
-    def _quarantine(self, path: Path, reason: str) -> None:
+    def quarantine(self, path: Path, reason: str) -> None:
+        """Put a file that is not what its name says out of the way, for whoever wants to see it."""
         cell = self.root / "quarantine" / f"{path.name}.{uuid.uuid4().hex[:8]}"
         cell.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, cell)
@@ -150,7 +151,7 @@ class Store:
         except FileNotFoundError:
             return None
         except json.JSONDecodeError:
-            self._quarantine(self.record_path(key), "not a record")
+            self.quarantine(self.record_path(key), "not a record")
             return None
 
     def records(self) -> Iterator[Record]:
@@ -417,55 +418,6 @@ class Store:
                 if record is not None:
                     return record
         raise ValueError(f"expected a name that the store {self.root} made, found {path}")
-
-    # --- upkeep -----------------------------------------------------------------------------
-
-    def verify(self) -> list[str]:
-        """Hash every object; the digests of those that were not what their name says."""
-        corrupt = []
-        for path in sorted((self.root / "objects").glob("??/*")):
-            if sha256(path) != path.name:
-                self._quarantine(path, "found by verify")
-                corrupt.append(path.name)
-        return corrupt
-
-    def gc(self, dry_run: bool = False) -> list[str]:
-        """Remove what no human name and no pin points to; the digests removed.
-
-        Records stay: they are small, and they are what a rebuilt object is compared with. So do
-        the work folders of actions that have not ended: a training run's checkpoints.
-        """
-        if running := held(self.root / "leases"):
-            raise ValueError(
-                f"expected a store at rest, found {len(running)} stages running, whose new objects "
-                "have no name yet; run gc again when they are done"
-            )
-        keep: set[str] = set()
-        for key in {link["key"] for link in self.links()} | set(self.pins()):
-            if (record := self.record(key)) is not None:
-                keep |= {file["sha256"] for file in files(record)}
-        objects = sorted((self.root / "objects").glob("??/*"))
-        removed = [path for path in objects if path.name not in keep]
-        for path in [] if dry_run else removed:
-            path.unlink()
-        if not dry_run:
-            shutil.rmtree(self.root / "drafts", ignore_errors=True)
-        for work in [] if dry_run else sorted((self.root / "work").glob("*")):
-            shutil.rmtree(work / "outputs", ignore_errors=True)
-            if self.record(work.name) is not None or not any(work.iterdir()):
-                shutil.rmtree(work)
-        return [path.name for path in removed]
-
-    def pin(self, key: str) -> None:
-        """Keep an action's outputs whatever points to them."""
-        (self.root / "pins").mkdir(parents=True, exist_ok=True)
-        (self.root / "pins" / key).touch()
-
-    def unpin(self, key: str) -> None:
-        (self.root / "pins" / key).unlink(missing_ok=True)
-
-    def pins(self) -> list[str]:
-        return sorted(path.name for path in (self.root / "pins").glob("*"))
 
 
 def files(record: Record) -> list[dict[str, Any]]:

@@ -1,19 +1,22 @@
 """`olmo store …`: look after the store by hand."""
 
 import json
+import shutil
 from pathlib import Path
 
 from olmo import remote
+from olmo.lease import held
 from olmo.lineage import differences, nearest
 from olmo.lineage import trace as trace_lines
 from olmo.stage import here
+from olmo.store import Store, files, sha256
 
 
 def verify() -> None:
     """Hash every object. What is corrupt goes to quarantine; the next run makes it anew."""
     store = here()
     objects = len(list((store.root / "objects").glob("??/*")))
-    if corrupt := store.verify():
+    if corrupt := damaged(store):
         raise ValueError(
             f"{len(corrupt)} of {objects} objects were corrupt and are in {store.root}/quarantine: "
             + ", ".join(digest[:12] + "…" for digest in corrupt)
@@ -22,14 +25,53 @@ def verify() -> None:
     print(f"{store.root}: {objects} objects, all sound")
 
 
+def damaged(store: Store) -> list[str]:
+    """Hash every object; the digests of those that were not what their name says."""
+    corrupt = []
+    for path in sorted((store.root / "objects").glob("??/*")):
+        if sha256(path) != path.name:
+            store.quarantine(path, "found by verify")
+            corrupt.append(path.name)
+    return corrupt
+
+
 def gc(dry_run: bool = False) -> None:
     """Remove the objects that no path and no pin points to. Records stay."""
     store = here()
     sizes = {p.name: p.stat().st_size for p in (store.root / "objects").glob("??/*")}
-    removed = store.gc(dry_run)
+    removed = sweep(store, dry_run)
     freed = sum(sizes[digest] for digest in removed)
     verb = "would remove" if dry_run else "removed"
     print(f"{store.root}: {verb} {len(removed)} of {len(sizes)} objects, {freed:,} bytes")
+
+
+def sweep(store: Store, dry_run: bool = False) -> list[str]:
+    """Remove what no human name and no pin points to; the digests removed.
+
+    Records stay: they are small, and they are what a rebuilt object is compared with. So do the
+    work folders of actions that have not ended: a training run's checkpoints.
+    """
+    if running := held(store.root / "leases"):
+        raise ValueError(
+            f"expected a store at rest, found {len(running)} stages running, whose new objects "
+            "have no name yet; run gc again when they are done"
+        )
+    keep: set[str] = set()
+    for key in {link["key"] for link in store.links()} | set(pinned(store)):
+        if (record := store.record(key)) is not None:
+            keep |= {file["sha256"] for file in files(record)}
+    objects = sorted((store.root / "objects").glob("??/*"))
+    removed = [path for path in objects if path.name not in keep]
+    if dry_run:
+        return [path.name for path in removed]
+    for path in removed:
+        path.unlink()
+    shutil.rmtree(store.root / "drafts", ignore_errors=True)
+    for work in sorted((store.root / "work").glob("*")):
+        shutil.rmtree(work / "outputs", ignore_errors=True)
+        if store.record(work.name) is not None or not any(work.iterdir()):
+            shutil.rmtree(work)
+    return [path.name for path in removed]
 
 
 def checkout(name: str, /, to: Path | None = None) -> None:
@@ -74,8 +116,19 @@ def pin(path: Path, /, remove: bool = False) -> None:
     """Keep what PATH names through `gc`, also when the path is deleted."""
     store = here()
     key = store.named(path)["key"]
-    store.unpin(key) if remove else store.pin(key)
+    keep(store, key, remove)
     print(f"{'un' if remove else ''}pinned {key[:12]}…")
+
+
+def keep(store: Store, key: str, remove: bool = False) -> None:
+    """Keep an action's outputs whatever points to them; or no longer."""
+    pins = store.root / "pins"
+    pins.mkdir(parents=True, exist_ok=True)
+    (pins / key).unlink(missing_ok=True) if remove else (pins / key).touch()
+
+
+def pinned(store: Store) -> list[str]:
+    return sorted(path.name for path in (store.root / "pins").glob("*"))
 
 
 def push(to: str, paths: list[Path], /, inputs: bool = False, verify: bool = False) -> None:

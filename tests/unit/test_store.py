@@ -15,6 +15,7 @@ import pytest
 
 from olmo.action import Action, canonical
 from olmo.store import Corrupt, Store, TwoContents
+from olmo.upkeep import damaged, keep, sweep
 
 
 @pytest.fixture
@@ -132,9 +133,9 @@ def test_a_corrupt_object_is_found_on_a_hit_quarantined_and_rebuilt(store: Store
 
 def test_a_corrupt_object_is_found_by_verify(store: Store):
     digest = store.run(ONE, write("hello"))["outputs"]["out"]["sha256"]
-    assert store.verify() == []
+    assert damaged(store) == []
     corrupt(store.object_path(digest))
-    assert store.verify() == [digest]
+    assert damaged(store) == [digest]
     assert not store.object_path(digest).exists()
 
 
@@ -233,12 +234,12 @@ def test_gc_keeps_what_is_named_or_pinned(store: Store, tmp_path: Path):
         store.run(Action("demo", 1, {"n": n}), write(f"text {n}")) for n in range(3)
     )
     store.link(named, "out", tmp_path / "name")
-    store.pin(pinned["key"])
-    assert store.gc(dry_run=True) == [loose["outputs"]["out"]["sha256"]]
-    assert store.gc() == [loose["outputs"]["out"]["sha256"]]
-    assert store.gc() == []
+    keep(store, pinned["key"])
+    assert sweep(store, dry_run=True) == [loose["outputs"]["out"]["sha256"]]
+    assert sweep(store) == [loose["outputs"]["out"]["sha256"]]
+    assert sweep(store) == []
     (tmp_path / "name").unlink()
-    assert store.gc() == [named["outputs"]["out"]["sha256"]]
+    assert sweep(store) == [named["outputs"]["out"]["sha256"]]
     assert store.record(loose["key"]) is not None
 
 
@@ -268,10 +269,10 @@ def test_a_full_disk_says_so_and_carries_on_when_there_is_room(tmp_path: Path):
         ballast.write_bytes(bytes(900_000))
         with pytest.raises(ValueError, match=r"the disk is full.*make room"):
             store.run(ONE, write("x" * 300_000))
-        assert store.record(ONE.key) is None and store.verify() == []
+        assert store.record(ONE.key) is None and damaged(store) == []
         ballast.unlink()
         assert store.run(ONE, write("x" * 300_000))["outputs"]["out"]["size"] == 300_000
-        assert store.verify() == []
+        assert damaged(store) == []
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -340,7 +341,7 @@ def test_a_silent_holder_elsewhere_loses_its_lease(store: Store, monkeypatch):
     (folder / f"{ONE.key}.0").write_text(json.dumps(elsewhere))
     assert olmo.lease.held(folder) == [ONE.key]
     with pytest.raises(ValueError, match="at rest"):
-        store.gc()
+        sweep(store)
     monkeypatch.setattr(olmo.lease, "PATIENCE_S", 0.6)
     start = time.monotonic()
     store.run(ONE, write("hello"))
