@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import sys
+import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import forked
 from small_run import LENGTH, config, metrics, read_until, run, same, settings, start, state
 
 from olmo.checkpoint import layout
@@ -180,13 +182,19 @@ def test_time_limit(tmp_path: Path) -> None:
     assert layout.checkpoints(tmp_path / "run")
 
 
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def test_killed_and_resumed_equals_straight(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"max_duration": 60, "save_interval_unsharded": 7}
     assert run(tmp_path, save_folder=str(tmp_path / "straight"), **changes) == 0
-    process = start(tmp_path, save_folder=str(tmp_path / "killed"), **changes)
-    read_until(process, lambda line: line.startswith("step 33/"))
+    process = forked(run, tmp_path, save_folder=str(tmp_path / "killed"), **changes)
+    while len(lines(tmp_path / "killed/metrics.jsonl")) < 34:
+        assert process.is_alive()
+        time.sleep(0.05)
     process.kill()
-    process.communicate()
+    process.join()
     # What a kill in the middle of a line, and of a save, leaves.
     with open(tmp_path / "killed/metrics.jsonl", "a") as file:
         file.write('{"step": 34, "train/Cro')
