@@ -10,8 +10,8 @@ SIGKILL at a random moment of its life, and then looks:
 - no file at a final name is half-written;
 - the next run needs no --unlock, succeeds, and ends with the undisturbed run's final digest.
 
-Victims: snakemake itself; the stage that snakemake started; dolma's process; the launcher; the
-only rank; one rank of two.
+Victims: snakemake itself; a download, a subsample, the stage that snakemake started; dolma's
+process; the launcher; the only rank; one rank of two.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from project import Project, all_gone, processes
+from project import Project, all_gone, documents, processes, write_source
+from servers import slow_web_server
 
 GONE_WITHIN_S = 10.0
 
@@ -42,13 +43,19 @@ class Victim:
     lives_s: float  # about; a moment is drawn from this much of its life
     done_before: str | None  # what is there already when the round begins
     ranks: int = 1
+    target: str = "checkpoints/small/final"
+    copies: int = 1  # of the text, so that a moment can fall into work with it
+    by_http: bool = False  # sources come from a slow server on loopback
 
 
 ORDER = "checkpoints/small/global_indices.npy"
+SOURCES = "data/small/sources/000.tsv"
 VICTIMS = {
     victim.name: victim
     for victim in (
         Victim("snakemake", "-m snakemake", 16.0, None),
+        Victim("download", "olmo sources", 2.2, None, target=ORDER, copies=20, by_http=True),
+        Victim("documents", "olmo documents", 0.8, SOURCES, target=ORDER, copies=20),
         Victim("stage", "olmo tokens", 2.5, "data/small/tokenizer.json"),
         Victim("dolma", "dolma_worker.py", 2.0, "data/small/tokenizer.json"),
         Victim("launcher", "torch.distributed.run", 6.0, ORDER),
@@ -68,8 +75,19 @@ class Round:
     complaints: list[str]
 
 
-def new_project(root: Path, victim: Victim) -> Project:
+def new_project(root: Path, victim: Victim, server: str) -> Project:
     project = Project(root)
+    for number in range(3 if victim.copies > 1 else 0):
+        texts = documents(number)
+        lines = [
+            {**text, "id": f"{text['id']}/{n}"} for n in range(victim.copies) for text in texts
+        ]
+        write_source(root / f"sources/part-{number}.json.gz", lines)
+    if victim.by_http:
+        table = "url\tbytes\tsha256\tlicence\n"
+        table += "".join(f"{server}/part-{n}.json.gz\t\t\tPSF-2.0\n" for n in range(3))
+        (root / "sources.tsv").write_text(table)
+        project.change("config/data/small.yaml", sources={"table": "sources.tsv"})
     if victim.ranks > 1:
         project.change("config/config.yaml", runs__small__processes=victim.ranks)
     # Steps slow enough that a moment can fall between them.
@@ -81,8 +99,7 @@ def find(mark: str, victim: Victim) -> Iterator[int]:
     """The pids of a run that are the victim's; under torchrun, the ranks and not the launcher."""
     for pid, command in processes(mark).items():
         if victim.command in command and (
-            victim.name in ("snakemake", "stage", "dolma", "launcher")
-            or "torch.distributed.run" not in command
+            victim.name not in ("trainer", "rank") or "torch.distributed.run" not in command
         ):
             yield pid
 
@@ -90,7 +107,7 @@ def find(mark: str, victim: Victim) -> Iterator[int]:
 def disturb(project: Project, victim: Victim, after_s: float) -> Round:
     """Start the chain, kill the victim `after_s` into its life, and see what follows."""
     mark = uuid.uuid4().hex
-    snakemake = project.start("checkpoints/small/final", mark=mark)
+    snakemake = project.start(victim.target, mark=mark)
     killed = None
     while snakemake.poll() is None:
         pids = sorted(find(mark, victim))
@@ -123,22 +140,36 @@ def disturb(project: Project, victim: Victim, after_s: float) -> Round:
     return Round(victim.name, after_s, killed, complaints)
 
 
+def content(project: Project, victim: Victim) -> str:
+    """Digests of what a victim's run ends with: the checkpoint, or every shard and the order."""
+    if victim.target != ORDER:
+        return project.content()
+    listings = sorted((project.root / "data/small").glob("*/[0-9]*.tsv"))
+    order = (project.root / ORDER).resolve().name  # its digest
+    return "".join(path.read_text() for path in listings) + order
+
+
 def rounds(victim: Victim, count: int, folder: Path) -> Iterator[Round]:
-    begun = new_project(folder / "begun", victim)
+    with slow_web_server(folder / "begun/sources") as server:
+        yield from rounds_beside(server, victim, count, folder)
+
+
+def rounds_beside(server: str, victim: Victim, count: int, folder: Path) -> Iterator[Round]:
+    begun = new_project(folder / "begun", victim, server)
     if victim.done_before:
         begun.run(victim.done_before)
     undisturbed = begun.copy(folder / "undisturbed")
-    undisturbed.run()
-    wanted = undisturbed.content()
+    undisturbed.run(victim.target)
+    wanted = content(undisturbed, victim)
     for number in range(count):
         project = begun.copy(folder / f"round-{number}")
         # One moment in each of `count` equal parts of the victim's life.
         after_s = victim.lives_s * (number + random.random()) / count
         result = disturb(project, victim, after_s)
-        again = project.run(ok=False)
+        again = project.run(victim.target, ok=False)
         if again.status:
             result.complaints.append(f"the next run failed:\n{again.output[-3000:]}")
-        elif (found := project.content()) != wanted:
+        elif (found := content(project, victim)) != wanted:
             result.complaints.append(f"the next run's digest is {found}, expected {wanted}")
         elif verify := project.olmo("store", "verify").status:
             result.complaints.append(f"the store does not verify: {verify}")

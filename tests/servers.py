@@ -31,6 +31,39 @@ def web_server(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
+def slow_web_server(folder: Path, pause_s: float = 0.02) -> Iterator[str]:
+    """As above, with Range and If-Range, and a pause after every few KB; yields the address."""
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            body, start = (folder / self.path.lstrip("/")).read_bytes(), 0
+            if "Range" in self.headers and self.headers.get("If-Range") == '"1"':
+                start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            self.send_response(206 if start else 200)
+            self.send_header("ETag", '"1"')
+            self.send_header("Content-Length", str(len(body) - start))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            self.end_headers()
+            with suppress(OSError):  # a client that was killed
+                for at in range(start, len(body), 4096):
+                    self.wfile.write(body[at : at + 4096])
+                    time.sleep(pause_s)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
+@contextmanager
 def s3_server() -> Iterator[dict[str, str]]:
     """An S3 server without buckets; yields the environment in which its clients find it."""
     with socket.socket() as free:
