@@ -327,7 +327,13 @@ class Plan:
     def local_files(self, dataset: str, batch: str) -> list[str]:
         """The local files of a batch: what snakemake watches."""
         places = [source.place for source in self.batch(dataset, batch)]
-        return [place for place in places if "://" not in place and not place.startswith("stdlib:")]
+        files = [
+            place for place in places if "://" not in place and not place.startswith("stdlib:")
+        ]
+        for file in files:
+            if "{" in file or "}" in file:
+                raise ValueError(f"{file}: snakemake takes braces for wildcards; rename the file")
+        return files
 
     def source_flags(self, dataset: str, batch: str) -> str:
         """A batch's sources as the command takes them: name=place, and what is known of them.

@@ -150,3 +150,30 @@ def test_a_full_disk_and_then_room(project: Project, tmp_path: Path):
         assert project.olmo("store", "verify").status == 0
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_names_that_a_shell_minds_are_only_names(project: Project, tmp_path: Path):
+    good = (project.root / "sources/part-0.json.gz").read_bytes()
+    names = ["a b", "-rf", "new\nline", "$(touch pwned)", "a;b'c\"d", "`touch pwned`"]
+    for name in names:
+        (project.root / f"sources/{name}.json.gz").write_bytes(good)
+    outside = tmp_path / "outside"  # a link out of the folder, and a path that climbs out of it
+    outside.mkdir()
+    for name in ("link", "up"):
+        (outside / f"{name}.json.gz").write_bytes(good)
+    (project.root / "sources/link.json.gz").symlink_to(outside / "link.json.gz")
+    files = ["sources/[!p]*.json.gz", "../outside/up.json.gz"]
+    project.change("config/data/small.yaml", sources={"files": files})
+    project.change("config/config.yaml", shards_per_job=8)
+    project.run("data/small/documents/000.tsv")
+    made = {path.name for path in (project.root / "data/small/documents").glob("*.json.gz")}
+    expected = ["a_b", "rf", "new_line", "__touch_pwned_", "a_b_c_d", "_touch_pwned_", "link", "up"]
+    assert made == {f"{name}.json.gz" for name in expected}
+    assert not list(tmp_path.rglob("pwned"))
+    assert not any(path.is_symlink() for path in outside.iterdir())
+    assert (outside / "up.json.gz").read_bytes() == good
+
+
+def test_a_name_that_snakemake_minds_is_refused(project: Project):
+    (project.root / "sources/part-{0}.json.gz").write_bytes(b"")
+    refused(project, "part-{0}.json.gz: snakemake takes braces for wildcards; rename the file")
