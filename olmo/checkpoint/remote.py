@@ -100,13 +100,14 @@ def whole_there(place: Bucket) -> list[str]:
     return [str(folder) for folder in sorted(folders, key=layout.age)]
 
 
-def begin(remote: str, overwrite: bool) -> None:
-    """Ready `remote` for a new run: older checkpoints there do not count as whole any more.
+def begin(remote: str, step: int, overwrite: bool) -> None:
+    """Ready `remote` for a run from `step` on: later checkpoints there, another run's, do not
+    count as whole any more.
 
     Raises ValueError where there are some and `overwrite` does not say so.
     """
     place = Bucket(remote)
-    there = whole_there(place)
+    there = [name for name in whole_there(place) if layout.age(Path(name))[0] > step]
     if there and not overwrite:
         raise ValueError(
             f"remote_save_folder={remote} already holds a run, up to {there[-1]}; give "

@@ -153,7 +153,6 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
 
     # --- where metrics and checkpoints go ---
     saver = Saver(cfg, world, model, optimizer, position)
-    saver.saved = source if resumed else None
     sinks: list[Sink] = []
     if world.first:
         layout.sweep(folder)
@@ -167,6 +166,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         ]
         if cfg.wandb is not None:
             sinks.append(WeightsAndBiases(cfg))
+    if resumed:
+        assert source is not None
+        saver.resume(source)
     indices = DataIndices(cfg, world.rank, position.global_step if resumed else None)
     flops = model.num_fwd_flops + model.num_bck_flops
     peak = cfg.speed_monitor.gpu_flops_available or device_flops(world.device)
@@ -269,13 +271,13 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
                 write(number, values)
             _flush(sinks, indices)
             where = saver.save()
-            saver.finish()
+            saver.finish(sent=False)
             tell(f"paused at step {position.global_step} by {paused}, saved to {where}")
             exit_code = PAUSED
         else:
             exit_code = PAUSED if position.global_step < end else 0
             reached = {"step": position.global_step, "checkpoint": saver.save().name}
-            saver.finish()
+            saver.finish(sent=exit_code == 0)
             if exit_code == 0 and world.first:
                 partial = folder / f".{FINISHED}"
                 partial.write_text(json.dumps(reached) + "\n")

@@ -44,8 +44,11 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._writing: Future[Path | None] | None = None
         self._unsent: ValueError | OSError | None = None  # what kept the last one from being sent
-        if cfg.remote_save_folder is not None and not cfg.dry_run:
-            self._writing = self._thread.submit(self._send)  # what an interrupted run has not sent
+
+    def resume(self, saved: Path) -> None:
+        """Go on from a checkpoint of this run; what was not sent before is sent now."""
+        self.saved = saved
+        self._writing = self._thread.submit(self._send)
 
     def due(self, step: int) -> str | None:
         """What is saved at this step: unsharded, sharded, ephemeral, or None.
@@ -108,10 +111,13 @@ class Saver:
         self.saved = folder
         return folder
 
-    def finish(self) -> None:
-        """Wait for the save that is under way; raises what went wrong with it, or with sending."""
+    def finish(self, sent: bool = True) -> None:
+        """Wait for the save that is under way; raises what went wrong with it.
+
+        With `sent` also what kept it from being sent to remote_save_folder.
+        """
         self._settle()
-        if self._unsent is not None:
+        if sent and self._unsent is not None:
             raise self._unsent
 
     def _settle(self) -> None:
@@ -131,11 +137,12 @@ class Saver:
 
         What could not be sent is sent after the next save, or else is an error at the end.
         """
-        if self._cfg.remote_save_folder is not None and self._world.first:
+        cfg = self._cfg
+        if cfg.remote_save_folder is not None and self._world.first and not cfg.dry_run:
             from olmo.checkpoint.remote import mirror
 
             try:
-                mirror(self._folder, self._cfg.remote_save_folder)
+                mirror(self._folder, cfg.remote_save_folder)
                 self._unsent = None
             except (ValueError, OSError) as error:
                 warn(f"not sent yet: {error}")

@@ -96,7 +96,7 @@ def find_start(
         tell(f"going on from {own}")
         return checkpoint, _position(checkpoint.train, cfg), True
     if cfg.load_path is None:
-        _of_the_first(world, partial(_begin_there, cfg))
+        _of_the_first(world, partial(_begin_there, cfg, -1))
         return None, Position(epoch=cfg.epoch or 0), False
     place = Path(cfg.load_path)
     parts = {
@@ -118,8 +118,7 @@ def find_start(
         position.global_train_examples_seen_this_epoch += skipped
     in_place = checkpoint.folder.resolve().parent == folder.resolve()
     resumed = in_place and checkpoint.train is not None
-    if not resumed:
-        _of_the_first(world, partial(_begin_there, cfg))
+    _of_the_first(world, partial(_begin_there, cfg, position.global_step if resumed else -1))
     return checkpoint, position, resumed
 
 
@@ -133,11 +132,11 @@ def _newest(cfg: TrainConfig, folder: Path) -> Path | None:
     return newest_of_both(own, folder, cfg.remote_save_folder)
 
 
-def _begin_there(cfg: TrainConfig) -> None:
+def _begin_there(cfg: TrainConfig, step: int) -> None:
     if cfg.remote_save_folder is not None and not cfg.dry_run:
         from olmo.checkpoint.remote import begin
 
-        begin(cfg.remote_save_folder, cfg.save_overwrite)
+        begin(cfg.remote_save_folder, step, cfg.save_overwrite)
 
 
 def _fetched(url: str, into: Path, parts: dict[str, bool]) -> Path:

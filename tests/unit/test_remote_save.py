@@ -129,6 +129,10 @@ def test_another_run_there_is_not_written_over(tmp_path: Path) -> None:
     assert run(tmp_path, stop_after=5, save_overwrite=True, **other) == 75
     # What the older run left there is not taken for the newest of this one.
     assert remote.whole_there(Bucket(there))[-1] == "step5-unsharded"
+    # Nor what this one left there, when it goes back to an earlier step of its own.
+    back = other | {"load_path": str(tmp_path / "other/step4-unsharded")}
+    assert run(tmp_path, stop_after=2, save_overwrite=True, **back) == 75
+    assert remote.whole_there(Bucket(there))[-2:] == ["step4-unsharded", "step6-unsharded"]
 
 
 def test_what_cannot_be_sent_is_said_and_sent_later(
@@ -143,15 +147,16 @@ def test_what_cannot_be_sent_is_said_and_sent_later(
         put(self, path, name)
 
     monkeypatch.setattr(Bucket, "put", refuses)
+    assert run(tmp_path, stop_after=5, remote_save_folder=there) == 75, "paused all the same"
     with pytest.raises(ValueError, match="the network is down"):
-        run(tmp_path, remote_save_folder=there)
+        run(tmp_path, remote_save_folder=there, try_load_latest_save=True)
     assert "not sent yet: the network is down" in capsys.readouterr().err
     # All is here, nothing is lost; the same command sends the rest.
     assert layout.checkpoints(tmp_path / "run")[-1].name == "step10-unsharded"
     monkeypatch.undo()
     assert run(tmp_path, remote_save_folder=there, try_load_latest_save=True) == 0
     whole = remote.whole_there(Bucket(there))
-    assert [layout.step_of(Path(name)) for name in whole] == [0, 4, 8, 10]
+    assert [layout.step_of(Path(name)) for name in whole] == [0, 4, 5, 8, 10]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""Sharded checkpoints, torch's layout: they go on with the same bits, and run no code."""
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import run, same, state
+
+from olmo import checkpoint
+from olmo.checkpoint import layout
+from olmo.checkpoint.sharded import files_of
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert run(folder, evaluators=[]) == 0
+    return folder / "run"
+
+
+SHARDED: dict[str, Any] = {"save_interval": 3, "save_interval_unsharded": None}
+
+
+def test_sharded_ones(tmp_path: Path) -> None:
+    assert run(tmp_path, save_folder=str(tmp_path / "straight"), **SHARDED) == 0
+    resumed: dict[str, Any] = {"save_folder": str(tmp_path / "resumed"), **SHARDED}
+    assert run(tmp_path, stop_after=7, **resumed) == 75
+    newest_sharded = layout.checkpoints(tmp_path / "resumed", unsharded=False)[-1]
+    assert newest_sharded.name == "step6"
+    shutil.rmtree(tmp_path / "resumed/step7-unsharded")
+    assert run(tmp_path, try_load_latest_save=True, **resumed) == 0
+    assert same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
+    files = {p.relative_to(newest_sharded).as_posix() for p in newest_sharded.rglob("*")}
+    assert {"config.yaml", "model_and_optim/.metadata", "train/rank0.pt", "manifest.json"} <= files
+
+
+def test_only_the_newest_ephemeral_one_stays(tmp_path: Path) -> None:
+    changes: dict[str, Any] = SHARDED | {"save_interval": 8, "save_interval_ephemeral": 3}
+    run(tmp_path, no_pre_train_checkpoint=True, stop_after=7, **changes)
+    names = [path.name for path in layout.checkpoints(tmp_path / "run")]
+    assert names == ["step6", "step7-unsharded"]
+    run(tmp_path, try_load_latest_save=True, **changes)
+    assert not (tmp_path / "run/step6").exists() and (tmp_path / "run/step8").exists()
+
+
+def cut_data(folder: Path) -> None:
+    path = next((folder / "model_and_optim").glob("*.distcp"))
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def spoil_data(folder: Path) -> None:
+    path = next((folder / "model_and_optim").glob("*.distcp"))
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut_index(folder: Path) -> None:
+    path = folder / "model_and_optim/.metadata"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def lose_index(folder: Path) -> None:
+    (folder / "model_and_optim/.metadata").unlink()
+
+
+def lose_data(folder: Path) -> None:
+    next((folder / "model_and_optim").glob("*.distcp")).unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_data, spoil_data, cut_index, lose_index, lose_data])
+def test_a_broken_sharded_one_is_refused(finished: Path, tmp_path: Path, damage: Any) -> None:
+    """Without a manifest too, as OLMo writes them."""
+    folder = checkpoint.convert(finished / "latest", tmp_path, "sharded")
+    (folder / "manifest.json").unlink()
+    damage(folder)
+    with pytest.raises(ValueError, match=r"cannot read .*model_and_optim|has no \.metadata"):
+        checkpoint.load(folder)
+
+
+def test_another_models_sharded_one_is_refused(finished: Path, tmp_path: Path) -> None:
+    load = {"load_path": str(checkpoint.convert(finished / "latest", tmp_path, "sharded"))}
+    with pytest.raises(ValueError, match=r"wte\.weight is \(128, 16\), the config's model has"):
+        run(tmp_path, model={"d_model": 32}, reset_trainer_state=True, **load)
+
+
+def test_an_index_with_code_does_not_run(tmp_path: Path) -> None:
+    run(tmp_path, evaluators=[], **SHARDED)
+    folder = tmp_path / "run/step9"
+    (folder / "manifest.json").unlink()
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    (folder / "model_and_optim/.metadata").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match=r"asks for .*touch|asks for pathlib|builtins\.getattr"):
+        checkpoint.load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_index_names_files_of_its_folder_only(finished: Path, tmp_path: Path) -> None:
+    index = (
+        checkpoint.convert(finished / "latest", tmp_path, "sharded") / "model_and_optim/.metadata"
+    )
+    assert files_of(index) == ["__0_0.distcp"]
+    index.write_bytes(index.read_bytes().replace(b"__0_0.distcp", b"../../a/path"))
+    with pytest.raises(ValueError, match=r"names \.\./\.\./a/path, which lies outside"):
+        files_of(index)
