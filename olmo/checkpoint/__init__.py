@@ -6,6 +6,7 @@ __getattr__, __all__ = lazy(
     __name__,
     {
         "save": ["save_unsharded"],
+        "full": ["FullCheckpointer"],
         "read": ["Checkpoint", "load", "load_model"],
         "conversion": ["convert"],
         "final": ["export"],

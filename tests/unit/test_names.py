@@ -12,6 +12,7 @@ import yaml
 
 import olmo
 from olmo import BlockType, LayerNorm, ModelConfig, OLMo, Tokenizer, TrainConfig
+from olmo.checkpoint import FullCheckpointer
 from olmo.config import (
     BaseConfig,
     CustomDatasetCollatorConfig,
@@ -149,6 +150,35 @@ def test_optimizer_and_schedules(cfg: TrainConfig) -> None:
         warmup_min_lr=None,
     )  # fmt: skip
     assert BoltOnWarmupScheduler.wrap(line, 50, 60).get_lr(1.0, 50, 100) == 0.0
+
+
+@pytest.mark.parametrize("block_group_size", [1, 2])
+def test_an_unsharded_checkpoint_by_hand(
+    cfg: TrainConfig, tmp_path: Path, block_group_size: int
+) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def trained() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = OLMo(cfg.model.update_with(block_group_size=block_group_size))
+        optimizer = build_optimizer(cfg, model)
+        model(ids).logits.logsumexp(-1).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    (model, optimizer), (other, its_optimizer) = trained(), trained()
+    checkpointer, folder = FullCheckpointer(cfg), tmp_path / "checkpoint"
+    checkpointer.save_checkpoint(folder, model, optimizer, {"global_step": 1})
+    with pytest.raises(ValueError, match="is there already; set save_overwrite"):
+        checkpointer.save_checkpoint(folder, model, optimizer, {})
+    state = checkpointer.restore_checkpoint(folder, other, its_optimizer)
+    assert state == {"global_step": 1} and torch.equal(model(ids).logits, other(ids).logits)
+    first, second = (next(iter(o.state.values()))["exp_avg"] for o in (optimizer, its_optimizer))
+    assert torch.equal(first, second) and first.any()
+
+    weights, kept = checkpointer.load_checkpoint(folder, device=torch.device("cpu"))
+    assert weights.keys() == model.state_dict().keys() and kept is not None
+    assert kept["state"].keys() == weights.keys()
+    assert kept["param_groups"][0]["lr"] == cfg.optimizer.learning_rate
 
 
 def test_data_as_olmo_calls_it(cfg: TrainConfig) -> None:
