@@ -33,6 +33,9 @@ COMMANDS = {
     "positions": "olmo.data.shards:positions",
     "train": "olmo.run:train",
     "evaluate": "olmo.run:evaluate",
+    # looking into it
+    "inspect": "olmo.inspect.commands:inspect",
+    "seen": "olmo.inspect.commands:seen",
     # beside it
     "bench": "olmo.report.bench:bench",
     "checkpoint convert": "olmo.checkpoint.conversion:convert",

@@ -13,14 +13,33 @@ from pathlib import Path
 
 
 @contextmanager
-def web_server(folder: Path) -> Iterator[str]:
-    """A folder's files; yields the address."""
+def web_server(folder: Path, sent: list[int] | None = None) -> Iterator[str]:
+    """A folder's files, in ranges too; yields the address. `sent` gets each answer's bytes."""
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
+    class Files(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             pass
 
-    handler = functools.partial(Quiet, directory=str(folder))
+        def do_GET(self) -> None:
+            path = Path(self.translate_path(self.path))
+            span = self.headers.get("Range", "")
+            first, _, last = span.removeprefix("bytes=").partition("-")
+            size = path.stat().st_size if path.is_file() else 0
+            if sent is not None:
+                sent.append(int(last) + 1 - int(first) if last else size)
+            if not last or not path.is_file():
+                super().do_GET()
+                return
+            with path.open("rb") as file:
+                file.seek(int(first))
+                body = file.read(int(last) + 1 - int(first))
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+            self.end_headers()
+            self.wfile.write(body)
+
+    handler = functools.partial(Files, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()

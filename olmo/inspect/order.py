@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -34,13 +34,17 @@ class Seen:
                 f"expected a world size that divides global_train_batch_size={self.batch_size}, "
                 f"found {world_size}"
             )
-        total = total_size(n, world_size, cfg.data.drop_last)
-        if stored not in (n, total):
+        worlds = [w for w in range(1, self.batch_size + 1) if self.batch_size % w == 0]
+        drop_last = cfg.data.drop_last
+        if stored != n and stored not in {total_size(n, w, drop_last) for w in worlds}:
             raise ValueError(
-                f"expected an order of {n} instances (or {total}, fitted to a world size of "
-                f"{world_size}), found {stored}: it belongs to other data or another world size"
+                f"expected an order of {n} instances, or that fitted to a number of processes that "
+                f"divides global_train_batch_size={self.batch_size}, found {stored}: it belongs to "
+                "other data, or another max_sequence_length"
             )
-        self.fitted = stored == total
+        # What OLMo wrote is fitted to its world size, which nobody may know any more.
+        self.fitted = stored != n
+        total = stored if self.fitted else total_size(n, world_size, drop_last)
         self.steps_per_epoch = total // self.batch_size
 
     def instances(self, step: int, rank: int | None = None) -> np.ndarray:
@@ -60,9 +64,23 @@ class Seen:
             raise ValueError(f"expected a rank from 0 to {self.world_size - 1}, found {rank}")
         return found[rank :: self.world_size]
 
+    def when(self, instances: np.ndarray, last_step: int) -> Iterator[tuple[int, int, int]]:
+        """(step, position in its batch, instance) of each time one of these was seen, in order."""
+        for epoch in range(-(-last_step // self.steps_per_epoch)):
+            steps = min(last_step - epoch * self.steps_per_epoch, self.steps_per_epoch)
+            order = self._part(epoch, 0, steps * self.batch_size)
+            for place in np.flatnonzero(np.isin(order, instances)).tolist():
+                step, position = divmod(place, self.batch_size)
+                yield epoch * self.steps_per_epoch + step + 1, position, int(order[place])
+
     def _part(self, epoch: int, start: int, stop: int) -> np.ndarray:
         if epoch == 0 and (self.fitted or stop <= self.n):
             return self.read(start, stop)
+        if self.fitted and self.steps_per_epoch != self._steps_of_world_size():
+            raise ValueError(
+                f"a step of epoch {epoch + 1} depends on the run's world size, and "
+                f"{self.world_size} is not it: its order has another length; give --world-size"
+            )
         seed = self.cfg.seed if self.cfg.data.seed is None else self.cfg.data.seed
         whole = (
             self.read(0, self.n)
@@ -70,6 +88,9 @@ class Seen:
             else global_indices(self.n, seed, epoch + (self.cfg.epoch or 0))
         )
         return fit_to_world_size(whole, self.world_size, self.cfg.data.drop_last)[start:stop]
+
+    def _steps_of_world_size(self) -> int:
+        return total_size(self.n, self.world_size, self.cfg.data.drop_last) // self.batch_size
 
 
 def steps_of(text: str) -> range:

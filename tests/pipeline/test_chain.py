@@ -190,3 +190,45 @@ def test_what_was_pushed_and_pulled_is_not_made_again(finished: Project, tmp_pat
     assert pulled.status == 0, pulled.output
     assert not other.run().ran
     assert other.content() == finished.content()
+
+
+def test_inspect_and_seen_are_inverse(finished: Project, monkeypatch: pytest.MonkeyPatch):
+    from olmo.inspect.commands import sightings
+    from olmo.inspect.documents import shards
+    from olmo.inspect.run import Run
+    from olmo.stage import here
+
+    finished.run()
+    monkeypatch.chdir(finished.root)
+    monkeypatch.setenv("OLMO_STORE", str(finished.store))
+    run, known = Run("small"), shards(here())
+    saw: dict[tuple[str, int], set[tuple[int, int, int]]] = {}
+    for step in range(1, (run.steps or 0) + 1):
+        for instance in run.instances(step):
+            shard = known[Path(instance.path).name]
+            for document in shard.documents(instance.start, instance.start + run.length):
+                times = saw.setdefault((document.source, document.line), set())
+                times.add((step, instance.position, instance.index))
+    assert len(saw) > 100
+    for source in ("part-0", "part-1", "part-2"):
+        digest = here().digest(finished.root / f"data/small/sources/{source}.json.gz")
+        for document, times in sightings(run, sha256=digest):
+            assert set(times) == saw.get((document.source, document.line), set())
+
+    (file, line), times = max(saw.items(), key=lambda item: len(item[1]))
+    step = min(times)[0]
+    shown = finished.olmo("inspect", "--run", "small", "--step", str(step)).output
+    assert f"({file}:{line})" in shown
+    named = re.search(r"^  (\S+) \(" + re.escape(f"{file}:{line})"), shown, re.M)
+    assert named, shown
+    told = finished.olmo("seen", "--run", "small", "--id", named[1])
+    assert told.output.count("\n  step ") == len(times) and f"step {step}, " in told.output
+    text = read_source(finished.root / "sources" / file)[line - 1]["text"]
+    by_text = finished.olmo("seen", "--run", "small", "--text", text)
+    assert told.output.strip() in by_text.output
+    for words, message in {
+        ("seen", "--run", "small", "--id", "nobody"): "no document of small's data has the id",
+        ("inspect", "--run", "small", "--step", "99"): "expected a step from 1 to 24, found 99",
+    }.items():
+        refused = finished.olmo(*words)
+        assert refused.status == 1 and message in refused.output

@@ -1,11 +1,16 @@
 """Which instances a run saw at a step: what its loader gives, from the order alone."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from servers import web_server
 
-from olmo.config import TrainConfig
+from olmo.config import DataConfig, TrainConfig
 from olmo.data import order
 from olmo.data.batches import IterableDataset
+from olmo.inspect.commands import inspect, seen
 from olmo.inspect.order import Seen, steps_of
 
 
@@ -44,8 +49,9 @@ def test_steps_are_what_the_loader_gives(n, batch_size, world_size, drop_last, f
 
 def test_what_does_not_fit_is_refused():
     stored = order.global_indices(50, 11)
-    with pytest.raises(ValueError, match="expected an order of 51 instances"):
-        Seen(config(8, True), 51, 50, lambda a, b: stored[a:b])
+    for n, drop_last in ((49, True), (60, True), (51, False), (50 - 8, False)):
+        with pytest.raises(ValueError, match=f"expected an order of {n} instances"):
+            Seen(config(8, drop_last), n, 50, lambda a, b: stored[a:b])
     with pytest.raises(ValueError, match="world size that divides"):
         Seen(config(8, True), 50, 50, lambda a, b: stored[a:b], world_size=3)
     seen = Seen(config(8, True), 50, 50, lambda a, b: stored[a:b], world_size=2)
@@ -67,3 +73,63 @@ def test_reading_a_step_reads_only_that_part_of_the_order():
 
     assert Seen(config(8, True), 1000, 1000, part).instances(3).tolist() == stored[16:24].tolist()
     assert read == [(16, 24)]
+
+
+def test_when_is_the_inverse_of_what_a_step_saw():
+    stored = order.global_indices(50, 11)
+    seen = Seen(config(8, True), 50, 50, lambda a, b: stored[a:b], world_size=2)
+    steps = {step: seen.instances(step).tolist() for step in range(1, 15)}
+    assert seen.steps_per_epoch == 6, "so that these are more than two epochs"
+    for instance in range(50):
+        times = list(seen.when(np.array([instance]), last_step=14))
+        assert times == [
+            (step, batch.index(instance), instance)
+            for step, batch in steps.items()
+            if instance in batch
+        ]
+
+
+LENGTH, FILES, ROWS = 16, 3, 4000
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A run as OLMo publishes it: token files, the order of its first epoch, its config."""
+    tokens = np.arange(FILES * ROWS * LENGTH, dtype=np.uint32) % 60_000
+    for number, part in enumerate(np.split(tokens.astype(np.uint16), FILES)):
+        part.tofile(tmp_path / f"part-{number}.npy")
+    whole = order.global_indices(FILES * ROWS, 11)
+    order.write(order.fit_to_world_size(whole, 8, True), tmp_path / "global_indices.npy")
+    return tmp_path
+
+
+def test_a_published_run_is_looked_into_by_url(published: Path, capsys):
+    sent: list[int] = []
+    with web_server(published, sent) as web:
+        paths = [f"{web}/part-{number}.npy" for number in range(FILES)]
+        cfg = config(32, True).update_with(data=DataConfig(paths=paths, drop_last=True))
+        model = cfg.model.update_with(max_sequence_length=LENGTH)
+        cfg.update_with(model=model).save(published / "config.yaml")
+        indices = f"{web}/global_indices.npy"
+        inspect(f"{web}/config.yaml", step=7, order=indices, world_size=8, json=True)
+        config_bytes = (published / "config.yaml").stat().st_size
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    wanted = order.global_indices(FILES * ROWS, 11)[6 * 32 : 7 * 32]
+    assert [line["index"] for line in lines] == wanted.tolist()
+    assert [line["rank"] for line in lines] == [position % 8 for position in range(32)]
+    for line in lines:
+        first = line["index"] * LENGTH
+        assert line["tokens"] == [(first + i) % 60_000 for i in range(LENGTH)]
+        assert line["path"].endswith(f"part-{line['index'] // ROWS}.npy")
+    # The config, the step's part of the order, and its instances: not a byte more.
+    assert sum(sent) == config_bytes + 32 * 4 + 32 * LENGTH * 2
+
+
+def test_a_run_that_there_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"found 'nothing' \(looked in nothing, checkpoints/"):
+        inspect("nothing", 1)
+    with pytest.raises(ValueError, match="expected one of --id, --url, --text, --sha256"):
+        (tmp_path / "run").mkdir()
+        config(8, True).save(tmp_path / "run/config.yaml")
+        seen("run")

@@ -1,0 +1,176 @@
+"""`olmo inspect` and `olmo seen`: from a step to its documents, from a document to its steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from olmo.inspect.documents import Document, Shard, shards
+from olmo.inspect.run import Instance, Run
+from olmo.log import warn
+from olmo.stage import here
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def inspect(
+    run: str,
+    step: int,
+    rank: int | None = None,
+    world_size: int | None = None,
+    order: str | None = None,
+    tokenizer: str | None = None,
+    json: bool = False,
+) -> None:
+    """Show exactly what a step of a run saw: tokens, text and, for our own data, documents.
+
+    RUN is a name in config/config.yaml, a folder or a URL with a config.yaml, AI2's too; --order
+    is its global_indices.npy, --tokenizer a tokenizer.json or a name on the hub, where the run
+    does not lead to them. With --json a line for each instance.
+    """
+    opened = Run(run, order, world_size)
+    known = shards(here())
+    words = reader(opened, known, tokenizer)
+    for instance in opened.instances(step, rank):
+        shard = known.get(Path(instance.path).name)
+        end = instance.start + len(instance.tokens)
+        documents = shard.documents(instance.start, end) if shard else []
+        print((as_json if json else as_text)(instance, documents, words, opened.world_size))
+
+
+def reader(run: Run, known: dict[str, Shard], tokenizer: str | None) -> Tokenizer | None:
+    """The tokenizer that reads a run's tokens; None, and a warning, where it cannot be had."""
+    from tokenizers import Tokenizer
+
+    ours = next((known[n] for n in map(digest_of, run.dataset.paths) if n in known), None)
+    place = tokenizer or (str(ours.tokenizer) if ours else run.cfg.tokenizer.identifier)
+    try:
+        if Path(place).is_file():
+            return Tokenizer.from_file(place)
+        return Tokenizer.from_pretrained(place)
+    except Exception as error:  # the hub's client raises many kinds
+        warn(f"no text, only ids: the tokenizer {place} cannot be had ({error}); give --tokenizer")
+        return None
+
+
+def digest_of(path: Any) -> str:
+    """The name of an object of the store."""
+    return Path(str(path)).name
+
+
+def as_json(
+    instance: Instance, documents: list[Document], words: Tokenizer | None, world_size: int
+) -> str:
+    tokens = instance.tokens.tolist()
+    found = asdict(instance) | {
+        "rank": instance.position % world_size,
+        "tokens": tokens,
+        "documents": [asdict(document) for document in documents],
+    }
+    if words is not None:
+        found["text"] = words.decode(tokens, skip_special_tokens=False)
+    return json.dumps(found, ensure_ascii=False)
+
+
+def as_text(
+    instance: Instance, documents: list[Document], words: Tokenizer | None, world_size: int
+) -> str:
+    """An instance for a person: where it is, and each document's part of it."""
+    size = len(instance.tokens)
+    lines = [
+        f"step {instance.step}, position {instance.position} (rank "
+        f"{instance.position % world_size}): instance {instance.index}, tokens {instance.start:,} "
+        f"to {instance.start + size - 1:,} of {instance.path}"
+    ]
+
+    def said(first: int, last: int) -> str:
+        tokens = instance.tokens[first:last].tolist()
+        return str(tokens) if words is None else repr(words.decode(tokens, False))
+
+    if not documents:
+        return "\n".join([*lines, f"  {said(0, size)}"])
+    for document in documents:
+        first = max(document.start - instance.start, 0)
+        last = min(document.end - instance.start, size)
+        place = f"{document.source}:{document.line}"
+        origin = f" of {document.origin}" if document.origin else ""
+        lines += [f"  {document.id} ({place}{origin})", f"    {said(first, last)}"]
+    return "\n".join(lines)
+
+
+def seen(
+    run: str,
+    id: str | None = None,
+    url: str | None = None,
+    text: str | None = None,
+    sha256: str | None = None,
+    world_size: int | None = None,
+) -> None:
+    """Tell every step and batch position at which a run of ours trained on a document.
+
+    A document by its --id, by a fragment of its --text, or all of a source file, by its --url or
+    its --sha256.
+    """
+    opened = Run(run, world_size=world_size)
+    wanted = {"id": id, "url": url, "text": text, "sha256": sha256}
+    if sum(value is not None for value in wanted.values()) != 1:
+        raise ValueError("expected one of --id, --url, --text, --sha256")
+    count = 0
+    for document, times in sightings(opened, **wanted):
+        count += 1
+        print(f"{document.id} ({document.source}:{document.line})")
+        for step, position, index in times:
+            rank = position % opened.world_size
+            print(f"  step {step}, position {position} (rank {rank}), instance {index}")
+        if not times:
+            print("  not seen: the run ended before, or it is in the tail that fills no instance")
+    if not count:
+        what = " ".join(f"{name} {value!r}" for name, value in wanted.items() if value is not None)
+        raise ValueError(f"no document of {run}'s data has the {what}")
+
+
+def sightings(
+    run: Run,
+    id: str | None = None,
+    url: str | None = None,
+    text: str | None = None,
+    sha256: str | None = None,
+) -> Iterator[tuple[Document, list[tuple[int, int, int]]]]:
+    """Each such document of a run's data, with (step, position, instance) of each time."""
+    known = shards(here())
+    for number, path in enumerate(run.dataset.paths):
+        shard = known.get(digest_of(path))
+        if shard is None:
+            raise ValueError(
+                f"{path} is not known to the store {here().root}: documents can be looked for in "
+                "data that this pipeline made"
+            )
+        first, end = run.dataset.offsets[number]
+        for document in chosen(shard, id, url, text, sha256):
+            rows = np.arange(document.start // run.length, (document.end - 1) // run.length + 1)
+            instances = first + rows[rows < end - first]
+            last = run.steps or run.seen.steps_per_epoch
+            yield document, list(run.seen.when(instances, last))
+
+
+def chosen(
+    shard: Shard, id: str | None, url: str | None, text: str | None, sha256: str | None
+) -> list[Document]:
+    """The documents of a shard that are asked for."""
+    if url is not None and shard.origin != url:
+        return []
+    if sha256 is not None and sha256 not in shard.sources:
+        return []
+    documents = shard.documents()
+    if id is not None:
+        return [document for document in documents if document.id == id]
+    if text is not None:
+        texts = (one["text"] for one in shard.texts())
+        return [d for d, one in zip(documents, texts, strict=True) if text in one]
+    return documents

@@ -1,0 +1,99 @@
+"""From tokens back to documents, and from documents to tokens: by the store's records."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from olmo.lineage import ancestors, makers
+from olmo.store import Record, Store
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document of a token shard."""
+
+    id: str
+    source: str  # its file's name
+    line: int  # in there, from 1
+    origin: str | None  # url of that file, where it came over the net
+    shard: str  # sha256 of the token file
+    start: int  # its tokens in there, the end-of-text token included
+    end: int
+
+
+class Shard:
+    """A token file that the pipeline made, with what it was made from."""
+
+    def __init__(self, store: Store, record: Record, made_by: dict[str, list[Record]]) -> None:
+        self.store, self.record = store, record
+        self.sha256: str = record["outputs"]["tokens"]["sha256"]
+        self._made_by = made_by
+
+    @cached_property
+    def _ancestors(self) -> list[Record]:
+        return [record for _, record in ancestors(self.store, self.record, self._made_by)]
+
+    @cached_property
+    def origin(self) -> str | None:
+        urls = [r["action"]["params"].get("url") for r in self._ancestors]
+        return next((url for url in urls if url), None)
+
+    @property
+    def sources(self) -> set[str]:
+        """Digests of the source files behind it."""
+        return {
+            file["sha256"]
+            for record in self._ancestors
+            for name, file in record["outputs"].items()
+            if name == "source"
+        }
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.store.object_path(self.record["action"]["inputs"]["tokenizer"])
+
+    def documents(self, start: int = 0, end: int | None = None) -> list[Document]:
+        """Those with a token in [start, end), in order."""
+        import polars
+
+        table = polars.scan_parquet(self._object("index")).filter(polars.col("end") > start)
+        if end is not None:
+            table = table.filter(polars.col("start") < end)
+        rows = table.select("id", "file", "line", "start", "end").collect().iter_rows()
+        return [
+            Document(id, file, line, self.origin, self.sha256, first, last)
+            for id, file, line, first, last in rows
+        ]
+
+    def texts(self) -> Iterator[dict[str, Any]]:
+        """The documents themselves, as JSON has them, in the order of `documents`."""
+        documents = self.store.object_path(self.record["action"]["inputs"]["documents"])
+        with gzip.open(documents, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)
+
+    def _object(self, output: str) -> Path:
+        digest: str = self.record["outputs"][output]["sha256"]
+        path = self.store.object_path(digest)
+        if not path.exists():
+            raise ValueError(
+                f"{output} of a shard ({digest[:12]}…) is not in the store {self.store.root}; "
+                "pull it, or run snakemake again"
+            )
+        return path
+
+
+def shards(store: Store) -> dict[str, Shard]:
+    """Every token file that the pipeline made from documents, by its sha256."""
+    made_by = makers(store)
+    return {
+        record["outputs"]["tokens"]["sha256"]: Shard(store, record, made_by)
+        for record in store.records()
+        if record["action"]["stage"] == "tokens"
+    }
