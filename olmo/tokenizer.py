@@ -11,6 +11,15 @@ from typing import Any, Self
 
 from olmo.config import ModelConfig, TokenizerConfig, TrainConfig, TruncationDirection
 
+# The files in OLMo's own package, and where the hub has the same.
+PACKAGED = {
+    "tokenizers/allenai_dolma2.json": "allenai/dolma2-tokenizer",
+    "tokenizers/allenai_eleuther-ai-gpt-neox-20b-pii-special.json": (
+        "allenai/eleuther-ai-gpt-neox-20b-pii-special"
+    ),
+    "tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json": "allenai/gpt-neox-olmo-dolma-v1_5",
+}
+
 
 class Tokenizer:
     """
@@ -55,8 +64,7 @@ class Tokenizer:
     def from_train_config(cls, config: TrainConfig) -> Self:
         """What config.tokenizer.identifier names: a file, or a model on the hub.
 
-        OLMo's package holds files named tokenizers/ORGANISATION_NAME.json; where there is no such
-        file the hub's ORGANISATION/NAME is meant.
+        Of a file in OLMo's own package (PACKAGED) that is not here, the hub's is taken.
 
         Raises ValueError if it has not config.model.vocab_size tokens.
         """
@@ -78,9 +86,7 @@ class Tokenizer:
         if Path(name).is_file():
             tokenizer = cls.from_file(name, **options)
         else:
-            if name.startswith("tokenizers/") and name.endswith(".json"):
-                name = Path(name).stem.replace("_", "/", 1)
-            tokenizer = cls.from_pretrained(name, **options)
+            tokenizer = cls.from_pretrained(PACKAGED.get(name, name), **options)
         if tokenizer.vocab_size != model.vocab_size:
             raise ValueError(
                 f"tokenizer.identifier: expected model.vocab_size={model.vocab_size} tokens, "

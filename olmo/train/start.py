@@ -34,6 +34,11 @@ class Position:
 def check(cfg: TrainConfig, world: World) -> None:
     """What can be known to be wrong before anything is built."""
     check_unused(cfg)
+    if "://" in cfg.save_folder:
+        raise ValueError(
+            f"save_folder: expected a local folder, found {cfg.save_folder}; give "
+            "--save_folder=FOLDER, and a bucket as --remote_save_folder"
+        )
     batch_size = cfg.global_train_batch_size
     if batch_size % world.size:
         raise ValueError(

@@ -252,3 +252,20 @@ def test_tokenizer(tokenizer_file: Path, cfg: TrainConfig) -> None:
     cfg.save(tokenizer_file.parent / "config.yaml")
     assert Tokenizer.from_checkpoint(tokenizer_file.parent).vocab_size == 6
     assert Tokenizer.from_file(tokenizer_file).eos_token_id == 5
+
+
+def test_tokenizers_of_olmos_package_are_on_the_hub(
+    tokenizer_file: Path, cfg: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def from_pretrained(identifier: str, **options: int) -> Tokenizer:
+        asked.append(identifier)
+        return Tokenizer.from_file(tokenizer_file, **options)
+
+    monkeypatch.setattr(Tokenizer, "from_pretrained", from_pretrained)
+    cfg.model.vocab_size = 6
+    for name in ("tokenizers/allenai_dolma2.json", "gpt2"):
+        cfg.tokenizer.identifier = name
+        Tokenizer.from_train_config(cfg)
+    assert asked == ["allenai/dolma2-tokenizer", "gpt2"]

@@ -234,6 +234,10 @@ def test_groups() -> None:
     assert "transformer.blocks.0.attn_norm.weight" in none["param_names"]
     (all_decay,) = build(decay_embeddings=True, decay_norm_and_bias=True)[1].param_groups
     assert len(all_decay["params"]) == len(decay["params"]) + len(none["params"])
+    # The older spelling of both wins.
+    assert len(build(no_decay_norm_and_bias=False)[1].param_groups) == 1
+    both = {"decay_embeddings": True, "decay_norm_and_bias": True}
+    assert len(build(no_decay_norm_and_bias=True, **both)[1].param_groups) == 2
 
 
 def test_a_module_without_a_rule() -> None:

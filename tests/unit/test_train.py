@@ -239,6 +239,7 @@ def test_a_fresh_optimizer_warms_up_again(tmp_path: Path) -> None:
         ({"global_train_batch_size": 512}, "less than one step"),
         ({"evaluators": [{"label": "piqb", "type": "downstream"}]}, "no downstream task 'piqb'"),
         ({"load_path": "nowhere"}, "no checkpoint folder at nowhere"),
+        ({"save_folder": "http://x/y"}, "save_folder: expected a local folder, found http://x/y"),
         ({"precision": "fp8"}, "precision: expected one of amp_bf16"),
         ({"use_msamp": True}, "the package msamp .* needs torch 2.1 .*--use_msamp=false"),
         ({"use_msamp": True, "optimizer": {"name": "lionw"}}, "MS-AMP has AdamW only, not lionw"),
