@@ -36,6 +36,7 @@ COMMANDS = {
     # looking into it
     "inspect": "olmo.inspect.commands:inspect",
     "seen": "olmo.inspect.commands:seen",
+    "replay": "olmo.inspect.replay:replay",
     # beside it
     "bench": "olmo.report.bench:bench",
     "checkpoint convert": "olmo.checkpoint.conversion:convert",

@@ -1,5 +1,6 @@
 """The whole chain, and what a second run of it does and does not do."""
 
+import json
 import math
 import re
 import shutil
@@ -147,8 +148,6 @@ def test_a_corrupt_object_is_found_quarantined_and_rebuilt(finished: Project):
 
 
 def test_evaluation_agrees_with_the_run(finished: Project):
-    import json
-
     finished.run("eval/small/heldout.json")
     found = json.loads((finished.root / "eval/small/heldout.json").read_text())
     last = finished.metrics()[-1]["eval/heldout/CrossEntropyLoss"]
@@ -232,3 +231,24 @@ def test_inspect_and_seen_are_inverse(finished: Project, monkeypatch: pytest.Mon
     }.items():
         refused = finished.olmo(*words)
         assert refused.status == 1 and message in refused.output
+
+
+def test_a_replay_is_equal_to_the_bit_until_a_token_is_not(finished: Project):
+    finished.run()
+    equal = finished.olmo("replay", "small", "--steps", "20..24")
+    assert equal.status == 0 and "5 steps, equal to the bit" in equal.output, equal.output
+    assert "weights: largest difference 0" in equal.output
+    # One token of an instance that step 22 saw.
+    shown = finished.olmo("inspect", "--run", "small", "--step", "22", "--json").output
+    instance = json.loads(shown.splitlines()[3])
+    shard = Path(instance["path"])
+    tokens, at = bytearray(shard.read_bytes()), 2 * (instance["start"] + 5)
+    tokens[at : at + 2] = (tokens[at] ^ 1, tokens[at + 1])
+    whole = shard.read_bytes()
+    shard.chmod(0o644)
+    shard.write_bytes(tokens)
+    found = finished.olmo("replay", "small", "--steps", "20..24")
+    shard.write_bytes(whole)
+    assert found.status == 1 and "the first difference is step 22" in found.output, found.output
+    beyond = finished.olmo("replay", "small", "--steps", "20..25")
+    assert beyond.status == 1 and "expected steps from 1 to 24, found 20..25" in beyond.output

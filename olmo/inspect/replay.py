@@ -1,0 +1,102 @@
+"""Run some steps of a finished run again and compare: is the record what the data and code give?"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from olmo.inspect.order import steps_of
+from olmo.inspect.run import Run
+from olmo.log import tell
+from olmo.run import conditions, launch
+
+LOSS, NORM = "train/CrossEntropyLoss", "optim/total_grad_norm"
+
+
+def replay(checkpoint: str, /, steps: str) -> None:
+    """Train STEPS (as 5..9) of a finished run again, and compare with what its record says.
+
+    CHECKPOINT is a run's name or its final folder. Begins at the last of the run's own checkpoints
+    before these steps, or at its start. Where the machine is of the same kind the losses, the
+    gradients' norms and, at the end of the run, the weights are equal to the bit; elsewhere the
+    gap is told. A step that differs where none should is an error, and named.
+    """
+    run, asked = Run(checkpoint), steps_of(steps)
+    last_step = run.steps
+    if last_step is None:
+        raise ValueError(f"{checkpoint}: expected a final checkpoint with its record.json")
+    if not (asked[0] >= 1 and asked[-1] <= last_step):
+        raise ValueError(f"expected steps from 1 to {last_step}, found {steps}")
+    recorded = rows_of(Path(run.folder, "metrics.jsonl"))
+    start, begin = begin_at(Path(run.folder).parent / "run", asked[0])
+    with tempfile.TemporaryDirectory() as folder:
+        place = run.cfg.update_with(
+            save_folder=folder,
+            save_overwrite=True,
+            load_path=None if begin is None else str(begin),
+            stop_at=asked[-1],
+            evaluators=[],
+            eval_interval=last_step + 1,
+            save_interval=None,
+            save_interval_unsharded=last_step + 1,
+            no_pre_train_checkpoint=True,
+            wandb=None,
+        )
+        place.save(Path(folder, "given.yaml"))
+        tell(f"steps {start + 1} to {asked[-1]}, from {begin or 'the start'}")
+        launch(Path(folder, "given.yaml"), run.world_size, place.intra_op_threads)
+        again = rows_of(Path(folder, "metrics.jsonl"))
+        weights = gap_of_weights(run, Path(folder)) if asked[-1] == last_step else None
+
+    here, there = conditions(place, run.world_size), run.record["conditions"]
+    differing = [
+        step for step in asked if any(recorded[step][n] != again[step][n] for n in (LOSS, NORM))
+    ]
+    for step in asked:
+        mark = "  differs" if step in differing else ""
+        tell(f"step {step}: loss {recorded[step][LOSS]!r}, again {again[step][LOSS]!r}{mark}")
+    if weights is not None:
+        tell(f"weights: largest difference {weights:g}")
+    if not differing and not weights:
+        tell(f"{len(asked)} steps, equal to the bit")
+        return
+    what = f"step {differing[0]}" if differing else "the weights"
+    gap = max((abs(recorded[s][LOSS] - again[s][LOSS]) for s in differing), default=0.0)
+    if here != there:
+        tell(f"first difference: {what}; the losses' largest gap {gap:.3g}")
+        tell(f"the run's conditions were {there}, and these are {here}")
+        return
+    raise ValueError(
+        f"the first difference is {what} (losses differ by up to {gap:.3g}) under the run's own "
+        "conditions: its data, its code or its record was changed since. `olmo store verify` looks "
+        "at the data"
+    )
+
+
+def rows_of(path: Path) -> dict[int, dict[str, Any]]:
+    """A training step's row of metrics.jsonl, by its number."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return {row["step"]: row for row in rows if LOSS in row}
+
+
+def begin_at(folder: Path, first: int) -> tuple[int, Path | None]:
+    """The last checkpoint of a run before step `first`: (its step, its folder), or the start."""
+    found: list[tuple[int, Path | None]] = [(0, None)]
+    for path in folder.glob("step*-unsharded"):
+        step = int(re.sub(r"\D", "", path.name))
+        if 0 < step < first:
+            found.append((step, path.resolve()))
+    return max(found, key=lambda one: one[0])
+
+
+def gap_of_weights(run: Run, folder: Path) -> float:
+    """The largest difference between a final checkpoint's weights and those that came out now."""
+    import torch
+    from safetensors.torch import load_file
+
+    final = load_file(Path(run.folder, "model.safetensors"))
+    now = torch.load(folder / "latest-unsharded/model.pt", weights_only=True)
+    return max(float((final[name] - now[name]).abs().max()) for name in final)
