@@ -180,7 +180,9 @@ def _resolve(
             OmegaConf.update(tree, name, parsed, merge=False, force_add=True)
         return put_back(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{error}".strip()) from error
+        reason, key = str(error).partition("\n")[0], getattr(error, "full_key", None)
+        reason = reason.rpartition(" raised while resolving interpolation: ")[2]
+        raise ValueError(f"{key}: {reason}; give --{key}=…" if key else reason) from error
 
 
 def _register_resolvers(validate_paths: bool) -> None:

@@ -106,7 +106,13 @@ def test_path_resolvers(tmp_path: Path) -> None:
         ("seed: 1\nseed: 2", "'seed' is there twice"),
         ("seed: [", "not readable as YAML"),
         ("- seed", "must hold a mapping"),
-        ("run_name: ${nothing.here}", "nothing"),
+        ("run_name: ${nothing.here}", "run_name: .*nothing.here.* not found; give --run_name=…"),
+        ("wandb: {name: '${oc.env:NOT_SET}'}", r"wandb\.name: .*NOT_SET.* not found"),
+        (
+            "save_folder: '${path.choose:/x,/y}/z'",
+            "^save_folder: none of these exist: /x, /y; give",
+        ),
+        ("run_name: '${'", "run_name: no viable alternative"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, text: str, said: str) -> None:
