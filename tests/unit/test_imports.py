@@ -1,6 +1,7 @@
 """Rooms know only what stands left of them, and the trainer needs three packages."""
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -24,6 +25,7 @@ def imported(node: ast.AST) -> Iterator[str]:
             yield from imported(child)
 
 
+@functools.cache
 def rooms() -> dict[str, set[str]]:
     """For each module or package under olmo/ the others that it imports."""
     found: dict[str, set[str]] = defaultdict(set)
