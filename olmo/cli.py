@@ -39,6 +39,7 @@ COMMANDS = {
     "replay": "olmo.inspect.replay:replay",
     # beside it
     "bench": "olmo.report.bench:bench",
+    "compare": "olmo.report.compare:compare",
     "checkpoint convert": "olmo.checkpoint.conversion:convert",
     "environment": "olmo.environments:environment",
     "store verify": "olmo.upkeep:verify",

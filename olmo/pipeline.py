@@ -119,6 +119,7 @@ class Run(BaseConfig):
 
     train: str
     dataset: str | None = None
+    overrides: list[str] = field(default_factory=list)  # optimizer.name=muon, …
     processes: int = 1  # one a GPU; the result's identity does not hold it
 
 
@@ -129,6 +130,7 @@ class Pipeline(BaseConfig):
     runs: dict[str, Run]
     store: str = "store"
     shards_per_job: int = 4
+    bench_loss: list[str] = field(default_factory=list)  # runs; the first is the reference
 
 
 class Plan:
@@ -179,7 +181,7 @@ class Plan:
         """The run's training config, checked against the tokenizer that its data set names."""
         if run not in self._trains:
             path = self.run(run).train
-            cfg = TrainConfig.load(path, validate_paths=False)
+            cfg = TrainConfig.load(path, self.run(run).overrides, validate_paths=False)
             dataset = self.dataset(run)
             tokenizer = self.recipe(dataset).tokenizer
             for name in ("eos_token_id", "pad_token_id"):
@@ -362,6 +364,10 @@ class Plan:
         length = cfg.model.max_sequence_length
         words = ["--sequence-length", length, "--seed", seed, "--dtype", cfg.data.memmap_dtype]
         return shlex.join(map(str, words))
+
+    def override_flags(self, run: str) -> str:
+        words = self.run(run).overrides
+        return f"--overrides {shlex.join(words)}" if words else ""
 
     def flags(self, dataset: str, part: str) -> str:
         """A part of a recipe as flags of its stage's command."""

@@ -23,10 +23,19 @@ ASIDE = ["metrics.jsonl", "loss.svg"]  # timings and pictures: no part of the co
 
 
 def train(
-    config: Path, tokens: list[Path], order: Path, tokenizer: Path, final: Path, processes: int = 1
+    config: Path,
+    tokens: list[Path],
+    order: Path,
+    tokenizer: Path,
+    final: Path,
+    processes: int = 1,
+    overrides: tuple[str, ...] = (),
 ) -> None:
-    """Train as `config` says on the shards of `tokens`, or carry on where that was cut off."""
-    cfg = TrainConfig.load(config, validate_paths=False)
+    """Train as `config` says on the shards of `tokens`, or carry on where that was cut off.
+
+    `overrides` are key=value, as on the trainer's own command line.
+    """
+    cfg = TrainConfig.load(config, list(overrides), validate_paths=False)
     model = cfg.model
     check_tokenizer(
         tokenizer,

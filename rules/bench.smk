@@ -11,3 +11,17 @@ rule bench_tps:
     threads: workflow.cores
     shell:
         "olmo bench --matrix {input.matrix:q} --out {params.out:q} --log {log:q}"
+
+
+rule bench_loss:
+    # How many tokens other settings need to get where the first run ends.
+    input:
+        lambda w: [f"checkpoints/{run}/final" for run in plan.pipeline.bench_loss],
+    output:
+        table="bench-results/loss/table.md",
+        picture="bench-results/loss/loss.svg",
+    log:
+        "logs/bench/loss.log",
+    shell:
+        "olmo compare --runs {input:q} --table {output.table:q} --picture {output.picture:q}"
+        " --log {log:q}"

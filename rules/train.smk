@@ -15,7 +15,8 @@ rule train:
     threads: workflow.cores
     params:
         processes=lambda w: plan.run(w.run).processes,
+        overrides=lambda w: plan.override_flags(w.run),
     shell:
         "olmo train --config {input.config:q} --tokens {input.tokens:q} --order {input.order:q}"
         " --tokenizer {input.tokenizer:q} --final {output:q} --processes {params.processes}"
-        " --log {log:q}"
+        " {params.overrides} --log {log:q}"

@@ -1,9 +1,10 @@
 """Linear layers whose matrix products run in 8-bit floating point (Micikevicius et al. 2022,
 arXiv:2209.05433).
 
-A tensor x is kept as x8 * s: x8 in e4m3 (values and weights: 3 bits of mantissa, up to 448) or, for
-gradients with one scale a tensor, in e5m2 (2 bits, up to 57344: they spread wider); s in float32,
-for the whole tensor or for each row of a product. Sums are float32. Weights stay in float32 outside: what is saved is what it always was.
+A tensor x is kept as x8 * s: x8 in e4m3 (values and weights: 3 bits of mantissa, up to 448) or,
+for gradients with one scale a tensor, in e5m2 (2 bits, up to 57344: they spread wider); s in
+float32, for the whole tensor or for each row of a product. Sums are float32. Weights stay in
+float32 outside: what is saved is what it always was.
 
 Shapes: M tokens, K inputs, N outputs of a layer; y (M, N) = x (M, K) @ w (N, K)^T.
 """

@@ -10,7 +10,9 @@ import yaml
 from olmo.bench import __main__ as runner
 from olmo.bench import table
 from olmo.bench.matrix import Cell, load
+from olmo.config import TrainConfig
 from olmo.report.bench import draw, write_parquet
+from olmo.report.compare import compare
 
 ROOT = Path(__file__).parents[2]
 MODEL = {
@@ -143,3 +145,30 @@ def test_the_table_names_references_and_sorts_by_speed(tmp_path: Path):
     assert "unavailable: no \\| card here" in lines[3]
     assert "50.0% (PaLM)" in table.result(records[0])
     assert json.loads(json.dumps(table.row(records[0])))["tokens_per_second"] == 10.0
+
+
+def test_runs_are_compared_at_the_tokens_they_needed(tmp_path: Path):
+    cfg = TrainConfig.new(global_train_batch_size=10, model={"max_sequence_length": 10})
+    losses = {
+        "reference": {0: 8.0, 10: 6.0, 20: 5.0},
+        "fast": {0: 8.0, 10: 4.0, 20: 3.0},
+        "slow": {0: 8.0, 20: 5.5},
+    }
+    finals = []
+    for name, curve in losses.items():
+        final = tmp_path / name / "final"
+        final.mkdir(parents=True)
+        cfg.save(final / "config.yaml")
+        rows = [{"step": s, "eval/heldout/CrossEntropyLoss": v} for s, v in curve.items()]
+        (final / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        finals.append(final)
+    compare(finals, tmp_path / "table.md", tmp_path / "loss.svg")
+    table_lines = (tmp_path / "table.md").read_text().splitlines()[-3:]
+    assert table_lines == [
+        "| reference | 2,000 | 5.0000 | 2,000 | 1.00 |",
+        "| fast | 2,000 | 3.0000 | 750 | 0.38 |",  # on the line from 8.0 to 4.0
+        "| slow | 2,000 | 5.5000 | never |  |",
+    ]
+    assert (tmp_path / "loss.svg").read_text().startswith("<svg")
+    with pytest.raises(ValueError, match="expected evaluations on other"):
+        compare(finals, tmp_path / "table.md", tmp_path / "loss.svg", label="other")

@@ -163,7 +163,7 @@ def test_a_users_error_is_one_sentence(capsys: pytest.CaptureFixture[str]):
 
 # The public command line: a change here breaks scripts, and belongs into the CHANGELOG.
 COMMANDS = """source-list sources given-tokens documents tokenizer tokens statistics order
-positions train evaluate inspect seen replay bench checkpoint-convert environment
+positions train evaluate inspect seen replay bench compare checkpoint-convert environment
 store-verify store-gc store-checkout store-why store-trace store-pin
 store-push store-pull"""
 
