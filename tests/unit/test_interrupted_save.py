@@ -31,13 +31,13 @@ CALLS = ("mkdir", "rename", "replace", "symlink", "unlink", "rmdir", "fsync")
 
 def saved(kind: str, folder: Path, step: int, **changes: Any) -> Path:
     """A checkpoint of a small model whose weights are the step."""
-    model = torch.nn.Linear(40, 30)
+    model = torch.nn.Linear(100, 200)
     torch.nn.init.constant_(model.weight, step)
     names = ["weight", "bias"]
     optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "param_names": names}])
-    model(torch.ones(1, 40)).sum().backward()
+    model(torch.ones(1, 100)).sum().backward()
     optimizer.step()
-    parts: dict[str, Any] = {"model": {"weight": torch.full((30, 40), float(step))}}
+    parts: dict[str, Any] = {"model": {"weight": torch.full((200, 100), float(step))}}
     parts |= {
         "optim": optimizer.state_dict(),
         "train": {"global_step": step},
@@ -119,7 +119,12 @@ def test_an_end_at_any_byte(tmp_path: Path, kind: str, deadly: bool) -> None:
     first = saved(kind, tmp_path, 4)
     sizes = sorted({p.stat().st_size for p in first.rglob("*") if p.is_file()})
     # Beginning and end of each file, and places within the long ones.
-    places = {0, *(s - 1 for s in sizes), *(s // 2 for s in sizes), *range(64, sizes[-1], 3000)}
+    places = {
+        0,
+        *(s - 1 for s in sizes),
+        *(s // 2 for s in sizes),
+        *range(64, sizes[-1], sizes[-1] // 12),
+    }
     expected = -signal.SIGXFSZ if deadly else 27  # EFBIG
     for place in sorted(places):
         prepare = partial(limit_files, place, deadly)
