@@ -394,7 +394,17 @@ def test_a_list_becomes_a_table_with_sizes(server, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["table.tsv"]
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>\n<p>no</p>", b"ok://a/b.gz\n../../etc/passwd\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<html>\n<p>no</p>",
+        b"ok://a/b.gz\n../../etc/passwd\n",
+        b"ok://a/b.gz\nFile:///etc/passwd\n",
+        b"ok://a/b.gz\n-rf\n",
+        b"ok://a/b c.gz\n",
+    ],
+)
 def test_what_is_no_list_is_refused(server, tmp_path, content):
     url = server("list.txt", lambda h, n: h.answer(200, content))
     with pytest.raises(ValueError, match=r"expected a (list of URLs|URL a line), found"):
