@@ -6,6 +6,7 @@ import http.server
 import json
 import pickle
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -326,6 +327,12 @@ def test_by_url(finished: Path, served: str, tmp_path: Path) -> None:
     }
     assert found == {4, 8}
     shutil.rmtree(finished / "other")
+
+
+def test_a_package_that_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cached_path", None)
+    with pytest.raises(ValueError, match=r"config\.yaml needs a package: .*cached_path"):
+        run(tmp_path, load_path="hf://somebody/something/step1-unsharded")
 
 
 def test_the_command_converts(
