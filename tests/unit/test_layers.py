@@ -89,7 +89,8 @@ while todo:
 for module, owners in importlib.metadata.packages_distributions().items():
     if not {o.lower().replace("_", "-") for o in owners} & (allowed | {"olmo", "setuptools"}):
         sys.modules[module] = None
-import olmo.train, olmo.train.loop, olmo.model, olmo.data, olmo.optim, olmo.checkpoint
+import olmo.train.loop, olmo.train.__main__, olmo.model, olmo.data, olmo.optim
+import olmo.checkpoint.sharded
 assert "polars" not in sys.modules or sys.modules["polars"] is None
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=PACKAGE.parent)
