@@ -4,11 +4,11 @@
 rule bench_tps:
     input:
         matrix="config/bench/tps.yaml",
-    params:
-        out="bench-results/tps",
     log:
         "logs/bench/tps.log",
     threads: workflow.cores
+    params:
+        out="bench-results/tps",
     shell:
         "olmo bench --matrix {input.matrix:q} --out {params.out:q} --log {log:q}"
 
