@@ -175,7 +175,7 @@ def test_what_was_pushed_and_pulled_is_not_made_again(finished: Project, tmp_pat
     pushed = finished.olmo("store", "push", str(tmp_path / "second"), "--inputs")
     assert pushed.status == 0, pushed.output
     other = finished.copy(tmp_path / "other")
-    for name in ("store", "data", "checkpoints", ".snakemake"):
+    for name in ("store", "data", "checkpoints", "eval", ".snakemake"):
         shutil.rmtree(other.root / name)
     other.store = other.root / "store"
     # A laptop takes the checkpoint and what one step saw: the order and some of three shards.
