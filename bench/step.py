@@ -43,7 +43,7 @@ SIZES = {
         "n_heads": 8,
         "n_layers": 14,
         "vocab_size": 50304,
-        "batch": 2,
+        "batch": 1,
         "T": 512,
     },
 }
@@ -106,9 +106,12 @@ def build_step(side: str, size: dict[str, int]) -> Callable[[], float]:
         return model(ids, labels=labels).loss.total / ids.numel()
 
     if whose == "ours":
+        from olmo.train.step import keep_freed_memory
+
+        keep_freed_memory()
         model.use_attention()
         if how == "compiled":
-            model.compile()
+            model.compile(fullgraph=True)  # no graph breaks, or an error
     elif how == "compiled":
         for block in model.transformer.blocks:
             block.compile()

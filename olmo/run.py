@@ -57,7 +57,7 @@ def train(
     )
 
 
-@stage(version=2)
+@stage(version=3)
 def training(
     tokens: Inputs,
     order: Input,
@@ -182,7 +182,7 @@ def evaluate(checkpoint: Path, tokens: list[Path], results: Path) -> None:
     )
 
 
-@stage(version=2)
+@stage(version=3)
 def heldout_perplexity(
     model: Input, config: Input, heldout: Inputs, results: Output, checkpoint: Free[Path]
 ) -> Facts:

