@@ -167,7 +167,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             Console(cfg.console_log_interval, last_step),
         ]
         if cfg.wandb is not None:
-            sinks.append(WeightsAndBiases(cfg))
+            sinks.append(WeightsAndBiases(cfg, resumed))
     if resumed:
         assert source is not None
         saver.resume(source)

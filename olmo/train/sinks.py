@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import secrets
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -112,7 +113,9 @@ class Console:
 
 
 class WeightsAndBiases:
-    def __init__(self, cfg: TrainConfig) -> None:
+    """A run there; a resumed one goes on in the same, whose id is in <save_folder>/wandb/id."""
+
+    def __init__(self, cfg: TrainConfig, resumed: bool) -> None:
         assert cfg.wandb is not None
         try:
             import wandb
@@ -125,9 +128,14 @@ class WeightsAndBiases:
         folder = Path(cfg.save_folder) / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         self._interval = settings.log_interval
+        id = folder / "id"
+        if not (resumed and id.is_file()):
+            id.write_text(secrets.token_hex(4))
         # WANDB_MODE=offline and the rest of its environment are wandb's own business.
         self._run: Any = wandb.init(
             dir=str(folder),
+            id=id.read_text(),
+            resume="allow",
             project=settings.project,
             entity=settings.entity,
             group=settings.group,

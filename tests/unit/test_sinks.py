@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from small_run import run
 
+from olmo.train.signals import PAUSED
 from olmo.train.sinks import METRICS, Console, JsonLines
 
 METRICS_OF_A_STEP = {
@@ -62,5 +63,12 @@ def test_missing_wandb_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert run(tmp_path, wandb={"name": "x", "project": "p"}) == 0
-    assert list((tmp_path / "run/wandb").rglob("*.wandb"))
+    settings = {"name": "x", "project": "p"}
+    assert run(tmp_path, wandb=settings, stop_after=3) == PAUSED
+    assert run(tmp_path, wandb=settings, try_load_latest_save=True) == 0
+    id = (tmp_path / "run/wandb/id").read_text()
+    written = sorted((tmp_path / "run/wandb").rglob("*.wandb"))
+    assert [path.name for path in written] == [f"run-{id}.wandb"] * 2, "one run, in two parts"
+    assert all(b"train/CrossEntropyLoss" in path.read_bytes() for path in written)
+    assert run(tmp_path, wandb=settings, save_overwrite=True, max_duration=1) == 0
+    assert (tmp_path / "run/wandb/id").read_text() != id, "another run"
