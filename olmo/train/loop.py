@@ -175,7 +175,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     flops = model.num_fwd_flops + model.num_bck_flops
     peak = cfg.speed_monitor.gpu_flops_available or device_flops(world.device)
     window = cfg.speed_monitor.window_size
-    speed = SpeedMeter(window, world.size, model.flops_per_token(), flops, peak)
+    per_token = {"palm": model.flops_per_token(), "causal": model.flops_per_token(causal=True)}
+    speed = SpeedMeter(window, world.size, per_token, flops, peak)
 
     def write(step: int, metrics: dict[str, float]) -> None:
         for sink in sinks:
@@ -236,6 +237,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             known = speed.work(position.global_train_tokens_seen)
             for i, group in enumerate(optimizer.param_groups):
                 known[f"optim/learning_rate_group{i}"] = float(group["lr"])
+            if (mask := batch.get("instance_mask")) is not None:
+                known["train/masked_instances_local_rank"] = float((~mask).sum())
             numbers.steps.append(
                 Pending(step, losses.ce, losses.z, failed, found, known, batch["index"])
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Mapping
 
 import torch
 
@@ -12,12 +13,18 @@ import torch
 class SpeedMeter:
     """Speed over the last `window` steps, pauses (saving, evaluation) left out.
 
-    `flops` are per token, forward and backward, in PaLM's convention, which MFU needs.
+    `flops` are per token, forward and backward, by the convention that they are counted in: each
+    gives an MFU.
     `device_flops` is what one device can do in a second, None where that is not known.
     """
 
     def __init__(
-        self, window: int, devices: int, flops: int, olmo_flops: int, device_flops: float | None
+        self,
+        window: int,
+        devices: int,
+        flops: Mapping[str, int],
+        olmo_flops: int,
+        device_flops: float | None,
     ) -> None:
         self._steps: deque[tuple[float, int, int]] = deque(maxlen=window)  # seconds, steps, tokens
         self._devices, self._flops, self._olmo_flops = devices, flops, olmo_flops
@@ -70,7 +77,9 @@ class SpeedMeter:
             out["throughput/device/tokens_per_second"] = per_device
             out["throughput/device/batches_per_second"] = self.steps_per_second
             if self._device_flops:
-                out["throughput/device/mfu_palm"] = per_device * self._flops / self._device_flops
+                for convention, flops in self._flops.items():
+                    mfu = per_device * flops / self._device_flops
+                    out[f"throughput/device/mfu_{convention}"] = mfu
         return out
 
 

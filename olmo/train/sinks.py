@@ -102,7 +102,9 @@ class Console:
         if speed := metrics.get("throughput/device/tokens_per_second"):
             parts.append(f"{count(speed)} tokens/s/device")
         if mfu := metrics.get("throughput/device/mfu_palm"):
-            parts.append(f"MFU {mfu:.1%}")
+            parts.append(
+                f"MFU {mfu:.1%} (PaLM), {metrics['throughput/device/mfu_causal']:.1%} (causal)"
+            )
         if pace := metrics.get("throughput/device/batches_per_second"):
             parts.append(f"ETA {duration((self._last - step) / pace)}")
         return "  ".join(parts)

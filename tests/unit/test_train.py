@@ -21,6 +21,7 @@ from small_run import LENGTH, config, metrics, read_until, run, same, settings, 
 from olmo.checkpoint import layout
 from olmo.config import TrainConfig
 from olmo.data import order
+from olmo.model import OLMo
 from olmo.train.__main__ import main, overrides
 from olmo.train.pending import NotFinite
 from olmo.train.signals import PAUSED
@@ -57,6 +58,41 @@ def test_a_run_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     for part in ("device: cpu", "attention: ", "precision: fp32", "CPU threads per process: 1"):
         assert part in said
     assert "step 10/10  loss " in said and "tokens/s" in said and "ETA" in said
+
+
+def test_speed_is_named_as_it_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repeats = {"repetition_max_period": 3, "repetition_min_period": 1, "repetition_max_count": 2}
+    changes: dict[str, Any] = {
+        "speed_monitor": {"gpu_flops_available": 1e12},
+        "data": {"instance_filter": repeats},
+        "gen1_gc_interval": None,
+        "evaluators": [],
+        "max_duration": 4,
+    }
+    assert run(tmp_path, **changes) == 0
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    rate = last["throughput/device/tokens_per_second"]
+    model = OLMo(config(tmp_path).model)
+    for name, causal in (("palm", False), ("causal", True)):
+        expected = rate * model.flops_per_token(causal) / 1e12
+        assert last[f"throughput/device/mfu_{name}"] == pytest.approx(expected)
+    assert "(PaLM)" in capsys.readouterr().out
+    assert last["throughput/total_tokens"] == 4 * 8 * LENGTH
+    gflops = (model.num_fwd_flops + model.num_bck_flops) * 4 * 8 * LENGTH / 1e9
+    assert last["throughput/total_training_Gflops"] == pytest.approx(gflops)
+    assert last["throughput/total_training_log_Gflops"] == pytest.approx(math.log(gflops))
+    assert 0 <= last["train/masked_instances_local_rank"] <= 8
+
+
+def test_evaluation_on_load(tmp_path: Path) -> None:
+    assert run(tmp_path, stop_after=4) == PAUSED
+    again = {"save_folder": str(tmp_path / "again"), "load_path": str(tmp_path / "run/latest")}
+    for asked in (True, False):
+        assert run(tmp_path, eval_on_load=asked, save_overwrite=True, **again) == 0
+        steps = [m["step"] for m in metrics(tmp_path / "again") if "eval/heldout/Perplexity" in m]
+        assert steps == ([4, 5, 10] if asked else [5, 10])
 
 
 def test_the_data_seen_is_the_order(tmp_path: Path) -> None:
