@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TextIO
 
 # The log file of a stage, also for what it starts: `olmo <stage> --log FILE` sets it.
 LOG = "OLMO_LOG"
@@ -20,7 +21,7 @@ def speak(aloud: bool) -> None:
 def tell(text: str) -> None:
     """One line about what happens and why."""
     if not _quiet:
-        print(text, flush=True)
+        line(text, sys.stdout)
         keep(text)
 
 
@@ -32,8 +33,14 @@ def warn(text: str) -> None:
 
 def say(text: str) -> None:
     """One line on stderr, from any process."""
-    print(text, file=sys.stderr, flush=True)
+    line(text, sys.stderr)
     keep(text)
+
+
+def line(text: str, stream: TextIO) -> None:
+    """Write a line in one piece: `print` writes its end apart, and another thread in between."""
+    stream.write(f"{text}\n")
+    stream.flush()
 
 
 def keep(text: str) -> None:
