@@ -16,6 +16,7 @@ from olmo.data.sources import download
 from olmo.data.tokenizer import trained_tokenizer
 from olmo.data.tokens import tokens
 from olmo.store import Store
+from olmo.upkeep import damaged
 
 DISK = 24 << 20
 LINES = [
@@ -89,7 +90,7 @@ def test_a_full_disk_and_then_room(given, disk, dolma, name, tmp_path):
             failed += 1
         finally:
             ballast.unlink()
-        assert not list(store.verify())
+        assert not list(damaged(store))
         assert not list((tmp_path / "out").glob("*")), "no name before its content"
     assert failed >= 3
     record = call()
