@@ -269,7 +269,10 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             if cfg.gen1_gc_interval and step % cfg.gen1_gc_interval == 0:
                 gc.collect(1)
             profilers.step()
-            if world.any(stop.reason is not None) and not last:
+            # One question a step to all processes, so that none goes on without the others.
+            if world.any(stop.reason is not None or saver.failed) and not last:
+                if world.any(saver.failed):
+                    saver.give_up()
                 paused = stop.reason or "another process"
         if paused is not None and position.global_step:
             for number, values in numbers.fetch(world):

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -50,12 +50,15 @@ class Saver:
         self.saved = saved
         self._writing = self._thread.submit(self._send)
 
-    def due(self, step: int) -> str | None:
-        """What is saved at this step: unsharded, sharded, ephemeral, or None.
+    @property
+    def failed(self) -> bool:
+        """Whether this process knows that the save under way has gone wrong."""
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
 
-        Raises what went wrong with the save before.
-        """
-        if self._writing is not None and self._writing.done():
+    def due(self, step: int) -> str | None:
+        """What is saved at this step: unsharded, sharded, ephemeral, or None."""
+        if self._writing is not None and self._writing.done() and not self.failed:
             self._settle()
         cfg = self._cfg
         if _hits(cfg.save_interval_unsharded, step):
@@ -119,6 +122,11 @@ class Saver:
         self._settle()
         if sent and self._unsent is not None:
             raise self._unsent
+
+    def give_up(self) -> NoReturn:
+        """End the run on every process, with what went wrong where that is known."""
+        self._settle()
+        raise OSError("another process could not save, and says why; this one ends with it")
 
     def _settle(self) -> None:
         if self._writing is not None:
