@@ -9,128 +9,14 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from olmo.config import BaseConfig, TrainConfig
+from olmo.config import TrainConfig
 from olmo.data import source_table
-from olmo.data.documents import MAX_TEXT_BYTES
 from olmo.data.source_table import Source, quoted
+from olmo.recipe import Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
 from olmo.store import now
-
-
-@dataclass
-class SourcesConfig(BaseConfig):
-    """Where text comes from; exactly one of the first four is given."""
-
-    stdlib: int | None = None  # the running Python's standard library, in so many files
-    files: list[str] = field(default_factory=list)  # local gz files of Dolma's schema; globs
-    table: str | None = None  # a TSV: url, bytes, sha256, licence
-    url_list: str | None = None  # a URL of a text file of URLs, as Dolma publishes them
-    # Where else the files are, tried in this order: "https://a.org/x/=https://b.org/y/".
-    mirrors: list[str] = field(default_factory=list)
-    allow_missing: bool = False  # go on without the files that cannot be had
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        kinds = ("stdlib", "files", "table", "url_list")
-        given = [name for name in kinds if getattr(self, name)]
-        if len(given) != 1:
-            raise ValueError(
-                f"sources: expected one of {', '.join(kinds)}; found "
-                + (" and ".join(given) or "none")
-            )
-        if wrong := [mirror for mirror in self.mirrors if mirror.count("=") != 1]:
-            raise ValueError(f"sources.mirrors: expected beginning=beginning, found {wrong[0]!r}")
-
-
-@dataclass
-class DocumentsConfig(BaseConfig):
-    """What is kept of a source. `allow` names the reasons for which a line may be dropped."""
-
-    keep_one_in: int = 1
-    offset: int = 0
-    heldout_share: float = 0.0
-    # Parts and copies by the hash of the id, of sources by their names: "books-*=2.5". The first
-    # that fits counts; a source that none fits has weight 1.
-    weights: list[str] = field(default_factory=list)
-    max_text_bytes: int = MAX_TEXT_BYTES
-    allow: list[str] = field(default_factory=list)
-
-
-@dataclass
-class TokenizerConfig(BaseConfig):
-    """A given tokenizer (a file, or a name on the hub) or one trained on the documents."""
-
-    file: str | None = None
-    hub: str | None = None
-    sha256: str | None = None
-    train_vocab_size: int | None = None
-    eos_token_id: int = 0
-    pad_token_id: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        given = [n for n in ("file", "hub", "train_vocab_size") if getattr(self, n)]
-        if len(given) != 1:
-            raise ValueError(
-                "tokenizer: expected one of file, hub, train_vocab_size; found "
-                + (" and ".join(given) or "none")
-            )
-
-
-@dataclass
-class TokensConfig(BaseConfig):
-    """How documents become tokens; both engines give the same bytes."""
-
-    engine: str = "dolma"  # the toolkit itself, or `fast`
-    audit_share: float = 0.01  # of fast's files, tokenized by the toolkit as well and compared
-    special_tokens: str = "as-special"  # what looks like one in a text; or "as-text"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, known in {
-            "engine": ("dolma", "fast"),
-            "special_tokens": ("as-special", "as-text"),
-        }.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"tokens.{name}: expected {' or '.join(known)}, found {getattr(self, name)!r}"
-                )
-
-
-@dataclass
-class Recipe(BaseConfig):
-    """A data set: config/data/<name>.yaml."""
-
-    sources: SourcesConfig
-    tokenizer: TokenizerConfig
-    documents: DocumentsConfig = field(default_factory=DocumentsConfig)
-    tokens: TokensConfig = field(default_factory=TokensConfig)
-
-
-@dataclass
-class Run(BaseConfig):
-    """A training run: which settings, on which data set, by how many processes.
-
-    Without a data set it is trained on the token files that its training config names.
-    """
-
-    train: str
-    dataset: str | None = None
-    overrides: list[str] = field(default_factory=list)  # optimizer.name=muon, …
-    processes: int = 1  # one a GPU; the result's identity does not hold it
-
-
-@dataclass
-class Pipeline(BaseConfig):
-    """config/config.yaml."""
-
-    runs: dict[str, Run]
-    store: str = "store"
-    shards_per_job: int = 4
-    bench_loss: list[str] = field(default_factory=list)  # runs; the first is the reference
 
 
 class Plan:

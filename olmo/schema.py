@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.pipeline import Pipeline, Recipe
+from olmo.recipe import Pipeline, Recipe
 
 FOLDER = Path(__file__).parent.parent / "config" / "schema"
 ROOTS = {"config": Pipeline, "data": Recipe, "train": TrainConfig}
