@@ -3,15 +3,18 @@
 import gzip
 import json
 import random
+import re
 import unicodedata
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import pre_tokenizers as pre
 
 from olmo.data import fast
 from olmo.data.documents import documents
-from olmo.data.fast import LONG_SPACE, Fast, encoder, is_settled
+from olmo.data.encoding import LONG_SPACE, NAMED_PATTERN, disqualifies, encoder, is_settled
+from olmo.data.fast import Fast
 from olmo.data.tokenizer import portable, trained_tokenizer
 from olmo.data.tokens import tokens
 
@@ -36,9 +39,57 @@ def texts(seed, count=400):
         yield "." + "".join(chance.choices(everything, k=chance.randrange(1, 40)))
 
 
+def of_other_kinds():
+    """Tokenizers to be trained: GPT-4's splitting, Llama's letters, BERT's words, T5's unigrams."""
+    gpt4 = Tokenizer(models.BPE())
+    by_bytes = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+    gpt4.pre_tokenizer = pre.Sequence([pre.Split(Regex(NAMED_PATTERN), "isolated"), by_bytes])
+    yield (
+        "gpt4",
+        gpt4,
+        trainers.BpeTrainer(
+            vocab_size=800, initial_alphabet=pre.ByteLevel.alphabet(), special_tokens=NAMES[:2]
+        ),
+    )
+    llama = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    llama.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    llama.decoder = decoders.ByteFallback()
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    yield (
+        "llama",
+        llama,
+        trainers.BpeTrainer(
+            vocab_size=900, special_tokens=[*NAMES[:2], "<unk>", *fallback], max_token_length=8
+        ),
+    )
+    bert = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    bert.normalizer = normalizers.BertNormalizer()
+    bert.pre_tokenizer = pre.BertPreTokenizer()
+    yield (
+        "bert",
+        bert,
+        trainers.WordPieceTrainer(vocab_size=600, special_tokens=[*NAMES[:2], "[UNK]"]),
+    )
+    unigram = Tokenizer(models.Unigram())
+    unigram.normalizer = normalizers.NFKC()
+    unigram.pre_tokenizer = pre.Metaspace()
+    yield (
+        "unigram",
+        unigram,
+        trainers.UnigramTrainer(
+            vocab_size=400, special_tokens=[*NAMES[:2], "<unk>"], unk_token="<unk>"
+        ),
+    )
+
+
+BY_TIKTOKEN, BY_TOKENIZERS = ["plain", "olmo", "raw", "gpt4"], ["llama", "bert", "unigram"]
+
+
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """Three that qualify: as we train them, as OLMo's with its added tokens, not normalising."""
+    """As we train them, as OLMo's with its added tokens, not normalising; and of other kinds."""
     folder = tmp_path_factory.mktemp("tokenizers")
     lines = [json.dumps({"id": "a", "text": text}) for text in [*PROSE * 3, *texts(1, 100)]]
     (folder / "documents.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
@@ -51,7 +102,14 @@ def tokenizers(tmp_path_factory):
     model.normalizer = None
     model.add_tokens([AddedToken("a b", normalized=False)])  # spaces cannot join the pattern
     raw.write_text(portable(model.to_str().replace('"normalizer":{"type":"NFC"}', "")))
-    return {"plain": plain, "olmo": olmo, "raw": raw}
+    found = {"plain": plain, "olmo": olmo, "raw": raw}
+    for name, model, trainer in of_other_kinds():
+        model.train_from_iterator([*PROSE * 3, *texts(1, 100)], trainer)
+        found[name] = folder / f"{name}.json"
+        made = json.loads(portable(model.to_str()))  # Llama's bytes are tokens like others
+        made["added_tokens"] = [t for t in made["added_tokens"] if t["content"][:3] != "<0x"]
+        found[name].write_text(json.dumps(made))
+    return found
 
 
 def both(folder, written, tokenizer, dolma, **parameters):
@@ -82,13 +140,16 @@ def both(folder, written, tokenizer, dolma, **parameters):
 
 
 @pytest.mark.parametrize("special_tokens", ["as-special", "as-text"])
-@pytest.mark.parametrize("name", ["plain", "olmo", "raw"])
+@pytest.mark.parametrize("name", BY_TIKTOKEN + BY_TOKENIZERS)
 def test_the_engines_agree_on_text_of_all_kinds(tmp_path, tokenizers, dolma, name, special_tokens):
     written = [*PROSE, *texts(2), "x" * 20_000, "=-" * 9_000, "\n" * 9_000 + "."]
     facts = both(tmp_path, written, tokenizers[name], dolma, special_tokens=special_tokens)
-    assert bool(facts["special_tokens_in_text"]) == (special_tokens == "as-special")
-    encode = encoder(tokenizers[name].read_bytes(), special_tokens == "as-text")
+    if name != "unigram":  # whose pieces are the names themselves, special or not
+        assert (NAMES[0] in facts["special_tokens_in_text"]) == (special_tokens == "as-special")
+    content = tokenizers[name].read_text()
+    encode = encoder(content.encode(), special_tokens == "as-text")
     assert all(encode(text) is not None for text in written), "none was left to the toolkit"
+    assert (disqualifies(json.loads(content), content) is None) == (name in BY_TIKTOKEN)
 
 
 def test_characters_on_which_editions_of_unicode_differ_go_to_the_toolkit(
@@ -101,8 +162,9 @@ def test_characters_on_which_editions_of_unicode_differ_go_to_the_toolkit(
     assert [encode(text) is None for text in written] == [False, *[True] * len(young), False]
 
 
+@pytest.mark.parametrize("name", ["plain", "gpt4", "unigram"])
 def test_every_settled_character_is_split_and_composed_as_the_toolkit_does(
-    tmp_path, tokenizers, dolma
+    tmp_path, tokenizers, dolma, name
 ):
     letters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     settled = [c for c in letters if is_settled(c)]
@@ -114,7 +176,7 @@ def test_every_settled_character_is_split_and_composed_as_the_toolkit_does(
         return f"a\u0345{c}\u0327{apart}\u0338x{apart}\u0301 {c}9{c}.{c} {c}\u1161{c}\u3099{apart}"
 
     written = ["\n".join(map(around, sample[n : n + 50])) for n in range(0, len(sample), 50)]
-    both(tmp_path, written, tokenizers["plain"], dolma)
+    both(tmp_path, written, tokenizers[name], dolma)
 
 
 def test_a_run_of_space_that_breaks_the_library_goes_to_the_toolkit(tmp_path, tokenizers, dolma):
@@ -126,7 +188,7 @@ def test_a_run_of_space_that_breaks_the_library_goes_to_the_toolkit(tmp_path, to
 
 def test_an_audit_finds_a_token_that_is_wrong(tmp_path, tokenizers, dolma, monkeypatch):
     encode = encoder(tokenizers["plain"].read_bytes(), False)
-    assert Fast(dolma, 0).toolkit.startswith("fast==1 tiktoken==")
+    assert Fast(dolma, 0).toolkit.startswith("fast==2 tiktoken==")
 
     def tokenize(share):
         lines = [json.dumps({"id": f"doc-{n}", "text": f"text {n}"}) for n in range(9)]
@@ -175,8 +237,6 @@ def merge_by_a_way_that_is_never_taken(tokenizer):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda t: t["model"].update(dropout=0.1), "its model has dropout"),
-        (lambda t: t["model"].update(ignore_merges=True), "its model has ignore_merges"),
         (lambda t: t.update(normalizer={"type": "NFKC"}), "its normalizer is"),
         (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "its pre-tokenizer is"),
         (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "its pre-tokenizer is"),
@@ -184,6 +244,24 @@ def merge_by_a_way_that_is_never_taken(tokenizer):
         (swap_two_merges, "do not follow the order of its merges|is not there"),
         (add_a_token_out_of_nothing, "not the bytes and what its merges make"),
         (merge_by_a_way_that_is_never_taken, "its token ÿþý does not come out"),
+    ],
+)
+def test_where_tiktoken_would_do_otherwise_it_is_not_asked(
+    tmp_path, tokenizers, dolma, change, reason
+):
+    tokenizer = json.loads(tokenizers["plain"].read_text())
+    change(tokenizer)
+    content = json.dumps(tokenizer)
+    assert re.search(reason, str(disqualifies(tokenizer, content)))
+    (tmp_path / "tokenizer.json").write_text(content)
+    both(tmp_path, [*PROSE, *texts(3, 100), "ÿþý"], tmp_path / "tokenizer.json", dolma)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t["model"].update(dropout=0.1), "its model has dropout"),
+        (lambda t: t.update(truncation={"max_length": 8}), "it truncates or pads"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_reproduced_is_refused(tokenizers, change, reason):
