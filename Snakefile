@@ -17,7 +17,7 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 from olmo.pipeline import Plan
-from olmo.workspace import alone, next_steps
+from olmo.workspace import alone, failures, next_steps
 
 
 configfile: "config/config.yaml"
@@ -62,3 +62,7 @@ onstart:
 
 onsuccess:
     print(next_steps(plan))
+
+
+onerror:
+    print(failures())

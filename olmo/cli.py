@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from olmo.log import LOG
+from olmo.log import FAILED, LOG
 from olmo.process import die_with_supervisor
 from olmo.stage import Stage, role
 
@@ -151,7 +151,7 @@ class copied_to:
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         if self.log is not None and error is not None:
             with self.log.open("a") as file:
-                file.write(f"{kind.__name__}: {error}\n")
+                file.write(f"{FAILED}{kind.__name__}: {error}\n")
 
 
 if __name__ == "__main__":

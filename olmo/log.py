@@ -8,6 +8,7 @@ from typing import TextIO
 
 # The log file of a stage, also for what it starts: `olmo <stage> --log FILE` sets it.
 LOG = "OLMO_LOG"
+FAILED = "failed: "  # begins the last words in the log of a command that failed
 
 _quiet = False
 

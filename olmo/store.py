@@ -5,6 +5,7 @@
     drafts/                   files on their way in from another store
     work/<key>/               a stage's own folder while it runs; a training run's checkpoints
     leases/                   who runs what right now
+    arriving/                 how downloads get on, for the line that tells of them
     links/                    where human names point into the store: what `gc` keeps
     pins/                     actions that `gc` keeps whatever points to them
     quarantine/               contents that were not what their name says

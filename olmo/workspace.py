@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from olmo.log import FAILED
 from olmo.pipeline import Plan, recipe_path
 
 STARTED = time.time()
@@ -61,3 +62,16 @@ def next_steps(plan: Plan) -> str:
             f"{recipe_path(plan.dataset(run))}, and run the same again"
         )
     return "\n".join(lines)
+
+
+def failures(logs: Path = Path("logs")) -> str:
+    """What this process's jobs failed of, together: some of it scrolled by long ago."""
+    lines = []
+    for path in sorted(logs.rglob("*.log")):
+        if path.stat().st_mtime < STARTED - 1:
+            continue
+        said = "\n" + path.read_text(encoding="utf-8")
+        _, failed, last = said.rpartition(f"\n{FAILED}")
+        if failed and not last.startswith(SystemExit.__name__):  # one that was told to stop
+            lines.append(f"{path}:\n  " + last.rstrip().replace("\n", "\n  "))
+    return "\n".join(["", f"What failed ({len(lines)}):", *lines]) if lines else ""

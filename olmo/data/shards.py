@@ -19,6 +19,7 @@ from typing import Any
 
 from olmo import log
 from olmo.data import source_table
+from olmo.data.arrivals import Arrivals, Count
 from olmo.data.documents import HELDOUT, MAX_TEXT_BYTES, TRAIN
 from olmo.data.documents import documents as documents_stage
 from olmo.data.dolma import Dolma, toolkit
@@ -26,7 +27,7 @@ from olmo.data.fast import Fast
 from olmo.data.order import global_indices, inverse
 from olmo.data.order import read as read_order
 from olmo.data.order import write as write_order
-from olmo.data.sources import Arrivals, download, download_tokens, local_source, local_tokens
+from olmo.data.sources import download, download_tokens, local_source, local_tokens
 from olmo.data.statistics import statistics as statistics_stage
 from olmo.data.stdlib import library_digest, stdlib
 from olmo.data.tokenizer import given_tokenizer, local_tokenizer, trained_tokenizer
@@ -57,8 +58,8 @@ class Entry:
         return here().object_path(self.sha256)
 
 
-def read(listings: Iterable[Path], output: str) -> list[Entry]:
-    """The entries of one output, over several listings, in order."""
+def read(listings: Iterable[Path], output: str | None = None) -> list[Entry]:
+    """The entries of one output, or of all, over several listings, in order."""
     entries = []
     for listing in listings:
         header, *rows = listing.read_text().splitlines()
@@ -66,7 +67,7 @@ def read(listings: Iterable[Path], output: str) -> list[Entry]:
             raise ValueError(f"{listing}: expected the columns {HEADER}, found {header!r}")
         for row in rows:
             shard, name, path, digest, size = row.split("\t")
-            if name == output:
+            if output in (None, name):
                 entries.append(Entry(shard, name, path, digest, int(size)))
     return entries
 
@@ -121,19 +122,25 @@ def asked(words: list[str], table: Path | None = None) -> list[Asked]:
 
 
 def arrivals(
+    listing: Path,
     files: list[Asked],
     get: Callable[[Asked, Progress], list[Entry]],
     parallel: int,
     allow_missing: bool,
+    table: Path | None = None,
 ) -> list[Entry]:
-    """The entries of every file; those that come over the net `parallel` at once.
+    """The entries of every file of a batch; those over the net come `parallel` at once.
 
     The others come although one fails. What failed is told at the end, and is an error unless
-    missing files are allowed: then they are left out.
+    missing files are allowed: then they are left out. `table` is that of the whole data set.
     """
-    remote = [file for file in files if file.remote]
-    sizes = [file.bytes for file in remote if file.bytes is not None]
-    told = Arrivals(len(remote), sum(sizes) if len(sizes) == len(remote) else None)
+    whole = source_table.read(table) if table else files
+    sizes = [file.bytes for file in whole]
+
+    def finished() -> Count:
+        others = [path for path in listing.parent.glob("[0-9]*.tsv") if path != listing and table]
+        rows = read(others)
+        return Count(len(rows), sum(entry.bytes for entry in rows))
 
     def fetch(file: Asked) -> list[Entry]:
         try:
@@ -143,8 +150,12 @@ def arrivals(
 
     entries: list[Entry] = []
     failures: list[str] = []
-    with ThreadPoolExecutor(parallel) as pool:
-        coming = {file: pool.submit(fetch, file) for file in remote}
+    total = Count(len(whole), None if None in sizes else sum(size or 0 for size in sizes))
+    with (
+        Arrivals(here().root / "arriving" / name_of(listing.parent), total, finished) as told,
+        ThreadPoolExecutor(parallel) as pool,
+    ):
+        coming = {file: pool.submit(fetch, file) for file in files if file.remote}
         for file in files:
             try:
                 entries += coming[file].result() if file in coming else get(file, unseen)
@@ -183,17 +194,18 @@ def sources(
         return run(listing, file.name, download, names, url=file.place, progress=progress, **known)
 
     files = asked(sources, table)
-    entries = arrivals(files, get, parallel, allow_missing)
+    entries = arrivals(listing, files, get, parallel, allow_missing, table)
     if table is not None:
         places = {file.name: file.place for file in files}
         found = {places[entry.shard]: (entry.bytes, entry.sha256) for entry in entries}
-        with lease(here().root / "leases", table_lease(table)):
+        with lease(here().root / "leases", f"table-{name_of(table)}"):
             source_table.complete(table, found)
     write(listing, entries)
 
 
-def table_lease(table: Path) -> str:
-    return f"table-{hashlib.sha256(os.path.abspath(table).encode()).hexdigest()[:32]}"
+def name_of(path: Path) -> str:
+    """A name in the store for what only this path is about."""
+    return hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]
 
 
 def given_tokens(
@@ -220,7 +232,7 @@ def given_tokens(
             progress=progress,
         )
 
-    write(listing, arrivals(asked(sources), get, parallel, allow_missing))
+    write(listing, arrivals(listing, asked(sources), get, parallel, allow_missing))
 
 
 def standard_library(listing: Path, name: str, number: int, shards: int) -> Entry:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,49 +129,6 @@ def fetched(
         shutil.rmtree(part, ignore_errors=True)
         return {"from": place, "sha256": digest_of(path), "checked": checked, **facts}
     raise ValueError("; then ".join(failures))
-
-
-class Arrivals:
-    """Tells how a set of downloads gets on, a line every few seconds, until the block ends.
-
-    Args:
-        files: how many there are.
-        bytes: how many they hold, where that is known of all.
-    """
-
-    EVERY_S = 5.0
-
-    def __init__(self, files: int, bytes: int | None) -> None:
-        self.files, self.bytes = files, bytes
-        self.here = self.received = 0
-        self.began = self.told = time.monotonic()
-        self.lock = threading.Lock()
-
-    def add(self, received: int) -> None:
-        """So many bytes came over the net."""
-        with self.lock:
-            self.received += received
-            if time.monotonic() - self.told >= self.EVERY_S:
-                self.tell()
-
-    def finish(self) -> None:
-        """A file is here, or will not come."""
-        with self.lock:
-            self.here += 1
-            if self.here == self.files and self.received:
-                self.tell()
-
-    def tell(self) -> None:
-        self.told = time.monotonic()
-        rate = self.received / max(self.told - self.began, 1e-3)
-        of = left = ""
-        if self.bytes is not None:
-            of = f" of {log.count(self.bytes)}B"
-            left = f", {log.duration((self.bytes - self.received) / rate)} left"
-        log.tell(
-            f"{self.here} of {self.files} files, {log.count(self.received)}B{of}, "
-            f"{log.count(rate)}B/s{left * (self.here < self.files)}"
-        )
 
 
 @stage(version=1)

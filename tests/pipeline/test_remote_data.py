@@ -1,6 +1,7 @@
 """Data that comes over the net: a table that learns what arrived, and tokens that are given."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,23 @@ def test_a_table_learns_and_given_tokens_train_the_same_model(tmp_path: Path, to
     project.use_given_tokenizer(tokenizer)
     (project.root / "sources").rename(tmp_path / "elsewhere")
     table = project.root / "table.tsv"
-    with web_server(tmp_path) as web:
-        rows = [f"{web}/gone/part-{n}.json.gz" for n in range(3)]
+    sent: list[int] = []
+    with web_server(tmp_path, sent) as web:
+        rows = [f"{web}/gone/{name}.json.gz" for name in ("none", "part-0", "part-1", "part-2")]
         table.write_text("\n".join(["url\tbytes\tsha256\tlicence", *rows, ""]))
         project.change(
             "config/data/small.yaml",
             sources={"table": "table.tsv", "mirrors": [f"{web}/gone/={web}/elsewhere/"]},
         )
-        assert project.run().ran["download"] == 3
+        # One file that is nowhere keeps no other from coming, also in the batches after it.
+        failed = project.run(ok=False, cores=1)
+        assert failed.status and failed.ran["download"] == 4
+        *_, last = failed.output.split("What failed (1):")
+        assert "logs/sources/small/000.log:" in last and "none.json.gz: the server ans" in last
+        table.write_text(re.sub(".*/none.*\n", "", table.read_text()))
+        came = sum(sent)
+        project.run()
+        assert sum(sent) == came > 0, "what came is in the store"
         known = [row.split("\t") for row in table.read_text().splitlines()[1:]]
         for url, size, digest, _ in known:
             file = tmp_path / "elsewhere" / url.rpartition("/")[2]

@@ -16,8 +16,9 @@ import time
 import pytest
 
 from olmo import io
-from olmo.data import shards
-from olmo.data.sources import Arrivals, download, download_tokens, local_source, source_list
+from olmo.data import arrivals, shards
+from olmo.data.arrivals import Arrivals, Count
+from olmo.data.sources import download, download_tokens, local_source, source_list
 
 TEXT = b"".join(
     json.dumps({"id": str(n), "text": random.Random(n).randbytes(60).hex()}).encode() + b"\n"
@@ -370,16 +371,28 @@ def test_the_others_come_although_one_fails(server, tmp_path):
     assert all(entry.object.read_bytes() == FILE for entry in found)
 
 
-def test_the_arrival_of_many_files_is_one_display(capsys, monkeypatch):
-    monkeypatch.setattr(Arrivals, "EVERY_S", 0)
-    arrivals = Arrivals(files=2, bytes=4_000_000)
-    arrivals.add(1_000_000)
-    arrivals.finish()
-    arrivals.add(3_000_000)
-    arrivals.finish()
-    first, *_, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("0 of 2 files, 1MB of 4MB, ") and first.endswith(" left")
-    assert last.startswith("2 of 2 files, 4MB of 4MB, ") and last.endswith("B/s")
+def test_the_arrival_of_a_whole_data_set_is_one_display(tmp_path, capsys, monkeypatch):
+    def job():
+        return Arrivals(tmp_path, Count(9, 4_000_000), lambda: Count(2, 500_000))
+
+    def told():
+        return capsys.readouterr().out.splitlines()
+
+    monkeypatch.setattr(arrivals, "EVERY_S", 100)
+    with job() as first, job() as second:
+        first.add(1_000_000)
+        assert told()[0].startswith("2 of 9 files, 1.5MB of 4MB, ")
+        second.finish()
+        second.add(2_000_000)
+        assert not told(), "the other job has told it a moment ago"
+        monkeypatch.setattr(arrivals, "EVERY_S", 0)
+        first.add(250_000)
+        (line,) = told()
+        assert line.startswith("3 of 9 files, 3.75MB of 4MB, ") and line.endswith("0:00 left")
+        os.utime(second.word, (0, 0))  # killed long ago
+        first.add(250_000)
+        assert told()[0].startswith("2 of 9 files, 2MB of 4MB, ")
+    assert [path.name for path in tmp_path.iterdir()] == ["told"]
 
 
 def test_a_list_becomes_a_table_with_sizes(server, tmp_path, capsys):
