@@ -58,6 +58,19 @@ def test_a_file_comes_from_a_bucket(s3, tmp_path, monkeypatch):
     assert entry.object.read_bytes() == FILE
 
 
+def test_a_file_comes_from_an_r2_bucket_with_credentials_or_a_line_asks_for_them(s3, tmp_path):
+    keys = {
+        "R2_ENDPOINT_URL": s3["AWS_ENDPOINT_URL"],
+        "R2_ACCESS_KEY_ID": "key",
+        "R2_SECRET_ACCESS_KEY": "secret",
+    }
+    place = "r2://lab/a b/good.json.gz"
+    status, said, _ = sources(tmp_path, s3, place)
+    assert status == 1 and "R2_ENDPOINT_URL" in line_about(place, said)
+    status, said, listing = sources(tmp_path, s3 | keys, place)
+    assert status == 0 and listing.exists(), said
+
+
 def test_what_a_bucket_does_not_give_is_a_line_each(s3, tmp_path):
     places = ["s3://lab/none.json.gz", "s3://nowhere/a.json.gz", "s3://lab/page.json.gz"]
     status, said, listing = sources(tmp_path, s3, *places, "s3://lab/a b/good.json.gz")
