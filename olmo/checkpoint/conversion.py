@@ -1,4 +1,4 @@
-"""One kind of checkpoint to another: sharded, unsharded, safetensors."""
+"""One kind of checkpoint to another: sharded, unsharded, safetensors, hf."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from olmo.checkpoint import huggingface
 from olmo.checkpoint.final import write_safetensors
 from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load
@@ -14,30 +15,43 @@ from olmo.checkpoint.remote import fetched
 from olmo.checkpoint.save import save_unsharded
 from olmo.log import tell
 
-KINDS = ("unsharded", "sharded", "safetensors")
+KINDS = ("unsharded", "sharded", "safetensors", "hf")
 
 
-def convert(source: str | Path, into: str | Path, /, kind: str) -> Path:
-    """Read a checkpoint, a folder or a URL, and write it as another kind: unsharded, sharded or
-    safetensors; the folder that was written.
+def convert(
+    source: str | Path, into: str | Path, /, kind: str, tokenizer: Path | None = None
+) -> Path:
+    """Read a checkpoint, a folder or a URL, and write it as another kind: unsharded, sharded,
+    safetensors or hf; the folder that was written.
 
     Sharded and unsharded ones are written as INTO/step{N} and INTO/step{N}-unsharded,
     safetensors (model, optim, train.json, config.yaml) into INTO itself. Written sharded, it is
     one shard: a run that loads it spreads it as it needs.
 
-    Raises ValueError for another kind, and for a checkpoint that lacks a part.
+    hf is what transformers reads: the model alone, beside the tokenizer.json that `tokenizer` or
+    the checkpoint's config names. Such a folder is a source too, of safetensors without
+    optimizer state.
+
+    Raises ValueError for another kind, for a checkpoint that lacks a part, and for a model that
+    transformers cannot express.
     """
     if kind not in KINDS:
         raise ValueError(f"--kind: expected one of {', '.join(KINDS)}, found {kind!r}")
     into = Path(into)
     if "://" not in str(source):
-        return _convert(Path(source), into, kind)
+        return _convert(Path(source), into, kind, tokenizer)
     into.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".fetched", dir=into) as place:
-        return _convert(fetched(str(source), Path(place)), into, kind)
+        whole = kind != "hf"
+        found = fetched(str(source), Path(place), optimizer=whole, trainer=whole)
+        return _convert(found, into, kind, tokenizer)
 
 
-def _convert(source: Path, into: Path, kind: str) -> Path:
+def _convert(source: Path, into: Path, kind: str, tokenizer: Path | None) -> Path:
+    if kind == "hf":
+        return _to_hf(source, into, tokenizer)
+    if huggingface.is_exported(source):
+        return _from_hf(source, into, kind)
     checkpoint = load(source)
     assert checkpoint.optim is not None and checkpoint.train is not None
     if not (source / "config.yaml").exists():
@@ -68,6 +82,41 @@ def _convert(source: Path, into: Path, kind: str) -> Path:
         folder = save_sharded(into, step, **parts)
     tell(f"written: {folder}")
     return folder
+
+
+def _to_hf(source: Path, into: Path, tokenizer: Path | None) -> Path:
+    checkpoint = load(source, optimizer=False, trainer=False)
+    into.mkdir(parents=True, exist_ok=True)
+    config_yaml = (source / "config.yaml").read_text()
+    if tokenizer is None:
+        from olmo.tokenizer import Tokenizer
+
+        try:
+            known = Tokenizer.from_checkpoint(source).base_tokenizer
+        except Exception as error:  # the libraries raise no narrower class
+            raise ValueError(
+                f"the tokenizer that {source}/config.yaml names is not to be had: {error}; name "
+                "a tokenizer.json with --tokenizer"
+            ) from error
+        tokenizer = into / "tokenizer.json"
+        known.save(str(tokenizer))
+    huggingface.write(into, checkpoint.model, config_yaml, tokenizer)
+    tell(f"written: {into}")
+    return into
+
+
+def _from_hf(source: Path, into: Path, kind: str) -> Path:
+    if kind != "safetensors":
+        raise ValueError(
+            f"{source} is a model alone and has no optimizer state, without which there is no "
+            f"{kind} checkpoint; write it with --kind safetensors"
+        )
+    weights, config_yaml = huggingface.read(source)
+    into.mkdir(parents=True, exist_ok=True)
+    (into / "config.yaml").write_text(config_yaml)
+    write_safetensors(into, weights)
+    tell(f"written: {into}")
+    return into
 
 
 def _numbered(state: State, groups: list[dict[str, Any]]) -> dict[str, Any]:

@@ -56,14 +56,16 @@ def export(save_folder: str | Path, out: str | Path, config: dict[str, Any]) -> 
     return train
 
 
-def write_safetensors(folder: Path, weights: dict[str, Tensor], state: State) -> None:
-    """model.safetensors and optim.safetensors, equal bytes for equal tensors."""
+def write_safetensors(folder: Path, weights: dict[str, Tensor], state: State | None = None) -> None:
+    """model.safetensors and, given a state, optim.safetensors; equal bytes for equal tensors."""
     from safetensors.torch import save_file
 
     # One metadata entry only: safetensors writes several in no fixed order.
     metadata = {"format": "pt"}
     named = {name: tensor.contiguous() for name, tensor in sorted(weights.items())}
     save_file(named, folder / "model.safetensors", metadata=metadata)
+    if state is None:
+        return
     parts = {
         f"{part}/{name}": tensor.contiguous()
         for name, kept in sorted(state.items())

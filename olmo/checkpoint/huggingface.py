@@ -1,0 +1,396 @@
+"""A checkpoint as transformers' Olmo or Olmo2 class has it, and back.
+
+    config.json             the architecture, in transformers' words
+    generation_config.json  the ids that end and fill a text
+    model.safetensors       the same numbers under other names; fused projections are cut apart
+    tokenizer.json          as it is; tokenizer_config.json beside it names its special tokens
+    config.yaml             the checkpoint's own, from which the way back is exact
+
+Nothing here imports transformers: what is written is judged by it, in the tests and by lm-eval.
+
+Shapes: d d_model, V rows of the embedding, K = H_kv * D keys, F inner width of the feed-forward.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olmo.config import BlockType, LayerNormType, ModelConfig, TrainConfig, to_yaml
+from olmo.model.regroup import regrouped
+
+# What each class computes, whatever its config.json says: our key, the values that it can be
+# exported with, and why no other.
+BOTH: dict[str, tuple[tuple[Any, ...], str]] = {
+    "rope": ((True,), "they know rotary positions only"),
+    "alibi": ((False,), "they know rotary positions only"),
+    "activation_type": (("swiglu",), "their feed-forward is gated by silu"),
+    "include_bias": ((False,), "their feed-forward and head have no biases"),
+    "embedding_layer_norm": ((False,), "they have no norm after the embedding"),
+    "scale_logits": ((False,), "they do not scale the logits"),
+}
+CLASSES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
+    "olmo": BOTH
+    | {
+        "norm_after": ((False,), "it norms what goes into attention and feed-forward"),
+        "attention_layer_norm": ((False,), "it has no norm of queries and keys"),
+        "layer_norm_type": (("default", "low_precision"), "its norm subtracts the mean"),
+        "layer_norm_with_affine": ((False,), "its norms have no weights"),
+        "layer_norm_eps": ((1e-5,), "its epsilon is fixed"),
+    },
+    "olmo2": BOTH
+    | {
+        "norm_after": ((True,), "it norms what comes out of attention and feed-forward"),
+        "attention_layer_norm": ((True,), "it norms queries and keys"),
+        "layer_norm_type": (("rms",), "its norm is RMSNorm"),
+        "layer_norm_with_affine": ((True,), "its norms have weights"),
+        "attention_layer_norm_with_affine": ((True,), "its norms have weights"),
+        "bias_for_layer_norm": ((False, None), "its norms have no biases"),
+        "clip_qkv": ((None,), "it does not clip"),
+    },
+}
+NAMES = {"olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM"}
+# A block's two norms, which Olmo has without weights.
+NORMS = {
+    "attn_norm": "post_attention_layernorm",
+    "ff_norm": "post_feedforward_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
+
+
+def class_of(config: ModelConfig) -> str:
+    """ "olmo" or "olmo2": the class that computes what this model computes.
+
+    Raises ValueError naming each key that stands in the way of the nearer one.
+    """
+    wrong = {
+        name: {
+            key: reason
+            for key, (allowed, reason) in wanted.items()
+            if getattr(config, key) not in allowed
+        }
+        for name, wanted in CLASSES.items()
+    }
+    nearest = min(CLASSES, key=lambda name: len(wrong[name]))
+    if wrong[nearest]:
+        reasons = "; ".join(
+            f"model.{key}={getattr(config, key)} (expected "
+            f"{' or '.join(map(str, CLASSES[nearest][key][0]))}: {reason})"
+            for key, reason in wrong[nearest].items()
+        )
+        raise ValueError(
+            f"transformers cannot express this model. {NAMES[nearest]} is nearest, but for "
+            f"{reasons}. Our own scorer and `olmo.OLMo` take the checkpoint as it is"
+        )
+    return nearest
+
+
+def config_json(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What config.json says of a model; ValueError for what transformers cannot express."""
+    kind = class_of(config)
+    width = config.mlp_hidden_size or config.mlp_ratio * config.d_model
+    found: dict[str, Any] = {
+        "architectures": [NAMES[kind]],
+        "model_type": kind,
+        "vocab_size": config.embedding_size or config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": width // 2,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.effective_n_kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_sequence_length,
+        "rope_theta": config.rope_theta,  # before transformers 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_bias": False,
+        "attention_dropout": config.attention_dropout,
+        "tie_word_embeddings": config.weight_tying,
+        "initializer_range": config.init_std,
+        "bos_token_id": None,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "use_cache": True,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    return found | (
+        {"clip_qkv": config.clip_qkv} if kind == "olmo" else {"rms_norm_eps": config.layer_norm_eps}
+    )
+
+
+def model_config(settings: Mapping[str, Any], vocab_size: int | None = None) -> ModelConfig:
+    """The model that a config.json describes, as OLMo's own configs would.
+
+    `vocab_size` is the tokenizer's; by default every row of the embedding is a token.
+
+    Raises ValueError for another class, and for what ours does not compute.
+    """
+    kind = settings.get("model_type")
+    if kind not in CLASSES:
+        raise ValueError(f"config.json: expected model_type {' or '.join(CLASSES)}, found {kind!r}")
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    heads, width = settings["num_attention_heads"], settings["hidden_size"]
+    for key, found, allowed in (
+        ("hidden_act", settings.get("hidden_act", "silu"), ("silu",)),
+        ("attention_bias", settings.get("attention_bias", False), (False,)),
+        ("rope_type", rope.get("rope_type", rope.get("type", "default")), ("default",)),
+        ("head_dim", settings.get("head_dim") or width // heads, (width // heads,)),
+        ("quantization_config", settings.get("quantization_config"), (None,)),
+    ):
+        if found not in allowed:
+            raise ValueError(f"config.json: {key}: expected {allowed[0]}, found {found}")
+    theta = rope.get("rope_theta") or settings.get("rope_theta", 10_000)
+    if theta != int(theta):
+        raise ValueError(f"config.json: rope_theta: expected a whole number, found {theta}")
+    rows, second = settings["vocab_size"], kind == "olmo2"
+    kv_heads = settings.get("num_key_value_heads") or heads
+    return ModelConfig(
+        d_model=width,
+        n_heads=heads,
+        n_kv_heads=None if kv_heads == heads else kv_heads,
+        n_layers=settings["num_hidden_layers"],
+        mlp_hidden_size=2 * settings["intermediate_size"],
+        clip_qkv=settings.get("clip_qkv"),
+        rope=True,
+        rope_theta=int(theta),
+        max_sequence_length=settings["max_position_embeddings"],
+        attention_dropout=settings.get("attention_dropout", 0.0),
+        residual_dropout=0.0,
+        embedding_dropout=0.0,
+        include_bias=False,
+        bias_for_layer_norm=False,
+        norm_after=second,
+        attention_layer_norm=second,
+        layer_norm_type=LayerNormType.rms if second else LayerNormType.default,
+        layer_norm_with_affine=second,
+        attention_layer_norm_with_affine=second,
+        layer_norm_eps=settings.get("rms_norm_eps", 1e-5) if second else 1e-5,
+        weight_tying=settings.get("tie_word_embeddings", False),
+        vocab_size=min(rows, vocab_size or rows),
+        embedding_size=rows,
+        eos_token_id=_one(settings.get("eos_token_id")),
+        pad_token_id=_one(settings.get("pad_token_id"), settings.get("eos_token_id")),
+        init_std=settings.get("initializer_range", 0.02),
+    )
+
+
+def _one(*candidates: Any) -> int:
+    """The first id that is given; of several that end a text, the first."""
+    found = next((c for c in candidates if c is not None), None)
+    if found is None:
+        raise ValueError("config.json: expected an eos_token_id, found none")
+    return int(found[0] if isinstance(found, list) else found)
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def exported(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A model's weights under transformers' names; views of the same memory."""
+    left = {n.removeprefix("transformer."): w for n, w in regrouped(dict(weights))[0].items()}
+    kv = config.effective_n_kv_heads * (config.d_model // config.n_heads)
+    found = {"model.embed_tokens.weight": left.pop("wte.weight")}
+    if not config.weight_tying:
+        found["lm_head.weight"] = left.pop("ff_out.weight")
+    if "ln_f.weight" in left:
+        found["model.norm.weight"] = left.pop("ln_f.weight")
+    for i in range(config.n_layers):
+        ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
+        if config.block_type == BlockType.sequential:
+            q, k, v = left.pop(f"{ours}att_proj.weight").split((config.d_model, kv, kv))
+        else:
+            q, k, v = (left.pop(f"{ours}{name}_proj.weight") for name in "qkv")
+        up, gate = left.pop(f"{ours}ff_proj.weight").chunk(2)  # (F, d) each
+        found |= {
+            f"{theirs}self_attn.q_proj.weight": q,  # (d, d)
+            f"{theirs}self_attn.k_proj.weight": k,  # (K, d)
+            f"{theirs}self_attn.v_proj.weight": v,
+            f"{theirs}self_attn.o_proj.weight": left.pop(f"{ours}attn_out.weight"),
+            f"{theirs}mlp.up_proj.weight": up,
+            f"{theirs}mlp.gate_proj.weight": gate,
+            f"{theirs}mlp.down_proj.weight": left.pop(f"{ours}ff_out.weight"),
+        }
+        for name, other in NORMS.items():
+            if f"{ours}{name}.weight" in left:
+                found[f"{theirs}{other}.weight"] = left.pop(f"{ours}{name}.weight")
+    if left:
+        raise ValueError(f"the checkpoint has a weight that its config has not: {min(left)}")
+    return found
+
+
+def imported(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The way back: weights under OLMo's names, as a model of this config has them."""
+    left = dict(weights)
+    found = {"wte.weight": _take(left, "model.embed_tokens.weight")}
+    head = left.pop("lm_head.weight", None)
+    if not config.weight_tying:
+        if head is None:
+            raise ValueError("expected lm_head.weight, as tie_word_embeddings is false; found none")
+        found["ff_out.weight"] = head
+    if config.layer_norm_with_affine:
+        found["ln_f.weight"] = _take(left, "model.norm.weight")
+    for i in range(config.n_layers):
+        ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
+        q, k, v = (_take(left, f"{theirs}self_attn.{name}_proj.weight") for name in "qkv")
+        if config.block_type == BlockType.sequential:
+            found[f"{ours}att_proj.weight"] = torch.cat((q, k, v))
+        else:
+            for name, tensor in zip("qkv", (q, k, v), strict=True):
+                found[f"{ours}{name}_proj.weight"] = tensor
+        up, gate = (_take(left, f"{theirs}mlp.{name}_proj.weight") for name in ("up", "gate"))
+        found[f"{ours}ff_proj.weight"] = torch.cat((up, gate))
+        found[f"{ours}attn_out.weight"] = _take(left, f"{theirs}self_attn.o_proj.weight")
+        found[f"{ours}ff_out.weight"] = _take(left, f"{theirs}mlp.down_proj.weight")
+        if config.layer_norm_with_affine:
+            for name, other in NORMS.items():
+                found[f"{ours}{name}.weight"] = _take(left, f"{theirs}{other}.weight")
+    left = {n: w for n, w in left.items() if not n.endswith("rotary_emb.inv_freq")}
+    if left:
+        raise ValueError(f"the weights hold one that config.json does not describe: {min(left)}")
+    named = {f"transformer.{name}": tensor for name, tensor in found.items()}
+    return regrouped(named, config.block_group_size)[0]
+
+
+def _take(weights: dict[str, Tensor], name: str) -> Tensor:
+    if name not in weights:
+        raise ValueError(f"expected the weight {name}, which config.json implies; found none")
+    return weights.pop(name)
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def write(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config_yaml: str,
+    tokenizer: Path,
+    template: str | None = None,
+) -> None:
+    """Write the folder that `AutoModelForCausalLM.from_pretrained` reads, equal bytes for equal
+    input.
+
+    `config_yaml` is the checkpoint's own, `tokenizer` a tokenizer.json, `template` a chat template
+    of an instruction-tuned model.
+
+    Raises ValueError for what transformers cannot express, and for a tokenizer of another model.
+    """
+    from safetensors.torch import save_file
+
+    (folder / "config.yaml").write_text(config_yaml)
+    config = ModelConfig.load(folder / "config.yaml", key="model", validate_paths=False)
+    named = {name: w.contiguous() for name, w in sorted(exported(weights, config).items())}
+    kinds = {tensor.dtype for tensor in named.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"expected weights of one type, found {sorted(map(str, kinds))}")
+    settings = config_json(config, kinds.pop())
+    _write_json(folder / "config.json", settings)
+    ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    _write_json(folder / "generation_config.json", ends)
+    if tokenizer != folder / "tokenizer.json":
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    _write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config, template))
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def tokenizer_config(tokenizer: Path, config: ModelConfig, template: str | None) -> dict[str, Any]:
+    """What tokenizer_config.json says beside a tokenizer.json.
+
+    Raises ValueError where the ids that end and fill a text are not in the tokenizer, or where it
+    has more tokens than the model has rows.
+    """
+    from tokenizers import Tokenizer
+
+    known = Tokenizer.from_file(str(tokenizer))
+    rows = config.embedding_size or config.vocab_size
+    if known.get_vocab_size() > rows:
+        raise ValueError(
+            f"{tokenizer} has {known.get_vocab_size():,} tokens, the model {rows:,} rows: it is "
+            "another model's tokenizer"
+        )
+    names = {}
+    for key in ("eos_token", "pad_token"):
+        number = getattr(config, f"{key}_id")
+        names[key] = known.id_to_token(number)
+        if names[key] is None:
+            raise ValueError(f"model.{key}_id is {number}, which {tokenizer} has no token for")
+    found = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_sequence_length,
+        "clean_up_tokenization_spaces": False,
+        **names,
+    }
+    return found | ({"chat_template": template} if template else {})
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder is laid out as transformers has it."""
+    return (folder / "config.json").exists() and not (folder / "model.pt").exists()
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """The weights under OLMo's names and the config.yaml of a folder that transformers reads.
+
+    A folder that did not come from here has no config.yaml: one is made of what it says of the
+    model. One that did must still say the same in both.
+
+    Raises ValueError for another architecture, and for weights or settings that do not fit.
+    """
+    settings = json.loads((folder / "config.json").read_text())
+    own = folder / "config.yaml"
+    if own.exists():
+        config_yaml = own.read_text()
+        config = ModelConfig.load(own, key="model", validate_paths=False)
+        written = config_json(config, getattr(torch, settings.get("dtype", "float32")))
+        if changed := sorted(key for key in written if settings.get(key) != written[key]):
+            raise ValueError(
+                f"{folder}: config.json says {changed[0]}={settings.get(changed[0])}, config.yaml "
+                f"{written[changed[0]]}; remove config.yaml if config.json is right"
+            )
+    else:
+        tokenizer, size = folder / "tokenizer.json", None
+        if tokenizer.exists():
+            from tokenizers import Tokenizer
+
+            size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
+        config = model_config(settings, size)
+        cfg = TrainConfig().update_with(model=config)
+        if tokenizer.exists():
+            cfg = cfg.update_with(tokenizer=cfg.tokenizer.update_with(identifier=str(tokenizer)))
+        plain = cfg.asdict()
+        config_yaml = to_yaml({key: plain[key] for key in ("model", "tokenizer")})
+    try:
+        return imported(_weights(folder), config), config_yaml
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """Of one file, or of the several that an index names."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    found: dict[str, Tensor] = {}
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", name) or not (folder / name).is_file():
+            raise ValueError(f"expected the weights in {name}, found no such file")
+        try:
+            found |= load_file(folder / name)
+        except SafetensorError as error:
+            raise ValueError(f"cannot read {name}: {error}") from error
+    return found
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,225 @@
+"""An export computes in transformers what its checkpoint computes here, and comes back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from project import documents, write_source
+
+from olmo.checkpoint import convert, huggingface, load_model
+from olmo.checkpoint.final import write_safetensors
+from olmo.config import ModelConfig, TrainConfig, to_yaml
+from olmo.data.tokenizer import trained_tokenizer
+from olmo.model import OLMo
+
+OLMO1: dict[str, Any] = {
+    "d_model": 32,
+    "n_heads": 4,
+    "n_layers": 2,
+    "rope": True,
+    "include_bias": False,
+    "layer_norm_with_affine": False,
+    "vocab_size": 300,
+    "embedding_size": 384,
+    "max_sequence_length": 128,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+    "init_std": 0.2,
+}
+OLMO2 = OLMO1 | {
+    "norm_after": True,
+    "attention_layer_norm": True,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "block_type": "llama",
+}
+EXPRESSED: dict[str, dict[str, Any]] = {
+    "olmo": OLMO1,
+    "olmo, clipped": OLMO1 | {"clip_qkv": 0.5, "weight_tying": False},
+    "olmo, grouped queries": OLMO1 | {"n_kv_heads": 2, "rope_theta": 500_000},
+    "olmo, one head of keys": OLMO1 | {"multi_query_attention": True, "block_type": "llama"},
+    "olmo, blocks in groups": OLMO1 | {"block_group_size": 2, "embedding_size": None},
+    "olmo, width given": OLMO1 | {"mlp_hidden_size": 88, "layer_norm_type": "low_precision"},
+    "olmo2": OLMO2,
+    "olmo2, grouped queries": OLMO2 | {"n_kv_heads": 2, "weight_tying": False},
+    "olmo2, fused": OLMO2 | {"block_type": "sequential", "layer_norm_eps": 1e-6},
+}
+REFUSED: dict[str, dict[str, Any]] = {
+    "alibi": OLMO1 | {"alibi": True, "rope": False},
+    "rope": OLMO1 | {"rope": False},
+    "include_bias": OLMO1 | {"include_bias": True},
+    "activation_type": OLMO1 | {"activation_type": "gelu"},
+    "layer_norm_with_affine": OLMO1 | {"layer_norm_with_affine": True},
+    "layer_norm_type": OLMO1 | {"layer_norm_type": "rms"},
+    "layer_norm_eps": OLMO1 | {"layer_norm_eps": 1e-6},
+    "embedding_layer_norm": OLMO1 | {"embedding_layer_norm": True},
+    "scale_logits": OLMO1 | {"scale_logits": True},
+    "norm_after": OLMO1 | {"norm_after": True},
+    "attention_layer_norm": OLMO2 | {"attention_layer_norm": False},
+    "bias_for_layer_norm": OLMO2 | {"bias_for_layer_norm": True},
+    "clip_qkv": OLMO2 | {"clip_qkv": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_source(folder / "documents.gz", documents(0))
+    path = folder / "tokenizer.json"
+    trained_tokenizer.build(documents=[folder / "documents.gz"], tokenizer=path, vocab_size=300)
+    return path
+
+
+def checkpoint(folder: Path, settings: dict[str, Any]) -> OLMo:
+    """A final folder with random weights; norms' weights too, which would otherwise all be one."""
+    torch.manual_seed(0)
+    cfg = TrainConfig.new(model=settings)
+    model = OLMo(cfg.model).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln_f" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    folder.mkdir()
+    write_safetensors(folder, model.state_dict())
+    (folder / "config.yaml").write_text(to_yaml({"model": cfg.model.asdict()}))
+    return model
+
+
+@pytest.mark.parametrize("name", EXPRESSED)
+def test_logits_are_ours(name: str, tmp_path: Path, tokenizer: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ours = checkpoint(tmp_path / "final", EXPRESSED[name])
+    convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=tokenizer)
+    theirs, told = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert type(theirs).__name__ == huggingface.NAMES[name.split(",")[0]]
+    ids = torch.randint(2, 300, (2, 100))
+    with torch.no_grad():
+        expected, found = ours(ids).logits, theirs(ids).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", EXPRESSED)
+def test_there_and_back_is_bit_equal(name: str, tmp_path: Path, tokenizer: Path) -> None:
+    checkpoint(tmp_path / "final", EXPRESSED[name])
+    convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=tokenizer)
+    convert(tmp_path / "hf", tmp_path / "back", kind="safetensors")
+    for file in ("model.safetensors", "config.yaml"):
+        assert (tmp_path / "final" / file).read_bytes() == (tmp_path / "back" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", EXPRESSED)
+def test_a_folder_of_somebody_elses(name: str, tmp_path: Path, tokenizer: Path) -> None:
+    """Written by transformers, in several files, without our config.yaml: the same logits."""
+    from transformers import AutoModelForCausalLM
+
+    ours = checkpoint(tmp_path / "final", EXPRESSED[name])
+    convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    convert(tmp_path / "theirs", tmp_path / "back", kind="safetensors")
+    ids = torch.randint(2, 300, (2, 100))
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path / "back")(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_transformers_cannot_express_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"cannot express.*model\.{key}="):
+        huggingface.config_json(ModelConfig.new(**REFUSED[key]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "expected model_type olmo or olmo2, found 'llama'"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected silu, found gelu"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type"),
+        ({"head_dim": 16}, "head_dim"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"eos_token_id": None, "pad_token_id": None}, "eos_token_id"),
+    ],
+)
+def test_what_we_cannot_express_is_refused(change: dict[str, Any], message: str) -> None:
+    settings = huggingface.config_json(ModelConfig.new(**OLMO1))
+    with pytest.raises(ValueError, match=message):
+        huggingface.model_config(settings | change)
+
+
+def test_bad_folders(tmp_path: Path, tokenizer: Path) -> None:
+    checkpoint(tmp_path / "final", OLMO1)
+    hf = convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"no optimizer.*--kind safetensors"):
+        convert(hf, tmp_path / "x", kind="unsharded")
+    settings = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match=r"num_hidden_layers=1, config.yaml 2"):
+        convert(hf, tmp_path / "x", kind="safetensors")
+    (hf / "config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"does not describe: model.layers.1"):
+        convert(hf, tmp_path / "x", kind="safetensors")
+    (hf / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"expected the weight model.layers.2"):
+        convert(hf, tmp_path / "x", kind="safetensors")
+    (hf / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no such file"):
+        convert(hf, tmp_path / "x", kind="safetensors")
+    checkpoint(tmp_path / "small", OLMO1 | {"vocab_size": 200, "embedding_size": 200})
+    with pytest.raises(ValueError, match="another model's tokenizer"):
+        convert(tmp_path / "small", tmp_path / "y", kind="hf", tokenizer=tokenizer)
+    checkpoint(tmp_path / "ends", OLMO1 | {"eos_token_id": 350})
+    with pytest.raises(ValueError, match=r"model\.eos_token_id is 350"):
+        convert(tmp_path / "ends", tmp_path / "z", kind="hf", tokenizer=tokenizer)
+
+
+def test_writing_needs_no_transformers(tmp_path: Path, tokenizer: Path) -> None:
+    checkpoint(tmp_path / "final", OLMO2)
+    words = ["checkpoint", "convert", str(tmp_path / "final"), str(tmp_path / "hf")]
+    words += ["--kind", "hf", "--tokenizer", str(tokenizer)]
+    script = (
+        f"import sys; sys.modules['transformers'] = None; import olmo.cli; olmo.cli.main({words})"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert (tmp_path / "hf/model.safetensors").exists()
+
+
+PROMPTS = [
+    "def __init__(self):",
+    "import os",
+    "The",
+    "class A:\n    ",
+    "for name in",
+    "    return",
+    "# An",
+    "naïve café",
+    "raise ValueError(",
+    "x = [1, 2, 3]\n",
+]
+
+
+@pytest.mark.parametrize("settings", [OLMO1, OLMO2], ids=["olmo", "olmo2"])
+def test_greedy_text_is_ours(settings: dict[str, Any], tmp_path: Path, tokenizer: Path) -> None:
+    """Ten prompts, 64 tokens: by `generate` and by the pipeline, as a user calls it."""
+    from transformers import AutoTokenizer, pipeline
+
+    ours = checkpoint(tmp_path / "final", settings | {"vocab_size": 300, "embedding_size": 300})
+    convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (theirs.eos_token, theirs.pad_token) == ("<|endoftext|>", "<|padding|>")
+    write = pipeline("text-generation", model=str(tmp_path / "hf"), device="cpu")
+    for prompt in PROMPTS:
+        ids = theirs(prompt, return_tensors="pt").input_ids
+        new = ours.generate(ids, max_steps=64).token_ids[0, 0]
+        expected = prompt + theirs.decode(new, skip_special_tokens=True)
+        (found,) = write(prompt, do_sample=False, max_new_tokens=64)
+        assert found["generated_text"] == expected
