@@ -16,6 +16,27 @@ def test_two_fresh_runs_on_one_and_two_cores(tmp_path: Path):
     assert contents[0] == contents[1]
 
 
+def test_either_engine_in_any_order_of_files_by_one_process_or_two(tmp_path: Path, tokenizer: Path):
+    """A shard's bytes depend on its file alone; a data set's order is that of its recipe."""
+    names = [f"sources/part-{number}.json.gz" for number in range(3)]
+    ways = {"dolma": (1, names), "fast": (2, names[::-1])}
+    found = {}
+    for engine, (cores, files) in ways.items():
+        project = Project(tmp_path / engine)
+        project.use_given_tokenizer(tokenizer)
+        project.change(
+            "config/data/small.yaml", sources={"files": files}, tokens={"engine": engine}
+        )
+        project.run("checkpoints/small/global_indices.npy", cores=cores)
+        listings = sorted((project.root / "data/small/tokens").glob("*.tsv"))
+        lines = [line for path in listings for line in path.read_text().splitlines()[1:]]
+        rows = [line.split("\t") for line in lines]
+        order = [shard for shard, output, *_ in rows if output == "tokens"]
+        assert order == [Path(file).name.split(".")[0] for file in files]
+        found[engine] = sorted(rows)
+    assert found["dolma"] == found["fast"] and len(rows) == 3 * 4
+
+
 def test_two_folders_on_one_cold_store_run_each_action_once(tmp_path: Path):
     store = tmp_path / "store"
     projects = [Project(tmp_path / name, store=store) for name in ("here", "there")]
