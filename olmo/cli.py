@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.log import FAILED, LOG
-from olmo.process import die_with_supervisor
+from olmo.process import PAUSED, Paused, die_with_supervisor
 from olmo.stage import Stage, role
 
 COMMANDS = {
@@ -54,7 +54,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; an error that its user can mend is one sentence and exit status 1."""
+    """Run one command; an error that its user can mend is one sentence and exit status 1.
+
+    Training that was asked to stop and has saved exits with 75: the same command goes on.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     verb = words.pop(0) if words else ""
     if words and f"{verb} {words[0]}" in COMMANDS:  # olmo store verify
@@ -65,11 +68,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = getattr(importlib.import_module(module), name)
     die_with_supervisor()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so clean up
+    # A scheduler's warning that time is up soon: training heeds it, the rest uses the time.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         arguments = parse(verb, command, words)
         with copied_to(arguments.pop("log")):
             first = [arguments.pop(name) for name in positional(command)]
             command(*first, **arguments)
+    except Paused as pause:
+        print(f"olmo {verb}: {pause}", file=sys.stderr)
+        sys.exit(PAUSED)
     except (ValueError, FileNotFoundError, ChildProcessError) as error:
         sys.exit(f"olmo {verb}: {error}")
 

@@ -251,6 +251,35 @@ class Plan:
         words = ["--sequence-length", length, "--seed", seed, "--dtype", cfg.data.memmap_dtype]
         return shlex.join(map(str, words))
 
+    def geometry_flags(self, run: str) -> str:
+        """How many processes train a run, and where."""
+        geometry = self.run(run).geometry
+        words = ["--processes", geometry.processes]
+        if geometry.nodes > 1:
+            words += ["--nodes", geometry.nodes, "--min-nodes", geometry.fewest]
+        if geometry.max_restarts:
+            words += ["--max-restarts", geometry.max_restarts]
+        return shlex.join(map(str, words))
+
+    def place(self, run: str, what: str) -> int | str | None:
+        """What a scheduler is asked for, as snakemake's resource `what`; None leaves it out.
+
+        One task a node: srun starts a torchrun on each, and that the processes. A single node
+        needs no srun, and `mpi` is what tells the SLURM executor to leave that to us.
+        """
+        geometry, gpus = self.run(run).geometry, self.run(run).gpus_per_node
+        many = geometry.nodes > 1
+        threads = self.train_config(run).intra_op_threads or 1
+        asked: dict[str, int | str | None] = {
+            "nodes": geometry.nodes if many else None,
+            "tasks": geometry.nodes if many else None,
+            "mpi": "srun" if many else None,
+            "gres": f"gpu:{gpus}" if gpus else None,
+            "tasks_per_gpu": 0 if gpus else None,  # else the executor starts a task for each
+            "cpus_per_task": geometry.processes * threads,
+        }
+        return asked[what]
+
     def override_flags(self, run: str) -> str:
         words = self.run(run).overrides
         return f"--overrides {shlex.join(words)}" if words else ""

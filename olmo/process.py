@@ -27,6 +27,15 @@ from typing import Any
 SUPERVISOR = "OLMO_SUPERVISOR"  # the pid of the snakemake for which a stage runs
 GRACE_S = 5.0  # from a polite SIGTERM to the end of the whole group
 
+# What a paused training run exits with: sysexits' EX_TEMPFAIL, "try again and it goes on".
+PAUSED = 75
+STOP = "stop"  # a file in a run's folder: save and leave. It is gone when that is done
+MARKER = "paused"  # a file there that says when and why a run has saved and left
+
+
+class Paused(ChildProcessError):
+    """A run was asked to stop before its end, has saved, and goes on when it is asked for again."""
+
 
 def die_with_parent() -> None:
     """The kernel kills this process when its parent ends (Linux; elsewhere a thread looks)."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from olmo.config import BaseConfig
 from olmo.data.documents import MAX_TEXT_BYTES
+from olmo.launch import Geometry
 
 
 @dataclass
@@ -106,7 +107,27 @@ class Run(BaseConfig):
     train: str
     dataset: str | None = None
     overrides: list[str] = field(default_factory=list)  # optimizer.name=muon, …
-    processes: int = 1  # one a GPU; the result's identity does not hold it
+    # Where it is trained. The result's identity holds none of this.
+    processes: int = 1  # on each node; with GPUs, one a GPU
+    nodes: int = 1  # more than one: in a SLURM allocation
+    min_nodes: int | None = None  # elastic: begin, and go on after a loss, with as few as this
+    gpus_per_node: int = 0  # what is asked of a scheduler
+    max_restarts: int = 0  # times torchrun starts the processes again before the job fails
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gpus_per_node and self.processes not in (1, self.gpus_per_node):
+            raise ValueError(
+                f"processes: expected one a GPU, that is gpus_per_node={self.gpus_per_node}; found "
+                f"{self.processes}. Leave it out"
+            )
+        _ = self.geometry
+
+    @property
+    def geometry(self) -> Geometry:
+        """How many processes train, and where."""
+        processes = self.gpus_per_node or self.processes
+        return Geometry(processes, self.nodes, self.min_nodes, self.max_restarts)
 
 
 @dataclass

@@ -6,16 +6,13 @@ the store that survives any failure, and says there when it has come to its end.
 
 import json
 import os
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig, identity
 from olmo.data.shards import read
 from olmo.data.tokenizer import check_tokenizer
-from olmo.process import describe_exit, supervised
+from olmo.launch import Geometry, launch
 from olmo.stage import STORE, Facts, Folder, Free, Input, Inputs, Output, Work, here, stage
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
@@ -29,11 +26,16 @@ def train(
     tokenizer: Path,
     final: Path,
     processes: int = 1,
+    nodes: int = 1,
+    min_nodes: int | None = None,
+    max_restarts: int = 0,
     overrides: tuple[str, ...] = (),
 ) -> None:
     """Train as `config` says on the shards of `tokens`, or carry on where that was cut off.
 
-    `overrides` are key=value, as on the trainer's own command line.
+    `processes` are of each of `nodes`, which are those of the SLURM allocation that this runs in;
+    it begins, and after a loss of nodes goes on, with as few as `min_nodes`. `overrides` are
+    key=value, as on the trainer's own command line.
     """
     cfg = TrainConfig.load(config, list(overrides), validate_paths=False)
     model = cfg.model
@@ -53,7 +55,7 @@ def train(
         attempt=final.parent / "run",
         cfg=cfg,
         heldout=[entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes],
-        processes=processes,
+        geometry=Geometry(processes, nodes, min_nodes, max_restarts),
     )
 
 
@@ -66,7 +68,7 @@ def training(
     attempt: Work,
     cfg: Free[TrainConfig],
     heldout: Free[list[Path]],
-    processes: Free[int],
+    geometry: Free[Geometry],
 ) -> Facts:
     """Run the trainer to its end and export its last checkpoint.
 
@@ -76,10 +78,11 @@ def training(
     attempt.mkdir(parents=True, exist_ok=True)
     place = filled_in(cfg, tokens, order, heldout, attempt)
     place.save(attempt / "given.yaml")
-    launch(attempt / "given.yaml", processes, place.intra_op_threads)
+    launch(attempt / "given.yaml", geometry, place.intra_op_threads)
 
     from olmo.checkpoint.final import export
     from olmo.report.loss import plot
+    from olmo.train.segments import conditions, segments
 
     reached = export(attempt, final, settings | {"data": named_by_content(settings, tokens, order)})
     metrics = [json.loads(line) for line in (attempt / "metrics.jsonl").read_text().splitlines()]
@@ -91,8 +94,9 @@ def training(
             "steps": reached["global_step"],
             "tokens": reached["global_train_tokens_seen"],
             "heldout_loss": heldout_losses(metrics),
+            "segments": segments(attempt),
         },
-        "conditions": conditions(place, processes),
+        "conditions": conditions(segments(attempt)),
         "aside": ASIDE,
     }
 
@@ -129,24 +133,6 @@ def named_by_content(settings: dict[str, Any], tokens: list[Path], order: Path) 
     return settings.get("data", {}) | {"paths": paths, "order_path": address(order)}
 
 
-def launch(config: Path, processes: int, threads: int | None) -> None:
-    """Run the trainer under torchrun.
-
-    Raises:
-        ChildProcessError: it ended before its end; the same command carries on.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", "olmo.train", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 1)}
-    with supervised(command, env=environment, stdin=subprocess.DEVNULL) as process:
-        status = process.wait()
-    if status:
-        raise ChildProcessError(
-            f"training ended early ({describe_exit(status)}); what the trainer said stands above. "
-            f"Its checkpoints are in {config.parent}: the same command carries on from the last"
-        )
-
-
 def heldout_losses(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """The first and the last loss on each held-out set, in nats a token."""
     losses: dict[str, dict[str, float]] = {}
@@ -156,19 +142,6 @@ def heldout_losses(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]
                 label = name.split("/")[1]
                 losses.setdefault(label, {"first": value})["last"] = value
     return losses
-
-
-def conditions(cfg: TrainConfig, processes: int) -> dict[str, Any]:
-    """What may change the bits of a result without being part of what was asked."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    return {
-        "processes": processes,
-        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
-        "threads": cfg.intra_op_threads or torch.get_num_threads(),
-        "torch": version("torch"),
-    }
 
 
 def evaluate(checkpoint: Path, tokens: list[Path], results: Path) -> None:

@@ -13,10 +13,17 @@ rule train:
     log:
         "logs/train/{run}.log",
     threads: workflow.cores
+    resources:
+        nodes=lambda w: plan.place(w.run, "nodes"),
+        tasks=lambda w: plan.place(w.run, "tasks"),
+        mpi=lambda w: plan.place(w.run, "mpi"),
+        gres=lambda w: plan.place(w.run, "gres"),
+        tasks_per_gpu=lambda w: plan.place(w.run, "tasks_per_gpu"),
+        cpus_per_task=lambda w: plan.place(w.run, "cpus_per_task"),
     params:
-        processes=lambda w: plan.run(w.run).processes,
+        geometry=lambda w: plan.geometry_flags(w.run),
         overrides=lambda w: plan.override_flags(w.run),
     shell:
         "olmo train --config {input.config:q} --tokens {input.tokens:q} --order {input.order:q}"
-        " --tokenizer {input.tokenizer:q} --final {output:q} --processes {params.processes}"
+        " --tokenizer {input.tokenizer:q} --final {output:q} {params.geometry}"
         " {params.overrides} --log {log:q}"

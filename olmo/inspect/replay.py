@@ -10,8 +10,9 @@ from typing import Any
 
 from olmo.inspect.order import steps_of
 from olmo.inspect.run import Run
+from olmo.launch import Geometry, launch
 from olmo.log import tell
-from olmo.run import conditions, launch
+from olmo.train.segments import conditions, segments
 
 LOSS, NORM = "train/CrossEntropyLoss", "optim/total_grad_norm"
 
@@ -47,11 +48,12 @@ def replay(checkpoint: str, /, steps: str) -> None:
         )
         place.save(Path(folder, "given.yaml"))
         tell(f"steps {start + 1} to {asked[-1]}, from {begin or 'the start'}")
-        launch(Path(folder, "given.yaml"), run.world_size, place.intra_op_threads)
+        launch(Path(folder, "given.yaml"), Geometry(run.world_size), place.intra_op_threads)
         again = rows_of(Path(folder, "metrics.jsonl"))
         weights = gap_of_weights(run, Path(folder)) if asked[-1] == last_step else None
 
-    here, there = conditions(place, run.world_size), run.record["conditions"]
+        here, there = conditions(segments(Path(folder))), run.record["conditions"]
+
     differing = [
         step for step in asked if any(recorded[step][n] != again[step][n] for n in (LOSS, NORM))
     ]

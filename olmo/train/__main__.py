@@ -44,11 +44,13 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     who = f"rank {rank}: " if rank else ""
     from olmo.config import TrainConfig
+    from olmo.process import PAUSED
     from olmo.train.loop import train
     from olmo.train.pending import NotFinite
 
     try:
-        return train(TrainConfig.load(arguments[0], overrides(arguments[1:])))
+        code = train(TrainConfig.load(arguments[0], overrides(arguments[1:])))
+        return 0 if code == PAUSED and "OLMO_LAUNCHED" in os.environ else code
     except (ValueError, OSError) as error:
         print(f"{who}error: {error}", file=sys.stderr, flush=True)
         return 2

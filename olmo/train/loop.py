@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 from collections.abc import Generator
 from contextlib import nullcontext
 from itertools import islice
@@ -28,6 +29,7 @@ from olmo.model import OLMo
 from olmo.precision import msamp
 from olmo.precision.backends import Backend as EightBits
 from olmo.precision.backends import prepare
+from olmo.process import MARKER
 from olmo.train.clip import Optimizer
 from olmo.train.meters import SpeedMeter, device_flops, memory_metrics
 from olmo.train.optim import build_optimizer
@@ -43,6 +45,7 @@ from olmo.train.pending import Numbers, Pending
 from olmo.train.profile import Profilers
 from olmo.train.saving import Saver
 from olmo.train.schedule import BoltOnWarmupScheduler, Scheduler, build_scheduler
+from olmo.train.segments import begin_segment
 from olmo.train.signals import PAUSED, StopRequest
 from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBiases
 from olmo.train.start import Position, check, duration, find_start
@@ -56,7 +59,9 @@ def train(cfg: TrainConfig) -> int:
     Raises ValueError or OSError for what is not as it must be, before training starts where it
     can be known.
     """
-    stop = StopRequest(cfg.time_limit)
+    stop = StopRequest(Path(cfg.save_folder), cfg.time_limit)
+    # A warning that time is up soon must not kill; SIGTERM may, until there is something to save.
+    stop.listen(signal.SIGUSR1)
     world = join_world()
     speak(world.first)
     try:
@@ -160,7 +165,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         layout.sweep(folder)
         if cfg.save_overwrite and not cfg.dry_run:
             layout.remove_after(folder, position.global_step if resumed else -1, source)
-        (folder / FINISHED).unlink(missing_ok=True)
+        for name in (FINISHED, MARKER):
+            (folder / name).unlink(missing_ok=True)
         cfg.save(folder / "config.yaml")
         sinks = [
             JsonLines(folder, position.global_step if resumed else None),
@@ -168,6 +174,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         ]
         if cfg.wandb is not None:
             sinks.append(WeightsAndBiases(cfg, resumed))
+        if position.global_step < last_step and not cfg.dry_run:
+            begin_segment(folder, world, position.global_step if resumed else None)
     if resumed:
         assert source is not None
         saver.resume(source)
@@ -193,7 +201,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         return 0
 
     # --- the loop ---
-    stop.listen()
+    stop.listen(signal.SIGTERM, signal.SIGUSR1)
     if cfg.gen1_gc_interval is not None:
         gc.disable()  # its pauses fall where we say, at the same step on every process
     paused: str | None = None
@@ -270,17 +278,22 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
                 gc.collect(1)
             profilers.step()
             # One question a step to all processes, so that none goes on without the others.
-            if world.any(stop.reason is not None or saver.failed) and not last:
+            reason = stop.reason(look=world.first)
+            if world.any(reason is not None or saver.failed) and not last:
                 if world.any(saver.failed):
                     saver.give_up()
-                paused = stop.reason or "another process"
+                paused = world.first_of(reason) or "another process"
         if paused is not None and position.global_step:
             for number, values in numbers.fetch(world):
                 write(number, values)
             _flush(sinks, indices)
             where = saver.save()
             saver.finish(sent=False)
-            tell(f"paused at step {position.global_step} by {paused}, saved to {where}")
+            text = f"at step {position.global_step} by {paused}, saved to {where}"
+            tell(f"paused {text}")
+            if world.first:
+                (folder / MARKER).write_text(text + "\n")
+                stop.met()
             exit_code = PAUSED
         else:
             exit_code = PAUSED if position.global_step < end else 0

@@ -74,6 +74,14 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def first_of(self, value: T | None) -> T | None:
+        """The value of the first process that has one, everywhere. For small plain objects."""
+        if self.size == 1:
+            return value
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return next((found for found in values if found is not None), None)
+
     def wait(self) -> None:
         if self.size > 1:
             dist.barrier()

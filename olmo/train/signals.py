@@ -1,35 +1,44 @@
-"""Reasons to stop before the end: a signal, the time limit. The loop saves and leaves."""
+"""Reasons to stop before the end: a signal, a file, the time limit. The loop saves and leaves."""
 
 from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 
-# What a paused run exits with: sysexits' EX_TEMPFAIL, "try again and it goes on". Under torchrun
-# the launcher's own exit code hides it.
-PAUSED = 75
+from olmo.process import PAUSED, STOP
+
+__all__ = ["PAUSED", "StopRequest"]
 
 
 class StopRequest:
-    """Remembers the first reason to stop early; asking costs nothing."""
+    """Remembers the first reason to stop early; asking costs no more than a look at a folder."""
 
-    def __init__(self, time_limit: float | None = None) -> None:
-        """`time_limit`: seconds from now."""
+    def __init__(self, folder: Path, time_limit: float | None = None) -> None:
+        """`folder`: where a file called `stop` is a request; `time_limit`: seconds from now."""
+        self._file = folder / STOP
         self._deadline = None if time_limit is None else time.monotonic() + time_limit
         self._signal: str | None = None
 
-    def listen(self) -> None:
-        """Take SIGTERM (a scheduler's, torchrun's) as a wish to stop. Main thread only."""
-        signal.signal(signal.SIGTERM, self._heard)
+    def listen(self, *signals: signal.Signals) -> None:
+        """Take these (a scheduler's, torchrun's) as a wish to stop. Main thread only."""
+        for number in signals:
+            signal.signal(number, self._heard)
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
 
-    @property
-    def reason(self) -> str | None:
+    def reason(self, look: bool) -> str | None:
+        """Why to stop, or None. One process has to `look` for the file, not all."""
         if self._signal is not None:
             return self._signal
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return "the time limit"
+        if look and self._file.exists():
+            return self._file.read_text().strip() or f"the file {self._file}"
         return None
+
+    def met(self) -> None:
+        """It has been done as asked: the next start is not to stop."""
+        self._file.unlink(missing_ok=True)

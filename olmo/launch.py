@@ -1,0 +1,174 @@
+"""From one command to the processes that train: torchrun here, or srun and torchrun on many nodes.
+
+How many nodes and processes there are is no part of what is trained. It stands in the record
+(`olmo.train.segments`) as what happened, each time the run was taken up again.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from olmo.process import MARKER, STOP, Paused, describe_exit, supervised
+
+# Set for the ranks: the launcher above reads the marker, and torchrun is to see no failure in a
+# pause, or it would start them again.
+LAUNCHED = "OLMO_LAUNCHED"
+
+# How long nodes wait for each other at the start, in seconds: they do not begin at one moment, and
+# the last may be importing torch from a slow file system.
+JOIN_S = 600
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How many processes train, and where."""
+
+    processes: int = 1  # on each node: one a GPU
+    nodes: int = 1
+    min_nodes: int | None = None  # go on with as few as this when nodes are lost; None: with all
+    max_restarts: int = 0  # times torchrun starts the processes again before it gives up
+
+    def __post_init__(self) -> None:
+        fewest = self.nodes if self.min_nodes is None else self.min_nodes
+        for name, value, least in (
+            ("processes", self.processes, 1),
+            ("nodes", self.nodes, 1),
+            ("min_nodes", fewest, 1),
+            ("max_restarts", self.max_restarts, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, found {value}")
+        if fewest > self.nodes:
+            raise ValueError(f"min_nodes: expected at most nodes ({self.nodes}), found {fewest}")
+
+    @property
+    def fewest(self) -> int:
+        """The number of nodes without which nothing is trained."""
+        return self.nodes if self.min_nodes is None else self.min_nodes
+
+
+def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
+    """Run the trainer on `config` to its end.
+
+    SIGTERM and SIGUSR1 (what a scheduler sends before a time limit) ask it to save and leave; a
+    second one ends it at once.
+
+    Raises:
+        Paused: it was asked to stop, by a signal or its time limit, and has saved.
+        ChildProcessError: it ended before its end; the same command carries on.
+        ValueError: more nodes were asked for than there are.
+    """
+    folder = config.parent
+    for name in (STOP, MARKER):
+        (folder / name).unlink(missing_ok=True)
+    command = [*launcher(geometry, config), "-m", "olmo.train", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 1), LAUNCHED: "1"}
+    with (
+        supervised(command, env=environment, stdin=subprocess.DEVNULL) as process,
+        asking_it_to_stop(folder / STOP),
+    ):
+        status = process.wait()
+    if (folder / MARKER).exists():
+        raise Paused(
+            f"training paused: {(folder / MARKER).read_text().strip()}. Its checkpoints are in "
+            f"{folder}: the same command carries on"
+        )
+    if status:
+        raise ChildProcessError(
+            f"training ended early ({describe_exit(status)}); what the trainer said stands above. "
+            f"Its checkpoints are in {folder}: the same command carries on from the last"
+        )
+
+
+@contextlib.contextmanager
+def asking_it_to_stop(request: Path) -> Iterator[None]:
+    """In the block, SIGTERM and SIGUSR1 make the file `request`, at which the trainer looks.
+
+    A file and no signal: torchrun gives processes to which it passes a signal on 30 seconds to
+    live, srun ends a step that it is told to terminate, and neither can be told otherwise in all
+    versions. The trainer takes the time that its checkpoint takes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        if request.exists():
+            sys.exit(128 + number)
+        request.write_text(f"{signal.Signals(number).name}\n")
+
+    before = {s: signal.signal(s, heard) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def launcher(geometry: Geometry, config: Path) -> list[str]:
+    """The command line up to the module that the processes run."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    torchrun += ["--nproc-per-node", str(geometry.processes)]
+    torchrun += ["--max-restarts", str(geometry.max_restarts)]
+    # SIGUSR1 may be sent to every process of a job: the ranks heed it, torchrun would die of it.
+    unmoved = ["sh", "-c", 'trap "" USR1; exec "$@"', "sh"]
+    if geometry.nodes == 1:
+        return [*unmoved, *torchrun, "--standalone"]
+    count, first = allocation(geometry)
+    job = os.environ["SLURM_JOB_ID"]
+    # One number for all nodes, another for each job and run: two jobs may share a node.
+    port = 20_000 + zlib.crc32(f"{job} {config}".encode()) % 10_000
+    elastic = geometry.fewest < geometry.nodes
+    srun = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap"]
+    # A launcher that fails ends the others, which would wait for it; unless they may go on.
+    srun += ["--no-kill", "--kill-on-bad-exit=0"] if elastic else ["--kill-on-bad-exit=1"]
+    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
+        srun.append(f"--cpus-per-task={cpus}")  # sbatch's is not inherited since SLURM 22.05
+    nodes = f"{geometry.fewest}:{count}" if elastic else str(count)
+    torchrun += [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{port}"]
+    torchrun += [f"--rdzv-id={job}-{port}", f"--rdzv-conf=join_timeout={JOIN_S}"]
+    return [*srun, *unmoved, *torchrun]
+
+
+def allocation(geometry: Geometry) -> tuple[int, str]:
+    """How many nodes of this SLURM allocation to use, and the address of its first one.
+
+    Raises:
+        ValueError: there is no allocation, or it is too small.
+    """
+    asked = f"nodes: {geometry.nodes}"
+    nodelist = os.environ.get("SLURM_JOB_NODELIST")
+    if "SLURM_JOB_ID" not in os.environ or not nodelist:
+        raise ValueError(
+            f"{asked} needs a SLURM allocation, and this process is in none (SLURM_JOB_ID and "
+            "SLURM_JOB_NODELIST are not set). Submit it: snakemake --workflow-profile "
+            f"profiles/slurm <target>; or begin with salloc --nodes={geometry.nodes} "
+            "--ntasks-per-node=1; or set nodes: 1 for the run in config/config.yaml"
+        )
+    names = scontrol("show", "hostnames", nodelist).split()
+    if len(names) < geometry.fewest:
+        raise ValueError(
+            f"{asked} needs at least {geometry.fewest} nodes, and the allocation "
+            f"{os.environ['SLURM_JOB_ID']} has {len(names)}: {nodelist}. Ask for more with "
+            f"--nodes={geometry.nodes}, or set nodes: {len(names)} for the run"
+        )
+    # The name of a node need not be one that the network knows; its address is.
+    found = re.search(r"\bNodeAddr=(\S+)", scontrol("--oneliner", "show", "node", names[0]))
+    return min(len(names), geometry.nodes), found[1] if found else names[0]
+
+
+def scontrol(*words: str) -> str:
+    """What SLURM's own tool says; its words where it fails."""
+    done = subprocess.run(["scontrol", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"scontrol {' '.join(words)} failed: {done.stderr.strip()}")
+    return done.stdout

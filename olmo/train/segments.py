@@ -1,0 +1,77 @@
+"""What a run was computed on, each time it was begun or taken up: <save_folder>/segments.jsonl.
+
+    {"after": 0, "processes": 2, "device": "AVX512", "threads": 1, "torch": "2.13.0", …}
+    {"after": 8, "processes": 1, …}      from step 9 on
+
+Bits depend on it, and what is asked for does not hold it. Two contents of one run are an alarm
+only where it is the same from the first step to the last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olmo.train.parallel import World
+
+SEGMENTS = "segments.jsonl"
+DECIDES_BITS = ("processes", "nodes", "device", "threads", "torch")
+
+
+def begin_segment(folder: Path, world: World, step: int | None) -> None:
+    """Write down what the steps after `step` are computed on; None: the run begins anew.
+
+    Forgets segments of which no step is left: those that began here or later.
+    """
+    path = folder / SEGMENTS
+    kept = [s for s in segments(folder) if step is not None and s["after"] < step]
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    cuda = world.device.type == "cuda"
+    here = {
+        "after": step or 0,
+        "processes": world.size,
+        "device": world.why if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        # NCCL sums along the paths that it finds between nodes; gloo by rank alone.
+        **({"nodes": nodes} if cuda else {}),
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "hosts": nodes,
+        "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(segment) + "\n" for segment in [*kept, here]))
+    partial.replace(path)
+
+
+def segments(folder: Path) -> list[dict[str, Any]]:
+    """All that were begun and of which steps are left, in order."""
+    path = folder / SEGMENTS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def conditions(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What of a run's segments decides bits: the last one's and, where they differ, the `earlier`.
+
+    A run that was interrupted and went on alike has the conditions of one that was not.
+    """
+    if not found:
+        return {}
+    merged: list[dict[str, Any]] = []
+    for segment in found:
+        deciding = {name: segment[name] for name in DECIDES_BITS if name in segment}
+        if merged and {**merged[-1], "after": 0} == {**deciding, "after": 0}:
+            continue
+        merged.append(deciding | {"after": segment["after"]})
+    last = {name: value for name, value in merged[-1].items() if name != "after"}
+    if len(merged) == 1:
+        return last
+    return last | {"after": merged[-1]["after"], "earlier": merged[:-1]}

@@ -1,0 +1,197 @@
+"""Where a run is trained: on one node, on several, with fewer than it began with.
+
+Nodes are processes of this machine: `srun` is a script that starts the torchruns it is asked for
+side by side, and everything below it is real. The scheduler's own is in tests/slurm.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import metrics, settings
+
+from olmo.config import TrainConfig
+from olmo.launch import Geometry, launch, launcher
+from olmo.process import Paused
+from olmo.recipe import Run
+from olmo.train.segments import conditions
+
+SRUN = """#!/bin/sh
+# As srun, for as many tasks as --ntasks says: each beside the others, the first failure's status.
+while case "$1" in --ntasks=*) n=${1#*=};; --*) ;; *) false;; esac; do shift; done
+i=0; pids=; status=0
+while [ $i -lt $n ]; do SLURM_NODEID=$i "$@" & pids="$pids $!"; i=$((i + 1)); done
+echo "$pids" >"$(dirname "$0")/tasks"
+for pid in $pids; do wait $pid || status=$?; done
+exit $status
+"""
+SCONTROL = """#!/bin/sh
+case "$*" in
+  "show hostnames n[1-2]") echo n1; echo n2;;
+  "show hostnames n1") echo n1;;
+  "--oneliner show node n1") echo "NodeName=n1 Arch=x86_64 NodeAddr=127.0.0.1 NodeHostName=n1";;
+  *) echo "slurm_load: $*" >&2; exit 1;;
+esac
+"""
+
+
+@pytest.fixture
+def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the stand-ins, first on PATH, and an allocation of two nodes."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    return folder
+
+
+def given(folder: Path, **changes: Any) -> Path:
+    """The small run's config, in its save folder, as the pipeline writes it."""
+    base = settings(folder, try_load_latest_save=True, save_overwrite=True, **changes)
+    path = Path(base["save_folder"]) / "given.yaml"
+    path.parent.mkdir(exist_ok=True)
+    TrainConfig.new(**base).save(path)
+    return path
+
+
+def segments(run_folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder / "segments.jsonl").read_text().splitlines()]
+
+
+def test_one_node_needs_no_scheduler() -> None:
+    words = launcher(Geometry(processes=2, max_restarts=1), Path("run/given.yaml"))
+    assert "srun" not in words and words[-1] == "--standalone"
+    assert words[words.index("--nproc-per-node") + 1] == "2"
+    assert words[words.index("--max-restarts") + 1] == "1"
+
+
+def test_many_nodes_are_srun_and_torchrun(allocation: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    words = launcher(Geometry(processes=4, nodes=2), Path("run/given.yaml"))
+    assert words[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+    assert {"--overlap", "--cpus-per-task=3", "--kill-on-bad-exit=1", "--nnodes=2"} <= set(words)
+    (endpoint,) = [w for w in words if w.startswith("--rdzv-endpoint=")]
+    assert endpoint.startswith("--rdzv-endpoint=127.0.0.1:"), "the address, not the name"
+    other = launcher(Geometry(processes=4, nodes=2), Path("another/given.yaml"))
+    assert endpoint not in other, "two runs in one job have two ports"
+
+
+def test_elastic(allocation: Path, monkeypatch: Any) -> None:
+    geometry = Geometry(nodes=4, min_nodes=1, max_restarts=3)
+    words = launcher(geometry, Path("run/given.yaml"))
+    assert {"--nodes=2", "--nnodes=1:2", "--no-kill", "--kill-on-bad-exit=0"} <= set(words)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    assert "--nnodes=1:1" in launcher(geometry, Path("run/given.yaml"))
+
+
+@pytest.mark.parametrize(
+    "nodes, said",
+    [
+        (None, r"nodes: 2 needs a SLURM allocation.*profiles/slurm.*salloc --nodes=2.*nodes: 1"),
+        ("n1", r"nodes: 2 needs at least 2 nodes, and the allocation \d+ has 1: n1.*nodes: 1"),
+        ("x", r"scontrol show hostnames x failed: slurm_load: show hostnames x"),
+    ],
+)
+def test_too_few_nodes(allocation: Path, monkeypatch: Any, nodes: str | None, said: str) -> None:
+    monkeypatch.delenv("SLURM_JOB_NODELIST")
+    if nodes:
+        monkeypatch.setenv("SLURM_JOB_NODELIST", nodes)
+    with pytest.raises(ValueError, match=said):
+        launcher(Geometry(nodes=2), Path("run/given.yaml"))
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"processes": 2, "gpus_per_node": 4}, "processes: expected one a GPU"),
+        ({"nodes": 2, "min_nodes": 3}, r"min_nodes: expected at most nodes \(2\), found 3"),
+        ({"nodes": 0}, "nodes: expected at least 1, found 0"),
+    ],
+)
+def test_a_geometry_that_cannot_be(settings: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Run.new(train="x.yaml", **settings)
+    assert Run.new(train="x.yaml", gpus_per_node=4).geometry.processes == 4
+
+
+def test_conditions_of_a_run_that_was_taken_up() -> None:
+    one = {"after": 0, "processes": 1, "device": "cpu", "threads": 1, "torch": "2", "host": "a"}
+    again = one | {"after": 8, "host": "b", "restart": 1}
+    assert conditions([one, again]) == conditions([one])
+    assert conditions([one]) == {"processes": 1, "device": "cpu", "threads": 1, "torch": "2"}
+    two = again | {"processes": 2}
+    changed = conditions([one, two])
+    assert changed["processes"] == 2 and changed["after"] == 8
+    assert changed["earlier"] == [conditions([one]) | {"after": 0}]
+    assert conditions([one, two | {"after": 9}]) != changed, "another step, other bits"
+
+
+@pytest.mark.slow
+def test_two_nodes_compute_what_two_processes_do(tmp_path: Path, allocation: Path) -> None:
+    files = []
+    for name, geometry in (("here", Geometry(2)), ("nodes", Geometry(nodes=2))):
+        config = given(tmp_path, save_folder=str(tmp_path / name))
+        launch(config, geometry, threads=1)
+        files.append([(config.parent / f"latest/{n}.pt").read_bytes() for n in ("model", "optim")])
+        (segment,) = segments(config.parent)
+        assert segment["processes"] == 2 and segment["hosts"] == geometry.nodes
+    assert files[0] == files[1]
+
+
+LAUNCH = (
+    "import sys; from pathlib import Path; from olmo.cli import main; import olmo.run as r;"
+    "from olmo.launch import Geometry, launch;"
+    "r.train = lambda config: launch(Path(config), Geometry({processes}), 1);"
+    "r.train.__annotations__ = dict(config=str);"
+    "main(['train', '--config', sys.argv[1]])"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_it_saves_and_says_so(tmp_path: Path, number: signal.Signals) -> None:
+    """The status is 75 whatever torchrun's is, and the same command goes on."""
+    config = given(tmp_path, max_duration=100_000, save_interval_unsharded=50_000, evaluators=[])
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH.format(processes=2), str(config)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    rows = config.parent / "metrics.jsonl"
+    until(lambda: rows.exists() and len(rows.read_text().splitlines()) > 10)
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, said
+    step = int(metrics(config.parent)[-1]["step"])
+    assert f"olmo train: training paused: at step {step} by {number.name}, saved to" in said
+    assert "Traceback" not in said
+    again = given(tmp_path, max_duration=step + 3, evaluators=[])
+    launch(again, Geometry(2), threads=1)
+    assert metrics(config.parent)[-1]["step"] == step + 3
+    assert [s["after"] for s in segments(config.parent)] == [0, step]
+
+
+@pytest.mark.slow
+def test_a_pause_by_the_time_limit_is_no_failure(tmp_path: Path) -> None:
+    config = given(tmp_path, max_duration=100_000, time_limit=0.5, evaluators=[])
+    with pytest.raises(Paused, match="by the time limit, saved to"):
+        launch(config, Geometry(2, max_restarts=3), threads=1)
+    assert segments(config.parent)[-1]["restart"] == 0
+
+
+def until(true: Any, within: float = 120) -> None:
+    end = time.monotonic() + within
+    while not true():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.05)
