@@ -269,14 +269,12 @@ class Plan:
         """
         geometry, gpus = self.run(run).geometry, self.run(run).gpus_per_node
         many = geometry.nodes > 1
-        threads = self.train_config(run).intra_op_threads or 1
         asked: dict[str, int | str | None] = {
             "nodes": geometry.nodes if many else None,
             "tasks": geometry.nodes if many else None,
             "mpi": "srun" if many else None,
             "gres": f"gpu:{gpus}" if gpus else None,
             "tasks_per_gpu": 0 if gpus else None,  # else the executor starts a task for each
-            "cpus_per_task": geometry.processes * threads,
         }
         return asked[what]
 

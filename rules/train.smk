@@ -19,7 +19,6 @@ rule train:
         mpi=lambda w: plan.place(w.run, "mpi"),
         gres=lambda w: plan.place(w.run, "gres"),
         tasks_per_gpu=lambda w: plan.place(w.run, "tasks_per_gpu"),
-        cpus_per_task=lambda w: plan.place(w.run, "cpus_per_task"),
     params:
         geometry=lambda w: plan.geometry_flags(w.run),
         overrides=lambda w: plan.override_flags(w.run),
