@@ -23,7 +23,8 @@ from olmo.workspace import alone, failures, next_steps
 configfile: "config/config.yaml"
 
 
-plan = Plan(config, dry_run=lambda: workflow.dryrun)
+# A job on another machine reads this file again; it runs one rule and judges nothing.
+plan = Plan(config, dry_run=lambda: workflow.dryrun, judges=workflow.is_main_process)
 
 os.environ["OLMO_STORE"] = plan.store
 os.environ["OLMO_SUPERVISOR"] = str(os.getpid())  # what a job starts ends with this process
@@ -38,6 +39,8 @@ wildcard_constraints:
 
 localrules:
     all,
+    environment,  # from the network, which a cluster's nodes may not have
+    source_list,
 
 
 rule all:

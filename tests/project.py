@@ -115,9 +115,13 @@ class Project:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(content, sort_keys=False))
 
+    def read(self, name: str) -> dict:
+        content: dict = yaml.safe_load((self.root / name).read_text())
+        return content
+
     def change(self, name: str, **values: object) -> None:
         """Set `a__b=value` in a YAML file."""
-        content = yaml.safe_load((self.root / name).read_text())
+        content = self.read(name)
         for place, value in values.items():
             *path, last = place.split("__")
             inner = content
@@ -140,15 +144,15 @@ class Project:
 
     # --- running ----------------------------------------------------------------------------
 
+    def environment(self) -> dict[str, str]:
+        """What each of the project's processes finds."""
+        found = {**os.environ, "OLMO_STORE": str(self.store), "PYTHONPATH": str(REPOSITORY)}
+        found.pop("OLMO_SUPERVISOR", None)
+        return found
+
     def start(self, *words: str, cores: int = 2, mark: str = "") -> "subprocess.Popen[str]":
         """Start snakemake; its output goes to `output.txt`."""
-        environment = {
-            **os.environ,
-            "OLMO_STORE": str(self.store),
-            "PYTHONPATH": str(REPOSITORY),
-            MARK: mark,
-        }
-        environment.pop("OLMO_SUPERVISOR", None)
+        environment = {**self.environment(), MARK: mark}
         with (self.root / "output.txt").open("w") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", "snakemake", *words, "--cores", str(cores)],
@@ -177,7 +181,7 @@ class Project:
         done = subprocess.run(
             [sys.executable, "-m", "olmo.cli", *words],
             cwd=self.root,
-            env={**os.environ, "OLMO_STORE": str(self.store), "PYTHONPATH": str(REPOSITORY)},
+            env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
