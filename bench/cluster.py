@@ -43,7 +43,9 @@ def main() -> None:
         words = ["--workflow-profile", "profiles/slurm", args.target]
         there, rules, jobs = run(Path(folder) / "cluster", words, environment)
         print(f"here {here:.0f} s, through SLURM {there:.0f} s: {there - here:.0f} s more")
-        print(f"{'job':12} {'here':>6} {'there':>6} {'queue':>6} {'start':>6} {'look':>6}  (seconds)")
+        print(
+            f"{'job':12} {'here':>6} {'there':>6} {'queue':>6} {'start':>6} {'look':>6}  (seconds)"
+        )
         for rule, seconds in rules.items():
             line = f"{rule:12} {local.get(rule, 0.0):6.0f} {seconds:6.0f}"
             if rule in jobs:
@@ -105,7 +107,9 @@ def run(
         number: moment(when)
         for when, number in re.findall(STAMP + r"Finished jobid: (\d+)", done.stdout)
     }
-    submitted = dict(re.findall(r"Job (\d+) has been submitted with SLURM jobid (\d+)", done.stdout))
+    submitted = dict(
+        re.findall(r"Job (\d+) has been submitted with SLURM jobid (\d+)", done.stdout)
+    )
     rules: dict[str, float] = {}
     jobs: dict[str, tuple[float, float]] = {}
     for when, rule, number in chosen:

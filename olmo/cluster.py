@@ -21,7 +21,7 @@ def settings(defaults: dict[str, Any]) -> Any:
     Raises:
         ValueError: the file is not there, or sets what there is no such setting for.
     """
-    merged = OmegaConf.create(defaults)
+    merged: Any = OmegaConf.create(defaults)
     path = Path(os.environ.get(SITE) or BESIDE)
     if not path.exists():
         if os.environ.get(SITE):
@@ -32,7 +32,11 @@ def settings(defaults: dict[str, Any]) -> Any:
         site = OmegaConf.load(path)
         if not isinstance(site, DictConfig):
             raise ValueError(f"{path}: expected `setting: value`, found a list")
-        return OmegaConf.merge(merged, site)
+        joined: Any = OmegaConf.merge(merged, site)
+        for name, value in defaults.items():
+            if isinstance(value, dict) and not isinstance(joined[name], DictConfig):
+                raise ValueError(f"{path}: {name}: expected {', '.join(value)}, each with settings")
+        return joined
     except OmegaConfBaseException as error:
         raise ValueError(
             f"{path}: {str(error).splitlines()[0]}; the settings that there are stand on top of "
@@ -41,5 +45,5 @@ def settings(defaults: dict[str, Any]) -> Any:
 
 
 def growing(first: int, most: int) -> str:
-    """A resource that grows with each attempt, as snakemake evaluates it: min(attempt * 4000, …)."""
+    """A resource that grows with each attempt, in the words that snakemake evaluates."""
     return f"min(attempt * {first}, {most})"

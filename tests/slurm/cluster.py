@@ -53,7 +53,9 @@ class Cluster:
 
     def call(self, *command: str) -> str:
         """Run one of SLURM's commands; what it says."""
-        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=os.environ | self.environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
@@ -115,4 +117,3 @@ def until(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < end, f"not within {seconds:.0f} s"
         time.sleep(0.05)
-

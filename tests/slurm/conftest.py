@@ -11,7 +11,6 @@ import pytest
 from project import Project
 from slurm.cluster import Cluster, ClusterProject
 
-
 ORDER = "checkpoints/small/global_indices.npy"
 
 

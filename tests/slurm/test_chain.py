@@ -1,26 +1,19 @@
 """From text to a checkpoint through SLURM: the bytes of this machine's own run."""
 
-import json
-
 import pytest
 from project import Project
 from slurm.cluster import Cluster, ClusterProject
 
 
-def test_the_chain_through_slurm_ends_with_the_local_bytes(
-    local: Project, project: ClusterProject
-):
+def test_the_chain_through_slurm_ends_with_the_local_bytes(local: Project, project: ClusterProject):
     project.write("config/train/small.yaml", local.read("config/train/small.yaml"))
-    outcome = project.run(timeout=900)
+    project.run(timeout=900)
     assert project.content() == local.content()
     jobs = project.jobs()
     assert {job.state for job in jobs} == {"COMPLETED"}
     assert {job.nodes for job in jobs} == {"node1", "node2"}
     # Two batches of sources, of documents, of tokens; a tokenizer, an order, a training.
     assert len(jobs) == 9
-    assert "localrule environment" in outcome.output or project.root.joinpath(
-        "environments/dolma.json"
-    ).exists()
     again = project.run()
     assert "Nothing to be done" in again.output
     assert len(project.jobs()) == len(jobs)
@@ -35,4 +28,3 @@ def test_the_same_where_sacct_says_what_became_of_a_job(
     project.run(timeout=900)
     assert project.content() == local.content()
     assert {job.state for job in project.jobs()} == {"COMPLETED"}
-    assert json.loads((project.final / "record.json").read_text())["run"]["host"]

@@ -1,4 +1,4 @@
-"""What is asked for wrongly, and what SLURM answers: too little memory, a wrong partition or account."""
+"""What is asked for wrongly, and what SLURM answers: too little memory, no such partition."""
 
 from slurm.cluster import Cluster, ClusterProject
 

@@ -1,0 +1,67 @@
+"""A site's settings over the profile's: what they change, and what there is no setting for."""
+
+from pathlib import Path
+
+import pytest
+import yte
+
+from olmo.cluster import settings
+
+PROFILE = Path(__file__).parents[2] / "profiles/slurm/config.yaml"
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OLMO_SITE", str(tmp_path / "site.yaml"))
+    return tmp_path / "site.yaml"
+
+
+def profile() -> dict:
+    """The profile as snakemake fills it in."""
+    return yte.process_yaml(PROFILE.open(), require_use_yte=True)
+
+
+def test_a_site_changes_what_it_names_and_leaves_the_rest(site: Path):
+    site.write_text("{account: lab, accounting: false, stages: {train: {minutes: 90}}}")
+    filled = profile()
+    assert filled["slurm-status-command"] == "squeue"
+    assert filled["default-resources"]["slurm_account"] == "'lab'"
+    assert filled["set-resources"]["train"]["runtime"] == "min(attempt * 90, 1440)"
+    assert filled["set-resources"]["train"]["mem_mb"] == "min(attempt * 64000, 256000)"
+
+
+def test_without_a_site_nothing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("OLMO_SITE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    filled = profile()
+    assert "slurm_account" not in filled["default-resources"]
+    assert "slurm-array-jobs" not in filled
+    assert filled["slurm-status-command"] == "sacct"
+
+
+def test_each_stage_of_the_profile_is_a_rule():
+    rules = (PROFILE.parents[2] / "rules").glob("*.smk")
+    text = "".join(path.read_text() for path in rules)
+    missing = [stage for stage in profile()["set-resources"] if f"rule {stage}:" not in text]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("acount: lab", "acount"),
+        ("stages: {train: {memory: 1}}", "memory"),
+        ("- account", "found a list"),
+        ("stages: 3", "stages"),
+    ],
+)
+def test_a_setting_that_there_is_not(site: Path, text: str, words: str):
+    site.write_text(text)
+    with pytest.raises(ValueError, match=words) as raised:
+        settings({"account": None, "stages": {"train": {"memory_mb": 1}}})
+    assert str(site) in str(raised.value)
+
+
+def test_a_site_that_is_not_there(site: Path):
+    with pytest.raises(ValueError, match="found no"):
+        settings({})
