@@ -16,6 +16,7 @@ from typing import Any
 
 from olmo.kinds import ActivationCheckpointingStrategy as ActivationCheckpointingStrategy
 from olmo.kinds import ActivationType as ActivationType
+from olmo.kinds import AttentionBackend as AttentionBackend
 from olmo.kinds import BlockType as BlockType
 from olmo.kinds import CheckpointType as CheckpointType
 from olmo.kinds import DDPGradSyncMode as DDPGradSyncMode
@@ -348,6 +349,8 @@ class TrainConfig(BaseConfig):
     module_outputs_save_steps: list[int] | None = None
     use_msamp: bool = ours(False)  # the seed's
     fp8: FP8Config | None = ours()  # noqa: RUF009
+    # Who computes attention. None: model.flash_attention's wish, or the fastest that works.
+    attention: AttentionBackend | None = ours()  # noqa: RUF009
     # CPU threads of one process. The order of sums, and so the bits, depend on it, which is why
     # it belongs to the run and not to the machine. None: torch's choice.
     intra_op_threads: int | None = ours()

@@ -144,3 +144,20 @@ class FP8Recipe(StrEnum):
 class FP8Scaling(StrEnum):
     dynamic = "dynamic"  # from the tensor itself
     delayed = "delayed"  # from what it was like in earlier steps
+
+
+class AttentionBackend(StrEnum):
+    """Who computes attention."""
+
+    # Kernels of F.scaled_dot_product_attention.
+    sdpa = "sdpa"  # PyTorch's own pick; on the CPU a tiled kernel that takes masks too
+    math = "math"  # plain products, every score in memory
+    flash = "flash"  # FlashAttention 2, CUDA
+    efficient = "efficient"  # xFormers' memory-efficient kernel, CUDA, float32 and masks too
+    cudnn = "cudnn"  # cuDNN's fused kernel, FlashAttention 3's speed on Hopper
+    # Kernels of packages.
+    fa2 = "fa2"  # flash-attn 2
+    fa3 = "fa3"  # FlashAttention 3, Hopper
+    fa4 = "fa4"  # flash-attn-4, Hopper and Blackwell
+    # torch.nn.attention.flex_attention: skips what a mask between documents forbids.
+    flex = "flex"

@@ -1,4 +1,4 @@
-"""Attention behind one function, and which of PyTorch's kernels computes it, with the reason.
+"""Attention behind one function, whoever computes it. Who does is chosen in olmo.model.kernels.
 
 Shapes: B batch, H heads, H_kv heads of keys and values, T queries, S keys, D head size.
 """
@@ -6,10 +6,9 @@ Shapes: B batch, H heads, H_kv heads of keys and values, T queries, S keys, D he
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -17,126 +16,47 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from olmo.config import ModelConfig
+from olmo.kinds import AttentionBackend
 
+Backend = AttentionBackend
 
-class Backend(StrEnum):
-    """Kernels of `F.scaled_dot_product_attention`."""
-
-    sdpa = "sdpa"  # PyTorch's own pick; on the CPU a tiled kernel that takes masks too
-    math = "math"  # plain products, every score in memory
-    flash = "flash"  # FlashAttention 2, CUDA
-    efficient = "efficient"  # xFormers' memory-efficient kernel, CUDA, float32 too
-    cudnn = "cudnn"  # cuDNN's fused kernel, FlashAttention 3's speed on Hopper
-
-
-class Choice(NamedTuple):
-    backend: Backend
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.backend}: {self.reason}"
-
-
-_KERNELS = {
+SDPA = {
     Backend.math: SDPBackend.MATH,
     Backend.flash: SDPBackend.FLASH_ATTENTION,
     Backend.efficient: SDPBackend.EFFICIENT_ATTENTION,
     Backend.cudnn: SDPBackend.CUDNN_ATTENTION,
 }
-# A mask or a head-by-head bias is more than the flash kernels take.
+# What a mask, or a head-by-head bias, is computed by where the chosen kernel takes none.
 _WITH_BIAS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+# Modules with flash_attn_func and flash_attn_varlen_func. Of their arguments those used here have
+# the same names in all three (read in flash-attn 2.8.3, flash-attn-4 4.0.0b36 and FlashAttention
+# 3's source): q, k, v as (B, T, H, D), causal, deterministic; for documents (B * T, H, D) and
+# cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k. The third argument after q, k, v is not.
+PACKAGES = {
+    Backend.fa2: "flash_attn",
+    Backend.fa3: "flash_attn_interface",
+    Backend.fa4: "flash_attn.cute",
+}
+_loaded: dict[Backend, Any] = {}
 
-def choose(
-    config: ModelConfig,
-    device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
-    backend: Backend | str | None = None,
-) -> Choice:
-    """The kernel for this model on this device, and why.
 
-    Args:
-        dtype: what attention runs in, that is autocast's type where autocast is on.
-        backend: insist on this one.
+class Documents(NamedTuple):
+    """Who may look at whom where documents lie one after another, for kernels that skip the rest.
 
-    Raises:
-        ValueError: config.flash_attention, or `backend`, asks for what cannot be had here.
+    Made once a forward pass for all blocks, in the form that its kernel takes; the others take
+    `document_mask`.
     """
-    device = torch.device(device)
-    head_size = config.d_model // config.n_heads
-    if backend is not None:
-        backend = Backend(backend)
-        if problem := why_not(backend, device, dtype, head_size):
-            raise ValueError(f"attention backend {backend} cannot be had: {problem}")
-        return Choice(backend, "asked for")
-    if config.flash_attention:
-        return _flash(device, dtype, head_size)
-    if device.type != "cuda":
-        return Choice(Backend.sdpa, f"PyTorch's own pick on {device.type}")
-    for candidate in (Backend.cudnn, Backend.flash, Backend.efficient):
-        if why_not(candidate, device, dtype, head_size) is None:
-            return Choice(candidate, f"the fastest for {_circumstances(device, dtype, head_size)}")
-    return Choice(Backend.math, f"no fused kernel for {_circumstances(device, dtype, head_size)}")
+
+    starts: Tensor | None
+    """For the packages: where each document begins in the flattened batch, and where the last one
+    ends, (documents + 1,) int32. Documents of length 0 are allowed."""
+
+    blocks: Any
+    """For flex: its BlockMask."""
 
 
-def _flash(device: torch.device, dtype: torch.dtype, head_size: int) -> Choice:
-    """The kernel that model.flash_attention=true stands for, or why there is none."""
-    for candidate in (Backend.cudnn, Backend.flash):
-        if why_not(candidate, device, dtype, head_size) is None:
-            where = _circumstances(device, dtype, head_size)
-            return Choice(
-                candidate, f"model.flash_attention=true; the fastest of its kind for {where}"
-            )
-    package = "installed" if importlib.util.find_spec("flash_attn") else "not installed"
-    problem = why_not(Backend.flash, device, dtype, head_size)
-    raise ValueError(
-        f"model.flash_attention=true cannot be had: {problem} "
-        f"(package: torch {torch.__version__}, flash-attn {package} and not needed; "
-        f"GPU: {_gpu(device)}; head size: {head_size}; type: {dtype}). "
-        "Override it with --model.flash_attention=false, which computes the same by another kernel"
-    )
-
-
-def why_not(
-    backend: Backend, device: torch.device, dtype: torch.dtype, head_size: int
-) -> str | None:
-    """None where `backend` works, forward and backward, else one sentence with the remedy."""
-    if backend in (Backend.math, Backend.sdpa):
-        return None
-    if device.type != "cuda":
-        return f"it is a kernel for NVIDIA GPUs, and this runs on {device.type}"
-    major, minor = _capability(device)
-    if backend is Backend.efficient:
-        return None
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it works in bfloat16 and float16, not in {dtype}; set precision: amp_bf16"
-    if major < 8:
-        return f"it needs an Ampere GPU (8.0) or newer, and {_gpu(device)} is of {major}.{minor}"
-    if head_size % 8:
-        return f"it needs a head size that is a multiple of 8, not {head_size}"
-    if backend is Backend.cudnn:
-        if major != 9:
-            return "cuDNN's kernel is the faster one on Hopper only"
-        if head_size > 128:
-            return f"cuDNN has no backward for head sizes over 128, and this is {head_size}"
-        return None
-    if head_size > 256:
-        return f"it goes up to head size 256, and this is {head_size}; raise model.n_heads"
-    return None
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def _gpu(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"none ({device.type})"
-
-
-def _circumstances(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    return f"{_gpu(device)}, {dtype}, head size {head_size}"
+Bias = Tensor | Documents
 
 
 def attention(
@@ -144,7 +64,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     backend: Backend,
-    bias: Tensor | None = None,
+    bias: Bias | None = None,
     causal: bool = True,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -153,24 +73,29 @@ def attention(
     Args:
         q: (B, H, T, D).
         k, v: (B, H_kv, S, D); H is a multiple of H_kv.
-        backend: from `choose`; a bias makes CUDA use the kernels that take one.
+        backend: from `kernels.choose`; a tensor for a bias makes CUDA use the kernels that take
+            one.
         bias: broadcast to (B, H, T, S): float is added to the scores, bool says who may look
-            at whom. With a bias, `causal` must be part of it.
-        causal: without a bias, query t sees keys up to t.
+            at whom. With a bias, `causal` must be part of it. `Documents` for `backend`.
+        causal: without a bias, query t sees keys up to t; then T = S.
         dropout: probability with which a weight is dropped.
 
     Returns:
         (B, H, T, D)
     """
+    if backend in PACKAGES and not isinstance(bias, Tensor):
+        return _by_package(q, k, v, backend, bias, causal, dropout)
+    if backend is Backend.flex and isinstance(bias, Documents):
+        return _by_flex(q, k, v, bias)
+    assert not isinstance(bias, Documents), f"{backend} takes document_mask"
     context: Callable[[], Any] = nullcontext
     if backend is not Backend.sdpa:
-        needs_more = bias is not None and backend is not Backend.math
-        kernels = _WITH_BIAS if needs_more else [_KERNELS[backend]]
-        context = functools.partial(sdpa_kernel, kernels)
+        takes_it = backend is Backend.math or (bias is None and backend in SDPA)
+        context = functools.partial(sdpa_kernel, [SDPA[backend]] if takes_it else _WITH_BIAS)
     if (
         q.is_cuda
         and q.shape[1] != k.shape[1]
-        and (bias is not None or backend is Backend.efficient)
+        and (bias is not None or backend in (Backend.efficient, Backend.flex))
     ):
         # The memory-efficient kernel wants as many heads of keys as of queries.
         groups = q.shape[1] // k.shape[1]
@@ -187,6 +112,64 @@ def attention(
         )
 
 
+def load(backend: Backend) -> Any:
+    """The module of a package's kernels; ImportError, or whatever its import raises."""
+    if backend not in _loaded:
+        _loaded[backend] = importlib.import_module(PACKAGES[backend])
+    return _loaded[backend]
+
+
+def _by_package(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    backend: Backend,
+    documents: Documents | None,
+    causal: bool,
+    dropout: float,
+) -> Tensor:
+    module = load(backend)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, D)
+    options: dict[str, Any] = {"deterministic": torch.are_deterministic_algorithms_enabled()}
+    if backend is Backend.fa2:  # the others drop nothing
+        options["dropout_p"] = dropout
+    if documents is None:
+        out = module.flash_attn_func(q, k, v, causal=causal, **options)
+    else:
+        B, T = q.shape[:2]
+        out = module.flash_attn_varlen_func(
+            *(x.flatten(0, 1) for x in (q, k, v)),  # (B * T, H, D)
+            cu_seqlens_q=documents.starts,
+            cu_seqlens_k=documents.starts,
+            # An upper bound will do; the longest itself would have to be fetched from the device.
+            max_seqlen_q=T,
+            max_seqlen_k=T,
+            causal=True,
+            **options,
+        )
+        out = (out[0] if isinstance(out, tuple) else out).unflatten(0, (B, T))
+    # FlashAttention 4, and old builds of 3, also return each row's log sum exp.
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def _by_flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Only compiled is it a kernel; uncompiled, as on the CPU here, it holds every score.
+    compute: Any = flex_attention
+    if q.is_cuda and not torch.compiler.is_compiling():
+        compute = _compiled_flex()
+    gqa = q.shape[1] != k.shape[1]
+    return compute(q, k, v, block_mask=documents.blocks, enable_gqa=gqa)
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
 def causal_bias(length: int, device: torch.device | str = "cpu") -> Tensor:
     """0 on and below the diagonal, float32's lowest number above it, (1, 1, length, length)."""
     lowest = torch.finfo(torch.float32).min
@@ -194,15 +177,45 @@ def causal_bias(length: int, device: torch.device | str = "cpu") -> Tensor:
     return bias.triu(diagonal=1)[None, None]
 
 
-def document_mask(doc_lens: Tensor, length: int) -> Tensor:
-    """True where a query may look: earlier in the same document. (B, 1, length, length), bool.
+def documents(doc_lens: Tensor, length: int, backend: Backend | None) -> Bias:
+    """Who may look at whom, in the form that `backend` takes: earlier in the same document.
 
     Args:
         doc_lens: (B, most documents) lengths, each row padded with zeros. What lies beyond the
             last document counts as one more.
     """
-    ends = doc_lens.cumsum(dim=1)  # (B, docs)
+    if backend in PACKAGES:
+        rest = length - doc_lens.sum(dim=1, keepdim=True)
+        every = torch.cat((doc_lens, rest), dim=1).flatten()
+        return Documents(F.pad(every.cumsum(0), (1, 0)).to(torch.int32), None)
+    if backend is not Backend.flex:
+        return document_mask(doc_lens, length)
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    document = _document_of(doc_lens, length)
+
+    def may_look(b: Tensor, _: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return (document[b, t] == document[b, s]) & (t >= s)
+
+    device = str(doc_lens.device)
+    blocks = create_block_mask(may_look, len(doc_lens), None, length, length, device)
+    return Documents(None, blocks)
+
+
+def document_mask(doc_lens: Tensor, length: int) -> Tensor:
+    """True where a query may look: earlier in the same document. (B, 1, length, length), bool.
+
+    Args:
+        doc_lens: as for `documents`.
+    """
+    document = _document_of(doc_lens, length)
     positions = torch.arange(length, device=doc_lens.device)
-    document = torch.searchsorted(ends, positions.expand(len(ends), -1).contiguous(), right=True)
     same = document[:, :, None] == document[:, None, :]  # (B, T, T)
     return (same & (positions[:, None] >= positions[None, :]))[:, None]
+
+
+def _document_of(doc_lens: Tensor, length: int) -> Tensor:
+    """The number of each position's document in its row, (B, length)."""
+    ends = doc_lens.cumsum(dim=1)  # (B, docs)
+    positions = torch.arange(length, device=doc_lens.device)
+    return torch.searchsorted(ends, positions.expand(len(ends), -1).contiguous(), right=True)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import Dropout
 
 from olmo.config import ActivationType, BlockType, ModelConfig
-from olmo.model.attention import Backend, attention, choose
+from olmo.model.attention import Backend, Bias, attention
 from olmo.model.init import Linear, Role, reset
+from olmo.model.kernels import choose
 from olmo.model.norm import LayerNormBase
 from olmo.model.rope import BufferCache, RotaryEmbedding
 
@@ -130,7 +131,7 @@ class OLMoBlock(nn.Module):
     def attend(
         self,
         x: Tensor,
-        attention_bias: Tensor | None,
+        attention_bias: Bias | None,
         layer_past: KeyValues | None,
         use_cache: bool,
     ) -> tuple[Tensor, KeyValues | None]:
@@ -149,13 +150,13 @@ class OLMoBlock(nn.Module):
         if layer_past is not None:
             k = torch.cat((layer_past[0], k), dim=-2)  # (B, H_kv, S, D)
             v = torch.cat((layer_past[1], v), dim=-2)
-        if attention_bias is not None:
+        if isinstance(attention_bias, Tensor):
             attention_bias = _fit(attention_bias[:, :, past : past + T, : past + T], q.dtype)
         out = attention(
             q,
             k,
             v,
-            backend=self.backend or choose(self.config, q.device, q.dtype).backend,
+            backend=self.backend or choose(self.config, q.device, q.dtype, tries=False).backend,
             bias=attention_bias,
             causal=T > 1 or past == 0,
             dropout=self.config.attention_dropout if self.training else 0.0,
@@ -169,14 +170,14 @@ class OLMoBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        attention_bias: Tensor | None = None,
+        attention_bias: Bias | None = None,
         layer_past: KeyValues | None = None,
         use_cache: bool = False,
     ) -> BlockOutput:
         """
         Args:
             x: (B, T, d).
-            attention_bias: broadcast to (B, H, S, S); None is causal.
+            attention_bias: broadcast to (B, H, S, S), or `Documents`; None is causal.
             layer_past: what `cache` was for the positions before these.
             use_cache: also return the keys and values up to here.
         """
@@ -244,7 +245,7 @@ class OLMoBlockGroup(nn.ModuleList):
     def forward(
         self,
         x: Tensor,
-        attention_bias: Tensor | None = None,
+        attention_bias: Bias | None = None,
         layers_past: list[KeyValues] | None = None,
         use_cache: bool = False,
     ) -> tuple[Tensor, list[KeyValues] | None]:

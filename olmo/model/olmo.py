@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import Dropout
 
 from olmo.config import ModelConfig
-from olmo.model.attention import Backend, Choice, causal_bias, choose, document_mask
+from olmo.model.attention import Backend, Bias, causal_bias, document_mask, documents
 from olmo.model.block import KeyValues, OLMoBlock, OLMoBlockGroup
 from olmo.model.generate import OLMoGenerateOutput, generate
 from olmo.model.init import Embedding, Linear, Role, reset, unfilled
+from olmo.model.kernels import Choice, Mask, choose
 from olmo.model.loss import LossSums, linear_cross_entropy
 from olmo.model.norm import LayerNormBase
 from olmo.model.regroup import regrouped
@@ -133,21 +134,23 @@ class OLMo(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         backend: Backend | str | None = None,
+        mask: Mask = Mask.causal,
     ) -> Choice:
-        """Choose the attention kernel once, for all blocks, and say which and why.
+        """Choose the attention kernel once, for all blocks, by trying it; say which and why.
 
-        Without this call each forward pass finds the same choice anew.
+        Without this call each forward pass chooses anew, and by what is known alone.
 
         Args:
             device: where the model will run; by default where it is.
             dtype: what attention will run in: autocast's type where autocast is on.
             backend: insist on this one.
+            mask: what batches will come with: doc_lens, or a mask or bias of their own.
 
         Raises:
             ValueError: what is asked for (model.flash_attention too) cannot be had.
         """
         device = self.device if device is None else torch.device(device)
-        self.attention = choose(self.config, device, dtype, backend)
+        self.attention = choose(self.config, device, dtype, backend, mask)
         for block in self.blocks():
             block.backend = self.attention.backend
         return self.attention
@@ -253,8 +256,9 @@ class OLMo(nn.Module):
         attention_mask: Tensor | None,
         attention_bias: Tensor | None,
         doc_lens: Tensor | None,
-    ) -> Tensor | None:
-        """Who may look at whom, (B or 1, H or 1, S, S), or None for plain causal attention.
+    ) -> Bias | None:
+        """Who may look at whom, (B or 1, H or 1, S, S), or None for plain causal attention; in
+        another form where the kernel has one for documents.
 
         What is forbidden gets float32's lowest number, not -inf, as in OLMo: a row that may look
         nowhere then sees everything alike instead of becoming NaN. Two of them add up to -inf,
@@ -263,8 +267,11 @@ class OLMo(nn.Module):
         length = past + x.shape[1]
         lowest = torch.finfo(torch.float32).min
         unmasked = attention_mask is None and attention_bias is None and not self.config.alibi
+        backend = None if self.attention is None else self.attention.backend
+        if unmasked and past == 0 and doc_lens is None and backend is Backend.flex:
+            doc_lens = torch.full((len(x), 1), length, device=x.device)
         if unmasked and doc_lens is not None and past == 0:
-            return document_mask(doc_lens, length)
+            return documents(doc_lens, length, backend)
         if unmasked and doc_lens is None and (past == 0 or x.shape[1] == 1):
             return None
 

@@ -48,7 +48,7 @@ from olmo.train.schedule import BoltOnWarmupScheduler, Scheduler, build_schedule
 from olmo.train.segments import begin_segment
 from olmo.train.signals import PAUSED, StopRequest
 from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBiases
-from olmo.train.start import Position, check, duration, find_start
+from olmo.train.start import Position, check, duration, find_start, masks
 from olmo.train.step import forward_backward, keep_freed_memory
 from olmo.train.traces import traced
 
@@ -116,7 +116,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     # --- the model ---
     torch.manual_seed(cfg.seed)
     model = OLMo(cfg.model.update_with(init_device="cpu"))
-    attention = model.use_attention(world.device, cfg.autocast_precision)
+    attention = model.use_attention(world.device, cfg.autocast_precision, cfg.attention, masks(cfg))
     inner = model.num_params(include_embedding=False)
     tell(f"model: {count(model.num_params())} parameters, {count(inner)} outside embeddings")
     tell(f"attention: {attention}")

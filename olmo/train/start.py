@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from olmo.checkpoint import layout
 from olmo.checkpoint.read import Checkpoint, look, newest
-from olmo.config import EvaluatorType, TrainConfig
+from olmo.config import CustomDatasetCollatorConfig, EvaluatorType, TrainConfig
 from olmo.data.memmap import build_memmap_dataset, check_tokens
 from olmo.log import count, tell, warn
+from olmo.model.kernels import Mask
 from olmo.train.parallel import World
 from olmo.train.unused import check_unused
 
@@ -64,6 +65,17 @@ def check(cfg: TrainConfig, world: World) -> None:
         where = f"evaluators.{evaluator.label}.data"
         looked_at += check_tokens(build_memmap_dataset(cfg, evaluator.data), vocabulary, where)
     tell(f"checked: {count(looked_at)} tokens, all below {vocabulary}")
+
+
+def masks(cfg: TrainConfig) -> Mask:
+    """Who may look at whom in the batches that will come."""
+    data, fields = cfg.data, CustomDatasetCollatorConfig()
+    if data.custom_dataset is not None and data.custom_dataset.collate_config is not None:
+        fields = data.custom_dataset.collate_config
+    if data.generate_attention_mask or fields.attention_mask_field or fields.attention_bias_field:
+        return Mask.any
+    between = data.generate_doc_lengths or fields.doc_lens_field
+    return Mask.documents if between else Mask.causal
 
 
 # The token that ends a text, and its id in the tokenizers that OLMo's public configs name.
