@@ -1,6 +1,6 @@
 # From a list of text files to a language-model checkpoint, one way through:
 #
-#   sources → documents → tokenizer → tokens → order → train → evaluate
+#   sources → documents (→ attributes → mixed) → tokenizer → tokens → order → train → evaluate
 #
 #   snakemake --cores 2 checkpoints/olmo-tiny/final
 #
@@ -51,6 +51,7 @@ rule all:
 include: "rules/environments.smk"
 include: "rules/sources.smk"
 include: "rules/documents.smk"
+include: "rules/dedupe.smk"
 include: "rules/tokens.smk"
 include: "rules/statistics.smk"
 include: "rules/order.smk"

@@ -26,6 +26,8 @@ COMMANDS = {
     "sources": "olmo.data.shards:sources",
     "given-tokens": "olmo.data.shards:given_tokens",
     "documents": "olmo.data.shards:documents",
+    "attributes": "olmo.data.dedupe:attributes",
+    "mixed": "olmo.data.dedupe:mixed",
     "tokenizer": "olmo.data.shards:tokenizer",
     "tokens": "olmo.data.shards:tokens",
     "statistics": "olmo.data.shards:statistics",

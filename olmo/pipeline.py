@@ -87,6 +87,18 @@ class Plan:
             self._trains[run] = cfg
         return self._trains[run]
 
+    def documents(self, dataset: str) -> str:
+        """The stage whose documents become tokens: `mixed` where the recipe takes some out."""
+        recipe = self.recipe(dataset)
+        return "mixed" if recipe.dedupe or recipe.decontaminate else "documents"
+
+    def against(self, dataset: str) -> list[str]:
+        """The files that a data set is decontaminated against."""
+        found = self.recipe(dataset).decontaminate
+        files = found.against if found else []
+        name = "decontaminate.against"
+        return [s.place for s in source_table.local(files, recipe_path(dataset), name)]
+
     # --- files ------------------------------------------------------------------------------
 
     def sources(self, dataset: str) -> list[Source]:
@@ -173,7 +185,7 @@ class Plan:
         """
         folder = Path("data", dataset)
         missing = set()
-        for listing in folder.glob("*/[0-9]*.tsv"):
+        for listing in folder.glob("*/*.tsv"):
             rows = listing.read_text().splitlines()[1:]
             files = [folder / row.split("\t")[2] for row in rows]
             if gone := {str(file) for file in files if not file.exists()}:
@@ -294,10 +306,12 @@ class Plan:
         """A part of a recipe as flags of its stage's command."""
         config = getattr(self.recipe(dataset), part)
         words: list[str] = []
-        for name, value in config.asdict().items():
-            if value in (None, [], ""):
-                continue
+        for name, value in config.asdict().items() if config else ():
+            if value in (None, [], "") or value is False or name == "against":
+                continue  # files are a rule's inputs
             words.append("--" + name.replace("_", "-"))
+            if value is True:
+                continue
             words += map(str, value) if isinstance(value, list) else [str(value)]
         return shlex.join(words)
 

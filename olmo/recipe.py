@@ -1,5 +1,6 @@
 """What config/config.yaml and the recipes in config/data can say: runs, data sets, their parts."""
 
+import contextlib
 from dataclasses import dataclass, field
 
 from olmo.config import BaseConfig
@@ -44,6 +45,51 @@ class DocumentsConfig(BaseConfig):
     weights: list[str] = field(default_factory=list)
     max_text_bytes: int = MAX_TEXT_BYTES
     allow: list[str] = field(default_factory=list)
+
+    def repeats(self) -> bool:
+        """Whether a document is taken more than once."""
+        numbers = [weight.rpartition("=")[2] for weight in self.weights]
+        with contextlib.suppress(ValueError):  # the documents' command tells of it
+            return any(float(number) > 1 for number in numbers)
+        return False
+
+
+@dataclass
+class DedupeConfig(BaseConfig):
+    """Training documents, and lines of them, that are there already go; the first one stays."""
+
+    exact: bool = False  # documents with the text of an earlier one, or of one held out
+    paragraphs: bool = False  # lines, also short ones, that an earlier document has
+    false_positives: float = 1e-6  # the share of what is new that may go as well
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.exact or self.paragraphs):
+            raise ValueError("dedupe: expected exact or paragraphs to be true, found neither")
+        if not 0 < self.false_positives < 1:
+            raise ValueError(
+                f"dedupe.false_positives: expected from 0 to 1, found {self.false_positives}"
+            )
+
+
+@dataclass
+class DecontaminateConfig(BaseConfig):
+    """Training documents that share n-grams with evaluation sets go."""
+
+    against: list[str] = field(default_factory=list)  # local gz files of documents; globs
+    heldout: bool = True  # the data set's own held-out documents are one of them
+    ngram: int = 13  # words
+    overlap: float = 0.0  # the least share of a line's n-grams; 0: a single one is enough
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.against or self.heldout):
+            raise ValueError("decontaminate: expected against or heldout: true, found neither")
+        if self.ngram < 1 or not 0 <= self.overlap <= 1:
+            raise ValueError(
+                "decontaminate: expected ngram of at least 1 and overlap from 0 to 1, found "
+                f"{self.ngram} and {self.overlap}"
+            )
 
 
 @dataclass
@@ -95,6 +141,21 @@ class Recipe(BaseConfig):
     tokenizer: TokenizerConfig
     documents: DocumentsConfig = field(default_factory=DocumentsConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
+    dedupe: DedupeConfig | None = None
+    decontaminate: DecontaminateConfig | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dedupe and self.documents.repeats():
+            raise ValueError(
+                "dedupe: documents.weights has one above 1, but every copy would be a duplicate; "
+                "take one of them out"
+            )
+        if (d := self.decontaminate) and not (d.against or self.documents.heldout_share):
+            raise ValueError(
+                "decontaminate: expected files in against or a documents.heldout_share above 0, "
+                "found neither"
+            )
 
 
 @dataclass

@@ -4,7 +4,7 @@
 rule statistics:
     input:
         lambda w: plan.journal(w.dataset),
-        documents=lambda w: listings(w.dataset, "documents"),
+        documents=lambda w: listings(w.dataset, plan.documents(w.dataset)),
         tokens=lambda w: listings(w.dataset, "tokens"),
     output:
         summary="data/{dataset}/statistics.parquet",

@@ -26,7 +26,9 @@ rule tokenizer:
     input:
         lambda w: plan.journal(w.dataset),
         documents=lambda w: (
-            listings(w.dataset, "documents") if plan.trains_tokenizer(w.dataset) else []
+            listings(w.dataset, plan.documents(w.dataset))
+            if plan.trains_tokenizer(w.dataset)
+            else []
         ),
     output:
         "data/{dataset}/tokenizer.json",
@@ -42,7 +44,7 @@ rule tokenizer:
 rule tokens:
     input:
         lambda w: plan.journal(w.dataset),
-        documents="data/{dataset}/documents/{batch}.tsv",
+        documents=lambda w: f"data/{w.dataset}/{plan.documents(w.dataset)}/{w.batch}.tsv",
         tokenizer="data/{dataset}/tokenizer.json",
         environment=dolma_environment,
         requirements="envs/dolma.txt",

@@ -66,6 +66,7 @@ class Dolma:
         with scratch_beside(job.tokens) as folder:
             os.symlink(os.path.realpath(job.documents), folder / "documents.gz")
             said = self.ask(
+                "tokens",
                 time_limit_s=time_limit(job.text_bytes),
                 folder=str(folder),
                 documents="documents.gz",
@@ -79,8 +80,8 @@ class Dolma:
             )
             return gather(folder / "parts", np.dtype(job.dtype), job.tokens), said
 
-    def ask(self, time_limit_s: float, **request: Any) -> str:
-        """Have one file tokenized; what the toolkit said. See dolma_worker for the request.
+    def ask(self, verb: str, time_limit_s: float, **request: Any) -> str:
+        """Have the toolkit do something; what it said. See dolma_worker for verbs and requests.
 
         Raises ValueError with what it said when it fails, ChildProcessError when it dies, OSError
         when it dies or fails of a full disk.
@@ -98,7 +99,7 @@ class Dolma:
         self.said.seek(0)
         self.said.truncate()
         try:
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.write(json.dumps({"verb": verb, **request}).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             raise self.death() from None

@@ -70,17 +70,17 @@ def complete(path: Path, arrived: dict[str, tuple[int, str]]) -> None:
         os.replace(draft, path)
 
 
-def local(patterns: Iterable[str], whose: Path) -> list[Source]:
+def local(patterns: Iterable[str], whose: Path, key: str = "sources.files") -> list[Source]:
     """The files of this machine that patterns name, each pattern's in sorted order.
 
-    `whose` is the recipe that names them.
+    `whose` is the recipe that names them, under `key`.
     """
     found = []
     for pattern in patterns:
         matches = sorted(glob.glob(pattern)) or ([pattern] if Path(pattern).exists() else [])
         if not matches:
             raise ValueError(
-                f"{whose}: sources.files names {pattern}, which does not exist (looked in "
+                f"{whose}: {key} names {pattern}, which does not exist (looked in "
                 f"{os.getcwd()}); put the file there or take the line out"
             )
         found += [Source("", place) for place in matches]

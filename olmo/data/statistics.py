@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import polars
 
 ALL = "in all"
+CUT = "cut"  # documents that stay, and what was taken out of them
 
 
 @stage(version=1)
@@ -22,8 +23,9 @@ def statistics(
 
     `summary` (parquet) has a row per file and split, and per file and reason of drops: documents,
     bytes (of text), tokens, bytes_per_token, and the shortest, median, 99th percentile and longest
-    document in tokens; then the same for the whole, under the file "in all". `text` is the table
-    as a person reads it.
+    document in tokens; then the same for the whole, under the file "in all". The split "cut" tells
+    how many documents lost lines that are duplicates, and so many bytes. `text` is the table as a
+    person reads it.
 
     Raises ValueError where documents and token shards do not tell of the same documents.
     """
@@ -42,13 +44,16 @@ def statistics(
     whole = {"file": polars.lit(ALL)}
     kept = polars.concat([count_kept(lengths), count_kept(lengths.with_columns(**whole))])
     drops = polars.concat([count_drops(rows), count_drops(rows.with_columns(**whole))])
-    found = polars.concat([kept, drops], how="diagonal").sort(
+    parts = [kept, drops]
+    if "removed_bytes" in rows.collect_schema().names():
+        parts += [count_cut(rows), count_cut(rows.with_columns(**whole))]
+    found = polars.concat(parts, how="diagonal").sort(
         polars.col("file") == ALL, "file", "split", "reason", descending=[False, False, True, False]
     )
     frame = found.select(COLUMNS).collect()
 
     expected = rows.filter(polars.col("split") != DROPPED).select(polars.len()).collect().item()
-    counted = frame.filter(polars.col("file") == ALL, polars.col("split") != DROPPED)
+    counted = frame.filter(polars.col("file") == ALL, polars.col("split").is_in([TRAIN, HELDOUT]))
     if counted["documents"].sum() != expected:
         raise ValueError(
             f"expected {expected:,} documents in the token shards, as the documents' tables have, "
@@ -103,6 +108,23 @@ def count_drops(rows: polars.LazyFrame) -> polars.LazyFrame:
         rows.filter(polars.col("split") == DROPPED)
         .group_by("file", "split", "reason")
         .agg(documents=polars.len().cast(polars.UInt64))
+    )
+
+
+def count_cut(rows: polars.LazyFrame) -> polars.LazyFrame:
+    import polars
+
+    from olmo.data.attributes import PARAGRAPH, REASONS
+
+    return (
+        rows.filter(polars.col("split") == TRAIN, polars.col("removed_paragraphs") > 0)
+        .group_by("file")
+        .agg(
+            documents=polars.len().cast(polars.UInt64),
+            bytes=polars.col("removed_bytes").sum(),
+            split=polars.lit(CUT),
+            reason=polars.lit(REASONS[PARAGRAPH]),
+        )
     )
 
 

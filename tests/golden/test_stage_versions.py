@@ -46,6 +46,8 @@ ELSEWHERE = {
     "given_tokenizer": "its bytes are the hub's; it shares its code with local_tokenizer",
     "statistics": "a summary of shards: tests/unit/test_statistics.py",
     "tokens": "needs the toolkit's environment: tests/unit/test_tokens.py",
+    "attributes": "likewise: tests/unit/test_dedupe.py",
+    "mixed": "likewise",
 }
 
 

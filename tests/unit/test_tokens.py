@@ -209,7 +209,7 @@ def test_a_toolkit_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
     program.chmod(0o755)
     expected = "did not end in time(?s:.)*never mind"
     with pytest.raises(ChildProcessError, match=expected), Dolma(program, TOOLKIT) as dolma:
-        dolma.ask(time_limit_s=0.5)
+        dolma.ask("tokens", time_limit_s=0.5)
     child = (tmp_path / "pid").read_text().strip()
     state = subprocess.run(["ps", "-o", "stat=", "-p", child], capture_output=True).stdout
     assert state[:1] in (b"", b"Z"), "gone, or dead and waiting for init"

@@ -1,0 +1,49 @@
+# Duplicates and overlaps, where a recipe asks for it: `dolma dedupe` tells what goes, of all files at
+# once and in one process; `dolma mix` takes it out, a batch a job.
+
+
+rule attributes:
+    input:
+        lambda w: plan.journal(w.dataset),
+        documents=lambda w: listings(w.dataset, "documents"),
+        against=lambda w: plan.against(w.dataset),
+        environment=dolma_environment,
+        requirements="envs/dolma.txt",
+    output:
+        "data/{dataset}/attributes/all.tsv",
+    log:
+        "logs/attributes/{dataset}.log",
+    conda:
+        "../envs/dolma.yaml"
+    params:
+        environment=lambda w, input: (
+            f"--environment {input.environment}" if input.environment else ""
+        ),
+        dedupe=lambda w: plan.flags(w.dataset, "dedupe"),
+        decontaminate=lambda w: plan.flags(w.dataset, "decontaminate"),
+    shell:
+        "olmo attributes --documents {input.documents:q} --against {input.against:q}"
+        " --requirements {input.requirements:q} {params.environment} {params.dedupe}"
+        " {params.decontaminate} --listing {output:q} --log {log:q}"
+
+
+rule mixed:
+    input:
+        lambda w: plan.journal(w.dataset),
+        documents="data/{dataset}/documents/{batch}.tsv",
+        attributes="data/{dataset}/attributes/all.tsv",
+        environment=dolma_environment,
+        requirements="envs/dolma.txt",
+    output:
+        "data/{dataset}/mixed/{batch}.tsv",
+    log:
+        "logs/mixed/{dataset}/{batch}.log",
+    conda:
+        "../envs/dolma.yaml"
+    params:
+        environment=lambda w, input: (
+            f"--environment {input.environment}" if input.environment else ""
+        ),
+    shell:
+        "olmo mixed --documents {input.documents:q} --attributes {input.attributes:q}"
+        " --requirements {input.requirements:q} {params.environment} --listing {output:q} --log {log:q}"

@@ -1,0 +1,312 @@
+"""Duplicates, paragraphs and overlaps by the real toolkit: what is planted goes, nothing else."""
+
+import gzip
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import polars
+import pytest
+
+from olmo.data import attributes as module
+from olmo.data import bloom
+from olmo.data.attributes import attributes, read
+from olmo.data.documents import documents
+from olmo.data.dolma import Dolma
+from olmo.data.mixed import mixed
+
+WORDS = [f"word{number}" for number in range(200)]
+QUESTION = " ".join(WORDS[:20])  # of an evaluation set
+LONG = " ".join(WORDS[100:160])
+
+# In the recipe's order: two files; what is said of each document.
+FIRST = {
+    "a": "A text.\nA line of its own.\nA line that many have.",
+    "b": "Größer als 字.\nA line that many have.\n字 and an end",
+    "a again": "A text.\nA line of its own.\nA line that many have.",
+    "asks": f"Before it\nsaid {' '.join(WORDS[5:18])} and more\nOnly asks and later have this.",
+    "twelve": f"{' '.join(WORDS[5:17])}\n{' '.join(WORDS[3:15])}",
+    "long": LONG,
+}
+SECOND = {
+    "held copy": "What is held out.",
+    "later": "Only asks and later have this.\n\n\nGrößer als 字.",
+    "nothing new": "A text.\n字 and an end\n",
+    "a once more": "A text.\nA line of its own.\nA line that many have.",
+    "asks again": FIRST["asks"],
+    "own": "x\nx\ny\n",
+}
+
+
+def make(folder: Path, name: str, texts: dict[str, str], **more: object) -> dict[str, Path]:
+    """A source and what the documents' stage makes of it."""
+    folder = folder / name
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"text": t, "id": i, **more}, ensure_ascii=False) for i, t in texts.items()]
+    (folder / "source.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    made = {kind: folder / kind for kind in ("documents", "heldout", "table")}
+    documents.build(source=folder / "source.gz", name=name, **made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two files of documents, one held out, an evaluation set; with what a source also has."""
+    folder = tmp_path_factory.mktemp("dedupe")
+    other = {"attributes": {"x": [[0, 1, 1.0]]}, "metadata": None, "number": 2.50}
+    made = [make(folder, "first", FIRST, **other), make(folder, "second", SECOND)]
+    held = make(folder, "held", {"h": "What is held out.", "i": "A line that many have."})
+    against = make(folder, "against", {"q": QUESTION, "short": "A text."})
+    return {"pairs": made, "heldout": held["documents"], "against": against["documents"]}
+
+
+def tell(files, folder, dolma, **asked):
+    """Runs the stage: its facts, and the attributes of every document by its id."""
+    facts = attributes.build(
+        **{
+            "documents": [pair["documents"] for pair in files["pairs"]],
+            "tables": [pair["table"] for pair in files["pairs"]],
+            "heldout": [files["heldout"]] if asked.get("exact") else [],
+            "against": [files["against"]] if asked.get("ngram") else [],
+            "attributes": folder / "attributes",
+            "progress": folder / "progress",
+            "toolkit": dolma.toolkit,
+            "dolma": dolma,
+            **asked,
+        }
+    )
+    assert not (folder / "progress").exists()
+    found = {}
+    for number, texts in enumerate((FIRST, SECOND)):
+        spans = read(folder / "attributes" / f"{number:05d}.gz")
+        found |= dict(zip(texts, spans, strict=True))
+    return facts, found
+
+
+def gone(found, kind):
+    """What is told of a kind: the pieces of text, by document."""
+    texts = FIRST | SECOND
+    return {
+        name: [texts[name][int(start) : int(end)] for start, end, _ in spans[kind]]
+        for name, spans in found.items()
+        if kind in spans
+    }
+
+
+def test_a_filter_file_is_the_smallest_for_its_rate(tmp_path):
+    words, hashes = bloom.dimensions(1_000_000, 1e-6)
+    assert (words * 4, hashes) == (3_594_400, 20)
+    share = (1 - (1 - 1 / (32 * words)) ** (hashes * 1_000_000)) ** hashes
+    assert 0.9e-6 < share < 1.1e-6
+    for name in ("one", "two"):
+        bloom.write(tmp_path / name, 1000, 1e-6)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert bloom.dimensions(0, 1e-6) == (1, 20)
+
+
+def test_exact_duplicates_and_copies_of_what_is_held_out(files, tmp_path, dolma):
+    facts, found = tell(files, tmp_path, dolma, exact=True)
+    assert set(gone(found, module.DUPLICATE)) == {
+        "a again",
+        "held copy",
+        "a once more",
+        "asks again",
+    }
+    assert not any(set(spans) - {module.DUPLICATE} for spans in found.values())
+    assert facts["documents"] == 12 and facts["duplicate"] == 4
+
+
+def test_paragraphs_are_lines_and_blank_ones_stay(files, tmp_path, dolma):
+    _, found = tell(files, tmp_path, dolma, paragraphs=True)
+    assert gone(found, module.PARAGRAPH) == {
+        "b": ["A line that many have.\n"],
+        "a again": ["A text.\n", "A line of its own.\n", "A line that many have."],
+        "later": ["Only asks and later have this.\n", "Größer als 字."],
+        "nothing new": ["A text.\n", "字 and an end\n"],
+        "a once more": ["A text.\n", "A line of its own.\n", "A line that many have."],
+        "asks again": FIRST["asks"].splitlines(keepends=True),
+        "own": ["x\n"],
+    }
+
+
+def test_overlap_is_an_n_gram_of_one_line(files, tmp_path, dolma):
+    (tmp_path / "any").mkdir()
+    (tmp_path / "half").mkdir()
+    _, found = tell(files, tmp_path / "any", dolma, ngram=13)
+    assert set(gone(found, module.OVERLAP)) == {"asks", "asks again"}
+    [(_, _, share)] = found["asks"][module.OVERLAP]
+    assert share == pytest.approx(1 / 4)
+    _, found = tell(files, tmp_path / "half", dolma, ngram=13, overlap=0.5)
+    assert not gone(found, module.OVERLAP)
+
+
+ALL = {"exact": True, "paragraphs": True, "ngram": 13}
+
+
+@pytest.fixture(scope="module")
+def told(files, tmp_path_factory, dolma):
+    folder = tmp_path_factory.mktemp("told")
+    return tell(files, folder, dolma, **ALL), folder / "attributes"
+
+
+def test_lines_of_documents_that_go_do_not_count_as_seen(told):
+    (_, found), _ = told
+    assert "asks" in gone(found, module.OVERLAP)
+    assert gone(found, module.PARAGRAPH)["later"] == ["Größer als 字."]
+
+
+def test_what_stays_and_what_was_cut(files, told, tmp_path, dolma):
+    _, folder = told
+    kept, rows = {}, []
+    for number, pair in enumerate(files["pairs"]):
+        out = {"mixed": tmp_path / f"{number}", "mixed_table": tmp_path / f"{number}.parquet"}
+        facts = mixed.build(
+            documents=pair["documents"],
+            table=pair["table"],
+            attributes=folder / f"{number:05d}.gz",
+            toolkit=dolma.toolkit,
+            dolma=dolma,
+            **out,
+        )
+        lines = gzip.decompress(out["mixed"].read_bytes()).splitlines()
+        given = gzip.decompress(pair["documents"].read_bytes()).splitlines()
+        table = polars.read_parquet(out["mixed_table"])
+        train = table.filter(split="train").sort("row")
+        assert train["row"].to_list() == list(range(1, len(lines) + 1))
+        assert [json.loads(line)["id"] for line in lines] == train["id"].to_list()
+        sizes = [len(json.loads(line)["text"].encode()) for line in lines]
+        assert train["bytes"].to_list() == sizes and facts["text_bytes"] == sum(sizes)
+        before = polars.read_parquet(pair["table"])
+        assert table.select("file", "line", "id").equals(before.select("file", "line", "id"))
+        left = before["bytes"].sum() - sum(sizes)
+        assert left == table.filter(split="dropped")["bytes"].sum() + train["removed_bytes"].sum()
+        uncut = train.filter(removed_paragraphs=0)["row"].to_list()
+        assert {lines[row - 1] for row in uncut} == set(given) & set(lines)
+        kept |= {document["id"]: document["text"] for document in map(json.loads, lines)}
+        rows.append(table)
+    assert kept == {
+        "a": FIRST["a"],
+        "b": "Größer als 字.\n字 and an end",
+        "twelve": FIRST["twelve"],
+        "long": LONG,
+        "later": "Only asks and later have this.\n\n\n",
+        "own": "x\ny\n",
+    }
+    drops = polars.concat(rows).filter(split="dropped").select("id", "reason").rows()
+    assert dict(drops) == {
+        "a again": "duplicate",
+        "asks": "overlap",
+        "held copy": "duplicate",
+        "nothing new": "duplicate-paragraph",
+        "a once more": "duplicate",
+        "asks again": "overlap",
+    }
+
+
+def test_nothing_is_mixed_where_nothing_goes(files, tmp_path):
+    pair = files["pairs"][0]
+    with gzip.open(tmp_path / "none.gz", "wt") as lines:
+        lines.writelines(json.dumps({"id": name, "attributes": {}}) + "\n" for name in FIRST)
+    mixed.build(
+        documents=pair["documents"],
+        table=pair["table"],
+        attributes=tmp_path / "none.gz",
+        mixed=tmp_path / "mixed",
+        mixed_table=tmp_path / "table",
+        toolkit="",
+        dolma=Dolma(Path("never started"), ""),
+    )
+    assert (tmp_path / "mixed").read_bytes() == pair["documents"].read_bytes()
+    before, after = polars.read_parquet(pair["table"]), polars.read_parquet(tmp_path / "table")
+    assert after.drop("removed_paragraphs", "removed_bytes").equals(before)
+
+
+def contents(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+
+def test_equal_bytes_again_by_small_steps_and_after_a_kill(files, told, tmp_path, python, dolma):
+    _, folder = told
+    tell(files, tmp_path / "again", dolma, **ALL, step_bytes=1)
+    assert contents(tmp_path / "again/attributes") == contents(folder)
+    # Killed in the second step, it goes on after the first.
+    with Dolma(python, dolma.toolkit) as killed:
+        asked = killed.ask
+
+        def ask(verb, limit, **request):
+            if (tmp_path / "cut/progress/done-1").exists():
+                threading.Timer(0.0, os.kill, (killed.process.pid, signal.SIGKILL)).start()
+                return killed.answer(time.monotonic() + 60)
+            return asked(verb, limit, **request)
+
+        killed.ask = ask
+        with pytest.raises(ChildProcessError, match="SIGKILL"):
+            tell(files, tmp_path / "cut", killed, **ALL, step_bytes=1)
+    first = tmp_path / "cut/progress/00000.gz"
+    written = first.stat().st_mtime_ns
+    (tmp_path / "cut/progress/scratch/in").mkdir(exist_ok=True, parents=True)
+    facts, _ = tell(files, tmp_path / "cut", dolma, **ALL, step_bytes=1)
+    assert contents(tmp_path / "cut/attributes") == contents(folder)
+    assert (tmp_path / "cut/attributes/00000.gz").stat().st_mtime_ns == written
+    assert facts["overlap"] == 2
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda lines: [lines[0], b"not JSON", *lines[2:]], "the toolkit failed: .*1 errors"),
+        (lambda lines: [lines[0], b'{"id": "x", "text": null}', *lines[2:]], "found 0"),
+        (lambda lines: lines[:-1], "first: expected attributes of 6 documents .*found 5"),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], "in their order, found 6"),
+    ],
+    ids=["broken", "no text", "missing", "swapped"],
+)
+def test_what_the_toolkit_does_not_tell_fails_the_stage(files, tmp_path, dolma, damage, message):
+    first, second = files["pairs"]
+    lines = gzip.decompress(first["documents"].read_bytes()).splitlines()
+    other = tmp_path / "other.gz"
+    other.write_bytes(gzip.compress(b"\n".join(damage(lines)) + b"\n"))
+    pairs = [{**first, "documents": other}, second]
+    with pytest.raises(ValueError, match=message):
+        tell({**files, "pairs": pairs}, tmp_path, dolma, exact=True)
+
+
+def test_attributes_of_other_documents_are_refused(files, told, tmp_path, dolma):
+    _, folder = told
+    with gzip.open(folder / "00000.gz", "rt") as file:
+        lines = [json.loads(line) for line in file]
+    for wrong, message in (
+        (lines[:-1], "expected attributes of 6 documents, found 5"),
+        ([*lines[:3], {**lines[3], "id": "x"}, *lines[4:]], "Mismatched ids"),
+    ):
+        with gzip.open(tmp_path / "wrong.gz", "wt") as file:
+            file.writelines(json.dumps(line) + "\n" for line in wrong)
+        with pytest.raises(ValueError, match=message):
+            mixed.build(
+                documents=files["pairs"][0]["documents"],
+                table=files["pairs"][0]["table"],
+                attributes=tmp_path / "wrong.gz",
+                mixed=tmp_path / "mixed",
+                mixed_table=tmp_path / "table",
+                toolkit=dolma.toolkit,
+                dolma=dolma,
+            )
+
+
+def test_memory_is_asked_for_before_anything_starts(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "free_memory", lambda: 20)
+    nobody = Dolma(Path("never started"), "")
+    with pytest.raises(
+        ValueError, match=r"duplicate holds up to 14 elements and needs 52 bytes.*20"
+    ):
+        tell(files, tmp_path, nobody, exact=True)
+
+
+def test_an_evaluation_set_is_documents(files, tmp_path):
+    bad = tmp_path / "bad.gz"
+    bad.write_bytes(gzip.compress(b'{"id": "a", "text": "b"}\n{"question": "?"}\n'))
+    with pytest.raises(ValueError, match=r"bad.gz:2: expected a document .*no-id"):
+        tell({**files, "against": bad}, tmp_path, Dolma(Path("never started"), ""), ngram=13)
