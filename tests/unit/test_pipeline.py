@@ -129,6 +129,35 @@ def test_exactly_one_kind_of_source():
         plan(sources={}).recipe("mine")
 
 
+def test_documents_become_tokens_as_they_are_unless_the_recipe_takes_some_out():
+    assert plan().documents("mine") == "documents" and not plan().flags("mine", "dedupe")
+    Path("quiz.gz").touch()
+    mixed = plan(
+        documents={"heldout_share": 0.1},
+        dedupe={"exact": True},
+        decontaminate={"against": ["*.gz"], "ngram": 8},
+    )
+    assert mixed.documents("mine") == "mixed" and mixed.against("mine") == ["quiz.gz"]
+    assert mixed.flags("mine", "dedupe") == "--exact --false-positives 1e-06"
+    assert mixed.flags("mine", "decontaminate") == "--heldout --ngram 8 --overlap 0.0"
+    for wrong, message in (
+        ({"dedupe": {}}, "expected exact or paragraphs to be true"),
+        ({"dedupe": {"exact": True, "false_positives": 0}}, "false_positives: expected"),
+        ({"decontaminate": {}}, "expected files in against or a documents.heldout_share"),
+        ({"decontaminate": {"against": ["x"], "ngram": 0}}, "ngram of at least 1"),
+        ({"decontaminate": {"heldout": False}}, "expected against or heldout"),
+        (
+            {"dedupe": {"exact": True}, "documents": {"weights": ["a=2"]}},
+            "every copy would be a duplicate",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan(**wrong).recipe("mine")
+    gone = plan(decontaminate={"against": ["none/*.gz"]})
+    with pytest.raises(ValueError, match=r"decontaminate.against names none/\*.gz"):
+        gone.against("mine")
+
+
 def test_a_recipe_that_is_not_there_names_those_that_are():
     with pytest.raises(ValueError, match=r"recipe config/data/yours.yaml.*there are mine"):
         plan().recipe("yours")

@@ -77,3 +77,16 @@ def test_shards_that_do_not_fit_the_documents_are_refused(shards, tmp_path):
             summary=tmp_path / "summary",
             text=tmp_path / "text",
         )
+
+
+def test_what_was_cut_out_of_documents_is_counted(shards, tmp_path):
+    for path in shards["tables"]:
+        table = polars.read_parquet(path)
+        spans = ([2, 1] if table.height > 1 else []) + [0] * table.height
+        removed = polars.Series("removed_paragraphs", spans[: table.height], polars.UInt64)
+        table.with_columns(removed, (removed * 10).alias("removed_bytes")).write_parquet(path)
+    facts = statistics.build(**shards, summary=tmp_path / "summary", text=tmp_path / "text")
+    assert facts["train"] == {"documents": 5, "bytes": 50, "tokens": 20}
+    cut = polars.read_parquet(tmp_path / "summary").filter(split="cut")
+    columns = cut.select("file", "reason", "documents", "bytes").rows()
+    assert columns == [(f, "duplicate-paragraph", 2, 30) for f in ("a.gz", "in all")]

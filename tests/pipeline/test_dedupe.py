@@ -1,0 +1,158 @@
+"""A recipe that takes out duplicates and overlaps, by the real Snakefile: what is planted goes."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import polars
+import pytest
+from project import Project, read_source, write_source
+
+from olmo.data.documents import is_held_out
+from olmo.data.tokenizer import trained_tokenizer
+
+pytestmark = pytest.mark.slow
+HELDOUT_SHARE = 0.1
+
+
+def text(chance: random.Random, lines: int = 4) -> str:
+    """Lines of 16 words that nothing else has."""
+    return "\n".join(
+        " ".join(f"{chance.randrange(10**5):x}" for _ in range(16)) for _ in range(lines)
+    )
+
+
+def named(prefix: str, held: bool) -> str:
+    """An id that is held out, or one that is not."""
+    names = (f"{prefix}-{number}" for number in range(1000))
+    return next(name for name in names if is_held_out(name, HELDOUT_SHARE) == held)
+
+
+def words(text: str, start: int, count: int) -> str:
+    return " ".join(text.split()[start : start + count])
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """A project with three files and an evaluation set; what is to be left of their documents."""
+    project = Project(tmp_path_factory.mktemp("dedupe") / "project")
+    chance = random.Random(0)
+    files = [
+        {named(f"{part}-{number}", held=number % 10 == 0): text(chance) for number in range(40)}
+        for part in range(3)
+    ]
+    quiz = text(chance, 1)
+    train, held = (
+        [name for name in files[0] if is_held_out(name, HELDOUT_SHARE) == side]
+        for side in (False, True)
+    )
+    later_held = next(name for name in files[2] if is_held_out(name, HELDOUT_SHARE))
+    own, line = text(chance, 1), files[0][train[3]].split("\n")[2]
+    plants = {
+        "copy": (1, files[0][train[0]], "duplicate"),
+        "copy of held out": (1, files[2][later_held], "overlap"),
+        "asks": (2, f"{own}\nso: {words(quiz, 2, 13)}?", "overlap"),
+        "twelve": (2, f"so: {words(quiz, 2, 12)}?", None),
+        "quotes held out": (2, f"it said {words(files[0][held[0]], 0, 13)}", "overlap"),
+        "lines only": (2, f"{line}\n\n{line}\n", "duplicate-paragraph"),
+        "a line": (1, f"before {quiz[:5]}\n{line}\nand after", None),
+        # Its own line was in a document that went.
+        "after one that went": (2, f"{own}\nand then", None),
+    }
+    expected = {n: t for file in files for n, t in file.items()}
+    for name, (file, content, reason) in plants.items():
+        identity = named(name, held=False)
+        files[file][identity] = content
+        if reason is None:
+            expected[identity] = content.replace(line + "\n", "")
+    files[2][named("held, asks", held=True)] = quiz
+    expected = {n: t for n, t in expected.items() if not is_held_out(n, HELDOUT_SHARE)}
+    reasons = {named(n, held=False): reason for n, (_, _, reason) in plants.items() if reason}
+
+    for part, file in enumerate(files):
+        lines = [{"id": name, "text": content} for name, content in file.items()]
+        write_source(project.root / f"sources/part-{part}.json.gz", lines)
+    write_source(project.root / "eval/quiz.json.gz", [{"id": "q", "text": quiz}])
+    tokenizer = project.root.parent / "tokenizer.json"
+    sources = sorted((project.root / "sources").iterdir())
+    trained_tokenizer.build(documents=sources, tokenizer=tokenizer, vocab_size=300)
+    project.use_given_tokenizer(tokenizer)
+    project.change(
+        "config/data/small.yaml",
+        documents={"heldout_share": HELDOUT_SHARE},
+        dedupe={"exact": True, "paragraphs": True},
+        decontaminate={"against": ["eval/*.json.gz"]},
+    )
+    project.run("data/small/statistics.txt")
+    return project, files, expected, reasons
+
+
+def data(project: Project) -> Path:
+    return project.root / "data/small"
+
+
+def test_exactly_what_was_planted_goes(planted):
+    project, files, expected, reasons = planted
+    left = {}
+    for part, file in enumerate(files):
+        kept = read_source(data(project) / f"mixed/part-{part}.json.gz")
+        assert [d["id"] for d in kept] == [name for name in file if name in expected]
+        left |= {document["id"]: document["text"] for document in kept}
+        held = read_source(data(project) / f"heldout/part-{part}.json.gz")
+        assert {d["id"]: d["text"] for d in held} == {
+            name: content for name, content in file.items() if is_held_out(name, HELDOUT_SHARE)
+        }
+    assert left == expected
+    tables = polars.concat(map(polars.read_parquet, sorted(data(project).glob("mixed/*.parquet"))))
+    assert tables.height == sum(map(len, files)), "lines in = documents out + drops"
+    dropped = tables.filter(split="dropped")
+    assert dict(dropped.select("id", "reason").rows()) == reasons
+
+    summary = polars.read_parquet(data(project) / "statistics.parquet").filter(file="in all")
+    counted = {(s, r): n for s, r, n in summary.select("split", "reason", "documents").rows()}
+    held = sum(is_held_out(name, HELDOUT_SHARE) for file in files for name in file)
+    assert counted == {
+        ("train", None): len(expected),
+        ("heldout", None): held,
+        ("cut", "duplicate-paragraph"): 1,
+        **{("dropped", reason): n for reason, n in Counter(reasons.values()).items()},
+    }
+    assert "duplicate-paragraph" in (data(project) / "statistics.txt").read_text()
+
+
+def test_two_runs_give_equal_digests(planted, tmp_path):
+    project, *_ = planted
+    other = Project(tmp_path / "other")
+    for name in ("sources", "eval"):
+        for path in (project.root / name).iterdir():
+            (other.root / name).mkdir(exist_ok=True)
+            (other.root / name / path.name).write_bytes(path.read_bytes())
+    for name in ("tokenizer.json", "config/data/small.yaml"):
+        (other.root / name).write_bytes((project.root / name).read_bytes())
+    other.run("data/small/statistics.txt", cores=1)
+    for stage in ("attributes", "mixed", "tokens"):
+        names = sorted(path.name for path in data(project).glob(f"{stage}/*.tsv"))
+        assert names
+        for name in names:
+            one, two = (data(p) / stage / name for p in (project, other))
+            assert one.read_text() == two.read_text()
+
+
+def test_only_what_must_runs_again(planted, tmp_path):
+    project = planted[0].copy(tmp_path / "again")
+    target = "data/small/statistics.txt"
+    assert not project.run(target).ran
+    lines = read_source(project.root / "sources/part-2.json.gz")
+    lines.append({"id": named("new", held=False), "text": text(random.Random(1))})
+    write_source(project.root / "sources/part-2.json.gz", lines)
+    ran = project.run(target).ran
+    one = ("local_source", "documents", "attributes", "mixed", "statistics")
+    assert ran == {**dict.fromkeys(one, 1), "tokens": 2}, "of one file, held-out ones too"
+    # An attribute that is gone is made again, and nothing after it.
+    listing = data(project) / "attributes/all.tsv"
+    digest = listing.read_text().splitlines()[1].split("\t")[3]
+    lost = project.store / "objects" / digest[:2] / digest
+    lost.chmod(0o644)
+    lost.unlink()
+    assert project.run(target).ran == {"attributes": 1}
+    assert lost.exists()
