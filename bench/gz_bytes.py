@@ -3,6 +3,7 @@
     python bench/gz_bytes.py                                  # what this processor has
     qemu-x86_64 -cpu Nehalem python bench/gz_bytes.py         # SSE4.2, no AVX
     qemu-x86_64 -cpu Haswell python bench/gz_bytes.py         # AVX2, no AVX-512
+    qemu-aarch64 … python bench/gz_bytes.py --text FOLDER     # ARM
 
 isal chooses its code by what the processor says it has, so an emulated one shows what another
 machine would write. The lines: the standard library's modules, a line each and a file each as
@@ -26,9 +27,8 @@ from olmo.data import gz
 LEVELS = (0, 1, 2, 3)
 
 
-def lines(size: int) -> Iterator[tuple[str, list[bytes]]]:
-    """Kinds of text, of about so many bytes each: the same on every machine with this Python."""
-    root = Path(sysconfig.get_path("stdlib"))
+def lines(root: Path, size: int) -> Iterator[tuple[str, list[bytes]]]:
+    """Kinds of text, of about so many bytes each: the same wherever the modules are the same."""
     modules = [p.read_text("utf-8", "replace") for p in sorted(root.glob("*.py"))]
     text = "".join(modules)[:size]
     yield "lines", text.encode().splitlines(keepends=True)
@@ -42,11 +42,13 @@ def lines(size: int) -> Iterator[tuple[str, list[bytes]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=4_000_000, help="bytes of each kind")
-    size = parser.parse_args().size
+    standard = Path(sysconfig.get_path("stdlib"))
+    parser.add_argument("--text", type=Path, default=standard, help="a folder of *.py")
+    args = parser.parse_args()
     print(f"{platform.machine()}, Python {platform.python_version()}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "lines.gz")
-        for name, content in lines(size):
+        for name, content in lines(args.text, args.size):
             with gz.writing(path) as file:
                 file.writelines(content)
             print(f"{name:10} as we write {digest(path.read_bytes())}", end="")

@@ -60,9 +60,12 @@ def here() -> Store:
 class Stage:
     """A function whose results live in the store; see the module's text."""
 
-    def __init__(self, build: Callable[..., Any], number: int) -> None:
+    def __init__(
+        self, build: Callable[..., Any], number: int, conditions: Callable[[], Facts]
+    ) -> None:
         functools.update_wrapper(self, build)
         self.build = build
+        self.conditions = conditions
         self.version = number
         self.name = build.__name__
         self.signature = inspect.signature(build)
@@ -125,7 +128,7 @@ class Stage:
                     f"{self.name}: an input changed while it was read; expected it to stay "
                     "as it was until the stage ends. Run the same command again"
                 )
-            return {"facts": facts, **extra, "run": run}
+            return {"facts": facts, "conditions": self.conditions(), **extra, "run": run}
 
         record = store.run(action, build)
         for name, path in names.items():
@@ -135,9 +138,15 @@ class Stage:
         return record
 
 
-def stage(version: int) -> Callable[[Callable[..., Any]], Stage]:
-    """Make a function a stage. `version` is part of its actions' identity; bumped by hand."""
-    return lambda build: Stage(build, version)
+def stage(
+    version: int, conditions: Callable[[], Facts] = dict
+) -> Callable[[Callable[..., Any]], Stage]:
+    """Make a function a stage. `version` is part of its actions' identity; bumped by hand.
+
+    `conditions` tells what of this machine its bytes depend on: part of the record, not of the
+    identity. A function may return its own as "conditions", beside "facts".
+    """
+    return lambda build: Stage(build, version, conditions)
 
 
 def role(hint: Any) -> str:

@@ -35,7 +35,7 @@ OVERLAP_FALSE_POSITIVES = 1e-9
 Spans = list[list[float]]  # start, end (characters), share
 
 
-@stage(version=1)
+@stage(version=1, conditions=gz.conditions)
 def attributes(
     documents: Inputs,
     tables: Inputs,

@@ -43,7 +43,7 @@ MAX_BYTES_PER_BYTE = 3
 MAX_TEXT_BYTES = MAX_TOKENS // MAX_BYTES_PER_BYTE - 1
 
 
-@stage(version=1)
+@stage(version=1, conditions=gz.conditions)
 def documents(
     source: Input,
     documents: Output,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,15 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         io.BufferedWriter(cast(io.RawIOBase, compressed), BUFFER) as lines,
     ):
         yield cast(BinaryIO, lines)
+
+
+def conditions() -> dict[str, str]:
+    """What the bytes that `writing` makes of equal lines depend on.
+
+    isal compresses alike on every x86-64 processor from SSE4.2 (2008) on, and otherwise on ARM
+    (bench/gz_bytes.py).
+    """
+    return {"machine": platform.machine()}
 
 
 def check(path: Path, name: str | None = None) -> int:

@@ -28,7 +28,7 @@ REMOVED = ("removed_paragraphs", "removed_bytes")
 Change = tuple[int | None, str | None, int, int, int]
 
 
-@stage(version=1)
+@stage(version=1, conditions=gz.conditions)
 def mixed(
     documents: Input,
     table: Input,

@@ -34,7 +34,7 @@ LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-", "__pycache__")
 TOPICS = PurePosixPath("pydoc_data/topics.py")
 
 
-@stage(version=1)
+@stage(version=1, conditions=gz.conditions)
 def stdlib(folder: Folder, shards: int, library: str | None = None) -> Facts:
     """Write the running Python's standard library as text in Dolma's schema.
 

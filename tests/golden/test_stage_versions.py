@@ -135,7 +135,7 @@ def made(name: str, root: Path) -> dict:
 
 
 def digest_of(file: Path) -> str:
-    """Of a gz file, its lines: isal compresses with what the processor has, not always alike."""
+    """Of a gz file, its lines: isal compresses otherwise on ARM than on x86-64."""
     content = file.read_bytes()
     return hashlib.sha256(
         gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content

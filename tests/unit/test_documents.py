@@ -1,7 +1,9 @@
 """Documents: the subsample is the seed's, nothing is lost silently, bad files are refused."""
 
 import gzip
+import hashlib
 import json
+import platform
 import subprocess
 import sys
 import zlib
@@ -9,6 +11,7 @@ import zlib
 import polars
 import pytest
 
+from olmo.data import gz
 from olmo.data.documents import REASONS, documents, parse
 from olmo.data.stdlib import definitions, stdlib
 
@@ -249,3 +252,20 @@ def test_a_gz_file_s_bytes_hold_no_time_and_no_name(run, tmp_path):
     content = out["documents"].read_bytes()
     assert content[3:8] == bytes(5), "flags (a name would set one) and mtime"
     assert zlib.decompress(content, 31) == line(1) + b"\n"
+
+
+def test_equal_lines_are_equal_bytes_on_one_kind_of_machine(tmp_path, monkeypatch):
+    """Digests from bench/gz_bytes.py's processors; another isal that compresses otherwise is a new
+    version of each stage that writes gz."""
+    with gz.writing(tmp_path / "lines.gz") as file:
+        for n in range(50_000):
+            file.write(b'{"id": "%d", "text": "%d words, and %d more"}\n' % (n, n * n, n % 97))
+    digest = hashlib.sha256((tmp_path / "lines.gz").read_bytes()).hexdigest()[:16]
+    known = {"x86_64": "c2fe6337310daf0a", "aarch64": "fafa639ea4bb5324"}
+    assert digest == known[platform.machine()]
+
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    out = {kind: tmp_path / kind for kind in ("documents", "heldout", "table")}
+    source = pack(tmp_path / "a.gz", [line(1)])
+    record = documents(source=source, name="a.gz", **out)
+    assert record["conditions"] == {"machine": platform.machine()}

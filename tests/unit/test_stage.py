@@ -162,7 +162,8 @@ def test_a_users_error_is_one_sentence(capsys: pytest.CaptureFixture[str]):
 
 
 # The public command line: a change here breaks scripts, and belongs into the CHANGELOG.
-COMMANDS = """source-list sources given-tokens documents tokenizer tokens statistics order
+COMMANDS = """source-list sources given-tokens documents attributes mixed tokenizer tokens
+statistics order
 positions train evaluate inspect seen replay bench compare checkpoint-convert environment
 store-verify store-gc store-checkout store-why store-trace store-pin
 store-push store-pull"""
