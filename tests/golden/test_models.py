@@ -80,6 +80,9 @@ def test_bfloat16_stays_near(name: str) -> None:
 @pytest.mark.parametrize("name", INITS)
 def test_initial_weights(name: str, device: str) -> None:
     init_fn, _, cut = name.partition("+cutoff")
+    truncated = cut or init_fn in ("mitchell", "full_megatron")
+    if truncated and torch.__version__ < "2.13":
+        pytest.skip("before 2.13 torch's trunc_normal_ drew other numbers, in OLMo's trainer too")
     config = ModelConfig(
         **GOLDEN["base"]
         | {
