@@ -1,6 +1,6 @@
 # From a list of text files to a language-model checkpoint, one way through:
 #
-#   sources → documents (→ attributes → mixed) → tokenizer → tokens → order → train → evaluate
+#   sources → documents (→ attributes → mixed) → tokenizer → tokens → order → train → export, evaluate
 #
 #   snakemake --cores 2 checkpoints/olmo-tiny/final
 #
@@ -56,6 +56,7 @@ include: "rules/tokens.smk"
 include: "rules/statistics.smk"
 include: "rules/order.smk"
 include: "rules/train.smk"
+include: "rules/export.smk"
 include: "rules/evaluate.smk"
 include: "rules/bench.smk"
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "order": "olmo.data.shards:order",
     "positions": "olmo.data.shards:positions",
     "train": "olmo.run:train",
+    "hf": "olmo.export:hf",
     "evaluate": "olmo.run:evaluate",
     # looking into it
     "inspect": "olmo.inspect.commands:inspect",

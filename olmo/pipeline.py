@@ -46,6 +46,12 @@ class Plan:
         return os.path.abspath(os.environ.get("OLMO_STORE") or self.pipeline.store)
 
     def run(self, name: str) -> Run:
+        """A run of config/config.yaml; ValueError names those that there are."""
+        if name not in self.pipeline.runs:
+            raise ValueError(
+                f"there is no run {name} in config/config.yaml; there are "
+                + ", ".join(self.pipeline.runs)
+            )
         return self.pipeline.runs[name]
 
     def dataset(self, run: str) -> str:

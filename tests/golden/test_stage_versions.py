@@ -44,6 +44,7 @@ ELSEWHERE = {
     "download_tokens": "likewise",
     "source_list": "likewise",
     "given_tokenizer": "its bytes are the hub's; it shares its code with local_tokenizer",
+    "huggingface_export": "tests/unit/test_huggingface.py holds it to transformers' numbers",
     "statistics": "a summary of shards: tests/unit/test_statistics.py",
     "tokens": "needs the toolkit's environment: tests/unit/test_tokens.py",
     "attributes": "likewise: tests/unit/test_dedupe.py",

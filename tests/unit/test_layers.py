@@ -26,12 +26,22 @@ LEAVES: dict[str, set[str]] = {
 }
 # Rooms, and the rooms further along the one way that they must not know.
 NEVER = {
-    "data": {"model", "train", "checkpoint", "evaluate", "report", "run"},
-    "model": {"data", "train", "checkpoint", "evaluate", "report", "run", "store", "stage"},
-    "precision": {"data", "model", "train", "checkpoint", "evaluate", "report", "run"},
-    "checkpoint": {"evaluate", "report", "run"},
-    "train": {"report", "run", "store", "stage"},
-    "evaluate": {"report", "run", "store", "stage"},
+    "data": {"model", "train", "checkpoint", "evaluate", "report", "run", "export"},
+    "model": {
+        "data",
+        "train",
+        "checkpoint",
+        "evaluate",
+        "report",
+        "run",
+        "export",
+        "store",
+        "stage",
+    },
+    "precision": {"data", "model", "train", "checkpoint", "evaluate", "report", "run", "export"},
+    "checkpoint": {"evaluate", "report", "run", "export"},
+    "train": {"report", "run", "export", "store", "stage"},
+    "evaluate": {"report", "run", "export", "store", "stage"},
 }
 
 

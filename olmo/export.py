@@ -1,0 +1,50 @@
+"""A finished run for other programs: a folder that transformers reads, through the store."""
+
+import json
+from pathlib import Path
+
+from olmo.stage import Facts, Folder, Free, Input, here, stage
+
+
+def hf(checkpoint: Path, tokenizer: Path, folder: Path, name: str) -> None:
+    """Write a final checkpoint as transformers' Olmo or Olmo2, with a model card called `name`.
+
+    Raises ValueError for a model that neither class can express, naming the keys.
+    """
+    huggingface_export(
+        model=checkpoint / "model.safetensors",
+        config=checkpoint / "config.yaml",
+        tokenizer=tokenizer,
+        folder=folder,
+        name=name,
+        checkpoint=checkpoint,
+    )
+
+
+@stage(version=1)
+def huggingface_export(
+    model: Input,
+    config: Input,
+    tokenizer: Input,
+    folder: Folder,
+    name: str,
+    checkpoint: Free[Path],
+) -> Facts:
+    """Weights, config, tokenizer and card. `checkpoint` is the folder of `model` and `config`;
+    the card tells of its training, and is no part of the content."""
+    from safetensors.torch import load_file
+
+    from olmo.checkpoint import huggingface
+    from olmo.report.card import card
+
+    weights = load_file(model)
+    folder.mkdir()
+    huggingface.write(folder, weights, config.read_text(), tokenizer)
+    settings = json.loads((folder / "config.json").read_text())
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    text = card(name, settings, parameters, checkpoint, here())
+    (folder / "README.md").write_text(text)
+    return {
+        "facts": {"architecture": settings["architectures"][0], "parameters": parameters},
+        "aside": ["README.md"],
+    }

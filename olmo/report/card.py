@@ -1,0 +1,125 @@
+"""The card of an exported model: what it is, how it came about, how good it is, how to use it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from olmo.config import TrainConfig
+from olmo.lineage import ancestors
+from olmo.store import Record, Store
+
+SOURCES = ("download", "download_tokens", "stdlib", "local_source", "local_tokens")
+MOST = 20  # sources that are named one by one
+
+HEAD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [olmo]
+---
+
+# {name}
+
+{kind}, {parameters:,} parameters, {tokens} tokens of training.
+
+```python
+from transformers import pipeline
+
+pipeline("text-generation", model="<this folder>")("Once", max_new_tokens=32)
+```
+
+`config.yaml` is the training config. The checkpoint's own weights, bit for bit:
+`olmo checkpoint convert <this folder> back --kind safetensors`.
+"""
+
+
+def card(
+    name: str, settings: dict[str, Any], parameters: int, checkpoint: Path, store: Store
+) -> str:
+    """README.md of an export, in the hub's form.
+
+    Args:
+        settings: what config.json says.
+        checkpoint: the final folder that was exported; what the store knows of it is told.
+    """
+    record = json.loads((checkpoint / "record.json").read_text())
+    cfg = TrainConfig.load(checkpoint / "config.yaml", validate_paths=False)
+    facts = record["facts"]
+    per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length
+    rows = {
+        "Layers, width, heads": f"{cfg.model.n_layers}, {cfg.model.d_model}, {cfg.model.n_heads}",
+        "Positions": f"{cfg.model.max_sequence_length:,}",
+        "Tokens known": f"{cfg.model.vocab_size:,}",
+        "Steps": f"{facts['steps']:,}, of {per_step:,} tokens each",
+        "Optimizer": f"{cfg.optimizer.name}, learning rate {cfg.optimizer.learning_rate:g}, "
+        f"weight decay {cfg.optimizer.weight_decay:g}; {cfg.scheduler.name}",
+        "Precision": f"{cfg.precision}; the weights here are {settings['dtype']}",
+        "Seed": str(cfg.seed),
+    }
+    parts = [
+        HEAD.format(
+            name=name,
+            kind=settings["architectures"][0],
+            parameters=parameters,
+            tokens=f"{facts['tokens']:,}",
+        ),
+        "## Training\n",
+        table(("", ""), rows.items()),
+        "## Evaluation\n",
+        _evaluation(facts.get("heldout_loss", {}), name),
+        "## Where it comes from\n",
+        _lineage(record, store),
+    ]
+    return "\n".join(parts)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table in Markdown."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _evaluation(losses: dict[str, dict[str, float]], name: str) -> str:
+    if not losses:
+        return "Its data set held no documents out.\n"
+    rows = [
+        (label, f"{loss['first']:.4f}", f"{loss['last']:.4f}") for label, loss in losses.items()
+    ]
+    return (
+        "Loss in nats a token on documents that it was not trained on:\n\n"
+        + table(("held-out set", "before", "after"), rows)
+        + f"\nMore by `snakemake eval/{name}`.\n"
+    )
+
+
+def _lineage(record: Record, store: Store) -> str:
+    """The stages that led here, and the files at their beginning."""
+    counts: Counter[str] = Counter()
+    sources = []
+    for _, found in ancestors(store, record):
+        stage = f"{found['action']['stage']} (version {found['action']['version']})"
+        counts[stage] += 1
+        if found["action"]["stage"] in SOURCES:
+            sources.append(found)
+    lines = [
+        f"Checkpoint `{record['content']}`, by action `{record['key']}`; its stages, last first:\n",
+        table(("stage", "actions"), counts.items()),
+        f"The first {MOST} of {len(sources):,} sources:\n" if len(sources) > MOST else "Sources:\n",
+        table(("source", "sha256", "licence"), map(_source, sources[:MOST])),
+    ]
+    return "\n".join(lines)
+
+
+def _source(record: Record) -> tuple[str, str, str]:
+    facts, params = record["facts"], record["action"]["params"]
+    if record["action"]["stage"] == "stdlib":
+        name = f"standard library of {facts['implementation']} {facts['python']}"
+        return name, f"`{params['library']}`", facts["licence"]
+    inputs = record["action"]["inputs"]
+    digest = facts.get("sha256") or next((d for d in inputs.values() if isinstance(d, str)), "")
+    return facts.get("url", "a local file"), f"`{digest}`" if digest else "", ""

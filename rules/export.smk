@@ -1,0 +1,14 @@
+# Export: a finished checkpoint as transformers reads it, with tokenizer and model card.
+
+
+rule hf:
+    input:
+        final="checkpoints/{run}/final",
+        tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",
+    output:
+        directory("hf/{run}"),
+    log:
+        "logs/hf/{run}.log",
+    shell:
+        "olmo hf --checkpoint {input.final:q} --tokenizer {input.tokenizer:q} --folder {output:q}"
+        " --name {wildcards.run:q} --log {log:q}"
