@@ -35,7 +35,9 @@ COMMANDS = {
     "positions": "olmo.data.shards:positions",
     "train": "olmo.run:train",
     "hf": "olmo.export:hf",
-    "evaluate": "olmo.run:evaluate",
+    "heldout": "olmo.evaluation:heldout",
+    "questions": "olmo.evaluation:questions",
+    "evaluate": "olmo.evaluation:evaluate",
     # looking into it
     "inspect": "olmo.inspect.commands:inspect",
     "seen": "olmo.inspect.commands:seen",
@@ -43,6 +45,7 @@ COMMANDS = {
     # beside it
     "bench": "olmo.report.bench:bench",
     "compare": "olmo.report.compare:compare",
+    "scores": "olmo.report.scores:scores",
     "checkpoint convert": "olmo.checkpoint.conversion:convert",
     "environment": "olmo.environments:environment",
     "store verify": "olmo.upkeep:verify",

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from olmo.config import TrainConfig
+from olmo.config import BaseConfig, TrainConfig
 from olmo.data import source_table
 from olmo.data.source_table import Source, quoted
-from olmo.recipe import Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
+from olmo.recipe import EvaluationConfig, Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
 from olmo.store import now
 
 
@@ -308,18 +308,32 @@ class Plan:
         words = self.run(run).overrides
         return f"--overrides {shlex.join(words)}" if words else ""
 
+    def evaluation_flags(self, run: str) -> str:
+        """What a run is asked; ValueError for a choice task that there is not."""
+        from olmo.evaluate.tasks import task_of
+
+        path = self.run(run).evaluation
+        config = EvaluationConfig() if path is None else EvaluationConfig.load(path)
+        for label in config.choices:
+            task_of(label)
+        return as_flags(config)
+
     def flags(self, dataset: str, part: str) -> str:
         """A part of a recipe as flags of its stage's command."""
-        config = getattr(self.recipe(dataset), part)
-        words: list[str] = []
-        for name, value in config.asdict().items() if config else ():
-            if value in (None, [], "") or value is False or name == "against":
-                continue  # files are a rule's inputs
-            words.append("--" + name.replace("_", "-"))
-            if value is True:
-                continue
-            words += map(str, value) if isinstance(value, list) else [str(value)]
-        return shlex.join(words)
+        return as_flags(getattr(self.recipe(dataset), part))
+
+
+def as_flags(config: BaseConfig | None) -> str:
+    """A config's fields as a command takes them; what is empty is left out."""
+    words: list[str] = []
+    for name, value in config.asdict().items() if config else ():
+        if value in (None, [], "") or value is False or name == "against":
+            continue  # files are a rule's inputs
+        words.append("--" + name.replace("_", "-"))
+        if value is True:
+            continue
+        words += map(str, value) if isinstance(value, list) else [str(value)]
+    return shlex.join(words)
 
 
 def recipe_path(dataset: str) -> Path:

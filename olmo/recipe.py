@@ -159,6 +159,20 @@ class Recipe(BaseConfig):
 
 
 @dataclass
+class EvaluationConfig(BaseConfig):
+    """What finished runs are asked besides their held-out documents: config/eval/<name>.yaml."""
+
+    choices: list[str] = field(default_factory=list)  # of olmo/evaluate/tasks.yaml, by our scorer
+    # Of lm-evaluation-harness: its own tasks and groups, those in `task_files`, and those of
+    # tasks.yaml whose documents are here.
+    harness: list[str] = field(default_factory=list)
+    data: str | None = None  # folder of data sets, as hf_datasets_cache_dir; None: the hub
+    task_files: list[str] = field(default_factory=list)  # folders of the harness's YAML
+    batch_size: int = 8
+    limit: int | None = None  # the first so many documents of each task
+
+
+@dataclass
 class Run(BaseConfig):
     """A training run: which settings, on which data set, by how many processes.
 
@@ -168,6 +182,7 @@ class Run(BaseConfig):
     train: str
     dataset: str | None = None
     overrides: list[str] = field(default_factory=list)  # optimizer.name=muon, …
+    evaluation: str | None = None  # a file in config/eval; None: held-out documents only
     # Where it is trained. The result's identity holds none of this.
     processes: int = 1  # on each node; with GPUs, one a GPU
     nodes: int = 1  # more than one: in a SLURM allocation
@@ -199,3 +214,4 @@ class Pipeline(BaseConfig):
     store: str = "store"
     shards_per_job: int = 4
     bench_loss: list[str] = field(default_factory=list)  # runs; the first is the reference
+    eval: list[str] = field(default_factory=list)  # likewise, for `snakemake eval`

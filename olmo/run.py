@@ -13,7 +13,7 @@ from olmo.config import DataConfig, EvaluatorConfig, TrainConfig, identity
 from olmo.data.shards import read
 from olmo.data.tokenizer import check_tokenizer
 from olmo.launch import Geometry, launch
-from olmo.stage import STORE, Facts, Folder, Free, Input, Inputs, Output, Work, here, stage
+from olmo.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
 ASIDE = ["metrics.jsonl", "loss.svg"]  # timings and pictures: no part of the content
@@ -142,29 +142,3 @@ def heldout_losses(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]
                 label = name.split("/")[1]
                 losses.setdefault(label, {"first": value})["last"] = value
     return losses
-
-
-def evaluate(checkpoint: Path, tokens: list[Path], results: Path) -> None:
-    """Loss and perplexity of a final checkpoint on the documents its data set held out."""
-    heldout_perplexity(
-        model=checkpoint / "model.safetensors",
-        config=checkpoint / "config.yaml",
-        heldout=[entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes],
-        results=results,
-        checkpoint=checkpoint,
-    )
-
-
-@stage(version=3)
-def heldout_perplexity(
-    model: Input, config: Input, heldout: Inputs, results: Output, checkpoint: Free[Path]
-) -> Facts:
-    """Mean loss in nats a token, and perplexity, over held-out token files.
-
-    `checkpoint` is the folder that holds `model` and `config`.
-    """
-    from olmo.evaluate.final import perplexity
-
-    found = perplexity(checkpoint, heldout)
-    results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    return found

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.recipe import Pipeline, Recipe
+from olmo.recipe import EvaluationConfig, Pipeline, Recipe
 
 FOLDER = Path(__file__).parent.parent / "config" / "schema"
-ROOTS = {"config": Pipeline, "data": Recipe, "train": TrainConfig}
+ROOTS = {"config": Pipeline, "data": Recipe, "eval": EvaluationConfig, "train": TrainConfig}
 PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 
 

@@ -1,15 +1,61 @@
-# Evaluation: a finished checkpoint on the documents that its data set held out.
+# Evaluation: a finished checkpoint on what its data set held out, and on the tasks of its run.
+
+
+rule heldout:
+    input:
+        final="checkpoints/{run}/final",
+        tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
+    output:
+        "checkpoints/{run}/heldout.json",
+    log:
+        "logs/heldout/{run}.log",
+    threads: workflow.cores
+    shell:
+        "olmo heldout --checkpoint {input.final:q} --tokens {input.tokens:q} --results {output:q}"
+        " --log {log:q}"
+
+
+rule questions:
+    # A choice task that needs no network.
+    output:
+        directory("data/questions"),
+    log:
+        "logs/questions.log",
+    shell:
+        "olmo questions --folder {output:q} --log {log:q}"
 
 
 rule evaluate:
     input:
         final="checkpoints/{run}/final",
-        tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
+        hf="hf/{run}",
+        heldout="checkpoints/{run}/heldout.json",
+        tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",
+        questions="data/questions",
+        config=lambda w: plan.run(w.run).evaluation or [],
     output:
-        "eval/{run}/heldout.json",
+        directory("eval/{run}"),
     log:
         "logs/evaluate/{run}.log",
     threads: workflow.cores
+    params:
+        tasks=lambda w: plan.evaluation_flags(w.run),
+        answers="checkpoints/{run}/answers",
     shell:
-        "olmo evaluate --checkpoint {input.final:q} --tokens {input.tokens:q} --results {output:q}"
+        "olmo evaluate --checkpoint {input.final:q} --hf {input.hf:q} --heldout {input.heldout:q}"
+        " --tokenizer {input.tokenizer:q} --questions {input.questions:q}"
+        " --answers {params.answers:q} --results {output:q} {params.tasks} --log {log:q}"
+
+
+rule eval:
+    # Runs side by side.
+    input:
+        lambda w: [f"eval/{run}" for run in plan.pipeline.eval],
+    output:
+        table="bench-results/eval/table.md",
+        parquet="bench-results/eval/results.parquet",
+    log:
+        "logs/eval.log",
+    shell:
+        "olmo scores --runs {input:q} --table {output.table:q} --parquet {output.parquet:q}"
         " --log {log:q}"

@@ -7,7 +7,6 @@ model again and again.
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 from olmo.config import EvaluatorConfig, EvaluatorType, TokenizerConfig, TrainConfig
 from olmo.evaluate.choices import LONGEST, Score, encoded, log_likelihoods, score
 from olmo.evaluate.perplexity import HeldOut
-from olmo.evaluate.tasks import Request, Task, requests, tasks
+from olmo.evaluate.tasks import Request, Task, requests, task_of
 from olmo.log import tell
 from olmo.tokenizer import Tokenizer
 from olmo.train.parallel import World
@@ -67,11 +66,16 @@ class Choices:
         world: World,
         task: Task,
         tokenizer: Any,
+        documents: int | None = None,
     ) -> None:
+        """`documents`: only the first so many."""
         self.task = task
         self._cfg, self._world = cfg, world
         self._batch_size = evaluator.device_eval_batch_size or cfg.device_eval_batch_size
         self.requests = requests(task, _folder(cfg))
+        if documents is not None:
+            numbers = list(dict.fromkeys(r.document for r in self.requests))[:documents]
+            self.requests = [r for r in self.requests if r.document in set(numbers)]
         batches = evaluator.subset_num_batches
         batches = cfg.eval_subset_num_batches if batches is None else batches
         if batches > 0:
@@ -88,6 +92,10 @@ class Choices:
 
     def score(self, model: nn.Module) -> Score:
         """The task's metric, the same on every process."""
+        return score(self.task.metric, self.requests, *self.likelihoods(model))
+
+    def likelihoods(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-likelihood of each request, (N,), and for pmi_dc the unconditional ones."""
         cfg, world = self._cfg, self._world
 
         def likelihoods(prompts: Sequence[Any]) -> torch.Tensor:
@@ -99,23 +107,12 @@ class Choices:
         with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
             given = likelihoods(self.prompts)
             alone = None if self.unconditional is None else likelihoods(self.unconditional)
-        return score(self.task.metric, self.requests, given, alone)
+        return given, alone
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         metric = self.task.metric
         place = f"downstream_{metric}" if metric in ("ce_loss", "bpb") else "downstream"
         return {f"eval/{place}/{self.task.label}_{metric}": self.score(model).value}
-
-
-def task_of(label: str) -> Task:
-    """The task of this name; ValueError names the nearest ones."""
-    if label not in tasks():
-        near = difflib.get_close_matches(label, tasks(), 3) or ["piqa", "hellaswag", "arc_easy"]
-        raise ValueError(
-            f"evaluators: there is no downstream task '{label}'; did you mean {', '.join(near)}? "
-            "olmo/evaluate/tasks.yaml has them all"
-        )
-    return tasks()[label]
 
 
 def tokenizer_of(cfg: TrainConfig, label: str) -> Any:

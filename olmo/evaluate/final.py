@@ -1,4 +1,4 @@
-"""Evaluate a finished checkpoint, outside its run."""
+"""Evaluate a finished checkpoint, outside its run, by our own scorer."""
 
 import math
 from pathlib import Path
@@ -7,36 +7,102 @@ from typing import Any
 import torch
 
 from olmo.checkpoint.read import load_model
-from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
-from olmo.evaluate.evaluators import evaluate
+from olmo.config import DataConfig, EvaluatorConfig, EvaluatorType, TrainConfig
+from olmo.evaluate.choices import score
+from olmo.evaluate.evaluators import Choices
 from olmo.evaluate.perplexity import HeldOut
-from olmo.train.parallel import join_world
+from olmo.evaluate.tasks import OF_TARGET, Task
+from olmo.model import OLMo
+from olmo.train.parallel import World, join_world
 
 LABEL = "heldout"
 
 
+def opened(checkpoint: Path) -> tuple[TrainConfig, World, OLMo]:
+    """A final checkpoint's config, and its model as its run computed."""
+    cfg = TrainConfig.load(checkpoint / "config.yaml", validate_paths=False)
+    if cfg.intra_op_threads is not None:
+        torch.set_num_threads(cfg.intra_op_threads)
+    world = join_world()
+    return cfg, world, load_model(checkpoint, world.device)
+
+
 def perplexity(checkpoint: Path, heldout: list[Path]) -> dict[str, Any]:
-    """Loss (nats a token) and perplexity of a final checkpoint on held-out token files.
+    """Loss (nats a token), its standard error over instances, and perplexity on token files.
 
     Computed as the run computed it: same precision, same batches.
 
     Raises:
         ValueError: the files hold no instance as long as the model's sequences.
     """
-    cfg = TrainConfig.load(checkpoint / "config.yaml", validate_paths=False)
-    if cfg.intra_op_threads is not None:
-        torch.set_num_threads(cfg.intra_op_threads)
-    world = join_world()
-    model = load_model(checkpoint, world.device)
+    cfg, world, model = opened(checkpoint)
     paths, dtype = [str(path) for path in heldout], cfg.data.memmap_dtype
     data = DataConfig(paths=paths, memmap_dtype=dtype, drop_last=False)
     evaluator = EvaluatorConfig(LABEL, data=data, subset_num_batches=-1)
     heldout_set = HeldOut(cfg, evaluator, world)
-    if len(heldout_set.dataset) == 0:
+    instances = len(heldout_set.dataset)
+    if instances == 0:
         raise ValueError(
             f"expected held-out instances of {cfg.model.max_sequence_length} tokens, found none in "
             f"{len(heldout)} files; raise heldout_share in the recipe"
         )
-    found = evaluate([heldout_set], model)
-    loss, instances = found[f"eval/{LABEL}/CrossEntropyLoss"], len(heldout_set.dataset)
-    return {"CrossEntropyLoss": loss, "Perplexity": math.exp(loss), "instances": instances}
+    with torch.no_grad():
+        losses = heldout_set.losses(model)
+    loss = losses.metrics(world.sum)[f"eval/{LABEL}/CrossEntropyLoss"]
+    return {
+        "CrossEntropyLoss": loss,
+        "stderr": number(losses.stderr(world.sum)[LABEL]),
+        "Perplexity": math.exp(loss),
+        "instances": instances,
+    }
+
+
+def choices(
+    checkpoint: Path,
+    task: Task,
+    tokenizer: Path,
+    folder: Path | None,
+    batch_size: int,
+    limit: int | None = None,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A multiple-choice task: its metrics, and each request with its log-likelihood in nats.
+
+    Args:
+        folder: where its data set is, laid out as OLMo ships its own; None asks the hub.
+        limit: the first so many documents; None: all of them.
+
+    Raises:
+        ValueError: the data set is not to be had, or its documents have no answers.
+    """
+    from tokenizers import Tokenizer
+
+    cfg, world, model = opened(checkpoint)
+    cfg = cfg.update_with(hf_datasets_cache_dir=None if folder is None else str(folder))
+    evaluator = EvaluatorConfig(
+        task.label,
+        type=EvaluatorType.downstream,
+        device_eval_batch_size=batch_size,
+        subset_num_batches=-1,
+    )
+    asked = Choices(cfg, evaluator, world, task, Tokenizer.from_file(str(tokenizer)), limit)
+    with torch.no_grad():
+        given, alone = asked.likelihoods(model)
+    metrics = [task.metric]
+    if task.metric not in OF_TARGET:  # every option was asked: so these are known too
+        metrics += [name for name in ("acc", "len_norm") if name != task.metric]
+    rows = []
+    for metric in metrics:
+        value, stderr, documents = score(metric, asked.requests, given, alone)
+        rows.append(
+            {"metric": metric, "value": value, "stderr": number(stderr), "documents": documents}
+        )
+    requests = [
+        request._asdict() | {"loglikelihood": value}
+        for request, value in zip(asked.requests, given.tolist(), strict=True)
+    ]
+    return rows, requests
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value

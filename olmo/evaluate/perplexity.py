@@ -41,22 +41,34 @@ class LossByLabel:
         """Instances go by their file's metadata `label`, by `label` where it has none."""
         self._names = sorted({row.get("label", label) for row in dataset.metadata})
         self._default = label
-        self._sums = torch.zeros(2, len(self._names), dtype=torch.float64, device=device)
+        # Rows: sum of losses, of their squares, and how many they are.
+        self._sums = torch.zeros(3, len(self._names), dtype=torch.float64, device=device)
 
     def add(self, batch: dict[str, Any], losses: Tensor) -> None:
         labels = [row.get("label", self._default) for row in batch["metadata"]]
         where = torch.tensor([self._names.index(label) for label in labels], device=losses.device)
-        counts = batch["counts"].double() if "counts" in batch else torch.ones_like(losses).double()
-        self._sums.index_add_(1, where, torch.stack([losses.double() * counts, counts]))
+        losses = losses.double()
+        counts = batch["counts"].double() if "counts" in batch else torch.ones_like(losses)
+        self._sums.index_add_(
+            1, where, torch.stack([losses * counts, losses.square() * counts, counts])
+        )
 
     def metrics(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """eval/<label>/CrossEntropyLoss and /Perplexity, over what `add_up` sums over processes."""
-        total, count = add_up(self._sums).tolist()
+        total, _, count = add_up(self._sums).tolist()
         out = {}
         for name, loss, n in zip(self._names, total, count, strict=True):
             if n:
                 out[f"eval/{name}/CrossEntropyLoss"] = loss / n
                 out[f"eval/{name}/Perplexity"] = math.exp(loss / n)
+        return out
+
+    def stderr(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """By label, of the mean over instances, in nats; NaN for a single one."""
+        out = {}
+        for name, loss, square, n in zip(self._names, *add_up(self._sums).tolist(), strict=True):
+            variance = max(square - loss**2 / n, 0.0) / (n - 1) if n > 1 else math.nan
+            out[name] = math.sqrt(variance / n) if n else math.nan
         return out
 
 
@@ -72,6 +84,10 @@ class HeldOut:
         self.dataset = build_memmap_dataset(cfg, evaluator.data)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
+        return self.losses(model).metrics(self._world.sum)
+
+    def losses(self, model: nn.Module) -> LossByLabel:
+        """What this process's share of the instances adds up to."""
         cfg, world = self._cfg, self._world
         losses = LossByLabel(self._label, self.dataset, world.device)
         batches = build_eval_batches(cfg, self._data, self._batch_size, world.rank, world.size)
@@ -80,4 +96,4 @@ class HeldOut:
             with autocast(cfg, world.device):
                 values = instance_losses(model, batch)
             losses.add(batch, values)
-        return losses.metrics(world.sum)
+        return losses

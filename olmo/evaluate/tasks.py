@@ -7,6 +7,7 @@ A request is a context and a continuation; a document has one for each of its op
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Iterator
@@ -75,6 +76,17 @@ def tasks() -> dict[str, Task]:
     return {task.label: task for task in found}
 
 
+def task_of(label: str) -> Task:
+    """The task of this name; ValueError names the nearest ones."""
+    if label not in tasks():
+        near = difflib.get_close_matches(label, tasks(), 3) or ["piqa", "hellaswag", "arc_easy"]
+        raise ValueError(
+            f"evaluators: there is no downstream task '{label}'; did you mean {', '.join(near)}? "
+            "olmo/evaluate/tasks.yaml has them all"
+        )
+    return tasks()[label]
+
+
 def requests(task: Task, folder: Path | None) -> list[Request]:
     """What a model is asked, document by document.
 
@@ -105,6 +117,8 @@ def requests(task: Task, folder: Path | None) -> list[Request]:
                 f"evaluators: '{task.label}': a document of {task.dataset} is not as "
                 f"tasks.yaml expects it: {error}"
             ) from error
+    if not found:
+        raise ValueError(f"evaluators: '{task.label}': there is no document in its data set")
     if task.metric in OF_TARGET:
         found = [r._replace(option=0, target=0) for r in found if r.option == r.target]
     return found
@@ -134,14 +148,21 @@ def _from_documents(task: Task, folder: Path | None) -> Iterator[Request]:
         for row in read_rows(*source, task.split, folder):
             for shots in task.shots:
                 before = "" if shots is None else preamble(row) + "".join(examples[:shots])
-                for i, option in enumerate(options(row)):
+                choices, right = options(row), target(row)
+                if not isinstance(right, int) or not 0 <= right < len(choices):
+                    raise ValueError(
+                        f"evaluators: '{task.label}': document {number} of {task.dataset} has no "
+                        f"answer: expected a number below {len(choices)}, found {right!r}. Name a "
+                        "split whose answers are public"
+                    )
+                for i, option in enumerate(choices):
                     yield Request(
                         number,
                         i,
                         before + context(row, option=option),
                         " " + continuation(row, option=option),
                         unconditional(row, option=option),
-                        target(row),
+                        right,
                     )
                 number += 1
 

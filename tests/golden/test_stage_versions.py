@@ -31,6 +31,12 @@ LIBRARY = {
     "beta/inner.py": "def f():\n    return 'ü'\n",
     "pydoc_data/topics.py": "topics = {'with': 'The with statement'}\n",
 }
+DOCUMENTED = {
+    "delta.py": "".join(
+        f'def f{i}(x, *, y={i}):\n    """Return what {i} and {w} make together."""\n'
+        for i, w in enumerate(("naïve", "plain", "other", "last", "more"))
+    ),
+}
 LINES = [
     {"id": f"doc-{i}", "text": f"Document {i}: naïve café, {'words ' * (i % 7)}end.", "source": "x"}
     for i in range(200)
@@ -40,6 +46,9 @@ LINES = [
 ELSEWHERE = {
     "training": "its bits depend on the processor; tests/golden holds its curves",
     "heldout_perplexity": "likewise",
+    "choice_task": "likewise; tests/unit/test_evaluation.py holds it to lm-eval's numbers",
+    "harness_tasks": "likewise",
+    "evaluation": "a summary of these: tests/unit/test_evaluation.py",
     "download": "its bytes are the server's; tests/unit/test_sources.py",
     "download_tokens": "likewise",
     "source_list": "likewise",
@@ -74,11 +83,17 @@ def order(folder: Path) -> Path:
     return folder / "order.npy"
 
 
-def library(folder: Path) -> Path:
-    for name, text in LIBRARY.items():
+def library(folder: Path, files: dict[str, str] = LIBRARY) -> Path:
+    for name, text in files.items():
         (folder / "library" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "library" / name).write_text(text)
     return folder / "library"
+
+
+def make_questions(stage: Stage, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sysconfig.get_path", lambda name: str(library(folder, DOCUMENTED)))
+        stage.build(folder=folder / "outputs", questions=5)
 
 
 def make_stdlib(stage: Stage, folder: Path) -> None:
@@ -91,6 +106,7 @@ def make_stdlib(stage: Stage, folder: Path) -> None:
 
 MAKE: dict[str, Callable[[Stage, Path], object]] = {
     "stdlib": make_stdlib,
+    "stdlib_questions": make_questions,
     "local_source": lambda s, d: s.build(file=source(d), source=d / "outputs"),
     "documents": lambda s, d: s.build(
         source=source(d),

@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not PEER, reason="OLMO_PEER_PYTHON is not set; see tests/parity/README.md"),
 ]
 HERE = Path(__file__).parent
+OURS = {"stdlib_docstrings"}  # no task of the peer's
 DOCUMENTS = int(os.environ.get("OLMO_PARITY_DOCUMENTS", 10))
 ALONE = World(0, 0, 1, torch.device("cpu"), "")
 
@@ -67,7 +68,7 @@ class Tiny(torch.nn.Module):
         return SimpleNamespace(logits=tiny_logits(input_ids))
 
 
-@pytest.mark.parametrize("label", sorted(tasks()))
+@pytest.mark.parametrize("label", sorted(tasks().keys() - OURS))
 def test_the_same_questions_and_answers(label: str, theirs: dict[str, Any], tokenizer: Any) -> None:
     expected, task = theirs["tasks"][label], tasks()[label]
     asked = requests(task, Path(theirs["data"]))
@@ -102,4 +103,4 @@ def test_the_same_questions_and_answers(label: str, theirs: dict[str, Any], toke
 
 
 def test_every_label_is_there(theirs: dict[str, Any]) -> None:
-    assert tasks().keys() == theirs["tasks"].keys()
+    assert tasks().keys() - OURS == theirs["tasks"].keys()

@@ -148,8 +148,8 @@ def test_a_corrupt_object_is_found_quarantined_and_rebuilt(finished: Project):
 
 
 def test_evaluation_agrees_with_the_run(finished: Project):
-    finished.run("eval/small/heldout.json")
-    found = json.loads((finished.root / "eval/small/heldout.json").read_text())
+    finished.run("checkpoints/small/heldout.json")
+    found = json.loads((finished.root / "checkpoints/small/heldout.json").read_text())
     last = finished.metrics()[-1]["eval/heldout/CrossEntropyLoss"]
     assert found["CrossEntropyLoss"] == pytest.approx(last, abs=1e-6)
 
@@ -175,7 +175,7 @@ def test_what_was_pushed_and_pulled_is_not_made_again(finished: Project, tmp_pat
     pushed = finished.olmo("store", "push", str(tmp_path / "second"), "--inputs")
     assert pushed.status == 0, pushed.output
     other = finished.copy(tmp_path / "other")
-    for name in ("store", "data", "checkpoints", "eval", ".snakemake"):
+    for name in ("store", "data", "checkpoints", ".snakemake"):
         shutil.rmtree(other.root / name)
     other.store = other.root / "store"
     # A laptop takes the checkpoint and what one step saw: the order and some of three shards.

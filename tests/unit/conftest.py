@@ -1,8 +1,9 @@
-"""What the tests of the data half share: the toolkit, in the environment that the pipeline uses."""
+"""What tests share: the toolkit, in the environment that the pipeline uses; a small tokenizer."""
 
 from pathlib import Path
 
 import pytest
+from project import documents, write_source
 
 from olmo.data.dolma import Dolma, toolkit
 from olmo.environments import environment, interpreter
@@ -24,3 +25,15 @@ def python():
 def dolma(python):
     with Dolma(python, toolkit(REQUIREMENTS)) as dolma:
         yield dolma
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.json of 300 entries."""
+    from olmo.data.tokenizer import trained_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_source(folder / "documents.gz", documents(0))
+    path = folder / "tokenizer.json"
+    trained_tokenizer.build(documents=[folder / "documents.gz"], tokenizer=path, vocab_size=300)
+    return path

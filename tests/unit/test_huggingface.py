@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from project import documents, write_source
 
 from olmo.checkpoint import convert, huggingface, load_model
 from olmo.checkpoint.final import write_safetensors
 from olmo.config import ModelConfig, TrainConfig, to_yaml
-from olmo.data.tokenizer import trained_tokenizer
 from olmo.model import OLMo
 
 OLMO1: dict[str, Any] = {
@@ -64,15 +62,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "bias_for_layer_norm": OLMO2 | {"bias_for_layer_norm": True},
     "clip_qkv": OLMO2 | {"clip_qkv": 1.0},
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_source(folder / "documents.gz", documents(0))
-    path = folder / "tokenizer.json"
-    trained_tokenizer.build(documents=[folder / "documents.gz"], tokenizer=path, vocab_size=300)
-    return path
 
 
 def checkpoint(folder: Path, settings: dict[str, Any]) -> OLMo:

@@ -1,0 +1,243 @@
+"""Evaluation of a finished run, as stages: held-out perplexity, choice tasks, lm-eval; one table.
+
+What is measured is a stage each, so that a changed list of tasks asks the new ones only. Their
+answers lie beside the run, in checkpoints/<run>/answers; eval/<run> is made of them.
+"""
+
+import dataclasses
+import json
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from olmo.config import TrainConfig
+from olmo.data.questions import DATASET, stdlib_questions
+from olmo.data.shards import read
+from olmo.data.stdlib import library_digest
+from olmo.stage import Facts, Folder, Free, Input, Inputs, Output, stage
+
+OURS, HARNESS = "ours", "lm-eval"  # who asked
+
+
+def heldout(checkpoint: Path, tokens: list[Path], results: Path) -> None:
+    """Loss and perplexity of a final checkpoint on the documents its data set held out."""
+    heldout_perplexity(
+        model=checkpoint / "model.safetensors",
+        config=checkpoint / "config.yaml",
+        heldout=[entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes],
+        results=results,
+        checkpoint=checkpoint,
+    )
+
+
+def questions(folder: Path) -> None:
+    """Make the choice task that needs no network, of the running Python's standard library."""
+    stdlib_questions(folder=folder, library=library_digest())
+
+
+def evaluate(
+    checkpoint: Path,
+    hf: Path,
+    tokenizer: Path,
+    heldout: Path,
+    questions: Path,
+    answers: Path,
+    results: Path,
+    choices: tuple[str, ...] = (),
+    harness: tuple[str, ...] = (),
+    data: Path | None = None,
+    task_files: tuple[Path, ...] = (),
+    batch_size: int = 8,
+    limit: int | None = None,
+) -> None:
+    """Ask a finished run the tasks `choices` by our scorer and `harness` by lm-eval; tabulate.
+
+    `checkpoint` is a final folder, `hf` its export, `heldout` what `olmo heldout` found,
+    `questions` what `olmo questions` made; `data` holds further data sets, as
+    hf_datasets_cache_dir does. `answers` and `results` are the folders that are written.
+
+    Raises ValueError for a task that there is not, that has no answers, or whose data is not here
+    and not to be had from the hub.
+    """
+    from olmo.evaluate.rows import local_files
+    from olmo.evaluate.tasks import task_of, tasks
+
+    def place(label: str) -> tuple[Path | None, list[Path]]:
+        task = task_of(label)
+        folder = questions if task.dataset == DATASET else data
+        splits = filter(None, (task.split, task.shots_split))
+        found = local_files(task.dataset, task.configs, splits, folder) if folder else []
+        return folder, found
+
+    found = []
+    for label in choices:
+        folder, rows = place(label)
+        choice_task(
+            model=checkpoint / "model.safetensors",
+            config=checkpoint / "config.yaml",
+            tokenizer=tokenizer,
+            rows=rows,
+            task=dataclasses.asdict(task_of(label)),
+            answers=answers / OURS / label,
+            checkpoint=checkpoint,
+            data=folder,
+            batch_size=batch_size,
+            limit=limit,
+        )
+        found.append(answers / OURS / label)
+    if harness:
+        local = {label: place(label) for label in harness if label in tasks()}
+        local = {label: (folder, rows) for label, (folder, rows) in local.items() if rows}
+        harness_tasks(
+            model=sorted(p for p in hf.iterdir() if p.suffix in (".json", ".safetensors"))
+            if hf.is_dir()
+            else [hf],
+            rows=[row for _, rows in local.values() for row in rows],
+            files=sorted(p for f in task_files for p in f.rglob("*") if p.is_file()),
+            names=sorted(set(harness)),
+            ours={label: dataclasses.asdict(task_of(label)) for label in local},
+            versions={name: version(name) for name in ("lm-eval", "transformers")},
+            answers=answers / HARNESS,
+            checkpoint=checkpoint,
+            hf=hf,
+            data={label: folder for label, (folder, _) in local.items() if folder},
+            task_files=list(task_files),
+            batch_size=batch_size,
+            limit=limit,
+        )
+        found.append(answers / HARNESS)
+    evaluation(
+        heldout=heldout,
+        scores=[folder / "scores.json" for folder in found],
+        requests=[folder / "requests.parquet" for folder in found],
+        results=results,
+    )
+
+
+@stage(version=4)
+def heldout_perplexity(
+    model: Input, config: Input, heldout: Inputs, results: Output, checkpoint: Free[Path]
+) -> Facts:
+    """Mean loss in nats a token with its standard error, and perplexity, over held-out files.
+
+    `checkpoint` is the folder that holds `model` and `config`.
+    """
+    from olmo.evaluate.final import perplexity
+
+    found = perplexity(checkpoint, heldout)
+    results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    return {"facts": found, "conditions": circumstances(checkpoint)}
+
+
+@stage(version=1)
+def choice_task(
+    model: Input,
+    config: Input,
+    tokenizer: Input,
+    rows: Inputs,
+    task: dict[str, Any],
+    answers: Folder,
+    checkpoint: Free[Path],
+    data: Free[Path | None],
+    batch_size: Free[int],
+    limit: int | None = None,
+) -> Facts:
+    """A multiple-choice task by our own scorer: scores.json and requests.parquet.
+
+    `rows` are its documents' files in `data`; where they are none, the hub is asked, and what it
+    answers is no part of the identity.
+    """
+    from olmo.evaluate.final import choices
+    from olmo.evaluate.tasks import Task
+
+    asked = Task(**task)
+    scores, requests = choices(checkpoint, asked, tokenizer, data, batch_size, limit)
+    scores = [{"scorer": OURS, "task": asked.label, **score} for score in scores]
+    write_answers(answers, scores, [{"task": asked.label, **row} for row in requests])
+    where = circumstances(checkpoint) | {"batch_size": batch_size}
+    return {"facts": {"scores": scores}, "conditions": where}
+
+
+@stage(version=1)
+def harness_tasks(
+    model: Inputs,
+    rows: Inputs,
+    files: Inputs,
+    names: list[str],
+    ours: dict[str, Any],
+    versions: dict[str, str],
+    answers: Folder,
+    checkpoint: Free[Path],
+    hf: Free[Path],
+    data: Free[dict[str, Path]],
+    task_files: Free[list[Path]],
+    batch_size: Free[int],
+    limit: int | None = None,
+) -> Facts:
+    """Tasks by lm-evaluation-harness on an export: scores.json and requests.parquet.
+
+    `ours` are tasks of tasks.yaml whose documents, `rows`, are in `data`: the harness is given
+    them as tasks of its own. `files` are those of `task_files`.
+    """
+    import torch
+
+    from olmo.evaluate.harness import ask, write_task
+    from olmo.evaluate.tasks import Task
+
+    torch.set_num_threads(circumstances(checkpoint)["threads"])
+    with TemporaryDirectory() as place:
+        for label, fields in ours.items():
+            write_task(Task(**fields), data[label], Path(place))
+        folders = [*task_files, *([Path(place)] if ours else [])]
+        scores, requests = ask(hf, names, folders, batch_size, limit)
+    scores = [{"scorer": HARNESS, **score} for score in scores]
+    write_answers(answers, scores, requests)
+    where = circumstances(checkpoint) | {"batch_size": batch_size}
+    return {"facts": {"scores": scores}, "conditions": where}
+
+
+@stage(version=1)
+def evaluation(heldout: Input, scores: Inputs, requests: Inputs, results: Folder) -> Facts:
+    """All that was measured of a run: results.json, results.parquet, requests.parquet, table.md."""
+    import polars
+
+    from olmo.report.scores import SCHEMA, heldout_scores, of_one
+
+    rows = heldout_scores(json.loads(heldout.read_text()))
+    for path in scores:
+        rows += json.loads(path.read_text())
+    results.mkdir()
+    (results / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    frame = polars.DataFrame(rows, schema=SCHEMA)
+    frame.write_parquet(results / "results.parquet")
+    (results / "table.md").write_text(of_one(rows))
+    asked = [polars.read_parquet(path) for path in requests]
+    if asked:
+        polars.concat(asked, how="diagonal").write_parquet(results / "requests.parquet")
+    return {"facts": {"scores": len(rows)}}
+
+
+def write_answers(
+    folder: Path, scores: list[dict[str, Any]], requests: list[dict[str, Any]]
+) -> None:
+    import polars
+
+    folder.mkdir()
+    (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    by = scores[0]["scorer"] if scores else HARNESS
+    rows = [{"scorer": by, **row} for row in requests]
+    polars.DataFrame(rows, infer_schema_length=None).write_parquet(folder / "requests.parquet")
+
+
+def circumstances(checkpoint: Path) -> dict[str, Any]:
+    """What the bits of a measurement depend on besides what was asked."""
+    import torch
+
+    cfg = TrainConfig.load(checkpoint / "config.yaml", validate_paths=False)
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": cfg.intra_op_threads or torch.get_num_threads(),
+        "torch": version("torch"),
+    }

@@ -1,0 +1,94 @@
+"""After the checkpoint, through the real Snakefile: export, evaluation, runs side by side."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars
+import pytest
+from project import Project
+
+OFFLINE = """
+import sys
+from transformers import AutoModelForCausalLM, pipeline
+model = AutoModelForCausalLM.from_pretrained("hf/small")
+(text,) = pipeline("text-generation", model="hf/small")("def ", max_new_tokens=8, do_sample=False)
+assert text["generated_text"].startswith("def "), text
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Project:
+    project = Project(tmp_path_factory.mktemp("after") / "project")
+    project.use_given_tokenizer(tokenizer)
+    project.write(
+        "config/eval/small.yaml",
+        {"choices": ["stdlib_docstrings"], "harness": ["stdlib_docstrings"], "limit": 12},
+    )
+    run = {"train": "config/train/small.yaml", "dataset": "small"}
+    asked = {**run, "evaluation": "config/eval/small.yaml"}
+    other = {**asked, "overrides": ["optimizer.learning_rate=1e-3"]}
+    runs = {"small": asked, "other": other}
+    project.change("config/config.yaml", runs=runs, eval=["small", "other"])
+    return project
+
+
+def test_evaluated_by_both_scorers(project: Project) -> None:
+    first = project.run("eval/small", timeout=600)
+    assert {"huggingface_export", "heldout_perplexity", "choice_task"} < set(first.ran)
+    rows = json.loads((project.root / "eval/small/results.json").read_text())
+    found = {(row["scorer"], row["task"], row["metric"]): row for row in rows}
+    last = project.metrics()[-1]["eval/heldout/CrossEntropyLoss"]
+    loss = found["ours", "heldout", "loss"]
+    assert loss["value"] == pytest.approx(last, abs=1e-6) and 0 < loss["stderr"] < 1
+    ours, theirs = (found[by, "stdlib_docstrings", "acc"] for by in ("ours", "lm-eval"))
+    assert (ours["value"], ours["documents"]) == (theirs["value"], 12)
+    assert polars.read_parquet(project.root / "eval/small/results.parquet").height == len(rows)
+    asked = polars.read_parquet(project.root / "eval/small/requests.parquet")
+    a, b = (asked.filter(scorer=by)["loglikelihood"] for by in ("ours", "lm-eval"))
+    assert len(a) == len(b) == 48 and (a - b).abs().max() < 1e-4
+    assert "| heldout | ours | loss |" in (project.root / "eval/small/table.md").read_text()
+    again = project.run("eval/small")
+    assert not again.ran and not again.found
+
+
+def test_the_export_works_offline(project: Project) -> None:
+    script = [sys.executable, "-c", OFFLINE]
+    subprocess.run(script, check=True, cwd=project.root, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    card = (project.root / "hf/small/README.md").read_text()
+    assert "OlmoForCausalLM" in card and project.content() in card
+    assert "| a local file |" in card and "training (version 3)" in card
+    back = project.olmo("checkpoint", "convert", "hf/small", "back", "--kind", "safetensors")
+    assert back.status == 0, back.output
+    for name in ("model.safetensors", "config.yaml"):
+        before, after = project.final / name, project.root / "back" / name
+        assert before.read_bytes() == after.read_bytes()
+
+
+def test_another_task_asks_that_one_only(project: Project) -> None:
+    project.change("config/eval/small.yaml", harness=[])
+    changed = project.run("eval/small")
+    assert changed.ran == {"evaluation": 1} and changed.found == {"choice_task": 1}
+
+
+def test_runs_side_by_side(project: Project) -> None:
+    project.run("eval", timeout=600)
+    table = (project.root / "bench-results/eval/table.md").read_text()
+    assert table.startswith("| task | scorer | metric | small | other |")
+    assert table.count(" ± ") >= 6
+
+
+def test_bad_input(project: Project) -> None:
+    nobody = project.run("eval/nobody", ok=False)
+    assert "there is no run nobody in config/config.yaml; there are small, other" in nobody.output
+    nobody = project.run("hf/nobody", ok=False)
+    assert "there is no run nobody in config/config.yaml" in nobody.output
+    project.change("config/eval/small.yaml", choices=["stdlib_docstring"])
+    wrong = project.run("eval/small", ok=False)
+    assert "no downstream task 'stdlib_docstring'; did you mean stdlib_docstrings" in wrong.output
+    project.change("config/eval/small.yaml", choices=["sciq"])
+    offline = project.run("eval/small", ok=False)
+    assert "'sciq' needs the validation split of sciq" in offline.output
+    assert "Name a folder" in offline.output

@@ -1,0 +1,213 @@
+"""Two scorers agree on one file; results become tables; what cannot be asked is said clearly."""
+
+import json
+import math
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars
+import pytest
+import torch
+from test_huggingface import OLMO2, checkpoint
+
+from olmo.checkpoint import convert
+from olmo.config import TrainConfig
+from olmo.data.questions import DATASET, stdlib_questions
+from olmo.evaluate.final import choices, perplexity
+from olmo.evaluate.harness import ask, write_task
+from olmo.evaluate.tasks import Task, requests, task_of
+from olmo.model import OLMo
+from olmo.pipeline import Plan
+from olmo.report.scores import of_one, scores
+
+LABEL = "stdlib_docstrings"
+ROWS = "hf_datasets/stdlib_docstrings/none/test/questions.jsonl"
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("questions") / "made"
+    stdlib_questions.build(folder=folder, questions=40)
+    return folder
+
+
+@pytest.fixture
+def final(tmp_path: Path) -> Path:
+    checkpoint(tmp_path / "final", OLMO2)
+    return tmp_path / "final"
+
+
+def exported(final: Path, tokenizer: Path) -> Path:
+    return convert(final, final.parent / "hf", kind="hf", tokenizer=tokenizer)
+
+
+def test_both_scorers_agree(
+    final: Path,
+    questions: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+) -> None:
+    """The same documents by lm-eval on the export and by ours on the checkpoint."""
+    ours, our_requests = choices(final, task_of(LABEL), tokenizer, questions, 4)
+    (tmp_path / "tasks").mkdir()
+    write_task(task_of(LABEL), questions, tmp_path / "tasks")
+    hf = exported(final, tokenizer)
+    theirs, their_requests = ask(hf, [LABEL], [tmp_path / "tasks"], batch_size=3)
+
+    assert len(our_requests) == len(their_requests) == 160
+    for mine, other in zip(our_requests, their_requests, strict=True):
+        for key in ("document", "option", "context", "continuation"):
+            assert mine[key] == other[key]
+        assert mine["loglikelihood"] == pytest.approx(other["loglikelihood"], abs=1e-4)
+    mine = {row["metric"]: row for row in ours}
+    other = {row["metric"]: row for row in theirs}
+    for our_name, their_name in (("acc", "acc"), ("len_norm", "acc_norm")):
+        for key in ("value", "stderr", "documents"):
+            assert mine[our_name][key] == pytest.approx(other[their_name][key], abs=1e-9)
+    assert 0 < mine["acc"]["value"] < 1 and mine["acc"]["stderr"] > 0
+
+    some, _ = ask(hf, [LABEL], [tmp_path / "tasks"], limit=7)
+    fewer, _ = choices(final, task_of(LABEL), tokenizer, questions, 4, limit=7)
+    assert some[0]["documents"] == fewer[0]["documents"] == 7
+    assert some[0]["value"] == fewer[0]["value"]
+
+
+def test_the_questions_can_be_answered(questions: Path) -> None:
+    rows = [json.loads(line) for line in (questions / ROWS).read_text().splitlines()]
+    assert len(rows) == 40
+    assert all(len(set(row["options"])) == 4 for row in rows)
+    assert {row["answer"] for row in rows} == {0, 1, 2, 3}
+    library = Path(sysconfig.get_path("stdlib"))
+    for row in rows:
+        assert row["options"][row["answer"]] in (library / row["path"]).read_text()
+
+
+def changed(questions: Path, into: Path, **values: Any) -> Path:
+    """The questions with fields of the third document changed."""
+    rows = [json.loads(line) for line in (questions / ROWS).read_text().splitlines()]
+    rows[2] |= values
+    (into / ROWS).parent.mkdir(parents=True)
+    (into / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return into
+
+
+@pytest.mark.parametrize("answer", [None, -1, 4])
+def test_a_task_without_answers(
+    answer: int | None,
+    final: Path,
+    questions: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+) -> None:
+    folder = changed(questions, tmp_path / "changed", answer=answer)
+    said = rf"'{LABEL}': document 2 of {DATASET} has no answer.*found {answer}"
+    with pytest.raises(ValueError, match=said):
+        choices(final, task_of(LABEL), tokenizer, folder, 4)
+    with pytest.raises(ValueError, match=said):
+        write_task(task_of(LABEL), folder, tmp_path)
+
+
+def test_what_the_harness_cannot_be_asked(
+    final: Path,
+    questions: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+) -> None:
+    fields: dict[str, Any] = {
+        "dataset": DATASET,
+        "split": "test",
+        "options": "options",
+        "target": "answer",
+    }
+    by_option = Task(LABEL, "acc", **fields, context="{{ option }}")
+    with pytest.raises(ValueError, match="a context for each option"):
+        write_task(by_option, questions, tmp_path)
+    right_alone = Task(LABEL, "bpb", **fields)
+    with pytest.raises(ValueError, match="no options to choose from"):
+        write_task(right_alone, questions, tmp_path)
+    hf = exported(final, tokenizer)
+    with pytest.raises(ValueError, match="there is no task 'none_such'"):
+        ask(hf, ["none_such"], [])
+    # No network here (HF_HUB_OFFLINE): what the harness says of the hub, and what to do.
+    with pytest.raises(ValueError, match=r"harness: sciq: .*hub.*task_files"):
+        ask(hf, ["sciq"], [], limit=1)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/broken.yaml").write_text(
+        "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: nowhere.jsonl}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: x\n"
+    )
+    with pytest.raises(ValueError, match=r"harness: broken: .*nowhere"):
+        ask(hf, ["broken"], [tmp_path / "own"])
+
+
+def test_the_error_of_a_held_out_loss(final: Path) -> None:
+    """Loss and standard error beside those of each instance by itself."""
+    tokens = np.random.default_rng(0).integers(2, 300, 5 * 128).astype(np.uint16)
+    tokens.tofile(final / "heldout.npy")
+    model = OLMo.from_checkpoint(final)
+    cfg = TrainConfig.load(final / "config.yaml", validate_paths=False)
+    ids = torch.from_numpy(tokens.astype(np.int64)).view(5, cfg.model.max_sequence_length)
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:]).item()
+            for row in ids
+        ]
+    found = perplexity(final, [final / "heldout.npy"])
+    assert found["instances"] == 5
+    assert found["CrossEntropyLoss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    assert found["stderr"] == pytest.approx(np.std(losses, ddof=1) / math.sqrt(5), rel=1e-4)
+    tokens[:128].tofile(final / "one.npy")
+    assert perplexity(final, [final / "one.npy"])["stderr"] is None
+
+
+def row(metric: str, value: float, stderr: float | None, task: str = "heldout") -> dict[str, Any]:
+    common = {"scorer": "ours", "task": task, "documents": 10}
+    return {**common, "metric": metric, "value": value, "stderr": stderr}
+
+
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    ran = {
+        "a": [row("loss", 5.0, 0.3), row("acc", 0.5, 0.03, "sciq")],
+        "b": [row("loss", 4.5, 0.4), row("acc", 0.45, 0.04, "sciq"), row("f1", 0.2, None, "mrpc")],
+    }
+    for name, rows in ran.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(rows))
+    runs = [tmp_path / name for name in ran]
+    scores(runs, tmp_path / "out/table.md", tmp_path / "out/rows.parquet")
+    assert (tmp_path / "out/table.md").read_text().splitlines()[2:] == [
+        "| heldout | ours | loss | 5.0000 ± 0.3000 | 4.5000 ± 0.4000 (+1.0) |",
+        "| sciq | ours | acc | 0.5000 ± 0.0300 | 0.4500 ± 0.0400 (-1.0) |",
+        "| mrpc | ours | f1 |  | 0.2000 |",
+    ]
+    frame = polars.read_parquet(tmp_path / "out/rows.parquet")
+    assert frame.height == 5 and frame["run"].to_list() == ["a", "a", "b", "b", "b"]
+    assert "| mrpc | ours | f1 | 0.2000 | 10 |" in of_one(ran["b"])
+    with pytest.raises(ValueError, match=r"expected .*c/results.json.*snakemake .*eval/c"):
+        scores([*runs, tmp_path / "c"], tmp_path / "t.md", tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match="different names, found a, a"):
+        scores([runs[0], runs[0]], tmp_path / "t.md", tmp_path / "t.parquet")
+
+
+def test_a_plan_knows_its_runs_and_tasks(tmp_path: Path) -> None:
+    file = tmp_path / "eval.yaml"
+    file.write_text("choices: [piqa]\nharness: [sciq]\nlimit: 5\n")
+    runs = {"one": {"train": "t.yaml", "evaluation": str(file)}, "two": {"train": "t.yaml"}}
+    plan = Plan({"runs": runs})
+    assert plan.evaluation_flags("one") == "--choices piqa --harness sciq --batch-size 8 --limit 5"
+    assert plan.evaluation_flags("two") == "--batch-size 8"
+    with pytest.raises(ValueError, match=r"there is no run three in .*; there are one, two"):
+        plan.dataset("three")
+    file.write_text("choices: [piqqa]\n")
+    with pytest.raises(ValueError, match="no downstream task 'piqqa'; did you mean piqa"):
+        plan.evaluation_flags("one")
+    file.write_text("harnes: [sciq]\n")
+    with pytest.raises(ValueError, match="harnes"):
+        plan.evaluation_flags("one")
+
+
+def test_the_task_is_one_of_ours(questions: Path) -> None:
+    first = requests(task_of(LABEL), questions)[0]
+    assert first.context.startswith("def ") and first.context.endswith('):\n    """')
