@@ -9,6 +9,7 @@
 
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from snakemake.utils import min_version
 
 min_version("9.27")
 
+from olmo.cluster import mend_sacct
 from olmo.pipeline import Plan
 from olmo.workspace import alone, failures, next_steps
 
@@ -28,6 +30,10 @@ plan = Plan(config, dry_run=lambda: workflow.dryrun, judges=workflow.is_main_pro
 
 os.environ["OLMO_STORE"] = plan.store
 os.environ["OLMO_SUPERVISOR"] = str(os.getpid())  # what a job starts ends with this process
+if workflow.is_main_process:
+    mend_sacct()
+else:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a scheduler's warning is for the trainer
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 

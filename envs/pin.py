@@ -22,10 +22,10 @@ BLOCK = re.compile(r"^constraint-dependencies = \[\n(.*?)^\]\n", re.MULTILINE | 
 
 
 def resolved() -> list[str]:
-    """`name==version ; marker` of everything that the project and its groups need."""
+    """`name==version ; marker` of everything that the project, its groups and extras need."""
     only_versions = ["--no-hashes", "--no-header", "--no-annotate", "--no-emit-project", "--quiet"]
     export = subprocess.run(
-        [uv.find_uv_bin(), "export", "--all-groups", *only_versions],
+        [uv.find_uv_bin(), "export", "--all-groups", "--all-extras", *only_versions],
         cwd=PROJECT.parent,
         check=True,
         capture_output=True,

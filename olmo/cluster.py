@@ -1,10 +1,12 @@
 """What a cluster is like: the settings on top of profiles/slurm/config.yaml, and a site's own.
 
 The profile holds the settings and their defaults; a second file says what is different here. This
-module joins the two, for the profile to fill in, and nothing else: SLURM does the scheduling.
+module joins the two for the profile to fill in. SLURM does the scheduling.
 """
 
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +49,23 @@ def settings(defaults: dict[str, Any]) -> Any:
 def growing(first: int, most: int) -> str:
     """A resource that grows with each attempt, in the words that snakemake evaluates."""
     return f"min(attempt * {first}, {most})"
+
+
+def mend_sacct() -> None:
+    """Two of sacct's answers that the executor plugin (2.8.0) does not understand.
+
+    A cancelled job is "CANCELLED by 1000" there, for which the plugin waits for ever; and tasks of
+    an array are asked for by raw numbers and looked for by the array's, so that the last one
+    speaks for all. Here sacct is asked for the other number, and its words are cut to the first.
+    """
+    plugin: Any = sys.modules.get("snakemake_executor_plugin_slurm")
+    if plugin is None:
+        return
+    ask = plugin.query_job_status_sacct
+
+    def mended(run: str) -> str:
+        command = ask(run).replace("JobIdRaw", "JobID")
+        words = f"said=$({command}) && echo \"$said\" | sed 's/ by [0-9]*//'"
+        return shlex.join(["sh", "-c", words])
+
+    plugin.query_job_status_sacct = mended

@@ -131,7 +131,7 @@ def launcher(geometry: Geometry, config: Path) -> list[str]:
     srun = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap"]
     # A launcher that fails ends the others, which would wait for it; unless they may go on.
     srun += ["--no-kill", "--kill-on-bad-exit=0"] if elastic else ["--kill-on-bad-exit=1"]
-    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
+    if cpus := told("SLURM_CPUS_PER_TASK", "CPUs/Task"):
         srun.append(f"--cpus-per-task={cpus}")  # sbatch's is not inherited since SLURM 22.05
     nodes = f"{geometry.fewest}:{count}" if elastic else str(count)
     torchrun += [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{port}"]
@@ -146,13 +146,13 @@ def allocation(geometry: Geometry) -> tuple[int, str]:
         ValueError: there is no allocation, or it is too small.
     """
     asked = f"nodes: {geometry.nodes}"
-    nodelist = os.environ.get("SLURM_JOB_NODELIST")
-    if "SLURM_JOB_ID" not in os.environ or not nodelist:
+    nodelist = told("SLURM_JOB_NODELIST", "NodeList")
+    if not nodelist:
         raise ValueError(
-            f"{asked} needs a SLURM allocation, and this process is in none (SLURM_JOB_ID and "
-            "SLURM_JOB_NODELIST are not set). Submit it: snakemake --workflow-profile "
-            f"profiles/slurm <target>; or begin with salloc --nodes={geometry.nodes} "
-            "--ntasks-per-node=1; or set nodes: 1 for the run in config/config.yaml"
+            f"{asked} needs a SLURM allocation, and this process is in none (SLURM_JOB_ID is "
+            "not set). Submit it: snakemake --workflow-profile profiles/slurm <target>; or "
+            f"begin with salloc --nodes={geometry.nodes} --ntasks-per-node=1; or set nodes: 1 for "
+            "the run in config/config.yaml"
         )
     names = scontrol("show", "hostnames", nodelist).split()
     if len(names) < geometry.fewest:
@@ -164,6 +164,18 @@ def allocation(geometry: Geometry) -> tuple[int, str]:
     # The name of a node need not be one that the network knows; its address is.
     found = re.search(r"\bNodeAddr=(\S+)", scontrol("--oneliner", "show", "node", names[0]))
     return min(len(names), geometry.nodes), found[1] if found else names[0]
+
+
+def told(variable: str, field: str) -> str | None:
+    """What SLURM tells a job of itself, by its environment or by a field of `scontrol show job`.
+
+    snakemake's executor plugin leaves a job's number in the environment and takes out the rest.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or variable in os.environ:
+        return os.environ.get(variable)
+    found = re.search(rf"\s{field}=(\S+)", scontrol("--oneliner", "show", "job", job))
+    return found[1] if found else None
 
 
 def scontrol(*words: str) -> str:

@@ -9,6 +9,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class Plan:
                 f"there is no run {name} in config/config.yaml; there are "
                 + ", ".join(self.pipeline.runs)
             )
-        return self.pipeline.runs[name]
+        run = self.pipeline.runs[name]
+        return replace(run, gpus_per_node=run.gpus_per_node or self.pipeline.gpus_per_node)
 
     def dataset(self, run: str) -> str:
         """The name of a run's data set; its own where its training config names the tokens."""
@@ -299,7 +301,7 @@ class Plan:
             "nodes": geometry.nodes if many else None,
             "tasks": geometry.nodes if many else None,
             "mpi": "srun" if many else None,
-            "gres": f"gpu:{gpus}" if gpus else None,
+            "gres": f"{self.pipeline.gpu}:{gpus}" if gpus else None,
             "tasks_per_gpu": 0 if gpus else None,  # else the executor starts a task for each
         }
         return asked[what]

@@ -187,7 +187,7 @@ class Run(BaseConfig):
     processes: int = 1  # on each node; with GPUs, one a GPU
     nodes: int = 1  # more than one: in a SLURM allocation
     min_nodes: int | None = None  # elastic: begin, and go on after a loss, with as few as this
-    gpus_per_node: int = 0  # what is asked of a scheduler
+    gpus_per_node: int = 0  # what is asked of a scheduler; 0: as many as the pipeline says
     max_restarts: int = 0  # times torchrun starts the processes again before the job fails
 
     def __post_init__(self) -> None:
@@ -213,5 +213,9 @@ class Pipeline(BaseConfig):
     runs: dict[str, Run]
     store: str = "store"
     shards_per_job: int = 4
+    # Of a cluster, and so given by profiles/slurm: what --gres calls a GPU (gpu, gpu:a100), and how
+    # many of each node a run gets that does not say.
+    gpu: str = "gpu"
+    gpus_per_node: int = 0
     bench_loss: list[str] = field(default_factory=list)  # runs; the first is the reference
     eval: list[str] = field(default_factory=list)  # likewise, for `snakemake eval`

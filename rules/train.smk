@@ -13,16 +13,16 @@ rule train:
     log:
         "logs/train/{run}.log",
     threads: workflow.cores
-    resources:
+    resources:  # not params: another number of nodes is no reason to train again
+        geometry=lambda w: plan.geometry_flags(w.run),
         nodes=lambda w: plan.place(w.run, "nodes"),
         tasks=lambda w: plan.place(w.run, "tasks"),
         mpi=lambda w: plan.place(w.run, "mpi"),
         gres=lambda w: plan.place(w.run, "gres"),
         tasks_per_gpu=lambda w: plan.place(w.run, "tasks_per_gpu"),
     params:
-        geometry=lambda w: plan.geometry_flags(w.run),
         overrides=lambda w: plan.override_flags(w.run),
-    shell:
-        "olmo train --config {input.config:q} --tokens {input.tokens:q} --order {input.order:q}"
-        " --tokenizer {input.tokenizer:q} --final {output:q} {params.geometry}"
+    shell:  # exec: a scheduler's SIGTERM would end a shell in between, and the trainer with it
+        "exec olmo train --config {input.config:q} --tokens {input.tokens:q} --order {input.order:q}"
+        " --tokenizer {input.tokenizer:q} --final {output:q} {resources.geometry}"
         " {params.overrides} --log {log:q}"

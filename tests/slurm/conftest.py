@@ -1,5 +1,6 @@
 """A real SLURM on this machine, brought up for the tests here and taken down after them."""
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from project import Project
+from project import TRAIN, Project
 from slurm.cluster import Cluster, ClusterProject
 
 ORDER = "checkpoints/small/global_indices.npy"
@@ -33,6 +34,8 @@ def with_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
 
 
 def brought_up(folder: Path, accounting: bool) -> Iterator[Cluster]:
+    if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
+        pytest.skip("no executor plugin for SLURM; uv run --extra slurm pytest tests/slurm")
     here = Path(__file__).parent
     done = subprocess.run(
         [here / "up.sh", folder],
@@ -70,6 +73,17 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Project:
     trained = project.copy(project.root.parent / "trained")
     trained.run(timeout=900)
     return trained
+
+
+@pytest.fixture(scope="session")
+def by_two(local: Project) -> Project:
+    """The same on its data, for a few steps only, by two processes of this machine."""
+    folder = local.root.parent
+    project = Project(folder / "project").copy(folder / "by-two")
+    project.write("config/train/small.yaml", TRAIN)
+    project.change("config/config.yaml", runs__small__processes=2)
+    project.run(timeout=900)
+    return project
 
 
 @pytest.fixture

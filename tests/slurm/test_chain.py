@@ -1,30 +1,42 @@
 """From text to a checkpoint through SLURM: the bytes of this machine's own run."""
 
+import json
+from pathlib import Path
+
 import pytest
 from project import Project
 from slurm.cluster import Cluster, ClusterProject
 
 
-def test_the_chain_through_slurm_ends_with_the_local_bytes(local: Project, project: ClusterProject):
-    project.write("config/train/small.yaml", local.read("config/train/small.yaml"))
-    project.run(timeout=900)
-    assert project.content() == local.content()
+def on_two_nodes(project: ClusterProject, by_two: Project) -> None:
+    """The whole chain, training on two nodes, one process each: two processes' bytes."""
+    project.change("config/config.yaml", runs__small__nodes=2)
+    project.run(timeout=1200)
+    assert project.content() == by_two.content()
     jobs = project.jobs()
     assert {job.state for job in jobs} == {"COMPLETED"}
-    assert {job.nodes for job in jobs} == {"node1", "node2"}
     # Two batches of sources, of documents, of tokens; a tokenizer, an order, a training.
     assert len(jobs) == 9
+    assert {job.nodes for job in jobs} == {"node1", "node2", "node[1-2]"}
+    (train,) = project.jobs("train")
+    assert train.nodes == "node[1-2]"
+    assert record(project)["conditions"] == record(by_two)["conditions"]
     again = project.run()
     assert "Nothing to be done" in again.output
     assert len(project.jobs()) == len(jobs)
 
 
+def record(project: Project) -> dict:
+    found: dict = json.loads((project.final / "record.json").read_text())
+    return found
+
+
+def test_the_chain_on_two_nodes(by_two: Project, project: ClusterProject):
+    on_two_nodes(project, by_two)
+
+
 @pytest.mark.long
 def test_the_same_where_sacct_says_what_became_of_a_job(
-    local: Project, with_accounting: Cluster, tmp_path
+    by_two: Project, with_accounting: Cluster, tmp_path: Path
 ):
-    project = ClusterProject(tmp_path / "project", with_accounting)
-    project.write("config/train/small.yaml", local.read("config/train/small.yaml"))
-    project.run(timeout=900)
-    assert project.content() == local.content()
-    assert {job.state for job in project.jobs()} == {"COMPLETED"}
+    on_two_nodes(ClusterProject(tmp_path / "project", with_accounting), by_two)

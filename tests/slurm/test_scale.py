@@ -1,12 +1,14 @@
-"""A thousand shards: how many jobs, how much memory the process that submits them takes."""
+"""A thousand shards: how many jobs, how much memory the process that submits them takes. Arrays."""
 
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from project import documents, write_source
-from slurm.cluster import ClusterProject
+from slurm.cluster import Cluster, ClusterProject
 
 
 def test_a_thousand_shards_are_at_most_60_jobs(project: ClusterProject):
@@ -30,3 +32,17 @@ def test_a_thousand_shards_are_at_most_60_jobs(project: ClusterProject):
     assert process.returncode == 0, said[-4000:]
     assert int(re.search(r"^total +(\d+)$", said, re.M)[1]) <= 60
     assert used.ru_maxrss < 1024 * 1024  # kilobytes
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("which", ["without_accounting", "with_accounting"])
+def test_shards_as_an_array(which: str, request: pytest.FixtureRequest, tmp_path: Path):
+    cluster: Cluster = request.getfixturevalue(which)
+    project = ClusterProject(tmp_path / "project", cluster)
+    project.settings(arrays=["sources"], shards_per_job=1, accounting=cluster.accounting)
+    names = [f"data/small/sources/00{batch}.tsv" for batch in range(3)]
+    project.run(*names, timeout=600)
+    tasks = [job.id.split("_") for job in project.jobs("sources")]
+    assert [task for _, task in tasks] == ["1", "2", "3"]
+    assert len({job for job, _ in tasks}) == 1
+    assert all((project.root / name).exists() for name in names)

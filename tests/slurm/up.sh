@@ -148,10 +148,13 @@ done
 all_idle() { [ "$(sinfo -h -N -p main -t idle,mix,alloc -o %N | wc -l)" = "$NODES" ]; }
 until_it_works 60 all_idle
 
-# The executor plugin takes SLURM_CONF out of a job's environment before it calls srun, which then
-# looks in /etc. So srun is told again.
+# The executor plugin takes SLURM_CONF out of a job's environment, and its commands would look
+# in /etc. So they are told again.
 mkdir -p "$folder/bin"
-printf '#!/bin/sh\nSLURM_CONF=%s exec %s "$@"\n' "$SLURM_CONF" "$(command -v srun)" >"$folder/bin/srun"
-chmod 755 "$folder/bin/srun"
+for command in srun scontrol; do
+  real=$(PATH=${PATH//$folder\/bin:/} command -v $command)
+  printf '#!/bin/sh\nSLURM_CONF=%s exec %s "$@"\n' "$SLURM_CONF" "$real" >"$folder/bin/$command"
+  chmod 755 "$folder/bin/$command"
+done
 printf 'export SLURM_CONF=%s PATH=%s:$PATH\n' "$SLURM_CONF" "$folder/bin" >"$folder/activate"
 sinfo -N -p main -o "%N %t %c %m %G"

@@ -36,6 +36,7 @@ case "$*" in
   "show hostnames n[1-2]") echo n1; echo n2;;
   "show hostnames n1") echo n1;;
   "--oneliner show node n1") echo "NodeName=n1 Arch=x86_64 NodeAddr=127.0.0.1 NodeHostName=n1";;
+  "--oneliner show job "*) echo "JobId=1 ReqNodeList=(null) NodeList=n[1-2] CPUs/Task=3 Gres=";;
   *) echo "slurm_load: $*" >&2; exit 1;;
 esac
 """
@@ -86,6 +87,12 @@ def test_many_nodes_are_srun_and_torchrun(allocation: Path, monkeypatch: Any) ->
     assert endpoint not in other, "two runs in one job have two ports"
 
 
+def test_a_job_that_knows_only_its_number_asks(allocation: Path, monkeypatch: Any) -> None:
+    monkeypatch.delenv("SLURM_JOB_NODELIST")
+    words = launcher(Geometry(nodes=2), Path("run/given.yaml"))
+    assert {"--nodes=2", "--cpus-per-task=3"} <= set(words)
+
+
 def test_elastic(allocation: Path, monkeypatch: Any) -> None:
     geometry = Geometry(nodes=4, min_nodes=1, max_restarts=3)
     words = launcher(geometry, Path("run/given.yaml"))
@@ -104,7 +111,9 @@ def test_elastic(allocation: Path, monkeypatch: Any) -> None:
 )
 def test_too_few_nodes(allocation: Path, monkeypatch: Any, nodes: str | None, said: str) -> None:
     monkeypatch.delenv("SLURM_JOB_NODELIST")
+    monkeypatch.delenv("SLURM_JOB_ID")
     if nodes:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_JOB_NODELIST", nodes)
     with pytest.raises(ValueError, match=said):
         launcher(Geometry(nodes=2), Path("run/given.yaml"))
