@@ -36,7 +36,7 @@ COMMANDS = {
     "train": "olmo.run:train",
     "hf": "olmo.export:hf",
     "heldout": "olmo.evaluation:heldout",
-    "questions": "olmo.evaluation:questions",
+    "docstrings": "olmo.evaluation:docstrings",
     "evaluate": "olmo.evaluation:evaluate",
     # looking into it
     "inspect": "olmo.inspect.commands:inspect",

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.data.questions import DATASET, stdlib_questions
+from olmo.data.docstrings import DATASET, stdlib_docstrings
 from olmo.data.shards import read
 from olmo.data.stdlib import library_digest
 from olmo.stage import Facts, Folder, Free, Input, Inputs, Output, stage
@@ -31,9 +31,9 @@ def heldout(checkpoint: Path, tokens: list[Path], results: Path) -> None:
     )
 
 
-def questions(folder: Path) -> None:
+def docstrings(folder: Path) -> None:
     """Make the choice task that needs no network, of the running Python's standard library."""
-    stdlib_questions(folder=folder, library=library_digest())
+    stdlib_docstrings(folder=folder, library=library_digest())
 
 
 def evaluate(
@@ -41,7 +41,7 @@ def evaluate(
     hf: Path,
     tokenizer: Path,
     heldout: Path,
-    questions: Path,
+    docstrings: Path,
     answers: Path,
     results: Path,
     choices: tuple[str, ...] = (),
@@ -54,7 +54,7 @@ def evaluate(
     """Ask a finished run the tasks `choices` by our scorer and `harness` by lm-eval; tabulate.
 
     `checkpoint` is a final folder, `hf` its export, `heldout` what `olmo heldout` found,
-    `questions` what `olmo questions` made; `data` holds further data sets, as
+    `docstrings` what `olmo docstrings` made; `data` holds further data sets, as
     hf_datasets_cache_dir does. `answers` and `results` are the folders that are written.
 
     Raises ValueError for a task that there is not, that has no answers, or whose data is not here
@@ -65,7 +65,7 @@ def evaluate(
 
     def place(label: str) -> tuple[Path | None, list[Path]]:
         task = task_of(label)
-        folder = questions if task.dataset == DATASET else data
+        folder = docstrings if task.dataset == DATASET else data
         splits = filter(None, (task.split, task.shots_split))
         found = local_files(task.dataset, task.configs, splits, folder) if folder else []
         return folder, found

@@ -15,14 +15,14 @@ rule heldout:
         " --log {log:q}"
 
 
-rule questions:
+rule docstrings:
     # A choice task that needs no network.
     output:
-        directory("data/questions"),
+        directory("data/docstrings"),
     log:
-        "logs/questions.log",
+        "logs/docstrings.log",
     shell:
-        "olmo questions --folder {output:q} --log {log:q}"
+        "olmo docstrings --folder {output:q} --log {log:q}"
 
 
 rule evaluate:
@@ -31,7 +31,7 @@ rule evaluate:
         hf="hf/{run}",
         heldout="checkpoints/{run}/heldout.json",
         tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",
-        questions="data/questions",
+        docstrings="data/docstrings",
         config=lambda w: plan.run(w.run).evaluation or [],
     output:
         directory("eval/{run}"),
@@ -43,7 +43,7 @@ rule evaluate:
         answers="checkpoints/{run}/answers",
     shell:
         "olmo evaluate --checkpoint {input.final:q} --hf {input.hf:q} --heldout {input.heldout:q}"
-        " --tokenizer {input.tokenizer:q} --questions {input.questions:q}"
+        " --tokenizer {input.tokenizer:q} --docstrings {input.docstrings:q}"
         " --answers {params.answers:q} --results {output:q} {params.tasks} --log {log:q}"
 
 

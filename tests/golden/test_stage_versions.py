@@ -90,7 +90,7 @@ def library(folder: Path, files: dict[str, str] = LIBRARY) -> Path:
     return folder / "library"
 
 
-def make_questions(stage: Stage, folder: Path) -> None:
+def make_docstrings(stage: Stage, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sysconfig.get_path", lambda name: str(library(folder, DOCUMENTED)))
         stage.build(folder=folder / "outputs", questions=5)
@@ -106,7 +106,7 @@ def make_stdlib(stage: Stage, folder: Path) -> None:
 
 MAKE: dict[str, Callable[[Stage, Path], object]] = {
     "stdlib": make_stdlib,
-    "stdlib_questions": make_questions,
+    "stdlib_docstrings": make_docstrings,
     "local_source": lambda s, d: s.build(file=source(d), source=d / "outputs"),
     "documents": lambda s, d: s.build(
         source=source(d),

@@ -14,7 +14,7 @@ from test_huggingface import OLMO2, checkpoint
 
 from olmo.checkpoint import convert
 from olmo.config import TrainConfig
-from olmo.data.questions import DATASET, stdlib_questions
+from olmo.data.docstrings import DATASET, stdlib_docstrings
 from olmo.evaluate.final import choices, perplexity
 from olmo.evaluate.harness import ask, write_task
 from olmo.evaluate.tasks import Task, requests, task_of
@@ -23,13 +23,13 @@ from olmo.pipeline import Plan
 from olmo.report.scores import of_one, scores
 
 LABEL = "stdlib_docstrings"
-ROWS = "hf_datasets/stdlib_docstrings/none/test/questions.jsonl"
+ROWS = "hf_datasets/stdlib_docstrings/none/test/documents.jsonl"
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("questions") / "made"
-    stdlib_questions.build(folder=folder, questions=40)
+    stdlib_docstrings.build(folder=folder, questions=40)
     return folder
 
 

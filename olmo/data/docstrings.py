@@ -25,10 +25,10 @@ SHORTEST, LONGEST = 20, 80  # characters of a line that documents; of a signatur
 
 
 @stage(version=1)
-def stdlib_questions(folder: Folder, questions: int = 200, library: str | None = None) -> Facts:
+def stdlib_docstrings(folder: Folder, questions: int = 200, library: str | None = None) -> Facts:
     """Write the task's documents as `hf_datasets_cache_dir` has them.
 
-    hf_datasets/stdlib_docstrings/none/test/questions.jsonl: signature, options, answer (from 0),
+    hf_datasets/stdlib_docstrings/none/test/documents.jsonl: signature, options, answer (from 0),
     path. The options are the first lines of four functions' documentation. Which functions, and
     where the right line stands, goes by the sha256 of their names: the same on every machine.
     `library` is what `olmo.data.stdlib.library_digest` tells.
@@ -48,7 +48,7 @@ def stdlib_questions(folder: Folder, questions: int = 200, library: str | None =
             f"expected {max(questions, OPTIONS)} functions with a line of documentation in "
             f"{sysconfig.get_path('stdlib')}, found {len(dealt)}; ask for fewer questions"
         )
-    file = folder / "hf_datasets" / DATASET / "none" / SPLIT / "questions.jsonl"
+    file = folder / "hf_datasets" / DATASET / "none" / SPLIT / "documents.jsonl"
     file.parent.mkdir(parents=True)
     with file.open("w", encoding="utf-8") as lines:
         for number, (path, signature, line) in enumerate(dealt[:questions]):
