@@ -80,6 +80,7 @@ def fetch(url: str, path: Path, part: Path, progress: Progress = unseen) -> dict
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
             raise
         said = " ".join(str(error).split())  # some speak in paragraphs
+        said = "not found" if said == url else said  # Google's client has no more to say
         raise ValueError(f"{url}: {type(error).__name__}: {said}") from error
     shutil.copyfile(found, path)
     return {"bytes": path.stat().st_size}

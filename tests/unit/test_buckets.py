@@ -1,12 +1,15 @@
-"""Sources by s3:// and hf://, through the command that the pipeline calls: a file, or one line."""
+"""Sources by s3://, gs:// and hf://, by the pipeline's own command: a file, or one line."""
 
+import base64
 import gzip
+import hashlib
 import http.server
 import json
 import os
 import subprocess
 import sys
 import threading
+from urllib.parse import unquote
 
 import pytest
 from servers import s3_server
@@ -130,3 +133,63 @@ def test_a_file_comes_from_the_hub_or_a_line_says_why_not(hub, tmp_path):
     status, said, _ = sources(tmp_path, hub, good, none)
     assert status == 1 and "1 of 2 sources" in said and "Traceback" not in said
     assert "404" in line_about(none, said) or "not found" in line_about(none, said).lower()
+
+
+class GoogleStorage(http.server.BaseHTTPRequestHandler):
+    """What Google's client asks for: an object's facts, then its bytes; as the real service and
+    gcp-storage-emulator answer it (docs/lab.md)."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        path, _, query = self.path.partition("?")
+        objects = {"a b/good.json.gz": FILE, "torn.json.gz": FILE}
+        bucket, _, name = unquote(path).rpartition("storage/v1/b/")[2].partition("/o/")
+        body, status = objects.get(name) if bucket == "lab" else None, 200
+        if body is None and (name or bucket != "lab"):
+            status, body = (
+                404,
+                json.dumps({"error": {"code": 404, "message": "Not Found"}}).encode(),
+            )
+        elif "alt=media" in query:
+            body = body[:-9] + bytes(9) if name == "torn.json.gz" else body
+        else:
+            checksum = base64.b64encode(hashlib.md5(body or b"").digest()).decode()
+            facts = {"name": name, "bucket": bucket, "generation": "1", "etag": "1"}
+            body = json.dumps(
+                {**facts, "size": str(len(body or b"")), "md5Hash": checksum}
+            ).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture(scope="module")
+def google():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), GoogleStorage) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {
+            "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{server.server_port}",
+            "GOOGLE_APPLICATION_CREDENTIALS": "",
+            "NO_GCE_CHECK": "true",  # whose credentials it would otherwise look for
+        }
+        server.shutdown()
+
+
+def test_a_file_comes_from_google_or_a_line_says_why_not(google, tmp_path, monkeypatch):
+    good, torn, none, nowhere = (
+        f"gs://{name}.json.gz" for name in ("lab/a b/good", "lab/torn", "lab/none", "nowhere/a")
+    )
+    status, said, _ = sources(tmp_path, google, good, torn, none, nowhere)
+    assert status == 1 and "3 of 4 sources" in said and "Traceback" not in said
+    assert "not found" in line_about(none, said).lower()
+    assert "not found" in line_about(nowhere, said).lower()
+    assert "checksum" in line_about(torn, said).lower()
+    status, said, listing = sources(tmp_path, google, good)
+    assert status == 0, said
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    (entry,) = shards.read([listing], "source")
+    assert entry.object.read_bytes() == FILE
