@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from olmo.config import BlockType, LayerNormType, ModelConfig, TrainConfig, to_yaml
@@ -64,6 +65,15 @@ NORMS = {
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
 }
+
+# How a conversation becomes a text, as OLMo's fine-tuning data (Tulu) has it: the end-of-text token
+# before it and after each answer, each message under its role, without white space around it.
+CHAT = (
+    "{{ eos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'].strip() }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 
 
 def class_of(config: ModelConfig) -> str:
@@ -267,18 +277,12 @@ def _take(weights: dict[str, Tensor], name: str) -> Tensor:
 # --- folders ------------------------------------------------------------------------------------
 
 
-def write(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    config_yaml: str,
-    tokenizer: Path,
-    template: str | None = None,
-) -> None:
+def write(folder: Path, weights: Mapping[str, Tensor], config_yaml: str, tokenizer: Path) -> None:
     """Write the folder that `AutoModelForCausalLM.from_pretrained` reads, equal bytes for equal
     input.
 
-    `config_yaml` is the checkpoint's own, `tokenizer` a tokenizer.json, `template` a chat template
-    of an instruction-tuned model.
+    `config_yaml` is the checkpoint's own, `tokenizer` a tokenizer.json. A model that was trained on
+    answers alone (data.label_mask_paths) gets a chat template.
 
     Raises ValueError for what transformers cannot express, and for a tokenizer of another model.
     """
@@ -296,12 +300,20 @@ def write(
     _write_json(folder / "generation_config.json", ends)
     if tokenizer != folder / "tokenizer.json":
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    _write_json(folder / "tokenizer_config.json", tokenizer_config(tokenizer, config, template))
+    _write_json(
+        folder / "tokenizer_config.json", tokenizer_config(tokenizer, config, answers(config_yaml))
+    )
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def tokenizer_config(tokenizer: Path, config: ModelConfig, template: str | None) -> dict[str, Any]:
-    """What tokenizer_config.json says beside a tokenizer.json.
+def answers(config_yaml: str) -> bool:
+    """Whether a run was trained on labelled tokens only: an assistant's words."""
+    data = (yaml.safe_load(config_yaml) or {}).get("data") or {}
+    return bool(data.get("label_mask_paths"))
+
+
+def tokenizer_config(tokenizer: Path, config: ModelConfig, chat: bool) -> dict[str, Any]:
+    """What tokenizer_config.json says beside a tokenizer.json; `chat` adds the template.
 
     Raises ValueError where the ids that end and fill a text are not in the tokenizer, or where it
     has more tokens than the model has rows.
@@ -327,7 +339,7 @@ def tokenizer_config(tokenizer: Path, config: ModelConfig, template: str | None)
         "clean_up_tokenization_spaces": False,
         **names,
     }
-    return found | ({"chat_template": template} if template else {})
+    return found | ({"chat_template": CHAT} if chat else {})
 
 
 def is_exported(folder: Path) -> bool:

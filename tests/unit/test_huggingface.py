@@ -212,3 +212,40 @@ def test_greedy_text_is_ours(settings: dict[str, Any], tmp_path: Path, tokenizer
         expected = prompt + theirs.decode(new, skip_special_tokens=True)
         (found,) = write(prompt, do_sample=False, max_new_tokens=64)
         assert found["generated_text"] == expected
+
+
+CONVERSATION = [
+    {"role": "system", "content": " Be brief.\n"},
+    {"role": "user", "content": "What is a list?"},
+    {"role": "assistant", "content": "  A sequence, naïvely said.  "},
+    {"role": "user", "content": "And a\n\ndict?"},
+    {"role": "assistant", "content": "A mapping."},
+]
+
+
+def test_a_conversation_becomes_what_was_trained_on(tmp_path: Path, tokenizer: Path) -> None:
+    """The template's ids are those of OLMo's preparation: message by message, part by part."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    checkpoint(tmp_path / "final", OLMO1)
+    convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template is None
+    tuned = to_yaml({"data": {"label_mask_paths": ["labels.npy"]}})
+    with (tmp_path / "final/config.yaml").open("a") as file:
+        file.write(tuned)
+    convert(tmp_path / "final", tmp_path / "chat", kind="hf", tokenizer=tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "chat")
+
+    base = Tokenizer.from_file(str(tokenizer))
+    expected = [0]
+    for message in CONVERSATION:
+        end = "<|endoftext|>\n" if message["role"] == "assistant" else "\n"
+        expected += base.encode(f"<|{message['role']}|>\n").ids
+        expected += base.encode(message["content"].strip() + end).ids
+    found = theirs.apply_chat_template(CONVERSATION, tokenize=True, return_dict=True)
+    assert found["input_ids"] == expected
+    asked = theirs.apply_chat_template(CONVERSATION[:2], tokenize=False, add_generation_prompt=True)
+    assert asked == (
+        "<|endoftext|><|system|>\nBe brief.\n<|user|>\nWhat is a list?\n<|assistant|>\n"
+    )
