@@ -16,7 +16,7 @@ from itertools import count, islice
 from math import ceil, isfinite
 from typing import Any
 
-from olmo.data import gz
+from olmo.data import conversations, gz
 from olmo.stage import Facts, Input, Output, stage
 
 # Why a line cannot become a document. These are the names that a recipe allows.
@@ -34,6 +34,7 @@ REASONS = {
     "carriage-return": "a carriage return, which the toolkit takes for a line's end",
 }
 TRAIN, HELDOUT, DROPPED = "train", "heldout", "dropped"
+TEXT, MESSAGES = "text", "messages"  # what a line holds: a document, or a conversation
 
 # dolma tokens writes files of fewer than 2^30 tokens and never splits a document. A byte-level
 # tokenizer makes at most one token of each byte; Unicode normalisation (NFC) may first make a
@@ -56,6 +57,7 @@ def documents(
     weight: float = 1.0,
     max_text_bytes: int = MAX_TEXT_BYTES,
     allow: tuple[str, ...] = (),
+    kind: str = TEXT,
 ) -> Facts:
     """Keep one line in N of a source, check each, and split off the held-out ones.
 
@@ -64,6 +66,9 @@ def documents(
     of their ids, so that the choice stands when files change; 2.5 takes each one twice and half of
     them a third time, the copies after the whole. A document is held out, and then not repeated,
     if the hash of its id falls into `heldout_share`: it stays on its side for ever.
+
+    Lines of the kind `messages` are conversations (olmo.data.conversations), whose text is all that
+    is said.
 
     `table` (parquet) has one row per line written or dropped: file (`name`, as the recipe knows
     the source), line in the source, id, split (train, heldout or dropped), row (line in the file
@@ -81,8 +86,11 @@ def documents(
         raise ValueError(f"expected heldout_share from 0 up to 1, found {heldout_share}")
     if not (weight > 0 and isfinite(weight)):
         raise ValueError(f"expected a weight above 0, found {weight}")
-    if unknown := sorted(set(allow) - set(REASONS)):
-        raise ValueError(f"allow: unknown reason {unknown[0]!r}. Known: {', '.join(REASONS)}")
+    if kind not in (TEXT, MESSAGES):
+        raise ValueError(f"kind: expected {TEXT} or {MESSAGES}, found {kind!r}")
+    known = REASONS if kind == TEXT else conversations.REASONS
+    if unknown := sorted(set(allow) - set(known)):
+        raise ValueError(f"allow: unknown reason {unknown[0]!r}. Known: {', '.join(known)}")
 
     schema = {
         "line": polars.UInt64,
@@ -102,7 +110,10 @@ def documents(
             with gz.reading(source, name) as lines:
                 # islice and zip run in C: a line not kept costs little but its decompression.
                 for line, at in islice(zip(lines, number, strict=False), offset, None, keep_one_in):
-                    identity, text, reason = parse(line, max_text_bytes)
+                    if kind == TEXT:
+                        identity, text, reason = parse(line, max_text_bytes)
+                    else:
+                        identity, text, reason = conversations.parse(line)
                     size = None if text is None else size_in_utf8(text)
                     if reason is not None:
                         if copy == 0:
@@ -124,7 +135,7 @@ def documents(
 
     frame = polars.DataFrame(table_rows, schema, orient="row")
     if forbidden := sorted(set(reasons) - set(allow)):
-        raise ValueError(drops_message(name, frame, reasons, forbidden))
+        raise ValueError(drops_message(name, frame, reasons, forbidden, known))
     frame.select(polars.lit(name).alias("file"), polars.all()).write_parquet(
         table, compression="zstd", compression_level=3, row_group_size=1 << 17
     )
@@ -212,13 +223,15 @@ def fraction(identity: str) -> float:
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
 
 
-def drops_message(name: str, table: Any, reasons: Counter[str], forbidden: list[str]) -> str:
+def drops_message(
+    name: str, table: Any, reasons: Counter[str], forbidden: list[str], known: dict[str, str]
+) -> str:
     """The error for drops that the recipe does not allow: how many, which, and the remedy."""
     import polars
 
     listed = table.filter(polars.col("reason").is_in(forbidden)).head(10)
     lines = [f"{name}: {sum(reasons[reason] for reason in forbidden)} lines cannot be documents:"]
-    lines += [f"  {reasons[reason]:,} x {reason}: {REASONS[reason]}" for reason in forbidden]
+    lines += [f"  {reasons[reason]:,} x {reason}: {known[reason]}" for reason in forbidden]
     lines += [f"  {name}:{row['line']}: {row['reason']}" for row in listed.iter_rows(named=True)]
     lines += [f"Mend the source, or allow them in the recipe: allow: [{', '.join(forbidden)}]"]
     return "\n".join(lines)

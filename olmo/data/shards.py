@@ -20,13 +20,15 @@ from typing import Any
 from olmo import log
 from olmo.data import source_table
 from olmo.data.arrivals import Arrivals, Count
-from olmo.data.documents import HELDOUT, MAX_TEXT_BYTES, TRAIN
+from olmo.data.conversations import download_conversations, local_conversations
+from olmo.data.documents import HELDOUT, MAX_TEXT_BYTES, TEXT, TRAIN
 from olmo.data.documents import documents as documents_stage
 from olmo.data.dolma import Dolma, toolkit
 from olmo.data.fast import Fast
 from olmo.data.order import global_indices, inverse
 from olmo.data.order import read as read_order
 from olmo.data.order import write as write_order
+from olmo.data.questions import stdlib_questions
 from olmo.data.sources import download, download_tokens, local_source, local_tokens
 from olmo.data.statistics import statistics as statistics_stage
 from olmo.data.stdlib import library_digest, stdlib
@@ -174,28 +176,33 @@ def sources(
     table: Path | None = None,
     parallel: int = 4,
     allow_missing: bool = False,
+    conversations: bool = False,
 ) -> None:
     """Get a batch of sources, each given as name=place, or name=place#mirror#mirror.
 
     So many at once come over the net; the others come although one fails. What failed is told at
     the end, and fails the batch unless missing files are allowed: then they are left out. What
     the table knows of a file must agree with it; what it does not know is written into it.
+    Documents come as gz files; `conversations` also as plain JSON lines and parquet.
     """
+    local = local_conversations if conversations else local_source
+    remote = download_conversations if conversations else download
 
     def get(file: Asked, progress: Progress) -> list[Entry]:
         names = {"source": f"sources/{file.name}.json.gz"}
-        if file.place.startswith("stdlib:"):
-            number, _, shards = file.place.removeprefix("stdlib:").partition("/")
-            return [standard_library(listing, file.name, int(number), int(shards))]
+        kind, _, which = file.place.partition(":")
+        if kind in LIBRARY and not file.remote:
+            number, _, shards = which.partition("/")
+            return [standard_library(listing, kind, file.name, int(number), int(shards))]
         if not file.remote:
             place = Path(file.place)
-            return run(listing, file.name, local_source, names, file=place, sha256=file.sha256)
+            return run(listing, file.name, local, names, file=place, sha256=file.sha256)
         known = {"bytes": file.bytes, "sha256": file.sha256, "mirrors": file.mirrors}
-        return run(listing, file.name, download, names, url=file.place, progress=progress, **known)
+        return run(listing, file.name, remote, names, url=file.place, progress=progress, **known)
 
     files = asked(sources, table)
     entries = arrivals(listing, files, get, parallel, allow_missing, table)
-    if table is not None:
+    if table is not None and not conversations:  # else what is kept is not what was sent
         places = {file.name: file.place for file in files}
         found = {places[entry.shard]: (entry.bytes, entry.sha256) for entry in entries}
         with lease(here().root / "leases", f"table-{name_of(table)}"):
@@ -235,17 +242,22 @@ def given_tokens(
     write(listing, arrivals(listing, asked(sources), get, parallel, allow_missing))
 
 
-def standard_library(listing: Path, name: str, number: int, shards: int) -> Entry:
+# What the standard library is taken as, by how a place begins: the stage, and its files' names.
+LIBRARY = {"stdlib": (stdlib, "stdlib"), "stdlib-questions": (stdlib_questions, "questions")}
+
+
+def standard_library(listing: Path, kind: str, name: str, number: int, shards: int) -> Entry:
     """One file of the standard library's; all of them are one action, run once."""
-    record = whole_library(listing.parent.parent / "stdlib", shards)
-    file = f"stdlib-{number:02d}.json.gz"
+    record = whole_library(listing.parent.parent / "stdlib", kind, shards)
+    file = f"{LIBRARY[kind][1]}-{number:02d}.json.gz"
     made = record["outputs"]["folder"]["files"][file]
     return Entry(name, "source", f"stdlib/{file}", made["sha256"], made["size"])
 
 
 @cache
-def whole_library(folder: Path, shards: int) -> Record:
-    return stdlib(folder=folder, shards=shards, library=library_digest())
+def whole_library(folder: Path, kind: str, shards: int) -> Record:
+    made: Record = LIBRARY[kind][0](folder=folder, shards=shards, library=library_digest())
+    return made
 
 
 def documents(
@@ -257,6 +269,7 @@ def documents(
     weights: tuple[str, ...] = (),
     max_text_bytes: int = MAX_TEXT_BYTES,
     allow: tuple[str, ...] = (),
+    kind: str = TEXT,
 ) -> None:
     """One line in N of each source of a batch, checked, the held-out ones split off.
 
@@ -282,6 +295,7 @@ def documents(
             weight=weight_of(source.shard, weights),
             max_text_bytes=max_text_bytes,
             allow=tuple(allow),
+            kind=kind,
         )
     write(listing, entries)
 

@@ -111,7 +111,7 @@ def named(sources: list[Source]) -> list[Source]:
 
 def safe(name: str) -> str:
     """A name without endings, spaces, leading dashes or anything else that a shell minds."""
-    stem = re.sub(r"(\.(json|jsonl))?\.gz$|\.jsonl?$|\.npy$", "", name)
+    stem = re.sub(r"(\.(json|jsonl))?\.gz$|\.jsonl?$|\.parquet$|\.npy$", "", name)
     return re.sub(r"[^A-Za-z0-9._-]", "_", stem).lstrip("-.") or "_"
 
 

@@ -31,19 +31,21 @@ def statistics(
     """
     import polars
 
-    lengths = polars.concat(
-        [
-            polars.scan_parquet(path).select(
-                "file", "bytes", tokens=polars.col("end") - polars.col("start"), split=polars.lit(s)
-            )
-            for s, paths in ((TRAIN, tokens), (HELDOUT, heldout))
-            for path in paths
-        ]
-    )
+    shards = [
+        polars.scan_parquet(path).with_columns(split=polars.lit(split))
+        for split, paths in ((TRAIN, tokens), (HELDOUT, heldout))
+        for path in paths
+    ]
+    # Conversations may be left out when they are tokenized; documents are not.
+    indexed = polars.concat([with_reason(shard) for shard in shards])
+    left_out = indexed.filter(polars.col("reason").is_not_null())
+    lengths = indexed.filter(polars.col("reason").is_null()).drop("reason")
     rows = polars.concat([polars.scan_parquet(path) for path in tables])
+    lost = left_out.select("file", split=polars.lit(DROPPED), reason="reason")
     whole = {"file": polars.lit(ALL)}
     kept = polars.concat([count_kept(lengths), count_kept(lengths.with_columns(**whole))])
-    drops = polars.concat([count_drops(rows), count_drops(rows.with_columns(**whole))])
+    dropped = polars.concat([rows.select("file", "split", "reason"), lost])
+    drops = polars.concat([count_drops(dropped), count_drops(dropped.with_columns(**whole))])
     parts = [kept, drops]
     if "removed_bytes" in rows.collect_schema().names():
         parts += [count_cut(rows), count_cut(rows.with_columns(**whole))]
@@ -53,6 +55,7 @@ def statistics(
     frame = found.select(COLUMNS).collect()
 
     expected = rows.filter(polars.col("split") != DROPPED).select(polars.len()).collect().item()
+    expected -= left_out.select(polars.len()).collect().item()
     counted = frame.filter(polars.col("file") == ALL, polars.col("split").is_in([TRAIN, HELDOUT]))
     if counted["documents"].sum() != expected:
         raise ValueError(
@@ -82,6 +85,16 @@ COLUMNS = (
     "p99",
     "longest",
 )
+
+
+def with_reason(shard: polars.LazyFrame) -> polars.LazyFrame:
+    """file, split, bytes, tokens and reason of a shard's table; of documents none is dropped."""
+    import polars
+
+    here = "reason" in shard.collect_schema().names()
+    reason = polars.col("reason") if here else polars.lit(None, polars.String)
+    tokens = polars.col("end") - polars.col("start")
+    return shard.select("file", "split", "bytes", tokens=tokens, reason=reason)
 
 
 def count_kept(lengths: polars.LazyFrame) -> polars.LazyFrame:

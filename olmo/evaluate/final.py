@@ -10,7 +10,7 @@ from olmo.checkpoint.read import load_model
 from olmo.config import DataConfig, EvaluatorConfig, EvaluatorType, TrainConfig
 from olmo.evaluate.choices import score
 from olmo.evaluate.evaluators import Choices
-from olmo.evaluate.perplexity import HeldOut
+from olmo.evaluate.perplexity import PER_LABEL, HeldOut
 from olmo.evaluate.tasks import OF_TARGET, Task
 from olmo.model import OLMo
 from olmo.train.parallel import World, join_world
@@ -27,17 +27,24 @@ def opened(checkpoint: Path) -> tuple[TrainConfig, World, OLMo]:
     return cfg, world, load_model(checkpoint, world.device)
 
 
-def perplexity(checkpoint: Path, heldout: list[Path]) -> dict[str, Any]:
+def perplexity(
+    checkpoint: Path, heldout: list[Path], labels: list[Path] | None = None
+) -> dict[str, Any]:
     """Loss (nats a token), its standard error over instances, and perplexity on token files.
 
-    Computed as the run computed it: same precision, same batches.
+    Computed as the run computed it: same precision, same batches. `labels`, a mask for each file,
+    say which tokens count; then there is also CrossEntropyLossPerLabel, the mean over these alone.
 
     Raises:
         ValueError: the files hold no instance as long as the model's sequences.
     """
     cfg, world, model = opened(checkpoint)
-    paths, dtype = [str(path) for path in heldout], cfg.data.memmap_dtype
-    data = DataConfig(paths=paths, memmap_dtype=dtype, drop_last=False)
+    data = DataConfig(
+        paths=[str(path) for path in heldout],
+        label_mask_paths=None if labels is None else [str(path) for path in labels],
+        memmap_dtype=cfg.data.memmap_dtype,
+        drop_last=False,
+    )
     evaluator = EvaluatorConfig(LABEL, data=data, subset_num_batches=-1)
     heldout_set = HeldOut(cfg, evaluator, world)
     instances = len(heldout_set.dataset)
@@ -48,13 +55,17 @@ def perplexity(checkpoint: Path, heldout: list[Path]) -> dict[str, Any]:
         )
     with torch.no_grad():
         losses = heldout_set.losses(model)
-    loss = losses.metrics(world.sum)[f"eval/{LABEL}/CrossEntropyLoss"]
-    return {
+    found = losses.metrics(world.sum)
+    loss = found[f"eval/{LABEL}/CrossEntropyLoss"]
+    results = {
         "CrossEntropyLoss": loss,
         "stderr": number(losses.stderr(world.sum)[LABEL]),
         "Perplexity": math.exp(loss),
         "instances": instances,
     }
+    if labels is not None:
+        results[PER_LABEL] = found[f"eval/{LABEL}/{PER_LABEL}"]
+    return results
 
 
 def choices(

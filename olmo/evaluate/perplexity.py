@@ -1,7 +1,8 @@
 """Loss and perplexity on held-out token files.
 
 As OLMo does it: the mean over instances of the mean over their T-1 predicted tokens, masked ones
-counting as 0. Every instance counts, whatever the batch size and the number of processes.
+counting as 0. Every instance counts, whatever the batch size and the number of processes. Where
+labels are masked, the mean over those that count is told as well (not OLMo's).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from olmo.data.batches import build_eval_batches, labels_of, model_inputs
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
 from olmo.train.parallel import World
 from olmo.train.step import autocast
+
+PER_LABEL = "CrossEntropyLossPerLabel"
 
 
 def instance_losses(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -41,32 +44,38 @@ class LossByLabel:
         """Instances go by their file's metadata `label`, by `label` where it has none."""
         self._names = sorted({row.get("label", label) for row in dataset.metadata})
         self._default = label
-        # Rows: sum of losses, of their squares, and how many they are.
-        self._sums = torch.zeros(3, len(self._names), dtype=torch.float64, device=device)
+        self._masked = dataset.label_mask_paths is not None
+        # Rows: sum of losses, of their squares, and how many they are; of their labels' losses,
+        # and how many those are.
+        self._sums = torch.zeros(5, len(self._names), dtype=torch.float64, device=device)
 
     def add(self, batch: dict[str, Any], losses: Tensor) -> None:
-        labels = [row.get("label", self._default) for row in batch["metadata"]]
-        where = torch.tensor([self._names.index(label) for label in labels], device=losses.device)
+        names = [row.get("label", self._default) for row in batch["metadata"]]
+        where = torch.tensor([self._names.index(name) for name in names], device=losses.device)
         losses = losses.double()
         counts = batch["counts"].double() if "counts" in batch else torch.ones_like(losses)
-        self._sums.index_add_(
-            1, where, torch.stack([losses * counts, losses.square() * counts, counts])
-        )
+        summed = losses * counts
+        labels = (labels_of(batch) != -100).sum(dim=1) * counts
+        of_labels = summed * (batch["input_ids"].shape[1] - 1)
+        terms = [summed, losses.square() * counts, counts, of_labels, labels]
+        self._sums.index_add_(1, where, torch.stack(terms))
 
     def metrics(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """eval/<label>/CrossEntropyLoss and /Perplexity, over what `add_up` sums over processes."""
-        total, _, count = add_up(self._sums).tolist()
+        sums = add_up(self._sums).T.tolist()
         out = {}
-        for name, loss, n in zip(self._names, total, count, strict=True):
+        for name, (loss, _, n, of_labels, labels) in zip(self._names, sums, strict=True):
             if n:
                 out[f"eval/{name}/CrossEntropyLoss"] = loss / n
                 out[f"eval/{name}/Perplexity"] = math.exp(loss / n)
+            if labels and self._masked:
+                out[f"eval/{name}/{PER_LABEL}"] = of_labels / labels
         return out
 
     def stderr(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """By label, of the mean over instances, in nats; NaN for a single one."""
         out = {}
-        for name, loss, square, n in zip(self._names, *add_up(self._sums).tolist(), strict=True):
+        for name, loss, square, n in zip(self._names, *add_up(self._sums)[:3].tolist(), strict=True):
             variance = max(square - loss**2 / n, 0.0) / (n - 1) if n > 1 else math.nan
             out[name] = math.sqrt(variance / n) if n else math.nan
         return out

@@ -51,6 +51,8 @@ ELSEWHERE = {
     "evaluation": "a summary of these: tests/unit/test_evaluation.py",
     "download": "its bytes are the server's; tests/unit/test_sources.py",
     "download_tokens": "likewise",
+    "download_conversations": "likewise; what it makes of them is local_conversations'",
+    "fetched_checkpoint": "likewise; it shares its code with local_checkpoint",
     "source_list": "likewise",
     "given_tokenizer": "its bytes are the hub's; it shares its code with local_tokenizer",
     "huggingface_export": "tests/unit/test_huggingface.py holds it to transformers' numbers",
@@ -74,6 +76,59 @@ def tokenizer(folder: Path) -> Path:
     path = folder / "given.json"
     trained_tokenizer.build(documents=[source(folder)], tokenizer=path, vocab_size=300)
     return path
+
+
+TALKS = [
+    {
+        "id": f"talk-{i}",
+        "messages": [
+            {"role": "user", "content": f"What is {i}? "},
+            {"role": "assistant", "content": f"Ein Café für {'viele ' * (i % 9)}{i}."},
+        ],
+    }
+    for i in range(40)
+]
+
+
+def talks(folder: Path) -> Path:
+    path = folder / "talks.jsonl"
+    path.write_text("".join(json.dumps(talk, ensure_ascii=False) + "\n" for talk in TALKS))
+    return path
+
+
+def make_instances(stage: Stage, root: Path) -> None:
+    from olmo.data.conversations import local_conversations
+    from olmo.data.documents import documents
+
+    local_conversations.build(file=talks(root), source=root / "talks.gz")
+    names = {name: root / name for name in ("documents", "heldout", "table")}
+    documents.build(source=root / "talks.gz", name="talks.gz", kind="messages", **names)
+    for packed in (False, True):
+        kind = "packed" if packed else "plain"
+        stage.build(
+            **{name: names[name] for name in ("documents", "table")},
+            tokenizer=tokenizer(root),
+            **{name: folder(root) / f"{kind}-{name}" for name in ("tokens", "labels", "index")},
+            sequence_length=32,
+            eos_token_id=0,
+            pad_token_id=1,
+            packed=packed,
+        )
+
+
+def make_checkpoint(stage: Stage, folder: Path) -> None:
+    import numpy as np
+    import torch
+
+    from olmo.checkpoint.final import write_safetensors
+
+    rng = np.random.default_rng(0)
+    weights = {n: torch.from_numpy(rng.random((3, 4), np.float32)) for n in ("b.weight", "a")}
+    (folder / "given").mkdir()
+    write_safetensors(folder / "given", weights, {})
+    (folder / "given/optim.safetensors").unlink()
+    files = [folder / "given/model.safetensors"]
+    stage.build(files=files, checkpoint=folder / "outputs", folder=folder / "given")
 
 
 def order(folder: Path) -> Path:
@@ -104,9 +159,25 @@ def make_stdlib(stage: Stage, folder: Path) -> None:
         stage.build(folder=folder / "outputs", shards=2)
 
 
+def make_questions(stage: Stage, folder: Path) -> None:
+    modules = {"alpha": "one", "beta": "two", "gamma": "three"}
+    text = '"""About {0}."""\n\n\nclass {1}:\n    """A {1}.\n\n    Long."""\n\n'
+    text += '    def m(self):\n        "M"\n'
+    (folder / "library").mkdir()
+    for name, inner in modules.items():
+        (folder / f"library/{name}.py").write_text(text.format(name, inner))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sysconfig.get_path", lambda name: str(folder / "library"))
+        stage.build(folder=folder / "outputs", shards=2)
+
+
 MAKE: dict[str, Callable[[Stage, Path], object]] = {
     "stdlib": make_stdlib,
     "stdlib_docstrings": make_docstrings,
+    "stdlib_questions": make_questions,
+    "local_conversations": lambda s, d: s.build(file=talks(d), source=d / "outputs"),
+    "instances": make_instances,
+    "local_checkpoint": make_checkpoint,
     "local_source": lambda s, d: s.build(file=source(d), source=d / "outputs"),
     "documents": lambda s, d: s.build(
         source=source(d),
