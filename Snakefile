@@ -1,6 +1,7 @@
 # From a list of text files to a language-model checkpoint, one way through:
 #
-#   sources → documents (→ attributes → mixed) → tokenizer → tokens → order → train → export, evaluate
+#   sources → documents (→ attributes → mixed) → tokenizer → tokens, or instructions → order → train
+#     → export, evaluate
 #
 #   snakemake --cores 2 checkpoints/olmo-tiny/final
 #
@@ -59,6 +60,7 @@ include: "rules/sources.smk"
 include: "rules/documents.smk"
 include: "rules/dedupe.smk"
 include: "rules/tokens.smk"
+include: "rules/instructions.smk"
 include: "rules/statistics.smk"
 include: "rules/order.smk"
 include: "rules/train.smk"

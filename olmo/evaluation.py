@@ -26,6 +26,7 @@ def heldout(checkpoint: Path, tokens: list[Path], results: Path) -> None:
         model=checkpoint / "model.safetensors",
         config=checkpoint / "config.yaml",
         heldout=[entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes],
+        labels=[entry.object for entry in read(tokens, "heldout-labels") if entry.bytes] or None,
         results=results,
         checkpoint=checkpoint,
     )
@@ -117,15 +118,20 @@ def evaluate(
 
 @stage(version=4)
 def heldout_perplexity(
-    model: Input, config: Input, heldout: Inputs, results: Output, checkpoint: Free[Path]
+    model: Input,
+    config: Input,
+    heldout: Inputs,
+    results: Output,
+    checkpoint: Free[Path],
+    labels: Inputs | None = None,
 ) -> Facts:
     """Mean loss in nats a token with its standard error, and perplexity, over held-out files.
 
-    `checkpoint` is the folder that holds `model` and `config`.
+    `checkpoint` is the folder that holds `model` and `config`; `labels` say which tokens count.
     """
     from olmo.evaluate.final import perplexity
 
-    found = perplexity(checkpoint, heldout)
+    found = perplexity(checkpoint, heldout, labels)
     results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     return {"facts": found, "conditions": circumstances(checkpoint)}
 

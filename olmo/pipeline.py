@@ -5,6 +5,7 @@ config/config.yaml, the recipes in config/data and, for a list of URLs, the list
 """
 
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 
 from olmo.config import BaseConfig, TrainConfig
 from olmo.data import source_table
+from olmo.data.documents import MESSAGES
 from olmo.data.source_table import Source, quoted
 from olmo.recipe import EvaluationConfig, Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
 from olmo.store import now
@@ -37,6 +39,7 @@ class Plan:
         self._recipes: dict[str, Recipe] = {}
         self._sources: dict[str, list[Source]] = {}
         self._trains: dict[str, TrainConfig] = {}
+        self._borrowed: dict[str, str] = {}  # data set → that whose tokenizer it has
         self._told: set[str] = set()
         self._journals: dict[str, list[str]] = {}
         self._drafts = tempfile.TemporaryDirectory()  # gone with this process
@@ -72,10 +75,24 @@ class Plan:
                     f"expected the recipe {path}, found none; there are {', '.join(known)}"
                 )
             try:
-                self._recipes[dataset] = Recipe.load(path)
+                recipe = Recipe.load(path)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
+            if (other := recipe.tokenizer.dataset) is not None:
+                self._borrowed[dataset] = other
+                ids = self.recipe(other).tokenizer
+                recipe.tokenizer = TokenizerConfig(
+                    file=f"data/{other}/tokenizer.json",
+                    eos_token_id=ids.eos_token_id,
+                    pad_token_id=ids.pad_token_id,
+                )
+            self._recipes[dataset] = recipe
         return self._recipes[dataset]
+
+    def instructed(self) -> list[str]:
+        """The data sets of conversations; by a look at the recipes, for one may be broken."""
+        recipes = sorted(Path("config/data").glob("*.yaml"))
+        return [p.stem for p in recipes if re.search("^instructions:", p.read_text(), re.M)]
 
     def train_config(self, run: str) -> TrainConfig:
         """The run's training config, checked against the tokenizer that its data set names."""
@@ -92,6 +109,7 @@ class Plan:
                         f"{recipe_path(dataset)} has {wanted}; set model.{name}: "
                         f"{wanted}"
                     )
+            self._check_tuning(run, cfg)
             self._trains[run] = cfg
         return self._trains[run]
 
@@ -106,6 +124,58 @@ class Plan:
         files = found.against if found else []
         name = "decontaminate.against"
         return [s.place for s in source_table.local(files, recipe_path(dataset), name)]
+
+    def _check_tuning(self, run: str, cfg: TrainConfig) -> None:
+        """What a run on conversations, or from a checkpoint, must have."""
+        path, dataset = self.run(run).train, self.dataset(run)
+        instructions, length = self.recipe(dataset).instructions, cfg.model.max_sequence_length
+        if instructions is not None and instructions.sequence_length != length:
+            raise ValueError(
+                f"{recipe_path(dataset)}: instructions.sequence_length: expected "
+                f"model.max_sequence_length of {path}, {length}; found "
+                f"{instructions.sequence_length}"
+            )
+        base = self.run(run).start_from
+        if base is None:
+            return
+        if not cfg.reset_trainer_state:
+            raise ValueError(
+                f"{path}: a run with start_from is a new one: expected reset_trainer_state: true"
+            )
+        if base in self.pipeline.runs:
+            ours, theirs = self.tokenizer_of(dataset), self.tokenizer_of(self.dataset(base))
+            if ours != theirs:
+                raise ValueError(
+                    f"{run} starts from {base}, whose tokenizer is that of {theirs}; expected the "
+                    f"same in {recipe_path(dataset)} (tokenizer: {{dataset: "
+                    f"{self.dataset(base)}}}), found that of {ours}"
+                )
+
+    def tokenizer_of(self, dataset: str) -> str:
+        """What names a data set's tokenizer: a file, a name on the hub, what it is trained on."""
+        tokenizer = self.recipe(dataset).tokenizer
+        if dataset in self._borrowed:
+            return self.tokenizer_of(self._borrowed[dataset])
+        return tokenizer.file or tokenizer.hub or f"data/{dataset}/tokenizer.json"
+
+    def start(self, run: str) -> list[str]:
+        """The folder that a run starts from: another run's final one, or one that is fetched."""
+        base = self.run(run).start_from
+        if base is None:
+            return []
+        ours = base in self.pipeline.runs
+        return [f"checkpoints/{base}/final" if ours else f"checkpoints/{run}/start"]
+
+    def start_flags(self, run: str) -> str:
+        """Which parts of a given checkpoint the run needs."""
+        return "" if self.train_config(run).reset_optimizer_state else "--optimizer"
+
+    def given_start(self, run: str) -> str:
+        """The checkpoint, by path or URL, that `checkpoints/<run>/start` is made from."""
+        base = self.run(run).start_from if run in self.pipeline.runs else None
+        if base is None or base in self.pipeline.runs:
+            raise ValueError(f"{run}: expected start_from with a checkpoint, found {base}")
+        return base
 
     # --- files ------------------------------------------------------------------------------
 
@@ -122,11 +192,12 @@ class Plan:
 
     def _find_sources(self, dataset: str) -> list[Source]:
         sources = self.recipe(dataset).sources
-        if sources.stdlib:
-            return [
-                Source(f"stdlib-{i:02d}", f"stdlib:{i}/{sources.stdlib}")
-                for i in range(sources.stdlib)
-            ]
+        for kind, count in (
+            ("stdlib", sources.stdlib),
+            ("stdlib-questions", sources.stdlib_questions),
+        ):
+            if count:
+                return [Source(f"{kind}-{i:02d}", f"{kind}:{i}/{count}") for i in range(count)]
         if dataset in self.given:
             return source_table.named([Source("", place) for place in sources.files])
         if sources.files:
@@ -213,7 +284,7 @@ class Plan:
     def not_as_the_table_says(self, dataset: str) -> set[str]:
         """Files that are here and of which the source table has come to say something else."""
         table = self.recipe(dataset).sources.table
-        if not table or not Path(table).exists():
+        if not table or not Path(table).exists() or self.recipe(dataset).instructions:
             return set()
         known = {source.name: source for source in self.sources(dataset)}
         wrong = set()
@@ -244,7 +315,9 @@ class Plan:
         """The local files of a batch: what snakemake watches."""
         places = [source.place for source in self.batch(dataset, batch)]
         files = [
-            place for place in places if "://" not in place and not place.startswith("stdlib:")
+            place
+            for place in places
+            if "://" not in place and not place.startswith(("stdlib:", "stdlib-questions:"))
         ]
         for file in files:
             if "{" in file or "}" in file:
@@ -266,7 +339,14 @@ class Plan:
             words.append("#".join([f"{source.name}={quoted(place)}", *map(quoted, mirrors)]))
         if sources.table or sources.url_list:
             words += ["--table", str(self.table(dataset))]
-        return shlex.join(words + ["--allow-missing"] * sources.allow_missing)
+        words += ["--allow-missing"] * sources.allow_missing
+        words += ["--conversations"] * (self.recipe(dataset).instructions is not None)
+        return shlex.join(words)
+
+    def given_tokenizer(self, dataset: str) -> list[str]:
+        """The file that a data set's tokenizer is taken from, where it is one."""
+        file = self.recipe(dataset).tokenizer.file
+        return [] if file is None else [file]
 
     def trains_tokenizer(self, dataset: str) -> bool:
         return self.recipe(dataset).tokenizer.train_vocab_size is not None
@@ -322,7 +402,9 @@ class Plan:
 
     def flags(self, dataset: str, part: str) -> str:
         """A part of a recipe as flags of its stage's command."""
-        return as_flags(getattr(self.recipe(dataset), part))
+        recipe = self.recipe(dataset)
+        conversations = part == "documents" and recipe.instructions is not None
+        return f"--kind {MESSAGES} " * conversations + as_flags(getattr(recipe, part))
 
 
 def as_flags(config: BaseConfig | None) -> str:

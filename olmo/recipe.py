@@ -10,9 +10,10 @@ from olmo.launch import Geometry
 
 @dataclass
 class SourcesConfig(BaseConfig):
-    """Where text comes from; exactly one of the first four is given."""
+    """Where text comes from; exactly one of the first five is given."""
 
     stdlib: int | None = None  # the running Python's standard library, in so many files
+    stdlib_questions: int | None = None  # its documentation as conversations, likewise
     files: list[str] = field(default_factory=list)  # local gz files of Dolma's schema; globs
     table: str | None = None  # a TSV: url, bytes, sha256, licence
     url_list: str | None = None  # a URL of a text file of URLs, as Dolma publishes them
@@ -22,7 +23,7 @@ class SourcesConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kinds = ("stdlib", "files", "table", "url_list")
+        kinds = ("stdlib", "stdlib_questions", "files", "table", "url_list")
         given = [name for name in kinds if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(
@@ -94,10 +95,13 @@ class DecontaminateConfig(BaseConfig):
 
 @dataclass
 class TokenizerConfig(BaseConfig):
-    """A given tokenizer (a file, or a name on the hub) or one trained on the documents."""
+    """A given tokenizer (a file, a name on the hub, another data set's) or one trained on the
+    documents.
+    """
 
     file: str | None = None
     hub: str | None = None
+    dataset: str | None = None  # whose tokenizer it is; the ids below are then that one's
     sha256: str | None = None
     train_vocab_size: int | None = None
     eos_token_id: int = 0
@@ -105,10 +109,10 @@ class TokenizerConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [n for n in ("file", "hub", "train_vocab_size") if getattr(self, n)]
+        given = [n for n in ("file", "hub", "dataset", "train_vocab_size") if getattr(self, n)]
         if len(given) != 1:
             raise ValueError(
-                "tokenizer: expected one of file, hub, train_vocab_size; found "
+                "tokenizer: expected one of file, hub, dataset, train_vocab_size; found "
                 + (" and ".join(given) or "none")
             )
 
@@ -134,6 +138,14 @@ class TokensConfig(BaseConfig):
 
 
 @dataclass
+class InstructionsConfig(BaseConfig):
+    """How conversations become instances for fine-tuning (olmo.data.sft)."""
+
+    sequence_length: int  # the model's max_sequence_length
+    packed: bool = False  # as many conversations in an instance as fit; else one
+
+
+@dataclass
 class Recipe(BaseConfig):
     """A data set: config/data/<name>.yaml."""
 
@@ -143,9 +155,12 @@ class Recipe(BaseConfig):
     tokens: TokensConfig = field(default_factory=TokensConfig)
     dedupe: DedupeConfig | None = None
     decontaminate: DecontaminateConfig | None = None
+    instructions: InstructionsConfig | None = None  # the sources hold conversations
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.instructions and (self.dedupe or self.decontaminate):
+            raise ValueError("dedupe and decontaminate are for documents, not for instructions")
         if self.dedupe and self.documents.repeats():
             raise ValueError(
                 "dedupe: documents.weights has one above 1, but every copy would be a duplicate; "
@@ -181,6 +196,7 @@ class Run(BaseConfig):
 
     train: str
     dataset: str | None = None
+    start_from: str | None = None  # another run, or a checkpoint: its folder or URL
     overrides: list[str] = field(default_factory=list)  # optimizer.name=muon, …
     evaluation: str | None = None  # a file in config/eval; None: held-out documents only
     # Where it is trained. The result's identity holds none of this.

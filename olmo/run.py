@@ -16,6 +16,7 @@ from olmo.launch import Geometry, launch
 from olmo.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
+PER_LABEL = "CrossEntropyLossPerLabel"  # olmo.evaluate.perplexity's, where labels are masked
 ASIDE = ["metrics.jsonl", "loss.svg"]  # timings and pictures: no part of the content
 
 
@@ -25,6 +26,7 @@ def train(
     order: Path,
     tokenizer: Path,
     final: Path,
+    start: Path | None = None,
     processes: int = 1,
     nodes: int = 1,
     min_nodes: int | None = None,
@@ -33,6 +35,8 @@ def train(
 ) -> None:
     """Train as `config` says on the shards of `tokens`, or carry on where that was cut off.
 
+    `start` is the folder of a final checkpoint whose weights, and unless the config resets it
+    optimizer state, the run begins with.
     `processes` are of each of `nodes`, which are those of the SLURM allocation that this runs in;
     it begins, and after a loss of nodes goes on, with as few as `min_nodes`. `overrides` are
     key=value, as on the trainer's own command line.
@@ -49,14 +53,36 @@ def train(
     )
     training(
         tokens=[entry.object for entry in read(tokens, "tokens")],
+        labels=[entry.object for entry in read(tokens, "labels")] or None,
         order=order,
+        start=None if start is None else parts_of(start, cfg),
         settings=identity(cfg),
         final=final,
         attempt=final.parent / "run",
         cfg=cfg,
         heldout=[entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes],
+        heldout_labels=heldout_labels(tokens),
         geometry=Geometry(processes, nodes, min_nodes, max_restarts),
     )
+
+
+def heldout_labels(tokens: list[Path]) -> list[Path] | None:
+    """Which tokens of the held-out shards are learned; None where all are."""
+    return [entry.object for entry in read(tokens, "heldout-labels") if entry.bytes] or None
+
+
+def parts_of(checkpoint: Path, cfg: TrainConfig) -> list[Path]:
+    """The files of a checkpoint that a run starts from, its weights first.
+
+    Raises:
+        ValueError: the run would not be a new one.
+    """
+    if not cfg.reset_trainer_state:
+        raise ValueError(
+            "a run that starts from a checkpoint is a new one: expected reset_trainer_state: true"
+        )
+    optimizer = [] if cfg.reset_optimizer_state else ["optim.safetensors", "train.json"]
+    return [checkpoint / name for name in ("model.safetensors", *optimizer)]
 
 
 @stage(version=3)
@@ -69,14 +95,20 @@ def training(
     cfg: Free[TrainConfig],
     heldout: Free[list[Path]],
     geometry: Free[Geometry],
+    heldout_labels: Free[list[Path] | None] = None,
+    labels: Inputs | None = None,
+    start: Inputs | None = None,
 ) -> Facts:
     """Run the trainer to its end and export its last checkpoint.
 
     `attempt` keeps the run's own checkpoints, from which the next attempt goes on. `settings` is
-    what of `cfg` decides bytes.
+    what of `cfg` decides bytes. `labels` say which tokens are learned, `start` holds the weights,
+    and the optimizer's state, that the run begins with (`parts_of`).
     """
     attempt.mkdir(parents=True, exist_ok=True)
-    place = filled_in(cfg, tokens, order, heldout, attempt)
+    place = filled_in(cfg, tokens, order, heldout, attempt, labels, heldout_labels)
+    if start is not None:
+        place = place.update_with(load_path=str(start[0].absolute().parent))
     place.save(attempt / "given.yaml")
     launch(attempt / "given.yaml", geometry, place.intra_op_threads)
 
@@ -84,7 +116,7 @@ def training(
     from olmo.report.loss import plot
     from olmo.train.segments import conditions, segments
 
-    reached = export(attempt, final, settings | {"data": named_by_content(settings, tokens, order)})
+    reached = export(attempt, final, named_by_content(settings, tokens, order, labels, start))
     metrics = [json.loads(line) for line in (attempt / "metrics.jsonl").read_text().splitlines()]
     (final / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     plot(metrics, final / "loss.svg")
@@ -102,15 +134,33 @@ def training(
 
 
 def filled_in(
-    cfg: TrainConfig, tokens: list[Path], order: Path, heldout: list[Path], folder: Path
+    cfg: TrainConfig,
+    tokens: list[Path],
+    order: Path,
+    heldout: list[Path],
+    folder: Path,
+    labels: list[Path] | None = None,
+    heldout_labels: list[Path] | None = None,
 ) -> TrainConfig:
     """The config with the places of this attempt: data, order, held-out data, folder."""
-    paths = [str(path) for path in tokens]
-    data = cfg.data.update_with(paths=paths, datasets=None, order_path=os.path.realpath(order))
+
+    def places(files: list[Path] | None) -> list[str] | None:
+        return None if files is None else [str(path) for path in files]
+
+    data = cfg.data.update_with(
+        paths=places(tokens),
+        label_mask_paths=places(labels),
+        datasets=None,
+        order_path=os.path.realpath(order),
+    )
     evaluators = list(cfg.evaluators)
     if heldout:
-        paths = [str(path) for path in heldout]
-        held = DataConfig(paths=paths, memmap_dtype=cfg.data.memmap_dtype, drop_last=False)
+        held = DataConfig(
+            paths=places(heldout),
+            label_mask_paths=places(heldout_labels),
+            memmap_dtype=cfg.data.memmap_dtype,
+            drop_last=False,
+        )
         evaluators.append(EvaluatorConfig(label=HELDOUT, data=held))
     return cfg.update_with(
         data=data,
@@ -121,24 +171,34 @@ def filled_in(
     )
 
 
-def named_by_content(settings: dict[str, Any], tokens: list[Path], order: Path) -> dict[str, Any]:
-    """The `data` section of final/config.yaml: the same wherever the store is."""
+def named_by_content(
+    settings: dict[str, Any],
+    tokens: list[Path],
+    order: Path,
+    labels: list[Path] | None = None,
+    start: list[Path] | None = None,
+) -> dict[str, Any]:
+    """final/config.yaml: the settings, and what they were applied to, wherever the store is."""
     store = here()
 
     def address(path: Path) -> str:
         digest = store.digest(path)
         return f"${{oc.env:{STORE},store}}/objects/{digest[:2]}/{digest}"
 
-    paths = [address(path) for path in tokens]
-    return settings.get("data", {}) | {"paths": paths, "order_path": address(order)}
+    data = {"paths": [address(path) for path in tokens], "order_path": address(order)}
+    if labels is not None:
+        data["label_mask_paths"] = [address(path) for path in labels]
+    named = settings | {"data": settings.get("data", {}) | data}
+    return named if start is None else named | {"load_path": address(start[0])}
 
 
 def heldout_losses(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The first and the last loss on each held-out set, in nats a token."""
+    """The first and the last loss on each held-out set, in nats a token that is learned."""
     losses: dict[str, dict[str, float]] = {}
     for row in metrics:
         for name, value in row.items():
             if name.startswith("eval/") and name.endswith("/CrossEntropyLoss"):
                 label = name.split("/")[1]
+                value = row.get(f"eval/{label}/{PER_LABEL}", value)
                 losses.setdefault(label, {"first": value})["last"] = value
     return losses

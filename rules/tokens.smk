@@ -30,6 +30,7 @@ rule tokenizer:
             if plan.trains_tokenizer(w.dataset)
             else []
         ),
+        given=lambda w: plan.given_tokenizer(w.dataset),
     output:
         "data/{dataset}/tokenizer.json",
     log:

@@ -1,6 +1,21 @@
 # Training: torchrun, from whatever checkpoint an earlier attempt left, to the final one.
 
 
+rule start:
+    # The checkpoint, of a folder or a URL, that a run starts from.
+    input:
+        lambda w: [] if "://" in plan.given_start(w.run) else plan.given_start(w.run),
+    output:
+        directory("checkpoints/{run}/start"),
+    log:
+        "logs/start/{run}.log",
+    params:
+        place=lambda w: plan.given_start(w.run),
+        parts=lambda w: plan.start_flags(w.run),
+    shell:
+        "olmo start --place {params.place:q} --checkpoint {output:q} {params.parts} --log {log:q}"
+
+
 rule train:
     input:
         lambda w: plan.journal(plan.dataset(w.run)),
@@ -8,6 +23,7 @@ rule train:
         order="checkpoints/{run}/global_indices.npy",
         tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",
         config=lambda w: plan.run(w.run).train,
+        start=lambda w: plan.start(w.run),
     output:
         directory("checkpoints/{run}/final"),
     log:
@@ -22,7 +38,8 @@ rule train:
         tasks_per_gpu=lambda w: plan.place(w.run, "tasks_per_gpu"),
     params:
         overrides=lambda w: plan.override_flags(w.run),
+        start=lambda w, input: f"--start {input.start}" if input.start else "",
     shell:  # exec: a scheduler's SIGTERM would end a shell in between, and the trainer with it
         "exec olmo train --config {input.config:q} --tokens {input.tokens:q} --order {input.order:q}"
         " --tokenizer {input.tokenizer:q} --final {output:q} {resources.geometry}"
-        " {params.overrides} --log {log:q}"
+        " {params.start} {params.overrides} --log {log:q}"

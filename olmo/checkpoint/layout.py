@@ -168,9 +168,11 @@ def retain(save_folder: str | Path, keep: int, unsharded: bool) -> list[Path]:
 def verify(folder: Path) -> None:
     """Raise ValueError unless every file is there as its manifest says.
 
-    A folder without a manifest (OLMo's own) is taken as it is. Raises FileNotFoundError where
-    there is no folder.
+    A folder without a manifest (OLMo's own) is taken as it is, and so is a file. Raises
+    FileNotFoundError where there is neither.
     """
+    if folder.is_file():
+        return  # of weights alone
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint folder at {folder}; mend --load_path")
     remedy = "load another one (--load_path), or remove the folder"

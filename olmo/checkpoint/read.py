@@ -102,8 +102,16 @@ def look(
     """The same of a folder that is verified already, for put_weights and put_state.
 
     They read what this process needs: Parts of a sharded one, and of an unsharded one what lies
-    in its files (`mapped`).
+    in its files (`mapped`). In the place of a folder there may be a file, of weights alone.
     """
+    if folder.is_file():
+        if optimizer or trainer:
+            raise ValueError(
+                f"{folder} is a file of weights alone; start a new run from it: "
+                "--reset_optimizer_state --reset_trainer_state"
+            )
+        model = _safetensors(folder)
+        return Checkpoint(folder, {clean(name): t for name, t in model.items()}, None, None)
     if (folder / "model_and_optim").is_dir():
         return _sharded(folder, optimizer, trainer)
     if (folder / "model.safetensors").exists():

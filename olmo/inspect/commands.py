@@ -171,6 +171,5 @@ def chosen(
     if id is not None:
         return [document for document in documents if document.id == id]
     if text is not None:
-        texts = (one["text"] for one in shard.texts())
-        return [d for d, one in zip(documents, texts, strict=True) if text in one]
+        return [d for d, one in zip(documents, shard.texts(), strict=True) if text in one]
     return documents

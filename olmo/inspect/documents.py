@@ -62,7 +62,7 @@ class Shard:
         """Those with a token in [start, end), in order."""
         import polars
 
-        table = polars.scan_parquet(self._object("index")).filter(polars.col("end") > start)
+        table = self._rows().filter(polars.col("end") > start)
         if end is not None:
             table = table.filter(polars.col("start") < end)
         rows = table.select("id", "file", "line", "start", "end").collect().iter_rows()
@@ -71,12 +71,24 @@ class Shard:
             for id, file, line, first, last in rows
         ]
 
-    def texts(self) -> Iterator[dict[str, Any]]:
-        """The documents themselves, as JSON has them, in the order of `documents`."""
+    def texts(self) -> Iterator[str]:
+        """What stands in the documents, or is said in the conversations, in `documents`' order."""
+        import polars
+
+        table = polars.read_parquet(self._object("index"))
+        kept = table["start"] < table["end"]
         documents = self.store.object_path(self.record["action"]["inputs"]["documents"])
         with gzip.open(documents, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)
+            for line, here in zip(lines, kept, strict=True):
+                if here:
+                    yield text_of(json.loads(line))
+
+    def _rows(self) -> Any:
+        """The table of the documents that have tokens; a conversation may have been left out."""
+        import polars
+
+        table = polars.scan_parquet(self._object("index"))
+        return table.filter(polars.col("start") < polars.col("end"))
 
     def _object(self, output: str) -> Path:
         digest: str = self.record["outputs"][output]["sha256"]
@@ -89,11 +101,19 @@ class Shard:
         return path
 
 
+def text_of(line: dict[str, Any]) -> str:
+    """What stands in a document, or is said in a conversation."""
+    if "messages" in line:
+        return "\n".join(message["content"] for message in line["messages"])
+    text: str = line["text"]
+    return text
+
+
 def shards(store: Store) -> dict[str, Shard]:
     """Every token file that the pipeline made from documents, by its sha256."""
     made_by = makers(store)
     return {
         record["outputs"]["tokens"]["sha256"]: Shard(store, record, made_by)
         for record in store.records()
-        if record["action"]["stage"] == "tokens"
+        if record["action"]["stage"] in ("tokens", "instances")
     }

@@ -18,7 +18,7 @@ from olmo.store import Store, files
 
 
 def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> Moved:
-    """Bring the order of a run and the token shards that hold its instances of these steps.
+    """Bring the order of a run, and the shards of tokens and labels that these steps saw.
 
     Args:
         final: the run's final checkpoint, which is here.
@@ -36,6 +36,7 @@ def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> M
     given = record["action"]["inputs"]
     of_order: str = given["order"]
     of_tokens: list[str] = given["tokens"]
+    of_labels: list[str] = given.get("labels", [])  # one for each, where there are any
     moved = Moved()
     with store.draft() as folder:
         second.fetch(store, remote, {of_order: sizes[of_order]}, folder, moved)
@@ -45,7 +46,8 @@ def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> M
         world_size = record["conditions"]["processes"]
         seen = Seen(cfg, ends[-1], len(stored), lambda a, b: stored[a:b], world_size)
         instances = np.concatenate([seen.instances(step) for step in steps])
-        needed = {of_tokens[i] for i in np.searchsorted(ends, instances, side="right")}
+        which = set(np.searchsorted(ends, instances, side="right").tolist())
+        needed = {digests[i] for digests in (of_tokens, of_labels) if digests for i in which}
         wanted = {digest: sizes[digest] for digest in sorted(needed)}
         second.fetch(store, remote, wanted, folder, moved)
     return moved

@@ -33,11 +33,14 @@ def replay(checkpoint: str, /, steps: str) -> None:
         raise ValueError(f"expected steps from 1 to {last_step}, found {steps}")
     recorded = rows_of(Path(run.folder, "metrics.jsonl"))
     start, begin = begin_at(Path(run.folder).parent / "run", asked[0])
+    resumed: dict[str, Any] = {}  # else from its start: no weights, or those that it was given
+    if begin is not None:
+        resumed = {"load_path": str(begin)}
+        resumed |= {"reset_trainer_state": False, "reset_optimizer_state": False}
     with tempfile.TemporaryDirectory() as folder:
         place = run.cfg.update_with(
             save_folder=folder,
             save_overwrite=True,
-            load_path=None if begin is None else str(begin),
             stop_at=asked[-1],
             evaluators=[],
             eval_interval=last_step + 1,
@@ -45,6 +48,7 @@ def replay(checkpoint: str, /, steps: str) -> None:
             save_interval_unsharded=last_step + 1,
             no_pre_train_checkpoint=True,
             wandb=None,
+            **resumed,
         )
         place.save(Path(folder, "given.yaml"))
         tell(f"steps {start + 1} to {asked[-1]}, from {begin or 'the start'}")

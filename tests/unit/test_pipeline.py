@@ -198,3 +198,48 @@ def test_the_store_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert plan().store == os.path.abspath("store")
     monkeypatch.setenv("OLMO_STORE", "/big/disk")
     assert plan().store == "/big/disk"
+
+
+def tuning(**changes) -> Plan:
+    """A plan of a run on conversations that starts from another; `changes` are of all its files."""
+    model = {"max_sequence_length": 64, "eos_token_id": 0, "pad_token_id": 1}
+    config = {"model": model, "reset_trainer_state": True} | changes.pop("config", {})
+    talks = {
+        "sources": {"stdlib_questions": 2},
+        "instructions": {"sequence_length": 64},
+        "tokenizer": {"dataset": "mine"},
+    } | changes.pop("talks", {})
+    Path("config/data/mine.yaml").write_text(yaml.safe_dump(RECIPE))
+    Path("config/data/talks.yaml").write_text(yaml.safe_dump(talks))
+    Path("t.yaml").write_text(yaml.safe_dump(config))
+    tuned = {"train": "t.yaml", "dataset": "talks", "start_from": "base"} | changes
+    return Plan({"runs": {"base": {"train": "t.yaml", "dataset": "mine"}, "tuned": tuned}})
+
+
+def test_a_tuned_run_starts_from_another_or_from_a_checkpoint():
+    plan = tuning()
+    assert plan.instructed() == ["talks"] and plan.start("base") == []
+    assert plan.start("tuned") == ["checkpoints/base/final"]
+    assert plan.train_config("tuned").reset_trainer_state
+    assert plan.given_tokenizer("talks") == ["data/mine/tokenizer.json"]
+    assert plan.flags("talks", "documents").startswith("--kind messages ")
+    assert plan.flags("talks", "instructions") == "--sequence-length 64"
+    words = "--sources stdlib-questions-00=stdlib-questions:0/2 "
+    assert plan.source_flags("talks", "000").startswith(words)
+    assert plan.source_flags("talks", "000").endswith(" --conversations")
+    given = tuning(start_from="https://x/step5-unsharded", config={"reset_optimizer_state": True})
+    assert given.start("tuned") == ["checkpoints/tuned/start"]
+    assert given.given_start("tuned") == "https://x/step5-unsharded"
+    assert given.start_flags("tuned") == "" and tuning().start_flags("tuned") == "--optimizer"
+    with pytest.raises(ValueError, match="expected start_from with a checkpoint, found base"):
+        tuning().given_start("tuned")
+
+
+def test_a_tuned_run_that_does_not_fit_is_refused():
+    for changes, message in (
+        ({"talks": {"instructions": {"sequence_length": 32}}}, "max_sequence_length of t.yaml, 64"),
+        ({"talks": {"tokenizer": {"train_vocab_size": 512}}}, "expected the same in config/data/t"),
+        ({"config": {"reset_trainer_state": False}}, "expected reset_trainer_state: true"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tuning(**changes).train_config("tuned")

@@ -1,0 +1,119 @@
+"""Fine-tuning from another run of the pipeline, or from a checkpoint, on conversations."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from project import Project
+
+FINAL = "checkpoints/tuned/final"
+QUESTIONS = 60
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Project:
+    """A project whose run `tuned` starts from `small`; tests in order change it."""
+    project = Project(tmp_path_factory.mktemp("tuning") / "project")
+    project.use_given_tokenizer(tokenizer)
+    project.change("config/train/small.yaml", max_duration=12, eval_interval=12)
+    write_talks(project)
+    project.write(
+        "config/data/talks.yaml",
+        {
+            "sources": {"files": ["talks/*.jsonl"]},
+            "documents": {"heldout_share": 0.2},
+            "instructions": {"sequence_length": 64},
+            "tokenizer": {"dataset": "small"},
+        },
+    )
+    shutil.copy(project.root / "config/train/small.yaml", project.root / "config/train/tuned.yaml")
+    project.change(
+        "config/train/tuned.yaml",
+        reset_trainer_state=True,
+        reset_optimizer_state=True,
+        data={"drop_last": True},
+    )
+    start_from(project, "small")
+    first = project.run(FINAL)
+    assert first.ran["training"] == 2 and first.ran["instances"] == 2, first.output
+    return project
+
+
+def start_from(project: Project, base: str) -> None:
+    tuned = {"train": "config/train/tuned.yaml", "dataset": "talks", "start_from": base}
+    project.change("config/config.yaml", runs__tuned=tuned)
+
+
+def write_talks(project: Project, answer: str = "twice {} is {}", role: str = "assistant") -> None:
+    lines = []
+    for i in range(QUESTIONS):
+        said = [("user", f"What is 2 x {i}?"), (role, answer.format(i, 2 * i))]
+        lines.append({"messages": [{"role": r, "content": text} for r, text in said]})
+    (project.root / "talks").mkdir(exist_ok=True)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (project.root / "talks/twice.jsonl").write_text(text)
+
+
+def record(project: Project) -> dict:
+    return json.loads((project.root / FINAL / "record.json").read_text())
+
+
+def test_the_held_out_answers_loss_falls(tuned: Project):
+    loss = record(tuned)["facts"]["heldout_loss"]["heldout"]
+    assert loss["last"] < loss["first"] - 0.5
+    rows = [json.loads(line) for line in (tuned.root / FINAL / "metrics.jsonl").open()]
+    assert rows[0]["step"] == 0, "measured before the first step, on the base's weights"
+    assert loss["first"] == rows[0]["eval/heldout/CrossEntropyLossPerLabel"]
+    tuned.run("eval/tuned/heldout.json", "data/talks/statistics.txt")
+    found = json.loads((tuned.root / "eval/tuned/heldout.json").read_text())
+    assert found["CrossEntropyLossPerLabel"] == pytest.approx(loss["last"], abs=1e-6)
+    text = (tuned.root / "data/talks/statistics.txt").read_text()
+    counts = [int(n) for n in re.findall(r"^in all +(?:train|heldout) +(\d+)", text, re.M)]
+    assert len(counts) == 2 and sum(counts) == QUESTIONS
+
+
+def test_again_runs_nothing(tuned: Project):
+    assert "Nothing to be done" in tuned.run(FINAL).output
+
+
+def test_the_same_weights_by_another_way_are_the_same_run(tuned: Project):
+    before = record(tuned)["content"]
+    official = next((tuned.root / "checkpoints/small/run").glob("step12-unsharded")).resolve()
+    start_from(tuned, str(official))
+    found = tuned.run(FINAL)
+    assert found.ran == {"local_checkpoint": 1}, found.output
+    assert record(tuned)["content"] == before
+    config = (tuned.root / FINAL / "config.yaml").read_text()
+    assert re.search(r"^load_path: .*/objects/", config, re.M) and str(tuned.root) not in config
+
+
+def test_what_is_tuned_can_be_looked_into_and_replayed(tuned: Project):
+    shown = tuned.olmo("inspect", "--run", "tuned", "--step", "2").output
+    assert "<|user|>" in shown and "(twice.json.gz:" in shown
+    told = tuned.olmo("seen", "--run", "tuned", "--text", "twice 7 is 14")
+    steps = [int(step) for step in re.findall(r"^  step (\d+), ", told.output, re.M)]
+    held_out = "no document of tuned's data has the text" in told.output
+    assert held_out or steps, told.output
+    if steps:
+        shown = tuned.olmo("inspect", "--run", "tuned", "--step", str(steps[0])).output
+        assert "twice 7 is 14" in shown
+    equal = tuned.olmo("replay", "tuned", "--steps", "1..4")  # from the base's weights
+    assert equal.status == 0 and "4 steps, equal to the bit" in equal.output, equal.output
+
+
+def test_a_retrained_base_is_tuned_again(tuned: Project):
+    start_from(tuned, "small")
+    before = record(tuned)["content"]
+    assert not tuned.run(FINAL).ran, "the same weights again"
+    tuned.change("config/train/small.yaml", seed=11)
+    again = tuned.run(FINAL)
+    assert again.ran["training"] == 2, again.output
+    assert record(tuned)["content"] != before
+
+
+def test_a_malformed_conversation_is_named(tuned: Project):
+    write_talks(tuned, role="wizard")
+    refused = tuned.run(FINAL, ok=False)
+    assert refused.status and "twice.json.gz:1: unknown-role" in refused.output, refused.output
