@@ -75,9 +75,8 @@ class LossByLabel:
     def stderr(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """By label, of the mean over instances, in nats; NaN for a single one."""
         out = {}
-        for name, loss, square, n in zip(
-            self._names, *add_up(self._sums)[:3].tolist(), strict=True
-        ):
+        sums = add_up(self._sums)[:3].tolist()
+        for name, loss, square, n in zip(self._names, *sums, strict=True):
             variance = max(square - loss**2 / n, 0.0) / (n - 1) if n > 1 else math.nan
             out[name] = math.sqrt(variance / n) if n else math.nan
         return out

@@ -66,8 +66,8 @@ def test_the_held_out_answers_loss_falls(tuned: Project):
     rows = [json.loads(line) for line in (tuned.root / FINAL / "metrics.jsonl").open()]
     assert rows[0]["step"] == 0, "measured before the first step, on the base's weights"
     assert loss["first"] == rows[0]["eval/heldout/CrossEntropyLossPerLabel"]
-    tuned.run("eval/tuned/heldout.json", "data/talks/statistics.txt")
-    found = json.loads((tuned.root / "eval/tuned/heldout.json").read_text())
+    tuned.run("checkpoints/tuned/heldout.json", "data/talks/statistics.txt")
+    found = json.loads((tuned.root / "checkpoints/tuned/heldout.json").read_text())
     assert found["CrossEntropyLossPerLabel"] == pytest.approx(loss["last"], abs=1e-6)
     text = (tuned.root / "data/talks/statistics.txt").read_text()
     counts = [int(n) for n in re.findall(r"^in all +(?:train|heldout) +(\d+)", text, re.M)]
