@@ -1,6 +1,7 @@
 """One cell: train as many steps as it says, in this process, and say what that took.
 
     python -m olmo.bench.cell RECORD < the request, as JSON
+    python -m olmo.bench.cell --turns    (side.serve: beside a peer)
 
 The step is the trainer's own: its model, its microbatches, its clipping, its optimizer.
 """
@@ -10,13 +11,11 @@ from __future__ import annotations
 import json
 import math
 import platform
-import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
-from itertools import pairwise
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,32 @@ import torch
 from torch import Tensor
 
 from olmo.bench.matrix import Cell, Section
-from olmo.config import TrainConfig
+from olmo.bench.side import (
+    PeakMemory,
+    Training,
+    Unavailable,
+    fill,
+    ids_of,
+    limit_memory,
+    out_of_memory,
+    serve,
+    settle,
+    timed,
+)
+from olmo.data.order import free_memory
 from olmo.model import OLMo
 from olmo.precision import backends, msamp
 from olmo.train.meters import device_flops
 from olmo.train.optim import build_optimizer
 from olmo.train.parallel import World, parallelize
-from olmo.train.step import forward_backward
+from olmo.train.step import forward_backward, keep_freed_memory
 
-SEED = 6198
-
-
-class Unavailable(Exception):
-    """This cell cannot be had here, for a reason that is told."""
+# What a cell may be made of; another version is another record.
+PACKAGES = ("torchao", "flash-attn", "flash-attn-3", "flash-attn-4", "msamp", "triton")
 
 
-def measure(section: Section, cell: Cell) -> dict[str, Any]:
-    """Train `warmup` steps, then `steps` that count; what that took.
+def prepare(section: Section, cell: Cell) -> Training:
+    """The trainer's step, with the settings of a cell.
 
     Raises:
         Unavailable: a kernel or a package that is not there.
@@ -50,8 +58,10 @@ def measure(section: Section, cell: Cell) -> dict[str, Any]:
     cfg = section.train_config(cell)
     if cfg.use_msamp and (problem := msamp.why_not(cfg)):
         raise Unavailable(problem)
-    torch.manual_seed(SEED)
+    if not cuda:
+        keep_freed_memory()
     model = OLMo(cfg.model.update_with(init_device="cpu"))
+    fill(model)
     asked = None if cell.attention == "auto" else cell.attention
     try:
         attention = model.use_attention(device, cfg.autocast_precision, asked)
@@ -64,100 +74,88 @@ def measure(section: Section, cell: Cell) -> dict[str, Any]:
     if cfg.use_msamp:
         _, optimizer = msamp.initialize(model, optimizer)
     model.train()
-    base = memory(device)
-    losses: list[Tensor] = []
+    instances, length = cfg.global_train_batch_size, cfg.model.max_sequence_length
+    index = torch.arange(instances)
 
-    def step(number: int, batch: dict[str, Tensor]) -> None:
+    def step(number: int, ids: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
-        losses.append(forward_backward(model, batch, cfg, device, number).ce)
+        batch = {"input_ids": ids, "index": index}
+        loss = forward_backward(model, batch, cfg, device, number).ce
         optimizer.clip_grads_and_collect_metrics(number, collect_param_metrics=False)
         optimizer.step()
         if eight_bits is not None:
             eight_bits.after_step()
+        return loss * (length / (length - 1))  # OLMo's is divided by tokens, this by labels
+
+    facts = {
+        "attention_used": str(attention.backend),
+        "parameters": model.num_params(),
+        "flops_per_token_palm": model.flops_per_token(causal=False),
+        "flops_per_token_causal": model.flops_per_token(causal=True),
+        "device_flops": device_flops(device),
+        "tokens_per_step": instances * length,
+    }
+
+    def ids(number: int) -> Tensor:
+        return ids_of(instances, length, cfg.model.vocab_size, number)
+
+    return Training(step, ids, device, facts)
+
+
+def measure(section: Section, cell: Cell) -> dict[str, Any]:
+    """Train `warmup` steps, then `steps` that count; what that took."""
+    training = prepare(section, cell)
+    device, facts = training.device, training.facts
+    losses: list[Tensor | float] = []
+
+    def step(number: int, ids: Tensor) -> None:
+        losses.append(training.step(number, ids))
 
     began = time.monotonic()
     for number in range(section.warmup):
-        step(number, batch_of(cfg, number))
+        step(number, training.ids(number))
         if number == 0:
             settle(device)
             first_step_s = time.monotonic() - began
     settle(device)
-    joules = energy(device)
-    cpu = time.process_time()
-    batches = [batch_of(cfg, section.warmup + i) for i in range(section.steps)]
-    seconds = timed(lambda i: step(section.warmup + i, batches[i]), section.steps, device)
+    numbers = range(section.warmup, section.warmup + section.steps)
+    batches = [training.ids(number) for number in numbers]
+    memory, joules, cpu = PeakMemory(device), energy(device), time.process_time()
+    seconds = timed(lambda i: step(numbers[i], batches[i]), section.steps, device)
     cpu = time.process_time() - cpu
     used = energy(device)
-    tokens = cfg.global_train_batch_size * cfg.model.max_sequence_length
-    speeds = sorted(tokens / one for one in seconds)
-    median = statistics.median(speeds)
-    peak = device_flops(device)
-
-    def mfu(causal: bool) -> float | None:
-        return median * model.flops_per_token(causal) / peak if peak else None
-
     every = [float(loss) for loss in losses]
     if not all(map(math.isfinite, every)):
         raise FloatingPointError(f"the loss is not finite: {every}")
-    return {
-        "attention_used": str(attention.backend),
-        "parameters": model.num_params(),
-        "tokens_per_step": tokens,
+    tokens = facts["tokens_per_step"]
+    return facts | {
         "seconds": seconds,
-        "tokens_per_second": median,
-        "tokens_per_second_p10": speeds[len(speeds) // 10],
-        "tokens_per_second_p90": speeds[-1 - len(speeds) // 10],
         "tokens_per_cpu_second": section.steps * tokens / cpu,
-        "mfu_palm": mfu(causal=False),
-        "mfu_causal": mfu(causal=True),
-        "peak_memory_bytes": memory(device) if cuda else memory(device) - base,
+        "peak_memory_bytes": memory.bytes(),
         "joules_per_token": (
             None if joules is None or used is None else (used - joules) / section.steps / tokens
         ),
         "first_step_s": first_step_s,
         "first_loss": every[0],
         "last_loss": every[-1],
+        **speeds(facts, seconds),
     }
 
 
-def batch_of(cfg: TrainConfig, number: int) -> dict[str, Tensor]:
-    """(B, T) ids that can be learnt, each a little above the one before; the same in every cell
-    of one shape and microbatch."""
-    generator = torch.Generator().manual_seed(SEED + number)
-    shape = (cfg.global_train_batch_size, cfg.model.max_sequence_length)
-    ids = torch.randint(0, 3, shape, generator=generator).cumsum(1)
-    start = torch.randint(0, cfg.model.vocab_size, (shape[0], 1), generator=generator)
-    return {"input_ids": (ids + start) % cfg.model.vocab_size, "index": torch.arange(shape[0])}
+def speeds(facts: Mapping[str, Any], seconds: list[float]) -> dict[str, float | None]:
+    """Median and spread of the steps, and the median in both conventions of MFU.
 
-
-def timed(step: Callable[[int], None], steps: int, device: torch.device) -> list[float]:
-    """Seconds of each step; on a GPU by its own clock, so that nothing waits for it in between."""
-    if device.type != "cuda":
-        found = []
-        for i in range(steps):
-            began = time.perf_counter()
-            step(i)
-            found.append(time.perf_counter() - began)
-        return found
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    marks[0].record()
-    for i in range(steps):
-        step(i)
-        marks[i + 1].record()
-    settle(device)
-    return [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
-
-
-def settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def memory(device: torch.device) -> int:
-    """The most bytes so far: of the GPU's memory, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    `facts` are those of our model: what a token costs is counted alike for all.
+    """
+    found = sorted(facts["tokens_per_step"] / one for one in seconds)
+    median, peak = statistics.median(found), facts["device_flops"]
+    return {
+        "tokens_per_second": median,
+        "tokens_per_second_p10": found[len(found) // 10],
+        "tokens_per_second_p90": found[-1 - len(found) // 10],
+        "mfu_palm": median * facts["flops_per_token_palm"] / peak if peak else None,
+        "mfu_causal": median * facts["flops_per_token_causal"] / peak if peak else None,
+    }
 
 
 def energy(device: torch.device) -> float | None:
@@ -188,7 +186,15 @@ def surroundings() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := version(name))},
     }
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_name() -> str:
@@ -200,19 +206,24 @@ def cpu_name() -> str:
 
 
 def main() -> None:
+    if sys.argv[1] == "--turns":
+        serve(lambda request: prepare(Section.new(**request["section"]), Cell(**request["cell"])))
+        return
     record_path = Path(sys.argv[1])
     request = json.load(sys.stdin)
     section = Section.new(**request["section"])
     cell = Cell(**request["cell"])
-    record = {"started": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", "cell": request["cell"]}
+    record = {"cell": request["cell"]}
     try:
+        if not torch.cuda.is_available():
+            limit_memory(section.memory_bytes or free_memory())
         record |= {"status": "ok", **measure(section, cell)}
     except Unavailable as error:
         record |= {"status": "unavailable", "why": str(error)}
-    except torch.OutOfMemoryError as error:
-        record |= {"status": "out of memory", "why": str(error).splitlines()[0]}
-    except MemoryError as error:
-        record |= {"status": "out of memory", "why": str(error) or "the machine's"}
+    except (RuntimeError, MemoryError, OSError) as error:
+        if (why := out_of_memory(error)) is None:
+            raise
+        record |= {"status": "out of memory", "why": why}
     record_path.write_text(json.dumps(record))
 
 

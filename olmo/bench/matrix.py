@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,12 @@ from typing import Any
 from olmo.config import BaseConfig, FP8Backend, TrainConfig
 from olmo.model.attention import Backend
 
-EAGER, NONE, MSAMP = "eager", "none", "msamp"
+EAGER, NONE, MSAMP, OURS = "eager", "none", "msamp", "ours"
+# Whose step ours is held against, and by what it may compute attention.
+PEERS = {
+    "ai2-olmo": ("sdpa", "flash-attn"),
+    "transformers": ("sdpa", "math", "flash-attn"),
+}
 COMPILE_MODES = (
     EAGER,
     "default",
@@ -31,12 +36,26 @@ class Cell:
     microbatch: int = 1
     precision: str = "fp32"
     fp8: str = NONE  # or a backend of olmo.precision, or msamp
+    whose: str = OURS  # or one of PEERS
 
     @property
     def name(self) -> str:
         """For people and for files: olmo-250m.auto.default.mb8.amp_bf16.none"""
         parts = (self.shape, self.attention, self.compile, f"mb{self.microbatch}")
-        return ".".join((*parts, self.precision, self.fp8))
+        whose = () if self.whose == OURS else (self.whose,)
+        return ".".join((*whose, *parts, self.precision, self.fp8))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Theirs and ours, timed in turns: the same shape, microbatch and data."""
+
+    theirs: Cell
+    ours: Cell
+
+    @property
+    def name(self) -> str:
+        return f"{self.theirs.name}.beside.{self.ours.attention}.{self.ours.compile}"
 
 
 @dataclass
@@ -53,6 +72,33 @@ class Group(BaseConfig):
     def cells(self) -> list[Cell]:
         values = (self.shape, self.attention, self.compile, self.microbatch, self.precision)
         return [Cell(*choice) for choice in product(*values, self.fp8)]
+
+
+@dataclass
+class Peers(BaseConfig):
+    """Pairs: each value with each of the others for them, one setting for us."""
+
+    shape: list[str]
+    peer: list[str] = field(default_factory=lambda: list(PEERS))
+    attention: list[str] = field(default_factory=lambda: ["sdpa"])
+    compile: list[str] = field(default_factory=lambda: [EAGER])
+    microbatch: list[int] = field(default_factory=lambda: [1])
+    precision: list[str] = field(default_factory=lambda: ["fp32"])
+    ours: dict[str, str] = field(default_factory=dict)  # attention, compile, precision, fp8
+
+    def pairs(self) -> list[Pair]:
+        values = (self.shape, self.attention, self.compile, self.microbatch, self.precision)
+        theirs = [Cell(*choice, whose=peer) for peer in self.peer for choice in product(*values)]
+        return [Pair(cell, replace(cell, **self.of_ours())) for cell in theirs]
+
+    def of_ours(self) -> dict[str, Any]:
+        own = ("attention", "compile", "precision", "fp8")
+        if unknown := self.ours.keys() - set(own):
+            raise ValueError(
+                f"ours: expected {', '.join(own)}; found {', '.join(sorted(unknown))}. Shape and "
+                "microbatch are those of the peer"
+            )
+        return {"attention": "auto", "whose": OURS} | self.ours
 
 
 @dataclass
@@ -76,7 +122,10 @@ class Section(BaseConfig):
     groups: list[Group]
     warmup: int = 5  # steps before those that count
     steps: int = 20
-    limit_s: float = 600  # of one cell's process
+    limit_s: float = 600  # of one cell's process, and twice that of a pair's
+    memory_bytes: int | None = None  # of one process on a CPU; None: what is free
+    peers: list[Peers] = field(default_factory=list)
+    rounds: int = 5  # of a pair: theirs, ours; each time a share of the steps
     references: list[Reference] = field(default_factory=list)
 
     def cells(self) -> list[Cell]:
@@ -85,37 +134,61 @@ class Section(BaseConfig):
         Raises:
             ValueError: a value that there is not.
         """
+        found = list(dict.fromkeys(cell for group in self.groups for cell in group.cells()))
+        for cell in found:
+            self.check(cell)
+        return found
+
+    def pairs(self) -> list[Pair]:
+        """Each pair once.
+
+        Raises:
+            ValueError: a value that there is not.
+        """
+        found = list(dict.fromkeys(pair for group in self.peers for pair in group.pairs()))
+        for pair in found:
+            self.check(pair.theirs)
+            self.check(pair.ours)
+        return found
+
+    def check(self, cell: Cell) -> None:
         known: dict[str, Iterable[str]] = {
             "shape": self.shapes,
-            "attention": ["auto", *Backend],
+            "peer": [OURS, *PEERS],
+            "attention": PEERS.get(cell.whose, ["auto", *Backend]),
             "compile": COMPILE_MODES,
             "fp8": [NONE, *FP8Backend, MSAMP],
         }
-        found = list(dict.fromkeys(cell for group in self.groups for cell in group.cells()))
-        for cell in found:
-            for name, values in known.items():
-                if (value := getattr(cell, name)) not in values:
-                    raise ValueError(
-                        f"{name}: expected one of {', '.join(values)}; found {value!r}"
-                    )
-        return found
+        for name, values in known.items():
+            if (value := getattr(cell, "whose" if name == "peer" else name)) not in values:
+                raise ValueError(f"{name}: expected one of {', '.join(values)}; found {value!r}")
 
-    def train_config(self, cell: Cell) -> TrainConfig:
-        """What the trainer is given for a cell; a step is one microbatch.
-
-        Raises:
-            ValueError: a setting that there is not.
-        """
-        settings: dict[str, Any] = {
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """What any trainer is given for a cell, by OLMo's names; a step is one microbatch."""
+        return {
             "model": self.model | self.shapes[cell.shape],
             "precision": cell.precision,
             "device_train_microbatch_size": cell.microbatch,
             "global_train_batch_size": cell.microbatch,
             "max_duration": self.warmup + self.steps,
-            "optimizer": {"name": "adamw", "learning_rate": 4e-4, "weight_decay": 0.1},
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 4e-4,
+                "weight_decay": 0.1,
+                "betas": [0.9, 0.95],
+                "eps": 1e-8,
+            },
             "scheduler": {"name": "constant", "t_warmup": 0},
             "max_grad_norm": 1.0,
         }
+
+    def train_config(self, cell: Cell) -> TrainConfig:
+        """What our trainer is given for a cell.
+
+        Raises:
+            ValueError: a setting that there is not.
+        """
+        settings = self.settings(cell)
         if cell.compile != EAGER:
             mode = None if cell.compile == "default" else cell.compile
             settings["compile"] = {"mode": mode, "fullgraph": True}
@@ -138,7 +211,8 @@ def load(path: Path, kind: str) -> Section:
     """The section of a matrix file for a kind of device, cpu or cuda."""
     try:
         section: Section = getattr(Matrix.load(path), kind)
-        for cell in section.cells():
+        ours = [pair.ours for pair in section.pairs()]
+        for cell in [*section.cells(), *ours]:
             _ = section.train_config(cell).autocast_precision
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -146,4 +220,5 @@ def load(path: Path, kind: str) -> Section:
 
 
 def as_plain(cell: Cell) -> dict[str, Any]:
+    """As a record has it."""
     return asdict(cell)

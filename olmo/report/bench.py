@@ -5,61 +5,105 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from olmo.bench.matrix import Section
 from olmo.bench.table import row
 
 
-def bench(matrix: Path, out: Path) -> None:
+def bench(
+    matrix: Path,
+    out: Path,
+    peer: list[str] | None = None,
+    kind: str | None = None,
+    draw_only: bool = False,
+) -> None:
     """Time the cells of a matrix that have no record yet, each in a process of its own.
 
-    OUT gets records/, table.md, table.csv, table.parquet and heat.svg.
+    OUT gets records/, table.md, table.csv, table.parquet and heat.svg. --peer NAME=WHERE names a
+    Python, a wheel or a folder with ai2-olmo or transformers, which ours is then timed beside;
+    $OLMO_PEER_PYTHON does the same. --kind: cpu or cuda, by default what the machine has.
+    --draw-only makes the files of the records that are there, from whatever machine.
     """
     from olmo.bench.__main__ import bench as time_all
 
-    records = time_all(matrix, out)
-    write_parquet(records, out / "table.parquet")
+    records, section = time_all(matrix, out, peer or (), kind, draw_only)
+    write_parquet(records, section, out / "table.parquet")
     draw(records, out / "heat.svg")
 
 
-def write_parquet(records: list[dict[str, Any]], path: Path) -> None:
+def write_parquet(records: list[dict[str, Any]], section: Section, path: Path) -> None:
     import polars
 
-    rows = [row(record) for record in records]
+    rows = [row(record, section) for record in records]
     polars.DataFrame(rows, infer_schema_length=None).write_parquet(path)
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Tokens per second by colour and number; what cannot be had says so."""
+    """Tokens per second by colour and number, each shape by itself; what cannot be had says so."""
     import altair
 
-    cells = []
-    for record in records:
-        cell = record["cell"]
-        speed = record.get("tokens_per_second")
-        fp8 = "" if cell["fp8"] == "none" else f", fp8 {cell['fp8']}"
-        cells.append(
-            {
-                "shape": cell["shape"],
-                "kernel": f"{cell['attention']}, {cell['precision']}{fp8}",
-                "step": f"{cell['compile']}, microbatch {cell['microbatch']}",
-                "speed": speed,
-                "says": f"{speed:,.0f}" if speed else record["status"],
-            }
-        )
-    names = altair.Chart().encode(
-        x=altair.X("step:N", sort=None, title=None, axis=altair.Axis(labelAngle=-40)),
-        y=altair.Y("kernel:N", sort=None, title=None, axis=altair.Axis(labelLimit=300)),
+    cells = [drawn(record) for record in records]
+    for shape in {cell["shape"] for cell in cells}:
+        mine = [cell for cell in cells if cell["shape"] == shape]
+        most = max((cell["speed"] or 0.0 for cell in mine), default=0.0)
+        for cell in mine:
+            cell["share"] = cell["speed"] / most if cell["speed"] else None
+    charts = [
+        chart_of(shape, [cell for cell in cells if cell["shape"] == shape])
+        for shape in dict.fromkeys(cell["shape"] for cell in cells)
+    ]
+    whole = altair.vconcat(*charts).configure_view(stroke=None).configure_axis(domain=False)
+    whole.save(path, format="svg")
+
+
+def drawn(record: dict[str, Any]) -> dict[str, Any]:
+    cell, speed = record["cell"], record.get("tokens_per_second")
+    fp8 = "" if cell["fp8"] == "none" else f", fp8 {cell['fp8']}"
+    whose = "" if cell["whose"] == "ours" else f"{cell['whose']}: "
+    says = f"{speed:,.0f}" if speed else record["status"]
+    if "ratio" in record:
+        says += f" (ours × {record['ratio']:.2f})"
+    return {
+        "shape": cell["shape"],
+        "kernel": f"{whose}{cell['attention']}, {cell['precision']}{fp8}",
+        "step": f"{cell['compile']}, microbatch {cell['microbatch']}",
+        "speed": speed,
+        "says": says,
+    }
+
+
+def chart_of(shape: str, cells: list[dict[str, Any]]) -> Any:
+    """Kernels down, compile mode and microbatch across; the colour is the share of the fastest."""
+    import altair
+
+    axis: dict[str, Any] = {"title": None, "labelLimit": 400, "ticks": False}
+    lines = altair.Axis(
+        orient="top",
+        labelAngle=0,
+        labelPadding=18,
+        labelExpr="split(datum.label, ', ')",
+        **axis,
     )
-    colour = altair.Color("speed:Q", scale=altair.Scale(scheme="viridis"), title="tokens/s")
-    speed, middle = altair.datum.speed, max((c["speed"] or 0.0 for c in cells), default=0.0) / 2
-    ink = altair.condition(
-        (speed > 0) & (speed < middle), altair.value("white"), altair.value("black")
+    names = altair.Chart(altair.Data(values=cells)).encode(
+        x=altair.X("step:N", sort=None, axis=lines),
+        y=altair.Y("kernel:N", sort=None, axis=altair.Axis(**axis)),
     )
-    rectangles = names.mark_rect().encode(color=colour)
-    texts = names.mark_text(fontSize=10).encode(text="says:N", color=ink)
-    size = {"width": 80 * count(cells, "step"), "height": 24 * count(cells, "kernel")}
-    layers = altair.layer(rectangles, texts, data=altair.Data(values=cells)).properties(**size)
-    chart = layers.facet(column=altair.Column("shape:N", title="tokens per second"))
-    chart.resolve_scale(x="independent").save(path, format="svg")
+    share = altair.Color(
+        "share:Q",
+        scale=altair.Scale(scheme="viridis", domain=[0, 1]),
+        legend=altair.Legend(title="of the fastest", format=".0%"),
+    )
+    dark = (altair.datum.share > 0) & (altair.datum.share < 0.6)
+    ink = altair.condition(dark, altair.value("white"), altair.value("#222222"))
+    layers = names.mark_rect(stroke="white", strokeWidth=2, color="#e8e8e8")
+    layers += (
+        names.mark_rect(stroke="white", strokeWidth=2)
+        .encode(color=share)
+        .transform_filter(altair.datum.share > 0)
+    )
+    layers += names.mark_text(fontSize=11).encode(text="says:N", color=ink)
+    title = altair.TitleParams(f"{shape}: tokens per second", anchor="start")
+    size = {"width": 150 * count(cells, "step"), "height": 26 * count(cells, "kernel")}
+    return layers.properties(title=title, **size)
 
 
 def count(cells: list[dict[str, Any]], name: str) -> int:

@@ -2,8 +2,12 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import polars
 import pytest
 import yaml
 
@@ -11,7 +15,7 @@ from olmo.bench import __main__ as runner
 from olmo.bench import table
 from olmo.bench.matrix import Cell, load
 from olmo.config import TrainConfig
-from olmo.report.bench import draw, write_parquet
+from olmo.report.bench import bench
 from olmo.report.compare import compare
 
 ROOT = Path(__file__).parents[2]
@@ -50,11 +54,21 @@ def test_the_projects_matrix_is_whole(kind: str):
     names = [cell.name for cell in section.cells()]
     assert len(names) == len(set(names)) > 10
     shapes = {cell.shape for cell in section.cells()}
-    assert shapes == ({"tiny"} if kind == "cpu" else {"olmo-250m", "d1536", "seed-300m"})
+    own = {"cpu": {"tiny", "seed-quarter"}, "cuda": {"olmo-250m", "d1536", "seed-300m"}}
+    assert shapes == own[kind]
+    assert {pair.theirs.whose for pair in section.pairs()} == {"ai2-olmo", "transformers"}
+    assert section.steps >= 20 and section.rounds >= 5
     if kind == "cuda":
         assert {cell.fp8 for cell in section.cells()} == {"none", "native", "torchao", "msamp"}
         assert all(section.train_config(cell).compile is None or cell.compile != "eager"
                    for cell in section.cells())  # fmt: skip
+        told = {(r.attention, r.compile, r.microbatch): r.tokens_per_second
+                for r in reversed(section.references)}  # fmt: skip
+        assert told == {("math", "eager", 4): 16000, ("flash", "eager", 4): 17000,
+                        ("flash", "default", 4): 17900, ("flash", "default", 6): 23000}  # fmt: skip
+        cells = {(c.attention, c.compile, c.microbatch) for c in section.cells()
+                 if c.shape == "seed-300m"}  # fmt: skip
+        assert told.keys() <= cells, "what the log measured is measured here too"
 
 
 def test_a_cell_stands_once_and_a_typo_is_refused(tmp_path: Path):
@@ -81,7 +95,7 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
         {"fp8": ["msamp"]},
     )
     out = tmp_path / "out"
-    records = runner.bench(path, out, "cpu")
+    records, _ = runner.bench(path, out, kind="cpu")
     by_name = {Cell(**record["cell"]).name: record for record in records}
     compiled = by_name["small.auto.default.mb1.fp32.none"]
     assert compiled["status"] == "ok" and len(compiled["seconds"]) == 3
@@ -99,7 +113,7 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
     assert len(files) == len(records) == 6
     lost = next(file for file in files if ".math.eager.mb2.fp32.none." in file.name)
     lost.unlink()
-    runner.bench(path, out, "cpu")
+    runner.bench(path, out, kind="cpu")
     again = {file: file.stat().st_mtime_ns for file in (out / "records").iterdir()}
     assert {file for file in files if again[file] != files[file]} == {lost}
 
@@ -107,19 +121,95 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
     assert [row["status"] for row in rows].count("ok") == 3
     text = (out / "table.md").read_text()
     assert "unavailable: the package msamp" in text and "± " in text
-    write_parquet(records, out / "table.parquet")
-    draw(records, out / "heat.svg")
-    assert (out / "heat.svg").read_text().startswith("<svg")
+    # Records are drawn anywhere, of whatever machine they are.
+    for file in files:
+        other = json.loads(file.read_text()) | {"device": "another machine"}
+        file.rename(file.with_name(f"elsewhere.{file.name}"))
+        file.with_name(f"elsewhere.{file.name}").write_text(json.dumps(other))
+    bench(path, out, kind="cpu", draw_only=True)
+    assert len(list((out / "records").iterdir())) == 6, "nothing was timed"
+    assert "another machine" in (out / "table.md").read_text()
+    drawn = (out / "heat.svg").read_text()
+    assert drawn.startswith("<svg") and f"{plain['tokens_per_second']:,.0f}" in drawn
+    frame = polars.read_parquet(out / "table.parquet")
+    assert frame["status"].to_list() == [row["status"] for row in rows]
+    with pytest.raises(ValueError, match="expected records"):
+        bench(path, tmp_path / "nowhere", kind="cpu", draw_only=True)
 
 
 @pytest.mark.slow
 def test_what_ends_badly_is_a_record_too(tmp_path: Path):
-    late = runner.bench(matrix(tmp_path, {}, limit_s=0.2), tmp_path / "late", "cpu")
-    assert late[0]["status"] == "failed" and "limit_s=0.2" in late[0]["why"]
-    huge = {"huge": {"d_model": 2**21, "n_heads": 2, "n_layers": 1}}
-    groups = {"shape": ["huge"]}
-    died = runner.bench(matrix(tmp_path, groups, shapes=huge), tmp_path / "huge", "cpu")
-    assert died[0]["status"] in ("out of memory", "failed") and died[0]["why"]
+    (late,), _ = runner.bench(matrix(tmp_path, {}, limit_s=0.2), tmp_path / "out", kind="cpu")
+    assert late["status"] == "too slow" and "limit_s=0.2" in late["why"]
+    shapes = {"large": {"d_model": 512, "n_heads": 2, "n_layers": 1,
+                        "vocab_size": 300_000, "embedding_size": 300_000}}  # fmt: skip
+    path = matrix(tmp_path, {"shape": ["large"]}, shapes=shapes, memory_bytes=1_200_000_000)
+    (full,), _ = runner.bench(path, tmp_path / "out", kind="cpu")
+    assert full["status"] == "out of memory" and "allocate memory" in full["why"]
+
+
+def test_a_record_stands_unless_trying_again_may_end_otherwise(tmp_path: Path):
+    path = tmp_path / "record.json"
+    task = runner.Task("cell", path, 10.0, dict)
+    assert runner.kept(task) is None
+    for record, stands in (
+        ({"status": "ok"}, True),
+        ({"status": "unavailable"}, True),
+        ({"status": "out of memory"}, True),
+        ({"status": "failed"}, False),
+        ({"status": "too slow", "limit_s": 10.0}, True),
+        ({"status": "too slow", "limit_s": 9.0}, False),
+    ):
+        runner.write(path, record)
+        assert (runner.kept(task) == record) is stands, record
+
+
+PACKAGES_ASIDE = """
+import importlib.metadata, os, re, sys
+
+wanted, kept = ["torch", "numpy", "omegaconf", "olmo"], set()
+while wanted:
+    name = re.split(r"[^A-Za-z0-9._-]", wanted.pop())[0].lower().replace("_", "-")
+    if name in kept:
+        continue
+    kept.add(name)
+    try:
+        found = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        continue
+    if name != "olmo":
+        wanted += [line for line in found if "extra ==" not in line]
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        of = owners.get(top, [])
+        if of and not any(p.lower().replace("_", "-") in kept for p in of):
+            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+
+owners = importlib.metadata.packages_distributions()
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+@pytest.mark.slow
+def test_it_needs_torch_numpy_and_omegaconf_alone(tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text(PACKAGES_ASIDE)  # of every process that is started
+    env = {k: v for k, v in os.environ.items() if k != "OLMO_PEER_PYTHON"}
+    env["PYTHONPATH"] = str(tmp_path)
+
+    def python(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+    assert "No module named 'polars'" in python("-c", "import polars").stderr
+    peers = [{"shape": ["small"], "peer": ["ai2-olmo"]}]
+    path = matrix(tmp_path, {"microbatch": [2]}, peers=peers)
+    ran = python("-m", "olmo.bench", "--matrix", path, "--out", tmp_path / "out", "--kind", "cpu")
+    assert ran.returncode == 0, ran.stderr
+    rows = list(csv.DictReader((tmp_path / "out/table.csv").open()))
+    assert [row["status"] for row in rows] == ["ok", "unavailable"]
+    assert "--peer ai2-olmo=PYTHON" in rows[1]["why"]
 
 
 def test_the_table_names_references_and_sorts_by_speed(tmp_path: Path):
@@ -127,24 +217,35 @@ def test_the_table_names_references_and_sorts_by_speed(tmp_path: Path):
     section = load(matrix(tmp_path, {"microbatch": [1, 2]}, references=references), "cpu")
 
     def record(cell: Cell, **more: object) -> dict:
-        where = {"device": "a card", "torch": "2", "threads": 1, "started": "2026-01-02T00:00:00Z"}
-        return {"cell": runner.as_plain(cell), "attention_used": "math", **where, **more}
+        where = {
+            "device": "a card",
+            "torch": "2",
+            "python": "3",
+            "threads": 1,
+            "started": "2026-01-02T00:00:00Z",
+        }
+        return {"cell": runner.as_plain(cell), **where, **more}
 
     speeds = {"tokens_per_second_p10": 9.0, "tokens_per_second_p90": 11.0, "mfu_palm": 0.5,
               "mfu_causal": 0.4, "peak_memory_bytes": 2**21, "joules_per_token": None,
-              "last_loss": 3.0, "tokens_per_cpu_second": 7.0, "status": "ok"}  # fmt: skip
+              "last_loss": 3.0, "tokens_per_cpu_second": 7.0, "status": "ok",
+              "attention_used": "math"}  # fmt: skip
     slow, fast = section.cells()
     records = [
         record(slow, tokens_per_second=10.0, **speeds),
         record(fast, tokens_per_second=20.0, **speeds),
         record(Cell("small", "cudnn"), status="unavailable", why="no | card\nhere"),
     ]
-    lines = [x for x in table.markdown(records, section).splitlines() if x.startswith("| ")]
-    assert [line.split("|")[3].strip() for line in lines[1:]] == ["2", "1", "1"]
-    assert lines[1].endswith("| 20 ± 1 | 7 | 50.0%, 40.0% | 2 |  | 3.000 | 16,000 |")
-    assert "unavailable: no \\| card here" in lines[3]
+    text = table.markdown(records, section, "the command")
+    assert "a card, 1 CPU thread; torch 2, Python 3; 2026-01-02." in text
+    assert "`the command`" in text
+    lines = [x for x in text.splitlines() if x.startswith("| ")]
+    assert [line.split("|")[3].strip() for line in lines[2:]] == ["2", "1", "1"]
+    assert lines[2].endswith("| 20 ± 1 | 7 | 50.0%, 40.0% | 2 | 3.000 | 16,000 |")
+    assert lines[4].endswith("| unavailable |  |  |  |  |  |")
+    assert "- cudnn, eager, microbatch 1, fp32: unavailable: no | card here" in text
     assert "50.0% (PaLM)" in table.result(records[0])
-    assert json.loads(json.dumps(table.row(records[0])))["tokens_per_second"] == 10.0
+    assert json.loads(json.dumps(table.row(records[0], section)))["tokens_per_second"] == 10.0
 
 
 def test_runs_are_compared_at_the_tokens_they_needed(tmp_path: Path):
