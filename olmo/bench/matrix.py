@@ -108,9 +108,9 @@ class Reference(BaseConfig):
     shape: str
     tokens_per_second: float
     what: str
-    attention: str = "auto"
+    attention: list[str] = field(default_factory=lambda: ["auto"])  # any of them
     compile: str = EAGER
-    microbatch: int | None = None
+    microbatch: int | None = None  # None: whatever it is
 
 
 @dataclass

@@ -78,8 +78,7 @@ def transformers_olmo(request: dict[str, Any], device: torch.device) -> Training
     over labels), clipping, torch's fused AdamW."""
     if importlib.util.find_spec("transformers") is None:
         raise Unavailable("there is no package transformers in this Python")
-    from transformers import OlmoConfig, OlmoForCausalLM
-
+    transformers = importlib.import_module("transformers")
     shape, settings = request["train"]["model"], request["train"]
     known = {
         "rope": True,
@@ -96,7 +95,7 @@ def transformers_olmo(request: dict[str, Any], device: torch.device) -> Training
             raise Unavailable(f"transformers' Olmo has no {name}: {shape[name]}")
     attention = {"sdpa": "sdpa", "math": "eager", FLASH_ATTN: "flash_attention_2"}
     tied = shape["weight_tying"]
-    cfg = OlmoConfig(
+    cfg = transformers.OlmoConfig(
         vocab_size=shape["embedding_size"],
         hidden_size=shape["d_model"],
         intermediate_size=(shape["mlp_hidden_size"] or shape["mlp_ratio"] * shape["d_model"]) // 2,
@@ -109,7 +108,7 @@ def transformers_olmo(request: dict[str, Any], device: torch.device) -> Training
         eos_token_id=None,
         attn_implementation=attention[request["attention"]],
     )
-    model = OlmoForCausalLM(cfg)
+    model = transformers.OlmoForCausalLM(cfg)
     fill_transformers(model, cfg, tied)
     model.to(device).train()
     if request["compile"]:
