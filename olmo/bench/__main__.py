@@ -59,8 +59,8 @@ def bench(
     out.mkdir(parents=True, exist_ok=True)
     command = f"python -m olmo.bench --matrix {matrix} --out {out}"
     threads = os.environ.get("OMP_NUM_THREADS")
-    if any("peer" in record for record in records):
-        command += " --peer ai2-olmo=PYTHON --peer transformers=PYTHON"
+    beside = dict.fromkeys(record["cell"]["whose"] for record in records if "peer" in record)
+    command += "".join(f" --peer {name}=PYTHON" for name in beside)
     if threads and not draw_only:
         command = f"OMP_NUM_THREADS={threads} {command}"
     (out / "table.md").write_text(table.markdown(records, section, command))

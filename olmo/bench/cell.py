@@ -8,6 +8,7 @@ The step is the trainer's own: its model, its microbatches, its clipping, its op
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import platform
@@ -161,19 +162,27 @@ def speeds(facts: Mapping[str, Any], seconds: list[float]) -> dict[str, float | 
 def energy(device: torch.device) -> float | None:
     """Joules that the GPU, or the processor, has used so far; None where nobody counts them."""
     if device.type == "cuda":
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-        except Exception:  # no package, or a card that does not count
-            return None
+        return nvml_energy(str(torch.cuda.get_device_properties(device).uuid))
     try:
         meters = list(Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj"))
         return sum(int(meter.read_text()) for meter in meters) / 1e6 if meters else None
     except OSError:
         return None
+
+
+def nvml_energy(uuid: str) -> float | None:
+    """By the driver's own library (nvml.h), which is there without a Python package."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+    failed = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode(), ctypes.byref(handle))
+        or nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
+    )
+    return None if failed else millijoules.value / 1000
 
 
 def surroundings() -> dict[str, Any]:

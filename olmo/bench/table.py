@@ -222,7 +222,8 @@ def settings(record: dict[str, Any]) -> list[str]:
 
 def in_words(record: dict[str, Any]) -> str:
     attention, compiled, microbatch, precision = settings(record)
-    return f"{attention}, {compiled}, microbatch {microbatch}, {precision}"
+    fp8 = "" if record["cell"]["fp8"] == NONE else f", fp8 {record['cell']['fp8']}"
+    return f"{attention}, {compiled}, microbatch {microbatch}, {precision}{fp8}"
 
 
 def of_cell(record: dict[str, Any], section: Section) -> list[str]:
@@ -270,8 +271,7 @@ def unavailable(records: list[dict[str, Any]]) -> list[str]:
         if record["status"] != "ok":
             reason = " ".join(str(record["why"]).split())
             whose = [record["cell"]["whose"]] if "beside" in record else []
-            fp8 = [record["cell"]["fp8"]] if record["cell"]["fp8"] != NONE else []
-            who = " ".join([*whose, ", ".join([in_words(record), *fp8])])
+            who = " ".join([*whose, in_words(record)])
             reasons.setdefault(f"{record['status']}: {reason}", []).append(who)
     lines = [f"- {'; '.join(who)}: {reason}" for reason, who in reasons.items()]
     return [""] * bool(lines) + lines

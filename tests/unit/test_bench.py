@@ -130,7 +130,7 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
     assert len(list((out / "records").iterdir())) == 6, "nothing was timed"
     assert "another machine" in (out / "table.md").read_text()
     drawn = (out / "heat.svg").read_text()
-    assert drawn.startswith("<svg") and f"{plain['tokens_per_second']:,.0f}" in drawn
+    assert drawn.startswith("<svg") and f"{eight['tokens_per_second']:,.0f}" in drawn
     frame = polars.read_parquet(out / "table.parquet")
     assert frame["status"].to_list() == [row["status"] for row in rows]
     with pytest.raises(ValueError, match="expected records"):
