@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -58,11 +57,6 @@ def bench(
     records = newest(section, out) if draw_only else list(timed(section, out, here, peer))
     out.mkdir(parents=True, exist_ok=True)
     command = f"python -m olmo.bench --matrix {matrix} --out {out}"
-    threads = os.environ.get("OMP_NUM_THREADS")
-    beside = dict.fromkeys(record["cell"]["whose"] for record in records if "peer" in record)
-    command += "".join(f" --peer {name}=PYTHON" for name in beside)
-    if threads and not draw_only:
-        command = f"OMP_NUM_THREADS={threads} {command}"
     (out / "table.md").write_text(table.markdown(records, section, command))
     (out / "table.csv").write_text(table.csv_text(records, section))
     tell(f"{out}/table.md")
@@ -75,12 +69,14 @@ def timed(
     """The records that are there, and those that had to be made."""
     wanted = list(tasks(section, out, here, peer))
     for number, task in enumerate(wanted, 1):
-        record = kept(task)
-        if record is None:
+        found = kept(task)
+        record = found or {}
+        if found is None:
             started = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
             record = {"started": started} | task.time() | here
             write(task.path, record)
-        tell(f"{number} of {len(wanted)}  {task.name}: {table.result(record)}")
+        before = "; timed before" if found else ""
+        tell(f"{number} of {len(wanted)}  {task.name}: {table.result(record)}{before}")
         yield record
 
 

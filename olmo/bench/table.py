@@ -118,7 +118,15 @@ def csv_text(records: list[dict[str, Any]], section: Section) -> str:
 
 
 def markdown(records: list[dict[str, Any]], section: Section, command: str) -> str:
-    """Each shape's tables, the fastest first; what cannot be had last, with the reason."""
+    """Each shape's tables, the fastest first; what cannot be had last, with the reason.
+
+    `command` is what made them, but for the peers and threads, which the records have.
+    """
+    for whose in dict.fromkeys(r["cell"]["whose"] for r in records if "peer" in r):
+        command += f" --peer {whose}=PYTHON"
+    threads = {record["threads"] for record in records if record["kind"] == "cpu"}
+    if len(threads) == 1:
+        command = f"OMP_NUM_THREADS={threads.pop()} {command}"
     lines = ["# Tokens per second", "", *where(records), f"`{command}`"]
     for shape in section.shapes:
         mine = [record for record in records if record["cell"]["shape"] == shape]

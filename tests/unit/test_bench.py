@@ -221,6 +221,7 @@ def test_the_table_names_references_and_sorts_by_speed(tmp_path: Path):
     def record(cell: Cell, **more: object) -> dict:
         where = {
             "device": "a card",
+            "kind": "cpu",
             "torch": "2",
             "python": "3",
             "threads": 1,
@@ -240,7 +241,7 @@ def test_the_table_names_references_and_sorts_by_speed(tmp_path: Path):
     ]
     text = table.markdown(records, section, "the command")
     assert "a card, 1 CPU thread; torch 2, Python 3; 2026-01-02." in text
-    assert "`the command`" in text
+    assert "`OMP_NUM_THREADS=1 the command`" in text
     lines = [x for x in text.splitlines() if x.startswith("| ")]
     assert [line.split("|")[3].strip() for line in lines[2:]] == ["2", "1", "1"]
     assert lines[2].endswith("| 20 ± 1 | 7 | 50.0%, 40.0% | 2 | 3.000 | 16,000 |")

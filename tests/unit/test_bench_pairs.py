@@ -132,7 +132,7 @@ def test_the_table_has_theirs_ours_and_the_ratio(tmp_path: Path):
     speeds = {"tokens_per_second_p10": 9.0, "tokens_per_second_p90": 11.0, "mfu_palm": None,
               "mfu_causal": None, "peak_memory_bytes": 2**21, "last_loss": 3.0,
               "tokens_per_cpu_second": 7.0, "seconds": []}  # fmt: skip
-    here = {"device": "a card", "torch": "2", "python": "3", "threads": 1}
+    here = {"device": "a card", "kind": "cpu", "torch": "2", "python": "3", "threads": 1}
     here |= {"started": "2026-01-02T00:00:00Z", "peer": {"ai2-olmo": "0.6.0", "torch": "1"}}
     ours = speeds | {"tokens_per_second": 40.0, "attention_used": "sdpa"}
     records = []
@@ -142,6 +142,7 @@ def test_the_table_has_theirs_ours_and_the_ratio(tmp_path: Path):
         cells = {"cell": runner.as_plain(pair.theirs), "beside": runner.as_plain(pair.ours)}
         records.append(cells | here | speeds | rates | {"status": "ok"})
     text = table.markdown(records, section, "the command")
+    assert "`OMP_NUM_THREADS=1 the command --peer ai2-olmo=PYTHON`" in text
     assert "beside ai2-olmo 0.6.0; with torch 1 for them; 2026-01-02." in text
     rows = [line for line in text.splitlines() if line.startswith("| ai2-olmo")]
     assert rows[0] == (
