@@ -183,7 +183,6 @@ def time_pair(section: Section, pair: Pair, peer: Peer | str, kind: str) -> dict
     record: dict[str, Any] = {"cell": as_plain(pair.theirs), "beside": as_plain(pair.ours)}
     if isinstance(peer, str):
         return record | {"status": "unavailable", "why": peer}
-    record["peer"] = peer.versions
     limit_s, late = 2 * section.limit_s, threading.Event()
     try:
         with tempfile.TemporaryDirectory() as folder, both(peer, Path(folder)) as sides:
@@ -234,7 +233,7 @@ def take_turns(
     settings = section.settings(cell) | {"model": section.train_config(pair.ours).model.asdict()}
     mode = {"eager": None}.get(cell.compile, cell.compile)
     asked = {"whose": peer.name, "path": peer.path, "attention": cell.attention, "compile": mode}
-    theirs.ask(json.dumps(machine | asked | {"train": settings}))
+    ready = theirs.ask(json.dumps(machine | asked | {"train": settings}))
     of_ours = {"section": section.asdict(), "cell": as_plain(pair.ours)}
     facts = ours.ask(json.dumps(machine | of_ours))
     first = [one.ask(str(section.warmup)) for one in (theirs, ours)]
@@ -252,6 +251,7 @@ def take_turns(
     theirs_all, ours_all = (summary(facts, first[i], [turn[i] for turn in turns]) for i in range(2))
     ours_all["attention_used"] = facts["attention_used"]
     return theirs_all | {
+        "peer": peer.versions | {"torch": ready["torch"], "python": ready["python"]},
         "ours": ours_all,
         "ratios": of_time,
         "ratio": statistics.median(of_time),

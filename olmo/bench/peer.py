@@ -89,10 +89,16 @@ def transformers_olmo(request: dict[str, Any], device: torch.device) -> Training
         "block_type": "sequential",
         "n_kv_heads": None,
         "clip_qkv": None,
+        "rope_theta": 10_000,
+        "layer_norm_eps": 1e-5,
+        "norm_after": False,
+        "scale_logits": False,
+        "activation_type": "swiglu",
+        **dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.0),
     }
     for name, value in known.items():
         if shape.get(name, value) != value:
-            raise Unavailable(f"transformers' Olmo has no {name}: {shape[name]}")
+            raise Unavailable(f"{name}: {shape[name]} is not what transformers' Olmo has ({value})")
     attention = {"sdpa": "sdpa", "math": "eager", FLASH_ATTN: "flash_attention_2"}
     tied = shape["weight_tying"]
     cfg = transformers.OlmoConfig(
