@@ -38,6 +38,7 @@ SECOND = {
     "a once more": "A text.\nA line of its own.\nA line that many have.",
     "asks again": FIRST["asks"],
     "own": "x\nx\ny\n",
+    "long again": LONG,
 }
 
 
@@ -114,9 +115,10 @@ def test_exact_duplicates_and_copies_of_what_is_held_out(files, tmp_path, dolma)
         "held copy",
         "a once more",
         "asks again",
+        "long again",
     }
     assert not any(set(spans) - {module.DUPLICATE} for spans in found.values())
-    assert facts["documents"] == 12 and facts["duplicate"] == 4
+    assert facts["documents"] == 13 and facts["duplicate"] == 5
 
 
 def test_paragraphs_are_lines_and_blank_ones_stay(files, tmp_path, dolma):
@@ -129,6 +131,7 @@ def test_paragraphs_are_lines_and_blank_ones_stay(files, tmp_path, dolma):
         "a once more": ["A text.\n", "A line of its own.\n", "A line that many have."],
         "asks again": FIRST["asks"].splitlines(keepends=True),
         "own": ["x\n"],
+        "long again": [LONG],
     }
 
 
@@ -203,6 +206,7 @@ def test_what_stays_and_what_was_cut(files, told, tmp_path, dolma):
         "nothing new": "duplicate-paragraph",
         "a once more": "duplicate",
         "asks again": "overlap",
+        "long again": "duplicate",
     }
 
 
@@ -300,7 +304,7 @@ def test_memory_is_asked_for_before_anything_starts(files, tmp_path, monkeypatch
     monkeypatch.setattr(module, "free_memory", lambda: 20)
     nobody = Dolma(Path("never started"), "")
     with pytest.raises(
-        ValueError, match=r"duplicate holds up to 14 elements and needs 52 bytes.*20"
+        ValueError, match=r"duplicate holds up to 15 elements and needs 56 bytes.*20"
     ):
         tell(files, tmp_path, nobody, exact=True)
 
