@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from olmo.lineage import ancestors, makers
+from olmo.lineage import makers
 from olmo.store import Record, Store
 
 
@@ -36,12 +36,23 @@ class Shard:
         self._made_by = made_by
 
     @cached_property
-    def _ancestors(self) -> list[Record]:
-        return [record for _, record in ancestors(self.store, self.record, self._made_by)]
+    def _way(self) -> list[Record]:
+        """The actions that the documents themselves came through, from the tokens back.
 
-    @cached_property
+        Not those that only had a say: the tokenizer's, or attributes', which know all files.
+        """
+        way, seen = [self.record], {self.record["key"]}
+        for record in way:  # which grows
+            inputs = record["action"]["inputs"]
+            for digest in (inputs[name] for name in ("documents", "source") if name in inputs):
+                new = [r for r in self._made_by.get(digest, []) if r["key"] not in seen]
+                seen |= {r["key"] for r in new}
+                way += new
+        return way
+
+    @property
     def origin(self) -> str | None:
-        urls = [r["action"]["params"].get("url") for r in self._ancestors]
+        urls = [r["action"]["params"].get("url") for r in self._way]
         return next((url for url in urls if url), None)
 
     @property
@@ -49,7 +60,7 @@ class Shard:
         """Digests of the source files behind it."""
         return {
             file["sha256"]
-            for record in self._ancestors
+            for record in self._way
             for name, file in record["outputs"].items()
             if name == "source"
         }

@@ -212,6 +212,7 @@ def test_inspect_and_seen_are_inverse(finished: Project, monkeypatch: pytest.Mon
     for source in ("part-0", "part-1", "part-2"):
         digest = here().digest(finished.root / f"data/small/sources/{source}.json.gz")
         for document, times in sightings(run, sha256=digest):
+            assert document.source == f"{source}.json.gz"
             assert set(times) == saw.get((document.source, document.line), set())
 
     (file, line), times = max(saw.items(), key=lambda item: len(item[1]))

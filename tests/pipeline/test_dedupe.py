@@ -10,6 +10,8 @@ from project import Project, read_source, write_source
 
 from olmo.data.documents import is_held_out
 from olmo.data.tokenizer import trained_tokenizer
+from olmo.inspect.documents import shards
+from olmo.store import Store
 
 pytestmark = pytest.mark.slow
 HELDOUT_SHARE = 0.1
@@ -118,6 +120,15 @@ def test_exactly_what_was_planted_goes(planted):
         **{("dropped", reason): n for reason, n in Counter(reasons.values()).items()},
     }
     assert "duplicate-paragraph" in (data(project) / "statistics.txt").read_text()
+
+
+def test_the_way_back_is_that_of_the_documents(planted):
+    project, *_ = planted
+    known = shards(Store(project.store)).values()
+    for file in ("part-0", "part-1", "part-2"):
+        source = Store(project.store).digest(data(project) / f"sources/{file}.json.gz")
+        own = [shard for shard in known if source in shard.sources]
+        assert own and {d.source for shard in own for d in shard.documents()} == {f"{file}.json.gz"}
 
 
 def test_two_runs_give_equal_digests(planted, tmp_path):
