@@ -74,7 +74,7 @@ def planted(tmp_path_factory):
     for part, file in enumerate(files):
         lines = [{"id": name, "text": content} for name, content in file.items()]
         write_source(project.root / f"sources/part-{part}.json.gz", lines)
-    write_source(project.root / "eval/quiz.json.gz", [{"id": "q", "text": quiz}])
+    write_source(project.root / "quizzes/quiz.json.gz", [{"id": "q", "text": quiz}])
     tokenizer = project.root.parent / "tokenizer.json"
     sources = sorted((project.root / "sources").iterdir())
     trained_tokenizer.build(documents=sources, tokenizer=tokenizer, vocab_size=300)
@@ -83,7 +83,7 @@ def planted(tmp_path_factory):
         "config/data/small.yaml",
         documents={"heldout_share": HELDOUT_SHARE},
         dedupe={"exact": True, "paragraphs": True},
-        decontaminate={"against": ["eval/*.json.gz"]},
+        decontaminate={"against": ["quizzes/*.json.gz"]},
     )
     project.run("data/small/statistics.txt")
     return project, files, expected, reasons
@@ -134,7 +134,7 @@ def test_the_way_back_is_that_of_the_documents(planted):
 def test_two_runs_give_equal_digests(planted, tmp_path):
     project, *_ = planted
     other = Project(tmp_path / "other")
-    for name in ("sources", "eval"):
+    for name in ("sources", "quizzes"):
         for path in (project.root / name).iterdir():
             (other.root / name).mkdir(exist_ok=True)
             (other.root / name / path.name).write_bytes(path.read_bytes())
