@@ -92,6 +92,13 @@ def result(record: dict[str, Any]) -> str:
     return words
 
 
+def rate(record: dict[str, Any]) -> float:
+    """What settings are ranked by, 0 without a result. A CPU is shared: there it is its own time
+    that counts, and not what others left of it."""
+    by = "tokens_per_cpu_second" if record["kind"] == "cpu" else "tokens_per_second"
+    return float(record.get(by) or 0.0)
+
+
 def speed(side: dict[str, Any]) -> str:
     spread = (side["tokens_per_second_p90"] - side["tokens_per_second_p10"]) / 2
     return f"{side['tokens_per_second']:,.0f} ± {spread:,.0f}"
@@ -130,7 +137,7 @@ def markdown(records: list[dict[str, Any]], section: Section, command: str) -> s
     lines = ["# Tokens per second", "", *where(records), f"`{command}`"]
     for shape in section.shapes:
         mine = [record for record in records if record["cell"]["shape"] == shape]
-        mine.sort(key=lambda r: -r.get("tokens_per_second", 0.0))
+        mine.sort(key=lambda r: -rate(r))
         alone = [record for record in mine if "beside" not in record]
         pairs = [record for record in mine if "beside" in record]
         if mine:
@@ -297,14 +304,14 @@ def our_settings(pairs: list[dict[str, Any]]) -> list[str]:
 
 
 def beside_the_fastest(pairs: list[dict[str, Any]]) -> list[str]:
-    """Ours beside each peer's best setting; `pairs` are sorted by their speed."""
+    """Ours beside each peer's best setting; `pairs` are sorted, the fastest first."""
     best: dict[str, dict[str, Any]] = {}
     for record in pairs:
         if record["status"] == "ok":
             best.setdefault(record["cell"]["whose"], record)
     lines = [
         f"- ours is {ratio(record)} times as fast as {whose} in its fastest setting "
-        f"({in_words(record)})"
+        f"({in_words(record)}), {record['ratio_cpu']:.2f} times in CPU time"
         for whose, record in best.items()
     ]
     return [""] * bool(lines) + lines

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from olmo.bench.matrix import Section
-from olmo.bench.table import row
+from olmo.bench.matrix import COMPILE_MODES, Section
+from olmo.bench.table import rate, row
 
 
 def bench(
@@ -38,17 +38,23 @@ def write_parquet(records: list[dict[str, Any]], section: Section, path: Path) -
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Tokens per second by colour and number, each shape by itself; what cannot be had says so."""
+    """Speeds by colour and number, each shape by itself; what cannot be had says so.
+
+    Tokens per second, on a CPU of its own time: a machine that others use as well is not measured.
+    """
     import altair
 
     cells = [drawn(record) for record in records]
     for shape in {cell["shape"] for cell in cells}:
         mine = [cell for cell in cells if cell["shape"] == shape]
-        most = max((cell["speed"] or 0.0 for cell in mine), default=0.0)
+        most = max(cell["speed"] for cell in mine)
         for cell in mine:
             cell["share"] = cell["speed"] / most if cell["speed"] else None
+    of_what = "CPU-second" if records[0]["kind"] == "cpu" else "second"
     charts = [
-        chart_of(shape, [cell for cell in cells if cell["shape"] == shape])
+        chart_of(
+            f"{shape}: tokens per {of_what}", [cell for cell in cells if cell["shape"] == shape]
+        )
         for shape in dict.fromkeys(cell["shape"] for cell in cells)
     ]
     whole = altair.vconcat(*charts).configure_view(stroke=None).configure_axis(domain=False)
@@ -56,22 +62,24 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def drawn(record: dict[str, Any]) -> dict[str, Any]:
-    cell, speed = record["cell"], record.get("tokens_per_second")
+    cell, speed = record["cell"], rate(record)
     fp8 = "" if cell["fp8"] == "none" else f", fp8 {cell['fp8']}"
     whose = "" if cell["whose"] == "ours" else f"{cell['whose']}: "
     says = f"{speed:,.0f}" if speed else record["status"]
     if "ratio" in record:
-        says += f" (ours × {record['ratio']:.2f})"
+        ratio = record["ratio_cpu" if record["kind"] == "cpu" else "ratio"]
+        says += f" (ours × {ratio:.2f})"
     return {
         "shape": cell["shape"],
         "kernel": f"{whose}{cell['attention']}, {cell['precision']}{fp8}",
         "step": f"{cell['compile']}, microbatch {cell['microbatch']}",
+        "column": (COMPILE_MODES.index(cell["compile"]), cell["microbatch"]),
         "speed": speed,
         "says": says,
     }
 
 
-def chart_of(shape: str, cells: list[dict[str, Any]]) -> Any:
+def chart_of(title: str, cells: list[dict[str, Any]]) -> Any:
     """Kernels down, compile mode and microbatch across; the colour is the share of the fastest."""
     import altair
 
@@ -83,8 +91,9 @@ def chart_of(shape: str, cells: list[dict[str, Any]]) -> Any:
         labelExpr="split(datum.label, ', ')",
         **axis,
     )
+    columns = [cell["step"] for cell in sorted(cells, key=lambda cell: cell["column"])]
     names = altair.Chart(altair.Data(values=cells)).encode(
-        x=altair.X("step:N", sort=None, axis=lines),
+        x=altair.X("step:N", sort=list(dict.fromkeys(columns)), axis=lines),
         y=altair.Y("kernel:N", sort=None, axis=altair.Axis(**axis)),
     )
     share = altair.Color(
@@ -101,9 +110,9 @@ def chart_of(shape: str, cells: list[dict[str, Any]]) -> Any:
         .transform_filter(altair.datum.share > 0)
     )
     layers += names.mark_text(fontSize=11).encode(text="says:N", color=ink)
-    title = altair.TitleParams(f"{shape}: tokens per second", anchor="start")
+    heading = altair.TitleParams(title, anchor="start")
     size = {"width": 150 * count(cells, "step"), "height": 26 * count(cells, "kernel")}
-    return layers.properties(title=title, **size)
+    return layers.properties(title=heading, **size)
 
 
 def count(cells: list[dict[str, Any]], name: str) -> int:

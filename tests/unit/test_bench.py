@@ -130,7 +130,7 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
     assert len(list((out / "records").iterdir())) == 6, "nothing was timed"
     assert "another machine" in (out / "table.md").read_text()
     drawn = (out / "heat.svg").read_text()
-    assert drawn.startswith("<svg") and f"{eight['tokens_per_second']:,.0f}" in drawn
+    assert drawn.startswith("<svg") and f"{eight['tokens_per_cpu_second']:,.0f}" in drawn
     frame = polars.read_parquet(out / "table.parquet")
     assert frame["status"].to_list() == [row["status"] for row in rows]
     with pytest.raises(ValueError, match="expected records"):
@@ -231,12 +231,11 @@ def test_the_table_names_references_and_sorts_by_speed(tmp_path: Path):
 
     speeds = {"tokens_per_second_p10": 9.0, "tokens_per_second_p90": 11.0, "mfu_palm": 0.5,
               "mfu_causal": 0.4, "peak_memory_bytes": 2**21, "joules_per_token": None,
-              "last_loss": 3.0, "tokens_per_cpu_second": 7.0, "status": "ok",
-              "attention_used": "math"}  # fmt: skip
+              "last_loss": 3.0, "status": "ok", "attention_used": "math"}  # fmt: skip
     slow, fast = section.cells()
     records = [
-        record(slow, tokens_per_second=10.0, **speeds),
-        record(fast, tokens_per_second=20.0, **speeds),
+        record(slow, tokens_per_second=10.0, tokens_per_cpu_second=6.0, **speeds),
+        record(fast, tokens_per_second=20.0, tokens_per_cpu_second=7.0, **speeds),
         record(Cell("small", "cudnn"), status="unavailable", why="no | card\nhere"),
     ]
     text = table.markdown(records, section, "the command")
