@@ -206,7 +206,7 @@ def folder(root: Path) -> Path:
 def stages() -> dict[str, Stage]:
     found = {}
     for module in pkgutil.walk_packages(olmo.__path__, "olmo."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith(("__main__", "bench.peer")):  # a script for a peer's Python
             for value in vars(importlib.import_module(module.name)).values():
                 if isinstance(value, Stage):
                     found[value.name] = value

@@ -163,10 +163,9 @@ def test_a_users_error_is_one_sentence(capsys: pytest.CaptureFixture[str]):
 
 # The public command line: a change here breaks scripts, and belongs into the CHANGELOG.
 COMMANDS = """source-list sources given-tokens documents attributes mixed tokenizer tokens
-statistics order
-positions train evaluate inspect seen replay bench compare checkpoint-convert environment
-store-verify store-gc store-checkout store-why store-trace store-pin
-store-push store-pull"""
+instructions statistics order positions start train hf heldout docstrings evaluate
+inspect seen replay bench compare scores checkpoint-convert environment store-verify
+store-gc store-checkout store-why store-trace store-pin store-push store-pull"""
 
 
 def test_the_commands_are_what_they_were():
