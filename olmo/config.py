@@ -19,6 +19,7 @@ from olmo.kinds import ActivationType as ActivationType
 from olmo.kinds import AttentionBackend as AttentionBackend
 from olmo.kinds import BlockType as BlockType
 from olmo.kinds import CheckpointType as CheckpointType
+from olmo.kinds import CrossEntropy as CrossEntropy
 from olmo.kinds import DDPGradSyncMode as DDPGradSyncMode
 from olmo.kinds import DistributedStrategy as DistributedStrategy
 from olmo.kinds import EvaluatorType as EvaluatorType
@@ -351,6 +352,8 @@ class TrainConfig(BaseConfig):
     fp8: FP8Config | None = ours()  # noqa: RUF009
     # Who computes attention. None: model.flash_attention's wish, or the fastest that works.
     attention: AttentionBackend | None = ours()  # noqa: RUF009
+    master_weights: bool = ours(False)  # matrices in bfloat16, with masters in float32
+    cross_entropy: CrossEntropy | None = ours()  # noqa: RUF009 (who computes the loss; chunked)
     # CPU threads of one process. The order of sums, and so the bits, depend on it, which is why
     # it belongs to the run and not to the machine. None: torch's choice.
     intra_op_threads: int | None = ours()

@@ -161,3 +161,11 @@ class AttentionBackend(StrEnum):
     fa4 = "fa4"  # flash-attn-4, Hopper and Blackwell
     # torch.nn.attention.flex_attention: skips what a mask between documents forbids.
     flex = "flex"
+
+
+class CrossEntropy(StrEnum):
+    """Who computes the head and the loss."""
+
+    chunked = "chunked"  # ours, a chunk of rows at a time
+    torch = "torch"  # F.linear_cross_entropy, from torch 2.13 on: also by chunks
+    plain = "plain"  # all logits in memory

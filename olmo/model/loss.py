@@ -13,7 +13,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from olmo.config import TrainConfig
+from olmo.kinds import CrossEntropy as CrossEntropy
 
 IGNORE = -100
 _ONEDNN = torch.backends.mkldnn.is_available()
@@ -53,10 +57,7 @@ def linear_cross_entropy(
 
     The product runs in autocast's type where autocast is on, all else in float32.
     """
-    if chunk is None:
-        limit = (16 if x.device.type == "cpu" else 512) * 2**20
-        chunk = max(64, limit // (4 * weight.shape[0]))
-        chunk = -(-len(x) // -(-len(x) // chunk))  # as many chunks, but of one size
+    chunk = chunk or _rows(x, weight)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
@@ -67,6 +68,73 @@ def linear_cross_entropy(
     # then cannot be differentiated.
     ce = total.detach() - z.detach() if z_multiplier else total.detach()
     return LossSums(total, ce, z.detach())
+
+
+def _rows(x: Tensor, weight: Tensor) -> int:
+    """How many rows make a chunk."""
+    limit = (16 if x.device.type == "cpu" else 512) * 2**20
+    chunk = max(64, limit // (4 * weight.shape[0]))
+    return -(-len(x) // -(-len(x) // chunk))  # as many chunks, but of one size
+
+
+def losses(
+    by: CrossEntropy,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    z_multiplier: float,
+) -> LossSums:
+    """As `linear_cross_entropy`, which is `chunked`, or computed by another."""
+    if by is CrossEntropy.chunked:
+        return linear_cross_entropy(x, weight, labels, bias, scale, z_multiplier)
+    zero = torch.zeros((), device=x.device)
+    if by is CrossEntropy.torch:
+        assert not z_multiplier, "refused by why_not"
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        options = torch.nn.LinearCrossEntropyOptions(  # type: ignore[attr-defined]
+            # Its own choice of rows goes by the width alone: one or two at a time, for d96.
+            batch_chunk_size=_rows(x, weight),
+            chunking_method=None,
+            acc_dtype=torch.float32,
+            allow_retain_graph=torch.compiler.is_compiling(),
+        )
+        # Its sum has the type of x, which in 16 bits is 0.4 % off: there each row's loss is asked
+        # for, and the head computed once more in backward.
+        reduction = "sum" if dtype == torch.float32 else "none"
+        with torch.autocast(kind, enabled=False):
+            each = F.linear_cross_entropy(  # type: ignore[attr-defined]
+                (x * scale if scale != 1.0 else x).to(dtype),
+                weight.to(dtype),
+                labels,
+                linear_bias=None if bias is None else (bias * scale).to(dtype),
+                reduction=reduction,
+                options=options,
+            )
+            ce = each.float().sum()
+        return LossSums(ce, ce.detach(), zero)
+    logits = F.linear(x, weight, bias).float() * scale  # (N, V)
+    ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    z = zero
+    if z_multiplier:
+        z = z_multiplier * (logits.logsumexp(-1).square() * (labels != IGNORE)).sum()
+    return LossSums(ce + z, ce.detach(), z.detach())
+
+
+def why_not(cfg: TrainConfig) -> str | None:
+    """None where cfg.cross_entropy can be had, else one sentence with the remedy."""
+    if cfg.cross_entropy is not CrossEntropy.torch:
+        return None
+    if not hasattr(F, "linear_cross_entropy"):
+        return (
+            f"torch {torch.__version__} has no F.linear_cross_entropy, 2.13 has; "
+            "leave cross_entropy out"
+        )
+    if cfg.softmax_auxiliary_loss:
+        return "it has no z-loss; leave cross_entropy or softmax_auxiliary_loss out"
+    return None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -25,7 +25,7 @@ from olmo.model.block import KeyValues, OLMoBlock, OLMoBlockGroup
 from olmo.model.generate import OLMoGenerateOutput, generate
 from olmo.model.init import Embedding, Linear, Role, reset, unfilled
 from olmo.model.kernels import Choice, Mask, choose
-from olmo.model.loss import LossSums, linear_cross_entropy
+from olmo.model.loss import CrossEntropy, LossSums, losses
 from olmo.model.norm import LayerNormBase
 from olmo.model.regroup import regrouped
 from olmo.model.rope import BufferCache, alibi_bias
@@ -67,6 +67,7 @@ class OLMo(nn.Module):
         self.config = config
         self.cache = BufferCache()
         self.attention: Choice | None = None
+        self.cross_entropy = CrossEntropy.chunked  # who computes the loss
         with nullcontext() if init_params else unfilled():
             self.transformer = self._build()
         if config.alibi:
@@ -247,7 +248,8 @@ class OLMo(nn.Module):
     def _loss(self, x: Tensor, labels: Tensor, z_multiplier: float) -> LossSums:
         weight, bias, scale = self._head()
         rows = x.flatten(0, 1)
-        return linear_cross_entropy(rows, weight, labels.flatten(), bias, scale, z_multiplier)
+        by = self.cross_entropy
+        return losses(by, rows, weight, labels.flatten(), bias, scale, z_multiplier)
 
     def _attention_bias(
         self,

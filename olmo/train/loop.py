@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from olmo.checkpoint import layout
 from olmo.checkpoint.final import FINISHED
@@ -31,6 +32,7 @@ from olmo.precision.backends import Backend as EightBits
 from olmo.precision.backends import prepare
 from olmo.process import MARKER
 from olmo.train.clip import Optimizer
+from olmo.train.masters import Masters
 from olmo.train.meters import SpeedMeter, device_flops, memory_metrics
 from olmo.train.optim import build_optimizer
 from olmo.train.parallel import (
@@ -89,7 +91,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     )
     precision = cfg.precision or "fp32"
     dtype = str(cfg.autocast_precision).removeprefix("torch.")
-    tell(f"precision: {precision}, matrix products in {dtype}, weights and optimizer in float32")
+    kept = "weights in bfloat16, masters" if cfg.master_weights else "weights"
+    tell(f"precision: {precision}, matrix products in {dtype}, {kept} and optimizer in float32")
 
     # --- the data ---
     batch_size, length = cfg.global_train_batch_size, cfg.model.max_sequence_length
@@ -120,6 +123,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     inner = model.num_params(include_embedding=False)
     tell(f"model: {count(model.num_params())} parameters, {count(inner)} outside embeddings")
     tell(f"attention: {attention}")
+    if cfg.cross_entropy is not None:
+        model.cross_entropy = cfg.cross_entropy
+        tell(f"cross-entropy: {cfg.cross_entropy}")
 
     # --- where the run was ---
     folder = Path(cfg.save_folder)
@@ -145,6 +151,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         scheduler = BoltOnWarmupScheduler.wrap(scheduler, warm, warm + int(cfg.scheduler.t_warmup))
         tell(f"learning rate: a new warm-up from step {warm}, for the optimizer starts afresh")
     del checkpoint  # and its memory
+    masters = Masters(model, optimizer) if cfg.master_weights else None
     loader.dataset.start_index = position.global_train_examples_seen_this_epoch
     if loader.dataset.epoch != position.epoch:
         loader.dataset.reshuffle(position.epoch)
@@ -206,7 +213,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         gc.disable()  # its pauses fall where we say, at the same step on every process
     paused: str | None = None
     exit_code = 1
-    parameters, sharded = list(model.parameters()), is_sharded(cfg, world)
+    parameters, sharded = list[Tensor](model.parameters()), is_sharded(cfg, world)
+    if masters is not None:
+        parameters = masters.instead_of(parameters)
     failed = torch.zeros((), device=world.device)  # 1 from the first step that was not finite on
     numbers = Numbers()
     lowest_loss, first_step = float("inf"), position.global_step
@@ -238,6 +247,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             optimizer.found_inf = failed
             _set_rates(cfg, optimizer, scheduler, position, max_steps, max_tokens)
             optimizer.step()
+            if masters is not None:
+                masters.publish()
             found |= optimizer.get_post_step_metrics(model)
             if eight_bits is not None:
                 eight_bits.after_step()

@@ -217,7 +217,7 @@ def _wrapped(strategy: FSDPWrapStrategy | None, model: OLMo) -> list[nn.Module]:
     return blocks[:: one_in.get(strategy, 1)]
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+def average_gradients(parameters: Iterable[Tensor], world: World) -> None:
     """Make each gradient the mean over processes, in place."""
     if world.size == 1:
         return

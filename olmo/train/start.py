@@ -15,8 +15,10 @@ from olmo.checkpoint.read import Checkpoint, look, newest
 from olmo.config import CustomDatasetCollatorConfig, EvaluatorType, TrainConfig
 from olmo.data.memmap import build_memmap_dataset, check_tokens
 from olmo.log import count, tell, warn
+from olmo.model import loss
 from olmo.model.kernels import Mask
-from olmo.train.parallel import World
+from olmo.train import masters
+from olmo.train.parallel import World, is_sharded
 from olmo.train.unused import check_unused
 
 T = TypeVar("T")
@@ -52,6 +54,10 @@ def check(cfg: TrainConfig, world: World) -> None:
                 f"model.{name}={getattr(cfg.model, name)} is not below "
                 f"model.vocab_size={cfg.model.vocab_size}; they are of different tokenizers"
             )
+    if cfg.master_weights and (reason := masters.why_not(cfg, is_sharded(cfg, world))):
+        raise ValueError(f"master_weights: {reason}")
+    if cfg.cross_entropy is not None and (reason := loss.why_not(cfg)):
+        raise ValueError(f"cross_entropy: {cfg.cross_entropy} cannot be had: {reason}")
     if not world.first:
         return
     warn_of_other_tokenizer(cfg)
