@@ -137,11 +137,15 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         tell(f"fp8: {how}")
     tell(f"parallelism: {parallelize(cfg, model, world)}")
     optimizer = build_optimizer(cfg, model)
-    if cfg.use_msamp:
-        model, optimizer = msamp.initialize(model, optimizer)
     if checkpoint is not None:  # after sharding: each process reads its own share
         put_weights(model, checkpoint)
         tell(f"weights: from {checkpoint.folder}")
+    if cfg.use_msamp:
+        model, optimizer = msamp.initialize(model, optimizer)
+        if checkpoint is not None and checkpoint.optim is not None:
+            raise ValueError(
+                "use_msamp cannot go on with an optimizer's state; --reset_optimizer_state"
+            )
     scheduler: Scheduler = build_scheduler(cfg)
     source = None if checkpoint is None else checkpoint.folder.absolute()
     if checkpoint is not None and checkpoint.optim is not None:

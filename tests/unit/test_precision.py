@@ -2,7 +2,9 @@
 
 import importlib.util
 import itertools
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small_run
@@ -10,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from olmo.config import FP8Backend, FP8Config, FP8Recipe
+from olmo.precision import msamp
 from olmo.precision.backends import backend, prepare
 from olmo.precision.fp8 import E4M3, Delayed, quantize, scale_of
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 BACKENDS, RECIPES = list(FP8Backend), list(FP8Recipe)
 # Least signal to noise in dB beside float32, of the output and of the gradients: two products one
@@ -217,3 +221,46 @@ def test_training_in_8_bits_ends_where_bf16_does(tmp_path: Path, scaling: str):
     assert ends["bf16"] < 0.8 * losses["bf16"][0], "there was something to learn"
     assert losses["fp8"] != losses["bf16"]
     assert ends["fp8"] == pytest.approx(ends["bf16"], rel=0.01)
+
+
+def test_why_not_msamp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    adamw = small_run.config(tmp_path, use_msamp=True)
+    lion = small_run.config(tmp_path, use_msamp=True, optimizer={"name": "lionw"})
+    remedy = "optimizer.packed_state: true"
+    assert "AdamW only, not lionw" in (why := msamp.why_not(lion) or "") and remedy in why
+    assert "the package msamp" in (why := msamp.why_not(adamw) or "") and remedy in why
+    assert (ROOT / "envs" / "msamp.txt").exists() and "envs/msamp.txt" in why
+    with pytest.raises(ValueError, match="use_msamp: the package msamp"):
+        small_run.run(tmp_path, use_msamp=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert f"needs torch 2.1, and this is torch {torch.__version__}" in (msamp.why_not(adamw) or "")
+    monkeypatch.setattr(torch, "__version__", "2.1.2")
+    assert "needs a CUDA GPU" in (msamp.why_not(adamw) or "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert msamp.why_not(adamw) is None
+
+
+def test_how_msamp_is_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """It needs another torch; its place is taken by a stand-in that is as strict as its source."""
+    clipped: list[float] = []
+
+    def initialize(model: nn.Module, optimizer: object, opt_level: str) -> tuple:
+        assert type(optimizer) is torch.optim.AdamW and opt_level == "O2"
+        return model, optimizer
+
+    def clip_grad_norm_(parameters: list, max_norm: float) -> Tensor:
+        clipped.append(max_norm)
+        return nn.utils.get_total_norm([p.grad for p in parameters])
+
+    stand_in = SimpleNamespace(initialize=initialize, clip_grad_norm_=clip_grad_norm_)
+    monkeypatch.setitem(sys.modules, "msamp", stand_in)
+    monkeypatch.setattr(msamp, "why_not", lambda cfg: None)
+    for name in ("ours", "msamp"):
+        where = {"save_folder": str(tmp_path / name), "use_msamp": name == "msamp"}
+        assert small_run.run(tmp_path, max_grad_norm=1e9, **where) == 0
+    assert clipped == [1e9] * 10
+    ours, theirs = (small_run.metrics(tmp_path / name) for name in ("ours", "msamp"))
+    key = "train/CrossEntropyLoss"
+    assert [row.get(key) for row in theirs] == pytest.approx([row.get(key) for row in ours])
+    saved = small_run.state(tmp_path / "msamp")["files"]
+    assert saved["optim.pt"]["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
