@@ -115,7 +115,9 @@ def losses(
             )
             ce = each.float().sum()
         return LossSums(ce, ce.detach(), zero)
-    logits = F.linear(x, weight, bias).float() * scale  # (N, V)
+    logits = F.linear(x, weight, bias).float()  # (N, V)
+    if scale != 1.0:
+        logits = logits * scale
     ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     z = zero
     if z_multiplier:
