@@ -5,11 +5,8 @@ import gzip
 import json
 import math
 import signal
-import sys
 import time
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -363,23 +360,6 @@ def test_a_data_set_of_ones_own(tmp_path: Path) -> None:
     custom["name"] = "test_train.Nothing"
     with pytest.raises(ValueError, match=r"data\.custom_dataset: no Nothing in test_train"):
         run(tmp_path, data=data, save_overwrite=True)
-
-
-def test_msamp_is_given_the_model_and_the_optimizer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a stand-in for the package, which no torch of ours can load."""
-    given: list[Any] = []
-
-    def initialize(model: Any, optimizer: Any, opt_level: str) -> tuple[Any, Any]:
-        given.extend([type(model).__name__, type(optimizer).__name__, opt_level])
-        return model, optimizer
-
-    stand_in = ModuleType("msamp")
-    stand_in.__dict__.update(initialize=initialize, __spec__=ModuleSpec("msamp", None))
-    monkeypatch.setitem(sys.modules, "msamp", stand_in)
-    assert run(tmp_path, use_msamp=True, max_duration=1, evaluators=[]) == 0
-    assert given == ["OLMo", "AdamW", "O2"]
 
 
 @pytest.mark.parametrize("compiler", [None, {"backend": "eager"}])
