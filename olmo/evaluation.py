@@ -15,13 +15,25 @@ from olmo.config import TrainConfig
 from olmo.data.docstrings import DATASET, stdlib_docstrings
 from olmo.data.shards import read
 from olmo.data.stdlib import library_digest
-from olmo.stage import Facts, Folder, Free, Input, Inputs, Output, stage
+from olmo.stage import Facts, Folder, Free, Input, Inputs, Output, here, stage
 
 OURS, HARNESS = "ours", "lm-eval"  # who asked
 
 
-def heldout(checkpoint: Path, tokens: list[Path], results: Path) -> None:
-    """Loss and perplexity of a final checkpoint on the documents its data set held out."""
+def heldout(
+    checkpoint: Path, tokens: list[Path], results: Path, tokenizers: tuple[Path, ...] = ()
+) -> None:
+    """Loss and perplexity of a final checkpoint on the documents a data set held out.
+
+    `tokenizers` must be one and the same: the run's, and that of another data set.
+    """
+    if len({here().digest(path) for path in tokenizers}) > 1:
+        raise ValueError(
+            "expected one tokenizer for the run and for the held-out documents, found two: "
+            + " and ".join(map(str, tokenizers))
+            + ". Give the recipe `tokenizer: {file: …}` of the run's, or take the data set out of "
+            "`heldout`"
+        )
     heldout_perplexity(
         model=checkpoint / "model.safetensors",
         config=checkpoint / "config.yaml",
@@ -45,6 +57,7 @@ def evaluate(
     docstrings: Path,
     answers: Path,
     results: Path,
+    further: tuple[Path, ...] = (),
     choices: tuple[str, ...] = (),
     harness: tuple[str, ...] = (),
     data: Path | None = None,
@@ -54,9 +67,10 @@ def evaluate(
 ) -> None:
     """Ask a finished run the tasks `choices` by our scorer and `harness` by lm-eval; tabulate.
 
-    `checkpoint` is a final folder, `hf` its export, `heldout` what `olmo heldout` found,
-    `docstrings` what `olmo docstrings` made; `data` holds further data sets, as
-    hf_datasets_cache_dir does. `answers` and `results` are the folders that are written.
+    `checkpoint` is a final folder, `hf` its export, `heldout` what `olmo heldout` found, `further`
+    what it found of other data sets (<data set>.json), `docstrings` what `olmo docstrings` made;
+    `data` holds further data sets, as hf_datasets_cache_dir does. `answers` and `results` are the
+    folders that are written.
 
     Raises ValueError for a task that there is not, that has no answers, or whose data is not here
     and not to be had from the hub.
@@ -113,6 +127,8 @@ def evaluate(
         scores=[folder / "scores.json" for folder in found],
         requests=[folder / "requests.parquet" for folder in found],
         results=results,
+        further=list(further) or None,
+        datasets=tuple(path.stem for path in further),
     )
 
 
@@ -204,13 +220,22 @@ def harness_tasks(
 
 
 @stage(version=1)
-def evaluation(heldout: Input, scores: Inputs, requests: Inputs, results: Folder) -> Facts:
+def evaluation(
+    heldout: Input,
+    scores: Inputs,
+    requests: Inputs,
+    results: Folder,
+    further: Inputs | None = None,
+    datasets: tuple[str, ...] = (),
+) -> Facts:
     """All that was measured of a run: results.json, results.parquet, requests.parquet, table.md."""
     import polars
 
     from olmo.report.scores import SCHEMA, heldout_scores, of_one
 
-    rows = heldout_scores(json.loads(heldout.read_text()))
+    rows = heldout_scores(json.loads(heldout.read_text()), "heldout")
+    for path, dataset in zip(further or (), datasets, strict=True):
+        rows += heldout_scores(json.loads(path.read_text()), f"heldout of {dataset}")
     for path in scores:
         rows += json.loads(path.read_text())
     results.mkdir()

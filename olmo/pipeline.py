@@ -394,11 +394,18 @@ class Plan:
         """What a run is asked; ValueError for a choice task that there is not."""
         from olmo.evaluate.tasks import task_of
 
-        path = self.run(run).evaluation
-        config = EvaluationConfig() if path is None else EvaluationConfig.load(path)
+        config = self.evaluation(run)
         for label in config.choices:
             task_of(label)
-        return as_flags(config)
+        return as_flags(config.update_with(heldout=[]))  # files are a rule's inputs
+
+    def evaluation(self, run: str) -> EvaluationConfig:
+        path = self.run(run).evaluation
+        return EvaluationConfig() if path is None else EvaluationConfig.load(path)
+
+    def further_heldout(self, run: str) -> list[str]:
+        """What is measured on the held-out documents of other data sets."""
+        return [f"checkpoints/{run}/heldout/{name}.json" for name in self.evaluation(run).heldout]
 
     def flags(self, dataset: str, part: str) -> str:
         """A part of a recipe as flags of its stage's command."""

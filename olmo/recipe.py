@@ -181,6 +181,7 @@ class EvaluationConfig(BaseConfig):
     # Of lm-evaluation-harness: its own tasks and groups, those in `task_files`, and those of
     # tasks.yaml whose documents are here.
     harness: list[str] = field(default_factory=list)
+    heldout: list[str] = field(default_factory=list)  # further data sets, of the same tokenizer
     data: str | None = None  # folder of data sets, as hf_datasets_cache_dir; None: the hub
     task_files: list[str] = field(default_factory=list)  # folders of the harness's YAML
     batch_size: int = 8

@@ -15,6 +15,24 @@ rule heldout:
         " --log {log:q}"
 
 
+rule heldout_of:
+    # The documents that another data set of the same tokenizer held out.
+    input:
+        final="checkpoints/{run}/final",
+        tokens=lambda w: listings(w.dataset, "tokens"),
+        tokenizers=lambda w: [
+            f"data/{dataset}/tokenizer.json" for dataset in (plan.dataset(w.run), w.dataset)
+        ],
+    output:
+        "checkpoints/{run}/heldout/{dataset}.json",
+    log:
+        "logs/heldout/{run}-{dataset}.log",
+    threads: workflow.cores
+    shell:
+        "olmo heldout --checkpoint {input.final:q} --tokens {input.tokens:q} --results {output:q}"
+        " --tokenizers {input.tokenizers:q} --log {log:q}"
+
+
 rule docstrings:
     # A choice task that needs no network.
     output:
@@ -33,6 +51,7 @@ rule evaluate:
         tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",
         docstrings="data/docstrings",
         config=lambda w: plan.run(w.run).evaluation or [],
+        further=lambda w: plan.further_heldout(w.run),
     output:
         directory("eval/{run}"),
     log:
@@ -44,7 +63,8 @@ rule evaluate:
     shell:
         "olmo evaluate --checkpoint {input.final:q} --hf {input.hf:q} --heldout {input.heldout:q}"
         " --tokenizer {input.tokenizer:q} --docstrings {input.docstrings:q}"
-        " --answers {params.answers:q} --results {output:q} {params.tasks} --log {log:q}"
+        " --answers {params.answers:q} --results {output:q} {params.tasks}"
+        " --further {input.further:q} --log {log:q}"
 
 
 rule eval:

@@ -22,9 +22,9 @@ LOWER_IS_BETTER = ("loss", "perplexity", "ce_loss", "bpb")
 Row = dict[str, Any]
 
 
-def heldout_scores(found: dict[str, Any]) -> list[Row]:
+def heldout_scores(found: dict[str, Any], task: str) -> list[Row]:
     """Rows of what `olmo heldout` wrote. The perplexity's error is to first order."""
-    common = {"scorer": "ours", "task": "heldout", "documents": found["instances"]}
+    common = {"scorer": "ours", "task": task, "documents": found["instances"]}
     loss, ppl, stderr = found["CrossEntropyLoss"], found["Perplexity"], found["stderr"]
     return [
         {**common, "metric": "loss", "value": loss, "stderr": stderr},

@@ -27,6 +27,12 @@ def project(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Projec
         "config/eval/small.yaml",
         {"choices": ["stdlib_docstrings"], "harness": ["stdlib_docstrings"], "limit": 12},
     )
+    # A data set of the same tokenizer, and one of another.
+    given = {"file": "tokenizer.json", "eos_token_id": 0, "pad_token_id": 1}
+    more = {"sources": {"files": ["sources/part-2.json.gz"]}, "documents": {"heldout_share": 0.3}}
+    project.write("config/data/more.yaml", {**more, "tokenizer": given})
+    trained = {"train_vocab_size": 300, "eos_token_id": 0, "pad_token_id": 1}
+    project.write("config/data/strange.yaml", {**more, "tokenizer": trained})
     run = {"train": "config/train/small.yaml", "dataset": "small"}
     asked = {**run, "evaluation": "config/eval/small.yaml"}
     other = {**asked, "overrides": ["optimizer.learning_rate=1e-3"]}
@@ -68,9 +74,19 @@ def test_the_export_works_offline(project: Project) -> None:
 
 
 def test_another_task_asks_that_one_only(project: Project) -> None:
-    project.change("config/eval/small.yaml", harness=[])
+    project.change("config/eval/small.yaml", harness=[], heldout=["more"])
     changed = project.run("eval/small")
-    assert changed.ran == {"evaluation": 1} and changed.found == {"choice_task": 1}
+    assert changed.ran["evaluation"] == changed.ran["heldout_perplexity"] == 1
+    assert changed.found["choice_task"] == 1 and "harness_tasks" not in changed.ran
+    table = (project.root / "eval/small/table.md").read_text()
+    assert "| heldout of more | ours | loss |" in table and "lm-eval" not in table
+    project.change("config/eval/small.yaml", heldout=["strange"])
+    strange = project.run("eval/small", ok=False)
+    assert "expected one tokenizer for the run and for the held-out documents" in strange.output
+    project.change("config/eval/small.yaml", heldout=["nowhere"])
+    nowhere = project.run("eval/small", ok=False)
+    assert "expected the recipe config/data/nowhere.yaml, found none" in nowhere.output
+    project.change("config/eval/small.yaml", heldout=[])
 
 
 def test_runs_side_by_side(project: Project) -> None:
