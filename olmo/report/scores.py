@@ -18,7 +18,7 @@ SCHEMA = {
     "stderr": float,  # null where there is none
     "documents": int,
 }
-LOWER_IS_BETTER = ("loss", "perplexity", "ce_loss", "bpb")
+LOWER_IS_BETTER = ("loss", "loss per label", "perplexity", "ce_loss", "bpb")
 Row = dict[str, Any]
 
 
@@ -26,7 +26,7 @@ def heldout_scores(found: dict[str, Any], task: str) -> list[Row]:
     """Rows of what `olmo heldout` wrote. The perplexity's error is to first order."""
     common = {"scorer": "ours", "task": task, "documents": found["instances"]}
     loss, ppl, stderr = found["CrossEntropyLoss"], found["Perplexity"], found["stderr"]
-    return [
+    rows = [
         {**common, "metric": "loss", "value": loss, "stderr": stderr},
         {
             **common,
@@ -35,6 +35,9 @@ def heldout_scores(found: dict[str, Any], task: str) -> list[Row]:
             "stderr": None if stderr is None else ppl * stderr,
         },
     ]
+    if (alone := found.get("CrossEntropyLossPerLabel")) is not None:  # of answers alone
+        rows.append({**common, "metric": "loss per label", "value": alone, "stderr": None})
+    return rows
 
 
 def of_one(rows: Sequence[Row]) -> str:

@@ -20,7 +20,7 @@ from olmo.evaluate.harness import ask, write_task
 from olmo.evaluate.tasks import Task, requests, task_of
 from olmo.model import OLMo
 from olmo.pipeline import Plan
-from olmo.report.scores import of_one, scores
+from olmo.report.scores import heldout_scores, of_one, scores
 
 LABEL = "stdlib_docstrings"
 ROWS = "hf_datasets/stdlib_docstrings/none/test/documents.jsonl"
@@ -160,6 +160,17 @@ def test_the_error_of_a_held_out_loss(final: Path) -> None:
     assert found["stderr"] == pytest.approx(np.std(losses, ddof=1) / math.sqrt(5), rel=1e-4)
     tokens[:128].tofile(final / "one.npy")
     assert perplexity(final, [final / "one.npy"])["stderr"] is None
+
+
+def test_answers_have_a_row_of_their_own() -> None:
+    found = {"CrossEntropyLoss": 2.0, "Perplexity": math.e**2, "stderr": 0.1, "instances": 9}
+    rows = heldout_scores(found | {"CrossEntropyLossPerLabel": 3.5}, "heldout of answers")
+    assert [(r["metric"], r["value"]) for r in rows[::2]] == [
+        ("loss", 2.0),
+        ("loss per label", 3.5),
+    ]
+    assert rows[1]["stderr"] == pytest.approx(0.1 * math.e**2)
+    assert len(heldout_scores(found, "heldout")) == 2
 
 
 def row(metric: str, value: float, stderr: float | None, task: str = "heldout") -> dict[str, Any]:
