@@ -38,7 +38,10 @@ def main() -> None:
     parser.add_argument("--site", type=Path, help="settings of a cluster that there is")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, cluster(Path(folder), args.site) as environment:
-        print(f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
+        print(
+            f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}",
+            flush=True,
+        )
         here, local, _ = run(Path(folder) / "local", ["--cores", "2", args.target], {})
         words = ["--workflow-profile", "profiles/slurm", args.target]
         there, rules, jobs = run(Path(folder) / "cluster", words, environment)
@@ -63,8 +66,8 @@ def cluster(folder: Path, site: Path | None) -> Iterator[dict[str, str]]:
         yield {"OLMO_SITE": str(site.resolve())}
         return
     scripts, lab = REPOSITORY / "tests/slurm", folder / "slurm"
-    subprocess.run([scripts / "up.sh", lab], check=True, stdout=subprocess.DEVNULL)
     try:
+        subprocess.run([scripts / "up.sh", lab], check=True, stdout=subprocess.DEVNULL)
         (folder / "site.yaml").write_text(SITE)
         yield {
             "OLMO_SITE": str(folder / "site.yaml"),

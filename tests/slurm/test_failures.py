@@ -139,14 +139,15 @@ def test_the_controller_may_be_restarted_meanwhile(local: Project, prepared: Clu
 
 @pytest.mark.long
 def test_a_time_limit_is_a_pause(prepared: ClusterProject):
-    """One minute a job; the trainer is told before, saves where no save was due, and leaves."""
+    """A minute, then two, …: the trainer is told before, saves where none was due, and leaves."""
     prepared.change("config/train/small.yaml", max_duration=6000, save_interval_unsharded=6000)
     train = {"cpus": 1, "memory_mb": 1500, "minutes": 1}
-    prepared.settings(stages={"train": train}, warning_seconds=20, most_minutes=1, attempts=9)
+    prepared.settings(stages={"train": train}, warning_seconds=20, attempts=9)
     prepared.run(timeout=1500)
     jobs = prepared.jobs("train")
     assert len(jobs) > 1
     assert {job.state for job in jobs[:-1]} <= {"FAILED", "TIMEOUT"}
     record = json.loads((prepared.final / "record.json").read_text())
     begun = [segment["after"] for segment in record["facts"]["segments"]]
-    assert len(begun) == len(jobs) and begun == sorted(set(begun))
+    # A job that had hardly begun has nothing to save; all others went on where the last one left.
+    assert 1 < len(begun) <= len(jobs) and begun == sorted(set(begun))

@@ -25,6 +25,11 @@ for program in $needed; do
 done
 [ "$(id -u)" = 0 ] || { echo "up.sh: slurmd starts jobs as other users, which needs root" >&2; exit 69; }
 
+if ! scontrol ping 2>/dev/null | grep -q " UP" && (: <"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then
+  echo "up.sh: port $PORT is taken, perhaps by another SLURM of this script; PORT=17000 up.sh …" >&2
+  exit 1
+fi
+
 until_it_works() { # SECONDS COMMAND…
   local end=$((SECONDS + $1)); shift
   until "$@" >/dev/null 2>&1; do
