@@ -44,6 +44,7 @@ COMMANDS = {
     "inspect": "olmo.inspect.commands:inspect",
     "seen": "olmo.inspect.commands:seen",
     "replay": "olmo.inspect.replay:replay",
+    "generate": "olmo.generate:generate",
     # beside it
     "bench": "olmo.report.bench:bench",
     "compare": "olmo.report.compare:compare",

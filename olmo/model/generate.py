@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,17 @@ class OLMoGenerateOutput(NamedTuple):
     """(B, 1): the sum of their log-probabilities."""
 
 
-@torch.no_grad()
+class Step(NamedTuple):
+    chosen: Tensor
+    """(B,): the new id of each row; that of the end in rows that had ended before."""
+
+    scores: Tensor
+    """(B,): its log-probability, 0 in rows that had ended before."""
+
+    ended: Tensor
+    """(B,): whether the row has ended."""
+
+
 def generate(
     model: Any,
     input_ids: Tensor,
@@ -31,28 +42,61 @@ def generate(
 ) -> OLMoGenerateOutput:
     """Continue each row of `input_ids` until all have ended or `max_steps` is reached.
 
+    `steps` gives the ids one by one; its arguments are the same, but for:
+
+    Args:
+        beam_size: accepted as OLMo has it; there is no beam search, so 1.
+    """
+    if beam_size != 1:
+        raise ValueError(
+            f"there is no beam search here: expected beam_size=1, found {beam_size}; "
+            "temperature, top_k and top_p sample"
+        )
+    found = list(
+        steps(
+            model, input_ids, attention_mask, max_steps, min_steps,
+            temperature, top_k, top_p, generator,
+        )
+    )  # fmt: skip
+    token_ids = torch.stack([step.chosen for step in found], dim=1)[:, None]
+    scores = torch.stack([step.scores for step in found]).sum(dim=0)[:, None]
+    return OLMoGenerateOutput(token_ids, scores)
+
+
+def steps(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    max_steps: int = 10,
+    min_steps: int = 0,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Step]:
+    """The ids that continue each row of `input_ids`, until all have ended or after `max_steps`.
+
     Args:
         model: an `OLMo`; its config.eos_token_id ends a row, which goes on repeating it.
         input_ids: (B, T). Rows of different lengths are padded on the left, and `attention_mask`
             (B, T) is 0 there.
         min_steps: no row ends before so many.
-        beam_size: accepted as OLMo has it; there is no beam search, so 1.
         temperature: 0 takes the likeliest id each time, 1 samples as the model says.
         top_k: sample from the likeliest k ids only.
         top_p: sample from the likeliest ids that together reach this probability (nucleus
             sampling, Holtzman et al. 2020, arXiv:1904.09751).
 
     Raises:
-        ValueError: no step, more than one beam, or a text longer than the positions that the model
-            has learned.
+        ValueError: no step, settings that leave nothing to sample from, or a text longer than the
+            positions that the model has learned.
     """
     config = model.config
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, found {max_steps}")
-    if beam_size != 1:
+    if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < (top_p or 1.0) <= 1:
         raise ValueError(
-            f"there is no beam search here: expected beam_size=1, found {beam_size}; "
-            "temperature, top_k and top_p sample"
+            "expected temperature from 0 on, top_k from 1 on and top_p above 0 and up to 1, found "
+            f"{temperature}, {top_k} and {top_p}"
         )
     learned = not (config.rope or config.alibi)
     if learned and input_ids.shape[1] + max_steps - 1 > config.max_sequence_length:
@@ -62,33 +106,31 @@ def generate(
         )
     B = len(input_ids)
     ended = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
-    scores = torch.zeros(B, device=input_ids.device)
-    steps: list[Tensor] = []
     ids, past = input_ids, None
     for step in range(max_steps):
-        output = model(
-            ids,
-            attention_mask=attention_mask,
-            past_key_values=past,
-            use_cache=True,
-            last_logits_only=True,
-        )
-        past = output.attn_key_values
-        log_probs = output.logits[:, -1].float().log_softmax(dim=-1)  # (B, V)
-        if step < min_steps:
-            log_probs[:, config.eos_token_id] = -torch.inf
-        chosen = _choose(log_probs, temperature, top_k, top_p, generator)  # (B,)
-        score = log_probs.gather(1, chosen[:, None])[:, 0]
-        scores += torch.where(ended, 0.0, score)
+        with torch.no_grad():
+            output = model(
+                ids,
+                attention_mask=attention_mask,
+                past_key_values=past,
+                use_cache=True,
+                last_logits_only=True,
+            )
+            past = output.attn_key_values
+            log_probs = output.logits[:, -1].float().log_softmax(dim=-1)  # (B, V)
+            if step < min_steps:
+                log_probs[:, config.eos_token_id] = -torch.inf
+            chosen = _choose(log_probs, temperature, top_k, top_p, generator)  # (B,)
+            scores = log_probs.gather(1, chosen[:, None])[:, 0]
+        scores = torch.where(ended, 0.0, scores)
         chosen = torch.where(ended, config.eos_token_id, chosen)
         ended = ended | (chosen == config.eos_token_id)
-        steps.append(chosen)
+        yield Step(chosen, scores, ended)
         if bool(ended.all()):
-            break
+            return
         ids = chosen[:, None]
         if attention_mask is not None:
             attention_mask = torch.cat((attention_mask, attention_mask.new_ones(B, 1)), dim=1)
-    return OLMoGenerateOutput(torch.stack(steps, dim=1)[:, None], scores[:, None])
 
 
 def _choose(

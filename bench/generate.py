@@ -1,0 +1,124 @@
+"""Greedy generation of ours beside transformers', on the CPU, with the same weights.
+
+    python bench/generate.py [--size 85m|6m] [--prompt 16] [--tokens 256] [--rounds 5] [--threads 1]
+
+The model is random, what a token costs does not depend on its weights. Sides take turns in one
+process: A B A B. CPU seconds of the process are compared, since wall time on a shared machine is
+another's business; quoted are the medians, and the median over rounds of the pairwise ratio. That
+both give the same ids is checked. Without its cache ours is timed too: every token is then a pass
+over all that is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from olmo.checkpoint.huggingface import config_json, exported
+from olmo.config import ModelConfig
+from olmo.model import OLMo
+
+SIZES = {
+    "85m": {"d_model": 512, "n_heads": 8, "n_layers": 14},
+    "6m": {"d_model": 96, "n_heads": 4, "n_layers": 8},
+}
+VOCABULARY = 50304
+
+
+def models(size: str) -> tuple[OLMo, Any]:
+    """The same random weights as our model and as transformers'."""
+    config = ModelConfig(
+        **SIZES[size], mlp_ratio=8, rope=True, weight_tying=False, layer_norm_with_affine=False,
+        attention_layer_norm_with_affine=False, include_bias=False, max_sequence_length=1024,
+        vocab_size=VOCABULARY, embedding_size=VOCABULARY, eos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ours = OLMo(config).eval()
+    settings = transformers.OlmoConfig(**config_json(config))
+    theirs = transformers.OlmoForCausalLM(settings).eval()
+    theirs.load_state_dict(exported(ours.state_dict(), config), strict=True)
+    theirs.generation_config.eos_token_id = None  # the same number of tokens, whatever they are
+    return ours, theirs
+
+
+def without_cache(model: OLMo, ids: Tensor, tokens: int) -> Tensor:
+    with torch.no_grad():
+        for _ in range(tokens):
+            logits = model(ids, last_logits_only=True).logits
+            ids = torch.cat((ids, logits[:, -1].argmax(-1)[:, None]), 1)
+    return ids
+
+
+def measured(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    began = time.process_time()
+    ids = work()
+    return time.process_time() - began, ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="85m")
+    parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    ours, theirs = models(given.size)
+    prompt = torch.randint(2, VOCABULARY, (1, given.prompt), generator=torch.manual_seed(1))
+    steps = {"max_steps": given.tokens, "min_steps": given.tokens}
+
+    def ours_goes_on() -> Tensor:
+        return torch.cat((prompt, ours.generate(prompt, **steps).token_ids[0]), 1)
+
+    def theirs_goes_on() -> Tensor:
+        bounds = {"min_new_tokens": given.tokens, "max_new_tokens": given.tokens}
+        mask = torch.ones_like(prompt)
+        return theirs.generate(
+            prompt, attention_mask=mask, do_sample=False, pad_token_id=1, **bounds
+        )
+
+    sides = {"ours": ours_goes_on, "transformers": theirs_goes_on}
+    for work in sides.values():
+        work()  # allocates
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(given.rounds):
+        found = {}
+        for name, work in sides.items():
+            spent, found[name] = measured(work)
+            seconds[name].append(spent)
+        same = (found["ours"] == found["transformers"]).all()
+        assert same, "other ids: one of them did other work"
+    whole, ids = measured(lambda: without_cache(ours, prompt, given.tokens))
+    assert ids.shape == found["ours"].shape
+    pairs = zip(seconds["transformers"], seconds["ours"], strict=True)
+    cached = statistics.median(seconds["ours"])
+    result = {
+        "date": date.today().isoformat(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "size": given.size,
+        "prompt": given.prompt,
+        "tokens": given.tokens,
+        "threads": given.threads,
+        "cpu_s": {name: statistics.median(values) for name, values in seconds.items()},
+        "cpu_s_without_cache": whole,
+        "times_as_fast_as_transformers": statistics.median(b / a for b, a in pairs),
+        "times_as_fast_as_without_cache": whole / cached,
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

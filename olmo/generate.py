@@ -1,0 +1,173 @@
+"""`olmo generate`: a checkpoint goes on with a prompt, word by word."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olmo.checkpoint.read import load_model, newest
+from olmo.inspect.documents import shards
+from olmo.inspect.run import Run
+from olmo.log import warn
+from olmo.model.generate import steps
+from olmo.stage import here
+from olmo.tokenizer import Tokenizer
+
+HOLDS = ("model.safetensors", "model.pt", "model_and_optim")  # what a checkpoint folder has
+
+
+def generate(
+    checkpoint: str,
+    /,
+    prompt: str,
+    tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
+    tokenizer: str | None = None,
+) -> None:
+    """Continue a prompt (- reads it from stdin), and write what comes as it comes.
+
+    CHECKPOINT is the name of a run, a checkpoint's folder, or a URL of one, AI2's too. With
+    --temperature 0 it takes the likeliest token each time, else it samples, from the likeliest
+    --top-k, or from the likeliest that together reach the probability --top-p; the same --seed
+    gives the same text. --chat asks as an instruction run was asked, after a --system message;
+    such a run is, unless --no-chat. --tokenizer is a tokenizer.json or a name on the hub, where the
+    checkpoint does not lead to it.
+    """
+    if temperature == 0 and not (top_k is top_p is seed is None):
+        raise ValueError("--top-k, --top-p and --seed are for sampling: give a --temperature")
+    place = place_of(checkpoint)
+    run = Run(place)
+    words = tokenizer_of(place, run, tokenizer)
+    if chat is None:
+        chat = bool(run.cfg.data.label_mask_paths)
+    if system is not None and not chat:
+        raise ValueError("--system is for chat: give --chat")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    ids = prompt_ids(text, words, chat, system)
+    if len(ids) + tokens > run.length:
+        warn(
+            f"{len(ids)} tokens and {tokens} more are longer than the {run.length} that the model "
+            "was trained on"
+        )
+    generator = None
+    if temperature > 0:
+        generator = torch.Generator()
+        seed = generator.seed() % 2**32 if seed is None else seed
+        generator.manual_seed(seed)
+        print(f"seed: {seed}", file=sys.stderr)
+    model = load_model(place)
+    found = continued(
+        model, ids, max_steps=tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        generator=generator,
+    )  # fmt: skip
+    for piece in pieces(found, lambda some: words.decode(some, skip_special_tokens=False)):
+        print(piece, end="", flush=True)
+    print()
+
+
+def place_of(checkpoint: str) -> str:
+    """The folder or URL of a checkpoint: its own, or of a run the final or the newest one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if "://" in checkpoint:
+        return checkpoint.rstrip("/")
+    runs = Path("checkpoints", checkpoint)
+    for folder in (Path(checkpoint), runs / "final", runs / "run"):
+        if any((folder / name).exists() for name in HOLDS):
+            return str(folder)
+        if folder.is_dir() and (found := newest(folder)) is not None:
+            return str(found)
+    raise ValueError(
+        f"expected a trained run, a checkpoint's folder or a URL; found {checkpoint!r}"
+        f" (looked in {checkpoint}, {runs}/final and {runs}/run)"
+    )
+
+
+def tokenizer_of(place: str, run: Run, given: str | None) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with.
+
+    Raises:
+        ValueError: it cannot be had, or is another model's.
+    """
+    model = run.cfg.model
+    ends = {"eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id}
+    known = {} if given else shards(here())
+    ours = [known[name] for name in map(name_of, run.cfg.data.paths or []) if name in known]
+    files = [Path(given or f"{place}/tokenizer.json"), *(shard.tokenizer for shard in ours[:1])]
+    try:
+        if (file := next(filter(Path.is_file, files), None)) is not None:
+            found = Tokenizer.from_file(file, **ends)
+        elif given is not None:
+            found = Tokenizer.from_pretrained(given, **ends)
+        else:
+            found = Tokenizer.from_train_config(run.cfg)
+    except Exception as error:  # the libraries raise no narrower class
+        raise ValueError(
+            f"the tokenizer of {place} cannot be had ({error}); give --tokenizer FILE"
+        ) from error
+    rows = model.embedding_size or model.vocab_size
+    if found.vocab_size > rows:
+        raise ValueError(
+            f"expected a tokenizer of at most {rows:,} tokens, as the model has, found "
+            f"{found.vocab_size:,}: it is another model's; give --tokenizer FILE"
+        )
+    return found
+
+
+def name_of(path: str) -> str:
+    """The name of a file; of an object of the store its digest."""
+    return path.rpartition("/")[2]
+
+
+def prompt_ids(
+    text: str, tokenizer: Tokenizer, chat: bool = False, system: str | None = None
+) -> list[int]:
+    """The ids that the model goes on from.
+
+    With `chat` as `olmo.data.sft` makes a conversation, up to where the assistant speaks. A text
+    without a token begins where a document does, after the end of another.
+    """
+    if chat:
+        said = [] if system is None else [("system", system)]
+        said.append(("user", text))
+        parts = [f"<|{role}|>\n{content.strip()}\n" for role, content in said]
+        text = "".join([tokenizer.eos_token, *parts, "<|assistant|>\n"])
+    return tokenizer.encode(text, add_special_tokens=False) or [tokenizer.eos_token_id]
+
+
+def continued(model: Any, ids: list[int], **options: Any) -> Iterator[int]:
+    """The ids that come after `ids`, one by one, up to the end of the text."""
+    row = torch.tensor([ids], device=model.device)
+    for step in steps(model, row, **options):
+        if bool(step.ended[0]):
+            return
+        yield int(step.chosen[0])
+
+
+def pieces(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """The text of some ids, each piece as soon as its last character is whole.
+
+    A character may take several ids, and what an id says may depend on the one before it: what
+    was last said is decoded along.
+    """
+    before: list[int] = []
+    held: list[int] = []
+    for id in ids:
+        held.append(id)
+        said = decode(before + held)
+        if not said.endswith("\ufffd"):
+            yield said[len(decode(before)) :]
+            before, held = held, []
+    if held:
+        yield decode(before + held)[len(decode(before)) :]
