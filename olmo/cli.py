@@ -36,6 +36,7 @@ COMMANDS = {
     "positions": "olmo.data.shards:positions",
     "start": "olmo.checkpoint.given:start",
     "train": "olmo.run:train",
+    "soup": "olmo.checkpoint.soup:soup",
     "hf": "olmo.export:hf",
     "heldout": "olmo.evaluation:heldout",
     "docstrings": "olmo.evaluation:docstrings",

@@ -50,7 +50,8 @@ class Plan:
         return os.path.abspath(os.environ.get("OLMO_STORE") or self.pipeline.store)
 
     def run(self, name: str) -> Run:
-        """A run of config/config.yaml; ValueError names those that there are."""
+        """A run of config/config.yaml, of a soup its first; ValueError names those there are."""
+        name = self.pipeline.soups.get(name, [name])[0]
         if name not in self.pipeline.runs:
             raise ValueError(
                 f"there is no run {name} in config/config.yaml; there are "
@@ -59,9 +60,13 @@ class Plan:
         run = self.pipeline.runs[name]
         return replace(run, gpus_per_node=run.gpus_per_node or self.pipeline.gpus_per_node)
 
+    def ours(self, name: str) -> bool:
+        """Whether a checkpoint of this name is made here, by a run or as a soup."""
+        return name in self.pipeline.runs or name in self.pipeline.soups
+
     def dataset(self, run: str) -> str:
         """The name of a run's data set; its own where its training config names the tokens."""
-        return self.run(run).dataset or run
+        return self.run(run).dataset or self.pipeline.soups.get(run, [run])[0]
 
     def recipe(self, dataset: str) -> Recipe:
         if dataset not in self._recipes:
@@ -142,7 +147,7 @@ class Plan:
             raise ValueError(
                 f"{path}: a run with start_from is a new one: expected reset_trainer_state: true"
             )
-        if base in self.pipeline.runs:
+        if self.ours(base):
             ours, theirs = self.tokenizer_of(dataset), self.tokenizer_of(self.dataset(base))
             if ours != theirs:
                 raise ValueError(
@@ -163,8 +168,7 @@ class Plan:
         base = self.run(run).start_from
         if base is None:
             return []
-        ours = base in self.pipeline.runs
-        return [f"checkpoints/{base}/final" if ours else f"checkpoints/{run}/start"]
+        return [f"checkpoints/{base}/final" if self.ours(base) else f"checkpoints/{run}/start"]
 
     def start_flags(self, run: str) -> str:
         """Which parts of a given checkpoint the run needs."""
@@ -173,7 +177,7 @@ class Plan:
     def given_start(self, run: str) -> str:
         """The checkpoint, by path or URL, that `checkpoints/<run>/start` is made from."""
         base = self.run(run).start_from if run in self.pipeline.runs else None
-        if base is None or base in self.pipeline.runs:
+        if base is None or self.ours(base):
             raise ValueError(f"{run}: expected start_from with a checkpoint, found {base}")
         return base
 
@@ -277,6 +281,10 @@ class Plan:
             final = Path("checkpoints", name, "final")
             if self.dataset(name) == dataset and final.exists():
                 needed += [*final.iterdir(), final.parent / "global_indices.npy"]
+        for name in self.pipeline.soups:
+            final = Path("checkpoints", name, "final")
+            if self.dataset(name) == dataset and final.exists():
+                needed += final.iterdir()
         if needed and not self.unlisted(dataset):
             needed += [folder / "tokenizer.json", *map(Path, self.listings(dataset, "tokens"))]
         return missing | {str(file) for file in needed if not file.exists()}

@@ -228,6 +228,8 @@ class Pipeline(BaseConfig):
     """config/config.yaml."""
 
     runs: dict[str, Run]
+    # Checkpoints that are the average of runs' final ones; each has its first run's data set.
+    soups: dict[str, list[str]] = field(default_factory=dict)
     store: str = "store"
     shards_per_job: int = 4
     # Of a cluster, and so given by profiles/slurm: what --gres calls a GPU (gpu, gpu:a100), and how
@@ -236,3 +238,15 @@ class Pipeline(BaseConfig):
     gpus_per_node: int = 0
     bench_loss: list[str] = field(default_factory=list)  # runs; the first is the reference
     eval: list[str] = field(default_factory=list)  # likewise, for `snakemake eval`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, parts in self.soups.items():
+            if name in self.runs:
+                raise ValueError(f"soups: {name} is a run as well; rename one of them")
+            unknown = [part for part in parts if part not in self.runs]
+            if unknown or not parts:
+                raise ValueError(
+                    f"soups.{name}: expected runs, found {', '.join(unknown) or 'none'}; there are "
+                    + ", ".join(self.runs)
+                )

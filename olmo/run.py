@@ -17,6 +17,7 @@ from olmo.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, st
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
 PER_LABEL = "CrossEntropyLossPerLabel"  # olmo.evaluate.perplexity's, where labels are masked
+STATE = ("model.safetensors", "optim.safetensors", "train.json")  # what a run can start from
 ASIDE = ["metrics.jsonl", "loss.svg"]  # timings and pictures: no part of the content
 
 
@@ -81,8 +82,13 @@ def parts_of(checkpoint: Path, cfg: TrainConfig) -> list[Path]:
         raise ValueError(
             "a run that starts from a checkpoint is a new one: expected reset_trainer_state: true"
         )
-    optimizer = [] if cfg.reset_optimizer_state else ["optim.safetensors", "train.json"]
-    return [checkpoint / name for name in ("model.safetensors", *optimizer)]
+    files = [checkpoint / name for name in STATE[: 1 if cfg.reset_optimizer_state else None]]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise ValueError(
+            f"{checkpoint} has no {missing[0]}; start from its weights alone: "
+            "reset_optimizer_state: true"
+        )
+    return files
 
 
 @stage(version=3)

@@ -12,6 +12,8 @@ from olmo.inspect.order import steps_of
 from olmo.inspect.run import Run
 from olmo.launch import Geometry, launch
 from olmo.log import tell
+from olmo.run import STATE
+from olmo.stage import here
 from olmo.train.segments import conditions, segments
 
 LOSS, NORM = "train/CrossEntropyLoss", "optim/total_grad_norm"
@@ -38,6 +40,8 @@ def replay(checkpoint: str, /, steps: str) -> None:
         resumed = {"load_path": str(begin)}
         resumed |= {"reset_trainer_state": False, "reset_optimizer_state": False}
     with tempfile.TemporaryDirectory() as folder:
+        if begin is None and (given := run.record["action"]["inputs"].get("start")):
+            resumed = {"load_path": str(given_start(given, Path(folder, "start")))}
         place = run.cfg.update_with(
             save_folder=folder,
             save_overwrite=True,
@@ -80,6 +84,19 @@ def replay(checkpoint: str, /, steps: str) -> None:
         "conditions: its data, its code or its record was changed since. `olmo store verify` looks "
         "at the data"
     )
+
+
+def given_start(digests: list[str], folder: Path) -> Path:
+    """The checkpoint that a run was given to start from, by its files' digests, as a folder."""
+    folder.mkdir()
+    for digest, name in zip(digests, STATE, strict=False):
+        if not (file := here().object_path(digest)).exists():
+            raise ValueError(
+                f"the checkpoint that the run started from ({digest[:12]}…) is not in the store "
+                f"{here().root}; pull it, or run snakemake again"
+            )
+        (folder / name).symlink_to(file.absolute())
+    return folder
 
 
 def rows_of(path: Path) -> dict[int, dict[str, Any]]:

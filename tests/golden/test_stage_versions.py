@@ -131,6 +131,25 @@ def make_checkpoint(stage: Stage, folder: Path) -> None:
     stage.build(files=files, checkpoint=folder / "outputs", folder=folder / "given")
 
 
+def make_soup(stage: Stage, root: Path) -> None:
+    import torch
+
+    from olmo.checkpoint.final import write_safetensors
+
+    finals = [root / name for name in ("one", "other", "third")]
+    for number, final in enumerate(finals):
+        final.mkdir()
+        (final / "config.yaml").write_text("model: {d_model: 8, n_heads: 2}\n")
+        weights = {"w": torch.arange(12.0).reshape(3, 4) / (number + 3)}
+        write_safetensors(final, weights, {})
+    stage.build(
+        weights=[final / "model.safetensors" for final in finals],
+        config=finals[0] / "config.yaml",
+        final=root / "outputs",
+        checkpoints=finals,
+    )
+
+
 def order(folder: Path) -> Path:
     from olmo.data.order import global_indices, write
 
@@ -178,6 +197,7 @@ MAKE: dict[str, Callable[[Stage, Path], object]] = {
     "local_conversations": lambda s, d: s.build(file=talks(d), source=d / "outputs"),
     "instances": make_instances,
     "local_checkpoint": make_checkpoint,
+    "averaged": make_soup,
     "local_source": lambda s, d: s.build(file=source(d), source=d / "outputs"),
     "documents": lambda s, d: s.build(
         source=source(d),

@@ -113,6 +113,25 @@ def test_a_retrained_base_is_tuned_again(tuned: Project):
     assert record(tuned)["content"] != before
 
 
+def test_a_second_stage_and_a_soup(tuned: Project):
+    settings = ["max_duration=6", "reset_trainer_state=true", "scheduler.alpha_f=0.0"]
+    stage = {"train": "config/train/small.yaml", "dataset": "small", "start_from": "small"}
+    tuned.change("config/config.yaml", runs__stage2={**stage, "overrides": settings})
+    tuned.change("config/config.yaml", soups={"soup": ["stage2", "small"]})
+    made = tuned.run("checkpoints/soup/heldout.json")
+    assert made.ran["training"] == 1 and made.ran["averaged"] == 1, made.output
+    final = tuned.root / "checkpoints/stage2/final"
+    rows = [json.loads(line) for line in (final / "metrics.jsonl").open()]
+    assert rows[-1]["optim/learning_rate_group0"] == 0.0
+    losses = json.loads((final / "record.json").read_text())["facts"]["heldout_loss"]["heldout"]
+    found = json.loads((tuned.root / "checkpoints/soup/heldout.json").read_text())
+    assert abs(found["CrossEntropyLoss"] - losses["first"]) < 0.5
+    equal = tuned.olmo("replay", "stage2", "--steps", "1..3")  # with the base's optimizer state
+    assert equal.status == 0 and "3 steps, equal to the bit" in equal.output, equal.output
+    said = tuned.olmo("generate", "soup", "--prompt", "def", "--tokens", "4")
+    assert said.status == 0 and said.output.strip(), said.output
+
+
 def test_a_malformed_conversation_is_named(tuned: Project):
     write_talks(tuned, role="wizard")
     refused = tuned.run(FINAL, ok=False)

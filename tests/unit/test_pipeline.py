@@ -243,3 +243,15 @@ def test_a_tuned_run_that_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             tuning(**changes).train_config("tuned")
+
+
+def test_a_soup_is_made_of_runs_and_evaluated_as_the_first():
+    runs = {name: {"train": "t.yaml", "dataset": d} for name, d in (("a", "mine"), ("b", "other"))}
+    runs["c"] = {"train": "t.yaml", "dataset": "mine", "start_from": "soup"}
+    plan = Plan({"runs": runs, "soups": {"soup": ["b", "a"]}})
+    assert plan.dataset("soup") == "other" and plan.run("soup").dataset == "other"
+    assert plan.start("c") == ["checkpoints/soup/final"]
+    with pytest.raises(ValueError, match=r"soups.soup: expected runs, found d; there are a, b"):
+        Plan({"runs": runs, "soups": {"soup": ["a", "d"]}})
+    with pytest.raises(ValueError, match="soups: a is a run as well"):
+        Plan({"runs": runs, "soups": {"a": ["a", "b"]}})

@@ -1,0 +1,65 @@
+"""Souping: one checkpoint whose weights are the mean of several runs', as OLMo 2 ends its training.
+
+Wortsman et al. 2022 (arXiv:2203.05482); for OLMo 2 (arXiv:2501.00656) runs that anneal the same
+checkpoint on other orders of the same data.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olmo.checkpoint.final import write_safetensors
+from olmo.checkpoint.read import look
+from olmo.config import ModelConfig
+from olmo.stage import Facts, Folder, Free, Input, Inputs, stage
+
+
+def soup(checkpoints: list[Path], final: Path) -> None:
+    """Average the weights of final checkpoints, each counting the same."""
+    if len(checkpoints) < 2:
+        raise ValueError(f"expected at least two checkpoints to average, found {len(checkpoints)}")
+    averaged(
+        weights=[folder / "model.safetensors" for folder in checkpoints],
+        config=checkpoints[0] / "config.yaml",
+        final=final,
+        checkpoints=checkpoints,
+    )
+
+
+@stage(version=1)
+def averaged(weights: Inputs, config: Input, final: Folder, checkpoints: Free[list[Path]]) -> Facts:
+    """The uniform mean of several models' weights, summed in float64, in their own type.
+
+    `final` gets model.safetensors and the first one's config.yaml; there is no optimizer's state,
+    which belongs to a run. `checkpoints` are the folders, for what is said of them.
+
+    Raises:
+        ValueError: they are not of one model.
+    """
+    first, *others = checkpoints
+    model = ModelConfig.load(config, key="model", validate_paths=False)
+    one = look(weights[0], optimizer=False, trainer=False).model
+    sums = {name: tensor.double() for name, tensor in one.items()}
+    for folder, file in zip(others, weights[1:], strict=True):
+        other = ModelConfig.load(folder / "config.yaml", key="model", validate_paths=False)
+        found = look(file, optimizer=False, trainer=False).model
+        if other != model or shapes(found) != shapes(one):
+            raise ValueError(
+                f"expected checkpoints of one model, found another one in {folder} than in {first}"
+            )
+        for name, tensor in found.items():
+            sums[name] += tensor.double()
+    final.mkdir(parents=True)
+    mean = {name: (total / len(weights)).to(one[name].dtype) for name, total in sums.items()}
+    write_safetensors(final, mean, {})
+    (final / "optim.safetensors").unlink()
+    shutil.copyfile(config, final / "config.yaml")
+    return {"checkpoints": len(weights), "parameters": sum(t.numel() for t in mean.values())}
+
+
+def shapes(weights: dict[str, Any]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}

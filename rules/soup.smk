@@ -1,0 +1,18 @@
+# Soups: one checkpoint whose weights are the mean of several runs' final ones.
+
+
+ruleorder: soup > train
+
+
+rule soup:
+    input:
+        lambda w: plan.journal(plan.dataset(w.run)),
+        finals=lambda w: [f"checkpoints/{run}/final" for run in plan.pipeline.soups[w.run]],
+    output:
+        directory("checkpoints/{run}/final"),
+    log:
+        "logs/soup/{run}.log",
+    wildcard_constraints:
+        run="|".join(map(re.escape, plan.pipeline.soups)) or "(?!)",  # else none
+    shell:
+        "olmo soup --checkpoints {input.finals:q} --final {output:q} --log {log:q}"
