@@ -36,7 +36,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Project:
         data={"drop_last": True},
     )
     start_from(project, "small")
-    first = project.run(FINAL)
+    first = project.run(FINAL, timeout=900)
     assert first.ran["training"] == 2 and first.ran["instances"] == 2, first.output
     return project
 
