@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -305,13 +306,14 @@ def our_settings(pairs: list[dict[str, Any]]) -> list[str]:
 
 def beside_the_fastest(pairs: list[dict[str, Any]]) -> list[str]:
     """Ours beside each peer's best setting; `pairs` are sorted, the fastest first."""
+    timed = [record for record in pairs if record["status"] == "ok"]
+    settings_of = Counter(record["cell"]["whose"] for record in timed)
     best: dict[str, dict[str, Any]] = {}
-    for record in pairs:
-        if record["status"] == "ok":
-            best.setdefault(record["cell"]["whose"], record)
+    for record in timed:
+        best.setdefault(record["cell"]["whose"], record)
     lines = [
-        f"- ours is {ratio(record)} times as fast as {whose} in its fastest setting "
-        f"({in_words(record)}), {record['ratio_cpu']:.2f} times in CPU time"
+        f"- ours is {ratio(record)} times as fast as {whose}, fastest of {settings_of[whose]} "
+        f"timed ({in_words(record)}), {record['ratio_cpu']:.2f} times in CPU time"
         for whose, record in best.items()
     ]
     return [""] * bool(lines) + lines
