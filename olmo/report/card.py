@@ -24,7 +24,7 @@ tags: [olmo]
 
 # {name}
 
-{kind}, {parameters:,} parameters, {tokens} tokens of training.
+{kind}, {parameters:,} parameters, {made}.
 
 ```python
 from transformers import pipeline
@@ -54,21 +54,26 @@ def card(
         "Layers, width, heads": f"{cfg.model.n_layers}, {cfg.model.d_model}, {cfg.model.n_heads}",
         "Positions": f"{cfg.model.max_sequence_length:,}",
         "Tokens known": f"{cfg.model.vocab_size:,}",
-        "Steps": f"{facts['steps']:,}, of {per_step:,} tokens each",
+        "Steps": f"{facts['steps']:,}, of {per_step:,} tokens each" if "steps" in facts else "",
         "Optimizer": f"{cfg.optimizer.name}, learning rate {cfg.optimizer.learning_rate:g}, "
         f"weight decay {cfg.optimizer.weight_decay:g}; {cfg.scheduler.name}",
         "Precision": f"{cfg.precision}; the weights here are {settings['dtype']}",
         "Seed": str(cfg.seed),
     }
+    made = (
+        f"{facts['tokens']:,} tokens of training"
+        if "tokens" in facts
+        else f"the mean of {facts['checkpoints']} checkpoints"  # a soup
+    )
     parts = [
         HEAD.format(
             name=name,
             kind=settings["architectures"][0],
             parameters=parameters,
-            tokens=f"{facts['tokens']:,}",
+            made=made,
         ),
         "## Training\n",
-        table(("", ""), rows.items()),
+        table(("", ""), [row for row in rows.items() if row[1]]),
         "## Evaluation\n",
         _evaluation(facts.get("heldout_loss", {}), name),
         "## Where it comes from\n",
@@ -86,7 +91,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 def _evaluation(losses: dict[str, dict[str, float]], name: str) -> str:
     if not losses:
-        return "Its data set held no documents out.\n"
+        return f"None so far: `snakemake eval/{name}`.\n"
     rows = [
         (label, f"{loss['first']:.4f}", f"{loss['last']:.4f}") for label, loss in losses.items()
     ]

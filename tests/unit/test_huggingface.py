@@ -14,6 +14,8 @@ from olmo.checkpoint import convert, huggingface, load_model
 from olmo.checkpoint.final import write_safetensors
 from olmo.config import ModelConfig, TrainConfig, to_yaml
 from olmo.model import OLMo
+from olmo.report.card import card
+from olmo.store import Store
 
 OLMO1: dict[str, Any] = {
     "d_model": 32,
@@ -249,3 +251,27 @@ def test_a_conversation_becomes_what_was_trained_on(tmp_path: Path, tokenizer: P
     assert asked == (
         "<|endoftext|><|system|>\nBe brief.\n<|user|>\nWhat is a list?\n<|assistant|>\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        (
+            {"steps": 5, "tokens": 640, "heldout_loss": {"x": {"first": 6.0, "last": 5.0}}},
+            ("640 tokens of training", "| Steps | 5,", "| x | 6.0000 | 5.0000 |"),
+        ),
+        ({"checkpoints": 3, "parameters": 9}, ("the mean of 3 checkpoints", "None so far")),
+    ],
+    ids=["run", "soup"],
+)
+def test_the_card_of(facts: dict[str, Any], said: tuple[str, ...], tmp_path: Path) -> None:
+    checkpoint(tmp_path / "final", OLMO1)
+    action = {"stage": "training", "version": 3, "params": {}, "inputs": {}}
+    record = {"key": "k", "content": "c", "action": action, "facts": facts, "outputs": {}}
+    (tmp_path / "final/record.json").write_text(json.dumps(record))
+    settings = huggingface.config_json(ModelConfig.new(**OLMO1))
+    text = card("it", settings, 9, tmp_path / "final", Store(tmp_path / "store"))
+    assert text.startswith("---\nlibrary_name: transformers\n") and "# it\n" in text
+    for phrase in said:
+        assert phrase in text
+    assert ("| Steps |" in text) == ("steps" in facts)
