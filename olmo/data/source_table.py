@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 COLUMNS = ("url", "bytes", "sha256", "licence")
+RESULTS = ("eval", "hf")  # folders in which snakemake takes any file for an output of its own
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ def local(patterns: Iterable[str], whose: Path, key: str = "sources.files") -> l
             raise ValueError(
                 f"{whose}: {key} names {pattern}, which does not exist (looked in "
                 f"{os.getcwd()}); put the file there or take the line out"
+            )
+        if taken := next((m for m in matches if os.path.dirname(m) in RESULTS), None):
+            raise ValueError(
+                f"{whose}: {key} names {taken}, but {os.path.dirname(taken)}/ is for results, one "
+                "a run; move the file to another folder"
             )
         found += [Source("", place) for place in matches]
     return named(found)

@@ -49,6 +49,13 @@ def test_flags_quote_what_a_shell_minds():
     assert words == ["--sources", "a_b____touch_x_=in/a b; $(touch x).json.gz"]
 
 
+def test_a_file_among_the_results_of_runs_is_refused():
+    Path("eval").mkdir()
+    Path("eval/questions.json.gz").touch()
+    with pytest.raises(ValueError, match=r"names eval.questions\.json\.gz, but eval. is for results"):
+        plan(sources={"files": ["eval/*.gz"]}).sources("mine")
+
+
 def test_a_place_and_its_mirrors_are_parted_again():
     Path("in/a#1 100%.json.gz").touch()
     mirrors = ["in/a=https://b/#", "elsewhere/=x"]
