@@ -52,7 +52,7 @@ def test_flags_quote_what_a_shell_minds():
 def test_a_file_among_the_results_of_runs_is_refused():
     Path("eval").mkdir()
     Path("eval/questions.json.gz").touch()
-    with pytest.raises(ValueError, match=r"names eval.questions\.json\.gz, but eval. is for results"):
+    with pytest.raises(ValueError, match="but eval/ is for results"):
         plan(sources={"files": ["eval/*.gz"]}).sources("mine")
 
 
