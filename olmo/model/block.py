@@ -25,6 +25,31 @@ KeyValues = tuple[Tensor, Tensor]
 """Keys, already rotated, and values of one block, each (B, H_kv, S, D)."""
 
 
+class Room:
+    """Keys and values of one block with room for more: a new position is copied, and not all.
+
+    What `past` is to a block, in its place. It grows where it is, so one continuation only may
+    stand on it; `olmo.model.generate` makes them.
+    """
+
+    def __init__(self, past: KeyValues, capacity: int) -> None:
+        self.length = 0
+        self.whole = [x.new_empty((*x.shape[:-2], capacity, x.shape[-1])) for x in past]
+        self.add(*past)
+
+    def __getitem__(self, i: int) -> Tensor:
+        """Keys (0) or values (1) up to here, (B, H_kv, S, D)."""
+        return self.whole[i][..., : self.length, :]
+
+    def add(self, k: Tensor, v: Tensor) -> KeyValues:
+        """All keys and values, with those of new positions."""
+        end = self.length + k.shape[-2]
+        for whole, new in zip(self.whole, (k, v), strict=True):
+            whole[..., self.length : end, :] = new
+        self.length = end
+        return self[0], self[1]
+
+
 class Activation(nn.Module):
     """The feed-forward's nonlinearity; its output is `output_multiplier` as wide as its input."""
 
@@ -62,7 +87,7 @@ class SwiGLU(Activation):
 
 class BlockOutput(NamedTuple):
     x: Tensor
-    cache: KeyValues | None
+    cache: KeyValues | Room | None
 
 
 class OLMoBlock(nn.Module):
@@ -132,9 +157,9 @@ class OLMoBlock(nn.Module):
         self,
         x: Tensor,
         attention_bias: Bias | None,
-        layer_past: KeyValues | None,
+        layer_past: KeyValues | Room | None,
         use_cache: bool,
-    ) -> tuple[Tensor, KeyValues | None]:
+    ) -> tuple[Tensor, KeyValues | Room | None]:
         """Attention of x (B, T, d) to itself and the past, projected back to (B, T, d)."""
         B, T, _ = x.shape
         q, k, v = self.project(x)
@@ -147,8 +172,10 @@ class OLMoBlock(nn.Module):
         past = 0 if layer_past is None else layer_past[0].shape[-2]
         if self.rotary_emb is not None:
             q, k = self.rotary_emb(q, k, start=past)
-        if layer_past is not None:
-            k = torch.cat((layer_past[0], k), dim=-2)  # (B, H_kv, S, D)
+        if isinstance(layer_past, Room):
+            k, v = layer_past.add(k, v)  # (B, H_kv, S, D)
+        elif layer_past is not None:
+            k = torch.cat((layer_past[0], k), dim=-2)
             v = torch.cat((layer_past[1], v), dim=-2)
         if isinstance(attention_bias, Tensor):
             attention_bias = _fit(attention_bias[:, :, past : past + T, : past + T], q.dtype)
@@ -162,7 +189,8 @@ class OLMoBlock(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
         )
         out = out.transpose(1, 2).reshape(B, T, -1)  # (B, T, d)
-        return self.attn_out(out), (k, v) if use_cache else None
+        cache = layer_past if isinstance(layer_past, Room) else (k, v)
+        return self.attn_out(out), cache if use_cache else None
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.ff_out(self.act(self.ff_proj(x)))
@@ -171,7 +199,7 @@ class OLMoBlock(nn.Module):
         self,
         x: Tensor,
         attention_bias: Bias | None = None,
-        layer_past: KeyValues | None = None,
+        layer_past: KeyValues | Room | None = None,
         use_cache: bool = False,
     ) -> BlockOutput:
         """
@@ -246,11 +274,11 @@ class OLMoBlockGroup(nn.ModuleList):
         self,
         x: Tensor,
         attention_bias: Bias | None = None,
-        layers_past: list[KeyValues] | None = None,
+        layers_past: list[KeyValues | Room] | None = None,
         use_cache: bool = False,
-    ) -> tuple[Tensor, list[KeyValues] | None]:
+    ) -> tuple[Tensor, list[KeyValues | Room] | None]:
         """As a block, with one past and one cache for each block inside."""
-        caches: list[KeyValues] = []
+        caches: list[KeyValues | Room] = []
         for i, block in enumerate(self):
             past = None if layers_past is None else layers_past[i]
             x, cache = block(x, attention_bias, past, use_cache)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from olmo.model.block import Room
+
 
 class OLMoGenerateOutput(NamedTuple):
     token_ids: Tensor
@@ -116,7 +118,9 @@ def steps(
                 use_cache=True,
                 last_logits_only=True,
             )
-            past = output.attn_key_values
+            if past is None:
+                capacity = input_ids.shape[1] + max_steps
+                past = [Room(one, capacity) for one in output.attn_key_values]
             log_probs = output.logits[:, -1].float().log_softmax(dim=-1)  # (B, V)
             if step < min_steps:
                 log_probs[:, config.eos_token_id] = -torch.inf
