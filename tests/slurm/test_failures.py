@@ -102,7 +102,10 @@ def test_a_drained_node_gets_no_more_jobs(local: Project, prepared: ClusterProje
 
 @pytest.mark.long
 def test_a_node_that_dies_is_left(local: Project, prepared: ClusterProject):
-    """Its daemon is gone with all that ran there; SLURM finds it in bounded time and requeues."""
+    """Its daemon is gone with all that ran there; SLURM finds out in bounded time.
+
+    Then it requeues the job; or it ends it, and snakemake submits it again.
+    """
     mark = uuid.uuid4().hex
     call, folder = prepared.cluster.call, prepared.cluster.folder
     died = []
@@ -120,8 +123,8 @@ def test_a_node_that_dies_is_left(local: Project, prepared: ClusterProject):
         jobs = trained(prepared, die, mark)
     finally:
         call("slurmd", "-N", died[0])
-    assert jobs == [("COMPLETED", 1)]
-    assert prepared.jobs("train")[0].nodes not in died
+    assert jobs in ([("COMPLETED", 1)], [("FAILED", 0), ("COMPLETED", 0)])
+    assert prepared.jobs("train")[-1].nodes not in died
     assert prepared.content() == local.content()
 
 
