@@ -7,14 +7,22 @@ the touches stop coming, measured with the clock of whoever waits, so that the c
 machines need not agree.
 
 Whoever finds only dead holders makes the next number. The link decides between two who do so at
-once; a look around afterwards finds the one whose view was old.
+once; a look around afterwards finds the one whose view was old. A holder that was away for so
+long that another took its place (a suspended machine, a file server out of reach) ends itself as
+soon as it finds out: two would write into one folder.
+
+What a network file system shows may be old: names in a folder for up to a minute. Before it
+counts that a name is not there, we change the folder ourselves, which makes them look again.
 """
 
 import contextlib
+import errno
 import json
 import os
 import random
 import socket
+import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -25,23 +33,33 @@ from typing import Any
 BEAT_S = 5.0  # the holder touches its lease this often
 PATIENCE_S = 60.0  # without a touch for this long it is dead
 
+Holder = dict[str, Any]  # {"host", "boot", "pids", "pid", "start"}
+
 
 @contextlib.contextmanager
 def lease(
-    folder: Path, name: str, waiting: Callable[[dict[str, Any]], None] | None = None
+    folder: Path,
+    name: str,
+    waiting: Callable[[Holder], None] | None = None,
+    alive: Callable[[Holder], None] | None = None,
 ) -> Iterator[None]:
     """Hold `name` for the block, waiting for whoever holds it now.
 
     Args:
-        waiting: called once with the holder ({"host", "pid", …}) if there is one to wait for.
+        waiting: called once with the holder if there is one to wait for.
+        alive: called when that holder is known to live: for who would rather not wait.
     """
-    mine = _acquire(folder, name, waiting)
+    mine = _acquire(folder, name, waiting, alive)
     done = threading.Event()
 
     def beat() -> None:
         while not done.wait(BEAT_S):
-            with contextlib.suppress(OSError):
+            try:
                 os.utime(mine)
+            except OSError as error:
+                # `done` is set before the lease is given back: then it is no loss.
+                if error.errno in (errno.ENOENT, errno.ESTALE) and not done.is_set():
+                    _end(name)
 
     threading.Thread(target=beat, daemon=True, name="lease").start()
     try:
@@ -53,66 +71,134 @@ def lease(
 
 def held(folder: Path) -> list[str]:
     """The names whose leases somebody may still hold (as far as one look can tell)."""
-    leases = [path for path in folder.glob("[!.]*") if not _dead(path, _holder(path), {})]
+    leases = [path for path in folder.glob("[!.]*") if _state(_look(path), {}, path) != "dead"]
     return sorted({path.name.rsplit(".", 1)[0] for path in leases})
 
 
-def _acquire(folder: Path, name: str, waiting: Callable[[dict[str, Any]], None] | None) -> Path:
+def see_anew(folder: Path) -> None:
+    """Make a network file system forget what it remembers of the names in a folder.
+
+    It keeps them, and that a name is not there, for as long as it believes the folder unchanged.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        handle, path = tempfile.mkstemp(prefix=".look-", dir=folder)
+        os.close(handle)
+        os.unlink(path)
+
+
+def _acquire(
+    folder: Path,
+    name: str,
+    waiting: Callable[[Holder], None] | None,
+    alive: Callable[[Holder], None] | None,
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     seen: dict[Path, tuple[int, float]] = {}  # lease → its last touch, and when we saw that
+    fresh = False  # whether what we know of the folder is of this moment
     while True:
-        leases = {path: _holder(path) for path in folder.glob(f"{name}.*")}
-        living = [path for path, holder in leases.items() if not _dead(path, holder, seen)]
-        if living:
-            if waiting is not None and leases[living[0]]:
-                waiting(leases[living[0]])
-                waiting = None
+        looks = {path: _look(path) for path in folder.glob(f"{name}.*")}
+        states = {path: _state(look, seen, path) for path, look in looks.items()}
+        if set(states.values()) - {"dead"}:
+            for path, state in states.items():
+                if state == "gone":
+                    see_anew(folder)
+                if state == "alive" and alive is not None:
+                    alive(looks[path][0])
+                if state in ("alive", "silent") and waiting is not None:
+                    waiting(looks[path][0])
+                    waiting = None
             time.sleep(0.2)
+            fresh = False
             continue
-        numbers = [int(path.suffix[1:]) for path in leases]
+        if not fresh:
+            see_anew(folder)
+            fresh = True
+            continue
+        numbers = [int(path.suffix[1:]) for path in looks]
         mine = folder / f"{name}.{max(numbers, default=-1) + 1}"
-        draft = folder / f".{name}-{uuid.uuid4().hex}"
-        draft.write_text(json.dumps(_me()))
-        try:
-            os.link(draft, mine)  # whole from its first moment, and refused if it exists
-        except FileExistsError:
+        if not _made(mine, folder / f".{name}-{uuid.uuid4().hex}"):
+            fresh = False
+            time.sleep(random.uniform(0.01, 0.1))
             continue
-        finally:
-            draft.unlink()
-        if set(folder.glob(f"{name}.*")) - set(leases) - {mine}:
+        # Making it has changed the folder: what is seen now is of this moment.
+        if set(folder.glob(f"{name}.*")) - set(looks) - {mine}:
             mine.unlink(missing_ok=True)  # someone else got through: both step back
             time.sleep(random.uniform(0.05, 0.5))
+            fresh = False
             continue
-        for path in leases:
+        for path in looks:
             path.unlink(missing_ok=True)
         return mine
 
 
-def _me() -> dict[str, Any]:
+def _made(path: Path, draft: Path) -> bool:
+    """Make a lease, whole from its first moment; False where it exists."""
+    draft.write_text(json.dumps(_me()))
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        # A server's answer may get lost and the request be sent again: then it was ours.
+        return draft.stat().st_nlink == 2
+    finally:
+        draft.unlink()
+    return True
+
+
+def _me() -> Holder:
     pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "start": _start(pid)}
+    return {**_here(), "pid": pid, "start": _start(pid)}
 
 
-def _holder(path: Path) -> dict[str, Any]:
-    """Who holds a lease; {} when it has just gone."""
+def _here() -> Holder:
+    """Where a process number means something: this boot of this machine, this container."""
     try:
-        holder: dict[str, Any] = json.loads(path.read_text())
-        return holder
-    except FileNotFoundError:
-        return {}
+        pids = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        pids = ""
+    return {"host": socket.gethostname(), "boot": _boot(), "pids": pids}
 
 
-def _dead(path: Path, holder: dict[str, Any], seen: dict[Path, tuple[int, float]]) -> bool:
-    if holder and (holder["host"], holder["boot"]) == (socket.gethostname(), _boot()):
-        return _start(holder["pid"]) != holder["start"]
+def _is_here(holder: Holder) -> bool:
+    return all(holder.get(name, value) == value for name, value in _here().items())
+
+
+def _look(path: Path) -> tuple[Holder, int]:
+    """Who holds a lease, and its last touch; {} when it has just gone.
+
+    Opened, since that is when a network file system asks its server.
+    """
     try:
-        touched = path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return False  # released this moment: look again
-    now = time.monotonic()
-    if seen.get(path, (None, 0.0))[0] != touched:
+        with path.open() as file:
+            return json.load(file), os.fstat(file.fileno()).st_mtime_ns
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):
+            raise
+        return {}, 0
+
+
+def _state(look: tuple[Holder, int], seen: dict[Path, tuple[int, float]], path: Path) -> str:
+    """Of a lease: gone, dead, alive, or silent: elsewhere, and not known yet."""
+    holder, touched = look
+    if not holder:
+        return "gone"
+    if _is_here(holder):
+        return "alive" if _start(holder["pid"]) == holder["start"] else "dead"
+    now, before = time.monotonic(), seen.get(path)
+    if before is None or before[0] != touched:
         seen[path] = (touched, now)
-    return now - seen[path][1] > PATIENCE_S
+        return "silent" if before is None else "alive"
+    return "dead" if now - before[1] > PATIENCE_S else "silent"
+
+
+def _end(name: str) -> None:
+    """Another has taken over: end at once, and with us all that we have started."""
+    sys.stderr.write(
+        f"this process held {name}, and its lease is gone: it was not heard of for "
+        f"{PATIENCE_S:.0f} s (suspended, or its file server out of reach) and another has taken "
+        "over, or somebody deleted it. It ends here: two would write into one folder\n"
+    )
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _boot() -> str:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.action import Action, canonical
-from olmo.lease import lease
+from olmo.lease import lease, see_anew
 
 # Objects up to this size are hashed again whenever they are used. Larger ones are, when their
 # size or time of change is not as the store left it; `olmo store verify` hashes them all.
@@ -121,7 +121,11 @@ class Store:
         try:
             found = path.stat()
         except FileNotFoundError:
-            return False
+            see_anew(path.parent)  # another machine may have just put it there
+            try:
+                found = path.stat()
+            except FileNotFoundError:
+                return False
         wrong_size = size is not None and found.st_size != size
         if not wrong_size and found.st_size > HASHED_ON_USE and found.st_mtime_ns == SEAL_NS:
             return True
@@ -136,7 +140,10 @@ class Store:
         """Put a file that is not what its name says out of the way, for whoever wants to see it."""
         cell = self.root / "quarantine" / f"{path.name}.{uuid.uuid4().hex[:8]}"
         cell.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, cell)
+        try:
+            os.replace(path, cell)
+        except FileNotFoundError:  # another process has found it too
+            return
         self.say(f"store: corrupt object {path.name[:12]}…: {reason}; moved to {cell}")
 
     # --- actions ----------------------------------------------------------------------------
@@ -151,6 +158,10 @@ class Store:
             return record
         except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # another machine has just written it anew
+                raise
+            return self.record(key)
         except json.JSONDecodeError:
             self.quarantine(self.record_path(key), "not a record")
             return None
@@ -186,6 +197,8 @@ class Store:
             if (record := self.hit(key)) is not None:
                 return record
             with lease(self.root / "leases", key, self._waiting(action)):
+                # Whoever held it before us, on another machine, may have written the record.
+                see_anew(self.record_path(key).parent)
                 if (record := self.hit(key)) is not None:
                     return record
                 return self._build(action, build)

@@ -1,41 +1,50 @@
 """The folder in which snakemake runs: one at a time in it, and what to do when it is done."""
 
-import fcntl
+import atexit
 import json
 import os
+import socket
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import Any
 
+from olmo.lease import PATIENCE_S, lease
 from olmo.log import FAILED
 from olmo.pipeline import Plan, recipe_path
 
 STARTED = time.time()
-_lock: list[IO[str]] = []  # held for as long as this process lives
+_held = ExitStack()  # for as long as this process lives
 
 
 def alone(folder: Path = Path(".snakemake")) -> None:
-    """Refuse to run where another snakemake runs; one that was killed leaves nothing behind.
+    """Refuse to run where another snakemake runs, on this machine or on another that shares it.
 
     Two of them in one folder would delete each other's outputs. (Snakemake's own lock is a file
-    that outlives a killed process; this one is the kernel's. Stages do not need either: the store
-    has leases.)
+    that outlives a killed process; a lease does not, and needs no lock of a network file system.
+    Stages do not need either: the store has leases.)
     """
-    folder.mkdir(exist_ok=True)
-    lock = (folder / "running").open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
+
+    def name(holder: dict[str, Any]) -> str:
+        return f"pid {holder['pid']} on {holder['host']}"
+
+    def refuse(holder: dict[str, Any]) -> None:
         sys.exit(
-            f"another snakemake (pid {lock.read().strip()}) runs in {os.getcwd()}; wait for it, "
-            "or use another folder with the same store (OLMO_STORE)"
+            f"another snakemake ({name(holder)}) runs in {os.getcwd()}; wait for it, or use "
+            "another folder with the same store (OLMO_STORE)"
         )
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    _lock.append(lock)
+
+    def look(holder: dict[str, Any]) -> None:
+        if holder["host"] != socket.gethostname():
+            print(
+                f"a snakemake ({name(holder)}) was here; within {PATIENCE_S:.0f} s it is known "
+                "whether it still runs",
+                file=sys.stderr,
+            )
+
+    _held.enter_context(lease(folder / "leases", "running", look, refuse))
+    atexit.register(_held.close)
 
 
 def next_steps(plan: Plan) -> str:
