@@ -357,6 +357,9 @@ class TrainConfig(BaseConfig):
     # CPU threads of one process. The order of sums, and so the bits, depend on it, which is why
     # it belongs to the run and not to the machine. None: torch's choice.
     intra_op_threads: int | None = ours()
+    # Seconds without a step, or a batch of an evaluation, after which the run counts as hung and
+    # is ended with the stacks of all processes: longer than the first step, which may compile.
+    hang_timeout: float | None = ours(1200.0)  # None: never
 
     @property
     def autocast_precision(self) -> Any:
@@ -414,6 +417,7 @@ FREE = frozenset(
         "new_style_checkpoints",
         "canceled_check_interval",
         "time_limit",
+        "hang_timeout",
         "extra_steps_after_cancel",
         "python_profiling",
         "torch_profiling",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from olmo.evaluate.tasks import Request
 from olmo.train.parallel import World
+from olmo.train.watch import progress
 
 # As OLMo has it, even where a model takes in more: the numbers of long prompts depend on it.
 LONGEST = 2048
@@ -86,6 +87,7 @@ def log_likelihoods(
             ids[: len(row_ids)] = torch.from_numpy(row_ids)
         with autocast:
             logits = model(input_ids.to(world.device)).logits  # (B, T, V)
+        progress()
         for row, row_ids, row_logits in zip(batch, inputs, logits, strict=False):
             longest = max(prompts[i].scored for i in row)
             known = row_logits[len(row_ids) - longest : len(row_ids)].float().log_softmax(dim=-1)

@@ -21,6 +21,7 @@ from olmo.data.batches import build_eval_batches, labels_of, model_inputs
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
 from olmo.train.parallel import World
 from olmo.train.step import autocast
+from olmo.train.watch import progress
 
 PER_LABEL = "CrossEntropyLossPerLabel"
 
@@ -106,4 +107,5 @@ class HeldOut:
             with autocast(cfg, world.device):
                 values = instance_losses(model, batch)
             losses.add(batch, values)
+            progress()
         return losses

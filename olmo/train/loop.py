@@ -53,6 +53,7 @@ from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBi
 from olmo.train.start import Position, check, duration, find_start, masks
 from olmo.train.step import forward_backward, keep_freed_memory
 from olmo.train.traces import traced
+from olmo.train.watch import Watchdog, progress
 
 
 def train(cfg: TrainConfig) -> int:
@@ -64,7 +65,7 @@ def train(cfg: TrainConfig) -> int:
     stop = StopRequest(Path(cfg.save_folder), cfg.time_limit)
     # A warning that time is up soon must not kill; SIGTERM may, until there is something to save.
     stop.listen(signal.SIGUSR1)
-    world = join_world()
+    world = join_world(cfg.hang_timeout)
     speak(world.first)
     try:
         return _train(cfg, world, stop)
@@ -190,7 +191,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     if resumed:
         assert source is not None
         saver.resume(source)
-    indices = DataIndices(cfg, world.rank, position.global_step if resumed else None)
+    indices = DataIndices(cfg, world.rank, world.size, position.global_step if resumed else None)
     flops = model.num_fwd_flops + model.num_bck_flops
     peak = cfg.speed_monitor.gpu_flops_available or device_flops(world.device)
     window = cfg.speed_monitor.window_size
@@ -225,6 +226,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     lowest_loss, first_step = float("inf"), position.global_step
     batches = _endless(loader, position, steps_per_epoch, batch_size)
     profilers = Profilers(cfg, world.first)
+    watchdog = Watchdog(world, cfg.hang_timeout)
+    watchdog.start()
     model.train()
     try:
         while position.global_step < last_step and paused is None:
@@ -288,16 +291,19 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             if saves:
                 speed.pause()
                 _flush(sinks, indices)
-                saver.save(saves)
+                with watchdog.resting():
+                    saver.save(saves)
             if cfg.gen1_gc_interval and step % cfg.gen1_gc_interval == 0:
                 gc.collect(1)
             profilers.step()
+            progress()
             # One question a step to all processes, so that none goes on without the others.
             reason = stop.reason(look=world.first)
             if world.any(reason is not None or saver.failed) and not last:
                 if world.any(saver.failed):
                     saver.give_up()
                 paused = world.first_of(reason) or "another process"
+        watchdog.stop()
         if paused is not None and position.global_step:
             for number, values in numbers.fetch(world):
                 write(number, values)
@@ -321,6 +327,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         world.wait()
         return exit_code
     finally:
+        watchdog.stop()
         gc.enable()
         profilers.close()
         batches.close()

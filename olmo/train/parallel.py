@@ -33,8 +33,10 @@ from olmo.process import die_with_parent
 T = TypeVar("T")
 
 # How long a process waits for the others before it gives up. A dead one is noticed at once, by
-# its closed connection; this is for one that hangs.
+# its closed connection; this is for a machine that is gone without a word, and for one that hangs
+# where olmo.train.watch does not look: it looks first, and says more.
 TIMEOUT = timedelta(minutes=10)
+AFTER_WATCHDOG = timedelta(minutes=1)
 
 # Gradients travel together in pieces of about this many bytes.
 BUCKET_BYTES = 32 * 2**20
@@ -87,8 +89,11 @@ class World:
             dist.barrier()
 
 
-def join_world() -> World:
-    """This process's place: torchrun's, or alone. Opens the process group."""
+def join_world(hang_timeout: float | None = None) -> World:
+    """This process's place: torchrun's, or alone. Opens the process group.
+
+    `hang_timeout`: the watchdog's, in seconds.
+    """
     size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -102,7 +107,8 @@ def join_world() -> World:
     if size > 1:
         # Small things between hosts go by gloo, which does not wait for the device.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        limit = TIMEOUT if hang_timeout is None else timedelta(seconds=hang_timeout)
+        dist.init_process_group(backend, timeout=max(limit, TIMEOUT) + AFTER_WATCHDOG)
     return World(rank, local_rank, size, device, why)
 
 

@@ -157,15 +157,23 @@ class WeightsAndBiases:
 class DataIndices:
     """<save_folder>/data-indices/rank{r}.tsv.gz: step, then the instances this process computed.
 
-    Opened at `step`, it keeps the lines up to there.
+    Opened at `step`, it keeps the lines up to there; the first of `size` processes does so for
+    those that are no more, too.
     """
 
-    def __init__(self, cfg: TrainConfig, rank: int, step: int | None) -> None:
+    def __init__(self, cfg: TrainConfig, rank: int, size: int, step: int | None) -> None:
         self._file: gzip.GzipFile | None = None
         if not cfg.save_data_indices:
             return
         path = Path(cfg.save_folder) / "data-indices" / f"rank{rank}.tsv.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob("rank*.tsv.gz") if rank == 0 else ():
+            if int(other.name.removeprefix("rank").removesuffix(".tsv.gz")) >= size:
+                self._open(other, step)
+                self.close()
+        self._open(path, step)
+
+    def _open(self, path: Path, step: int | None) -> None:
         kept = list(_lines_upto(path, step)) if step is not None and path.exists() else []
         partial = path.with_suffix(".partial")
         # A fixed name and time inside, so that equal lines are equal bytes.

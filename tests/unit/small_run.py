@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,23 @@ def command(folder: Path, processes: int = 1, **changes: Any) -> list[str]:
     path.write_text(yaml.safe_dump(settings(folder, **changes)))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [sys.executable, *(launcher if processes > 1 else []), "-m", "olmo.train", str(path)]
+
+
+def given(folder: Path, **changes: Any) -> Path:
+    """The config of the same in its save folder, as the pipeline writes it there."""
+    base = settings(folder, try_load_latest_save=True, save_overwrite=True, **changes)
+    path = Path(base["save_folder"]) / "given.yaml"
+    path.parent.mkdir(exist_ok=True)
+    TrainConfig.new(**base).save(path)
+    return path
+
+
+def until(true: Callable[[], bool], within: float = 120) -> None:
+    """Wait for something that another process does."""
+    end = time.monotonic() + within
+    while not true():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.05)
 
 
 def start(folder: Path, processes: int = 1, **changes: Any) -> "subprocess.Popen[str]":

@@ -4,23 +4,20 @@ Nodes are processes of this machine: `srun` is a script that starts the torchrun
 side by side, and everything below it is real. The scheduler's own is in tests/slurm.
 """
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import metrics, settings
+from small_run import given, metrics, until
 
-from olmo.config import TrainConfig
 from olmo.launch import Geometry, launch, launcher
 from olmo.process import Paused
 from olmo.recipe import Run
-from olmo.train.segments import conditions
+from olmo.train.segments import conditions, segments
 
 SRUN = """#!/bin/sh
 # As srun, for as many tasks as --ntasks says: each beside the others, the first failure's status.
@@ -54,19 +51,6 @@ def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
     return folder
-
-
-def given(folder: Path, **changes: Any) -> Path:
-    """The small run's config, in its save folder, as the pipeline writes it."""
-    base = settings(folder, try_load_latest_save=True, save_overwrite=True, **changes)
-    path = Path(base["save_folder"]) / "given.yaml"
-    path.parent.mkdir(exist_ok=True)
-    TrainConfig.new(**base).save(path)
-    return path
-
-
-def segments(run_folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_folder / "segments.jsonl").read_text().splitlines()]
 
 
 def test_one_node_needs_no_scheduler() -> None:
@@ -197,10 +181,3 @@ def test_a_pause_by_the_time_limit_is_no_failure(tmp_path: Path) -> None:
     with pytest.raises(Paused, match="by the time limit, saved to"):
         launch(config, Geometry(2, max_restarts=3), threads=1)
     assert segments(config.parent)[-1]["restart"] == 0
-
-
-def until(true: Any, within: float = 120) -> None:
-    end = time.monotonic() + within
-    while not true():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.05)

@@ -1,0 +1,116 @@
+"""A run that hangs ends by itself, and the log says where each of its processes was."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ranks import on_ranks
+from small_run import given, metrics, run, settings, state, until
+
+import olmo.train.loop
+from olmo.config import TrainConfig
+from olmo.launch import Geometry, launch
+from olmo.train.loop import train
+from olmo.train.segments import segments
+
+# Loading torch's parts in a first step takes seconds on a busy machine.
+LIMIT = 12.0
+LONG: dict[str, Any] = {"max_duration": 100_000, "save_interval_unsharded": None}
+
+
+def asleep_in_the_data() -> None:
+    time.sleep(600)
+
+
+def hanging(case: dict[str, Any]) -> None:
+    """A rank whose run hangs at step 5, since the second process does not compute it."""
+    compute = olmo.train.loop.forward_backward
+
+    def forward_backward(*arguments: Any) -> Any:
+        if arguments[-1] == 5 and os.environ["RANK"] == "1":
+            asleep_in_the_data()
+        return compute(*arguments)
+
+    olmo.train.loop.forward_backward = forward_backward
+    train(TrainConfig.new(**case))
+
+
+@pytest.mark.slow
+def test_stacks_of_all_are_in_the_log(tmp_path: Path) -> None:
+    said = tmp_path / "said.txt"
+    case = settings(tmp_path, hang_timeout=LIMIT, **LONG)
+    with pytest.raises(AssertionError):  # both ended, of themselves, and not with 0
+        on_ranks(2, [(hanging, (case,))], said)
+    text = said.read_text()
+    for rank, where in ((0, "all_reduce"), (1, "asleep_in_the_data")):
+        mine = [line for line in text.splitlines() if line.startswith(f"rank {rank}: ")]
+        assert "no progress for 1" in mine[0] and "(hang_timeout)" in mine[0]
+        assert any(where in line for line in mine), text
+        assert f"beside it, rank {1 - rank} (pid " in mine[-1]
+    assert " 4/100000" in text and " 5/100000" not in text
+
+
+def ranks_of(run_folder: Path) -> dict[int, int]:
+    """Rank → pid of the processes that train in a folder."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+            environment = (folder / "environ").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        rank = [word.removeprefix("RANK=") for word in environment if word.startswith("RANK=")]
+        if rank and str(run_folder / "given.yaml") in words:
+            found[int(rank[0])] = int(folder.name)
+    return found
+
+
+@pytest.mark.slow
+def test_a_stopped_process_ends_the_run_and_the_next_attempt_goes_on_with_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"max_duration": 400, "save_interval_unsharded": 20}
+    changes |= {"evaluators": [], "save_num_unsharded_checkpoints_to_keep": 2}
+    assert run(tmp_path, save_folder=str(tmp_path / "straight"), **changes) == 0
+    config = given(tmp_path, hang_timeout=LIMIT, **changes)
+    folder, log = config.parent, tmp_path / "said.txt"
+    monkeypatch.setenv("OLMO_LOG", str(log))
+
+    def stop_one() -> None:
+        until(lambda: (folder / "step40-unsharded").exists())
+        stopped.update(ranks_of(folder))
+        os.kill(stopped[1], signal.SIGSTOP)
+
+    stopped: dict[int, int] = {}
+    threading.Thread(target=stop_one).start()
+    with pytest.raises(ChildProcessError, match="the same command carries on from the last"):
+        launch(config, Geometry(2), threads=1)
+    said = log.read_text()
+    assert f"rank 0: beside it, rank 1 (pid {stopped[1]}): T (stopped)" in said
+    assert "in all_reduce" in said and not ranks_of(folder)
+
+    launch(config, Geometry(1), threads=1)
+    first, second = segments(folder)
+    assert (first["processes"], second["processes"]) == (2, 1) and second["after"] >= 40
+    losses = [
+        [row["train/CrossEntropyLoss"] for row in metrics(tmp_path / name) if row["step"]]
+        for name in ("straight", "run")
+    ]
+    assert len(losses[0]) == 400
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert data_seen(folder) == data_seen(tmp_path / "straight")
+
+
+def data_seen(run_folder: Path) -> dict[int, set[str]]:
+    """Step → the instances that all processes together computed."""
+    found: dict[int, set[str]] = {}
+    for lines in state(run_folder)["indices"]:
+        for line in lines.decode().splitlines():
+            step, *instances = line.split("\t")
+            found.setdefault(int(step), set()).update(instances)
+    return found
