@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from olmo.checkpoint import layout
 from olmo.checkpoint.final import FINISHED
@@ -37,7 +36,6 @@ from olmo.train.meters import SpeedMeter, device_flops, memory_metrics
 from olmo.train.optim import build_optimizer
 from olmo.train.parallel import (
     World,
-    average_gradients,
     is_sharded,
     join_world,
     leave_world,
@@ -45,6 +43,7 @@ from olmo.train.parallel import (
 )
 from olmo.train.pending import Numbers, Pending
 from olmo.train.profile import Profilers
+from olmo.train.reduce import GradientMean
 from olmo.train.saving import Saver
 from olmo.train.schedule import BoltOnWarmupScheduler, Scheduler, build_scheduler
 from olmo.train.segments import begin_segment
@@ -218,9 +217,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         gc.disable()  # its pauses fall where we say, at the same step on every process
     paused: str | None = None
     exit_code = 1
-    parameters, sharded = list[Tensor](model.parameters()), is_sharded(cfg, world)
-    if masters is not None:
-        parameters = masters.instead_of(parameters)
+    alone = world.size == 1 or is_sharded(cfg, world)  # sharded: backward sums by itself
+    holders = None if masters is None else masters.instead_of(model.parameters())
+    mean = None if alone else GradientMean(model.parameters(), world, holders)
     failed = torch.zeros((), device=world.device)  # 1 from the first step that was not finite on
     numbers = Numbers()
     lowest_loss, first_step = float("inf"), position.global_step
@@ -243,9 +242,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             optimizer.zero_grad(set_to_none=True)
             watched = step in (cfg.module_outputs_save_steps or ()) and world.first
             with traced(model, folder / f"traces/step{step}") if watched else nullcontext():
-                losses = forward_backward(model, batch, cfg, world.device, step)
-            if not sharded:  # else backward has done it
-                average_gradients(parameters, world)
+                losses = forward_backward(model, batch, cfg, world.device, step, mean)
+            if mean is not None:
+                mean.finish()
             found = optimizer.clip_grads_and_collect_metrics(step, _wants_details(cfg, step))
             # Once a gradient is not finite nothing moves any more. That is known on the device;
             # we hear of it when the numbers are fetched, and so before anything is saved.

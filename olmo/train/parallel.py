@@ -1,4 +1,4 @@
-"""Processes: who we are among them, how the model is spread over them, how gradients meet.
+"""Processes: who we are among them, how the model is spread over them.
 
 Sums over processes happen in an order that depends on nothing but their number, so that a run
 that was interrupted goes on with the same bits.
@@ -7,7 +7,6 @@ that was interrupted goes on with the same bits.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -37,9 +36,6 @@ T = TypeVar("T")
 # where olmo.train.watch does not look: it looks first, and says more.
 TIMEOUT = timedelta(minutes=10)
 AFTER_WATCHDOG = timedelta(minutes=1)
-
-# Gradients travel together in pieces of about this many bytes.
-BUCKET_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -221,30 +217,3 @@ def _wrapped(strategy: FSDPWrapStrategy | None, model: OLMo) -> list[nn.Module]:
             )
         return list(model.transformer["block_groups"])
     return blocks[:: one_in.get(strategy, 1)]
-
-
-def average_gradients(parameters: Iterable[Tensor], world: World) -> None:
-    """Make each gradient the mean over processes, in place."""
-    if world.size == 1:
-        return
-    bucket: list[Tensor] = []
-    size = 0
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        bucket.append(parameter.grad)
-        size += parameter.grad.nbytes
-        if size >= BUCKET_BYTES:
-            _average(bucket, world)
-            bucket, size = [], 0
-    if bucket:
-        _average(bucket, world)
-
-
-def _average(gradients: list[Tensor], world: World) -> None:
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat)
-    flat /= world.size
-    parts = flat.split([g.numel() for g in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from olmo.config import TrainConfig
 from olmo.data.batches import labels_of, model_inputs
+from olmo.train.reduce import GradientMean
 
 
 @dataclass
@@ -61,14 +62,25 @@ def microbatches(batch: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
 
 
 def forward_backward(
-    model: nn.Module, batch: dict[str, Any], cfg: TrainConfig, device: torch.device, step: int
+    model: nn.Module,
+    batch: dict[str, Any],
+    cfg: TrainConfig,
+    device: torch.device,
+    step: int,
+    mean: GradientMean | None = None,
 ) -> Losses:
-    """Gradients of this process's batch, added to the parameters' `.grad`."""
+    """Gradients of this process's batch, added to the parameters' `.grad`.
+
+    With `mean` their mean over processes is under way when this returns: `mean.finish()`.
+    """
     z_multiplier = (cfg.auxiliary_loss_multiplier or 0.0) if cfg.softmax_auxiliary_loss else 0.0
     tokens = batch["input_ids"].numel()
     drops = cfg.model.attention_dropout or cfg.model.residual_dropout or cfg.model.embedding_dropout
     ce, z = torch.zeros((), device=device), torch.zeros((), device=device)
-    for micro in microbatches(batch, cfg.device_train_microbatch_size):
+    parts = list(microbatches(batch, cfg.device_train_microbatch_size))
+    for i, micro in enumerate(parts):
+        if mean is not None and i == len(parts) - 1:
+            mean.expect()
         if drops:
             # What is dropped depends on the run, the step and the sample alone: not on what was
             # computed before, and so not on where the run was interrupted.

@@ -3,6 +3,7 @@
 import os
 import resource
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks, train_on
 from small_run import metrics, read_until, run, same, settings, start, state
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+import olmo.train.reduce
 from olmo.checkpoint import convert
 from olmo.checkpoint.read import look, newest, put_state, put_weights
 from olmo.config import TrainConfig
@@ -22,6 +25,7 @@ from olmo.model import OLMo
 from olmo.train.loop import train
 from olmo.train.optim import build_optimizer
 from olmo.train.parallel import join_world, leave_world, parallelize
+from olmo.train.reduce import GradientMean
 from olmo.train.saving import _copied
 
 # What is computed, and how it is spread.
@@ -300,3 +304,31 @@ def test_when_one_dies_all_are_gone(tmp_path: Path, victim: str) -> None:
         time.sleep(0.1)
     process.communicate(timeout=30)
     assert process.returncode != 0
+
+
+def means(overlapped: bool) -> list[torch.Tensor]:
+    """Gradients' means over processes: sums begun while backward computes, or all at its end."""
+    olmo.train.reduce.BUCKET_BYTES = 4 * 40  # a few parameters a bucket
+    world = join_world()
+    torch.manual_seed(0)
+    sizes = [5, 7, 3, 11, 2, 6]
+    layers = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
+    layers[2].bias.requires_grad_(False)  # one without a gradient holds nobody up
+    mean = GradientMean(layers.parameters(), world)
+    for part in range(2):  # microbatches, other ones on each process
+        if overlapped and part == 1:
+            mean.expect()
+        inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(2 * world.rank + part))
+        layers(inputs).square().sum().backward()
+    under_way = len(mean._sent)
+    mean.finish()
+    leave_world(world)
+    assert bool(under_way) == overlapped and len(mean._buckets) > 3
+    return [p.grad for p in layers.parameters() if p.grad is not None]
+
+
+@pytest.mark.slow
+def test_sums_begun_early_are_those_begun_late(tmp_path: Path) -> None:
+    found = on_ranks(3, [(means, (True,)), (means, (False,))], log(tmp_path))
+    for early, late in found.values():
+        assert len(early) == 9 and same(early, late) and same(early, found[0][0])
