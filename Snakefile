@@ -29,6 +29,8 @@ configfile: "config/config.yaml"
 # A job on another machine reads this file again; it runs one rule and judges nothing.
 plan = Plan(config, dry_run=lambda: workflow.dryrun, judges=workflow.is_main_process)
 
+# A scheduler's warning that a job's time is up soon is for what the job runs.
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 os.environ["OLMO_STORE"] = plan.store
 os.environ["OLMO_SUPERVISOR"] = str(os.getpid())  # what a job starts ends with this process
 if workflow.is_main_process:
@@ -42,6 +44,7 @@ wildcard_constraints:
     dataset=r"[\w.-]+",
     run=r"[\w.-]+",
     batch=r"\d+",
+    step=r"\d+",
 
 
 localrules:

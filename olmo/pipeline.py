@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from olmo.chain import cuts
 from olmo.config import BaseConfig, TrainConfig
 from olmo.data import source_table
 from olmo.data.documents import MESSAGES
@@ -393,6 +394,27 @@ class Plan:
             "tasks_per_gpu": 0 if gpus else None,  # else the executor starts a task for each
         }
         return asked[what]
+
+    def link_before(self, run: str, step: int | None = None) -> list[str]:
+        """The link from which a run goes on to its end, or to its link at `step`; [] at its start.
+
+        Raises:
+            ValueError: the run has no link there.
+        """
+        settings = self.run(run)
+        known = cuts(self.train_config(run), settings.links, settings.link_every)
+        if step is not None and step not in known:
+            raise ValueError(
+                f"checkpoints/{run}/step-{step}: expected one of the steps "
+                f"{known or 'that links or link_every of the run name; it has neither'}"
+            )
+        before = [cut for cut in known if step is None or cut < step]
+        return [f"checkpoints/{run}/step-{cut}" for cut in before[-1:]]
+
+    def link_flags(self, run: str, step: int | None = None) -> str:
+        """Where a piece of a run begins and ends."""
+        words = [word for link in self.link_before(run, step) for word in ("--after", link)]
+        return shlex.join(words + (["--until", str(step)] if step else []))
 
     def override_flags(self, run: str) -> str:
         words = self.run(run).overrides

@@ -206,6 +206,9 @@ class Run(BaseConfig):
     min_nodes: int | None = None  # elastic: begin, and go on after a loss, with as few as this
     gpus_per_node: int = 0  # what is asked of a scheduler; 0: as many as the pipeline says
     max_restarts: int = 0  # times torchrun starts the processes again before the job fails
+    # Cut at these steps, or at every so many: each piece is a job, and checkpoints/<run>/step-<n>.
+    links: list[int] = field(default_factory=list)
+    link_every: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

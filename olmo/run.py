@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from olmo.chain import STATE, beginning
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig, identity
 from olmo.data.shards import read
 from olmo.data.tokenizer import check_tokenizer
@@ -32,12 +33,15 @@ def train(
     nodes: int = 1,
     min_nodes: int | None = None,
     max_restarts: int = 0,
+    after: Path | None = None,
+    until: int | None = None,
     overrides: tuple[str, ...] = (),
 ) -> None:
     """Train as `config` says on the shards of `tokens`, or carry on where that was cut off.
 
     `start` is the folder of a final checkpoint whose weights, and unless the config resets it
-    optimizer state, the run begins with.
+    optimizer state, the run begins with. Of a run that is a chain (see olmo.chain) `after` is the
+    folder of the link to go on from, and `until` the step at which this link ends.
     `processes` are of each of `nodes`, which are those of the SLURM allocation that this runs in;
     it begins, and after a loss of nodes goes on, with as few as `min_nodes`. `overrides` are
     key=value, as on the trainer's own command line.
@@ -57,7 +61,9 @@ def train(
         labels=[entry.object for entry in read(tokens, "labels")] or None,
         order=order,
         start=None if start is None else parts_of(start, cfg),
-        settings=identity(cfg),
+        after=None if after is None else [after / name for name in STATE],
+        until=until,
+        settings=identity(cfg) if until is None else beginning(cfg, until),
         final=final,
         attempt=final.parent / "run",
         cfg=cfg,
@@ -104,17 +110,22 @@ def training(
     heldout_labels: Free[list[Path] | None] = None,
     labels: Inputs | None = None,
     start: Inputs | None = None,
+    after: Inputs | None = None,
+    until: int | None = None,
 ) -> Facts:
     """Run the trainer to its end and export its last checkpoint.
 
     `attempt` keeps the run's own checkpoints, from which the next attempt goes on. `settings` is
     what of `cfg` decides bytes. `labels` say which tokens are learned, `start` holds the weights,
-    and the optimizer's state, that the run begins with (`parts_of`).
+    and the optimizer's state, that the run begins with (`parts_of`). A link of a chain goes on
+    `after` the files of the one before it, and ends at step `until`.
     """
     attempt.mkdir(parents=True, exist_ok=True)
     place = filled_in(cfg, tokens, order, heldout, attempt, labels, heldout_labels)
     if start is not None:
         place = place.update_with(load_path=str(start[0].absolute().parent))
+    before = None if after is None else after[0].absolute().parent
+    place = place.update_with(**link(before, until))
     place.save(attempt / "given.yaml")
     launch(attempt / "given.yaml", geometry, place.intra_op_threads)
 
@@ -123,7 +134,8 @@ def training(
     from olmo.train.segments import conditions, segments
 
     reached = export(attempt, final, named_by_content(settings, tokens, order, labels, start))
-    metrics = [json.loads(line) for line in (attempt / "metrics.jsonl").read_text().splitlines()]
+    rows = [folder / "metrics.jsonl" for folder in (before, attempt) if folder is not None]
+    metrics = [json.loads(line) for path in rows for line in path.read_text().splitlines()]
     (final / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     plot(metrics, final / "loss.svg")
     return {
@@ -175,6 +187,21 @@ def filled_in(
         save_overwrite=True,
         try_load_latest_save=True,
     )
+
+
+def link(before: Path | None, until: int | None) -> dict[str, Any]:
+    """Settings of a link: it goes on from the one before it just as an interrupted run goes on."""
+    settings: dict[str, Any] = {} if until is None else {"stop_at": until}
+    if before is not None:
+        settings |= {
+            "load_path": str(before),
+            "restore_dataloader": True,
+            "fast_forward_batches": None,
+            "reset_optimizer_state": False,
+            "reset_trainer_state": False,
+            "epoch": None,
+        }
+    return settings
 
 
 def named_by_content(

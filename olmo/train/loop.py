@@ -186,7 +186,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         if cfg.wandb is not None:
             sinks.append(WeightsAndBiases(cfg, resumed))
         if position.global_step < last_step and not cfg.dry_run:
-            begin_segment(folder, world, position.global_step if resumed else None)
+            begin_segment(folder, world, position.global_step, resumed)
     if resumed:
         assert source is not None
         saver.resume(source)

@@ -24,17 +24,18 @@ SEGMENTS = "segments.jsonl"
 DECIDES_BITS = ("processes", "nodes", "device", "threads", "torch")
 
 
-def begin_segment(folder: Path, world: World, step: int | None) -> None:
-    """Write down what the steps after `step` are computed on; None: the run begins anew.
+def begin_segment(folder: Path, world: World, step: int, resumed: bool) -> None:
+    """Write down what the steps after `step` are computed on.
 
-    Forgets segments of which no step is left: those that began here or later.
+    Forgets segments of which no step is left: those that began here or later, or all unless it
+    is the folder's own run that goes on.
     """
     path = folder / SEGMENTS
-    kept = [s for s in segments(folder) if step is not None and s["after"] < step]
+    kept = [s for s in segments(folder) if resumed and s["after"] < step]
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     cuda = world.device.type == "cuda"
     here = {
-        "after": step or 0,
+        "after": step,
         "processes": world.size,
         "device": world.why if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

@@ -1,0 +1,110 @@
+"""A chain of links ends with the bytes of a run in one piece; runs that begin alike share links."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import config, run
+
+import olmo.run
+from olmo.chain import STATE, beginning, cuts, felt
+from olmo.config import TrainConfig, identity
+from olmo.data import order
+from olmo.launch import Geometry
+from olmo.run import training
+from olmo.train.loop import train
+
+WSD = {"name": "warmup_stable_decay", "t_warmup": 3, "t_decay": 4}
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Train a piece of a run through the store, in this process; its record, and who trained."""
+    run(tmp_path, dry_run=True)  # makes the data, and puts this process's settings back
+    order.write(order.global_indices(203, 6198), tmp_path / "order.npy")
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    ran: list[str] = []
+
+    def here(path: Path, geometry: Geometry, threads: int | None) -> None:
+        ran.append(path.parent.parent.name)
+        assert train(TrainConfig.load(path)) == 0
+
+    monkeypatch.setattr(olmo.run, "launch", here)
+
+    def piece(
+        name: str, after: Path | None = None, until: int | None = None, **changes: Any
+    ) -> tuple[Path, dict[str, Any], bool]:
+        cfg = config(tmp_path, evaluators=[], save_interval_unsharded=3, **changes)
+        before = len(ran)
+        record = training(
+            tokens=[tmp_path / "train.npy"],
+            order=tmp_path / "order.npy",
+            settings=identity(cfg) if until is None else beginning(cfg, until),
+            final=tmp_path / "checkpoints" / name,
+            attempt=tmp_path / "checkpoints" / "run",
+            cfg=cfg,
+            heldout=[],
+            geometry=Geometry(),
+            after=None if after is None else [after / part for part in STATE],
+            until=until,
+        )
+        return tmp_path / "checkpoints" / name, record, len(ran) > before
+
+    return piece
+
+
+@pytest.mark.parametrize("scheduler", [{}, WSD], ids=["cosine", "wsd"])
+def test_a_chain_ends_as_the_whole(trained: Any, scheduler: dict[str, Any]) -> None:
+    changes: dict[str, Any] = {"max_duration": 30, "scheduler": scheduler, "max_grad_norm_ratio": 1}
+    _, whole, _ = trained("whole", **changes)
+    first, _, _ = trained("step-7", until=7, **changes)
+    second, link, _ = trained("step-26", after=first, until=26, **changes)  # in the second epoch
+    chained, last, ran = trained("final", after=second, **changes)
+    assert ran and last["content"] == whole["content"]
+    assert last["key"] != whole["key"] and link["facts"]["steps"] == 26
+    steps = [json.loads(line)["step"] for line in (chained / "metrics.jsonl").open()]
+    assert steps == list(range(1, 31))
+    assert last["facts"]["segments"][0]["after"] == 26
+
+
+def test_runs_that_begin_alike_share_their_links(trained: Any) -> None:
+    short, long = ({"max_duration": n, "scheduler": WSD} for n in (12, 20))
+    first, one, ran = trained("short/step-6", until=6, **short)
+    assert ran
+    shared, two, ran = trained("long/step-6", until=6, **long)
+    assert not ran and two["key"] == one["key"]
+    assert not trained("other/step-6", until=6, **long | {"scheduler": WSD | {"t_decay": 9}})[2]
+    # In the decay they part: it begins at step 8 of the short run.
+    key = trained("short/step-10", after=first, until=10, **short)[1]["key"]
+    assert trained("long/step-10", after=shared, until=10, **long)[1]["key"] != key
+    assert trained("third/step-6", until=6, **long | {"seed": 7})[2]
+
+
+def test_what_is_felt_of_the_end(tmp_path: Path) -> None:
+    def until(**scheduler: Any) -> list[bool]:
+        cfg = config(tmp_path, max_duration=20, scheduler=scheduler)
+        return [felt(cfg, step) for step in (2, 10, 16, 17)]
+
+    assert until(name="cosine_with_warmup", t_warmup=3) == [False, True, True, True]
+    assert until(name="cosine_with_warmup", t_warmup=3, t_max=20) == [False] * 4
+    assert until(name="constant") == until(name="inverse_sqrt_with_warmup") == [False] * 4
+    assert until(**WSD) == [False, False, False, True]
+
+
+def test_where_a_run_is_cut(tmp_path: Path) -> None:
+    cfg = config(tmp_path, max_duration=10)
+    assert cuts(cfg, [], None) == [] and cuts(cfg, [3, 9], None) == [3, 9]
+    assert cuts(cfg, [], 4) == [4, 8] and cuts(cfg, [], 5) == [5]
+    assert cuts(config(tmp_path, max_duration=f"{8 * 16 * 9 + 1}T"), [], 4) == [4, 8]
+    epochs = config(tmp_path, max_duration="2ep")
+    assert cuts(epochs, [30], None) == [30]
+    for wrong, at, every, said in (
+        (cfg, [10], None, "links: expected rising steps from 1 to below 10, found"),
+        (cfg, [5, 3], None, "rising"),
+        (cfg, [5], 3, "expected one of them"),
+        (cfg, [], 0, "link_every: expected at least 1"),
+        (epochs, [], 5, "max_duration in steps or tokens, found 2ep"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            cuts(wrong, at, every)
