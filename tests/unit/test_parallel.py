@@ -308,13 +308,14 @@ def test_when_one_dies_all_are_gone(tmp_path: Path, victim: str) -> None:
 
 def means(overlapped: bool) -> list[torch.Tensor]:
     """Gradients' means over processes: sums begun while backward computes, or all at its end."""
-    olmo.train.reduce.BUCKET_BYTES = 4 * 40  # a few parameters a bucket
+    olmo.train.reduce.BUCKET_BYTES = 4 * 20  # a few parameters a bucket
     world = join_world()
     torch.manual_seed(0)
     sizes = [5, 7, 3, 11, 2, 6]
     layers = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
-    layers[2].bias.requires_grad_(False)  # one without a gradient holds nobody up
-    mean = GradientMean(layers.parameters(), world)
+    frozen, unused = layers[2].bias.requires_grad_(False), nn.Parameter(torch.zeros(9))
+    parameters = [*layers[:2].parameters(), unused, *layers[2:].parameters()]
+    mean = GradientMean(parameters, world)
     for part in range(2):  # microbatches, other ones on each process
         if overlapped and part == 1:
             mean.expect()
@@ -324,6 +325,7 @@ def means(overlapped: bool) -> list[torch.Tensor]:
     mean.finish()
     leave_world(world)
     assert bool(under_way) == overlapped and len(mean._buckets) > 3
+    assert frozen.grad is None and unused.grad is None
     return [p.grad for p in layers.parameters() if p.grad is not None]
 
 
