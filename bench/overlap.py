@@ -2,7 +2,7 @@
 
     python bench/overlap.py [--steps 8]
 
-Each process trains a model of 40M parameters (160 MB of gradients, five or six buckets) by the
+Each process trains a model of 29M parameters (118 MB of gradients, four buckets) by the
 trainer's own step, over gloo on loopback, one thread each. torch's profiler says when the buckets
 were on their way and when backward ran; beside it, steps that send nothing before backward is
 done, in turns with those that do (A B A B): process-CPU and wall seconds, medians.
@@ -33,15 +33,15 @@ CONFIG: dict[str, Any] = {
     "model": {
         "d_model": 512,
         "n_heads": 8,
-        "n_layers": 10,
+        "n_layers": 5,
         "mlp_ratio": 8,
         "rope": True,
         "include_bias": False,
         "layer_norm_with_affine": False,
         "attention_layer_norm_with_affine": False,
-        "vocab_size": 16384,
-        "embedding_size": 16384,
-        "max_sequence_length": 256,
+        "vocab_size": 8192,
+        "embedding_size": 8192,
+        "max_sequence_length": 128,
         "weight_tying": False,
         "attention_dropout": 0.0,
         "residual_dropout": 0.0,
