@@ -75,7 +75,7 @@ def ranks_of(run_folder: Path) -> dict[int, int]:
 def test_a_stopped_process_ends_the_run_and_the_next_attempt_goes_on_with_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes: dict[str, Any] = {"max_duration": 400, "save_interval_unsharded": 20}
+    changes: dict[str, Any] = {"max_duration": 200, "save_interval_unsharded": 20}
     changes |= {"evaluators": [], "save_num_unsharded_checkpoints_to_keep": 2}
     assert run(tmp_path, save_folder=str(tmp_path / "straight"), **changes) == 0
     config = given(tmp_path, hang_timeout=LIMIT, **changes)
@@ -102,7 +102,7 @@ def test_a_stopped_process_ends_the_run_and_the_next_attempt_goes_on_with_what_i
         [row["train/CrossEntropyLoss"] for row in metrics(tmp_path / name) if row["step"]]
         for name in ("straight", "run")
     ]
-    assert len(losses[0]) == 400
+    assert len(losses[0]) == 200
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert data_seen(folder) == data_seen(tmp_path / "straight")
 
