@@ -12,7 +12,7 @@ from typing import Any
 
 from olmo.config import SchedulerType, SchedulerUnits, TrainConfig, identity
 
-# What of a checkpoint the next link goes on from.
+# What of a final checkpoint, or of a link, a run can go on from.
 STATE = ("model.safetensors", "optim.safetensors", "train.json")
 
 FAR = 2**60  # an end so far away that no schedule notices it

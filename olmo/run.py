@@ -18,7 +18,6 @@ from olmo.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, st
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
 PER_LABEL = "CrossEntropyLossPerLabel"  # olmo.evaluate.perplexity's, where labels are masked
-STATE = ("model.safetensors", "optim.safetensors", "train.json")  # what a run can start from
 ASIDE = ["metrics.jsonl", "loss.svg"]  # timings and pictures: no part of the content
 
 

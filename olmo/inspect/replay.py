@@ -8,11 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from olmo.chain import STATE
 from olmo.inspect.order import steps_of
 from olmo.inspect.run import Run
 from olmo.launch import Geometry, launch
 from olmo.log import tell
-from olmo.run import STATE
 from olmo.stage import here
 from olmo.train.segments import conditions, segments
 
