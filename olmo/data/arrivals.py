@@ -46,14 +46,13 @@ class Arrivals:
         self.lock = threading.Lock()
 
     def __enter__(self) -> Arrivals:
-        self.folder.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         """The last word: this job's files are in its listing from now on."""
         if self.bytes:
             self.tell()
-        self.word.unlink(missing_ok=True)
+            self.word.unlink(missing_ok=True)
 
     def add(self, received: int) -> None:
         """So many bytes came over the net."""
@@ -72,6 +71,7 @@ class Arrivals:
     def leave_word(self) -> None:
         self.left_word = time.monotonic()
         rate = self.bytes / max(self.left_word - self.began, 1e-3)
+        self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.word.with_suffix(".draft")
         draft.write_text(json.dumps([self.files, self.bytes, rate]))
         os.replace(draft, self.word)

@@ -109,7 +109,7 @@ def test_two_runs_in_one_folder(project: Project):
 
     first = project.start(ORDER, mark="two-in-one")
     try:
-        while not (project.root / ".snakemake/running").exists():
+        while not any((project.root / ".snakemake/leases").glob("running*")):
             assert first.poll() is None
         (project.root / "output.txt").rename(project.root / "first.txt")
         refused(project, "another snakemake (pid", "runs in")
