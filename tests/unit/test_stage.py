@@ -163,8 +163,8 @@ def test_a_users_error_is_one_sentence(capsys: pytest.CaptureFixture[str]):
 
 # The public command line: a change here breaks scripts, and belongs into the CHANGELOG.
 COMMANDS = """source-list sources given-tokens documents attributes mixed tokenizer tokens
-instructions statistics order positions start train hf heldout docstrings evaluate
-inspect seen replay bench compare scores checkpoint-convert environment store-verify
+instructions statistics order positions start train soup hf heldout docstrings evaluate
+inspect seen replay generate bench compare scores checkpoint-convert environment store-verify
 store-gc store-checkout store-why store-trace store-pin store-push store-pull"""
 
 
