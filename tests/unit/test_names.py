@@ -1,5 +1,6 @@
 """The names that OLMo's users import are where they look for them, and do what they expect."""
 
+import doctest
 import inspect
 import subprocess
 import sys
@@ -26,7 +27,6 @@ from olmo.data import (
     IterableDataset,
     MemMapDataset,
     build_collator,
-    build_memmap_dataset,
     build_train_dataloader,
 )
 from olmo.data.collator import CustomDatasetDataCollator
@@ -91,18 +91,19 @@ def test_importing_costs_nothing() -> None:
         _ = olmo.data.Nothing
 
 
-def test_what_the_first_batch_held(cfg: TrainConfig, tmp_path: Path) -> None:
-    """The steps of OLMo's own README: from a config and a run's order to the tokens of a batch."""
+def test_what_the_first_batch_held(
+    cfg: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/inspect.md, the steps of OLMo's own README: from a config and an order to tokens."""
     list(build_train_dataloader(cfg))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(cfg.asdict()))
+    (tmp_path / "run/train_data/global_indices.npy").rename(tmp_path / "global_indices.npy")
+    monkeypatch.chdir(tmp_path)
 
-    cfg = TrainConfig.load(tmp_path / "config.yaml")
-    dataset = build_memmap_dataset(cfg, cfg.data)
-    batch_size = cfg.global_train_batch_size
-    global_indices = np.memmap(
-        tmp_path / "run/train_data/global_indices.npy", mode="r+", dtype=np.uint32
-    )
-    instances = [dataset[index]["input_ids"].tolist() for index in global_indices[:batch_size]]
+    page = Path(__file__).parents[2] / "docs/inspect.md"
+    test = doctest.DocTestParser().get_doctest(page.read_text(), {}, page.name, str(page), 0)
+    assert doctest.DocTestRunner().run(test, clear_globs=False) == (0, len(test.examples))
+    instances = test.globs["get_batch_instances"](0)
     first = next(iter(build_train_dataloader(cfg.update_with(save_overwrite=True))))
     assert instances == first["input_ids"].tolist() and len(instances[0]) == 8
 
