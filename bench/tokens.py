@@ -1,11 +1,13 @@
 """Both tokenizing engines beside the bare toolkit, per CPU-second, gz in, shard and table out.
 
     python bench/tokens.py --environment environments/dolma.json [--tokenizer FILE] [--rounds 3]
+        [--copies 1]
 
 The environment is the pipeline's (`snakemake environments/dolma.json`). The text is the Python's
-own standard library. `bare` is the toolkit's own command, one process a file, its start-up (the
-same command on one short document) taken off; the engines' start-up is their first file, not
-counted. Rounds are interleaved; CPU seconds are medians; outputs of the engines are compared.
+own standard library, --copies times over. `bare` is the toolkit's own command, one process a file,
+its start-up (the same command on one short document) taken off; the engines' start-up is their
+first file, not counted. Rounds are interleaved; CPU seconds are medians; outputs of the engines are
+compared.
 """
 
 import argparse
@@ -35,12 +37,15 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="default: trained here, 32,768 tokens")
     parser.add_argument("--eos-token-id", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--copies", type=int, default=1)
     args = parser.parse_args()
     python = interpreter(args.environment)
     with tempfile.TemporaryDirectory() as folder, Dolma(python, toolkit(REQUIREMENTS)) as dolma:
         root = Path(folder)
         stdlib.build(folder=root / "stdlib", shards=1)
-        big = prepare(root, "big", root / "stdlib" / "stdlib-00.json.gz")
+        text = root / "text.gz"
+        text.write_bytes((root / "stdlib" / "stdlib-00.json.gz").read_bytes() * args.copies)
+        big = prepare(root, "big", text)
         tiny = root / "tiny.gz"
         tiny.write_bytes(gzip.compress(json.dumps({"id": "a", "text": "b"}).encode()))
         small = prepare(root, "small", tiny)
