@@ -269,7 +269,8 @@ class Plan:
         """
         folder = Path("data", dataset)
         missing = set()
-        for listing in folder.glob("*/*.tsv"):
+        # A batch's, and that of the attributes of all; other tables are artifacts like any file.
+        for listing in (*folder.glob("*/[0-9]*.tsv"), *folder.glob("attributes/all.tsv")):
             rows = listing.read_text().splitlines()[1:]
             files = [folder / row.split("\t")[2] for row in rows]
             if gone := {str(file) for file in files if not file.exists()}:

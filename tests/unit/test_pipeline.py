@@ -201,6 +201,14 @@ def test_what_is_missing_is_written_down_once_a_plan():
     assert not listing.exists()
 
 
+def test_a_table_that_is_an_artifact_is_no_listing():
+    """The standard library's own manifest lies beside the listings, and names no file of ours."""
+    Path("data/mine/stdlib").mkdir(parents=True)
+    manifest = Path("data/mine/stdlib/manifest.tsv")
+    manifest.write_text("module\tbytes\tsha256\nast\t17\tabc\n")
+    assert not plan().missing("mine") and manifest.exists()
+
+
 def test_the_store_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch):
     assert plan().store == os.path.abspath("store")
     monkeypatch.setenv("OLMO_STORE", "/big/disk")
