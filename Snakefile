@@ -19,6 +19,7 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 from olmo.cluster import mend_sacct
+from olmo.damage import Damage
 from olmo.pipeline import Plan
 from olmo.workspace import alone, failures, next_steps
 
@@ -26,8 +27,9 @@ from olmo.workspace import alone, failures, next_steps
 configfile: "config/config.yaml"
 
 
+plan = Plan(config)
 # A job on another machine reads this file again; it runs one rule and judges nothing.
-plan = Plan(config, dry_run=lambda: workflow.dryrun, judges=workflow.is_main_process)
+damage = Damage(plan, dry_run=lambda: workflow.dryrun, judges=workflow.is_main_process)
 
 # A scheduler's warning that a job's time is up soon is for what the job runs.
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -35,8 +37,6 @@ os.environ["OLMO_STORE"] = plan.store
 os.environ["OLMO_SUPERVISOR"] = str(os.getpid())  # what a job starts ends with this process
 if workflow.is_main_process:
     mend_sacct()
-else:
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a scheduler's warning is for the trainer
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 

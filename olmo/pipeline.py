@@ -8,8 +8,6 @@ import os
 import re
 import shlex
 import sys
-import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,30 +18,20 @@ from olmo.data import source_table
 from olmo.data.documents import MESSAGES
 from olmo.data.source_table import Source, quoted
 from olmo.recipe import EvaluationConfig, Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
-from olmo.store import now
 
 
 class Plan:
     """config/config.yaml and the recipes it leads to, read when they are asked for."""
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        dry_run: Callable[[], bool] = lambda: False,
-        judges: bool = True,
-    ) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
         self.pipeline = Pipeline.new(**config)
         # Data sets that are tokens already: those of runs that name no other.
         self.given = {n: run.train for n, run in self.pipeline.runs.items() if not run.dataset}
-        self.dry_run = dry_run  # known only when snakemake asks for the first input
-        self.judges = judges  # whether to look for damage: not in a job, beside others' work
         self._recipes: dict[str, Recipe] = {}
         self._sources: dict[str, list[Source]] = {}
         self._trains: dict[str, TrainConfig] = {}
         self._borrowed: dict[str, str] = {}  # data set → that whose tokenizer it has
         self._told: set[str] = set()
-        self._journals: dict[str, list[str]] = {}
-        self._drafts = tempfile.TemporaryDirectory()  # gone with this process
 
     @property
     def store(self) -> str:
@@ -230,83 +218,6 @@ class Plan:
     def listings(self, dataset: str, stage: str) -> list[str]:
         """The listings of a stage's batches, each the word of a finished job on its files."""
         return [f"data/{dataset}/{stage}/{batch}.tsv" for batch in self.batches(dataset)]
-
-    def journal(self, dataset: str) -> list[str]:
-        """A file that every rule of a data set reads, and that changes when damage is found.
-
-        By itself snakemake does not look at a shard, a tokenizer or a listing that is gone while
-        the checkpoint made from it is there, nor behind a link. So what is missing is written
-        into data/<dataset>/damage.log when the plan is made; the data set's jobs run again, find
-        in the store what is still sound, and make the rest anew. A dry run writes nothing: where
-        there is damage, a file that is gone with this process stands for the journal.
-        """
-        path = Path("data", dataset, "damage.log")
-        if not self.judges:
-            return [str(path)]
-        if dataset not in self._journals:
-            missing = sorted(self.missing(dataset))
-            if self.dry_run():
-                if missing:
-                    path = Path(self._drafts.name, f"{dataset}.log")
-                    path.touch()
-                self._journals[dataset] = [str(path)] if path.exists() else []
-                return self._journals[dataset]
-            self._journals[dataset] = [str(path)]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                path.touch()
-                os.utime(path, (0, 0))  # older than anything made here
-            if missing:
-                with path.open("a") as file:
-                    file.writelines(f"{now()} missing: {name}\n" for name in missing)
-        return self._journals[dataset]
-
-    def missing(self, dataset: str) -> set[str]:
-        """The files of a data set, and of its runs, that were made here and have lost their bytes.
-
-        A listing that names one of them is taken away, so that its job runs whenever it is asked
-        for, and the file counts as missing once.
-        """
-        folder = Path("data", dataset)
-        missing = set()
-        # A batch's, and that of the attributes of all; other tables are artifacts like any file.
-        for listing in (*folder.glob("*/[0-9]*.tsv"), *folder.glob("attributes/all.tsv")):
-            rows = listing.read_text().splitlines()[1:]
-            files = [folder / row.split("\t")[2] for row in rows]
-            if gone := {str(file) for file in files if not file.exists()}:
-                missing |= gone
-                if not self.dry_run():
-                    listing.unlink()
-        missing |= self.not_as_the_table_says(dataset)
-        needed: list[Path] = []
-        for name in self.pipeline.runs:
-            final = Path("checkpoints", name, "final")
-            if self.dataset(name) == dataset and final.exists():
-                needed += [*final.iterdir(), final.parent / "global_indices.npy"]
-        for name in self.pipeline.soups:
-            final = Path("checkpoints", name, "final")
-            if self.dataset(name) == dataset and final.exists():
-                needed += final.iterdir()
-        if needed and not self.unlisted(dataset):
-            needed += [folder / "tokenizer.json", *map(Path, self.listings(dataset, "tokens"))]
-        return missing | {str(file) for file in needed if not file.exists()}
-
-    def not_as_the_table_says(self, dataset: str) -> set[str]:
-        """Files that are here and of which the source table has come to say something else."""
-        table = self.recipe(dataset).sources.table
-        if not table or not Path(table).exists() or self.recipe(dataset).instructions:
-            return set()
-        known = {source.name: source for source in self.sources(dataset)}
-        wrong = set()
-        for listing in Path("data", dataset, "sources").glob("[0-9]*.tsv"):
-            for row in listing.read_text().splitlines()[1:]:
-                name, _, _, digest, size = row.split("\t")
-                source = known.get(name)
-                if source and not source.allows(int(size), digest):
-                    wrong.add(f"{source.place} as {table} says now")
-                    if not self.dry_run():
-                        listing.unlink(missing_ok=True)
-        return wrong
 
     def unlisted(self, dataset: str) -> bool:
         """Whether a data set's files are known only after its list has been fetched."""

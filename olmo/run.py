@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from olmo.chain import STATE, beginning
-from olmo.config import DataConfig, EvaluatorConfig, TrainConfig, identity
+from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
 from olmo.data.shards import read
 from olmo.data.tokenizer import check_tokenizer
+from olmo.identity import identity
 from olmo.launch import Geometry, launch
 from olmo.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage
 

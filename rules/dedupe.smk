@@ -4,7 +4,7 @@
 
 rule attributes:
     input:
-        lambda w: plan.journal(w.dataset),
+        lambda w: damage.journal(w.dataset),
         documents=lambda w: listings(w.dataset, "documents"),
         against=lambda w: plan.against(w.dataset),
         environment=dolma_environment,
@@ -29,7 +29,7 @@ rule attributes:
 
 rule mixed:
     input:
-        lambda w: plan.journal(w.dataset),
+        lambda w: damage.journal(w.dataset),
         documents="data/{dataset}/documents/{batch}.tsv",
         attributes="data/{dataset}/attributes/all.tsv",
         environment=dolma_environment,

@@ -3,7 +3,7 @@
 
 rule documents:
     input:
-        lambda w: plan.journal(w.dataset),
+        lambda w: damage.journal(w.dataset),
         sources="data/{dataset}/sources/{batch}.tsv",
     output:
         "data/{dataset}/documents/{batch}.tsv",

@@ -6,7 +6,7 @@ ruleorder: instructions > tokens
 
 rule instructions:
     input:
-        lambda w: plan.journal(w.dataset),
+        lambda w: damage.journal(w.dataset),
         documents="data/{dataset}/documents/{batch}.tsv",
         tokenizer="data/{dataset}/tokenizer.json",
     output:

@@ -3,7 +3,7 @@
 
 rule statistics:
     input:
-        lambda w: plan.journal(w.dataset),
+        lambda w: damage.journal(w.dataset),
         documents=lambda w: listings(w.dataset, plan.documents(w.dataset)),
         tokens=lambda w: listings(w.dataset, "tokens"),
     output:

@@ -18,7 +18,7 @@ rule start:
 
 rule train:
     input:
-        lambda w: plan.journal(plan.dataset(w.run)),
+        lambda w: damage.journal(plan.dataset(w.run)),
         tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
         order="checkpoints/{run}/global_indices.npy",
         tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",
@@ -50,7 +50,7 @@ rule train:
 # A run that is a chain: the same, to one of its steps.
 use rule train as link with:
     input:
-        lambda w: plan.journal(plan.dataset(w.run)),
+        lambda w: damage.journal(plan.dataset(w.run)),
         tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
         order="checkpoints/{run}/global_indices.npy",
         tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",

@@ -9,8 +9,9 @@ from small_run import config, run
 
 import olmo.run
 from olmo.chain import STATE, beginning, cuts, felt
-from olmo.config import TrainConfig, identity
+from olmo.config import TrainConfig
 from olmo.data import order
+from olmo.identity import identity
 from olmo.launch import Geometry
 from olmo.run import training
 from olmo.train.loop import train

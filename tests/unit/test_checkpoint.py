@@ -21,7 +21,8 @@ from olmo import checkpoint
 from olmo.checkpoint import layout
 from olmo.checkpoint.read import newest
 from olmo.cli import main
-from olmo.config import TrainConfig, identity
+from olmo.config import TrainConfig
+from olmo.identity import identity
 from olmo.model import OLMo
 
 

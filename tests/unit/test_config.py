@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 
 from olmo.config import (
-    FREE,
     BlockType,
     DataConfig,
     EvaluatorConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    identity,
 )
+from olmo.identity import FREE, identity
 
 
 def write(folder: Path, text: str) -> Path:

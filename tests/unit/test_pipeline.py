@@ -29,10 +29,10 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def plan(dry: bool = False, **changes) -> Plan:
+def plan(**changes) -> Plan:
     Path("config/data/mine.yaml").write_text(yaml.safe_dump({**RECIPE, **changes}))
     runs = {"r": {"train": "t.yaml", "dataset": "mine"}}
-    return Plan({"runs": runs, "shards_per_job": 2}, dry_run=lambda: dry)
+    return Plan({"runs": runs, "shards_per_job": 2})
 
 
 def test_batches():
@@ -95,22 +95,6 @@ def test_a_table_is_completed_by_what_arrived(tmp_path: Path):
         path.write_text(TABLE + wrong)
         with pytest.raises(ValueError, match="line 3: expected url, bytes"):
             read(path)
-
-
-def test_a_table_that_says_something_else_now_is_damage():
-    Path("table.tsv").write_text(TABLE)
-    listing = Path("data/mine/sources/000.tsv")
-    listing.parent.mkdir(parents=True)
-    row = f"a\tsource\tsources/a.json.gz\t{'a' * 64}\t12\n"
-    listing.write_text("shard\toutput\tpath\tsha256\tbytes\n" + row)
-    (listing.parent / "a.json.gz").touch()
-    given = {"table": "table.tsv"}
-    assert plan(sources=given).missing("mine") == set()
-    complete(Path("table.tsv"), {"https://x/a.json.gz": (12, "a" * 64)})
-    assert plan(sources=given).missing("mine") == set()
-    Path("table.tsv").write_text(Path("table.tsv").read_text().replace("a" * 64, "b" * 64))
-    assert plan(sources=given).missing("mine") == {"https://x/a.json.gz as table.tsv says now"}
-    assert not listing.exists()
 
 
 def test_a_run_without_a_data_set_takes_the_tokens_that_its_config_names():
@@ -180,33 +164,6 @@ def test_a_list_that_is_not_at_hand_says_what_follows(capsys: pytest.CaptureFixt
     assert not lists.unlisted("mine")
     words = "--sources a=https://x/a.json.gz --table data/mine/sources.tsv"
     assert lists.source_flags("mine", "000") == words
-
-
-def test_what_is_missing_is_written_down_once_a_plan():
-    listing = Path("data/mine/tokens/000.tsv")
-    listing.parent.mkdir(parents=True)
-    listing.write_text("shard\toutput\tpath\tsha256\tbytes\np\ttokens\ttokens/p.npy\tab\t2\n")
-    shard = Path("data/mine/tokens/p.npy")
-    shard.touch()
-    [journal] = map(Path, plan().journal("mine"))
-    assert journal.read_text() == "" and journal.stat().st_mtime == 0 and listing.exists()
-    shard.unlink()
-    shard.symlink_to("gone")
-    looked = plan(dry=True)
-    [draft] = map(Path, looked.journal("mine"))
-    assert draft != journal and draft.exists() and listing.exists() and not journal.read_text()
-    again = plan()
-    assert again.journal("mine") == again.journal("mine") == [str(journal)]
-    assert journal.read_text().count("missing: data/mine/tokens/p.npy") == 1
-    assert not listing.exists()
-
-
-def test_a_table_that_is_an_artifact_is_no_listing():
-    """The standard library's own manifest lies beside the listings, and names no file of ours."""
-    Path("data/mine/stdlib").mkdir(parents=True)
-    manifest = Path("data/mine/stdlib/manifest.tsv")
-    manifest.write_text("module\tbytes\tsha256\nast\t17\tabc\n")
-    assert not plan().missing("mine") and manifest.exists()
 
 
 def test_the_store_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch):
