@@ -307,7 +307,7 @@ class Plan:
         }
         return asked[what]
 
-    def link_before(self, run: str, step: int | None = None) -> list[str]:
+    def link_before(self, run: str, step: str | None = None) -> list[str]:
         """The link from which a run goes on to its end, or to its link at `step`; [] at its start.
 
         Raises:
@@ -315,18 +315,19 @@ class Plan:
         """
         settings = self.run(run)
         known = cuts(self.train_config(run), settings.links, settings.link_every)
-        if step is not None and step not in known:
+        end = None if step is None else int(step)
+        if end is not None and end not in known:
             raise ValueError(
                 f"checkpoints/{run}/step-{step}: expected one of the steps "
                 f"{known or 'that links or link_every of the run name; it has neither'}"
             )
-        before = [cut for cut in known if step is None or cut < step]
+        before = [cut for cut in known if end is None or cut < end]
         return [f"checkpoints/{run}/step-{cut}" for cut in before[-1:]]
 
-    def link_flags(self, run: str, step: int | None = None) -> str:
+    def link_flags(self, run: str, step: str | None = None) -> str:
         """Where a piece of a run begins and ends."""
         words = [word for link in self.link_before(run, step) for word in ("--after", link)]
-        return shlex.join(words + (["--until", str(step)] if step else []))
+        return shlex.join(words + (["--until", step] if step else []))
 
     def override_flags(self, run: str) -> str:
         words = self.run(run).overrides

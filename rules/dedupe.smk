@@ -16,9 +16,7 @@ rule attributes:
     conda:
         "../envs/dolma.yaml"
     params:
-        environment=lambda w, input: (
-            f"--environment {input.environment}" if input.environment else ""
-        ),
+        environment=environment_flag,
         dedupe=lambda w: plan.flags(w.dataset, "dedupe"),
         decontaminate=lambda w: plan.flags(w.dataset, "decontaminate"),
     shell:
@@ -41,9 +39,7 @@ rule mixed:
     conda:
         "../envs/dolma.yaml"
     params:
-        environment=lambda w, input: (
-            f"--environment {input.environment}" if input.environment else ""
-        ),
+        environment=environment_flag,
     shell:
         "olmo mixed --documents {input.documents:q} --attributes {input.attributes:q}"
         " --requirements {input.requirements:q} {params.environment} --listing {output:q} --log {log:q}"

@@ -15,3 +15,7 @@ rule environment:
 def dolma_environment(wildcards):
     """Ours, unless `--sdm conda` activates the same versions around the job."""
     return [] if workflow.deployment_settings.deployment_method else ["environments/dolma.json"]
+
+
+def environment_flag(wildcards, input):
+    return f"--environment {input.environment}" if input.environment else ""

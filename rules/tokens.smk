@@ -56,9 +56,7 @@ rule tokens:
     conda:
         "../envs/dolma.yaml"
     params:
-        environment=lambda w, input: (
-            f"--environment {input.environment}" if input.environment else ""
-        ),
+        environment=environment_flag,
         eos=lambda w: plan.recipe(w.dataset).tokenizer.eos_token_id,
         pad=lambda w: plan.recipe(w.dataset).tokenizer.pad_token_id,
         recipe=lambda w: plan.flags(w.dataset, "tokens"),

@@ -24,7 +24,7 @@ rule train:
         tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",
         config=lambda w: plan.run(w.run).train,
         start=lambda w: plan.start(w.run),
-        after=lambda w: plan.link_before(w.run),
+        after=lambda w: plan.link_before(w.run, w.get("step")),
     output:
         directory("checkpoints/{run}/final"),
     log:
@@ -40,7 +40,7 @@ rule train:
     params:
         overrides=lambda w: plan.override_flags(w.run),
         start=lambda w, input: f"--start {input.start}" if input.start else "",
-        piece=lambda w: plan.link_flags(w.run),
+        piece=lambda w: plan.link_flags(w.run, w.get("step")),
     shell:  # exec: a scheduler's SIGTERM would end a shell in between, and the trainer with it
         "exec olmo train --config {input.config:q} --tokens {input.tokens:q} --order {input.order:q}"
         " --tokenizer {input.tokenizer:q} --final {output:q} {resources.geometry}"
@@ -49,19 +49,7 @@ rule train:
 
 # A run that is a chain: the same, to one of its steps.
 use rule train as link with:
-    input:
-        lambda w: damage.journal(plan.dataset(w.run)),
-        tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
-        order="checkpoints/{run}/global_indices.npy",
-        tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",
-        config=lambda w: plan.run(w.run).train,
-        start=lambda w: plan.start(w.run),
-        after=lambda w: plan.link_before(w.run, int(w.step)),
     output:
         directory("checkpoints/{run}/step-{step}"),
     log:
         "logs/train/{run}-step-{step}.log",
-    params:
-        overrides=lambda w: plan.override_flags(w.run),
-        start=lambda w, input: f"--start {input.start}" if input.start else "",
-        piece=lambda w: plan.link_flags(w.run, int(w.step)),
