@@ -55,14 +55,17 @@ class Patched:
                 f"{torch.cuda.get_device_name(device)} has no 8-bit products (it takes an Ada or "
                 "Hopper GPU); leave fp8 out"
             )
+        by_rows = config.recipe is not FP8Recipe.tensorwise
         try:  # what this build of torch can do is best asked by doing it
             a = torch.ones(16, 16, device=device).to(E4M3)
-            by_rows = config.recipe is not FP8Recipe.tensorwise
             scale = torch.ones((16, 1) if by_rows else (), device=device)
             scaled(a, scale, a, scale.t() if by_rows else scale, torch.bfloat16)
         except (RuntimeError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            return f"torch {torch.__version__} on {device.type}: {reason}; set fp8.backend: emulate"
+            reason = (
+                str(error).splitlines()[0].rpartition("report a bug to PyTorch. ")[2].rstrip(".")
+            )
+            remedy = "fp8.recipe: tensorwise" if by_rows else "fp8.backend: emulate"
+            return f"torch {torch.__version__} on {device.type}: {reason}; set {remedy}"
         return None
 
     def prepare(self, model: nn.Module, config: FP8Config) -> None:

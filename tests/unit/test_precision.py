@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,10 +35,12 @@ class Two(nn.Module):
 
 
 def run(config: FP8Config | None, x: Tensor, compiled: bool = False, **sizes: int) -> list[Tensor]:
-    """The output and the gradients of x and of each parameter."""
+    """The output and the gradients of x and of each parameter; skips what this torch has not."""
     torch.manual_seed(1)
     model = Two(**sizes)
     if config is not None:
+        if why := backend(config.backend).why_not(CPU, config):
+            pytest.skip(why)
         prepare(model, config, CPU)
     x = x.clone().requires_grad_()
     y = (torch.compile(model, fullgraph=True) if compiled else model)(x)
@@ -194,6 +197,20 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     why = backend(FP8Backend.torchao).why_not(CPU, FP8Config(backend="torchao"))
     assert why == "the package torchao is missing: pip install torchao"
+
+
+@pytest.mark.parametrize("name", ["native", "torchao"])
+def test_what_this_torch_has_not_the_trainer_refuses(tmp_path: Path, name: str):
+    """In 2.11 torch's product with a scale for each row is for GPUs alone, in 2.13 it is not."""
+    by_rows = {"backend": name, "recipe": "rowwise"}
+    why = backend(FP8Backend(name)).why_not(CPU, FP8Config(**by_rows))
+    if why is None:
+        assert small_run.run(tmp_path, fp8=by_rows, max_duration=1) == 0
+        return
+    assert tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), why
+    assert "per-tensor scaling" in why and "set fp8.recipe: tensorwise" in why
+    with pytest.raises(ValueError, match=f"fp8.backend: {name} cannot be had: {re.escape(why)}"):
+        small_run.run(tmp_path, fp8=by_rows)
 
 
 @pytest.mark.slow
