@@ -7,9 +7,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def serving(handler: Callable[..., Any]) -> Iterator[str]:
+    """A server that answers by `handler`; yields the address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 @contextmanager
@@ -39,14 +54,8 @@ def web_server(folder: Path, sent: list[int] | None = None) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(body)
 
-    handler = functools.partial(Files, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
+    with serving(functools.partial(Files, directory=str(folder))) as address:
+        yield address
 
 
 @contextmanager
@@ -72,34 +81,37 @@ def slow_web_server(folder: Path, pause_s: float = 0.02) -> Iterator[str]:
                     self.wfile.write(body[at : at + 4096])
                     time.sleep(pause_s)
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
+    with serving(Slow) as address:
+        yield address
 
 
 @contextmanager
-def s3_server() -> Iterator[dict[str, str]]:
-    """An S3 server without buckets; yields the environment in which its clients find it."""
+def s3_server(bucket: str) -> Iterator[dict[str, str]]:
+    """An S3 server with an empty bucket; yields what its clients' environment holds, ours too."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    surroundings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as server:
+    with (
+        subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         try:
             for _ in range(300):
                 with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                     break
                 time.sleep(0.1)
-            yield {
-                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-                "AWS_ACCESS_KEY_ID": "key",
-                "AWS_SECRET_ACCESS_KEY": "secret",
-                "AWS_DEFAULT_REGION": "us-east-1",
-            }
+            for name, value in surroundings.items():
+                patch.setenv(name, value)
+            import boto3
+
+            boto3.session.Session().client("s3").create_bucket(Bucket=bucket)
+            yield surroundings
         finally:
             server.terminate()

@@ -180,14 +180,10 @@ def _compute(
     z_multiplier: float,
     chunk: int,
     learns: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Cross-entropy and z-loss, and what ce + z changes by with x, w and bias (empty, if not asked
     for). Products are in w's type, all else in float32."""
-    ce = torch.zeros((), dtype=torch.float32, device=x.device)
-    z = torch.zeros_like(ce)
-    dx = torch.empty_like(x) if learns else x.new_empty(0)
-    dw = torch.zeros(w.shape if learns else (0,), dtype=torch.float32, device=x.device)
-    db = torch.zeros(len(w) if learns and bias is not None else 0, device=x.device)
+    ce, z, dx, dw, db = _zeros(x, w, bias, learns)
     for start in range(0, len(x), chunk):
         rows = x[start : start + chunk].to(w.dtype)
         its_labels = labels[start : start + chunk]
@@ -226,6 +222,15 @@ def _compute(
     return ce, z, dx, dw, db
 
 
+def _zeros(x: Tensor, w: Tensor, bias: Tensor | None, learns: bool) -> tuple[Tensor, ...]:
+    """Room for what `_compute` returns; that of dx holds anything."""
+    ce = torch.zeros((), dtype=torch.float32, device=x.device)
+    dx = torch.empty_like(x) if learns else x.new_empty(0)
+    dw = torch.zeros(w.shape if learns else (0,), dtype=torch.float32, device=x.device)
+    db = torch.zeros(len(w) if learns and bias is not None else 0, device=x.device)
+    return ce, torch.zeros_like(ce), dx, dw, db
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T; in float32 on a CPU by oneDNN, an eighth faster here than torch's own choice."""
     if a.device.type == "cpu" and a.dtype == torch.float32 and _ONEDNN:
@@ -254,9 +259,5 @@ def _shapes(
     z_multiplier: float,
     chunk: int,
     learns: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    ce = torch.empty((), dtype=torch.float32, device=x.device)
-    dx = torch.empty_like(x) if learns else x.new_empty(0)
-    dw = torch.empty(w.shape if learns else (0,), dtype=torch.float32, device=x.device)
-    db = torch.empty(len(w) if learns and bias is not None else 0, device=x.device)
-    return ce, torch.empty_like(ce), dx, dw, db
+) -> tuple[Tensor, ...]:
+    return _zeros(x, w, bias, learns)

@@ -8,13 +8,14 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from urllib.parse import unquote
 
 import pytest
-from servers import s3_server
+from servers import s3_server, serving
 
 from olmo.data import shards
+
+pytestmark = pytest.mark.slow  # a server, and a process for every command
 
 FILE = gzip.compress(b'{"id": "a", "text": "b"}\n' * 2000, mtime=0)
 
@@ -22,13 +23,10 @@ FILE = gzip.compress(b'{"id": "a", "text": "b"}\n' * 2000, mtime=0)
 @pytest.fixture(scope="module")
 def s3():
     """The environment of a client of a server with one bucket and one file in it."""
-    with s3_server() as surroundings, pytest.MonkeyPatch.context() as patch:
-        for name, value in surroundings.items():
-            patch.setenv(name, value)
-        import boto3
+    import boto3
 
+    with s3_server("lab") as surroundings:
         client = boto3.session.Session().client("s3")
-        client.create_bucket(Bucket="lab")
         client.put_object(Bucket="lab", Key="a b/good.json.gz", Body=FILE)
         client.put_object(Bucket="lab", Key="page.json.gz", Body=b"<html>Sorry</html>")
         yield surroundings
@@ -121,10 +119,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
-        server.shutdown()
+    with serving(Hub) as address:
+        yield {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
 
 
 def test_a_file_comes_from_the_hub_or_a_line_says_why_not(hub, tmp_path):
@@ -169,14 +165,12 @@ class GoogleStorage(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def google():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), GoogleStorage) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(GoogleStorage) as address:
         yield {
-            "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{server.server_port}",
+            "STORAGE_EMULATOR_HOST": address,
             "GOOGLE_APPLICATION_CREDENTIALS": "",
             "NO_GCE_CHECK": "true",  # whose credentials it would otherwise look for
         }
-        server.shutdown()
 
 
 def test_a_file_comes_from_google_or_a_line_says_why_not(google, tmp_path, monkeypatch):

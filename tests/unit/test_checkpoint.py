@@ -7,7 +7,6 @@ import json
 import pickle
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from servers import serving
 from small_run import metrics, run, same, state
 
 from olmo import checkpoint
@@ -295,10 +295,8 @@ def served(finished: Path) -> Iterator[str]:
             return self.send_error(403) if "secret" in self.path else super().send_head()
 
     handler = functools.partial(Handler, directory=str(finished))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(handler) as address:
+        yield address
 
 
 def test_by_url(finished: Path, served: str, tmp_path: Path) -> None:

@@ -182,13 +182,8 @@ def test_from_a_web_server(ours, theirs, url):
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with s3_server() as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        import boto3
-
-        boto3.client("s3").create_bucket(Bucket="lab")
+def s3() -> Iterator[str]:
+    with s3_server("lab"):
         yield "s3://lab/store"
 
 

@@ -17,14 +17,9 @@ NAMES = ["config.yaml", "manifest.json", "model.pt", "optim.pt", "train.pt"]
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def place() -> Iterator[str]:
     """A folder of a bucket."""
-    import boto3
-
-    with s3_server() as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="bucket")
+    with s3_server("bucket"):
         yield "s3://bucket/runs/a"
 
 

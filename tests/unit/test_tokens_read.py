@@ -1,11 +1,11 @@
 """Token files that training would trip over are refused before it starts."""
 
 import http.server
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from servers import serving
 
 from olmo.config import DataConfig, TrainConfig
 from olmo.data import order
@@ -161,9 +161,7 @@ class Ranges(http.server.BaseHTTPRequestHandler):
 def test_token_files_by_url(tmp_path: Path) -> None:
     path = tokens(tmp_path / "t.npy", np.arange(22, dtype=np.uint16))
     Ranges.folder, Ranges.stumbled = tmp_path, False
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with serving(Ranges) as url:
         there, here = (MemMapDataset(p, chunk_size=4) for p in (f"{url}/t.npy", path))
         assert there.offsets == here.offsets
         assert there.batch([4, 0, 3])["input_ids"].tolist() == [
@@ -174,4 +172,3 @@ def test_token_files_by_url(tmp_path: Path) -> None:
             check_tokens(there, 20)
         with pytest.raises(FileNotFoundError, match=r"data: no token file at .*/no\.npy"):
             check_tokens(MemMapDataset(f"{url}/no.npy"), 10)
-        server.shutdown()
