@@ -83,7 +83,7 @@ class Watchdog:
                 progress()
             # Where a library hangs and lets no thread of Python run, us neither, the
             # interpreter's own alarm is not set anew and speaks in our place (on stderr alone).
-            faulthandler.dump_traceback_later(self._limit + LINGER_S, exit=True)
+            faulthandler.dump_traceback_later(self._limit + LINGER_S, exit=True, file=2)
             if time.monotonic() - _last > self._limit:
                 say(self._report())
                 if not self._done.wait(LINGER_S):
