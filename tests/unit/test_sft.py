@@ -12,6 +12,7 @@ import torch
 from servers import web_server
 
 from olmo.config import ModelConfig
+from olmo.data import sft
 from olmo.data.batches import labels_of
 from olmo.data.conversations import download_conversations, local_conversations, parse
 from olmo.data.documents import documents
@@ -68,7 +69,7 @@ class Made:
             **{"sequence_length": 64, "eos_token_id": EOS, "pad_token_id": PAD} | options,
         )  # fmt: skip
         self.length = options.get("sequence_length", 64)
-        self.ids = np.fromfile(folder / "tokens", "<u2").reshape(-1, self.length)
+        self.ids = np.fromfile(folder / "tokens", self.facts["dtype"]).reshape(-1, self.length)
         self.labels = np.fromfile(folder / "labels", np.bool_).reshape(-1, self.length)
         self.index = polars.read_parquet(folder / "index")
         self.folder = folder
@@ -182,6 +183,38 @@ def test_packed_holds_the_same_examples_one_after_the_other(make):
     for row in packed.index.rows(named=True):
         covered[row["start"] : row["end"]] = True
     assert (packed.ids.ravel()[~covered] == PAD).all() and not packed.labels.ravel()[~covered].any()
+
+
+def test_what_just_fits_is_not_cut_and_shares_an_instance(make):
+    talks = [talk("What is 1?", "It is 1."), talk("What is 20?", "It is the number 20.")]
+    lengths = make(*talks).index["length"].to_list()
+    whole = make(talks[1], sequence_length=lengths[1])
+    assert whole.facts["cut"] == 0 and whole.labels[0, -2]
+    for room, found in ((0, 1), (-1, 2)):
+        packed = make(*talks, sequence_length=sum(lengths) + room, packed=True)
+        assert packed.facts["instances"] == found
+
+
+def test_many_token_ids_are_written_as_uint32(make, tokenizer: Path, tmp_path: Path):
+    large = json.loads(tokenizer.read_text())
+    large["model"]["vocab"] |= {f"word-{n}": n for n in range(400, 70_000)}
+    (tmp_path / "large.json").write_text(json.dumps(large))
+    conversation = talk("What is 1?", "It is 1.")
+    small, wide = (
+        make(conversation),
+        Made(tmp_path / "wide", tmp_path / "large.json", [conversation]),
+    )
+    assert (small.facts["dtype"], wide.facts["dtype"]) == ("uint16", "uint32")
+    assert wide.ids.tolist() == small.ids.tolist()
+
+
+def test_how_many_are_tokenized_together_changes_nothing(make, monkeypatch: pytest.MonkeyPatch):
+    talks = [talk(f"What is {i}?", *["It is."] * (i % 3), id=str(i)) for i in range(20)]
+    at_once = make(*talks)
+    monkeypatch.setattr(sft, "AT_ONCE", 3)
+    few = make(*talks)
+    for name in ("tokens", "labels", "index"):
+        assert (at_once.folder / name).read_bytes() == (few.folder / name).read_bytes()
 
 
 def test_the_same_again(make):
