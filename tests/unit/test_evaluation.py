@@ -43,6 +43,7 @@ def exported(final: Path, tokenizer: Path) -> Path:
     return convert(final, final.parent / "hf", kind="hf", tokenizer=tokenizer)
 
 
+@pytest.mark.slow  # lm-eval's import alone is seconds
 def test_both_scorers_agree(
     final: Path,
     questions: Path,
@@ -109,6 +110,7 @@ def test_a_task_without_answers(
         write_task(task_of(LABEL), folder, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_the_harness_cannot_be_asked(
     final: Path,
     questions: Path,

@@ -162,10 +162,9 @@ def test_characters_on_which_editions_of_unicode_differ_go_to_the_toolkit(
     assert [encode(text) is None for text in written] == [False, *[True] * len(young), False]
 
 
-@pytest.mark.parametrize("name", ["plain", "gpt4", "unigram"])
-def test_every_settled_character_is_split_and_composed_as_the_toolkit_does(
-    tmp_path, tokenizers, dolma, name
-):
+@pytest.fixture(scope="module")
+def settled():
+    """Texts of every settled character below U+3000, and of each 29th above, in company."""
     letters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     settled = [c for c in letters if is_settled(c)]
     assert len(settled) > 200_000
@@ -175,8 +174,14 @@ def test_every_settled_character_is_split_and_composed_as_the_toolkit_does(
         apart = unicodedata.normalize("NFD", c)
         return f"a\u0345{c}\u0327{apart}\u0338x{apart}\u0301 {c}9{c}.{c} {c}\u1161{c}\u3099{apart}"
 
-    written = ["\n".join(map(around, sample[n : n + 50])) for n in range(0, len(sample), 50)]
-    both(tmp_path, written, tokenizers[name], dolma)
+    return ["\n".join(map(around, sample[n : n + 50])) for n in range(0, len(sample), 50)]
+
+
+@pytest.mark.parametrize("name", ["plain", "gpt4", "unigram"])
+def test_settled_characters_are_split_and_composed_as_by_the_toolkit(
+    tmp_path, tokenizers, dolma, settled, name
+):
+    both(tmp_path, settled, tokenizers[name], dolma)
 
 
 def test_a_run_of_space_that_breaks_the_library_goes_to_the_toolkit(tmp_path, tokenizers, dolma):

@@ -88,19 +88,22 @@ def test_the_model_has_no_word_of_how_it_is_spread():
 def test_the_trainer_needs_torch_numpy_and_omegaconf_only():
     """A GPU machine often has no more: everything else is as if it were not installed."""
     script = """
-import importlib.metadata, re, sys
-allowed, todo = set(), ["torch", "numpy", "omegaconf"]
+import importlib.metadata, pathlib, re, sys, sysconfig
+packages, allowed, todo = set(), {"olmo", "setuptools"}, ["torch", "numpy", "omegaconf"]
 while todo:
-    name = re.split(r"[ ;<>=!~\\[(]", todo.pop())[0].lower().replace("_", "-")
-    if name not in allowed:
-        allowed.add(name)
-        try:
-            todo += importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:
-            pass
-for module, owners in importlib.metadata.packages_distributions().items():
-    if not {o.lower().replace("_", "-") for o in owners} & (allowed | {"olmo", "setuptools"}):
+    name = re.split(r"[ ;<>=!~\\[(]", todo.pop())[0].lower()
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        continue
+    if name not in packages:
+        packages.add(name)
+        todo += distribution.requires or []
+        allowed |= {file.parts[0].split(".")[0] for file in distribution.files}
+for path in pathlib.Path(sysconfig.get_path("purelib")).iterdir():
+    if (module := path.name.split(".")[0]).isidentifier() and module not in allowed:
         sys.modules[module] = None
+assert sys.modules["snakemake"] is None
 import olmo.train.loop, olmo.train.__main__, olmo.model, olmo.data, olmo.optim
 import olmo.checkpoint.sharded
 assert "polars" not in sys.modules or sys.modules["polars"] is None

@@ -84,6 +84,7 @@ def agree(one: Path, many: Path) -> None:
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     assert run(tmp_path, save_folder=str(tmp_path / "one"), **LONG) == 0
     case = settings(tmp_path, save_folder=str(tmp_path / "two"), **LONG)
