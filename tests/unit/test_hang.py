@@ -1,27 +1,65 @@
 """A run that hangs ends by itself, and the log says where each of its processes was."""
 
+import ctypes
 import os
 import re
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ranks import on_ranks
 from small_run import given, metrics, run, settings, state, until
 
 import olmo.train.loop
 from olmo.config import TrainConfig
 from olmo.launch import Geometry, launch
+from olmo.train import watch
 from olmo.train.loop import train
+from olmo.train.parallel import World
 from olmo.train.segments import segments
 
 # Loading torch's parts in a first step takes seconds on a busy machine.
 LIMIT = 12.0
 LONG: dict[str, Any] = {"max_duration": 100_000, "save_interval_unsharded": None}
+
+
+def test_each_step_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[None] = []
+    monkeypatch.setattr(olmo.train.loop, "progress", lambda: seen.append(None))
+    assert run(tmp_path, max_duration=7) == 0
+    assert len(seen) >= 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "doing, status", [("steps", 0), ("saving", 0), ("nothing", 1), ("inside a library", 1)]
+)
+def test_what_is_a_hang(doing: str, status: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """In a child, for three times its limit."""
+    limit = 3.0
+    pid = os.fork()
+    if pid == 0:
+        watch.LINGER_S = 0.5
+        watchdog = watch.Watchdog(World(0, 0, 1, torch.device("cpu"), ""), limit)
+        watchdog.start()
+        with watchdog.resting() if doing == "saving" else nullcontext():
+            if doing == "inside a library":  # which lets no thread of Python run
+                ctypes.PyDLL(None).sleep(int(3 * limit))
+            end = time.monotonic() + 3 * limit
+            while time.monotonic() < end:
+                time.sleep(0.05)
+                if doing == "steps":
+                    watch.progress()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
+    said = capfd.readouterr()
+    assert ("in test_what_is_a_hang" in said.out + said.err) == bool(status)
 
 
 def asleep_in_the_data() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from small_run import given, metrics, until
 
-from olmo.launch import Geometry, launch, launcher
+from olmo.launch import Geometry, asking_it_to_stop, launch, launcher
 from olmo.process import Paused
 from olmo.recipe import Run
 from olmo.train.segments import conditions, segments
@@ -31,6 +31,7 @@ exit $status
 SCONTROL = """#!/bin/sh
 case "$*" in
   "show hostnames n[1-2]") echo n1; echo n2;;
+  "show hostnames n[1-3]") echo n1; echo n2; echo n3;;
   "show hostnames n1") echo n1;;
   "--oneliner show node n1") echo "NodeName=n1 Arch=x86_64 NodeAddr=127.0.0.1 NodeHostName=n1";;
   "--oneliner show job "*) echo "JobId=1 ReqNodeList=(null) NodeList=n[1-2] CPUs/Task=3 Gres=";;
@@ -53,11 +54,20 @@ def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def unmoved(words: list[str]) -> bool:
+    """Whether what stands in front of torchrun lets it live through a scheduler's SIGUSR1."""
+    shell = words[words.index("sh") : words.index(sys.executable)]
+    heard = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)"]
+    assert subprocess.run(heard).returncode == -signal.SIGUSR1
+    return subprocess.run([*shell, *heard]).returncode == 0
+
+
 def test_one_node_needs_no_scheduler() -> None:
     words = launcher(Geometry(processes=2, max_restarts=1), Path("run/given.yaml"))
     assert "srun" not in words and words[-1] == "--standalone"
     assert words[words.index("--nproc-per-node") + 1] == "2"
     assert words[words.index("--max-restarts") + 1] == "1"
+    assert unmoved(words)
 
 
 def test_many_nodes_are_srun_and_torchrun(allocation: Path, monkeypatch: Any) -> None:
@@ -67,8 +77,18 @@ def test_many_nodes_are_srun_and_torchrun(allocation: Path, monkeypatch: Any) ->
     assert {"--overlap", "--cpus-per-task=3", "--kill-on-bad-exit=1", "--nnodes=2"} <= set(words)
     (endpoint,) = [w for w in words if w.startswith("--rdzv-endpoint=")]
     assert endpoint.startswith("--rdzv-endpoint=127.0.0.1:"), "the address, not the name"
+    (meeting,) = [w for w in words if w.startswith("--rdzv-id=")]
     other = launcher(Geometry(processes=4, nodes=2), Path("another/given.yaml"))
-    assert endpoint not in other, "two runs in one job have two ports"
+    assert endpoint not in other and meeting not in other, "two runs in one job meet apart"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert meeting not in launcher(Geometry(processes=4, nodes=2), Path("run/given.yaml"))
+    assert unmoved(words)
+
+
+def test_of_a_larger_allocation_as_many_as_asked_for(allocation: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
+    words = launcher(Geometry(nodes=2), Path("run/given.yaml"))
+    assert {"--nodes=2", "--ntasks=2", "--nnodes=2"} <= set(words)
 
 
 def test_a_job_that_knows_only_its_number_asks(allocation: Path, monkeypatch: Any) -> None:
@@ -141,6 +161,17 @@ def test_two_nodes_compute_what_two_processes_do(tmp_path: Path, allocation: Pat
     assert files[0] == files[1]
 
 
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with asking_it_to_stop(tmp_path / "stop"):
+        signal.raise_signal(signal.SIGUSR1)
+        assert (tmp_path / "stop").read_text() == "SIGUSR1\n"
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 LAUNCH = (
     "import sys; from pathlib import Path; from olmo.cli import main; import olmo.run as r;"
     "from olmo.launch import Geometry, launch;"
@@ -177,7 +208,9 @@ def test_asked_to_stop_it_saves_and_says_so(tmp_path: Path, number: signal.Signa
 
 @pytest.mark.slow
 def test_a_pause_by_the_time_limit_is_no_failure(tmp_path: Path) -> None:
-    config = given(tmp_path, max_duration=100_000, time_limit=0.5, evaluators=[])
+    changes = {"max_duration": 100_000, "time_limit": 0.5, "intra_op_threads": None}
+    config = given(tmp_path, evaluators=[], **changes)
     with pytest.raises(Paused, match="by the time limit, saved to"):
-        launch(config, Geometry(2, max_restarts=3), threads=1)
-    assert segments(config.parent)[-1]["restart"] == 0
+        launch(config, Geometry(2, max_restarts=3), threads=2)
+    (segment,) = segments(config.parent)
+    assert (segment["restart"], segment["threads"]) == (0, 2)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from olmo.config import CompilerConfig, CrossEntropy, ModelConfig, TrainConfig
+from olmo.data.batches import labels_of
 from olmo.model import OLMo
 from olmo.model.loss import _compute, linear_cross_entropy, losses, why_not
 
@@ -220,3 +221,19 @@ def test_the_trainer_takes_it_from_the_config(tmp_path: Path) -> None:
         curves[by] = [r["train/CrossEntropyLoss"] for r in rows if "train/CrossEntropyLoss" in r]
     for curve in curves.values():
         assert curve == pytest.approx(curves[CrossEntropy.chunked], rel=1e-4)
+
+
+def test_which_labels_count() -> None:
+    """A position's label is the next token, masked by that token's masks and not by its own."""
+    ids = torch.arange(1, 13).view(3, 4)
+    labels = labels_of(
+        {
+            "input_ids": ids,
+            "label_mask": torch.tensor([[True, False, True, True], [True] * 4, [True] * 4]),
+            "attention_mask": torch.tensor([[1.0] * 4, [1.0, 1.0, 1.0, 0.0], [1.0] * 4]),
+            "instance_mask": torch.tensor([True, True, False]),
+        }
+    )
+    assert labels.tolist() == [[-100, 3, 4, -100], [6, 7, -100, -100], [-100] * 4]
+    assert labels_of({"input_ids": ids}).tolist()[0] == [2, 3, 4, -100]
+    assert ids.tolist()[2] == [9, 10, 11, 12], "what the model reads stays"
