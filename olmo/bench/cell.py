@@ -38,7 +38,10 @@ from olmo.bench.side import (
 )
 from olmo.data.order import free_memory
 from olmo.model import OLMo
+from olmo.model.loss import why_not as no_cross_entropy
 from olmo.precision import backends, msamp
+from olmo.train.masters import Masters
+from olmo.train.masters import why_not as no_masters
 from olmo.train.meters import device_flops
 from olmo.train.optim import build_optimizer
 from olmo.train.parallel import World, parallelize
@@ -59,6 +62,10 @@ def prepare(section: Section, cell: Cell) -> Training:
     cfg = section.train_config(cell)
     if cfg.use_msamp and (problem := msamp.why_not(cfg)):
         raise Unavailable(problem)
+    if cfg.cross_entropy is not None and (problem := no_cross_entropy(cfg)):
+        raise Unavailable(problem)
+    if cfg.master_weights and (problem := no_masters(cfg, sharded=False)):
+        raise Unavailable(problem)
     if not cuda:
         keep_freed_memory()
     model = OLMo(cfg.model.update_with(init_device="cpu"))
@@ -70,10 +77,13 @@ def prepare(section: Section, cell: Cell) -> Training:
         eight_bits = backends.prepare(model, cfg.fp8, device)[0] if cfg.fp8 else None
     except ValueError as error:
         raise Unavailable(str(error)) from error
+    if cfg.cross_entropy is not None:
+        model.cross_entropy = cfg.cross_entropy
     parallelize(cfg, model, World(0, 0, 1, device, ""))
     optimizer = build_optimizer(cfg, model)
     if cfg.use_msamp:
         _, optimizer = msamp.initialize(model, optimizer)
+    masters = Masters(model, optimizer) if cfg.master_weights else None
     model.train()
     instances, length = cfg.global_train_batch_size, cfg.model.max_sequence_length
     index = torch.arange(instances)
@@ -84,6 +94,8 @@ def prepare(section: Section, cell: Cell) -> Training:
         loss = forward_backward(model, batch, cfg, device, number).ce
         optimizer.clip_grads_and_collect_metrics(number, collect_param_metrics=False)
         optimizer.step()
+        if masters is not None:
+            masters.publish()
         if eight_bits is not None:
             eight_bits.after_step()
         return loss * (length / (length - 1))  # OLMo's is divided by tokens, this by labels

@@ -8,6 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from olmo.config import BaseConfig, FP8Backend, TrainConfig
 from olmo.model.attention import Backend
 
@@ -17,6 +19,7 @@ PEERS = {
     "ai2-olmo": ("sdpa", "flash-attn"),
     "transformers": ("sdpa", "math", "flash-attn"),
 }
+OWN = ("attention", "compile", "precision", "fp8", "switch")  # ours beside a peer
 COMPILE_MODES = (
     EAGER,
     "default",
@@ -36,6 +39,7 @@ class Cell:
     microbatch: int = 1
     precision: str = "fp32"
     fp8: str = NONE  # or a backend of olmo.precision, or msamp
+    switch: str = NONE  # or one of the matrix's switches
     whose: str = OURS  # or one of PEERS
 
     @property
@@ -43,7 +47,13 @@ class Cell:
         """For people and for files: olmo-250m.auto.default.mb8.amp_bf16.none"""
         parts = (self.shape, self.attention, self.compile, f"mb{self.microbatch}")
         whose = () if self.whose == OURS else (self.whose,)
-        return ".".join((*whose, *parts, self.precision, self.fp8))
+        switch = () if self.switch == NONE else (self.switch,)
+        return ".".join((*whose, *parts, self.precision, self.fp8, *switch))
+
+    @property
+    def extras(self) -> tuple[str, str]:
+        """fp8 and switch, empty where there are none."""
+        return ("" if self.fp8 == NONE else self.fp8, "" if self.switch == NONE else self.switch)
 
 
 @dataclass(frozen=True)
@@ -68,10 +78,11 @@ class Group(BaseConfig):
     microbatch: list[int] = field(default_factory=lambda: [1])
     precision: list[str] = field(default_factory=lambda: ["fp32"])
     fp8: list[str] = field(default_factory=lambda: [NONE])
+    switch: list[str] = field(default_factory=lambda: [NONE])
 
     def cells(self) -> list[Cell]:
         values = (self.shape, self.attention, self.compile, self.microbatch, self.precision)
-        return [Cell(*choice) for choice in product(*values, self.fp8)]
+        return [Cell(*choice) for choice in product(*values, self.fp8, self.switch)]
 
 
 @dataclass
@@ -84,7 +95,7 @@ class Peers(BaseConfig):
     compile: list[str] = field(default_factory=lambda: [EAGER])
     microbatch: list[int] = field(default_factory=lambda: [1])
     precision: list[str] = field(default_factory=lambda: ["fp32"])
-    ours: dict[str, str] = field(default_factory=dict)  # attention, compile, precision, fp8
+    ours: dict[str, str] = field(default_factory=dict)  # what is not as theirs is, see OWN
 
     def pairs(self) -> list[Pair]:
         values = (self.shape, self.attention, self.compile, self.microbatch, self.precision)
@@ -92,10 +103,9 @@ class Peers(BaseConfig):
         return [Pair(cell, replace(cell, **self.of_ours())) for cell in theirs]
 
     def of_ours(self) -> dict[str, Any]:
-        own = ("attention", "compile", "precision", "fp8")
-        if unknown := self.ours.keys() - set(own):
+        if unknown := self.ours.keys() - set(OWN):
             raise ValueError(
-                f"ours: expected {', '.join(own)}; found {', '.join(sorted(unknown))}. Shape and "
+                f"ours: expected {', '.join(OWN)}; found {', '.join(sorted(unknown))}. Shape and "
                 "microbatch are those of the peer"
             )
         return {"attention": "auto", "whose": OURS} | self.ours
@@ -120,6 +130,7 @@ class Section(BaseConfig):
     model: dict[str, Any]  # what all shapes share
     shapes: dict[str, dict[str, Any]]
     groups: list[Group]
+    switches: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each changes
     warmup: int = 5  # steps before those that count
     steps: int = 20
     limit_s: float = 600  # of one cell's process, and twice that of a pair's
@@ -158,6 +169,7 @@ class Section(BaseConfig):
             "attention": PEERS.get(cell.whose, ["auto", *Backend]),
             "compile": COMPILE_MODES,
             "fp8": [NONE, *FP8Backend, MSAMP],
+            "switch": [NONE, *self.switches],
         }
         for name, values in known.items():
             if (value := getattr(cell, "whose" if name == "peer" else name)) not in values:
@@ -196,7 +208,9 @@ class Section(BaseConfig):
             settings["use_msamp"] = True
         elif cell.fp8 != NONE:
             settings["fp8"] = {"backend": cell.fp8}
-        return TrainConfig.new(**settings)
+        switched = OmegaConf.merge(settings, self.switches.get(cell.switch, {}))
+        whole: Any = OmegaConf.to_container(switched)
+        return TrainConfig.new(**whole)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from olmo.bench.matrix import NONE, OURS, Section
+from olmo.bench.matrix import OURS, Cell, Section
 
 COLUMNS = (
     "shape",
@@ -18,6 +18,7 @@ COLUMNS = (
     "microbatch",
     "precision",
     "fp8",
+    "switch",
     "status",
     "tokens_per_second",
     "tokens_per_second_p10",
@@ -193,6 +194,7 @@ ALONE = (
     "microbatch",
     "precision",
     "fp8",
+    "switch",
     "tokens/s",
     "per CPU-s",
     "MFU",
@@ -238,13 +240,18 @@ def settings(record: dict[str, Any]) -> list[str]:
 
 def in_words(record: dict[str, Any]) -> str:
     attention, compiled, microbatch, precision = settings(record)
-    fp8 = "" if record["cell"]["fp8"] == NONE else f", fp8 {record['cell']['fp8']}"
-    return f"{attention}, {compiled}, microbatch {microbatch}, {precision}{fp8}"
+    words = [attention, compiled, f"microbatch {microbatch}", precision]
+    return ", ".join([*words, *extras_in_words(record)])
+
+
+def extras_in_words(record: dict[str, Any]) -> list[str]:
+    fp8, switch = Cell(**record["cell"]).extras
+    return [f"fp8 {fp8}"] * bool(fp8) + [switch] * bool(switch)
 
 
 def of_cell(record: dict[str, Any], section: Section) -> list[str]:
-    fp8 = "" if record["cell"]["fp8"] == NONE else record["cell"]["fp8"]
-    start, told = [*settings(record), fp8], "; ".join(references(record, section))
+    start = [*settings(record), *Cell(**record["cell"]).extras]
+    told = "; ".join(references(record, section))
     if record["status"] != "ok":
         return [*start, record["status"], *[""] * 5, told]
     joules = record["joules_per_token"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.bench.matrix import COMPILE_MODES, Section
-from olmo.bench.table import rate, row
+from olmo.bench.table import extras_in_words, rate, row
 
 
 def bench(
@@ -63,15 +63,15 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
 def drawn(record: dict[str, Any]) -> dict[str, Any]:
     cell, speed = record["cell"], rate(record)
-    fp8 = "" if cell["fp8"] == "none" else f", fp8 {cell['fp8']}"
     whose = "" if cell["whose"] == "ours" else f"{cell['whose']}: "
+    kernel = [cell["attention"], cell["precision"], *extras_in_words(record)]
     says = f"{speed:,.0f}" if speed else record["status"]
     if "ratio" in record:
         ratio = record["ratio_cpu" if record["kind"] == "cpu" else "ratio"]
         says += f" (ours × {ratio:.2f})"
     return {
         "shape": cell["shape"],
-        "kernel": f"{whose}{cell['attention']}, {cell['precision']}{fp8}",
+        "kernel": whose + ", ".join(kernel),
         "step": f"{cell['compile']}, microbatch {cell['microbatch']}",
         "column": (COMPILE_MODES.index(cell["compile"]), cell["microbatch"]),
         "speed": speed,

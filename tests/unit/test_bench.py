@@ -34,11 +34,19 @@ MODEL = {
 }
 
 
+SWITCHES = {
+    "masters": {"master_weights": True},
+    "packed": {"optimizer": {"packed_state": True}},
+    "plain": {"cross_entropy": "plain"},
+}
+
+
 def matrix(folder: Path, *groups: dict, **changes: object) -> Path:
     section = {
         "model": MODEL,
         "shapes": {"small": {"d_model": 32, "n_heads": 2, "n_layers": 1}},
         "groups": [{"shape": ["small"], **group} for group in groups],
+        "switches": SWITCHES,
         "warmup": 1,
         "steps": 3,
         **changes,
@@ -58,6 +66,7 @@ def test_the_projects_matrix_is_whole(kind: str):
     assert shapes == own[kind]
     assert {pair.theirs.whose for pair in section.pairs()} == {"ai2-olmo", "transformers"}
     assert section.steps >= 20 and section.rounds >= 5
+    assert {cell.switch for cell in section.cells()} == {"none", *section.switches}
     if kind == "cuda":
         assert {cell.fp8 for cell in section.cells()} == {"none", "native", "torchao", "msamp"}
         assert all(section.train_config(cell).compile is None or cell.compile != "eager"
@@ -78,6 +87,7 @@ def test_a_cell_stands_once_and_a_typo_is_refused(tmp_path: Path):
         {"shape": ["big"]},
         {"precision": ["bf8"]},
         {"fp8": ["fastest"]},
+        {"switch": ["turbo"]},
         {"attention": ["flush"]},
         {"compile": ["yes"]},
         {"mb": [1]},
@@ -124,6 +134,7 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
     # Records are drawn anywhere, of whatever machine they are.
     for file in files:
         other = json.loads(file.read_text()) | {"device": "another machine"}
+        del other["cell"]["switch"]  # from before there were any
         file.rename(file.with_name(f"elsewhere.{file.name}"))
         file.with_name(f"elsewhere.{file.name}").write_text(json.dumps(other))
     bench(path, out, kind="cpu", draw_only=True)
@@ -135,6 +146,35 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
     assert frame["status"].to_list() == [row["status"] for row in rows]
     with pytest.raises(ValueError, match="expected records"):
         bench(path, tmp_path / "nowhere", kind="cpu", draw_only=True)
+
+
+@pytest.mark.slow
+def test_a_switch_is_a_cell_of_its_own(tmp_path: Path):
+    every = ["none", *SWITCHES]
+    path = matrix(
+        tmp_path,
+        {"precision": ["amp_bf16"], "switch": every},
+        {"precision": ["fp32"], "switch": ["masters"]},
+    )
+    section = load(path, "cpu")
+    learning_rates = {
+        section.train_config(cell).optimizer.learning_rate for cell in section.cells()
+    }
+    assert learning_rates == {4e-4}, "a switch changes what it names, and nothing beside it"
+    records, _ = runner.bench(path, tmp_path / "out", kind="cpu")
+    of = {(r["cell"]["switch"], r["cell"]["precision"]): r for r in records}
+    base = of["none", "amp_bf16"]
+    for switch in SWITCHES:
+        switched = of[switch, "amp_bf16"]
+        assert switched["first_loss"] == pytest.approx(base["first_loss"], rel=1e-2)
+        last = [record["last_loss"] for record in (switched, base)]
+        assert last[0] == pytest.approx(last[1], rel=1e-2) and last[0] != last[1], switch
+    refused = of["masters", "fp32"]
+    assert refused["status"] == "unavailable" and "amp_bf16" in refused["why"]
+    rows = list(csv.DictReader((tmp_path / "out/table.csv").open()))
+    assert [row["switch"] for row in rows] == [*every, "masters"]
+    text = (tmp_path / "out/table.md").read_text()
+    assert "| amp_bf16 | packed |" in text and "fp32, masters: unavailable" in text
 
 
 @pytest.mark.slow
