@@ -7,6 +7,10 @@ process: A B A B. CPU seconds of the process are compared, since wall time on a 
 another's business; quoted are the medians, and the median over rounds of the pairwise ratio. That
 both give the same ids is checked. Without its cache ours is timed too: every token is then a pass
 over all that is there. Of these passes one in --every is made, and counted as so many.
+
+What a token's matrix products take alone is timed beside it, by torch's `F.linear`, as transformers
+has them, and as ours has them: gigabytes of weights per CPU second. What is left of a token is
+overhead.
 """
 
 from __future__ import annotations
@@ -21,12 +25,14 @@ from datetime import date
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from olmo.checkpoint.huggingface import config_json, exported
 from olmo.config import ModelConfig
 from olmo.model import OLMo
+from olmo.model.product import linear
 
 SIZES = {
     "85m": {"d_model": 512, "n_heads": 8, "n_layers": 14},
@@ -60,6 +66,24 @@ def without_cache(model: OLMo, ids: Tensor, prompt: int, every: int) -> float:
             assert logits[0, -1].argmax() == ids[0, length], "another id than with the cache"
             passes += 1
     return (time.process_time() - began) / passes * (ids.shape[1] - prompt)
+
+
+def products(model: OLMo, rounds: int) -> dict[str, dict[str, float]]:
+    """CPU seconds and GB/s of the products of one token, with nothing between them."""
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    rows = [torch.randn(1, 1, weight.shape[1]) for weight in weights]
+    size = sum(weight.nbytes for weight in weights) / 1e9
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": F.linear, "ours": linear}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.no_grad():
+        for _ in range(8 * rounds):
+            for name, product in ways.items():
+                began = time.process_time()
+                for x, weight in zip(rows, weights, strict=True):
+                    product(x, weight)
+                seconds[name].append(time.process_time() - began)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: {"cpu_s": s, "gb_per_cpu_s": size / s} for name, s in medians.items()}
 
 
 def measured(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
@@ -105,7 +129,8 @@ def main() -> None:
         assert same, "other ids: one of them did other work"
     whole = without_cache(ours, found["ours"], given.prompt, given.every)
     pairs = zip(seconds["transformers"], seconds["ours"], strict=True)
-    cached = statistics.median(seconds["ours"])
+    ratios = [b / a for b, a in pairs]
+    cpu_s = {name: statistics.median(values) for name, values in seconds.items()}
     result = {
         "date": date.today().isoformat(),
         "machine": platform.machine(),
@@ -115,10 +140,13 @@ def main() -> None:
         "prompt": given.prompt,
         "tokens": given.tokens,
         "threads": given.threads,
-        "cpu_s": {name: statistics.median(values) for name, values in seconds.items()},
+        "cpu_s": cpu_s,
+        "cpu_s_a_token": {name: s / given.tokens for name, s in cpu_s.items()},
+        "products_of_a_token": products(ours, given.rounds),
         "cpu_s_without_cache": whole,
-        "times_as_fast_as_transformers": statistics.median(b / a for b, a in pairs),
-        "times_as_fast_as_without_cache": whole / cached,
+        "times_as_fast_as_transformers": statistics.median(ratios),
+        "of_the_rounds": [min(ratios), max(ratios)],
+        "times_as_fast_as_without_cache": whole / cpu_s["ours"],
     }
     print(json.dumps(result, indent=1))
 

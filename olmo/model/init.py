@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from olmo.config import InitFnType, ModelConfig
+from olmo.model.product import linear
 
 
 class Role(Enum):
@@ -126,6 +127,9 @@ class Linear(nn.Linear):
             super().reset_parameters()
         else:
             nn.Linear(self.in_features, self.out_features, self.bias is not None, device="cpu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):

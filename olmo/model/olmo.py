@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Dropout
 
@@ -27,6 +26,7 @@ from olmo.model.init import Embedding, Linear, Role, reset, unfilled
 from olmo.model.kernels import Choice, Mask, choose
 from olmo.model.loss import CrossEntropy, LossSums, losses
 from olmo.model.norm import LayerNormBase
+from olmo.model.product import linear
 from olmo.model.regroup import regrouped
 from olmo.model.rope import BufferCache, alibi_bias
 
@@ -242,7 +242,7 @@ class OLMo(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         weight, bias, scale = self._head()
-        logits = F.linear(x, weight, bias)
+        logits = linear(x, weight, bias)
         return logits if scale == 1.0 else logits * scale
 
     def _loss(self, x: Tensor, labels: Tensor, z_multiplier: float) -> LossSums:

@@ -27,7 +27,8 @@ class RotaryEmbedding(nn.Module):
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated as in GPT-NeoX.
 
     The tables are float32, (max_sequence_length, head size), computed on the CPU so that every
-    device rotates by the same numbers.
+    device rotates by the same numbers. The first half of the sines has its sign turned: it is what
+    the second half of a vector, negated, would be multiplied by, and the product is the same.
     """
 
     def __init__(self, config: ModelConfig, cache: BufferCache) -> None:
@@ -46,11 +47,12 @@ class RotaryEmbedding(nn.Module):
         angles = torch.arange(length, dtype=torch.float32, device="cpu")[:, None] * frequencies
         angles = torch.cat((angles, angles), dim=-1)  # (length, D)
         sin, cos = angles.sin().to(device), angles.cos().to(device)
+        sin[:, : self.head_size // 2].neg_()
         self.cache["rope_sin"], self.cache["rope_cos"] = sin, cos
         return sin, cos
 
     def tables(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """sin and cos of positions start..end-1, each (end - start, D)."""
+        """Signed sin, and cos, of positions start..end-1, each (end - start, D)."""
         sin, cos = self.cache.on(device, "rope_sin"), self.cache.on(device, "rope_cos")
         if sin is None or cos is None or sin.shape[0] < end:
             sin, cos = self._compute(max(end, self.length), device)
@@ -66,8 +68,7 @@ class RotaryEmbedding(nn.Module):
         wide = x.float() if self.full_precision else x
         sin, cos = sin.to(wide.dtype), cos.to(wide.dtype)
         first, second = wide.chunk(2, dim=-1)
-        rotated_half = torch.cat((-second, first), dim=-1)
-        return (wide * cos + rotated_half * sin).to(x.dtype)
+        return (wide * cos + torch.cat((second, first), dim=-1) * sin).to(x.dtype)
 
 
 def alibi_bias(

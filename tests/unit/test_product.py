@@ -1,0 +1,65 @@
+"""Products with weights: one row that is generated goes another way, and nothing else does."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from olmo.config import ModelConfig
+from olmo.model import OLMo, product
+from olmo.model.product import linear
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the weights that oneDNN is asked to multiply with."""
+    shapes: list[torch.Size] = []
+    by_onednn = product.by_onednn
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        shapes.append(weight.shape)
+        return by_onednn(x, weight, bias)
+
+    monkeypatch.setattr(product, "by_onednn", noted)
+    return shapes
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_row_is_the_product_that_torch_gives(biased: bool, asked: list[torch.Size]) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 1, 512), torch.randn(768, 512)
+    bias = torch.randn(768) if biased else None
+    with torch.no_grad():
+        found = linear(x, weight, bias)
+    torch.testing.assert_close(found, F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
+    assert asked == [weight.shape]
+
+
+def test_training_more_rows_narrow_weights_and_autocast_are_torchs(
+    asked: list[torch.Size],
+) -> None:
+    torch.manual_seed(0)
+    row, rows, weight = torch.randn(1, 1, 512), torch.randn(1, 3, 512), torch.randn(768, 512)
+    assert torch.equal(linear(row, weight), F.linear(row, weight))
+    with torch.no_grad():
+        assert torch.equal(linear(rows, weight), F.linear(rows, weight))
+        assert torch.equal(linear(row, weight[:9]), F.linear(row, weight[:9]))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert linear(row, weight).dtype == torch.bfloat16
+    assert asked == []
+
+
+def test_a_text_of_one_row_goes_on_as_full_passes_would(asked: list[torch.Size]) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        d_model=512, n_heads=8, n_layers=2, vocab_size=640, embedding_size=640, eos_token_id=0,
+        max_sequence_length=32, rope=True, weight_tying=False, include_bias=True, init_std=0.1,
+    )  # fmt: skip
+    model = OLMo(config).eval()
+    text = torch.tensor([[5, 9, 33, 7]])
+    found = model.generate(text, max_steps=12, min_steps=12).token_ids[0, 0].tolist()
+    assert asked.count(torch.Size([640, 512])) == 12  # the head, whose input is always one row
+    for id in found:
+        logits = model(text).logits[0, -1].detach()
+        logits[0] = -torch.inf
+        assert logits.argmax() == id
+        text = torch.cat((text, torch.tensor([[id]])), 1)
