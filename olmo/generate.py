@@ -44,6 +44,8 @@ def generate(
     """
     if temperature == 0 and not (top_k is top_p is seed is None):
         raise ValueError("--top-k, --top-p and --seed are for sampling: give a --temperature")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"expected a --seed of 64 bits, found {seed}")
     place = place_of(checkpoint)
     run = Run(place)
     words = tokenizer_of(place, run, tokenizer)

@@ -102,4 +102,6 @@ def steps_of(text: str) -> range:
     first, _, last = text.partition("..")
     if not (first.isdecimal() and (last or first).isdecimal()):
         raise ValueError(f"expected steps as 5 or 5..9, found {text!r}")
-    return range(int(first), int(last or first) + 1)
+    if not (steps := range(int(first), int(last or first) + 1)):
+        raise ValueError(f"expected steps from the earlier to the later, as 5..9, found {text!r}")
+    return steps

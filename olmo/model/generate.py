@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -95,7 +96,11 @@ def steps(
     config = model.config
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, found {max_steps}")
-    if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < (top_p or 1.0) <= 1:
+    if not (
+        0 <= temperature < math.inf  # nor NaN
+        and (top_k is None or top_k >= 1)
+        and (top_p is None or 0 < top_p <= 1)
+    ):
         raise ValueError(
             "expected temperature from 0 on, top_k from 1 on and top_p above 0 and up to 1, found "
             f"{temperature}, {top_k} and {top_p}"

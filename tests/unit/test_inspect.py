@@ -62,6 +62,8 @@ def test_what_does_not_fit_is_refused():
     assert steps_of("5..9") == range(5, 10) and steps_of("4") == range(4, 5)
     with pytest.raises(ValueError, match=r"expected steps as 5 or 5\.\.9"):
         steps_of("5-9")
+    with pytest.raises(ValueError, match=r"the earlier to the later, as 5\.\.9, found '9\.\.5'"):
+        steps_of("9..5")
 
 
 def test_reading_a_step_reads_only_that_part_of_the_order():
