@@ -5,7 +5,7 @@
 set -uo pipefail
 folder=$(realpath -m "${1:?usage: down.sh FOLDER}")
 export SLURM_CONF=$folder/slurm.conf
-if scontrol ping 2>/dev/null | grep -q " UP"; then
+if [ -s "$SLURM_CONF" ] && scontrol ping 2>/dev/null | grep -q " UP"; then
   scancel --user="$(id -un)"
   for _ in $(seq 100); do
     [ -z "$(squeue -h 2>/dev/null)" ] && break

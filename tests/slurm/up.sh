@@ -25,7 +25,9 @@ for program in $needed; do
 done
 [ "$(id -u)" = 0 ] || { echo "up.sh: slurmd starts jobs as other users, which needs root" >&2; exit 69; }
 
-if ! scontrol ping 2>/dev/null | grep -q " UP" && (: <"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then
+# Without its file scontrol asks the network's name server for one, which may take minutes.
+answers() { [ -s "$SLURM_CONF" ] && scontrol ping 2>/dev/null | grep -q " UP"; }
+if ! answers && (: <"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then
   echo "up.sh: port $PORT is taken, perhaps by another SLURM of this script; PORT=17000 up.sh …" >&2
   exit 1
 fi
@@ -146,7 +148,7 @@ CONF
   sacctmgr -i -Q add user "$(id -un)" account=lab >/dev/null || true
 fi
 
-scontrol ping 2>/dev/null | grep -q " UP" || slurmctld
+answers || slurmctld
 for ((node = 1; node <= NODES; node++)); do
   pgrep -F "$folder/run/slurmd-node$node.pid" >/dev/null 2>&1 || slurmd -N "node$node"
 done
