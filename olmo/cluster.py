@@ -38,6 +38,7 @@ def settings(defaults: dict[str, Any]) -> Any:
         for name, value in defaults.items():
             if isinstance(value, dict) and not isinstance(joined[name], DictConfig):
                 raise ValueError(f"{path}: {name}: expected {', '.join(value)}, each with settings")
+        check_jobs(joined, path)
         return joined
     except OmegaConfBaseException as error:
         raise ValueError(
@@ -46,9 +47,33 @@ def settings(defaults: dict[str, Any]) -> Any:
         ) from error
 
 
+def check_jobs(site: Any, path: Path) -> None:
+    """Whether `arrays` and `together` name stages that there are, each once.
+
+    Raises:
+        ValueError: they do not; snakemake would pass over it.
+    """
+    named = [*site.arrays, *(stage for stages in site.together for stage in stages)]
+    for stage in named:
+        if stage not in site.stages:
+            raise ValueError(f"{path}: expected one of {', '.join(site.stages)}, found {stage}")
+        if named.count(stage) > 1:
+            raise ValueError(f"{path}: {stage} is named twice in `arrays` and `together`")
+
+
 def growing(first: int, most: int) -> str:
     """A resource that grows with each attempt, in the words that snakemake evaluates."""
     return f"min(attempt * {first}, {most})"
+
+
+def stages_of_a_job(site: Any, stage: str) -> int:
+    """How many stages share the job of this one, and so its minutes."""
+    return next((len(stages) for stages in site.together if stage in stages), 1)
+
+
+def warned(seconds: int) -> str:
+    """How sbatch is asked to send SIGUSR1 so long before a time limit; 0: not at all."""
+    return f"--signal=USR1@{seconds}" if seconds else ""
 
 
 def mend_sacct() -> None:

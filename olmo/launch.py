@@ -5,6 +5,7 @@ How many nodes and processes there are is no part of what is trained. It stands 
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from olmo.process import MARKER, STOP, Paused, describe_exit, supervised
+from olmo.process import FINISHED, MARKER, SEGMENTS, STOP, Paused, describe_exit, supervised
 
 # Set for the ranks: the launcher above reads the marker, and torchrun is to see no failure in a
 # pause, or it would start them again.
@@ -63,12 +64,13 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
     second one ends it at once.
 
     Raises:
-        Paused: it was asked to stop, by a signal or its time limit, and has saved.
+        Paused: it was asked to stop, by a signal or its time limit, and has saved. Before a SLURM
+            job's time is up the job is in the queue again by then.
         ChildProcessError: it ended before its end; the same command carries on.
         ValueError: more nodes were asked for than there are.
     """
     folder = config.parent
-    for name in (STOP, MARKER):
+    for name in (STOP, MARKER, FINISHED):
         (folder / name).unlink(missing_ok=True)
     command = [*launcher(geometry, config), "-m", "olmo.train", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 1), LAUNCHED: "1"}
@@ -78,11 +80,13 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
     ):
         status = process.wait()
     if (folder / MARKER).exists():
+        wait_in_the_queue_again(folder)
         raise Paused(
             f"training paused: {(folder / MARKER).read_text().strip()}. Its checkpoints are in "
             f"{folder}: the same command carries on"
         )
-    if status:
+    # Of nodes that were lost meanwhile srun tells at the end, when the others have finished.
+    if status and not (geometry.fewest < geometry.nodes and (folder / FINISHED).exists()):
         raise ChildProcessError(
             f"training ended early ({describe_exit(status)}); what the trainer said stands above. "
             f"Its checkpoints are in {folder}: the same command carries on from the last"
@@ -114,6 +118,25 @@ def asking_it_to_stop(request: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def wait_in_the_queue_again(folder: Path) -> None:
+    """Have SLURM put this job back, of which a time limit is near: a pause, and no failed attempt.
+
+    A job that made no step would do so for ever; it fails, and is submitted again with more time.
+    SIGTERM is left alone: who cancels a job does not want it back, who preempts it puts it back.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    told = re.match(r"at step (\d+) by SIGUSR1", (folder / MARKER).read_text())
+    if job is None or told is None:
+        return
+    begun = json.loads((folder / SEGMENTS).read_text().splitlines()[-1])
+    if int(told[1]) <= begun["after"]:
+        return
+    try:
+        scontrol("requeue", job)
+    except ValueError as refused:  # the cluster does not; the job fails, and is submitted again
+        print(f"olmo train: {refused}", file=sys.stderr)
+
+
 def launcher(geometry: Geometry, config: Path) -> list[str]:
     """The command line up to the module that the processes run."""
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
@@ -121,9 +144,9 @@ def launcher(geometry: Geometry, config: Path) -> list[str]:
     torchrun += ["--max-restarts", str(geometry.max_restarts)]
     # SIGUSR1 may be sent to every process of a job: the ranks heed it, torchrun would die of it.
     unmoved = ["sh", "-c", 'trap "" USR1; exec "$@"', "sh"]
-    if geometry.nodes == 1:
+    count, first = allocation(geometry) if geometry.nodes > 1 else (1, "")
+    if count == 1:
         return [*unmoved, *torchrun, "--standalone"]
-    count, first = allocation(geometry)
     job = os.environ["SLURM_JOB_ID"]
     # One number for all nodes, another for each job and run: two jobs may share a node.
     port = 20_000 + zlib.crc32(f"{job} {config}".encode()) % 10_000

@@ -290,17 +290,20 @@ class Plan:
             words += ["--max-restarts", geometry.max_restarts]
         return shlex.join(map(str, words))
 
-    def place(self, run: str, what: str) -> int | str | None:
+    def place(self, run: str, what: str, attempt: int = 1) -> int | str | None:
         """What a scheduler is asked for, as snakemake's resource `what`; None leaves it out.
+
+        A further attempt asks for as few nodes as the run may go on with: the others may be gone.
 
         One task a node: srun starts a torchrun on each, and that the processes. A single node
         needs no srun, and `mpi` is what tells the SLURM executor to leave that to us.
         """
         geometry, gpus = self.run(run).geometry, self.run(run).gpus_per_node
-        many = geometry.nodes > 1
+        nodes = geometry.nodes if attempt == 1 else geometry.fewest
+        many = nodes > 1
         asked: dict[str, int | str | None] = {
-            "nodes": geometry.nodes if many else None,
-            "tasks": geometry.nodes if many else None,
+            "nodes": nodes if many else None,
+            "tasks": nodes if many else None,
             "mpi": "srun" if many else None,
             "gres": f"{self.pipeline.gpu}:{gpus}" if gpus else None,
             "tasks_per_gpu": 0 if gpus else None,  # else the executor starts a task for each

@@ -32,9 +32,9 @@ rule train:
     threads: workflow.cores
     resources:  # not params: another number of nodes is no reason to train again
         geometry=lambda w: plan.geometry_flags(w.run),
-        nodes=lambda w: plan.place(w.run, "nodes"),
-        tasks=lambda w: plan.place(w.run, "tasks"),
-        mpi=lambda w: plan.place(w.run, "mpi"),
+        nodes=lambda w, attempt: plan.place(w.run, "nodes", attempt),
+        tasks=lambda w, attempt: plan.place(w.run, "tasks", attempt),
+        mpi=lambda w, attempt: plan.place(w.run, "mpi", attempt),
         gres=lambda w: plan.place(w.run, "gres"),
         tasks_per_gpu=lambda w: plan.place(w.run, "tasks_per_gpu"),
     params:

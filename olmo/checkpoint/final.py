@@ -17,8 +17,7 @@ from torch import Tensor
 from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load
 from olmo.config import to_yaml
-
-FINISHED = "finished.json"  # in the save folder of a run that came to its end
+from olmo.process import FINISHED
 
 
 def export(save_folder: str | Path, out: str | Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from olmo.checkpoint import layout
-from olmo.checkpoint.final import FINISHED
 from olmo.checkpoint.read import put_state, put_weights
 from olmo.config import SchedulerUnits, TrainConfig
 from olmo.data.batches import TrainLoader, build_train_dataloader
@@ -29,7 +28,7 @@ from olmo.model import OLMo
 from olmo.precision import msamp
 from olmo.precision.backends import Backend as EightBits
 from olmo.precision.backends import prepare
-from olmo.process import MARKER
+from olmo.process import FINISHED, MARKER
 from olmo.train.clip import Optimizer
 from olmo.train.masters import Masters
 from olmo.train.meters import SpeedMeter, device_flops, memory_metrics

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from olmo.process import SEGMENTS
 from olmo.train.parallel import World
 
-SEGMENTS = "segments.jsonl"
 DECIDES_BITS = ("processes", "nodes", "device", "threads", "torch")
 
 

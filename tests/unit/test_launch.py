@@ -14,8 +14,14 @@ from typing import Any
 import pytest
 from small_run import given, metrics, until
 
-from olmo.launch import Geometry, asking_it_to_stop, launch, launcher
-from olmo.process import Paused
+from olmo.launch import (
+    Geometry,
+    asking_it_to_stop,
+    launch,
+    launcher,
+    wait_in_the_queue_again,
+)
+from olmo.process import MARKER, SEGMENTS, Paused
 from olmo.recipe import Run
 from olmo.train.segments import conditions, segments
 
@@ -102,7 +108,8 @@ def test_elastic(allocation: Path, monkeypatch: Any) -> None:
     words = launcher(geometry, Path("run/given.yaml"))
     assert {"--nodes=2", "--nnodes=1:2", "--no-kill", "--kill-on-bad-exit=0"} <= set(words)
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
-    assert "--nnodes=1:1" in launcher(geometry, Path("run/given.yaml"))
+    words = launcher(geometry, Path("run/given.yaml"))
+    assert "srun" not in words and words[-1] == "--standalone", "one node is left"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +179,19 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
+def test_a_node_that_was_lost_fails_no_run_that_came_to_its_end(
+    tmp_path: Path, allocation: Path
+) -> None:
+    """At the end srun tells of it by its status; with min_nodes that was allowed for."""
+    (allocation / "srun").write_text(SRUN.replace("exit $status", "exit 137"))
+    config = given(tmp_path, max_duration=2, evaluators=[])
+    with pytest.raises(ChildProcessError, match="training ended early"):
+        launch(config, Geometry(nodes=2), threads=1)
+    launch(config, Geometry(nodes=2, min_nodes=1), threads=1)
+    assert metrics(config.parent)[-1]["step"] == 2
+
+
 LAUNCH = (
     "import sys; from pathlib import Path; from olmo.cli import main; import olmo.run as r;"
     "from olmo.launch import Geometry, launch;"
@@ -214,3 +234,35 @@ def test_a_pause_by_the_time_limit_is_no_failure(tmp_path: Path) -> None:
         launch(config, Geometry(2, max_restarts=3), threads=2)
     (segment,) = segments(config.parent)
     assert (segment["restart"], segment["threads"]) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "why, after, asked",
+    [
+        ("SIGUSR1", 0, True),
+        ("SIGTERM", 0, False),  # it was cancelled
+        ("the time limit", 0, False),  # its own, not the scheduler's
+        ("SIGUSR1", 5, False),  # it has made no step
+    ],
+)
+def test_before_its_time_is_up_a_job_waits_again(
+    tmp_path: Path, allocation: Path, monkeypatch: Any, why: str, after: int, asked: bool
+) -> None:
+    (allocation / "scontrol").write_text(f'#!/bin/sh\necho "$@" >{tmp_path / "asked"}\n')
+    (tmp_path / MARKER).write_text(f"at step 5 by {why}, saved to {tmp_path}/step5\n")
+    (tmp_path / SEGMENTS).write_text(f'{{"after": 0}}\n{{"after": {after}}}\n')
+    wait_in_the_queue_again(tmp_path)
+    job = os.environ["SLURM_JOB_ID"]
+    said = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+    assert said == f"requeue {job}\n" * asked
+    monkeypatch.delenv("SLURM_JOB_ID")
+    (tmp_path / "asked").unlink(missing_ok=True)
+    wait_in_the_queue_again(tmp_path)
+    assert not (tmp_path / "asked").exists(), "no job, no queue"
+
+
+def test_a_cluster_that_puts_no_job_back(tmp_path: Path, allocation: Path, capsys: Any) -> None:
+    (tmp_path / MARKER).write_text("at step 5 by SIGUSR1, saved to step5\n")
+    (tmp_path / SEGMENTS).write_text('{"after": 0}\n')
+    wait_in_the_queue_again(tmp_path)
+    assert "requeue" in capsys.readouterr().err
