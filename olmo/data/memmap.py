@@ -236,7 +236,10 @@ def build_memmap_dataset(
         paths = [path for _, path in labelled]
         metadata = [{"label": label} for label, _ in labelled]
     else:
-        raise ValueError("One of DataConfig.paths or DataConfig.datasets is required")
+        raise ValueError(
+            "data.paths: expected token files, or data.datasets with some, found neither; name them "
+            "(--data.paths=[tokens.npy]), or train by the pipeline, which fills them in"
+        )
     return MemMapDataset(
         *paths,
         chunk_size=train_config.model.max_sequence_length,
