@@ -227,7 +227,7 @@ def build_memmap_dataset(
     """
     metadata: list[dict[str, Any]]
     if data_config.paths and data_config.datasets:
-        raise ValueError("DataConfig.paths is mutually exclusive with DataConfig.datasets")
+        raise ValueError("data.paths and data.datasets: expected one of them, found both")
     if data_config.paths:
         paths = data_config.paths
         metadata = [{"path": path} for path in paths]
@@ -237,8 +237,8 @@ def build_memmap_dataset(
         metadata = [{"label": label} for label, _ in labelled]
     else:
         raise ValueError(
-            "data.paths: expected token files, or data.datasets with some, found neither; name them "
-            "(--data.paths=[tokens.npy]), or train by the pipeline, which fills them in"
+            "data.paths: expected token files, or data.datasets with some, found neither; name "
+            "them (--data.paths=[tokens.npy]), or train by the pipeline, which fills them in"
         )
     return MemMapDataset(
         *paths,

@@ -208,6 +208,7 @@ def test_several_gzip_members_are_one_file(run, tmp_path):
     assert run(source)[0]["documents"] == 5001
 
 
+@pytest.mark.slow
 def test_the_standard_library_as_a_source_is_the_same_whoever_asks(run, tmp_path):
     facts = stdlib.build(folder=tmp_path / "here", shards=3)
     subprocess.run(

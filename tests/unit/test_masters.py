@@ -24,6 +24,7 @@ def run(folder: Path, name: str, **changes: Any) -> list[float]:
     return [row["train/CrossEntropyLoss"] for row in rows if "train/CrossEntropyLoss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fp8", [None, {"backend": "native"}], ids=["", "fp8"])
 def test_the_same_curve(tmp_path: Path, fp8: dict | None):
     plain = run(tmp_path, "plain", max_duration=200, fp8=fp8)

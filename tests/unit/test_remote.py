@@ -187,6 +187,7 @@ def s3() -> Iterator[str]:
         yield "s3://lab/store"
 
 
+@pytest.mark.slow
 def test_to_and_from_a_bucket(ours, theirs, s3):
     assert push(ours.store, Remote(s3), inputs=True).objects == 3
     assert push(ours.store, Remote(s3)).there == 3

@@ -121,8 +121,11 @@ def test_paths_or_datasets(tmp_path: Path) -> None:
     by_label = {"z": [str(tmp_path / "a")], "c": [str(tmp_path / "b")]}
     data = build_memmap_dataset(cfg, DataConfig(datasets=by_label))
     assert [x["metadata"] for x in data] == [{"label": "c"}, {"label": "z"}]
-    for wrong in (DataConfig(), DataConfig(paths=["x"], datasets=by_label)):
-        with pytest.raises(ValueError, match=r"DataConfig\.paths"):
+    for wrong, said in (
+        (DataConfig(), r"found neither; name them \(--data\.paths=\[tokens\.npy\]\)"),
+        (DataConfig(paths=["x"], datasets=by_label), "expected one of them, found both"),
+    ):
+        with pytest.raises(ValueError, match=said):
             build_memmap_dataset(cfg, wrong)
 
 
