@@ -213,14 +213,18 @@ def test_asked_to_stop_it_saves_and_says_so(tmp_path: Path, number: signal.Signa
         text=True,
     )
     rows = config.parent / "metrics.jsonl"
-    until(lambda: rows.exists() and len(rows.read_text().splitlines()) > 10)
-    process.send_signal(number)
-    said = process.communicate(timeout=120)[1]
+    try:
+        until(lambda: rows.exists() and len(rows.read_text().splitlines()) > 10)
+        process.send_signal(number)
+        said = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()  # its ranks end with it, also where it did not heed the signal
     assert process.returncode == 75, said
     step = int(metrics(config.parent)[-1]["step"])
     assert f"olmo train: training paused: at step {step} by {number.name}, saved to" in said
     assert "Traceback" not in said
     again = given(tmp_path, max_duration=step + 3, evaluators=[])
+    (config.parent / "stop").write_text("SIGTERM")  # of an attempt that died before it looked
     launch(again, Geometry(2), threads=1)
     assert metrics(config.parent)[-1]["step"] == step + 3
     assert [s["after"] for s in segments(config.parent)] == [0, step]

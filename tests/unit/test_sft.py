@@ -327,6 +327,7 @@ def h(): pass
 '''
 
 
+@pytest.mark.slow
 def test_documentation_becomes_questions_and_answers(tmp_path: Path):
     found = list(conversations_of(Path("pack/mod.py"), MODULE))
     assert [talk["id"] for talk in found] == [

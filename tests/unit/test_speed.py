@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from small_run import command
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_compiled_does_not_import_the_compiler(tmp_path: Path) -> None:
     """torch imports its own for a decorator, a switch or a custom operator: seconds of it."""
     code = (

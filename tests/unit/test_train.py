@@ -362,9 +362,8 @@ def test_a_data_set_of_ones_own(tmp_path: Path) -> None:
         run(tmp_path, data=data, save_overwrite=True)
 
 
-@pytest.mark.parametrize(
-    "compiler", [None, pytest.param({"backend": "eager"}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", [None, {"backend": "eager"}])
 def test_what_modules_were_given_and_gave(tmp_path: Path, compiler: dict[str, str] | None) -> None:
     steps = {"module_outputs_save_steps": [2], "compile": compiler}
     run(tmp_path, max_duration=3, evaluators=[], save_interval_unsharded=1, **steps)
