@@ -119,9 +119,9 @@ def losses(
     if scale != 1.0:
         logits = logits * scale
     ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    z = zero
-    if z_multiplier:
-        z = z_multiplier * (logits.logsumexp(-1).square() * (labels != IGNORE)).sum()
+    if not z_multiplier:
+        return LossSums(ce, ce.detach(), zero)
+    z = z_multiplier * (logits.logsumexp(-1).square() * (labels != IGNORE)).sum()
     return LossSums(ce + z, ce.detach(), z.detach())
 
 

@@ -131,11 +131,17 @@ def test_no_tensor_holds_all_logits() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("z", [0.0, 0.01])
-def test_compiled_is_the_same(z: float) -> None:
+@pytest.mark.parametrize(
+    ("by", "z"),
+    [("chunked", 0.0), ("chunked", 0.01), ("plain", 0.0), ("plain", 0.01), ("torch", 0)],
+)
+def test_compiled_is_the_same(by: str, z: float) -> None:
+    if reason := why_not(TrainConfig(cross_entropy=CrossEntropy(by))):
+        pytest.skip(reason)
     torch.manual_seed(0)
     model = OLMo(ModelConfig(**TINY | {"weight_tying": True}))
     model.use_attention()
+    model.cross_entropy = CrossEntropy(by)
     ids = torch.randint(0, 100, (3, 9))
     loss = model(ids, labels=ids, z_multiplier=z).loss
     loss.total.backward()
