@@ -16,8 +16,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
+
+if TYPE_CHECKING:
+    from olmo.inspect.run import Run
 
 REPOSITORY = Path(__file__).parent.parent
 MARK = "OLMO_TEST_RUN"  # in the environment of every process of a run, so that it can be found
@@ -245,6 +249,25 @@ def read_source(path: Path) -> list[dict]:
 
 
 # --- processes of a run ---------------------------------------------------------------------
+
+
+def when_seen(run: "Run") -> dict[tuple[str, int], set[tuple[int, int, int]]]:
+    """For each document that a run saw, by source and line: (step, position, index) each time.
+
+    Found by going through all steps, which `olmo seen` does the other way round.
+    """
+    from olmo.inspect.documents import shards
+    from olmo.stage import here
+
+    known = shards(here())
+    saw: dict[tuple[str, int], set[tuple[int, int, int]]] = {}
+    for step in range(1, (run.steps or 0) + 1):
+        for instance in run.instances(step):
+            shard = known[Path(instance.path).name]
+            for document in shard.documents(instance.start, instance.start + run.length):
+                times = saw.setdefault((document.source, document.line), set())
+                times.add((step, instance.position, instance.index))
+    return saw
 
 
 def processes(mark: str) -> dict[int, str]:

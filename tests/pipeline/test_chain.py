@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from project import Project, read_source, write_source
+from project import Project, read_source, when_seen, write_source
 
 NOTHING = "Nothing to be done"
 
@@ -193,21 +193,14 @@ def test_what_was_pushed_and_pulled_is_not_made_again(finished: Project, tmp_pat
 
 def test_inspect_and_seen_are_inverse(finished: Project, monkeypatch: pytest.MonkeyPatch):
     from olmo.inspect.commands import sightings
-    from olmo.inspect.documents import shards
     from olmo.inspect.run import Run
     from olmo.stage import here
 
     finished.run()
     monkeypatch.chdir(finished.root)
     monkeypatch.setenv("OLMO_STORE", str(finished.store))
-    run, known = Run("small"), shards(here())
-    saw: dict[tuple[str, int], set[tuple[int, int, int]]] = {}
-    for step in range(1, (run.steps or 0) + 1):
-        for instance in run.instances(step):
-            shard = known[Path(instance.path).name]
-            for document in shard.documents(instance.start, instance.start + run.length):
-                times = saw.setdefault((document.source, document.line), set())
-                times.add((step, instance.position, instance.index))
+    run = Run("small")
+    saw = when_seen(run)
     assert len(saw) > 100
     for source in ("part-0", "part-1", "part-2"):
         digest = here().digest(finished.root / f"data/small/sources/{source}.json.gz")

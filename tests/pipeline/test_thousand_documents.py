@@ -4,10 +4,9 @@ import random
 from pathlib import Path
 
 import pytest
-from project import Project, documents, write_source
+from project import Project, documents, when_seen, write_source
 
 from olmo.inspect.commands import sightings
-from olmo.inspect.documents import shards
 from olmo.inspect.run import Run
 from olmo.stage import here
 
@@ -25,14 +24,8 @@ def test_inspect_and_seen_are_inverse_on_a_thousand_random_documents(
     monkeypatch.chdir(project.root)
     monkeypatch.setenv("OLMO_STORE", str(project.store))
 
-    run, known = Run("small"), shards(here())
-    saw: dict[tuple[str, int], set[tuple[int, int, int]]] = {}
-    for step in range(1, (run.steps or 0) + 1):
-        for instance in run.instances(step):
-            shard = known[Path(instance.path).name]
-            for document in shard.documents(instance.start, instance.start + run.length):
-                times = saw.setdefault((document.source, document.line), set())
-                times.add((step, instance.position, instance.index))
+    run = Run("small")
+    saw = when_seen(run)
 
     everything = {}
     for source in ("part-0", "part-1", "part-2"):
