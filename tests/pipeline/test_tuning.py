@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from project import Project
+from servers import web_server
 
 FINAL = "checkpoints/tuned/final"
 QUESTIONS = 60
@@ -87,6 +88,14 @@ def test_the_same_weights_by_another_way_are_the_same_run(tuned: Project):
     assert record(tuned)["content"] == before
     config = (tuned.root / FINAL / "config.yaml").read_text()
     assert re.search(r"^load_path: .*/objects/", config, re.M) and str(tuned.root) not in config
+    with web_server(tuned.root / "checkpoints") as url:
+        start_from(tuned, f"{url}/small/final")
+        found = tuned.run(FINAL)
+        assert found.ran == {"fetched_checkpoint": 1}, found.output
+        start_from(tuned, f"{url}/nobody/final")
+        refused = tuned.run(FINAL, ok=False)
+    assert refused.status and f"{url}/nobody/final" in refused.output, refused.output
+    assert record(tuned)["content"] == before
 
 
 def test_what_is_tuned_can_be_looked_into_and_replayed(tuned: Project):
