@@ -8,11 +8,7 @@
 # Each rule names inputs, parameters, resources and the log, and calls one `olmo` command. What a
 # command makes is in the store (config: store) under its content; the paths here are links to it.
 
-import os
 import re
-import signal
-import sys
-from pathlib import Path
 
 from snakemake.utils import min_version
 
@@ -21,7 +17,7 @@ min_version("9.27")
 from olmo.cluster import mend_sacct
 from olmo.damage import Damage
 from olmo.pipeline import Plan
-from olmo.workspace import alone, failures, next_steps
+from olmo.workspace import alone, failures, next_steps, surround_jobs
 
 
 configfile: "config/config.yaml"
@@ -30,14 +26,9 @@ configfile: "config/config.yaml"
 plan = Plan(config)
 # A job on another machine reads this file again; it runs one rule and judges nothing.
 damage = Damage(plan, dry_run=lambda: workflow.dryrun, judges=workflow.is_main_process)
-
-# A scheduler's warning that a job's time is up soon is for what the job runs.
-signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-os.environ["OLMO_STORE"] = plan.store
-os.environ["OLMO_SUPERVISOR"] = str(os.getpid())  # what a job starts ends with this process
+surround_jobs(plan.store)
 if workflow.is_main_process:
     mend_sacct()
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 wildcard_constraints:

@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -45,6 +46,15 @@ def alone(folder: Path = Path(".snakemake")) -> None:
 
     _held.enter_context(lease(folder / "leases", "running", look, refuse))
     atexit.register(_held.close)
+
+
+def surround_jobs(store: str) -> None:
+    """What the jobs of this snakemake inherit."""
+    # A scheduler's warning that a job's time is up soon is for what the job runs.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    os.environ["OLMO_STORE"] = store
+    os.environ["OLMO_SUPERVISOR"] = str(os.getpid())  # what a job starts ends with this process
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def next_steps(plan: Plan) -> str:
