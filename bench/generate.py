@@ -2,7 +2,8 @@
 
     python bench/generate.py [--size 85m|6m] [--prompt 16] [--tokens 256] [--rounds 5] [--threads 1]
 
-The model is random, what a token costs does not depend on its weights. Sides take turns in one
+The model is random, what a token costs does not depend on its weights. Ours is made ready as `olmo
+generate` does it. Sides take turns in one
 process: A B A B. CPU seconds of the process are compared, since wall time on a shared machine is
 another's business; quoted are the medians, and the median over rounds of the pairwise ratio. That
 both give the same ids is checked. Without its cache ours is timed too: every token is then a pass
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from olmo.checkpoint.huggingface import config_json, exported
 from olmo.config import ModelConfig
 from olmo.model import OLMo
-from olmo.model.product import linear
+from olmo.model.product import by_columns, linear
 
 SIZES = {
     "85m": {"d_model": 512, "n_heads": 8, "n_layers": 14},
@@ -53,6 +54,8 @@ def models(size: str) -> tuple[OLMo, Any]:
     settings = transformers.OlmoConfig(**config_json(config))
     theirs = transformers.OlmoForCausalLM(settings).eval()
     theirs.load_state_dict(exported(ours.state_dict(), config), strict=True)
+    ours.use_attention()
+    by_columns(ours)
     theirs.generation_config.eos_token_id = None  # the same number of tokens, whatever they are
     return ours, theirs
 
@@ -72,14 +75,18 @@ def products(model: OLMo, rounds: int) -> dict[str, dict[str, float]]:
     """CPU seconds and GB/s of the products of one token, with nothing between them."""
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     rows = [torch.randn(1, 1, weight.shape[1]) for weight in weights]
+    theirs = [weight.contiguous() for weight in weights]  # by rows
     size = sum(weight.nbytes for weight in weights) / 1e9
-    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": F.linear, "ours": linear}
+    ways: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[Tensor]]] = {
+        "torch": (F.linear, theirs),
+        "ours": (linear, weights),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad():
         for _ in range(8 * rounds):
-            for name, product in ways.items():
+            for name, (product, laid) in ways.items():
                 began = time.process_time()
-                for x, weight in zip(rows, weights, strict=True):
+                for x, weight in zip(rows, laid, strict=True):
                     product(x, weight)
                 seconds[name].append(time.process_time() - began)
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -14,6 +14,7 @@ from olmo.inspect.documents import shards
 from olmo.inspect.run import Run
 from olmo.log import warn
 from olmo.model.generate import steps
+from olmo.model.product import by_columns
 from olmo.stage import here
 from olmo.tokenizer import Tokenizer
 
@@ -67,6 +68,8 @@ def generate(
         generator.manual_seed(seed)
         print(f"seed: {seed}", file=sys.stderr)
     model = load_model(place)
+    model.use_attention()
+    by_columns(model)
     found = continued(
         model, ids, max_steps=tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         generator=generator,

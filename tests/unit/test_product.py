@@ -1,12 +1,14 @@
 """Products with weights: one row that is generated goes another way, and nothing else does."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from olmo.config import ModelConfig
 from olmo.model import OLMo, product
-from olmo.model.product import linear
+from olmo.model.product import by_columns, linear
 
 
 @pytest.fixture
@@ -48,7 +50,10 @@ def test_training_more_rows_narrow_weights_and_autocast_are_torchs(
     assert asked == []
 
 
-def test_a_text_of_one_row_goes_on_as_full_passes_would(asked: list[torch.Size]) -> None:
+@pytest.mark.parametrize("columns", [False, True])
+def test_a_text_of_one_row_goes_on_as_full_passes_would(
+    columns: bool, asked: list[torch.Size]
+) -> None:
     torch.manual_seed(0)
     config = ModelConfig(
         d_model=512, n_heads=8, n_layers=2, vocab_size=640, embedding_size=640, eos_token_id=0,
@@ -56,8 +61,15 @@ def test_a_text_of_one_row_goes_on_as_full_passes_would(asked: list[torch.Size])
     )  # fmt: skip
     model = OLMo(config).eval()
     text = torch.tensor([[5, 9, 33, 7]])
-    found = model.generate(text, max_steps=12, min_steps=12).token_ids[0, 0].tolist()
-    assert asked.count(torch.Size([640, 512])) == 12  # the head, whose input is always one row
+    made = copy.deepcopy(model)
+    if columns:
+        by_columns(made)
+        before = model.state_dict()
+        assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+    found = made.generate(text, max_steps=12, min_steps=12).token_ids[0, 0].tolist()
+    head, out = torch.Size([640, 512]), torch.Size([512, 512])
+    assert asked.count(head) == (0 if columns else 12)  # its input is always one row
+    assert asked.count(out) == 2 * 11, "what does not widen lies by rows"
     for id in found:
         logits = model(text).logits[0, -1].detach()
         logits[0] = -torch.inf
