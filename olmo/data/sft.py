@@ -162,6 +162,11 @@ def instances(
             f"{name} stands in {count} messages and became that special token there; OLMo's "
             "preparation does the same"
         )
+    if found and not filled:
+        log.warn(
+            f"all {len(found)} conversations of {documents} are left out: none has an answer "
+            f"(role {ANSWERS}) within sequence_length={sequence_length} tokens"
+        )
     used, drops = made.filter(polars.col("reason").is_null()), made["reason"].value_counts()
     return {
         "conversations": made.height,

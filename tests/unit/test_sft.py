@@ -169,6 +169,14 @@ def test_what_is_too_long_is_cut_and_without_a_label_left_out(make, encode):
     assert ranges == [(0, 0), (0, 48), (48, 48)]
 
 
+def test_where_nothing_is_left_it_says_so(make, capfd):
+    made = make(talk("only a question"), talk("and another"))
+    assert made.facts["examples"] == 0 and len(made.ids) == 0
+    assert "all 2 conversations" in (said := capfd.readouterr().err) and "assistant" in said
+    make(talk("only a question"), talk("What is 1?", "It is 1."))
+    assert "left out" not in capfd.readouterr().err
+
+
 def test_packed_holds_the_same_examples_one_after_the_other(make):
     talks = [talk(f"What is {i}?", "It is " * (i % 5) + "it.", id=str(i)) for i in range(30)]
     plain, packed = (make(*talks, sequence_length=192, packed=p) for p in (False, True))
