@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from project import TRAIN, Project
+from project import Project
 from slurm.cluster import Cluster, ClusterProject
 
 ORDER = "checkpoints/small/global_indices.npy"
+LONG = {"max_duration": 200, "save_interval_unsharded": 20}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -68,7 +69,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Project:
     It trains for long enough that something can happen to it meanwhile.
     """
     project = Project(tmp_path_factory.mktemp("local") / "project")
-    project.change("config/train/small.yaml", max_duration=200, save_interval_unsharded=20)
+    project.change("config/train/small.yaml", **LONG)
     project.run(ORDER, timeout=900)
     trained = project.copy(project.root.parent / "trained")
     trained.run(timeout=900)
@@ -77,10 +78,9 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="session")
 def by_two(local: Project) -> Project:
-    """The same on its data, for a few steps only, by two processes of this machine."""
+    """The same by two processes of this machine."""
     folder = local.root.parent
     project = Project(folder / "project").copy(folder / "by-two")
-    project.write("config/train/small.yaml", TRAIN)
     project.change("config/config.yaml", runs__small__processes=2)
     project.run(timeout=900)
     return project
@@ -97,3 +97,10 @@ def prepared(tmp_path: Path, local: Project, without_accounting: Cluster) -> Clu
     """The project of `local`, with its data made and nothing trained yet."""
     shutil.copytree(local.root.parent / "project", tmp_path / "project", symlinks=True)
     return ClusterProject(tmp_path / "project", without_accounting)
+
+
+@pytest.fixture
+def accounted(tmp_path: Path, local: Project, with_accounting: Cluster) -> ClusterProject:
+    """`prepared`, where sacct says what became of a job."""
+    shutil.copytree(local.root.parent / "project", tmp_path / "project", symlinks=True)
+    return ClusterProject(tmp_path / "project", with_accounting)

@@ -40,6 +40,29 @@ def test_without_a_site_nothing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert filled["slurm-status-command"] == "sacct"
 
 
+def test_stages_that_share_a_job_share_its_minutes(site: Path):
+    site.write_text("{together: [[sources, documents]], most_minutes: 300}")
+    filled = profile()
+    assert filled["groups"] == dict.fromkeys(["sources", "documents"], "sources-documents")
+    assert filled["set-resources"]["sources"]["runtime"] == "min(attempt * 240, 150)"
+    assert filled["set-resources"]["order"]["runtime"] == "min(attempt * 60, 300)"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("arrays: [token]", "found token"),
+        ("together: [[sources, document]]", "found document"),
+        ("{arrays: [sources], together: [[sources, documents]]}", "named twice"),
+    ],
+)
+def test_a_job_of_stages_that_there_are_not(site: Path, text: str, words: str):
+    site.write_text(text)
+    with pytest.raises(Exception, match=words) as raised:
+        profile()
+    assert str(site) in str(raised.value)
+
+
 def test_each_stage_of_the_profile_is_a_rule():
     rules = (PROFILE.parents[2] / "rules").glob("*.smk")
     text = "".join(path.read_text() for path in rules)
