@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ SITE = """\
 gpu: null
 accounting: false
 most_memory_mb: 4000
+together: [[sources, documents, tokenizer, tokens, order]]
 stages: {train: {cpus: 2}, tokenizer: {cpus: 2}}
 """
 
@@ -37,26 +39,25 @@ def main() -> None:
     parser.add_argument("--target", default="checkpoints/olmo-tiny/final")
     parser.add_argument("--site", type=Path, help="settings of a cluster that there is")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so take SLURM down
     with tempfile.TemporaryDirectory() as folder, cluster(Path(folder), args.site) as environment:
         print(
             f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
-        here, local, _ = run(Path(folder) / "local", ["--cores", "2", args.target], {})
+        # As many files in a job as profiles/slurm has, so that the same jobs are compared.
+        here_words = ["--cores", "2", args.target, "--config", "shards_per_job=64"]
+        here, local = run(Path(folder) / "local", here_words, {})
         words = ["--workflow-profile", "profiles/slurm", args.target]
-        there, rules, jobs = run(Path(folder) / "cluster", words, environment)
+        there, jobs = run(Path(folder) / "cluster", words, environment)
         print(f"here {here:.0f} s, through SLURM {there:.0f} s: {there - here:.0f} s more")
-        print(
-            f"{'job':12} {'here':>6} {'there':>6} {'queue':>6} {'start':>6} {'look':>6}  (seconds)"
-        )
-        for rule, seconds in rules.items():
-            line = f"{rule:12} {local.get(rule, 0.0):6.0f} {seconds:6.0f}"
-            if rule in jobs:
-                queued, ran = jobs[rule]
-                start = max(0.0, ran - local.get(rule, 0.0))
-                look = max(0.0, seconds - queued - ran)
-                line += f" {queued:6.0f} {start:6.0f} {look:6.0f}"
-            print(line)
+        print(f"{'here':>6} {'there':>6} {'queue':>6} {'start':>6} {'look':>6}  (seconds)")
+        for rules, (seconds, queued, ran) in jobs.items():
+            alone = sum(local[rule,][0] for rule in rules if (rule,) in local)
+            start = max(0.0, ran - alone) if ran else 0.0
+            look = max(0.0, seconds - queued - ran) if ran else 0.0
+            times = f"{alone:6.0f} {seconds:6.0f} {queued:6.0f} {start:6.0f} {look:6.0f}"
+            print(f"{times}  {', '.join(rules)}")
 
 
 @contextmanager
@@ -80,12 +81,12 @@ def cluster(folder: Path, site: Path | None) -> Iterator[dict[str, str]]:
 
 def run(
     root: Path, words: list[str], environment: dict[str, str]
-) -> tuple[float, dict[str, float], dict[str, tuple[float, float]]]:
+) -> tuple[float, dict[tuple[str, ...], tuple[float, float, float]]]:
     """Make a target from nothing.
 
     Returns:
-        Wall seconds; of each rule, from its choice to its end; of those that were a SLURM job, how
-        long it waited and how long it ran.
+        Wall seconds. Of each job, by the rules in it: seconds from its choice to its end; of those
+        that were SLURM's, how long it waited and how long it ran.
     """
     for name in ("rules", "profiles", "envs", "config"):
         shutil.copytree(REPOSITORY / name, root / name)
@@ -105,23 +106,31 @@ def run(
     wall = time.monotonic() - began
     if done.returncode:
         sys.exit(done.stdout[-4000:])
-    chosen = re.findall(STAMP + r"(?:local)?rule (\w+):.*?jobid: (\d+)", done.stdout, re.S)
+    chosen = re.findall(STAMP + r" *(?:local)?rule (\w+):.*?jobid: (\d+)", done.stdout, re.S)
     ended = {
         number: moment(when)
         for when, number in re.findall(STAMP + r"Finished jobid: (\d+)", done.stdout)
     }
     submitted = dict(
-        re.findall(r"Job (\d+) has been submitted with SLURM jobid (\d+)", done.stdout)
+        re.findall(r"Job (\S+) has been submitted with SLURM jobid (\d+)", done.stdout)
     )
-    rules: dict[str, float] = {}
-    jobs: dict[str, tuple[float, float]] = {}
+    # Stages that share a job are listed with an indent, and submitted under a name of their own.
+    shared = re.findall(r"Group job [^\n]*\n(.*?)(?=^\[|^Job \S+ has)", done.stdout, re.S | re.M)
+    names = [name for name in submitted if not name.isdigit()]
+    for name, listed in zip(names, shared, strict=True):
+        submitted |= dict.fromkeys(re.findall(r"jobid: (\d+)", listed), submitted[name])
+    jobs: dict[str, list[tuple[str, float, float]]] = {}
     for when, rule, number in chosen:
-        rules[rule] = rules.get(rule, 0.0) + ended[number] - moment(when)
-        if number in submitted:
-            queued, ran = jobs.get(rule, (0.0, 0.0))
-            more = slurm_says(submitted[number], env)
-            jobs[rule] = (queued + more[0], ran + more[1])
-    return wall, rules, jobs
+        spell = (rule, moment(when), ended[number])
+        jobs.setdefault(submitted.get(number, f"here {number}"), []).append(spell)
+    found: dict[tuple[str, ...], tuple[float, float, float]] = {}
+    for job, spells in jobs.items():
+        rules = tuple(rule for rule, _, _ in spells)
+        seconds = max(end for _, _, end in spells) - min(begin for _, begin, _ in spells)
+        queued, ran = slurm_says(job, env) if job.isdigit() else (0.0, 0.0)
+        before = found.get(rules, (0.0, 0.0, 0.0))
+        found[rules] = (before[0] + seconds, before[1] + queued, before[2] + ran)
+    return wall, found
 
 
 def slurm_says(job: str, env: dict[str, str]) -> tuple[float, float]:
