@@ -21,7 +21,7 @@ SITE: dict[str, Any] = {
     "most_memory_mb": 4000,
     "stages": {
         stage: {"cpus": 1, "memory_mb": 1500, "minutes": 15}
-        for stage in ("sources", "documents", "tokenizer", "tokens", "order", "train")
+        for stage in ("sources", "documents", "tokenizer", "tokens", "order", "train", "link")
     },
 }
 

@@ -56,6 +56,15 @@ def test_gpus_are_asked_of_slurm(by_two: Project, prepared: ClusterProject):
     assert prepared.content() == by_two.content()
 
 
+@pytest.mark.long
+def test_a_chain_of_links_is_a_job_each(local: Project, prepared: ClusterProject):
+    prepared.change("config/config.yaml", runs__small__links=[70, 130])
+    prepared.run(timeout=1200)
+    assert [job.state for job in prepared.jobs("link")] == ["COMPLETED"] * 2
+    assert [job.state for job in prepared.jobs("train")] == ["COMPLETED"]
+    assert prepared.content() == local.content()
+
+
 def test_stages_of_small_data_share_a_job(local: Project, project: ClusterProject):
     stages = ["sources", "documents", "tokenizer", "tokens", "order"]
     project.settings(together=[stages], shards_per_job=4)
