@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,7 @@ def timed(
         if found is None:
             started = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
             record = {"started": started} | task.time() | here
+            record |= {"load": os.getloadavg()[0], "cores": os.cpu_count()}
             write(task.path, record)
         before = "; timed before" if found else ""
         tell(f"{number} of {len(wanted)}  {task.name}: {table.result(record)}{before}")

@@ -179,7 +179,21 @@ def where(records: list[dict[str, Any]]) -> list[str]:
     beside += [f"with torch {', '.join(sorted(torches))} for them"] * bool(torches)
     days = sorted({record["started"][:10] for record in records})
     day = " to ".join(dict.fromkeys(days[:1] + days[-1:]))
-    return [f"{'; '.join([*sorted(machines), *beside])}; {day}.", ""]
+    return [f"{'; '.join([*sorted(machines), *beside])}; {day}.", *busy(records), ""]
+
+
+def busy(records: list[dict[str, Any]]) -> list[str]:
+    """A warning where others used the processors that were to be measured."""
+    loads = [(r["load"], r["cores"]) for r in records if r["kind"] == "cpu" and "load" in r]
+    # What compiles has more processes than there are cores, for a while.
+    if not any(load > 2 * cores for load, cores in loads):
+        return []
+    (least, _), (most, cores) = min(loads), max(loads)
+    return [
+        "",
+        f"**The machine was busy**: a load of {least:.0f} to {most:.0f} on {cores} cores. "
+        "Speeds of different settings do not compare then; those of a pair, timed in turns, do.",
+    ]
 
 
 def describe(section: Section, shape: str) -> str:

@@ -148,6 +148,14 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
         bench(path, tmp_path / "nowhere", kind="cpu", draw_only=True)
 
 
+def test_a_busy_machine_is_told():
+    quiet = {"kind": "cpu", "load": 1.0, "cores": 2}
+    many = quiet | {"load": 5.0}
+    assert table.busy([quiet, {"kind": "cpu"}]) == [], "records from before have none"
+    assert "a load of 1 to 5 on 2 cores" in " ".join(table.busy([quiet, many]))
+    assert table.busy([many | {"kind": "cuda"}]) == []
+
+
 @pytest.mark.slow
 def test_a_switch_is_a_cell_of_its_own(tmp_path: Path):
     every = ["none", *SWITCHES]
