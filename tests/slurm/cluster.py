@@ -13,7 +13,6 @@ from project import Project
 # What of profiles/slurm is different here: nodes of two CPUs, and little time to wait.
 SITE: dict[str, Any] = {
     "gpu": None,
-    "accounting": False,
     "jobs": 4,
     "shards_per_job": 2,
     "poll_seconds": 4,
@@ -77,11 +76,12 @@ class ClusterProject(Project):
     def __init__(self, root: Path, cluster: Cluster) -> None:
         super().__init__(root)
         self.cluster = cluster
-        self.settings(accounting=cluster.accounting)
+        self.settings()
 
     def settings(self, stages: dict[str, dict[str, Any]] | None = None, **changes: Any) -> None:
         """Write the site's file: SITE, and what is different for a test."""
-        site = {**SITE, "stages": {**SITE["stages"], **(stages or {})}, **changes}
+        own = {"accounting": self.cluster.accounting, "stages": SITE["stages"] | (stages or {})}
+        site = SITE | own | changes
         self.write("site.yaml", site)
 
     def environment(self) -> dict[str, str]:

@@ -217,15 +217,19 @@ def test_the_controller_may_be_restarted_meanwhile(local: Project, prepared: Clu
 
 @pytest.mark.long
 @pytest.mark.parametrize("which", ["prepared", "accounted"])
-def test_a_time_limit_is_a_pause(which: str, request: pytest.FixtureRequest):
+def test_a_time_limit_is_a_pause(
+    which: str, request: pytest.FixtureRequest, local: Project, tmp_path: Path
+):
     """A minute; the trainer is told before, saves where none was due, and has its job put back.
 
     A busy machine may need more than a minute to begin. Then the job fails, and the next one has
     two. A pause takes none of the attempts. After the first one there is time enough.
     """
     project: ClusterProject = request.getfixturevalue(which)
-    project.change("config/train/small.yaml", max_duration=6000, save_interval_unsharded=6000)
-    train = {"cpus": 1, "memory_mb": 1500, "minutes": 1}
+    alone = Project(local.root.parent / "project").copy(tmp_path / "alone")
+    for one in (project, alone):
+        one.change("config/train/small.yaml", max_duration=6000, save_interval_unsharded=6000)
+    train = {"cpus": 1, "memory_mb": 2500, "minutes": 1}
     project.settings(stages={"train": train}, warning_seconds=20, attempts=3)
     process = project.start("checkpoints/small/final")
     until(lambda: any(job.restarts for job in project.jobs("train")), 600)
@@ -237,3 +241,5 @@ def test_a_time_limit_is_a_pause(which: str, request: pytest.FixtureRequest):
     assert (last.id, last.state, last.restarts) == (job, "COMPLETED", 1)
     begun = [segment["after"] for segment in segments(project)]
     assert begun[0] == 0 and len(begun) == 2 and begun[1] > 0
+    alone.run(timeout=1500)
+    assert project.content() == alone.content()

@@ -39,7 +39,7 @@ def test_a_thousand_shards_are_at_most_60_jobs(project: ClusterProject):
 def test_shards_as_an_array(which: str, request: pytest.FixtureRequest, tmp_path: Path):
     cluster: Cluster = request.getfixturevalue(which)
     project = ClusterProject(tmp_path / "project", cluster)
-    project.settings(arrays=["sources"], shards_per_job=1, accounting=cluster.accounting)
+    project.settings(arrays=["sources"], shards_per_job=1)
     names = [f"data/small/sources/00{batch}.tsv" for batch in range(3)]
     project.run(*names, timeout=600)
     tasks = [job.id.split("_") for job in project.jobs("sources")]
