@@ -81,9 +81,10 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
         status = process.wait()
     if (folder / MARKER).exists():
         wait_in_the_queue_again(folder)
+        left = json.loads((folder / MARKER).read_text())
         raise Paused(
-            f"training paused: {(folder / MARKER).read_text().strip()}. Its checkpoints are in "
-            f"{folder}: the same command carries on"
+            f"training paused: at step {left['step']} by {left['by']}, saved to "
+            f"{left['checkpoint']}. Its checkpoints are in {folder}: the same command carries on"
         )
     # Of nodes that were lost meanwhile srun tells at the end, when the others have finished.
     if status and not (geometry.fewest < geometry.nodes and (folder / FINISHED).exists()):
@@ -125,11 +126,9 @@ def wait_in_the_queue_again(folder: Path) -> None:
     SIGTERM is left alone: who cancels a job does not want it back, who preempts it puts it back.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    told = re.match(r"at step (\d+) by SIGUSR1", (folder / MARKER).read_text())
-    if job is None or told is None:
-        return
+    left = json.loads((folder / MARKER).read_text())
     begun = json.loads((folder / SEGMENTS).read_text().splitlines()[-1])
-    if int(told[1]) <= begun["after"]:
+    if job is None or left["by"] != signal.SIGUSR1.name or left["step"] <= begun["after"]:
         return
     try:
         scontrol("requeue", job)

@@ -30,7 +30,7 @@ GRACE_S = 5.0  # from a polite SIGTERM to the end of the whole group
 # What a paused training run exits with: sysexits' EX_TEMPFAIL, "try again and it goes on".
 PAUSED = 75
 STOP = "stop"  # a file in a run's folder: save and leave. It is gone when that is done
-MARKER = "paused"  # a file there that says when and why a run has saved and left
+MARKER = "paused.json"  # a file there: at which step and why a run has saved and left
 FINISHED = "finished.json"  # a file there of a run that came to its end
 SEGMENTS = "segments.jsonl"  # a file there: from which step on it was trained on what
 

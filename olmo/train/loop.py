@@ -308,10 +308,10 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             _flush(sinks, indices)
             where = saver.save()
             saver.finish(sent=False)
-            text = f"at step {position.global_step} by {paused}, saved to {where}"
-            tell(f"paused {text}")
+            tell(f"paused at step {position.global_step} by {paused}, saved to {where}")
             if world.first:
-                (folder / MARKER).write_text(text + "\n")
+                left = {"step": position.global_step, "by": paused, "checkpoint": str(where)}
+                (folder / MARKER).write_text(json.dumps(left) + "\n")
                 stop.met()
             exit_code = PAUSED
         else:

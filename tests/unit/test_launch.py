@@ -4,6 +4,7 @@ Nodes are processes of this machine: `srun` is a script that starts the torchrun
 side by side, and everything below it is real. The scheduler's own is in tests/slurm.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -253,7 +254,8 @@ def test_before_its_time_is_up_a_job_waits_again(
     tmp_path: Path, allocation: Path, monkeypatch: Any, why: str, after: int, asked: bool
 ) -> None:
     (allocation / "scontrol").write_text(f'#!/bin/sh\necho "$@" >{tmp_path / "asked"}\n')
-    (tmp_path / MARKER).write_text(f"at step 5 by {why}, saved to {tmp_path}/step5\n")
+    left = {"step": 5, "by": why, "checkpoint": f"{tmp_path}/step5"}
+    (tmp_path / MARKER).write_text(json.dumps(left))
     (tmp_path / SEGMENTS).write_text(f'{{"after": 0}}\n{{"after": {after}}}\n')
     wait_in_the_queue_again(tmp_path)
     job = os.environ["SLURM_JOB_ID"]
@@ -266,7 +268,7 @@ def test_before_its_time_is_up_a_job_waits_again(
 
 
 def test_a_cluster_that_puts_no_job_back(tmp_path: Path, allocation: Path, capsys: Any) -> None:
-    (tmp_path / MARKER).write_text("at step 5 by SIGUSR1, saved to step5\n")
+    (tmp_path / MARKER).write_text('{"step": 5, "by": "SIGUSR1", "checkpoint": "step5"}')
     (tmp_path / SEGMENTS).write_text('{"after": 0}\n')
     wait_in_the_queue_again(tmp_path)
     assert "requeue" in capsys.readouterr().err
