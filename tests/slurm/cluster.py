@@ -10,7 +10,7 @@ from typing import Any
 
 from project import Project
 
-# What of profiles/slurm is different here: nodes of two CPUs, and little time to wait.
+# What of profiles/slurm is different here: nodes of one CPU, and little time to wait.
 SITE: dict[str, Any] = {
     "gpu": None,
     "jobs": 4,

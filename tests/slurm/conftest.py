@@ -40,7 +40,12 @@ def brought_up(folder: Path, accounting: bool) -> Iterator[Cluster]:
     here = Path(__file__).parent
     done = subprocess.run(
         [here / "up.sh", folder],
-        env={**os.environ, "ACCOUNTING": str(int(accounting)), "PORT": str(free_ports(6))},
+        env={
+            **os.environ,
+            "ACCOUNTING": str(int(accounting)),
+            "CPUS": "1",  # two jobs at once, as many as a small machine has cores
+            "PORT": str(free_ports(6)),
+        },
         capture_output=True,
         text=True,
     )

@@ -2,36 +2,55 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 from project import documents, write_source
 from slurm.cluster import Cluster, ClusterProject
 
 
-def test_a_thousand_shards_are_at_most_60_jobs(project: ClusterProject):
-    project.settings(shards_per_job=64)
-    sources = project.root / "sources"
-    write_source(sources / "first.json.gz", documents(0, 20))
+@pytest.fixture
+def thousand(project: ClusterProject) -> ClusterProject:
+    """A thousand files, no two alike, 64 in a job as profiles/slurm has it."""
+    project.settings(shards_per_job=64, jobs=100)
+    lines = documents(0, 20)
     for number in range(997):
-        os.link(sources / "first.json.gz", sources / f"more-{number:04d}.json.gz")
-    words = ["--workflow-profile", "profiles/slurm", "-n", "checkpoints/small/final"]
-    with (project.root / "output.txt").open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "snakemake", *words],
-            cwd=project.root,
-            env=project.environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        _, status, used = os.wait4(process.pid, 0)
+        own = [line | {"text": f"{number}: {line['text']}"} for line in lines]
+        write_source(project.root / f"sources/more-{number:04d}.json.gz", own)
+    return project
+
+
+def test_a_thousand_shards_are_at_most_60_jobs(thousand: ClusterProject):
+    said, kilobytes = finished(thousand, "-n", "checkpoints/small/final")
+    assert int(re.search(r"^total +(\d+)$", said, re.M)[1]) <= 60
+    assert kilobytes < 1024 * 1024
+
+
+@pytest.mark.long
+def test_a_thousand_shards_are_made(thousand: ClusterProject):
+    _, kilobytes = finished(thousand, "checkpoints/small/final")
+    assert kilobytes < 1024 * 1024
+    jobs = thousand.jobs()
+    assert len(jobs) <= 60 and {job.state for job in jobs} == {"COMPLETED"}
+    for stage, output in (("sources", "source"), ("tokens", "tokens")):
+        listings = thousand.root.glob(f"data/small/{stage}/*.tsv")
+        made = pl.concat(pl.read_csv(path, separator="\t") for path in listings)
+        made = made.filter(pl.col("output") == output)
+        assert made["shard"].n_unique() == made["sha256"].n_unique() == len(made) == 1000
+    said, _ = finished(thousand, "checkpoints/small/final")
+    assert "Nothing to be done" in said and len(thousand.jobs()) == len(jobs)
+
+
+def finished(project: ClusterProject, *words: str) -> tuple[str, int]:
+    """Run snakemake to its end; what it said, and the most memory it took, in kilobytes."""
+    process = project.start(*words)
+    _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     said = (project.root / "output.txt").read_text()
     assert process.returncode == 0, said[-4000:]
-    assert int(re.search(r"^total +(\d+)$", said, re.M)[1]) <= 60
-    assert used.ru_maxrss < 1024 * 1024  # kilobytes
+    print(f"{' '.join(words)}: {used.ru_maxrss / 1024:.0f} MB at most")
+    return said, used.ru_maxrss
 
 
 @pytest.mark.long

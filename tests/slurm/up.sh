@@ -6,13 +6,15 @@
 #   . FOLDER/activate                         # what sbatch, squeue and snakemake then need
 #   tests/slurm/down.sh FOLDER
 #
-# NODES=2 and GPUS=2 (of each node, pretended) and PORT=16800 (the first of NODES + 3) may be set.
+# NODES=2, of each node CPUS (as many as the machine has) and GPUS=2 (pretended), and PORT=16800 (the
+# first of NODES + 3) may be set.
 # Everything lives in FOLDER, munge's key and the database too; /etc is not touched, and no daemon
 # of the system is used or needed. No cgroups either: a job that uses more memory than it asked
 # for is found by the accounting plugin, which looks every two seconds (OverMemoryKill).
 set -euo pipefail
 folder=$(realpath -m "${1:?usage: up.sh FOLDER}")
 NODES=${NODES:-2} GPUS=${GPUS:-2} PORT=${PORT:-16800} ACCOUNTING=${ACCOUNTING:-0}
+CPUS=${CPUS:-$(env -u OMP_NUM_THREADS nproc)} # nproc alone says how many threads are wanted
 export PATH=$PATH:/usr/sbin:/sbin SLURM_CONF=$folder/slurm.conf
 
 needed="slurmctld slurmd munged"
@@ -110,7 +112,7 @@ $accounting
 CONF
   for ((node = 1; node <= NODES; node++)); do
     echo "NodeName=node$node NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$((PORT + 2 + node))" \
-      "CPUs=$(nproc) RealMemory=$memory Gres=gpu:pretended:$GPUS"
+      "CPUs=$CPUS RealMemory=$memory Gres=gpu:pretended:$GPUS"
   done
   echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1"
   echo "PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF"
