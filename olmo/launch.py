@@ -145,7 +145,8 @@ def launcher(geometry: Geometry, config: Path) -> list[str]:
     unmoved = ["sh", "-c", 'trap "" USR1; exec "$@"', "sh"]
     count, first = allocation(geometry) if geometry.nodes > 1 else (1, "")
     if count == 1:
-        return [*unmoved, *torchrun, "--standalone"]
+        # An address, since a machine may not know its own name; torchrun would wait for that.
+        return [*unmoved, *torchrun, "--standalone", "--local-addr=127.0.0.1"]
     job = os.environ["SLURM_JOB_ID"]
     # One number for all nodes, another for each job and run: two jobs may share a node.
     port = 20_000 + zlib.crc32(f"{job} {config}".encode()) % 10_000

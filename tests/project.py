@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,6 +88,7 @@ class Project:
 
     def __init__(self, root: Path, store: Path | None = None):
         self.root, self.store = root, store or root / "store"
+        self.machine: list[str] = []  # words that run a command on another machine
         if root.exists():  # a copy of another project
             return
         for name in ("rules", "profiles", "envs"):
@@ -159,7 +161,7 @@ class Project:
         environment = {**self.environment(), MARK: mark}
         with (self.root / "output.txt").open("w") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "snakemake", *words, "--cores", str(cores)],
+                [*self.machine, sys.executable, "-m", "snakemake", *words, "--cores", str(cores)],
                 cwd=self.root,
                 env=environment,
                 stdout=output,
@@ -204,6 +206,22 @@ class Project:
         digest: str = record["content"]
         return digest
 
+    def segments(self) -> list[dict]:
+        """Each time that the run was begun or taken up, and on what."""
+        record = json.loads((self.final / "record.json").read_text())
+        found: list[dict] = record["facts"]["segments"]
+        return found
+
+    @property
+    def attempt(self) -> Path:
+        """What a training run has written so far."""
+        return self.root / "checkpoints/small/run"
+
+    def steps(self) -> int:
+        """How many steps have been trained so far."""
+        metrics = self.attempt / "metrics.jsonl"
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
     def metrics(self) -> list[dict]:
         return [json.loads(line) for line in (self.final / "metrics.jsonl").open()]
 
@@ -246,6 +264,14 @@ def write_source(path: Path, lines: list[dict] | list[bytes]) -> None:
 def read_source(path: Path) -> list[dict]:
     with gzip.open(path, "rb") as file:
         return [json.loads(line) for line in file]
+
+
+def until(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait for a condition; a limit that is passed is an error."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds:.0f} s"
+        time.sleep(0.05)
 
 
 # --- processes of a run ---------------------------------------------------------------------

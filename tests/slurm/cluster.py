@@ -2,13 +2,11 @@
 
 import os
 import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from project import Project
+from project import Project, until
 
 # What of profiles/slurm is different here: nodes of one CPU, and little time to wait.
 SITE: dict[str, Any] = {
@@ -99,21 +97,3 @@ class ClusterProject(Project):
         """The job of a rule, once it runs."""
         until(lambda: any(job.state == "RUNNING" for job in self.jobs(rule)), 120)
         return next(job for job in self.jobs(rule) if job.state == "RUNNING")
-
-    @property
-    def attempt(self) -> Path:
-        """What a training run has written so far."""
-        return self.root / "checkpoints/small/run"
-
-    def steps(self) -> int:
-        """How many steps have been trained so far."""
-        metrics = self.attempt / "metrics.jsonl"
-        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
-
-
-def until(condition: Callable[[], bool], seconds: float) -> None:
-    """Wait for a condition; a limit that is passed is an error."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds:.0f} s"
-        time.sleep(0.05)

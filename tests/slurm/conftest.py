@@ -6,10 +6,12 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from project import Project
+from shared import shared_folder, why_not
 from slurm.cluster import Cluster, ClusterProject
 
 ORDER = "checkpoints/small/global_indices.npy"
@@ -34,7 +36,7 @@ def with_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
     yield from brought_up(tmp_path_factory.mktemp("slurmdbd"), accounting=True)
 
 
-def brought_up(folder: Path, accounting: bool) -> Iterator[Cluster]:
+def brought_up(folder: Path, accounting: bool, machine: str = "") -> Iterator[Cluster]:
     if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
         pytest.skip("no executor plugin for SLURM; uv run --extra slurm pytest tests/slurm")
     here = Path(__file__).parent
@@ -43,6 +45,7 @@ def brought_up(folder: Path, accounting: bool) -> Iterator[Cluster]:
         env={
             **os.environ,
             "ACCOUNTING": str(int(accounting)),
+            "MACHINE": machine,
             "CPUS": "1",  # two jobs at once, as many as a small machine has cores
             "PORT": str(free_ports(6)),
         },
@@ -89,6 +92,20 @@ def by_two(local: Project) -> Project:
     project.change("config/config.yaml", runs__small__processes=2)
     project.run(timeout=900)
     return project
+
+
+@pytest.fixture
+def with_own_clients(tmp_path: Path) -> Iterator[ClusterProject]:
+    """The small project on a network file system, where this machine and both nodes are clients."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with (
+        shared_folder(tmp_path) as shared,
+        contextmanager(brought_up)(
+            tmp_path / "slurm", accounting=False, machine=str(shared.machine)
+        ) as cluster,
+    ):
+        yield ClusterProject(shared.path / "project", cluster)
 
 
 @pytest.fixture

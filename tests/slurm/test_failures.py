@@ -1,17 +1,15 @@
 """What happens to a training job on a cluster, and that its bytes are the undisturbed run's."""
 
 import contextlib
-import json
 import os
 import signal
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from project import Project, processes
-from slurm.cluster import Cluster, ClusterProject, Job, until
+from project import Project, processes, until
+from slurm.cluster import Cluster, ClusterProject, Job
 
 AFTER = 30  # steps, of 200, with a checkpoint at each twentieth: something is there, much is left
 
@@ -28,17 +26,10 @@ def trained(
     until(lambda: project.steps() > AFTER, 300)
     disturb(job)
     assert process.wait(900) == 0, (project.root / "output.txt").read_text()[-6000:]
-    begun = [segment["after"] for segment in segments(project)]
+    begun = [segment["after"] for segment in project.segments()]
     assert begun[0] == 0
     assert all(step >= AFTER // 20 * 20 for step in begun[1:])
     return [(job.state, job.restarts) for job in project.jobs("train")]
-
-
-def segments(project: Project) -> list[dict[str, Any]]:
-    """Each time that the run was begun or taken up, and on what."""
-    record = json.loads((project.final / "record.json").read_text())
-    found: list[dict[str, Any]] = record["facts"]["segments"]
-    return found
 
 
 def of_node(node: str, mark: str) -> dict[int, str]:
@@ -158,7 +149,7 @@ def test_of_two_nodes_a_killed_rank_ends_the_job(by_two: Project, prepared: Clus
     prepared.change("config/config.yaml", runs__small__nodes=2)
     jobs = trained(prepared, kill_a_rank, mark)
     assert jobs == [("FAILED", 0), ("COMPLETED", 0)]
-    assert [segment["processes"] for segment in segments(prepared)] == [2, 2]
+    assert [segment["processes"] for segment in prepared.segments()] == [2, 2]
     assert prepared.content() == by_two.content()
 
 
@@ -173,7 +164,7 @@ def test_of_two_nodes_one_dies_and_the_job_goes_on(local: Project, prepared: Clu
     finally:
         prepared.cluster.call("slurmd", "-N", "node2")
     assert jobs == [("COMPLETED", 0)]
-    begun = [(segment["processes"], segment["restart"]) for segment in segments(prepared)]
+    begun = [(segment["processes"], segment["restart"]) for segment in prepared.segments()]
     assert begun == [(2, 0), (1, 1)]
     same_order(prepared, local)
 
@@ -190,7 +181,7 @@ def test_of_two_nodes_one_dies_and_the_next_job_has_what_is_left(
     finally:
         prepared.cluster.call("slurmd", "-N", "node1")
     assert len(jobs) == 2 and jobs[1] == ("COMPLETED", 0)
-    assert [segment["processes"] for segment in segments(prepared)] == [2, 1]
+    assert [segment["processes"] for segment in prepared.segments()] == [2, 1]
     same_order(prepared, local)
 
 
@@ -239,7 +230,7 @@ def test_a_time_limit_is_a_pause(
     *failed, last = project.jobs("train")
     assert {job.state for job in failed} <= {"FAILED", "TIMEOUT"}
     assert (last.id, last.state, last.restarts) == (job, "COMPLETED", 1)
-    begun = [segment["after"] for segment in segments(project)]
+    begun = [segment["after"] for segment in project.segments()]
     assert begun[0] == 0 and len(begun) == 2 and begun[1] > 0
     alone.run(timeout=1500)
     assert project.content() == alone.content()

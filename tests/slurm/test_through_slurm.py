@@ -44,6 +44,12 @@ def test_the_same_where_sacct_says_what_became_of_a_job(
     on_two_nodes(ClusterProject(tmp_path / "project", with_accounting), by_two)
 
 
+@pytest.mark.long
+def test_the_same_on_a_network_file_system(by_two: Project, with_own_clients: ClusterProject):
+    """Each node sees the store through a client of its own, and has a name of its own."""
+    on_two_nodes(with_own_clients, by_two)
+
+
 def test_gpus_are_asked_of_slurm(by_two: Project, prepared: ClusterProject):
     """Two GPUs, two processes. SLURM counts them; these are none, so training is on the CPU."""
     train = {"cpus": 1, "memory_mb": 3500, "minutes": 15}

@@ -7,7 +7,8 @@
 #   tests/slurm/down.sh FOLDER
 #
 # NODES=2, of each node CPUS (as many as the machine has) and GPUS=2 (pretended), and PORT=16800 (the
-# first of NODES + 3) may be set.
+# first of NODES + 3) may be set; MACHINE, a command that runs another one as a machine of that name
+# (MACHINE node1 slurmd …), too.
 # Everything lives in FOLDER, munge's key and the database too; /etc is not touched, and no daemon
 # of the system is used or needed. No cgroups either: a job that uses more memory than it asked
 # for is found by the accounting plugin, which looks every two seconds (OverMemoryKill).
@@ -152,7 +153,7 @@ fi
 
 answers || slurmctld
 for ((node = 1; node <= NODES; node++)); do
-  pgrep -F "$folder/run/slurmd-node$node.pid" >/dev/null 2>&1 || slurmd -N "node$node"
+  pgrep -F "$folder/run/slurmd-node$node.pid" >/dev/null 2>&1 || ${MACHINE:+"$MACHINE" "node$node"} slurmd -N "node$node"
 done
 all_idle() { [ "$(sinfo -h -N -p main -t idle,mix,alloc -o %N | wc -l)" = "$NODES" ]; }
 until_it_works 60 all_idle

@@ -71,7 +71,7 @@ def unmoved(words: list[str]) -> bool:
 
 def test_one_node_needs_no_scheduler() -> None:
     words = launcher(Geometry(processes=2, max_restarts=1), Path("run/given.yaml"))
-    assert "srun" not in words and words[-1] == "--standalone"
+    assert "srun" not in words and "--standalone" in words
     assert words[words.index("--nproc-per-node") + 1] == "2"
     assert words[words.index("--max-restarts") + 1] == "1"
     assert unmoved(words)
@@ -110,7 +110,7 @@ def test_elastic(allocation: Path, monkeypatch: Any) -> None:
     assert {"--nodes=2", "--nnodes=1:2", "--no-kill", "--kill-on-bad-exit=0"} <= set(words)
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
     words = launcher(geometry, Path("run/given.yaml"))
-    assert "srun" not in words and words[-1] == "--standalone", "one node is left"
+    assert "srun" not in words and "--standalone" in words, "one node is left"
 
 
 @pytest.mark.parametrize(
