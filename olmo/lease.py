@@ -48,6 +48,9 @@ def lease(
     Args:
         waiting: called once with the holder if there is one to wait for.
         alive: called when that holder is known to live: for who would rather not wait.
+
+    Raises:
+        ValueError: the file system has no hard links.
     """
     mine = _acquire(folder, name, waiting, alive)
     done = threading.Event()
@@ -139,6 +142,14 @@ def _made(path: Path, draft: Path) -> bool:
     except FileExistsError:
         # A server's answer may get lost and the request be sent again: then it was ours.
         return draft.stat().st_nlink == 2
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        raise ValueError(
+            f"the file system of {path.parent.resolve()} has no hard links ({error.strerror}), by "
+            "which processes keep out of each other's way; put the project and its store "
+            "(OLMO_STORE) on one that has them: a local disk, NFS, GlusterFS, Lustre"
+        ) from None
     finally:
         draft.unlink()
     return True

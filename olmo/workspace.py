@@ -44,7 +44,10 @@ def alone(folder: Path = Path(".snakemake")) -> None:
                 file=sys.stderr,
             )
 
-    _held.enter_context(lease(folder / "leases", "running", look, refuse))
+    try:
+        _held.enter_context(lease(folder / "leases", "running", look, refuse))
+    except ValueError as refused:
+        sys.exit(str(refused))
     atexit.register(_held.close)
 
 

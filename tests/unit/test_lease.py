@@ -4,6 +4,7 @@ What a network file system adds is put in by hand, one thing a test: clocks that
 of a minute ago, an answer that got lost.
 """
 
+import errno
 import json
 import os
 import signal
@@ -155,6 +156,18 @@ def test_an_answer_that_got_lost(tmp_path: Path, monkeypatch: Any) -> None:
     with lease(tmp_path, "action"):
         assert names(tmp_path) == ["action.0"]
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: Any, number: int) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refused)
+    refusal = pytest.raises(ValueError, match=f"{tmp_path} has no hard links .*OLMO_STORE")
+    with refusal, lease(tmp_path, "name"):
+        raise AssertionError("nobody may hold it")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_object_that_was_not_there_a_moment_ago(tmp_path: Path, monkeypatch: Any) -> None:
