@@ -60,7 +60,7 @@ MACHINE = """\
 #!/bin/sh
 # machine NAME COMMAND…: the command as another machine runs it
 [ -n "$INSIDE" ] || exec env INSIDE=1 unshare --mount --uts "$0" "$@"
-name=$1; shift
+name=$1 here=$PWD; shift; cd /
 hostname "$name"
 echo "127.0.0.1 localhost $name" >"{folder}/hosts-$name"
 mount --bind "{folder}/hosts-$name" /etc/hosts
@@ -68,7 +68,7 @@ umount "{path}"
 {mount} --log-file="{folder}/$name.log" --pid-file="{folder}/$name-$$.pid" "{path}"
 until mountpoint -q "{path}"; do sleep 0.1; done
 unset INSIDE
-cd "$PWD" && exec "$@"
+cd "$here" && exec "$@"
 """
 
 
