@@ -4,6 +4,7 @@ Its recipe takes seconds: three files of text from the standard library, a small
 model of a few thousand parameters. Everything else is the repository's own.
 """
 
+import atexit
 import gzip
 import json
 import os
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from olmo.inspect.run import Run
 
 REPOSITORY = Path(__file__).parent.parent
+STARTED: list["subprocess.Popen[str]"] = []  # by the test that runs now
 MARK = "OLMO_TEST_RUN"  # in the environment of every process of a run, so that it can be found
 
 TRAIN = {
@@ -160,7 +162,7 @@ class Project:
         """Start snakemake; its output goes to `output.txt`."""
         environment = {**self.environment(), MARK: mark}
         with (self.root / "output.txt").open("w") as output:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*self.machine, sys.executable, "-m", "snakemake", *words, "--cores", str(cores)],
                 cwd=self.root,
                 env=environment,
@@ -169,15 +171,13 @@ class Project:
                 text=True,
                 start_new_session=True,
             )
+        STARTED.append(process)
+        return process
 
     def run(self, *words: str, cores: int = 2, ok: bool = True, timeout: float = 300) -> Outcome:
         """Run snakemake to its end; with `ok`, it must succeed."""
         process = self.start(*(words or ("checkpoints/small/final",)), cores=cores)
-        try:
-            status = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        status = process.wait(timeout)
         outcome = Outcome(status, (self.root / "output.txt").read_text())
         if ok and status:
             raise AssertionError(outcome.output[-6000:])
@@ -264,6 +264,16 @@ def write_source(path: Path, lines: list[dict] | list[bytes]) -> None:
 def read_source(path: Path) -> list[dict]:
     with gzip.open(path, "rb") as file:
         return [json.loads(line) for line in file]
+
+
+@atexit.register
+def end_what_was_started() -> None:
+    """End every snakemake that a test has left, since it failed or was broken off."""
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def until(condition: Callable[[], bool], seconds: float) -> None:
