@@ -26,6 +26,7 @@ import inspect
 import os
 import platform
 import resource
+import stat
 import subprocess
 import sys
 import time
@@ -53,8 +54,14 @@ TOOLS = ("torch", "numpy", "polars", "tokenizers", "tiktoken", "isal", "safetens
 
 
 def here() -> Store:
-    """The store of this process: $OLMO_STORE, or the folder `store`."""
-    return Store(Path(os.environ.get(STORE, "store")), say)
+    """The store of this process: $OLMO_STORE, or the folder `store`.
+
+    Where the group may write to that folder (chmod g+ws), it may to all that is made from now on.
+    """
+    root = Path(os.environ.get(STORE, "store"))
+    if root.is_dir() and root.stat().st_mode & stat.S_IWGRP:
+        os.umask(os.umask(0o077) & ~stat.S_IRWXG)
+    return Store(root, say)
 
 
 class Stage:

@@ -27,7 +27,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,10 @@ class Store:
 
         The object appears under its name whole or not at all, also when the power fails.
         """
+        if path.stat().st_uid != os.geteuid():  # its owner began what we finish, and alone may seal
+            mine = path.with_name(f".{uuid.uuid4().hex}")
+            shutil.copyfile(path, mine)
+            os.replace(mine, path)
         with path.open("rb+") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
@@ -131,7 +135,8 @@ class Store:
             return True
         if not wrong_size and sha256(path) == digest:
             if found.st_mtime_ns != SEAL_NS:  # touched, or copied here by other means
-                os.utime(path, ns=(SEAL_NS, SEAL_NS))
+                with suppress(PermissionError):  # another's: it is hashed again next time
+                    os.utime(path, ns=(SEAL_NS, SEAL_NS))
             return True
         self.quarantine(path, f"its {found.st_size:,} bytes are not what its name says")
         return False

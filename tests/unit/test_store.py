@@ -7,13 +7,17 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from olmo.action import Action, canonical
+from olmo.stage import here
 from olmo.store import Corrupt, Store, TwoContents
 from olmo.upkeep import damaged, keep, sweep
 
@@ -257,6 +261,53 @@ def test_a_store_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting needs root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become two other users")
+def test_two_users_share_a_store_that_their_group_may_write_to():
+    """One begins, with a umask that shuts others out; another finishes and seals what it left."""
+
+    def begin(work: Path):
+        (work / "kept").write_text("begun")
+        raise InterruptedError
+
+    def finish(work: Path):
+        with (work / "kept").open("a") as file:
+            file.write(" and finished")
+        (work / "kept").rename(work / "outputs" / "out")
+        return {}
+
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others
+        root = Path(place) / "store"
+        root.mkdir()
+        os.chown(root, -1, 54321)
+        for folder, mode in ((root, 0o2775), (root.parent, 0o755)):
+            folder.chmod(mode)
+        assert as_user(10001, root, begin) == "InterruptedError"
+        assert as_user(10002, root, finish) == "sealed"
+        assert as_user(10001, root, refuse) == "sealed"
+        (found,) = (path for path in (root / "objects").rglob("*") if path.is_file())
+        assert found.read_text() == "begun and finished" and found.stat().st_uid == 10002
+
+
+def as_user(number: int, root: Path, build: Callable[[Path], Any]) -> str:
+    """What came of an action that another user of group 54321 asks for."""
+    out, told = os.pipe()
+    if not os.fork():
+        os.setgroups([])
+        os.setgid(54321)
+        os.setuid(number)
+        os.umask(0o022)
+        os.environ["OLMO_STORE"] = str(root)
+        try:
+            here().run(ONE, build)
+            os.write(told, b"sealed")
+        except BaseException as error:
+            os.write(told, type(error).__name__.encode())
+        os._exit(0)
+    os.close(told)
+    with open(out) as file:
+        return file.read()
+
+
 def test_a_full_disk_says_so_and_carries_on_when_there_is_room(tmp_path: Path):
     disk = tmp_path / "disk"
     disk.mkdir()
