@@ -85,7 +85,8 @@ def why_not() -> str | None:
         return "a network file system is mounted by root, through /dev/fuse"
     if not (shutil.which("glusterfsd") and shutil.which("unshare")):
         return "no glusterfsd here; apt-get install glusterfs-server"
-    return None
+    tried = subprocess.run(["unshare", "--mount", "--uts", "true"], stderr=subprocess.PIPE)
+    return tried.stderr.decode().strip() or None  # a container may not be allowed to mount
 
 
 @contextmanager
