@@ -29,17 +29,18 @@ def test_a_thousand_shards_are_at_most_60_jobs(thousand: ClusterProject):
 
 @pytest.mark.long
 def test_a_thousand_shards_are_made(thousand: ClusterProject):
-    _, kilobytes = finished(thousand, "checkpoints/small/final")
+    said, kilobytes = finished(thousand, "checkpoints/small/final")
     assert kilobytes < 1024 * 1024
-    jobs = thousand.jobs()
-    assert len(jobs) <= 60 and {job.state for job in jobs} == {"COMPLETED"}
+    assert 48 < said.count("submitted with SLURM jobid") <= 60
+    # SLURM forgets a job in ten minutes; of those that it knows none was tried twice.
+    assert {job.state for job in thousand.jobs()} == {"COMPLETED"}
     for stage, output in (("sources", "source"), ("tokens", "tokens")):
         listings = thousand.root.glob(f"data/small/{stage}/*.tsv")
         made = pl.concat(pl.read_csv(path, separator="\t") for path in listings)
         made = made.filter(pl.col("output") == output)
         assert made["shard"].n_unique() == made["sha256"].n_unique() == len(made) == 1000
     said, _ = finished(thousand, "checkpoints/small/final")
-    assert "Nothing to be done" in said and len(thousand.jobs()) == len(jobs)
+    assert "Nothing to be done" in said
 
 
 def finished(project: ClusterProject, *words: str) -> tuple[str, int]:
