@@ -142,11 +142,11 @@ def launcher(geometry: Geometry, config: Path) -> list[str]:
     torchrun += ["--nproc-per-node", str(geometry.processes)]
     torchrun += ["--max-restarts", str(geometry.max_restarts)]
     # SIGUSR1 may be sent to every process of a job: the ranks heed it, torchrun would die of it.
-    unmoved = ["sh", "-c", 'trap "" USR1; exec "$@"', "sh"]
+    unmoved = 'trap "" USR1; exec "$@"'
     count, first = allocation(geometry) if geometry.nodes > 1 else (1, "")
     if count == 1:
         # An address, since a machine may not know its own name; torchrun would wait for that.
-        return [*unmoved, *torchrun, "--standalone", "--local-addr=127.0.0.1"]
+        return ["sh", "-c", unmoved, "sh", *torchrun, "--standalone", "--local-addr=127.0.0.1"]
     job = os.environ["SLURM_JOB_ID"]
     # One number for all nodes, another for each job and run: two jobs may share a node.
     port = 20_000 + zlib.crc32(f"{job} {config}".encode()) % 10_000
@@ -158,8 +158,11 @@ def launcher(geometry: Geometry, config: Path) -> list[str]:
         srun.append(f"--cpus-per-task={cpus}")  # sbatch's is not inherited since SLURM 22.05
     nodes = f"{geometry.fewest}:{count}" if elastic else str(count)
     torchrun += [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{port}"]
-    torchrun += [f"--rdzv-id={job}-{port}", f"--rdzv-conf=join_timeout={JOIN_S}"]
-    return [*srun, *unmoved, *torchrun]
+    torchrun.append(f"--rdzv-id={job}-{port}")
+    # The first node holds the rendezvous. By itself each would look whether the address is its own,
+    # which fails where a node has several, and is true of two that share one machine.
+    met = f'export PET_RDZV_CONF="join_timeout={JOIN_S},is_host=$((SLURM_NODEID == 0))"'
+    return [*srun, "sh", "-c", f"{met}; {unmoved}", "sh", *torchrun]
 
 
 def allocation(geometry: Geometry) -> tuple[int, str]:

@@ -92,6 +92,22 @@ def test_many_nodes_are_srun_and_torchrun(allocation: Path, monkeypatch: Any) ->
     assert unmoved(words)
 
 
+def test_the_first_node_holds_the_rendezvous(allocation: Path) -> None:
+    words = launcher(Geometry(nodes=2), Path("run/given.yaml"))
+    shell = words[words.index("sh") : words.index(sys.executable)]
+    given = words[words.index("torch.distributed.run") + 1 :]
+    asks = (
+        "import sys; from torch.distributed.run import config_from_args, parse_args; "
+        "config = config_from_args(parse_args(sys.argv[1:]))[0].rdzv_configs; "
+        "print(config['is_host'], config['join_timeout'])"
+    )
+    for node in ("0", "1"):
+        command = [*shell, sys.executable, "-c", asks, *given, "-m", "olmo.train"]
+        environment = os.environ | {"SLURM_NODEID": node}
+        said = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert said.stdout.split() == ["01"[node == "0"], "600"], said.stderr
+
+
 def test_of_a_larger_allocation_as_many_as_asked_for(allocation: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
     words = launcher(Geometry(nodes=2), Path("run/given.yaml"))
