@@ -260,7 +260,6 @@ def test_a_store_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch):
         store.run(ONE, write("x"))
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting needs root")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become two other users")
 def test_two_users_share_a_store_that_their_group_may_write_to():
     """One begins, with a umask that shuts others out; another finishes and seals what it left."""
@@ -291,7 +290,8 @@ def test_two_users_share_a_store_that_their_group_may_write_to():
 def as_user(number: int, root: Path, build: Callable[[Path], Any]) -> str:
     """What came of an action that another user of group 54321 asks for."""
     out, told = os.pipe()
-    if not os.fork():
+    child = os.fork()
+    if not child:
         os.setgroups([])
         os.setgid(54321)
         os.setuid(number)
@@ -305,9 +305,12 @@ def as_user(number: int, root: Path, build: Callable[[Path], Any]) -> str:
         os._exit(0)
     os.close(told)
     with open(out) as file:
-        return file.read()
+        said = file.read()
+    os.waitpid(child, 0)
+    return said
 
 
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting needs root")
 def test_a_full_disk_says_so_and_carries_on_when_there_is_room(tmp_path: Path):
     disk = tmp_path / "disk"
     disk.mkdir()
