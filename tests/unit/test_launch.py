@@ -77,6 +77,17 @@ def test_one_node_needs_no_scheduler() -> None:
     assert unmoved(words)
 
 
+@pytest.mark.slow
+def test_a_machine_whose_own_name_nobody_knows_trains(tmp_path: Path) -> None:
+    named = ["unshare", "--uts", "sh", "-c", 'hostname nobody-knows-me; exec "$@"', "sh"]
+    if subprocess.run([*named, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this process may not give its machine another name")
+    (tmp_path / "meet.py").write_text("import os; print('rank', os.environ['RANK'])")
+    words = [*named, *launcher(Geometry(), tmp_path / "given.yaml"), tmp_path / "meet.py"]
+    said = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert said.stdout == "rank 0\n", said.stderr
+
+
 def test_many_nodes_are_srun_and_torchrun(allocation: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
     words = launcher(Geometry(processes=4, nodes=2), Path("run/given.yaml"))
