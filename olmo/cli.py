@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Paused as pause:
         print(f"olmo {verb}: {pause}", file=sys.stderr)
         sys.exit(PAUSED)
-    except (ValueError, FileNotFoundError, ChildProcessError) as error:
+    except (ValueError, FileNotFoundError, PermissionError, ChildProcessError) as error:
         sys.exit(f"olmo {verb}: {error}")
 
 

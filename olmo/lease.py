@@ -180,7 +180,11 @@ def _look(path: Path) -> tuple[Holder, int]:
     """
     try:
         with path.open() as file:
-            return json.load(file), os.fstat(file.fileno()).st_mtime_ns
+            touched = os.fstat(file.fileno()).st_mtime_ns
+            try:
+                return json.load(file), touched
+            except json.JSONDecodeError:  # the power failed before its bytes were on the disk
+                return {"host": "unknown"}, touched
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ESTALE):
             raise

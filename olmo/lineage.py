@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from olmo.naming import named
 from olmo.store import Record, Store, files
 
 
@@ -67,7 +68,7 @@ def ancestors(
 def trace(store: Store, path: Path) -> list[str]:
     """Lines for a person: an artifact and everything it came from."""
     lines = []
-    for depth, record in ancestors(store, store.named(path)):
+    for depth, record in ancestors(store, named(store, path)):
         action = record["action"]
         params = ", ".join(f"{k}={_short(v)}" for k, v in sorted(action["params"].items()))
         lines.append(f"{'  ' * depth}{action['stage']} {record['key'][:12]}… {params}".rstrip())

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from olmo import io
+from olmo import io, naming
 from olmo.lineage import ancestors, makers
 from olmo.log import warn
 from olmo.store import Record, Store, files, sha256
@@ -225,7 +225,7 @@ def pull(
         store.adopt(record)
     known = {record["key"]: record for record in records}
     for name, link in links.items():
-        store.link(known[link["key"]], link["output"], Path(name))
+        naming.link(store, known[link["key"]], link["output"], Path(name))
     return names, moved
 
 
@@ -249,7 +249,7 @@ def fetch(
 def chosen(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str]]:
     """The human names at or below these paths, by their place in the project."""
     project = Path.cwd()
-    links = {Path(link["path"]): link for link in store.links()}
+    links = {Path(link["path"]): link for link in naming.names(store)}
     for path in paths:
         if not any(name.is_relative_to(os.path.abspath(path)) for name in links):
             raise ValueError(f"expected a name that the store {store.root} made, found {path}")
@@ -283,7 +283,7 @@ def refuse_to_replace(store: Store, path: Path) -> None:
     """Raises ValueError where a name would lie outside the project or replace what is not ours."""
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"expected a path in the project, found the name {path}")
-    if os.path.lexists(path) and store.root_of(path) is None:
+    if os.path.lexists(path) and naming.known_as(store, path) is None:
         raise ValueError(f"{path} is there and was not made by {store.root}; move it away")
 
 

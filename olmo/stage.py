@@ -36,6 +36,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from olmo import naming
 from olmo.action import Action
 from olmo.log import say
 from olmo.store import Record, Store, now
@@ -125,7 +126,7 @@ class Stage:
             made = {name: work / "outputs" / name for name in names}
             places = {name: work / name for name, kind in self.roles.items() if kind == "work"}
             for name, path in self.arguments(kwargs, "work").items():
-                store.point(path, places[name])
+                naming.point(store, path, places[name])
             with measured() as run:
                 result = dict(self.build(**{**kwargs, **made, **places}) or {})
             facts = result if "facts" not in result else dict(result.pop("facts"))
@@ -139,7 +140,7 @@ class Stage:
 
         record = store.run(action, build)
         for name, path in names.items():
-            store.link(record, name, path)
+            naming.link(store, record, name, path)
         if not ran:
             store.say(f"{self.name}: found in the store ({action.key[:12]}…)")
         return record
@@ -169,7 +170,7 @@ def explain(store: Store, action: Action, names: list[Path]) -> str:
     """Why an action runs: what differs from the one that these names stood for, field by field."""
     from olmo.lineage import differences
 
-    known = next(filter(None, map(store.last, names)), None)
+    known = next(filter(None, (naming.last(store, name) for name in names)), None)
     if known is None:
         return f"runs for the first time here ({action.key[:12]}…)"
     if known["key"] == action.key:

@@ -6,11 +6,12 @@
     work/<key>/               a stage's own folder while it runs; a training run's checkpoints
     leases/                   who runs what right now
     arriving/                 how downloads get on, for the line that tells of them
-    links/                    where human names point into the store: what `gc` keeps
+    links/                    the human names that point into the store: what `gc` keeps
     pins/                     actions that `gc` keeps whatever points to them
     quarantine/               contents that were not what their name says
 
-An action (see `olmo.action`) is what was asked, a content is what came out. Consumers know an
+An action (see `olmo.action`) is what was asked, a content is what came out; `olmo.naming` gives
+them the paths that people use. Consumers know an
 input by its content, not by the action that made it: where an edit upstream ends in equal bytes,
 everything after it is found again.
 
@@ -198,7 +199,7 @@ class Store:
             TwoContents: the action has been run before, under equal conditions, with other bytes.
         """
         key = action.key
-        with self._writable():
+        with self.writable():
             if (record := self.hit(key)) is not None:
                 return record
             with lease(self.root / "leases", key, self._waiting(action)):
@@ -291,7 +292,7 @@ class Store:
     @contextmanager
     def draft(self) -> Iterator[Path]:
         """A folder of one's own on the store's disk, gone with the block."""
-        with self._writable(), lease(self.root / "leases", f"draft-{uuid.uuid4().hex}"):
+        with self.writable(), lease(self.root / "leases", f"draft-{uuid.uuid4().hex}"):
             folder = self.root / "drafts" / uuid.uuid4().hex
             folder.mkdir(parents=True)
             try:
@@ -300,16 +301,8 @@ class Store:
                 shutil.rmtree(folder)
 
     def _write_record(self, record: Record) -> None:
-        path = self.record_path(record["key"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
-        with draft.open("w") as file:
-            json.dump(record, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.chmod(0o444)
-        os.replace(draft, path)
-        _sync_folder(path.parent)
+        text = json.dumps(record, indent=1, sort_keys=True)
+        write_whole(self.record_path(record["key"]), text)
 
     def _waiting(self, action: Action) -> Callable[[dict[str, Any]], None]:
         return lambda holder: self.say(
@@ -318,11 +311,13 @@ class Store:
         )
 
     @contextmanager
-    def _writable(self) -> Iterator[None]:
+    def writable(self) -> Iterator[None]:
         """Say what to do where the disk is full or the store may not be written."""
         try:
             yield
         except OSError as error:
+            if error.filename is not None and not self._is_mine(error.filename):
+                raise  # an input that may not be read, another disk
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 free = shutil.disk_usage(self.root).free
                 raise ValueError(
@@ -336,107 +331,10 @@ class Store:
                 ) from error
             raise
 
-    # --- human names ------------------------------------------------------------------------
-
-    def link(self, record: Record, output: str, path: Path) -> None:
-        """Make `path` a name for an output: a link, or a folder of links with its record.json.
-
-        Replaces what was there, in one step, so that nobody sees half a folder.
-        """
-        path = Path(os.path.abspath(path))
-        made = record["outputs"][output]
-        with self._writable():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
-            if "files" in made:
-                files = made["files"] | made["aside"]
-                targets = {name: self.object_path(file["sha256"]) for name, file in files.items()}
-                targets["record.json"] = self.record_path(record["key"])
-                self._link_folder(path, targets, draft)
-            else:
-                self._symlink(draft, self.object_path(made["sha256"]))
-                os.replace(draft, path)
-            root = self._root(path)
-            root.parent.mkdir(parents=True, exist_ok=True)
-            draft = root.with_suffix(f".{uuid.uuid4().hex[:8]}")
-            draft.write_text(
-                json.dumps({"path": str(path), "key": record["key"], "output": output})
-            )
-            os.replace(draft, root)
-
-    def _link_folder(self, path: Path, targets: Mapping[str, Path], draft: Path) -> None:
-        """A folder cannot be replaced as a file can, so one process at a time does it."""
-        with lease(self.root / "leases", f"name-{self._root(path).name}"):
-            if path.is_dir() and all(
-                os.path.realpath(path / name) == os.path.realpath(target)
-                for name, target in targets.items()
-            ):
-                return
-            for name, target in targets.items():
-                (draft / name).parent.mkdir(parents=True, exist_ok=True)
-                self._symlink(draft / name, target)
-            if path.is_dir() and not path.is_symlink():
-                old = draft.with_suffix(".old")
-                os.replace(path, old)
-                os.replace(draft, path)
-                shutil.rmtree(old)
-            else:
-                os.replace(draft, path)
-
-    def point(self, path: Path, target: Path) -> None:
-        """Make `path` a link to a folder in the store that is still being worked in."""
-        path = Path(os.path.abspath(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
-        self._symlink(draft, target)
-        os.replace(draft, path)
-
-    def _root(self, path: Path) -> Path:
-        digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()
-        return self.root / "links" / digest[:32]
-
-    def root_of(self, path: Path) -> dict[str, str] | None:
-        """What a human name stands for, or stood for before it was deleted."""
-        try:
-            link: dict[str, str] = json.loads(self._root(path).read_text())
-            return link
-        except FileNotFoundError:
-            return None
-
-    def last(self, path: Path) -> Record | None:
-        """The action that a human name stands for, or stood for before it was deleted."""
-        link = self.root_of(path)
-        return self.record(link["key"]) if link else None
-
-    def _symlink(self, path: Path, target: Path) -> None:
-        """Relative where the store lies in the project, so that the folder can be moved whole."""
-        inside = self.root.is_relative_to(Path.cwd()) and path.is_relative_to(Path.cwd())
-        path.symlink_to(os.path.relpath(target, path.parent) if inside else target)
-
-    def links(self) -> Iterator[dict[str, str]]:
-        """The human names that still point into the store: {"path", "key", "output"}."""
-        for root in sorted((self.root / "links").glob("*")):
-            if "." in root.name:  # a draft
-                continue
-            link: dict[str, str] = json.loads(root.read_text())
-            path = Path(link["path"])
-            probe = path / "record.json" if path.is_dir() and not path.is_symlink() else path
-            if probe.is_symlink() and _is_within(probe, self.root):
-                yield link
-
-    def named(self, path: Path) -> Record:
-        """The record of the action behind a human name.
-
-        Raises:
-            ValueError: the store made no such name.
-        """
-        wanted = os.path.abspath(path)
-        for link in self.links():
-            if wanted == link["path"] or wanted.startswith(link["path"] + os.sep):
-                record = self.record(link["key"])
-                if record is not None:
-                    return record
-        raise ValueError(f"expected a name that the store {self.root} made, found {path}")
+    def _is_mine(self, path: str | bytes | int) -> bool:
+        if isinstance(path, int):  # an open file's number
+            return True
+        return Path(os.path.abspath(os.fsdecode(path))).is_relative_to(self.root)
 
 
 def files(record: Record) -> list[dict[str, Any]]:
@@ -468,16 +366,25 @@ def _by_name(record: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file that is there whole or not at all, also when the power fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.chmod(0o444)
+    os.replace(draft, path)
+    _sync_folder(path.parent)
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _is_within(link: Path, root: Path) -> bool:
-    return Path(os.path.realpath(link)).is_relative_to(os.path.realpath(root))
 
 
 def _kind(path: Path) -> str:

@@ -1,10 +1,11 @@
 """`olmo store …`: look after the store by hand."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
-from olmo import remote
+from olmo import naming, remote
 from olmo.lease import held
 from olmo.lineage import differences, nearest
 from olmo.lineage import trace as trace_lines
@@ -35,18 +36,23 @@ def damaged(store: Store) -> list[str]:
     return corrupt
 
 
-def gc(dry_run: bool = False) -> None:
-    """Remove the objects that no path and no pin points to. Records stay."""
+def gc(dry_run: bool = False, forget: Path | None = None) -> None:
+    """Remove the objects that no path and no pin points to. Records stay.
+
+    With --forget PROJECT, a folder that is gone for good, what only its paths pointed to as well.
+    """
     store = here()
     sizes = {p.name: p.stat().st_size for p in (store.root / "objects").glob("??/*")}
-    removed = sweep(store, dry_run)
+    removed = sweep(store, dry_run, forget)
     freed = sum(sizes[digest] for digest in removed)
     verb = "would remove" if dry_run else "removed"
     print(f"{store.root}: {verb} {len(removed)} of {len(sizes)} objects, {freed:,} bytes")
 
 
-def sweep(store: Store, dry_run: bool = False) -> list[str]:
+def sweep(store: Store, dry_run: bool = False, forget: Path | None = None) -> list[str]:
     """Remove what no human name and no pin points to; the digests removed.
+
+    The names of the project `forget` count no longer.
 
     Records stay: they are small, and they are what a rebuilt object is compared with. So do the
     work folders of actions that have not ended: a training run's checkpoints.
@@ -56,15 +62,26 @@ def sweep(store: Store, dry_run: bool = False) -> list[str]:
             f"expected a store at rest, found {len(running)} stages running, whose new objects "
             "have no name yet; run gc again when they are done"
         )
-    keep: set[str] = set()
-    for key in {link["key"] for link in store.links()} | set(pinned(store)):
+    forgotten = naming.of_project(store, forget) if forget else {}
+    for project in naming.lost_projects(store):
+        if forget is None or project != Path(os.path.abspath(forget)):
+            raise ValueError(
+                f"expected the project {project}, which has names in the store {store.root}, found "
+                "no such folder or an empty one. Mount its disk; if it was moved, leave a link at "
+                f"its old place (ln -s); if it is gone for good: olmo store gc --forget {project}"
+            )
+    found = [name for name in naming.names(store) if name["path"] not in forgotten]
+    # A name is written down before it is made: one that was cut off points to what it did before.
+    keep = {name["target"] for name in found}
+    keys = {key for name in found for key in (name["key"], name["target"].removesuffix(".json"))}
+    for key in keys | set(pinned(store)):
         if (record := store.record(key)) is not None:
             keep |= {file["sha256"] for file in files(record)}
     objects = sorted((store.root / "objects").glob("??/*"))
     removed = [path for path in objects if path.name not in keep]
     if dry_run:
         return [path.name for path in removed]
-    for path in removed:
+    for path in [*removed, *forgotten.values()]:
         path.unlink()
     shutil.rmtree(store.root / "drafts", ignore_errors=True)
     for work in sorted((store.root / "work").glob("*")):
@@ -80,23 +97,23 @@ def checkout(name: str, /, to: Path | None = None) -> None:
     NAME is a path that the store made, deleted since or not, or an action's key (with --to).
     """
     store = here()
-    link = store.root_of(Path(name))
-    record = store.record(link["key"]) if link else store.record(name)
-    if record is None or (to is None and link is None):
+    known = naming.known_as(store, Path(name))
+    record = store.record(known["key"] if known else name)
+    if record is None or (to is None and known is None):
         raise ValueError(f"expected a path that the store {store.root} made, found {name}")
     if not store.hit(record["key"]):
         raise ValueError(f"objects of {name} are gone from {store.root}; run snakemake again")
-    for output in [link["output"]] if link else record["outputs"]:
+    for output in [known["output"]] if known else record["outputs"]:
         path = to or Path(name)
-        path = path if link or len(record["outputs"]) == 1 else path / output
-        store.link(record, output, path)
+        path = path if known or len(record["outputs"]) == 1 else path / output
+        naming.link(store, record, output, path)
         print(f"{path} → {record['action']['stage']} {record['key'][:12]}…")
 
 
 def why(path: Path, /) -> None:
     """What made PATH, and what differs from the nearest other action, field by field."""
     store = here()
-    record = store.named(path)
+    record = naming.named(store, path)
     print(json.dumps(record["action"], indent=1))
     others = nearest(store, record["action"], besides=record["key"])
     if others is None:
@@ -115,7 +132,7 @@ def trace(path: Path, /) -> None:
 def pin(path: Path, /, remove: bool = False) -> None:
     """Keep what PATH names through `gc`, also when the path is deleted."""
     store = here()
-    key = store.named(path)["key"]
+    key = naming.named(store, path)["key"]
     keep(store, key, remove)
     print(f"{'un' if remove else ''}pinned {key[:12]}…")
 
@@ -150,12 +167,12 @@ def pull(
     token shards that hold what these steps saw.
     """
     there = remote.Remote(source)
-    names, moved = remote.pull(here(), there, patterns, inputs)
-    print(f"{source}: {len(names):,} names; {moved}")
+    pulled, moved = remote.pull(here(), there, patterns, inputs)
+    print(f"{source}: {len(pulled):,} names; {moved}")
     if steps is None:
         return
     from olmo.inspect.fetch import shards
     from olmo.inspect.order import steps_of
 
-    for final in [Path(name) for name in names if Path(name, "config.yaml").exists()]:
+    for final in [Path(name) for name in pulled if Path(name, "config.yaml").exists()]:
         print(f"steps {steps} of {final}: {shards(here(), there, final, steps_of(steps))}")

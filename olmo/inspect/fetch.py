@@ -13,6 +13,7 @@ from olmo.config import TrainConfig
 from olmo.data import order
 from olmo.inspect.order import Seen
 from olmo.lineage import ancestors
+from olmo.naming import named
 from olmo.remote import Moved, Remote
 from olmo.store import Store, files
 
@@ -27,7 +28,7 @@ def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> M
     Raises:
         ValueError: `final` is no checkpoint of the pipeline's; a step that the run has not.
     """
-    record = store.named(final)
+    record = named(store, final)
     cfg = TrainConfig.load(final / "config.yaml", validate_paths=False)
     last = record["facts"].get("steps", 0)
     if wrong := [step for step in steps if not 1 <= step <= last]:

@@ -23,6 +23,7 @@ LEAVES: dict[str, set[str]] = {
     "lease": set(),
     "action": set(),
     "store": {"action", "lease"},
+    "naming": {"store", "lease"},
 }
 # Rooms, and the rooms further along the one way that they must not know.
 NEVER = {

@@ -19,7 +19,7 @@ import pytest
 
 import olmo.lease
 import olmo.store
-from olmo.lease import lease
+from olmo.lease import held, lease
 from olmo.store import Store
 
 HOLDER = """
@@ -156,6 +156,17 @@ def test_an_answer_that_got_lost(tmp_path: Path, monkeypatch: Any) -> None:
     with lease(tmp_path, "action"):
         assert names(tmp_path) == ["action.0"]
     assert len(asked) == 1
+
+
+def test_a_lease_whose_bytes_a_power_failure_took(tmp_path: Path, monkeypatch: Any) -> None:
+    """Nobody can say whose it was: it is waited for like one of another machine."""
+    monkeypatch.setattr(olmo.lease, "PATIENCE_S", 1.0)
+    (tmp_path / "action.0").touch()
+    assert held(tmp_path) == ["action"]
+    seen: list[Any] = []
+    with lease(tmp_path, "action", waiting=seen.append):
+        assert names(tmp_path) == ["action.1"]
+    assert [holder["host"] for holder in seen] == ["unknown"]
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])

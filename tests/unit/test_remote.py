@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from servers import s3_server, web_server
 
+from olmo import naming
 from olmo.action import Action
 from olmo.remote import Remote, pull, push
 from olmo.store import Store, TwoContents
@@ -33,7 +34,7 @@ class Place:
             return {}
 
         record = self.store.run(Action("demo", 1, {"name": name}, inputs), build)
-        self.store.link(record, "out", self.root / name)
+        naming.link(self.store, record, "out", self.root / name)
         return record["outputs"]["out"]["sha256"]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from olmo import naming
 from olmo.action import Action, canonical
 from olmo.stage import here
 from olmo.store import Corrupt, Store, TwoContents
@@ -145,7 +146,7 @@ def test_a_corrupt_object_is_found_by_verify(store: Store):
 
 def test_a_corrupt_input_is_refused(store: Store, tmp_path: Path):
     record = store.run(ONE, write("hello"))
-    store.link(record, "out", tmp_path / "name")
+    naming.link(store, record, "out", tmp_path / "name")
     assert store.digest(tmp_path / "name") == record["outputs"]["out"]["sha256"]
     corrupt(store.object_path(record["outputs"]["out"]["sha256"]))
     with pytest.raises(Corrupt, match="damaged or gone"):
@@ -181,63 +182,16 @@ def test_what_lies_aside_is_kept_but_not_in_the_content(store: Store, tmp_path: 
     record = store.run(ONE, build("1 s"))
     store.object_path(record["outputs"]["final"]["aside"]["timings"]["sha256"]).unlink()
     assert store.run(ONE, build("2 s"))["content"] == record["content"]
-    store.link(record, "final", tmp_path / "final")
+    naming.link(store, record, "final", tmp_path / "final")
     assert {p.name for p in (tmp_path / "final").iterdir()} == {"model", "timings", "record.json"}
     assert json.loads((tmp_path / "final" / "record.json").read_text())["key"] == ONE.key
-
-
-def test_a_folder_of_links_replaces_an_older_one_whole(store: Store, tmp_path: Path):
-    def build(*names: str):
-        def make(work: Path):
-            (work / "outputs" / "final").mkdir()
-            for name in names:
-                (work / "outputs" / "final" / name).write_text(name)
-            return {}
-
-        return make
-
-    store.link(store.run(ONE, build("a", "b")), "final", tmp_path / "final")
-    store.link(store.run(Action("demo", 2), build("c")), "final", tmp_path / "final")
-    assert {p.name for p in tmp_path.joinpath("final").iterdir()} == {"c", "record.json"}
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-
-
-def _name(root: Path, folder: Path, keys: list[str], barrier) -> None:
-    store = Store(root, say=lambda line: None)
-    records = [store.record(key) for key in keys]
-    barrier.wait()
-    for number in range(60):
-        store.link(records[number % 2], "final", folder)
-
-
-def test_a_folder_is_named_by_several_at_once(store: Store, tmp_path: Path):
-    def build(text: str):
-        def make(work: Path):
-            (work / "outputs" / "final").mkdir()
-            (work / "outputs" / "final" / "text").write_text(text)
-            return {}
-
-        return make
-
-    keys = [store.run(Action("demo", n), build(f"text {n}"))["key"] for n in (1, 2)]
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(3)
-    args = (store.root, tmp_path / "final", keys, barrier)
-    processes = [context.Process(target=_name, args=args) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert {p.name for p in (tmp_path / "final").iterdir()} == {"text", "record.json"}
-    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
 def test_gc_keeps_what_is_named_or_pinned(store: Store, tmp_path: Path):
     named, pinned, loose = (
         store.run(Action("demo", 1, {"n": n}), write(f"text {n}")) for n in range(3)
     )
-    store.link(named, "out", tmp_path / "name")
+    naming.link(store, named, "out", tmp_path / "name")
     keep(store, pinned["key"])
     assert sweep(store, dry_run=True) == [loose["outputs"]["out"]["sha256"]]
     assert sweep(store) == [loose["outputs"]["out"]["sha256"]]
@@ -245,6 +199,14 @@ def test_gc_keeps_what_is_named_or_pinned(store: Store, tmp_path: Path):
     (tmp_path / "name").unlink()
     assert sweep(store) == [named["outputs"]["out"]["sha256"]]
     assert store.record(loose["key"]) is not None
+
+
+def test_an_input_that_cannot_be_read_is_not_the_stores_fault(store: Store):
+    def build(work: Path):
+        raise PermissionError(13, "Permission denied", "/data/input.json.gz")
+
+    with pytest.raises(PermissionError, match="/data/input"):
+        store.run(ONE, build)
 
 
 def test_a_store_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch):

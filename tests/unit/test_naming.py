@@ -1,0 +1,193 @@
+"""Human names: whole or not there, and known for as long as something may need what they name."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from olmo import naming
+from olmo.action import Action
+from olmo.store import Record, Store
+from olmo.upkeep import sweep
+
+ONE = Action("demo", 1)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store", say=lambda line: None)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder, in it."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def made(store: Store, text: str) -> Record:
+    """A record whose output `out` is a file, and `final` a folder."""
+
+    def build(work: Path):
+        (work / "outputs" / "out").write_text(text)
+        (work / "outputs" / "final").mkdir()
+        (work / "outputs" / "final" / "text").write_text(text)
+        return {}
+
+    return store.run(Action("demo", 1, {"text": text}), build)
+
+
+def test_a_folder_of_links_replaces_an_older_one_whole(store: Store, tmp_path: Path):
+    def build(*names: str):
+        def make(work: Path):
+            (work / "outputs" / "final").mkdir()
+            for name in names:
+                (work / "outputs" / "final" / name).write_text(name)
+            return {}
+
+        return make
+
+    naming.link(store, store.run(ONE, build("a", "b")), "final", tmp_path / "final")
+    naming.link(store, store.run(Action("demo", 2), build("c")), "final", tmp_path / "final")
+    assert {p.name for p in tmp_path.joinpath("final").iterdir()} == {"c", "record.json"}
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def _name(root: Path, folder: Path, keys: list[str], barrier) -> None:
+    store = Store(root, say=lambda line: None)
+    records = [store.record(key) for key in keys]
+    barrier.wait()
+    for number in range(60):
+        naming.link(store, records[number % 2], "final", folder)
+
+
+def test_a_folder_is_named_by_several_at_once(store: Store, tmp_path: Path):
+    def build(text: str):
+        def make(work: Path):
+            (work / "outputs" / "final").mkdir()
+            (work / "outputs" / "final" / "text").write_text(text)
+            return {}
+
+        return make
+
+    keys = [store.run(Action("demo", n), build(f"text {n}"))["key"] for n in (1, 2)]
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    args = (store.root, tmp_path / "final", keys, barrier)
+    processes = [context.Process(target=_name, args=args) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert {p.name for p in (tmp_path / "final").iterdir()} == {"text", "record.json"}
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+KILLED = """
+import os, shutil, sys
+from pathlib import Path
+from olmo import naming
+from olmo.store import Store
+
+naming.write_whole = lambda *_: None
+{where} = lambda *_: os.kill(os.getpid(), 9)
+store = Store(Path(sys.argv[1]))
+naming.link(store, store.record(sys.argv[2]), "final", Path("final"))
+"""
+
+
+@pytest.mark.parametrize("where", ["os.replace", "shutil.rmtree"])
+def test_a_process_that_is_killed_while_it_replaces_a_folder(
+    store: Store, project: Path, where: str
+):
+    naming.link(store, made(store, "a"), "final", Path("final"))
+    for text in ("b", "c"):
+        record = made(store, text)
+        code = KILLED.format(where=where)
+        ended = subprocess.run([sys.executable, "-c", code, store.root, record["key"]])
+        assert ended.returncode == -9
+        assert list(project.glob(".final.*")), "it was in the middle of it"
+    naming.link(store, record, "final", Path("final"))
+    assert Path("final/text").read_text() == text
+    assert [p.name for p in project.iterdir()] == ["final"]
+
+
+def test_gc_after_the_project_was_moved_whole(project: Path, monkeypatch: pytest.MonkeyPatch):
+    store = Store(project / "store")
+    naming.link(store, made(store, "a"), "out", Path("out"))
+    naming.link(store, made(store, "b"), "final", Path("final"))
+    made(store, "nobody's")
+    moved = project.rename(project.parent / "moved")
+    monkeypatch.chdir(moved)
+    store = Store(moved / "store")
+    assert len(sweep(store)) == 1
+    assert Path("out").read_text() == "a" and Path("final/text").read_text() == "b"
+    assert naming.named(store, Path("final"))["key"] == made(store, "b")["key"]
+    Path("out").unlink()
+    assert naming.last(store, Path("out")) == store.record(made(store, "a")["key"])
+    assert len(sweep(store)) == 1
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_gc_where_a_projects_disk_is_not_mounted(store: Store, project: Path, there: bool):
+    naming.link(store, made(store, "a"), "out", Path("out"))
+    away = project.rename(project.parent / "unmounted")
+    if there:  # what it is mounted at
+        project.mkdir()
+    with pytest.raises(ValueError, match=f"(?s)the project {project}.*gc --forget {project}"):
+        sweep(store)
+    if there:
+        project.rmdir()
+    project.symlink_to(away)  # as the message says
+    assert sweep(store) == []
+    project.unlink()
+    assert len(sweep(store, forget=project, dry_run=True)) == 1
+    assert len(sweep(store, forget=project)) == 1
+    with pytest.raises(ValueError, match=f"expected a project that has names in .*{project}"):
+        sweep(store, forget=project)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user for a moment: needs root")
+def test_a_folder_that_this_user_may_not_see_counts_as_there(store: Store, project: Path):
+    naming.link(store, made(store, "a"), "out", Path("hers/out"))
+    naming.link(store, made(store, "b"), "out", Path("ours"))
+    Path("hers").chmod(0o700)
+    project.parent.chmod(0o755)
+    other = """if True:
+        import os, sys
+        from pathlib import Path
+        from olmo import naming
+        from olmo.store import Store
+        os.setuid(65534)
+        store = Store(Path(sys.argv[1]))
+        print(naming.named(store, Path("ours"))["key"], len(list(naming.names(store))))
+    """
+    for folder in (project.parent, *project.parent.parents):
+        if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o055)
+    said = subprocess.run([sys.executable, "-c", other, store.root], stdout=subprocess.PIPE)
+    assert said.stdout.decode().split() == [made(store, "b")["key"], "2"]
+
+
+def test_gc_keeps_what_a_name_points_to_that_was_written_down_but_not_made(
+    store: Store, project: Path, monkeypatch: pytest.MonkeyPatch
+):
+    naming.link(store, made(store, "a"), "out", Path("out"))
+    naming.link(store, made(store, "a"), "final", Path("final"))
+    for output in ("out", "final"):
+        with monkeypatch.context() as patch:
+            patch.setattr(naming, "point", lambda *_: 1 / 0)
+            patch.setattr(naming, "_link_folder", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                naming.link(store, made(store, "b"), output, Path(output))
+    sweep(store)
+    assert Path("out").read_text() == Path("final/text").read_text() == "a"
+    assert naming.named(store, Path("final"))["key"] == made(store, "a")["key"]
+    with pytest.raises(ValueError, match="expected a name"):
+        naming.named(store, Path("out"))
