@@ -13,10 +13,11 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from olmo.process import FINISHED, MARKER, SEGMENTS, STOP, Paused, describe_exit, supervised
 
@@ -80,8 +81,9 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
     ):
         status = process.wait()
     if (folder / MARKER).exists():
-        wait_in_the_queue_again(folder)
+        # Read first: once it is back in the queue, the job may begin elsewhere and remove it.
         left = json.loads((folder / MARKER).read_text())
+        wait_in_the_queue_again(folder, left)
         raise Paused(
             f"training paused: at step {left['step']} by {left['by']}, saved to "
             f"{left['checkpoint']}. Its checkpoints are in {folder}: the same command carries on"
@@ -119,14 +121,16 @@ def asking_it_to_stop(request: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def wait_in_the_queue_again(folder: Path) -> None:
+def wait_in_the_queue_again(folder: Path, left: Mapping[str, Any]) -> None:
     """Have SLURM put this job back, of which a time limit is near: a pause, and no failed attempt.
 
     A job that made no step would do so for ever; it fails, and is submitted again with more time.
     SIGTERM is left alone: who cancels a job does not want it back, who preempts it puts it back.
+
+    Args:
+        left: what the trainer wrote when it paused, of which "by" and "step" count.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    left = json.loads((folder / MARKER).read_text())
     begun = json.loads((folder / SEGMENTS).read_text().splitlines()[-1])
     if job is None or left["by"] != signal.SIGUSR1.name or left["step"] <= begun["after"]:
         return
