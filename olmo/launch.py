@@ -59,7 +59,7 @@ class Geometry:
 
 
 def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
-    """Run the trainer on `config` to its end.
+    """Run the trainer on `config` to its end, each process with `threads` CPU threads (None: 1).
 
     SIGTERM and SIGUSR1 (what a scheduler sends before a time limit) ask it to save and leave; a
     second one ends it at once.
@@ -74,6 +74,8 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
     for name in (STOP, MARKER, FINISHED):
         (folder / name).unlink(missing_ok=True)
     command = [*launcher(geometry, config), "-m", "olmo.train", str(config)]
+    # One where none is asked for, as torchrun has it for several processes: bits depend on it, and
+    # are not to depend on this machine's cores.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 1), LAUNCHED: "1"}
     with (
         supervised(command, env=environment, stdin=subprocess.DEVNULL) as process,
