@@ -4,16 +4,20 @@
     place.put(path, "step10/model.pt")
     place.sizes()  # {"step10/model.pt": 1234}
 
-A file is there whole or not at all. Imports nothing of ours.
+A file is there whole or not at all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from olmo.io import NotThere
 
 # Schemes that speak S3's protocol: R2_ENDPOINT_URL says where R2 is, R2_PROFILE whose keys count.
 # S3 itself goes by its own AWS_… variables, and S3_PROFILE.
@@ -25,7 +29,8 @@ class Bucket:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        scheme, is_url, rest = self.url.partition("://")
+        place = self.url
+        scheme, is_url, rest = place.partition("://")
         # What was listed is not remembered: it is we who change it.
         options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
         if is_url and scheme in S3_LIKE:
@@ -36,35 +41,48 @@ class Bucket:
                 )
             profile = os.environ.get(f"{scheme.upper()}_PROFILE")
             options |= {"endpoint_url": endpoint, "profile": profile}
-            self.url = f"s3://{rest}"
+            place = f"s3://{rest}"
         with self._told(""):
             import fsspec
 
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
+            self._fs, self._root = fsspec.core.url_to_fs(place, **options)
+        self.folder = "file" in self._fs.protocol
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each file there, by name."""
-        with self._told(""):
-            found = self._fs.find(self._root, detail=True)
-        root = self._root.rstrip("/") + "/"
-        return {path.removeprefix(root): int(info["size"]) for path, info in found.items()}
+    def sizes(self, below: str = "") -> dict[str, int]:
+        """Bytes of each file there, or in its folder `below`, by its name in that."""
+        folder = f"{self._root}/{below}".rstrip("/")
+        with self._told(below):
+            found = self._fs.find(folder, detail=True)
+        return {path.removeprefix(f"{folder}/"): int(info["size"]) for path, info in found.items()}
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        try:
+            with self._told(name):
+                return int(self._fs.info(f"{self._root}/{name}")["size"])
+        except NotThere:
+            return None
 
     def put(self, path: Path, name: str) -> None:
         """Send a file, and look whether all of it came."""
-        target = f"{self._root}/{name}"
         with self._told(name):
-            if "file" in self._fs.protocol:  # a bucket shows a file when all of it has come
-                self._fs.makedirs(os.path.dirname(target), exist_ok=True)
-                self._fs.put_file(str(path), f"{target}.partial")
-                self._fs.mv(f"{target}.partial", target)
-            else:
-                self._fs.put_file(str(path), target)
-            size, expected = self._fs.info(target)["size"], path.stat().st_size
-        if size != expected:
+            if self.folder:
+                target = Path(self._root, name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                draft = target.with_name(f".{uuid.uuid4().hex[:8]}")  # two may send one file
+                try:
+                    shutil.copyfile(path, draft)
+                    os.replace(draft, target)
+                finally:
+                    draft.unlink(missing_ok=True)
+            else:  # a bucket shows a file when all of it has come
+                self._fs.put_file(str(path), f"{self._root}/{name}")
+            expected = path.stat().st_size
+        if (size := self.size(name)) != expected:
             raise ValueError(f"{self.url}/{name} has {size} bytes, expected {expected}")
 
     def get(self, name: str, path: Path) -> None:
-        """Fetch a file."""
+        """Fetch a file; NotThere where there is none."""
         with self._told(name):
             self._fs.get_file(f"{self._root}/{name}", str(path))
 
@@ -86,5 +104,6 @@ class Bucket:
         except ImportError as error:  # fsspec names the package that it lacks
             raise ValueError(f"{place}: {error}") from error
         except Exception as error:
+            kind = NotThere if isinstance(error, FileNotFoundError) else ValueError
             reason = next(iter(str(error).splitlines()), "")
-            raise ValueError(f"{place}: {type(error).__name__}: {reason}") from error
+            raise kind(f"{place}: {type(error).__name__}: {reason}") from error

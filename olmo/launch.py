@@ -13,10 +13,11 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from olmo.process import FINISHED, MARKER, SEGMENTS, STOP, Paused, describe_exit, supervised
 
@@ -58,7 +59,7 @@ class Geometry:
 
 
 def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
-    """Run the trainer on `config` to its end.
+    """Run the trainer on `config` to its end, each process with `threads` CPU threads (None: 1).
 
     SIGTERM and SIGUSR1 (what a scheduler sends before a time limit) ask it to save and leave; a
     second one ends it at once.
@@ -73,6 +74,8 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
     for name in (STOP, MARKER, FINISHED):
         (folder / name).unlink(missing_ok=True)
     command = [*launcher(geometry, config), "-m", "olmo.train", str(config)]
+    # One where none is asked for, as torchrun has it for several processes: bits depend on it, and
+    # are not to depend on this machine's cores.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 1), LAUNCHED: "1"}
     with (
         supervised(command, env=environment, stdin=subprocess.DEVNULL) as process,
@@ -80,8 +83,9 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
     ):
         status = process.wait()
     if (folder / MARKER).exists():
-        wait_in_the_queue_again(folder)
+        # Read first: once it is back in the queue, the job may begin elsewhere and remove it.
         left = json.loads((folder / MARKER).read_text())
+        wait_in_the_queue_again(folder, left)
         raise Paused(
             f"training paused: at step {left['step']} by {left['by']}, saved to "
             f"{left['checkpoint']}. Its checkpoints are in {folder}: the same command carries on"
@@ -119,14 +123,16 @@ def asking_it_to_stop(request: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def wait_in_the_queue_again(folder: Path) -> None:
+def wait_in_the_queue_again(folder: Path, left: Mapping[str, Any]) -> None:
     """Have SLURM put this job back, of which a time limit is near: a pause, and no failed attempt.
 
     A job that made no step would do so for ever; it fails, and is submitted again with more time.
     SIGTERM is left alone: who cancels a job does not want it back, who preempts it puts it back.
+
+    Args:
+        left: what the trainer wrote when it paused, of which "by" and "step" count.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    left = json.loads((folder / MARKER).read_text())
     begun = json.loads((folder / SEGMENTS).read_text().splitlines()[-1])
     if job is None or left["by"] != signal.SIGUSR1.name or left["step"] <= begun["after"]:
         return

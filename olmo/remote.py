@@ -6,14 +6,14 @@
                               {"key", "output", "ancestors": the actions that it came from}
     names.txt                 all of them, since a web server has no listing
 
-It is a folder, a mounted path, a bucket (s3://, gs://: by fsspec) or, to pull from, http(s).
+It is a folder, a mounted path, a bucket (s3, r2, weka, gs; see olmo.bucket) or, to pull from,
+http(s).
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from olmo import io, naming
+from olmo.bucket import Bucket
+from olmo.io import NotThere
 from olmo.lineage import ancestors, makers
 from olmo.log import warn
 from olmo.store import Record, Store, files, sha256
@@ -34,7 +36,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Moved:
     """What went over, and what was there already."""
 
@@ -42,82 +44,45 @@ class Moved:
     bytes: int = 0
     there: int = 0
 
+    @classmethod
+    def of(cls, sizes: Sequence[int | None]) -> Moved:
+        """Of the bytes of each object, None for one that was there."""
+        went = [size for size in sizes if size is not None]
+        return cls(len(went), sum(went), len(sizes) - len(went))
+
+    def __add__(self, other: Moved) -> Moved:
+        return Moved(
+            self.objects + other.objects, self.bytes + other.bytes, self.there + other.there
+        )
+
     def __str__(self) -> str:
         return f"{self.objects:,} objects, {self.bytes:,} bytes; {self.there:,} were there"
 
 
-class Remote:
-    """The files of a second store, each by its name in it.
+class Remote(Bucket):
+    """The files of a second store, each by its name in it; by http they can be fetched only.
 
     Raises ValueError, one line, for what the place refuses.
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self.web = io.is_http(self.url)
-        self.folder = False
-        if not self.web:
-            with told(self.url):
-                import fsspec
-
-                self.fs, self.root = fsspec.core.url_to_fs(self.url)
-                self.folder = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
-
-    def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
-        with told(f"{self.url}/{name}", may_lack=True):
-            try:
-                return int(self.fs.info(f"{self.root}/{name}")["size"])
-            except FileNotFoundError:
-                return None
-
-    def put(self, path: Path, name: str) -> None:
-        """Write a file, whole or not at all."""
-        with told(f"{self.url}/{name}"):
-            if not self.folder:  # a bucket shows a file when all of it has come, and is right
-                self.fs.put_file(str(path), f"{self.root}/{name}")
-                return
-            target = Path(self.root, name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft = target.with_name(f".{uuid.uuid4().hex[:8]}")
-            try:
-                shutil.copyfile(path, draft)
-                os.replace(draft, target)
-            finally:
-                draft.unlink(missing_ok=True)
+        self.web = io.is_http(url)
+        if self.web:
+            self.url = url.rstrip("/")
+        else:
+            super().__init__(url)
 
     def get(self, name: str, path: Path) -> None:
-        """Bring a file here; FileNotFoundError where there is none."""
+        """Bring a file here; NotThere where there is none."""
         if self.web:
-            try:
-                io.fetch(f"{self.url}/{quote(name)}", path, path.with_suffix(".part"))
-            except io.NotThere as error:
-                raise FileNotFoundError(str(error)) from error
-            return
-        with told(f"{self.url}/{name}", may_lack=True):
-            self.fs.get_file(f"{self.root}/{name}", str(path))
+            io.fetch(f"{self.url}/{quote(name)}", path, path.with_suffix(".part"))
+        else:
+            super().get(name, path)
 
     def names(self) -> list[str]:
         """The names that were pushed, from the files that say so."""
-        with told(f"{self.url}/names"):
-            found = self.fs.find(f"{self.root}/names")
-        start = f"{self.root}/names/".lstrip("/")
-        return sorted(path.lstrip("/").removeprefix(start).removesuffix(".json") for path in found)
-
-
-class told:
-    """Turns what a place's client raises into one line that begins with the place."""
-
-    def __init__(self, place: str, may_lack: bool = False) -> None:
-        self.place, self.may_lack = place, may_lack
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
-        passes = (ValueError, FileNotFoundError) if self.may_lack else ValueError
-        if isinstance(error, Exception) and not isinstance(error, passes):
-            raise ValueError(f"{self.place}: {type(error).__name__}: {error}") from error
+        files = sorted(self.sizes("names"))
+        return [name.removesuffix(".json") for name in files if name.endswith(".json")]
 
 
 def push(
@@ -154,15 +119,13 @@ def push(
         came_from = [one["key"] for one in line[1:]]
         names[name] = {"key": record["key"], "output": link["output"], "ancestors": came_from}
 
-    moved = Moved()
     with store.draft() as folder:
 
-        def send(item: tuple[str, int]) -> None:
+        def send(item: tuple[str, int]) -> int | None:
             digest, size = item
             name = object_name(digest)
             if remote.size(name) == size and (not verify or arrived(remote, digest, folder)):
-                moved.there += 1
-                return
+                return None
             if not store.sound(digest, size):
                 raise ValueError(
                     f"object {digest[:12]}… is damaged or gone from {store.root}; run snakemake "
@@ -170,10 +133,9 @@ def push(
                 )
             remote.put(store.object_path(digest), name)
             # A bucket's protocol carries a checksum; of a folder, look at what was written.
-            if remote.size(name) != size or (remote.folder and not arrived(remote, digest, folder)):
+            if remote.folder and not arrived(remote, digest, folder):
                 raise ValueError(f"{remote.url}/{name}: other bytes arrived than were sent")
-            moved.objects += 1
-            moved.bytes += size
+            return size
 
         def send_name(name: str) -> None:
             draft = folder / uuid.uuid4().hex
@@ -181,7 +143,7 @@ def push(
             remote.put(draft, f"names/{name}.json")
 
         # Contents, then records, then names: what can be seen there is whole.
-        each(send, wanted.items())
+        moved = Moved.of(each(send, wanted.items()))
         each(lambda key: remote.put(store.record_path(key), record_name(key)), records)
         each(send_name, names)
         (folder / "names.txt").write_text("".join(f"{name}\n" for name in remote.names()))
@@ -205,7 +167,6 @@ def pull(
         ValueError: no such name there; an object that is damaged there.
         TwoContents: the store here knows another content for the same action.
     """
-    moved = Moved()
     with store.draft() as folder:
         names = asked(remote, patterns, folder)
         for name in names:
@@ -220,7 +181,7 @@ def pull(
             if inputs or record["key"] in of_names
             for file in files(record)
         }
-        fetch(store, remote, contents, folder, moved)
+        moved = fetch(store, remote, contents, folder)
     for record in records:
         store.adopt(record)
     known = {record["key"]: record for record in records}
@@ -229,21 +190,17 @@ def pull(
     return names, moved
 
 
-def fetch(
-    store: Store, remote: Remote, contents: Mapping[str, int], folder: Path, moved: Moved
-) -> None:
+def fetch(store: Store, remote: Remote, contents: Mapping[str, int], folder: Path) -> Moved:
     """Bring contents, sha256 → size, that are not here yet, hashed as they arrive."""
 
-    def take(item: tuple[str, int]) -> None:
+    def take(item: tuple[str, int]) -> int | None:
         digest, size = item
         if store.sound(digest, size):
-            moved.there += 1
-            return
+            return None
         store.put(sound_object(remote, digest, folder))
-        moved.objects += 1
-        moved.bytes += size
+        return size
 
-    each(take, contents.items())
+    return Moved.of(each(take, contents.items()))
 
 
 def chosen(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str]]:
@@ -270,7 +227,7 @@ def asked(remote: Remote, patterns: Sequence[str], folder: Path) -> list[str]:
     try:
         listed = folder / "names"
         remote.get("names.txt", listed)
-    except FileNotFoundError:
+    except NotThere:
         raise ValueError(f"{remote.url}: expected a store that was pushed to, found none") from None
     names = listed.read_text().splitlines()
     found = [n for n in names if not patterns or any(fnmatchcase(n, one) for one in patterns)]
@@ -290,7 +247,7 @@ def refuse_to_replace(store: Store, path: Path) -> None:
 def read_name(remote: Remote, name: str, folder: Path) -> dict[str, Any]:
     try:
         link: dict[str, Any] = read_json(remote, f"names/{name}.json", folder)
-    except FileNotFoundError:
+    except NotThere:
         raise ValueError(f"{remote.url}: expected the name {name}, which was not pushed") from None
     return link
 
@@ -298,7 +255,7 @@ def read_name(remote: Remote, name: str, folder: Path) -> dict[str, Any]:
 def read_record(remote: Remote, key: str, folder: Path) -> Record:
     try:
         record: Record = read_json(remote, record_name(key), folder)
-    except FileNotFoundError:
+    except NotThere:
         raise ValueError(f"{remote.url}: the record {key[:12]}… is gone; push again") from None
     if record.get("key") != key:
         raise ValueError(f"{remote.url}/{record_name(key)}: it is another action's record")
@@ -320,7 +277,7 @@ def sound_object(remote: Remote, digest: str, folder: Path) -> Path:
         draft = folder / uuid.uuid4().hex
         try:
             remote.get(object_name(digest), draft)
-        except FileNotFoundError:
+        except NotThere:
             raise ValueError(
                 f"{remote.url}: object {digest[:12]}… is not there; it takes a push --inputs, or "
                 "another push of what was pushed"

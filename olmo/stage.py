@@ -38,6 +38,7 @@ from typing import Annotated, Any, TypeVar
 
 from olmo import naming
 from olmo.action import Action
+from olmo.energy import Joules
 from olmo.log import say
 from olmo.store import Record, Store, now
 
@@ -184,12 +185,10 @@ class measured:
 
     def __enter__(self) -> dict[str, Any]:
         self.run: dict[str, Any] = {"started": now(), **surroundings()}
-        self.wall, self.cpu, self.joules = time.monotonic(), cpu_seconds(), energy()
+        self.wall, self.cpu, self.joules = time.monotonic(), cpu_seconds(), Joules()
         return self.run
 
     def __exit__(self, *_: Any) -> None:
-        joules = energy()
-        used = None if joules is None or self.joules is None else joules - self.joules
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         unit = 1 if sys.platform == "darwin" else 1024
@@ -197,7 +196,7 @@ class measured:
             "wall_s": round(time.monotonic() - self.wall, 3),
             "cpu_s": round(cpu_seconds() - self.cpu, 3),
             "peak_memory_bytes": max(own, children) * unit,
-            "machine_energy_j": used,
+            "machine_energy_j": self.joules.used(),
             "tools": {name: version(name) for name in TOOLS if name in sys.modules},
         }
 
@@ -206,15 +205,6 @@ def cpu_seconds() -> float:
     """CPU time of this process and the children it has waited for."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
-
-
-def energy() -> float | None:
-    """Joules the processor packages have used so far; None where the kernel does not tell."""
-    try:
-        meters = list(Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj"))
-        return sum(int(meter.read_text()) for meter in meters) / 1e6 if meters else None
-    except OSError:
-        return None
 
 
 @functools.cache

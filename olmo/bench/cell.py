@@ -15,7 +15,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from olmo.bench.side import (
     timed,
 )
 from olmo.data.order import free_memory
+from olmo.energy import Joules
 from olmo.model import OLMo
 from olmo.model.loss import why_not as no_cross_entropy
 from olmo.precision import backends, msamp
@@ -136,7 +137,7 @@ def measure(section: Section, cell: Cell) -> dict[str, Any]:
     memory, joules, cpu = PeakMemory(device), energy(device), time.process_time()
     seconds = timed(lambda i: step(numbers[i], batches[i]), section.steps, device)
     cpu = time.process_time() - cpu
-    used = energy(device)
+    used = joules()
     every = [float(loss) for loss in losses]
     if not all(map(math.isfinite, every)):
         raise FloatingPointError(f"the loss is not finite: {every}")
@@ -145,9 +146,7 @@ def measure(section: Section, cell: Cell) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_cpu_second": section.steps * tokens / cpu,
         "peak_memory_bytes": memory.bytes(),
-        "joules_per_token": (
-            None if joules is None or used is None else (used - joules) / section.steps / tokens
-        ),
+        "joules_per_token": None if used is None else used / section.steps / tokens,
         "first_step_s": first_step_s,
         "first_loss": every[0],
         "last_loss": every[-1],
@@ -171,19 +170,22 @@ def speeds(facts: Mapping[str, Any], seconds: list[float]) -> dict[str, float | 
     }
 
 
-def energy(device: torch.device) -> float | None:
-    """Joules that the GPU, or the processor, has used so far; None where nobody counts them."""
-    if device.type == "cuda":
-        return nvml_energy(str(torch.cuda.get_device_properties(device).uuid))
-    try:
-        meters = list(Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj"))
-        return sum(int(meter.read_text()) for meter in meters) / 1e6 if meters else None
-    except OSError:
-        return None
+def energy(device: torch.device) -> Callable[[], float | None]:
+    """What says, called, how many joules the GPU or the processor used since; None: not known."""
+    if device.type != "cuda":
+        return Joules().used
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    before = nvml_energy(uuid)
+
+    def used() -> float | None:
+        now = nvml_energy(uuid)
+        return None if now is None or before is None else now - before
+
+    return used
 
 
 def nvml_energy(uuid: str) -> float | None:
-    """By the driver's own library (nvml.h), which is there without a Python package."""
+    """A GPU's, by the driver's own library (nvml.h), which is there without a Python package."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

@@ -38,9 +38,8 @@ def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> M
     of_order: str = given["order"]
     of_tokens: list[str] = given["tokens"]
     of_labels: list[str] = given.get("labels", [])  # one for each, where there are any
-    moved = Moved()
     with store.draft() as folder:
-        second.fetch(store, remote, {of_order: sizes[of_order]}, folder, moved)
+        moved = second.fetch(store, remote, {of_order: sizes[of_order]}, folder)
         stored = order.read(store.object_path(of_order))
         width = np.dtype(cfg.data.effective_memmap_dtype).itemsize * cfg.model.max_sequence_length
         ends = list(accumulate(sizes[digest] // width for digest in of_tokens))
@@ -50,5 +49,4 @@ def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> M
         which = set(np.searchsorted(ends, instances, side="right").tolist())
         needed = {digests[i] for digests in (of_tokens, of_labels) if digests for i in which}
         wanted = {digest: sizes[digest] for digest in sorted(needed)}
-        second.fetch(store, remote, wanted, folder, moved)
-    return moved
+        return moved + second.fetch(store, remote, wanted, folder)

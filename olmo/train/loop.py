@@ -48,7 +48,7 @@ from olmo.train.schedule import BoltOnWarmupScheduler, Scheduler, build_schedule
 from olmo.train.segments import begin_segment
 from olmo.train.signals import PAUSED, StopRequest
 from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBiases
-from olmo.train.start import Position, check, duration, find_start, masks
+from olmo.train.start import Position, check, duration, find_start, masks, origin_of_threads
 from olmo.train.step import forward_backward, keep_freed_memory
 from olmo.train.traces import traced
 from olmo.train.watch import Watchdog, progress
@@ -83,11 +83,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     if world.device.type == "cpu":
         keep_freed_memory()
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    origin = "intra_op_threads" if cfg.intra_op_threads else "torch's choice"
     tell(f"device: {world.device} ({world.why}), processes: {world.size}")
-    tell(
-        f"CPU threads per process: {torch.get_num_threads()} ({origin}), torch {torch.__version__}"
-    )
+    threads, origin = torch.get_num_threads(), origin_of_threads(cfg)
+    tell(f"CPU threads per process: {threads} ({origin}), torch {torch.__version__}")
     precision = cfg.precision or "fp32"
     dtype = str(cfg.autocast_precision).removeprefix("torch.")
     kept = "weights in bfloat16, masters" if cfg.master_weights else "weights"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -82,6 +83,14 @@ def masks(cfg: TrainConfig) -> Mask:
         return Mask.any
     between = data.generate_doc_lengths or fields.doc_lens_field
     return Mask.documents if between else Mask.causal
+
+
+def origin_of_threads(cfg: TrainConfig) -> str:
+    """Who says how many CPU threads a process has: the config, its environment (`olmo train` and
+    torchrun set it too), or torch."""
+    if cfg.intra_op_threads is not None:
+        return "intra_op_threads"
+    return "OMP_NUM_THREADS" if os.environ.get("OMP_NUM_THREADS") else "torch's choice"
 
 
 # The token that ends a text, and its id in the tokenizers that OLMo's public configs name.

@@ -282,20 +282,32 @@ def test_before_its_time_is_up_a_job_waits_again(
 ) -> None:
     (allocation / "scontrol").write_text(f'#!/bin/sh\necho "$@" >{tmp_path / "asked"}\n')
     left = {"step": 5, "by": why, "checkpoint": f"{tmp_path}/step5"}
-    (tmp_path / MARKER).write_text(json.dumps(left))
     (tmp_path / SEGMENTS).write_text(f'{{"after": 0}}\n{{"after": {after}}}\n')
-    wait_in_the_queue_again(tmp_path)
+    wait_in_the_queue_again(tmp_path, left)
     job = os.environ["SLURM_JOB_ID"]
     said = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
     assert said == f"requeue {job}\n" * asked
     monkeypatch.delenv("SLURM_JOB_ID")
     (tmp_path / "asked").unlink(missing_ok=True)
-    wait_in_the_queue_again(tmp_path)
+    wait_in_the_queue_again(tmp_path, left)
     assert not (tmp_path / "asked").exists(), "no job, no queue"
 
 
-def test_a_cluster_that_puts_no_job_back(tmp_path: Path, allocation: Path, capsys: Any) -> None:
-    (tmp_path / MARKER).write_text('{"step": 5, "by": "SIGUSR1", "checkpoint": "step5"}')
+def test_a_job_that_is_back_at_once_takes_no_words_from_the_one_before(
+    tmp_path: Path, allocation: Path, monkeypatch: Any
+) -> None:
+    """Put back, it may start on another node, and remove the marker, before we have said why."""
+    (allocation / "scontrol").write_text(f"#!/bin/sh\nrm {tmp_path / MARKER}\n")
+    left = json.dumps({"step": 5, "by": "SIGUSR1", "checkpoint": "step5"})
     (tmp_path / SEGMENTS).write_text('{"after": 0}\n')
-    wait_in_the_queue_again(tmp_path)
+    paused = ["sh", "-c", f"echo '{left}' >{tmp_path / MARKER}; exit 75"]
+    monkeypatch.setattr("olmo.launch.launcher", lambda *_: paused)
+    with pytest.raises(Paused, match="at step 5 by SIGUSR1, saved to step5"):
+        launch(tmp_path / "given.yaml", Geometry(), threads=1)
+    assert not (tmp_path / MARKER).exists(), "it was asked to put the job back"
+
+
+def test_a_cluster_that_puts_no_job_back(tmp_path: Path, allocation: Path, capsys: Any) -> None:
+    (tmp_path / SEGMENTS).write_text('{"after": 0}\n')
+    wait_in_the_queue_again(tmp_path, {"step": 5, "by": "SIGUSR1", "checkpoint": "step5"})
     assert "requeue" in capsys.readouterr().err

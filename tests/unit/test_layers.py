@@ -19,7 +19,7 @@ LEAVES: dict[str, set[str]] = {
     "log": set(),
     "process": set(),
     "io": set(),
-    "bucket": set(),
+    "bucket": {"io"},
     "lease": set(),
     "action": set(),
     "store": {"action", "lease"},

@@ -198,3 +198,23 @@ def test_to_and_from_a_bucket(ours, theirs, s3):
     assert Path("checkpoints/run/final").read_text() == "the weights"
     with pytest.raises(ValueError, match="s3://nowhere"):
         push(theirs.store, Remote("s3://nowhere/store"))
+
+
+@pytest.mark.slow
+def test_to_a_bucket_that_speaks_s3(ours, theirs, s3, monkeypatch):
+    monkeypatch.setenv("R2_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"])
+    assert push(ours.store, Remote("r2://lab/store")).objects == 3
+    theirs.here()
+    assert len(pull(theirs.store, Remote(s3))[0]) == 3
+
+
+def test_a_bucket_of_which_nobody_said_where_it_is(monkeypatch):
+    monkeypatch.delenv("R2_ENDPOINT_URL", raising=False)
+    with pytest.raises(ValueError, match=r"r2://lab/store: R2_ENDPOINT_URL is not set"):
+        Remote("r2://lab/store")
+
+
+def test_what_another_push_has_not_finished_is_no_name(ours, url):
+    push(ours.store, Remote(url))
+    Path(url, "names", "data", ".1a2b3c4d").write_text("{")
+    assert len(Remote(url).names()) == 3

@@ -8,13 +8,21 @@ import torch
 
 from olmo.config import ModelConfig, TokenizerConfig, TrainConfig
 from olmo.train.parallel import World
-from olmo.train.start import check, warn_of_other_tokenizer
+from olmo.train.start import check, origin_of_threads, warn_of_other_tokenizer
 
 
 def test_a_world_that_does_not_divide_the_batch():
     world = World(0, 0, 3, torch.device("cpu"), "three")
     with pytest.raises(ValueError, match=r"batch_size=8 is not a multiple of the 3 processes"):
         check(TrainConfig(global_train_batch_size=8), world)
+
+
+def test_who_says_how_many_threads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as `olmo train` and torchrun do
+    assert origin_of_threads(TrainConfig(intra_op_threads=2)) == "intra_op_threads"
+    assert origin_of_threads(TrainConfig()) == "OMP_NUM_THREADS"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert origin_of_threads(TrainConfig()) == "torch's choice"
 
 
 PII = "tokenizers/allenai_eleuther-ai-gpt-neox-20b-pii-special.json"
