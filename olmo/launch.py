@@ -19,15 +19,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from olmo.lease import see_anew
 from olmo.process import FINISHED, MARKER, SEGMENTS, STOP, Paused, describe_exit, supervised
 
 # Set for the ranks: the launcher above reads the marker, and torchrun is to see no failure in a
 # pause, or it would start them again.
 LAUNCHED = "OLMO_LAUNCHED"
-
-# How long nodes wait for each other at the start, in seconds: they do not begin at one moment, and
-# the last may be importing torch from a slow file system.
-JOIN_S = 600
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,7 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
         asking_it_to_stop(folder / STOP),
     ):
         status = process.wait()
+    see_anew(folder)  # the first process may be on another machine
     if (folder / MARKER).exists():
         # Read first: once it is back in the queue, the job may begin elsewhere and remove it.
         left = json.loads((folder / MARKER).read_text())
@@ -118,6 +116,9 @@ def asking_it_to_stop(request: Path) -> Iterator[None]:
     before = {s: signal.signal(s, heard) for s in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
+    except KeyboardInterrupt:  # the trainer, not in our terminal's group, has a moment to save
+        request.write_text(f"{signal.SIGINT.name}\n")
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -147,12 +148,13 @@ def launcher(geometry: Geometry, config: Path) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     torchrun += ["--nproc-per-node", str(geometry.processes)]
     torchrun += ["--max-restarts", str(geometry.max_restarts)]
-    # SIGUSR1 may be sent to every process of a job: the ranks heed it, torchrun would die of it.
-    unmoved = 'trap "" USR1; exec "$@"'
-    count, first = allocation(geometry) if geometry.nodes > 1 else (1, "")
-    if count == 1:
+    torchrun += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]  # see olmo.node
+    node = [sys.executable, "-m", "olmo.node"]
+    addresses = allocation(geometry) if geometry.nodes > 1 else []
+    count = len(addresses)
+    if count < 2:
         # An address, since a machine may not know its own name; torchrun would wait for that.
-        return ["sh", "-c", unmoved, "sh", *torchrun, "--standalone", "--local-addr=127.0.0.1"]
+        return [*node, "", *torchrun, "--standalone", "--local-addr=127.0.0.1"]
     job = os.environ["SLURM_JOB_ID"]
     # One number for all nodes, another for each job and run: two jobs may share a node.
     port = 20_000 + zlib.crc32(f"{job} {config}".encode()) % 10_000
@@ -163,16 +165,13 @@ def launcher(geometry: Geometry, config: Path) -> list[str]:
     if cpus := told("SLURM_CPUS_PER_TASK", "CPUs/Task"):
         srun.append(f"--cpus-per-task={cpus}")  # sbatch's is not inherited since SLURM 22.05
     nodes = f"{geometry.fewest}:{count}" if elastic else str(count)
-    torchrun += [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{port}"]
-    torchrun.append(f"--rdzv-id={job}-{port}")
-    # The first node holds the rendezvous. By itself each would look whether the address is its own,
-    # which fails where a node has several, and is true of two that share one machine.
-    met = f'export PET_RDZV_CONF="join_timeout={JOIN_S},is_host=$((SLURM_NODEID == 0))"'
-    return [*srun, "sh", "-c", f"{met}; {unmoved}", "sh", *torchrun]
+    torchrun += [f"--nnodes={nodes}", "--rdzv-backend=c10d"]
+    torchrun += [f"--rdzv-endpoint={addresses[0]}:{port}", f"--rdzv-id={job}-{port}"]
+    return [*srun, *node, ",".join(addresses[:2]), *torchrun]
 
 
-def allocation(geometry: Geometry) -> tuple[int, str]:
-    """How many nodes of this SLURM allocation to use, and the address of its first one.
+def allocation(geometry: Geometry) -> list[str]:
+    """The addresses of the nodes of this SLURM allocation that are to be used.
 
     Raises:
         ValueError: there is no allocation, or it is too small.
@@ -194,8 +193,9 @@ def allocation(geometry: Geometry) -> tuple[int, str]:
             f"--nodes={geometry.nodes}, or set nodes: {len(names)} for the run"
         )
     # The name of a node need not be one that the network knows; its address is.
-    found = re.search(r"\bNodeAddr=(\S+)", scontrol("--oneliner", "show", "node", names[0]))
-    return min(len(names), geometry.nodes), found[1] if found else names[0]
+    shown = scontrol("--oneliner", "show", "node", ",".join(names))
+    known = dict(re.findall(r"^NodeName=(\S+).*?\sNodeAddr=(\S+)", shown, re.MULTILINE))
+    return [known.get(name, name) for name in names[: geometry.nodes]]
 
 
 def told(variable: str, field: str) -> str | None:

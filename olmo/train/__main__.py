@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str]) -> int:
     # torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     who = f"rank {rank}: " if rank else ""
+    if "OLMO_LAUNCHED" in os.environ:  # torchrun ignores it then (see olmo.node), we do not
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     from olmo.config import TrainConfig
     from olmo.process import PAUSED
     from olmo.train.loop import train

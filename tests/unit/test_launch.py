@@ -6,9 +6,11 @@ side by side, and everything below it is real. The scheduler's own is in tests/s
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,9 @@ case "$*" in
   "show hostnames n[1-2]") echo n1; echo n2;;
   "show hostnames n[1-3]") echo n1; echo n2; echo n3;;
   "show hostnames n1") echo n1;;
+  "--oneliner show node n1,n2"*)  # in an order of its own
+    echo "NodeName=n2 Arch=x86_64 NodeAddr=127.0.0.2 NodeHostName=n2"
+    echo "NodeName=n1 Arch=x86_64 NodeAddr=127.0.0.1 NodeHostName=n1";;
   "--oneliner show node n1") echo "NodeName=n1 Arch=x86_64 NodeAddr=127.0.0.1 NodeHostName=n1";;
   "--oneliner show job "*) echo "JobId=1 ReqNodeList=(null) NodeList=n[1-2] CPUs/Task=3 Gres=";;
   *) echo "slurm_load: $*" >&2; exit 1;;
@@ -61,12 +66,23 @@ def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def unmoved(words: list[str]) -> bool:
-    """Whether what stands in front of torchrun lets it live through a scheduler's SIGUSR1."""
-    shell = words[words.index("sh") : words.index(sys.executable)]
-    heard = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)"]
-    assert subprocess.run(heard).returncode == -signal.SIGUSR1
-    return subprocess.run([*shell, *heard]).returncode == 0
+def prologue(words: list[str]) -> list[str]:
+    """What stands in front of torchrun on each node."""
+    start = words.index(sys.executable)
+    assert words[start + 1 : start + 3] == ["-m", "olmo.node"]
+    return words[start : start + 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_torchrun_lives_through_what_a_scheduler_sends_to_every_process(
+    number: signal.Signals,
+) -> None:
+    """Ours heed it and save; torchrun would die of SIGUSR1, and at SIGTERM give them 30 seconds."""
+    words = launcher(Geometry(), Path("run/given.yaml"))
+    heard = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(number)})"]
+    assert subprocess.run(heard).returncode == -number
+    assert subprocess.run([*prologue(words), *heard]).returncode == 0
+    assert "SIGTERM" not in words[words.index("--signals-to-handle") + 1]
 
 
 def test_one_node_needs_no_scheduler() -> None:
@@ -74,7 +90,6 @@ def test_one_node_needs_no_scheduler() -> None:
     assert "srun" not in words and "--standalone" in words
     assert words[words.index("--nproc-per-node") + 1] == "2"
     assert words[words.index("--max-restarts") + 1] == "1"
-    assert unmoved(words)
 
 
 @pytest.mark.slow
@@ -100,12 +115,10 @@ def test_many_nodes_are_srun_and_torchrun(allocation: Path, monkeypatch: Any) ->
     assert endpoint not in other and meeting not in other, "two runs in one job meet apart"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert meeting not in launcher(Geometry(processes=4, nodes=2), Path("run/given.yaml"))
-    assert unmoved(words)
 
 
 def test_the_first_node_holds_the_rendezvous(allocation: Path) -> None:
     words = launcher(Geometry(nodes=2), Path("run/given.yaml"))
-    shell = words[words.index("sh") : words.index(sys.executable)]
     given = words[words.index("torch.distributed.run") + 1 :]
     asks = (
         "import sys; from torch.distributed.run import config_from_args, parse_args; "
@@ -113,10 +126,75 @@ def test_the_first_node_holds_the_rendezvous(allocation: Path) -> None:
         "print(config['is_host'], config['join_timeout'])"
     )
     for node in ("0", "1"):
-        command = [*shell, sys.executable, "-c", asks, *given, "-m", "olmo.train"]
+        command = [*prologue(words), sys.executable, "-c", asks, *given, "-m", "olmo.train"]
         environment = os.environ | {"SLURM_NODEID": node}
         said = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert said.stdout.split() == ["01"[node == "0"], "600"], said.stderr
+
+
+MEET = """
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+number = torch.ones(1)
+dist.all_reduce(number)
+print("sum", number.item(), os.environ["GLOO_SOCKET_IFNAME"])
+"""
+
+
+@pytest.fixture
+def two_machines() -> Iterator[list[list[str]]]:
+    """Commands that run another one on a machine. The two share a network; each has a name that
+    only itself knows, as 127.0.1.1, which is how Debian writes it."""
+    names = [f"olmo{os.getpid()}{letter}" for letter in "ab"]
+    ip = ["ip", "-netns"]
+    try:
+        for name in names:
+            if not shutil.which("ip") or subprocess.run(["ip", "netns", "add", name]).returncode:
+                pytest.skip("this process may not make networks; ip (iproute2), as root, does")
+        far = ["peer", "wire", "netns", names[1]]
+        command = [*ip, names[0], "link", "add", "wire", "type", "veth", *far]
+        subprocess.run(command, check=True)
+        for number, name in enumerate(names, 1):
+            address = f"10.9.8.{number}/24"
+            subprocess.run([*ip, name, "addr", "add", address, "dev", "wire"], check=True)
+            for interface in ("wire", "lo"):
+                subprocess.run([*ip, name, "link", "set", interface, "up"], check=True)
+            etc = Path("/etc/netns", name)  # what `ip netns exec` puts over /etc
+            etc.mkdir(parents=True)
+            (etc / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"']
+        yield [["ip", "netns", "exec", name, *named, name] for name in names]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+            shutil.rmtree(Path("/etc/netns", name), ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_machines_that_know_each_other_by_address_only_meet(
+    tmp_path: Path, allocation: Path, two_machines: list[list[str]]
+) -> None:
+    scontrol = (allocation / "scontrol").read_text().replace("127.0.0.", "10.9.8.")
+    (allocation / "scontrol").write_text(scontrol)
+    (tmp_path / "meet.py").write_text(MEET)
+    words = launcher(Geometry(nodes=2), tmp_path / "given.yaml")
+    words = [*words[words.index(sys.executable) :], str(tmp_path / "meet.py")]
+    nodes = [
+        subprocess.Popen(
+            [*machine, *words],
+            env=os.environ | {"SLURM_NODEID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, machine in enumerate(two_machines)
+    ]
+    try:
+        said = [node.communicate(timeout=120) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [out for out, _ in said] == ["sum 2.0 wire\n"] * 2, said
 
 
 def test_of_a_larger_allocation_as_many_as_asked_for(allocation: Path, monkeypatch: Any) -> None:
