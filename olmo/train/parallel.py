@@ -59,10 +59,12 @@ class World:
         return bool(found)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Over all processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(value)
-        return value
+        """Over all processes; `value` stays as it is, so that it may be asked for again."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
 
     def tell_all(self, value: T) -> T:
         """The first process's value, everywhere. For small plain objects."""
