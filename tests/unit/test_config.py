@@ -158,6 +158,13 @@ def test_saved_and_read_back(tmp_path: Path) -> None:
     assert TrainConfig.load(tmp_path / "out.yaml").intra_op_threads == 2
 
 
+def test_a_copy_has_no_field_that_there_is_not() -> None:
+    cfg = TrainConfig()
+    assert cfg.update_with(save_folder="x").save_folder == "x" != cfg.save_folder
+    with pytest.raises(ValueError, match=r"savefolder: no such key.*'save_folder'"):
+        cfg.update_with(savefolder="x")
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1.5", "1_000", "yes", "2024-01-01", "a: b", "", "1ep"])
 def test_text_that_looks_like_something_else_stays_text(tmp_path: Path, text: str) -> None:
     TrainConfig(run_name=text, max_duration=text).save(tmp_path / "out.yaml")
