@@ -363,6 +363,27 @@ class TrainConfig(BaseConfig):
     hang_timeout: float | None = ours(1200.0)  # None: never
 
     @property
+    def data_seed(self) -> int:
+        """The seed of the data order."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    @property
+    def duration(self) -> tuple[int, str]:
+        """max_duration as a number and its unit: "steps", "tokens" or "epochs"."""
+        text = str(self.max_duration).strip()
+        try:
+            if text.endswith("ep"):
+                return int(text[:-2]), "epochs"
+            if text.endswith("T"):
+                return int(float(text[:-1])), "tokens"
+            return int(float(text)), "steps"
+        except (ValueError, OverflowError):
+            raise ValueError(
+                f'max_duration: expected steps (1000), tokens ("2e9T") or epochs ("1ep"), '
+                f"found {text!r}"
+            ) from None
+
+    @property
     def autocast_precision(self) -> Any:
         """The torch type that matrix products run in."""
         import torch

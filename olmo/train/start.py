@@ -212,19 +212,11 @@ def duration(
     cfg: TrainConfig, position: Position, tokens_per_step: int, steps_per_epoch: int
 ) -> tuple[int, int]:
     """The run's length in steps and in tokens: max_duration is steps, "2e9T" or "1ep"."""
-    text = str(cfg.max_duration).strip()
-    try:
-        if text.endswith("T"):
-            tokens = int(float(text[:-1]))
-            left = max(tokens - position.global_train_tokens_seen, 0)
-            return position.global_step + math.ceil(left / tokens_per_step), tokens
-        steps = int(text[:-2]) * steps_per_epoch if text.endswith("ep") else int(float(text))
-    except ValueError:
-        raise ValueError(
-            f'max_duration: expected steps (1000), tokens ("2e9T") or epochs ("1ep"), '
-            f"found {text!r}"
-        ) from None
-    if text.endswith("ep"):
+    length, unit = cfg.duration
+    step, seen = position.global_step, position.global_train_tokens_seen
+    if unit == "tokens":
+        return step + math.ceil(max(length - seen, 0) / tokens_per_step), length
+    if unit == "epochs":
+        steps = length * steps_per_epoch
         return steps, steps * tokens_per_step
-    left = max(steps - position.global_step, 0)
-    return steps, position.global_train_tokens_seen + left * tokens_per_step
+    return length, seen + max(length - step, 0) * tokens_per_step
