@@ -95,7 +95,7 @@ def origin_of_threads(cfg: TrainConfig) -> str:
 
 # The token that ends a text, and its id in the tokenizers that OLMo's public configs name.
 END_OF_TEXT = "<|endoftext|>"
-KNOWN_ENDS = {"gpt-neox-20b-pii-special": 0, "gpt-neox-olmo-dolma-v1_5": 50279}
+KNOWN_ENDS = {"gpt-neox-20b-pii-special": 0, "gpt-neox-olmo-dolma-v1_5": 50279, "dolma2": 100257}
 
 
 def warn_of_other_tokenizer(cfg: TrainConfig) -> None:
