@@ -1,4 +1,4 @@
-"""One training step: forward and backward over microbatches, the mean over processes, the update.
+"""The gradients of one training step: forward and backward over microbatches.
 
 As OLMo computes it: the cross-entropy is summed over the labels that count and divided by the
 number of input tokens B*T. The reported loss is therefore (T-1)/T of the mean over labels, and

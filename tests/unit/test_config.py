@@ -184,6 +184,18 @@ def test_thousands_of_paths_are_kept_out_of_omegaconf(tmp_path: Path, monkeypatc
     assert seen and not any("part-1.npy" in s for s in seen)
 
 
+def test_every_field_of_ours_is_said_to_be() -> None:
+    page = (Path(__file__).parents[2] / "docs/deviations.md").read_text()
+    told = page.partition("- Ours, absent from saved configs")[2].partition("\n- ")[0]
+
+    def ours(cls: type, before: str = "") -> set[str]:
+        named = {before + f.name for f in dataclasses.fields(cls) if f.metadata.get("ours")}
+        inner = [f for f in dataclasses.fields(cls) if f.name in ("data", "optimizer", "scheduler")]
+        return named.union(*(ours(f.default_factory, f"{f.name}.") for f in inner))  # type: ignore[arg-type]
+
+    assert {name for name in ours(TrainConfig) if f"`{name}`" not in told} == set()
+
+
 def test_identity_holds_what_decides_the_bytes() -> None:
     assert identity(TrainConfig()) == {}
     cfg = TrainConfig.new(
