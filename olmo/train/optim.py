@@ -53,6 +53,10 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update what has a gradient; nothing where clipping found one that is not finite.
+
+        The fused kernel heeds the latter, so that it holds on CPU and CUDA.
+        """
         recording = self._record_update_metrics and self._collecting_metrics
         before = self._snapshot() if recording else []
         for group in self.param_groups:
@@ -157,6 +161,7 @@ class LionW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update what has a gradient; nothing where clipping found one that is not finite."""
         recording = self._record_update_metrics and self._collecting_metrics
         products: list[Tensor] = []
         norms: list[list[Tensor]] = [[], []]
