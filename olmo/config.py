@@ -356,9 +356,8 @@ class TrainConfig(BaseConfig):
     master_weights: bool = ours(False)  # matrices in bfloat16, with masters in float32
     cross_entropy: CrossEntropy | None = ours()  # noqa: RUF009 (who computes the loss; chunked)
     # CPU threads of one process. The order of sums, and so the bits, depend on it, which is why
-    # it belongs to the run and not to the machine. None: one under
-    # `olmo train`, as under torchrun with several processes; else OMP_NUM_THREADS, or what torch
-    # chooses.
+    # it belongs to the run and not to the machine. None: one under `olmo train`, as under torchrun
+    # with several processes; else OMP_NUM_THREADS, or what torch chooses.
     intra_op_threads: int | None = ours()
     # Seconds without a step, or a batch of an evaluation, after which the run counts as hung and
     # is ended with the stacks of all processes: longer than the first step, which may compile.
