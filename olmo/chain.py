@@ -21,11 +21,11 @@ FAR = 2**60  # an end so far away that no schedule notices it
 
 def steps(cfg: TrainConfig) -> int | None:
     """How many steps a run has; None where that depends on its data ("2ep")."""
-    text = str(cfg.max_duration).strip()
-    if text.endswith("ep"):
+    found, unit = cfg.duration
+    if unit == "epochs":
         return None
-    per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length
-    found = math.ceil(int(float(text[:-1])) / per_step) if text[-1:] == "T" else int(float(text))
+    if unit == "tokens":
+        found = math.ceil(found / (cfg.global_train_batch_size * cfg.model.max_sequence_length))
     return min(found, cfg.stop_at or found)
 
 

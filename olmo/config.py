@@ -3,8 +3,8 @@
     cfg = TrainConfig.load("config/train/olmo-tiny.yaml", ["--optimizer.learning_rate=3e-4"])
 
 Loading is strict: a key that no dataclass has is an error that names the nearest one, and so is a
-value of another type. A config object belongs to its owner, who may change it; nothing in this
-package does. Fields that OLMo does not have are marked "ours".
+value of another type. A config belongs to whoever loaded it: the trainer changes none, and
+`update_with` makes a changed copy. Fields that OLMo does not have are marked "ours".
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ModelConfig(BaseConfig):
     rope: bool = False
     rope_full_precision: bool = True
     rope_theta: int = 10_000
-    flash_attention: bool = False  # a wish; which attention runs, and why, is printed at the start
+    flash_attention: bool = False  # true: a flash kernel or an error; which, is told at the start
     attention_dropout: float = 0.1
     multi_query_attention: bool | None = None  # older spelling of n_kv_heads: 1
     attention_layer_norm: bool = False  # norm on queries and keys
@@ -283,7 +283,8 @@ class TrainConfig(BaseConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    restore_dataloader: bool = True  # on resume go on in the data; False: from its start
+    # Go on at load_path's step and place in the data; False: at step 0 and the data's start.
+    restore_dataloader: bool = True
     fast_forward_batches: int | None = None  # on resume skip this many batches more
     evaluators: list[EvaluatorConfig] = field(default_factory=list)
     eval_interval: int = 1000  # steps
@@ -349,18 +350,39 @@ class TrainConfig(BaseConfig):
     module_outputs_save_steps: list[int] | None = None
     use_msamp: bool = ours(False)  # the seed's
     fp8: FP8Config | None = ours()  # noqa: RUF009
-    # Who computes attention. None: model.flash_attention's wish, or the fastest that works.
+    # The kernel that computes attention; an error where it cannot. None: of those that work, the
+    # fastest, with model.flash_attention the fastest flash kernel.
     attention: AttentionBackend | None = ours()  # noqa: RUF009
     master_weights: bool = ours(False)  # matrices in bfloat16, with masters in float32
     cross_entropy: CrossEntropy | None = ours()  # noqa: RUF009 (who computes the loss; chunked)
     # CPU threads of one process. The order of sums, and so the bits, depend on it, which is why
-    # it belongs to the run and not to the machine. None: one under
-    # `olmo train`, as under torchrun with several processes; else OMP_NUM_THREADS, or what torch
-    # chooses.
+    # it belongs to the run and not to the machine. None: one under `olmo train`, as under torchrun
+    # with several processes; else OMP_NUM_THREADS, or what torch chooses.
     intra_op_threads: int | None = ours()
     # Seconds without a step, or a batch of an evaluation, after which the run counts as hung and
     # is ended with the stacks of all processes: longer than the first step, which may compile.
     hang_timeout: float | None = ours(1200.0)  # None: never
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the data order."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    @property
+    def duration(self) -> tuple[int, str]:
+        """max_duration as a number and its unit: "steps", "tokens" or "epochs"."""
+        text = str(self.max_duration).strip()
+        try:
+            if text.endswith("ep"):
+                return int(text[:-2]), "epochs"
+            if text.endswith("T"):
+                return int(float(text[:-1])), "tokens"
+            return int(float(text)), "steps"
+        except (ValueError, OverflowError):
+            raise ValueError(
+                f'max_duration: expected steps (1000), tokens ("2e9T") or epochs ("1ep"), '
+                f"found {text!r}"
+            ) from None
 
     @property
     def autocast_precision(self) -> Any:

@@ -86,9 +86,11 @@ class BaseConfig:
         return {k: v for k, v in as_plain(self).items() if k not in left_out}
 
     def update_with(self, **values: Any) -> Self:
-        """A copy with some fields changed."""
+        """A copy with some fields changed. Raises ValueError for a field that there is not."""
         changed = copy.deepcopy(self)
         for name, value in values.items():
+            if name not in _hints(type(self)):  # type: ignore[arg-type]
+                raise _no_such_key(name, type(self), name)
             setattr(changed, name, value)
         return changed
 
@@ -342,6 +344,11 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         raise refuse("a whole number" if hint is int else "a number") from None
 
 
+def _no_such_key(key: Any, cls: Any, place: str) -> ValueError:
+    near = difflib.get_close_matches(str(key), _hints(cls), n=1, cutoff=0.0)
+    return ValueError(f"{place}: no such key in {cls.__name__}; the nearest is '{near[0]}'")
+
+
 def _typed_dataclass(value: Any, cls: Any, where: str) -> Any:
     if isinstance(value, cls):
         return value
@@ -351,8 +358,7 @@ def _typed_dataclass(value: Any, cls: Any, where: str) -> Any:
     for key, part in value.items():
         place = f"{where}.{key}" if where else str(key)
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
-            raise ValueError(f"{place}: no such key in {cls.__name__}; the nearest is '{near[0]}'")
+            raise _no_such_key(key, cls, place)
         values[key] = _typed(part, hints[key], place)
     for f in dataclasses.fields(cls):
         if _is_required(f) and f.name not in values:

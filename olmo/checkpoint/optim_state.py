@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from olmo.model.regroup import plain_name
+
 State = dict[str, dict[str, Any]]  # parameter name → what the optimizer keeps of it
 
 
@@ -32,8 +34,8 @@ def by_name(state_dict: dict[str, Any]) -> tuple[State, list[dict[str, Any]]]:
             called = group["param_names"]
         names |= dict(zip(group["params"], called, strict=True))
         rest = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        groups.append({**rest, "param_names": [clean(name) for name in called]})
-    return {clean(names[key]): value for key, value in state_dict["state"].items()}, groups
+        groups.append({**rest, "param_names": [plain_name(name) for name in called]})
+    return {plain_name(names[key]): value for key, value in state_dict["state"].items()}, groups
 
 
 def load_by_name(
@@ -75,10 +77,3 @@ def placed(value: Any, parameter: torch.Tensor) -> Any:
     assert isinstance(parameter, DTensor)
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(value, mesh, placements, src_data_rank=None)
-
-
-def clean(name: str) -> str:
-    """Without what FSDP's, DDP's and torch.compile's wrappers put in."""
-    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from olmo.checkpoint import layout, plain
 from olmo.checkpoint.encoded import decode, is_encoded
-from olmo.checkpoint.optim_state import State, by_name, clean, load_by_name, placed
+from olmo.checkpoint.optim_state import State, by_name, load_by_name, placed
 from olmo.checkpoint.plain import Part
 from olmo.config import ModelConfig
 from olmo.log import warn
-from olmo.model.regroup import regrouped
+from olmo.model.regroup import plain_name, regrouped
 
 if TYPE_CHECKING:
     from olmo.checkpoint.sharded import Sharded
@@ -111,7 +111,7 @@ def look(
                 "--reset_optimizer_state --reset_trainer_state"
             )
         model = _safetensors(folder)
-        return Checkpoint(folder, {clean(name): t for name, t in model.items()}, None, None)
+        return Checkpoint(folder, {plain_name(name): t for name, t in model.items()}, None, None)
     if (folder / "model_and_optim").is_dir():
         return _sharded(folder, optimizer, trainer)
     if (folder / "model.safetensors").exists():
@@ -126,7 +126,7 @@ def look(
         )
     return Checkpoint(
         folder,
-        {clean(name): tensor for name, tensor in model.items()},
+        {plain_name(name): tensor for name, tensor in model.items()},
         _optimizer(folder, mapped) if optimizer else None,
         _trainer(folder) if trainer else None,
     )

@@ -28,8 +28,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from olmo.checkpoint import layout, plain
-from olmo.checkpoint.optim_state import State, by_name, clean
+from olmo.checkpoint.optim_state import State, by_name
 from olmo.checkpoint.plain import Part
+from olmo.model.regroup import plain_name
 
 FOLDER = "model_and_optim"
 TRAIN = "train/rank0.pt"
@@ -124,12 +125,12 @@ class Sharded:
             if isinstance(kind, TensorStorageMetadata):
                 part = Part(key, kind.size, kind.properties.dtype)
             if of == "model" and part is not None:
-                self.model[clean(name)] = part
+                self.model[plain_name(name)] = part
             elif of == "optim" and name.startswith("state.") and optimizer:
                 name, _, what = name.removeprefix("state.").rpartition(".")
-                self.state.setdefault(clean(name), {})[what] = part
+                self.state.setdefault(plain_name(name), {})[what] = part
                 if part is None:
-                    numbers.append((clean(name), what, key))
+                    numbers.append((plain_name(name), what, key))
         found: dict[str, Any] = {key: None for _, _, key in numbers}
         self.read(found)
         for name, what, key in numbers:

@@ -81,7 +81,7 @@ class Seen:
                 f"a step of epoch {epoch + 1} depends on the run's world size, and "
                 f"{self.world_size} is not it: its order has another length; give --world-size"
             )
-        seed = self.cfg.seed if self.cfg.data.seed is None else self.cfg.data.seed
+        seed = self.cfg.data_seed
         whole = (
             self.read(0, self.n)
             if epoch == 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from olmo.chain import STATE
+from olmo.checkpoint import layout
 from olmo.inspect.order import steps_of
 from olmo.inspect.run import Run
 from olmo.launch import Geometry, launch
@@ -107,12 +107,10 @@ def rows_of(path: Path) -> dict[int, dict[str, Any]]:
 
 def begin_at(folder: Path, first: int) -> tuple[int, Path | None]:
     """The last checkpoint of a run before step `first`: (its step, its folder), or the start."""
-    found: list[tuple[int, Path | None]] = [(0, None)]
-    for path in folder.glob("step*-unsharded"):
-        step = int(re.sub(r"\D", "", path.name))
-        if 0 < step < first:
-            found.append((step, path.resolve()))
-    return max(found, key=lambda one: one[0])
+    for path in reversed(layout.checkpoints(folder, unsharded=True)):
+        if 0 < (step := layout.step_of(path) or 0) < first:
+            return step, path.resolve()
+    return 0, None
 
 
 def gap_of_weights(run: Run, folder: Path) -> float:

@@ -77,7 +77,7 @@ class Run:
     def seen(self) -> Seen:
         n = len(self.dataset)
         if self.order_place is None:
-            seed = self.cfg.seed if self.cfg.data.seed is None else self.cfg.data.seed
+            seed = self.cfg.data_seed
             whole = global_indices(n, seed, self.cfg.epoch or 0)
             return Seen(self.cfg, n, n, lambda a, b: whole[a:b], self.world_size)
         stored = Tokens(self.order_place, ORDER_DTYPE)

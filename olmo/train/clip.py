@@ -58,6 +58,9 @@ class Optimizer(torch.optim.Optimizer):
             0-d tensors on the device. `total_grad_norm`, before clipping, is always there. With
             collect_param_metrics also {param,grad,exp_avg,…}/{name}.{min,max,avg,norm} (min and
             max of the absolute values), `clipping_rate`, `grad_norm_exp_avg/{name}`.
+
+        Raises:
+            ValueError: no parameter has a gradient.
         """
         self._collecting_metrics = collect_param_metrics
         named = [list(with_grad(group)) for group in self.param_groups]

@@ -57,8 +57,9 @@ from olmo.train.watch import Watchdog, progress
 def train(cfg: TrainConfig) -> int:
     """Train as `cfg` says, which is not changed; the exit code (0 finished, 75 paused).
 
-    Raises ValueError or OSError for what is not as it must be, before training starts where it
-    can be known.
+    Raises:
+        ValueError, OSError: what is not as it must be; before training starts where that is known.
+        NotFinite: a gradient was NaN or infinite; weights and checkpoints are as before that step.
     """
     stop = StopRequest(Path(cfg.save_folder), cfg.time_limit)
     # A warning that time is up soon must not kill; SIGTERM may, until there is something to save.

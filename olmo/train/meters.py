@@ -40,7 +40,7 @@ class SpeedMeter:
             self._mark = time.monotonic()
 
     def step(self, steps: int, tokens: int) -> None:
-        """So many steps, each over `tokens` of all devices, ended now."""
+        """`steps` steps ended now. `tokens`: of one of them, over all devices."""
         now = time.monotonic()
         if self._mark is not None:
             self._steps.append((now - self._mark, steps, steps * tokens))
@@ -96,6 +96,7 @@ def device_flops(device: torch.device) -> float | None:
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
+    """The most that tensors took on a GPU so far, in MB of 10^6 bytes; nothing on a CPU."""
     if device.type != "cuda":
         return {}
     return {"System/Peak GPU Memory (MB)": torch.cuda.max_memory_allocated(device) / 1e6}

@@ -53,6 +53,10 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update what has a gradient; nothing where clipping found one that is not finite.
+
+        The fused kernel heeds the latter, so that it holds on CPU and CUDA.
+        """
         recording = self._record_update_metrics and self._collecting_metrics
         before = self._snapshot() if recording else []
         for group in self.param_groups:
@@ -157,6 +161,7 @@ class LionW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update what has a gradient; nothing where clipping found one that is not finite."""
         recording = self._record_update_metrics and self._collecting_metrics
         products: list[Tensor] = []
         norms: list[list[Tensor]] = [[], []]
@@ -228,17 +233,17 @@ class Muon(AdamW):
                 p.sub_(_like(update, p) * (alive * group["lr"]))
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """The nearest matrices with all singular values about 1 (0.7 to 1.2), (n, rows, columns).
 
-    A quintic Newton-Schulz iteration with Jordan's coefficients, in bfloat16 on GPUs.
+    Five steps of a quintic Newton-Schulz iteration with Jordan's coefficients, in bfloat16 on GPUs.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(matrices.dtype)

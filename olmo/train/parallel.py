@@ -40,14 +40,17 @@ AFTER_WATCHDOG = timedelta(minutes=1)
 
 @dataclass(frozen=True)
 class World:
-    rank: int
-    local_rank: int
-    size: int
+    """This process's place among those that train. All of them call its methods together."""
+
+    rank: int  # among all, from 0 on
+    local_rank: int  # on this machine: the number of its GPU
+    size: int  # how many processes there are
     device: torch.device
-    why: str
+    why: str  # the GPU's name, or why it is the CPU
 
     @property
     def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
@@ -59,10 +62,12 @@ class World:
         return bool(found)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Over all processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(value)
-        return value
+        """Over all processes; `value` stays as it is, so that it may be asked for again."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
 
     def tell_all(self, value: T) -> T:
         """The first process's value, everywhere. For small plain objects."""
@@ -81,6 +86,7 @@ class World:
         return next((found for found in values if found is not None), None)
 
     def wait(self) -> None:
+        """Until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 
@@ -109,6 +115,7 @@ def join_world(hang_timeout: float | None = None) -> World:
 
 
 def leave_world(world: World) -> None:
+    """Closes the process group."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -48,7 +48,7 @@ class Numbers:
             return []
         steps, self.steps = self.steps, []
         own = torch.stack([t for p in steps for t in ([p.ce] if p.z is None else [p.ce, p.z])])
-        mean = world.sum(own.clone()) / world.size
+        mean = world.sum(own) / world.size
         rest = [t.to(own) for p in steps for t in (p.failed, *p.optim.values())]
         values = iter(torch.cat([mean, torch.stack(rest)]).tolist())
 

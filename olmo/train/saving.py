@@ -124,7 +124,10 @@ class Saver:
             raise self._unsent
 
     def give_up(self) -> NoReturn:
-        """End the run on every process, with what went wrong where that is known."""
+        """End the run on every process, with what went wrong where that is known.
+
+        Raises OSError always, or what this process's own save raised.
+        """
         self._settle()
         raise OSError("another process could not save, and says why; this one ends with it")
 

@@ -26,13 +26,20 @@ class Scheduler:
     warmup_min_lr: float | None
 
     def get_lr(self, initial_lr: float, step: int, max_steps: int) -> float:
-        """The learning rate at `step`, where the peak is `initial_lr`."""
+        """The learning rate at `step`, where the peak is `initial_lr`.
+
+        Args:
+            step, max_steps: now, and the run's end, in the schedule's unit: steps or tokens.
+
+        Raises:
+            ValueError: warm-up would start below 0, or not below the peak.
+        """
         raise NotImplementedError
 
     def get_max_grad_norm(
         self, initial_max_grad_norm: float | None, step: int, max_steps: int
     ) -> float | None:
-        """The clipping threshold at `step`; None stays None."""
+        """The clipping threshold at `step`, in the schedule's unit; None stays None."""
         factor = self.grad_clip_warmup_factor
         if initial_max_grad_norm is None or self.grad_clip_warmup_steps is None or factor is None:
             return initial_max_grad_norm

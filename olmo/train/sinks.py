@@ -20,9 +20,13 @@ METRICS = "metrics.jsonl"
 
 
 class Sink(Protocol):
-    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    """A place that metrics go to, in the first process."""
 
-    def close(self, exit_code: int) -> None: ...
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take a step's metrics, by OLMo's names; steps come in order."""
+
+    def close(self, exit_code: int) -> None:
+        """The run has ended: 0 finished, 75 paused, 1 by an error."""
 
 
 class JsonLines:
@@ -115,9 +119,13 @@ class Console:
 
 
 class WeightsAndBiases:
-    """A run there; a resumed one goes on in the same, whose id is in <save_folder>/wandb/id."""
+    """A run there; a resumed one goes on in the same, whose id is in <save_folder>/wandb/id.
+
+    Gets every wandb.log_interval-th step, and all evaluations.
+    """
 
     def __init__(self, cfg: TrainConfig, resumed: bool) -> None:
+        """Raises ValueError where the package wandb is not installed."""
         assert cfg.wandb is not None
         try:
             import wandb

@@ -36,7 +36,13 @@ class Position:
 
 
 def check(cfg: TrainConfig, world: World) -> None:
-    """What can be known to be wrong before anything is built."""
+    """What can be known to be wrong before anything is built. The first process reads the data.
+
+    Raises:
+        ValueError: a setting that cannot be had, or contradicts another or the data: a batch that
+            the processes cannot share, token ids beyond the embeddings, …
+        OSError: token files that are not there or cannot be read.
+    """
     check_unused(cfg)
     if "://" in cfg.save_folder:
         raise ValueError(
@@ -95,7 +101,7 @@ def origin_of_threads(cfg: TrainConfig) -> str:
 
 # The token that ends a text, and its id in the tokenizers that OLMo's public configs name.
 END_OF_TEXT = "<|endoftext|>"
-KNOWN_ENDS = {"gpt-neox-20b-pii-special": 0, "gpt-neox-olmo-dolma-v1_5": 50279}
+KNOWN_ENDS = {"gpt-neox-20b-pii-special": 0, "gpt-neox-olmo-dolma-v1_5": 50279, "dolma2": 100257}
 
 
 def warn_of_other_tokenizer(cfg: TrainConfig) -> None:
@@ -120,7 +126,16 @@ def warn_of_other_tokenizer(cfg: TrainConfig) -> None:
 def find_start(
     cfg: TrainConfig, world: World, folder: Path
 ) -> tuple[Checkpoint | None, Position, bool]:
-    """What to start from, where that was, and whether it is this very run that goes on."""
+    """What to start from, where that was, and whether it is this very run that goes on.
+
+    Args:
+        folder: the run's own, save_folder.
+
+    Raises:
+        ValueError: load_path holds no checkpoint, or a broken one, or not what is to be taken from
+            it; remote_save_folder cannot be had, or holds another run.
+        OSError: there is nothing at load_path, or it cannot be read.
+    """
     own = _of_the_first(world, partial(_newest, cfg, folder)) if cfg.try_load_latest_save else None
     if own is not None:
         checkpoint = look(own)
@@ -211,20 +226,21 @@ def _position(train: dict[str, Any], cfg: TrainConfig) -> Position:
 def duration(
     cfg: TrainConfig, position: Position, tokens_per_step: int, steps_per_epoch: int
 ) -> tuple[int, int]:
-    """The run's length in steps and in tokens: max_duration is steps, "2e9T" or "1ep"."""
-    text = str(cfg.max_duration).strip()
-    try:
-        if text.endswith("T"):
-            tokens = int(float(text[:-1]))
-            left = max(tokens - position.global_train_tokens_seen, 0)
-            return position.global_step + math.ceil(left / tokens_per_step), tokens
-        steps = int(text[:-2]) * steps_per_epoch if text.endswith("ep") else int(float(text))
-    except ValueError:
-        raise ValueError(
-            f'max_duration: expected steps (1000), tokens ("2e9T") or epochs ("1ep"), '
-            f"found {text!r}"
-        ) from None
-    if text.endswith("ep"):
+    """The run's end, in steps and in tokens from its first on: max_duration, in either unit.
+
+    Args:
+        position: where it is; what is left is counted from here.
+        tokens_per_step: over all processes.
+        steps_per_epoch: of whole batches.
+
+    Raises:
+        ValueError: max_duration is neither steps, tokens ("2e9T") nor epochs ("1ep").
+    """
+    length, unit = cfg.duration
+    step, seen = position.global_step, position.global_train_tokens_seen
+    if unit == "tokens":
+        return step + math.ceil(max(length - seen, 0) / tokens_per_step), length
+    if unit == "epochs":
+        steps = length * steps_per_epoch
         return steps, steps * tokens_per_step
-    left = max(steps - position.global_step, 0)
-    return steps, position.global_train_tokens_seen + left * tokens_per_step
+    return length, seen + max(length - step, 0) * tokens_per_step

@@ -1,4 +1,4 @@
-"""One training step: forward and backward over microbatches, the mean over processes, the update.
+"""The gradients of one training step: forward and backward over microbatches.
 
 As OLMo computes it: the cross-entropy is summed over the labels that count and divided by the
 number of input tokens B*T. The reported loss is therefore (T-1)/T of the mean over labels, and
@@ -28,8 +28,8 @@ from olmo.train.reduce import GradientMean
 class Losses:
     """Of one step and process, summed over labels and divided by B*T. Scalars on the device."""
 
-    ce: Tensor
-    z: Tensor | None
+    ce: Tensor  # cross-entropy, in nats
+    z: Tensor | None  # None without softmax_auxiliary_loss
 
 
 def keep_freed_memory() -> None:
@@ -69,7 +69,12 @@ def forward_backward(
     step: int,
     mean: GradientMean | None = None,
 ) -> Losses:
-    """Gradients of this process's batch, added to the parameters' `.grad`.
+    """Gradients of this process's batch, added to the parameters' `.grad`: of the losses' sum over
+    labels, divided by B*T.
+
+    Args:
+        batch: `input_ids` (B, T), `index` (B,) and what else the loader gives, on the host.
+        step: from 1 on; with the samples it decides what dropout drops.
 
     With `mean` their mean over processes is under way when this returns: `mean.finish()`.
     """

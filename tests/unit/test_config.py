@@ -158,6 +158,13 @@ def test_saved_and_read_back(tmp_path: Path) -> None:
     assert TrainConfig.load(tmp_path / "out.yaml").intra_op_threads == 2
 
 
+def test_a_copy_has_no_field_that_there_is_not() -> None:
+    cfg = TrainConfig()
+    assert cfg.update_with(save_folder="x").save_folder == "x" != cfg.save_folder
+    with pytest.raises(ValueError, match=r"savefolder: no such key.*'save_folder'"):
+        cfg.update_with(savefolder="x")
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1.5", "1_000", "yes", "2024-01-01", "a: b", "", "1ep"])
 def test_text_that_looks_like_something_else_stays_text(tmp_path: Path, text: str) -> None:
     TrainConfig(run_name=text, max_duration=text).save(tmp_path / "out.yaml")
@@ -175,6 +182,18 @@ def test_thousands_of_paths_are_kept_out_of_omegaconf(tmp_path: Path, monkeypatc
     text = "data:\n  paths:\n" + "".join(f"    - {p}\n" for p in paths)
     assert TrainConfig.load(write(tmp_path, text)).data.paths == paths
     assert seen and not any("part-1.npy" in s for s in seen)
+
+
+def test_every_field_of_ours_is_said_to_be() -> None:
+    page = (Path(__file__).parents[2] / "docs/deviations.md").read_text()
+    told = page.partition("- Ours, absent from saved configs")[2].partition("\n- ")[0]
+
+    def ours(cls: type, before: str = "") -> set[str]:
+        named = {before + f.name for f in dataclasses.fields(cls) if f.metadata.get("ours")}
+        inner = [f for f in dataclasses.fields(cls) if f.name in ("data", "optimizer", "scheduler")]
+        return named.union(*(ours(f.default_factory, f"{f.name}.") for f in inner))  # type: ignore[arg-type]
+
+    assert {name for name in ours(TrainConfig) if f"`{name}`" not in told} == set()
 
 
 def test_identity_holds_what_decides_the_bytes() -> None:

@@ -307,6 +307,21 @@ def test_when_one_dies_all_are_gone(tmp_path: Path, victim: str) -> None:
     assert process.returncode != 0
 
 
+def sums_twice() -> list[float]:
+    """A tensor's sum over processes, asked for twice, and the tensor."""
+    world = join_world()
+    own = torch.tensor(world.rank + 1.0)
+    found = [float(world.sum(own)), float(world.sum(own)), float(own)]
+    leave_world(world)
+    return found
+
+
+@pytest.mark.slow
+def test_a_sum_may_be_asked_for_again(tmp_path: Path) -> None:
+    found = on_ranks(2, [(sums_twice, ())], log(tmp_path))
+    assert found == {0: [[3.0, 3.0, 1.0]], 1: [[3.0, 3.0, 2.0]]}
+
+
 def means(overlapped: bool) -> list[Any]:
     """Gradients' means over processes: sums begun while backward computes, or all at its end."""
     olmo.train.reduce.BUCKET_BYTES = 4 * 20  # a few parameters a bucket

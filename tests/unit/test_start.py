@@ -29,7 +29,7 @@ PII = "tokenizers/allenai_eleuther-ai-gpt-neox-20b-pii-special.json"
 
 
 def said(identifier: str, eos: int, capsys: pytest.CaptureFixture[str]) -> str:
-    model = ModelConfig(eos_token_id=eos, vocab_size=50280)
+    model = ModelConfig(eos_token_id=eos, vocab_size=100278)
     warn_of_other_tokenizer(
         TrainConfig(model=model, tokenizer=TokenizerConfig(identifier=identifier))
     )
@@ -41,6 +41,8 @@ def test_the_public_configs_name_another_tokenizer(capsys: pytest.CaptureFixture
     assert said(PII, 0, capsys) == ""
     assert said("allenai/gpt-neox-olmo-dolma-v1_5", 50279, capsys) == ""
     assert said("somebody/unknown", 3, capsys) == ""
+    assert said("tokenizers/allenai_dolma2.json", 100257, capsys) == ""
+    assert "ends a text with 100257, but" in said("allenai/dolma2-tokenizer", 100277, capsys)
 
 
 def test_a_file_is_looked_into(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
