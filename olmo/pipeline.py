@@ -26,7 +26,7 @@ class Plan:
     def __init__(self, config: dict[str, Any]) -> None:
         self.pipeline = Pipeline.new(**config)
         # Data sets that are tokens already: those of runs that name no other.
-        self.given = {n: run.train for n, run in self.pipeline.runs.items() if not run.dataset}
+        self.given = {n: run for n, run in self.pipeline.runs.items() if not run.dataset}
         self._recipes: dict[str, Recipe] = {}
         self._sources: dict[str, list[Source]] = {}
         self._trains: dict[str, TrainConfig] = {}
@@ -382,14 +382,15 @@ def table_path(dataset: str) -> Path:
     return Path(f"data/{dataset}/sources.tsv")
 
 
-def recipe_of(train: str) -> Recipe:
-    """The recipe that a training config implies: its token files, its tokenizer.
+def recipe_of(run: Run) -> Recipe:
+    """The recipe that a run's training config implies: its token files, its tokenizer.
 
     OLMo's configs name a tokenizer by a file of OLMo's own repository,
     tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json; on the hub that is
     allenai/gpt-neox-olmo-dolma-v1_5.
     """
-    cfg = TrainConfig.load(train, validate_paths=False)
+    train = run.train
+    cfg = TrainConfig.load(train, run.overrides, validate_paths=False)
     name = cfg.tokenizer.identifier
     hub = Path(name).stem.replace("_", "/", 1) if name.endswith(".json") else name
     tokenizer = TokenizerConfig(

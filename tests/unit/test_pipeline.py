@@ -112,6 +112,11 @@ def test_a_run_without_a_data_set_takes_the_tokens_that_its_config_names():
     tokenizer = given.recipe("r").tokenizer
     assert (tokenizer.hub, tokenizer.eos_token_id) == ("lab/name_x", 7)
 
+    overrides = ["data.datasets=null", "data.paths=[https://x/c.npy]", "tokenizer.identifier=lab/y"]
+    given = Plan({"runs": {"r": {"train": "t.yaml", "overrides": overrides}}})
+    assert [source.name for source in given.sources("r")] == ["c"]
+    assert given.recipe("r").tokenizer.hub == "lab/y"
+
 
 def test_exactly_one_kind_of_source():
     with pytest.raises(ValueError, match="found stdlib and files"):
