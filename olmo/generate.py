@@ -16,7 +16,7 @@ from olmo.log import warn
 from olmo.model.generate import steps
 from olmo.model.product import by_columns
 from olmo.stage import here
-from olmo.tokenizer import Tokenizer
+from olmo.tokenizer import Tokenizer, hub_name
 
 HOLDS = ("model.safetensors", "model.pt", "model_and_optim")  # what a checkpoint folder has
 
@@ -114,7 +114,7 @@ def tokenizer_of(place: str, run: Run, given: str | None) -> Tokenizer:
         if (file := next(filter(Path.is_file, files), None)) is not None:
             found = Tokenizer.from_file(file, **ends)
         elif given is not None:
-            found = Tokenizer.from_pretrained(given, **ends)
+            found = Tokenizer.from_pretrained(hub_name(given), **ends)
         else:
             found = Tokenizer.from_train_config(run.cfg)
     except Exception as error:  # the libraries raise no narrower class

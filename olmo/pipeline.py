@@ -18,6 +18,7 @@ from olmo.data import source_table
 from olmo.data.documents import MESSAGES
 from olmo.data.source_table import Source, quoted
 from olmo.recipe import EvaluationConfig, Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
+from olmo.tokenizer import hub_name
 
 
 class Plan:
@@ -383,19 +384,14 @@ def table_path(dataset: str) -> Path:
 
 
 def recipe_of(run: Run) -> Recipe:
-    """The recipe that a run's training config implies: its token files, its tokenizer.
-
-    OLMo's configs name a tokenizer by a file of OLMo's own repository,
-    tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json; on the hub that is
-    allenai/gpt-neox-olmo-dolma-v1_5.
-    """
+    """The recipe that a run's training config implies: its token files, its tokenizer."""
     train = run.train
     cfg = TrainConfig.load(train, run.overrides, validate_paths=False)
     name = cfg.tokenizer.identifier
-    hub = Path(name).stem.replace("_", "/", 1) if name.endswith(".json") else name
+    here = Path(name).is_file()
     tokenizer = TokenizerConfig(
-        file=name if Path(name).exists() else None,
-        hub=None if Path(name).exists() else hub,
+        file=name if here else None,
+        hub=None if here else hub_name(name),
         eos_token_id=cfg.model.eos_token_id,
         pad_token_id=cfg.model.pad_token_id,
     )

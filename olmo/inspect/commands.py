@@ -14,6 +14,7 @@ from olmo.inspect.documents import Document, Shard, shards
 from olmo.inspect.run import Instance, Run
 from olmo.log import warn
 from olmo.stage import here
+from olmo.tokenizer import hub_name
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,7 +54,7 @@ def reader(run: Run, known: dict[str, Shard], tokenizer: str | None) -> Tokenize
     try:
         if Path(place).is_file():
             return Tokenizer.from_file(place)
-        return Tokenizer.from_pretrained(place)
+        return Tokenizer.from_pretrained(hub_name(place))
     except Exception as error:  # the hub's client raises many kinds
         warn(f"no text, only ids: the tokenizer {place} cannot be had ({error}); give --tokenizer")
         return None

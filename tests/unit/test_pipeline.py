@@ -103,19 +103,22 @@ def test_a_run_without_a_data_set_takes_the_tokens_that_its_config_names():
     config = {
         "model": model,
         "data": data,
-        "tokenizer": {"identifier": "tokenizers/lab_name_x.json"},
+        "tokenizer": {"identifier": "tokenizers/allenai_dolma2.json"},
     }
     Path("t.yaml").write_text(yaml.safe_dump(config))
     given = Plan({"runs": {"r": {"train": "t.yaml"}}})
     assert given.dataset("r") == "r"
     assert [source.name for source in given.sources("r")] == ["a-part-0", "b-part-0"]
     tokenizer = given.recipe("r").tokenizer
-    assert (tokenizer.hub, tokenizer.eos_token_id) == ("lab/name_x", 7)
+    assert (tokenizer.hub, tokenizer.eos_token_id) == ("allenai/dolma2-tokenizer", 7)
 
     overrides = ["data.datasets=null", "data.paths=[https://x/c.npy]", "tokenizer.identifier=lab/y"]
     given = Plan({"runs": {"r": {"train": "t.yaml", "overrides": overrides}}})
     assert [source.name for source in given.sources("r")] == ["c"]
     assert given.recipe("r").tokenizer.hub == "lab/y"
+    given = Plan({"runs": {"r": {"train": "t.yaml", "overrides": ["tokenizer.identifier=y.json"]}}})
+    with pytest.raises(ValueError, match=r"allenai_dolma2.json.*found no file y.json"):
+        given.recipe("r")
 
 
 def test_exactly_one_kind_of_source():
