@@ -350,6 +350,25 @@ class Plan:
         path = self.run(run).evaluation
         return EvaluationConfig() if path is None else EvaluationConfig.load(path)
 
+    def heldout(self, run: str) -> list[str]:
+        """What is measured on the documents that a run's data set held out; [] where it has none.
+
+        Raises:
+            ValueError: the run is asked nothing else either.
+        """
+        dataset = self.dataset(run)
+        if self.recipe(dataset).documents.heldout_share:
+            return [f"checkpoints/{run}/heldout.json"]
+        asked = self.evaluation(run)
+        if not (asked.choices or asked.harness or asked.heldout):
+            recipe = f"; or set documents.heldout_share in {recipe_path(dataset)}"
+            raise ValueError(
+                f"eval/{run}: expected something to measure, found no held-out documents in the "
+                f"run's data and no tasks; give the run `evaluation: config/eval/hub.yaml` in "
+                f"config/config.yaml, or a file of yours" + recipe * (dataset not in self.given)
+            )
+        return []
+
     def further_heldout(self, run: str) -> list[str]:
         """What is measured on the held-out documents of other data sets."""
         return [f"checkpoints/{run}/heldout/{name}.json" for name in self.evaluation(run).heldout]

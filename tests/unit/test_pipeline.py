@@ -121,6 +121,21 @@ def test_a_run_without_a_data_set_takes_the_tokens_that_its_config_names():
         given.recipe("r")
 
 
+def test_a_run_is_asked_what_there_is_to_ask():
+    held = plan(documents={"heldout_share": 0.1})
+    assert held.heldout("r") == ["checkpoints/r/heldout.json"]
+    with pytest.raises(ValueError, match=r"eval/r: expected .*config/data/mine.yaml"):
+        plan().heldout("r")
+    Path("t.yaml").write_text(yaml.safe_dump({"data": {"paths": ["https://x/a.npy"]}}))
+    given = Plan({"runs": {"r": {"train": "t.yaml"}}})
+    with pytest.raises(ValueError, match="evaluation: config/eval/hub.yaml") as raised:
+        given.heldout("r")
+    assert "documents.heldout_share" not in str(raised.value), "it has no recipe"
+    Path("e.yaml").write_text("choices: [piqa]\n")
+    asked = Plan({"runs": {"r": {"train": "t.yaml", "evaluation": "e.yaml"}}})
+    assert asked.heldout("r") == []
+
+
 def test_exactly_one_kind_of_source():
     with pytest.raises(ValueError, match="found stdlib and files"):
         plan(sources={"stdlib": 2, "files": ["x"]}).recipe("mine")
