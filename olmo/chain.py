@@ -25,7 +25,13 @@ def steps(cfg: TrainConfig) -> int | None:
     if text.endswith("ep"):
         return None
     per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length
-    found = math.ceil(int(float(text[:-1])) / per_step) if text[-1:] == "T" else int(float(text))
+    try:
+        number = int(float(text.removesuffix("T")))
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f'max_duration: expected steps (1000), tokens ("2e9T") or epochs ("1ep"), found {text!r}'
+        ) from None
+    found = math.ceil(number / per_step) if text.endswith("T") else number
     return min(found, cfg.stop_at or found)
 
 

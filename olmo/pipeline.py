@@ -69,10 +69,7 @@ class Plan:
                 raise ValueError(
                     f"expected the recipe {path}, found none; there are {', '.join(known)}"
                 )
-            try:
-                recipe = Recipe.load(path)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+            recipe = Recipe.load(path)
             if (other := recipe.tokenizer.dataset) is not None:
                 self._borrowed[dataset] = other
                 ids = self.recipe(other).tokenizer
@@ -94,6 +91,8 @@ class Plan:
         if run not in self._trains:
             path = self.run(run).train
             cfg = TrainConfig.load(path, self.run(run).overrides, validate_paths=False)
+            if cfg.data.custom_dataset is not None:
+                raise ValueError(f"{path}: data.custom_dataset is for `python -m olmo.train` alone")
             dataset = self.dataset(run)
             tokenizer = self.recipe(dataset).tokenizer
             for name in ("eos_token_id", "pad_token_id"):

@@ -106,6 +106,7 @@ def test_where_a_run_is_cut(tmp_path: Path) -> None:
         (cfg, [5], 3, "expected one of them"),
         (cfg, [], 0, "link_every: expected at least 1"),
         (epochs, [], 5, "max_duration in steps or tokens, found 2ep"),
+        (config(tmp_path, max_duration="abc"), [], 5, r'expected steps .*"1ep"., found .abc'),
     ):
         with pytest.raises(ValueError, match=said):
             cuts(wrong, at, every)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olmo.data.shards import asked
+from olmo.data.shards import Entry, asked, order, write
 from olmo.data.source_table import Source, complete, named, read, safe
 from olmo.pipeline import Plan
 
@@ -134,6 +134,26 @@ def test_a_run_is_asked_what_there_is_to_ask():
     Path("e.yaml").write_text("choices: [piqa]\n")
     asked = Plan({"runs": {"r": {"train": "t.yaml", "evaluation": "e.yaml"}}})
     assert asked.heldout("r") == []
+
+
+def test_what_a_plan_refuses():
+    with pytest.raises(ValueError, match="shards_per_job: expected at least 1, found 0"):
+        Plan({"runs": {}, "shards_per_job": 0})
+    Path("t.yaml").write_text("data: {custom_dataset: {name: a.B}}\n")
+    with pytest.raises(ValueError, match="custom_dataset is for `python -m olmo.train` alone"):
+        plan().train_config("r")
+    with pytest.raises(ValueError, match=r"^config/data/mine.yaml: documents.x: no such key"):
+        plan(documents={"x": 1}).recipe("mine")
+
+
+def test_an_order_of_any_type_of_tokens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OLMO_STORE", "store")
+    write(Path("000.tsv"), [Entry("a", "tokens", "tokens/a.npy", "0" * 64, 96)])
+    for dtype, instances in (("uint16", 12), ("int32", 6)):
+        order([Path("000.tsv")], Path(dtype), sequence_length=4, seed=1, dtype=dtype)
+        assert Path(dtype).stat().st_size == 4 * instances
+    with pytest.raises(ValueError, match="dtype: expected one of uint16, .*, found 'uint99'"):
+        order([Path("000.tsv")], Path("o"), sequence_length=4, seed=1, dtype="uint99")
 
 
 def test_exactly_one_kind_of_source():
