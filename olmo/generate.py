@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from olmo.checkpoint.read import load_model, newest
-from olmo.inspect.documents import shards
+from olmo.inspect.documents import digest_of, shards
 from olmo.inspect.run import Run
 from olmo.log import warn
 from olmo.model.generate import steps
@@ -108,7 +108,7 @@ def tokenizer_of(place: str, run: Run, given: str | None) -> Tokenizer:
     model = run.cfg.model
     ends = {"eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id}
     known = {} if given else shards(here())
-    ours = [known[name] for name in map(name_of, run.cfg.data.paths or []) if name in known]
+    ours = [known[name] for name in map(digest_of, run.cfg.data.paths or []) if name in known]
     files = [Path(given or f"{place}/tokenizer.json"), *(shard.tokenizer for shard in ours[:1])]
     try:
         if (file := next(filter(Path.is_file, files), None)) is not None:
@@ -128,11 +128,6 @@ def tokenizer_of(place: str, run: Run, given: str | None) -> Tokenizer:
             f"{found.vocab_size:,}: it is another model's; give --tokenizer FILE"
         )
     return found
-
-
-def name_of(path: str) -> str:
-    """The name of a file; of an object of the store its digest."""
-    return path.rpartition("/")[2]
 
 
 def prompt_ids(

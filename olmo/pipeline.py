@@ -396,11 +396,6 @@ def recipe_path(dataset: str) -> Path:
     return Path(f"config/data/{dataset}.yaml")
 
 
-def table_path(dataset: str) -> Path:
-    """Where the table of a data set's sources is made from a published list."""
-    return Path(f"data/{dataset}/sources.tsv")
-
-
 def recipe_of(run: Run) -> Recipe:
     """The recipe that a run's training config implies: its token files, its tokenizer."""
     train = run.train

@@ -83,9 +83,7 @@ def download_tokens(
     url: str,
     tokens: Output,
     part: Work,
-    sha256: str | None = None,
     dtype: str = "uint16",
-    bytes: Free[int | None] = None,
     mirrors: Free[tuple[str, ...]] = (),
     progress: Free[io.Progress] = io.unseen,
 ) -> Facts:
@@ -96,7 +94,6 @@ def download_tokens(
     """
 
     def whole(place: str) -> int:
-        check_known(tokens, place, bytes, sha256)
         return check_raw(tokens, place, dtype)
 
     found = fetched(url, mirrors, tokens, part, whole, progress)
