@@ -35,6 +35,7 @@ from olmo.kinds import SchedulerType as SchedulerType
 from olmo.kinds import SchedulerUnits as SchedulerUnits
 from olmo.kinds import ShardedCheckpointerType as ShardedCheckpointerType
 from olmo.kinds import ShardingStrategy as ShardingStrategy
+from olmo.kinds import TokenType as TokenType
 from olmo.kinds import TruncationDirection as TruncationDirection
 from olmo.strict import BaseConfig as BaseConfig
 from olmo.strict import ours
@@ -173,7 +174,7 @@ class CustomDatasetConfig(BaseConfig):
 @dataclass
 class DataConfig(BaseConfig):
     paths: list[str] | None = None  # raw token files, in this order
-    memmap_dtype: str = "uint16"
+    memmap_dtype: TokenType = TokenType.uint16
     datasets: dict[str, list[str]] | None = None  # label → paths, instead of `paths`
     label_mask_paths: list[str] | None = None  # raw bool files, one per token file
     pad_direction: PaddingDirection = PaddingDirection.right
@@ -196,10 +197,7 @@ class DataConfig(BaseConfig):
         """The numpy type of the token files."""
         import numpy as np
 
-        dtype = getattr(np, self.memmap_dtype, None)
-        if not (isinstance(dtype, type) and issubclass(dtype, np.generic)):
-            raise TypeError(f"data.memmap_dtype: {self.memmap_dtype!r} is not a valid numpy type")
-        return dtype
+        return getattr(np, self.memmap_dtype)
 
 
 @dataclass

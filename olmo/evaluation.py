@@ -34,10 +34,17 @@ def heldout(
             + ". Give the recipe `tokenizer: {file: …}` of the run's, or take the data set out of "
             "`heldout`"
         )
+    heldout = [entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes]
+    if not heldout:
+        raise ValueError(
+            f"expected held-out documents, found none in {len(tokens)} listings, as "
+            f"{', '.join(map(str, tokens[:1]))}; set documents.heldout_share in the data set's "
+            "recipe, or raise it. Token files that a training config names have none"
+        )
     heldout_perplexity(
         model=checkpoint / "model.safetensors",
         config=checkpoint / "config.yaml",
-        heldout=[entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes],
+        heldout=heldout,
         labels=[entry.object for entry in read(tokens, "heldout-labels") if entry.bytes] or None,
         results=results,
         checkpoint=checkpoint,
@@ -53,10 +60,10 @@ def evaluate(
     checkpoint: Path,
     hf: Path,
     tokenizer: Path,
-    heldout: Path,
     docstrings: Path,
     answers: Path,
     results: Path,
+    heldout: Path | None = None,
     further: tuple[Path, ...] = (),
     choices: tuple[str, ...] = (),
     harness: tuple[str, ...] = (),
@@ -67,10 +74,10 @@ def evaluate(
 ) -> None:
     """Ask a finished run the tasks `choices` by our scorer and `harness` by lm-eval; tabulate.
 
-    `checkpoint` is a final folder, `hf` its export, `heldout` what `olmo heldout` found, `further`
-    what it found of other data sets (<data set>.json), `docstrings` what `olmo docstrings` made;
-    `data` holds further data sets, as hf_datasets_cache_dir does. `answers` and `results` are the
-    folders that are written.
+    `checkpoint` is a final folder, `hf` its export, `heldout` what `olmo heldout` found, if
+    anything was held out, `further` what it found of other data sets (<data set>.json),
+    `docstrings` what `olmo docstrings` made; `data` holds further data sets, as
+    hf_datasets_cache_dir does. `answers` and `results` are the folders that are written.
 
     Raises ValueError for a task that there is not, that has no answers, or whose data is not here
     and not to be had from the hub.
@@ -221,7 +228,7 @@ def harness_tasks(
 
 @stage(version=1)
 def evaluation(
-    heldout: Input,
+    heldout: Input | None,
     scores: Inputs,
     requests: Inputs,
     results: Folder,
@@ -233,7 +240,7 @@ def evaluation(
 
     from olmo.report.scores import SCHEMA, heldout_scores, of_one
 
-    rows = heldout_scores(json.loads(heldout.read_text()), "heldout")
+    rows = heldout_scores(json.loads(heldout.read_text()), "heldout") if heldout else []
     for path, dataset in zip(further or (), datasets, strict=True):
         rows += heldout_scores(json.loads(path.read_text()), f"heldout of {dataset}")
     for path in scores:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from olmo.checkpoint.read import load_model, newest
-from olmo.inspect.documents import shards
+from olmo.inspect.documents import digest_of, shards
 from olmo.inspect.run import Run
 from olmo.log import warn
 from olmo.model.generate import steps
 from olmo.model.product import by_columns
 from olmo.stage import here
-from olmo.tokenizer import Tokenizer
+from olmo.tokenizer import Tokenizer, hub_name
 
 HOLDS = ("model.safetensors", "model.pt", "model_and_optim")  # what a checkpoint folder has
 
@@ -108,13 +108,13 @@ def tokenizer_of(place: str, run: Run, given: str | None) -> Tokenizer:
     model = run.cfg.model
     ends = {"eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id}
     known = {} if given else shards(here())
-    ours = [known[name] for name in map(name_of, run.cfg.data.paths or []) if name in known]
+    ours = [known[name] for name in map(digest_of, run.cfg.data.paths or []) if name in known]
     files = [Path(given or f"{place}/tokenizer.json"), *(shard.tokenizer for shard in ours[:1])]
     try:
         if (file := next(filter(Path.is_file, files), None)) is not None:
             found = Tokenizer.from_file(file, **ends)
         elif given is not None:
-            found = Tokenizer.from_pretrained(given, **ends)
+            found = Tokenizer.from_pretrained(hub_name(given), **ends)
         else:
             found = Tokenizer.from_train_config(run.cfg)
     except Exception as error:  # the libraries raise no narrower class
@@ -128,11 +128,6 @@ def tokenizer_of(place: str, run: Run, given: str | None) -> Tokenizer:
             f"{found.vocab_size:,}: it is another model's; give --tokenizer FILE"
         )
     return found
-
-
-def name_of(path: str) -> str:
-    """The name of a file; of an object of the store its digest."""
-    return path.rpartition("/")[2]
 
 
 def prompt_ids(

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.strict import as_plain
+from olmo.strict import as_plain, default_of
 
 # Fields that do not decide the bytes of what is trained: where things lie, what is told, when it
 # is saved, what is measured on the way, and how fast data is fetched. All others do.
@@ -78,12 +78,13 @@ def identity(cfg: TrainConfig) -> dict[str, Any]:
     def differing(config: Any, default: Any, where: str) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for f in dataclasses.fields(config):
-            value, standard = getattr(config, f.name), getattr(default, f.name)
+            value = getattr(config, f.name)
+            standard = default_of(f) if default is None else getattr(default, f.name)
             place = where + f.name
             if place in FREE or value == standard:
                 continue
             if dataclasses.is_dataclass(value) and not isinstance(value, type):
-                inner = differing(value, standard or type(value)(), place + ".")
+                inner = differing(value, standard, place + ".")
                 if inner or standard is None:
                     out[f.name] = inner
             else:

@@ -169,3 +169,16 @@ class CrossEntropy(StrEnum):
     chunked = "chunked"  # ours, a chunk of rows at a time
     torch = "torch"  # F.linear_cross_entropy, from torch 2.13 on: also by chunks
     plain = "plain"  # all logits in memory
+
+
+class TokenType(StrEnum):
+    """numpy's whole numbers, as which raw token files are read."""
+
+    uint16 = "uint16"  # vocabularies up to 65,536
+    uint32 = "uint32"  # OLMo 2's
+    uint8 = "uint8"
+    uint64 = "uint64"
+    int8 = "int8"
+    int16 = "int16"
+    int32 = "int32"
+    int64 = "int64"

@@ -18,6 +18,7 @@ from olmo.data import source_table
 from olmo.data.documents import MESSAGES
 from olmo.data.source_table import Source, quoted
 from olmo.recipe import EvaluationConfig, Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
+from olmo.tokenizer import hub_name
 
 
 class Plan:
@@ -26,7 +27,7 @@ class Plan:
     def __init__(self, config: dict[str, Any]) -> None:
         self.pipeline = Pipeline.new(**config)
         # Data sets that are tokens already: those of runs that name no other.
-        self.given = {n: run.train for n, run in self.pipeline.runs.items() if not run.dataset}
+        self.given = {n: run for n, run in self.pipeline.runs.items() if not run.dataset}
         self._recipes: dict[str, Recipe] = {}
         self._sources: dict[str, list[Source]] = {}
         self._trains: dict[str, TrainConfig] = {}
@@ -68,10 +69,7 @@ class Plan:
                 raise ValueError(
                     f"expected the recipe {path}, found none; there are {', '.join(known)}"
                 )
-            try:
-                recipe = Recipe.load(path)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+            recipe = Recipe.load(path)
             if (other := recipe.tokenizer.dataset) is not None:
                 self._borrowed[dataset] = other
                 ids = self.recipe(other).tokenizer
@@ -93,6 +91,8 @@ class Plan:
         if run not in self._trains:
             path = self.run(run).train
             cfg = TrainConfig.load(path, self.run(run).overrides, validate_paths=False)
+            if cfg.data.custom_dataset is not None:
+                raise ValueError(f"{path}: data.custom_dataset is for `python -m olmo.train` alone")
             dataset = self.dataset(run)
             tokenizer = self.recipe(dataset).tokenizer
             for name in ("eos_token_id", "pad_token_id"):
@@ -349,6 +349,25 @@ class Plan:
         path = self.run(run).evaluation
         return EvaluationConfig() if path is None else EvaluationConfig.load(path)
 
+    def heldout(self, run: str) -> list[str]:
+        """What is measured on the documents that a run's data set held out; [] where it has none.
+
+        Raises:
+            ValueError: the run is asked nothing else either.
+        """
+        dataset = self.dataset(run)
+        if self.recipe(dataset).documents.heldout_share:
+            return [f"checkpoints/{run}/heldout.json"]
+        asked = self.evaluation(run)
+        if not (asked.choices or asked.harness or asked.heldout):
+            recipe = f"; or set documents.heldout_share in {recipe_path(dataset)}"
+            raise ValueError(
+                f"eval/{run}: expected something to measure, found no held-out documents in the "
+                f"run's data and no tasks; give the run `evaluation: config/eval/hub.yaml` in "
+                f"config/config.yaml, or a file of yours" + recipe * (dataset not in self.given)
+            )
+        return []
+
     def further_heldout(self, run: str) -> list[str]:
         """What is measured on the held-out documents of other data sets."""
         return [f"checkpoints/{run}/heldout/{name}.json" for name in self.evaluation(run).heldout]
@@ -377,24 +396,15 @@ def recipe_path(dataset: str) -> Path:
     return Path(f"config/data/{dataset}.yaml")
 
 
-def table_path(dataset: str) -> Path:
-    """Where the table of a data set's sources is made from a published list."""
-    return Path(f"data/{dataset}/sources.tsv")
-
-
-def recipe_of(train: str) -> Recipe:
-    """The recipe that a training config implies: its token files, its tokenizer.
-
-    OLMo's configs name a tokenizer by a file of OLMo's own repository,
-    tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json; on the hub that is
-    allenai/gpt-neox-olmo-dolma-v1_5.
-    """
-    cfg = TrainConfig.load(train, validate_paths=False)
+def recipe_of(run: Run) -> Recipe:
+    """The recipe that a run's training config implies: its token files, its tokenizer."""
+    train = run.train
+    cfg = TrainConfig.load(train, run.overrides, validate_paths=False)
     name = cfg.tokenizer.identifier
-    hub = Path(name).stem.replace("_", "/", 1) if name.endswith(".json") else name
+    here = Path(name).is_file()
     tokenizer = TokenizerConfig(
-        file=name if Path(name).exists() else None,
-        hub=None if Path(name).exists() else hub,
+        file=name if here else None,
+        hub=None if here else hub_name(name),
         eos_token_id=cfg.model.eos_token_id,
         pad_token_id=cfg.model.pad_token_id,
     )

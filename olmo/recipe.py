@@ -244,6 +244,8 @@ class Pipeline(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.shards_per_job < 1:
+            raise ValueError(f"shards_per_job: expected at least 1, found {self.shards_per_job}")
         for name, parts in self.soups.items():
             if name in self.runs:
                 raise ValueError(f"soups: {name} is a run as well; rename one of them")

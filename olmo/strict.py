@@ -68,8 +68,11 @@ class BaseConfig:
             raw = raw[key]
         if not isinstance(raw, dict):
             raise ValueError(f"{path} must hold a mapping of keys, found {type(raw).__name__}")
-        plain = _resolve(cls, raw, overrides or (), validate_paths)
-        return _typed(cls.update_legacy_settings(plain), cls, "")
+        try:
+            plain = _resolve(cls, raw, overrides or (), validate_paths)
+            return _typed(cls.update_legacy_settings(plain), cls, "")
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     @classmethod
     def update_legacy_settings(cls, plain: dict[str, Any]) -> dict[str, Any]:
@@ -249,7 +252,8 @@ def _is_required(f: dataclasses.Field[Any]) -> bool:
     return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
-def _default(f: dataclasses.Field[Any]) -> Any:
+def default_of(f: dataclasses.Field[Any]) -> Any:
+    """A field's value where nothing is given; MISSING where it must be."""
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
@@ -259,7 +263,8 @@ def as_plain(value: Any, everything: bool = False) -> Any:
         return {
             f.name: as_plain(getattr(value, f.name), everything)
             for f in dataclasses.fields(value)
-            if everything or not (f.metadata.get("ours") and getattr(value, f.name) == _default(f))
+            if everything
+            or not (f.metadata.get("ours") and getattr(value, f.name) == default_of(f))
         }
     if isinstance(value, Enum):
         return value.value
@@ -362,5 +367,5 @@ def _typed_dataclass(value: Any, cls: Any, where: str) -> Any:
         values[key] = _typed(part, hints[key], place)
     for f in dataclasses.fields(cls):
         if _is_required(f) and f.name not in values:
-            raise ValueError(f"{where}: the key '{f.name}' is missing")
+            raise ValueError(f"{where}: " * bool(where) + f"the key '{f.name}' is missing")
     return cls(**values)

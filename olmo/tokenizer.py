@@ -21,6 +21,19 @@ PACKAGED = {
 }
 
 
+def hub_name(identifier: str) -> str:
+    """What the hub calls the tokenizer that a config names, where that is no file here.
+
+    Raises ValueError for a file that is neither here nor one of OLMo's own package.
+    """
+    if identifier.endswith(".json") and identifier not in PACKAGED:
+        raise ValueError(
+            f"tokenizer: expected a file that is here, a name on the hub, or one of "
+            f"{', '.join(PACKAGED)}; found no file {identifier}"
+        )
+    return PACKAGED.get(identifier, identifier)
+
+
 class Tokenizer:
     """
     Args:
@@ -86,7 +99,7 @@ class Tokenizer:
         if Path(name).is_file():
             tokenizer = cls.from_file(name, **options)
         else:
-            tokenizer = cls.from_pretrained(PACKAGED.get(name, name), **options)
+            tokenizer = cls.from_pretrained(hub_name(name), **options)
         if tokenizer.vocab_size != model.vocab_size:
             raise ValueError(
                 f"tokenizer.identifier: expected model.vocab_size={model.vocab_size} tokens, "

@@ -47,7 +47,7 @@ rule evaluate:
     input:
         final="checkpoints/{run}/final",
         hf="hf/{run}",
-        heldout="checkpoints/{run}/heldout.json",
+        heldout=lambda w: plan.heldout(w.run),
         tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",
         docstrings="data/docstrings",
         config=lambda w: plan.run(w.run).evaluation or [],
@@ -58,10 +58,11 @@ rule evaluate:
         "logs/evaluate/{run}.log",
     threads: workflow.cores
     params:
+        heldout=lambda w, input: f"--heldout {input.heldout}" if input.heldout else "",
         tasks=lambda w: plan.evaluation_flags(w.run),
         answers="checkpoints/{run}/answers",
     shell:
-        "olmo evaluate --checkpoint {input.final:q} --hf {input.hf:q} --heldout {input.heldout:q}"
+        "olmo evaluate --checkpoint {input.final:q} --hf {input.hf:q} {params.heldout}"
         " --tokenizer {input.tokenizer:q} --docstrings {input.docstrings:q}"
         " --answers {params.answers:q} --results {output:q} {params.tasks}"
         " --further {input.further:q} --log {log:q}"

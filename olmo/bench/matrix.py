@@ -223,8 +223,8 @@ class Matrix(BaseConfig):
 
 def load(path: Path, kind: str) -> Section:
     """The section of a matrix file for a kind of device, cpu or cuda."""
+    section: Section = getattr(Matrix.load(path), kind)
     try:
-        section: Section = getattr(Matrix.load(path), kind)
         ours = [pair.ours for pair in section.pairs()]
         for cell in [*section.cells(), *ours]:
             _ = section.train_config(cell).autocast_precision

@@ -54,11 +54,9 @@ def write(folder: Path, out: Path, optimizer: bool) -> int:
     found = load(folder, optimizer=optimizer, trainer=False)
     state, groups = found.optim or ({}, [])
     out.mkdir(parents=True)
-    write_safetensors(out, found.model, state)
+    write_safetensors(out, found.model, state if optimizer else None)
     if optimizer:
         (out / "train.json").write_text(json.dumps({"optimizer": groups}, indent=1) + "\n")
-    else:
-        (out / "optim.safetensors").unlink()
     if (folder / "config.yaml").exists():
         shutil.copyfile(folder / "config.yaml", out / "config.yaml")
     return sum(tensor.numel() for tensor in found.model.values())

@@ -55,8 +55,7 @@ def averaged(weights: Inputs, config: Input, final: Folder, checkpoints: Free[li
             sums[name] += tensor.double()
     final.mkdir(parents=True)
     mean = {name: (total / len(weights)).to(one[name].dtype) for name, total in sums.items()}
-    write_safetensors(final, mean, {})
-    (final / "optim.safetensors").unlink()
+    write_safetensors(final, mean)
     shutil.copyfile(config, final / "config.yaml")
     return {"checkpoints": len(weights), "parameters": sum(t.numel() for t in mean.values())}
 

@@ -92,14 +92,14 @@ def said(line: bytes) -> Iterator[Message]:
     yield from messages
 
 
-@stage(version=1)
+@stage(version=1, conditions=gz.conditions)
 def local_conversations(file: Input, source: Output, sha256: str | None = None) -> Facts:
     """Take a file of this machine: JSON lines, gz or plain, or parquet."""
     check_known(file, str(file), None, sha256)
     return {"text_bytes": as_lines(file, source, str(file))}
 
 
-@stage(version=1)
+@stage(version=1, conditions=gz.conditions)
 def download_conversations(
     url: str,
     source: Output,

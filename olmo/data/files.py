@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from olmo.kinds import TokenType
+
 TRIES = 5  # of one range, the wait doubling from half a second
 
 
@@ -38,6 +40,13 @@ def file_sizes(paths: Sequence[str | Path]) -> list[int]:
         else:
             raise FileNotFoundError(f"no token file at {path}")
     return found
+
+
+def token_bytes(dtype: str) -> int:
+    """Bytes of one token; ValueError for a type that token files do not have."""
+    if dtype not in list(TokenType):
+        raise ValueError(f"dtype: expected one of {', '.join(TokenType)}, found {dtype!r}")
+    return np.dtype(dtype).itemsize
 
 
 class Tokens:

@@ -34,7 +34,7 @@ SYSTEM = "You answer questions about Python's standard library."
 SYSTEM_ONE_IN = 8  # conversations begin with it
 
 
-@stage(version=1)
+@stage(version=1, conditions=gz.conditions)
 def stdlib_questions(folder: Folder, shards: int, library: str | None = None) -> Facts:
     """Write questions and answers about the running Python's standard library.
 

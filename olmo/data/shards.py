@@ -25,6 +25,7 @@ from olmo.data.documents import HELDOUT, MAX_TEXT_BYTES, TEXT, TRAIN
 from olmo.data.documents import documents as documents_stage
 from olmo.data.dolma import Dolma, toolkit
 from olmo.data.fast import Fast
+from olmo.data.files import token_bytes
 from olmo.data.order import global_indices, inverse
 from olmo.data.order import read as read_order
 from olmo.data.order import write as write_order
@@ -399,9 +400,9 @@ def order(
     tokens: list[Path], order: Path, sequence_length: int, seed: int, dtype: str = "uint16"
 ) -> None:
     """The order in which a run sees its instances: a shuffle that depends on their number."""
-    token_bytes = int(dtype.removeprefix("uint")) // 8
+    width = token_bytes(dtype)
     sizes = [entry.bytes for entry in read(tokens, "tokens")]
-    instances = sum(size // (token_bytes * sequence_length) for size in sizes)
+    instances = sum(size // (width * sequence_length) for size in sizes)
     if instances == 0:
         raise ValueError(
             f"expected at least one instance of {sequence_length} tokens, found {sum(sizes)} "

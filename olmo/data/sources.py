@@ -83,9 +83,7 @@ def download_tokens(
     url: str,
     tokens: Output,
     part: Work,
-    sha256: str | None = None,
     dtype: str = "uint16",
-    bytes: Free[int | None] = None,
     mirrors: Free[tuple[str, ...]] = (),
     progress: Free[io.Progress] = io.unseen,
 ) -> Facts:
@@ -96,7 +94,6 @@ def download_tokens(
     """
 
     def whole(place: str) -> int:
-        check_known(tokens, place, bytes, sha256)
         return check_raw(tokens, place, dtype)
 
     found = fetched(url, mirrors, tokens, part, whole, progress)
@@ -171,8 +168,9 @@ def check_known(path: Path, name: str, bytes: int | None, sha256: str | None) ->
 
 def check_raw(path: Path, name: str, dtype: str) -> int:
     """Raises ValueError unless a file can be raw tokens; how many there are."""
-    import numpy as np
+    from olmo.data.files import token_bytes  # numpy is only for who has tokens
 
+    width = token_bytes(dtype)
     with open(path, "rb") as file:
         start = file.read(64)
     others = {b"\x93NUMPY": "a numpy file with a header", gz.MAGIC: "gzip", b"PK": "a zip file"}
@@ -181,7 +179,7 @@ def check_raw(path: Path, name: str, dtype: str) -> int:
             raise ValueError(f"{name}: expected raw tokens without a header, found {kind}")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ValueError(f"{name}: expected raw tokens, found a web page ({start!r}…)")
-    size, width = path.stat().st_size, np.dtype(dtype).itemsize
+    size = path.stat().st_size
     if size == 0 or size % width:
         raise ValueError(f"{name}: expected tokens of {width} bytes each, found {size:,} bytes")
     return size // width

@@ -20,13 +20,7 @@ PADDING = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
 
 
 @stage(version=1)
-def trained_tokenizer(
-    documents: Inputs,
-    tokenizer: Output,
-    vocab_size: int,
-    special_tokens: tuple[str, ...] = SPECIAL_TOKENS,
-    min_frequency: int = 2,
-) -> Facts:
+def trained_tokenizer(documents: Inputs, tokenizer: Output, vocab_size: int) -> Facts:
     """Train a byte-level BPE on documents, as GPT-NeoX's and OLMo's tokenizers were.
 
     The special tokens get the ids 0, 1, …; the 256 bytes follow, then the merges. Texts are
@@ -38,17 +32,17 @@ def trained_tokenizer(
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
 
-    smallest = 256 + len(special_tokens)
+    smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise ValueError(
-            f"vocab_size: expected at least {smallest} (256 bytes and {len(special_tokens)} "
+            f"vocab_size: expected at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} "
             f"special tokens), found {vocab_size}"
         )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=list(special_tokens),
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=alphabet,
         show_progress=False,
     )

@@ -6,14 +6,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from olmo.inspect.documents import Document, Shard, shards
+from olmo.inspect.documents import Document, Shard, digest_of, shards
 from olmo.inspect.run import Instance, Run
 from olmo.log import warn
 from olmo.stage import here
+from olmo.tokenizer import hub_name
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,7 +39,7 @@ def inspect(
     known = shards(here())
     words = reader(opened, known, tokenizer)
     for instance in opened.instances(step, rank):
-        shard = known.get(Path(instance.path).name)
+        shard = known.get(digest_of(instance.path))
         end = instance.start + len(instance.tokens)
         documents = shard.documents(instance.start, end) if shard else []
         print((as_json if json else as_text)(instance, documents, words, opened.world_size))
@@ -53,15 +54,10 @@ def reader(run: Run, known: dict[str, Shard], tokenizer: str | None) -> Tokenize
     try:
         if Path(place).is_file():
             return Tokenizer.from_file(place)
-        return Tokenizer.from_pretrained(place)
+        return Tokenizer.from_pretrained(hub_name(place))
     except Exception as error:  # the hub's client raises many kinds
         warn(f"no text, only ids: the tokenizer {place} cannot be had ({error}); give --tokenizer")
         return None
-
-
-def digest_of(path: Any) -> str:
-    """The name of an object of the store."""
-    return Path(str(path)).name
 
 
 def as_json(

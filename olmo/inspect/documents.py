@@ -120,6 +120,11 @@ def text_of(line: dict[str, Any]) -> str:
     return text
 
 
+def digest_of(path: str | Path) -> str:
+    """The name of a file, here or at a URL; of an object of the store that is its digest."""
+    return Path(path).name
+
+
 def shards(store: Store) -> dict[str, Shard]:
     """Every token file that the pipeline made from documents, by its sha256."""
     made_by = makers(store)

@@ -12,7 +12,12 @@ from olmo.config import TrainConfig
 from olmo.lineage import ancestors
 from olmo.store import Record, Store
 
-SOURCES = ("download", "download_tokens", "stdlib", "local_source", "local_tokens")
+LIBRARY = ("stdlib", "stdlib_questions")
+CHECKPOINTS = ("local_checkpoint", "fetched_checkpoint")
+SOURCES = (
+    *("download", "download_tokens", "download_conversations", *LIBRARY),
+    *("local_source", "local_tokens", "local_conversations", *CHECKPOINTS),
+)
 MOST = 20  # sources that are named one by one
 
 HEAD = """\
@@ -122,7 +127,12 @@ def _lineage(record: Record, store: Store) -> str:
 
 def _source(record: Record) -> tuple[str, str, str]:
     facts, params = record["facts"], record["action"]["params"]
-    if record["action"]["stage"] == "stdlib":
+    stage = record["action"]["stage"]
+    if stage in CHECKPOINTS:
+        weights = record["outputs"]["checkpoint"]["files"]["model.safetensors"]
+        name = facts["from"] if stage == "fetched_checkpoint" else "a local checkpoint"
+        return name, f"`{weights['sha256']}`", ""
+    if stage in LIBRARY:
         name = f"standard library of {facts['implementation']} {facts['python']}"
         return name, f"`{params['library']}`", facts["licence"]
     inputs = record["action"]["inputs"]

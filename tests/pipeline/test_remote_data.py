@@ -59,6 +59,15 @@ def test_a_table_learns_and_given_tokens_train_the_same_model(tmp_path: Path, to
         assert given.ran["download_tokens"] == 3 and not given.ran["documents"]
         assert "Nothing to be done" in project.run("checkpoints/given/final").output
 
+    # Nobody held out documents of such data: it is asked its tasks, or told what to give it.
+    refused = project.run("eval/given", ok=False)
+    assert refused.status and "found no held-out documents in the run's data" in refused.output
+    project.write("config/eval/own.yaml", {"choices": ["stdlib_docstrings"], "limit": 4})
+    project.change("config/config.yaml", runs__given__evaluation="config/eval/own.yaml")
+    assert not project.run("eval/given").ran["heldout_perplexity"]
+    [row, _] = json.loads((project.root / "eval/given/results.json").read_text())
+    assert (row["task"], row["documents"]) == ("stdlib_docstrings", 4)
+
     def made(run: str) -> dict:
         record = json.loads((project.root / "checkpoints" / run / "final/record.json").read_text())
         return record["action"]["inputs"]

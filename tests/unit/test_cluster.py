@@ -63,13 +63,17 @@ def test_a_job_of_stages_that_there_are_not(site: Path, text: str, words: str):
     assert str(site) in str(raised.value)
 
 
-def test_each_stage_of_the_profile_is_a_rule():
-    rules = (PROFILE.parents[2] / "rules").glob("*.smk")
-    text = "".join(path.read_text() for path in rules)
-    known = set(re.findall(r"^rule (\w+):|^use rule \w+ as (\w+) with:", text, re.M))
-    known = {name for pair in known for name in pair}
-    missing = [stage for stage in profile()["set-resources"] if stage not in known]
-    assert missing == []
+def test_the_stages_of_the_profile_are_the_rules_that_become_jobs():
+    root = PROFILE.parents[2]
+    text = "".join(path.read_text() for path in [root / "Snakefile", *root.glob("rules/*.smk")])
+    named = re.findall(r"^(?:rule|checkpoint) (\w+):|^use rule \w+ as (\w+) with:", text, re.M)
+    rules = {name for pair in named for name in pair if name}
+    [local] = re.findall(r"^localrules:\n((?:    .+\n)+)", text, re.M)
+    filled = profile()
+    jobs = rules - set(re.findall(r"^    (\w+),", local, re.M))
+    assert jobs == set(filled["set-resources"]) == set(filled["set-threads"])
+    for stage, needs in filled["set-resources"].items():
+        assert all("attempt *" in needs[name] for name in ("mem_mb", "runtime")), stage
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,8 @@ def test_path_resolvers(tmp_path: Path) -> None:
         ("max_duration: 0.5", "max_duration: expected int or str, found 0.5"),
         ("evaluators: [{type: lm}]", r"evaluators\[0\]: the key 'label' is missing"),
         ("data: {paths: a.npy}", "data.paths: expected a list"),
+        ("data: {memmap_dtype: uint99}", "data.memmap_dtype: expected one of uint16, .*'uint99'"),
+        ("sed: 1", r"^/.*/run\.yaml: sed: no such key"),
         ("model: {d_model: null}", "model.d_model: expected a whole number"),
         ("seed: 1\nseed: 2", "'seed' is there twice"),
         ("seed: [", "not readable as YAML"),
@@ -109,7 +111,7 @@ def test_path_resolvers(tmp_path: Path) -> None:
         ("wandb: {name: '${oc.env:NOT_SET}'}", r"wandb\.name: .*NOT_SET.* not found"),
         (
             "save_folder: '${path.choose:/x,/y}/z'",
-            "^save_folder: none of these exist: /x, /y; give",
+            "yaml: save_folder: none of these exist: /x, /y; give",
         ),
         ("run_name: '${'", "run_name: no viable alternative"),
     ],
@@ -220,6 +222,10 @@ def test_identity_holds_what_decides_the_bytes() -> None:
     }
     # Read back as a config, it gives the same identity.
     assert identity(TrainConfig.new(**identity(cfg))) == identity(cfg)
+    custom = {"name": "a.B", "args": {"n": 1}, "collate_config": {"index_field": "i"}}
+    assert identity(TrainConfig.new(data={"custom_dataset": custom})) == {
+        "data": {"custom_dataset": custom}
+    }
 
 
 def test_every_free_field_exists() -> None:

@@ -15,9 +15,11 @@ from test_huggingface import OLMO2, checkpoint
 from olmo.checkpoint import convert
 from olmo.config import TrainConfig
 from olmo.data.docstrings import DATASET, stdlib_docstrings
+from olmo.data.shards import Entry, write
 from olmo.evaluate.final import choices, perplexity
 from olmo.evaluate.harness import ask, write_task
 from olmo.evaluate.tasks import Task, requests, task_of
+from olmo.evaluation import heldout
 from olmo.model import OLMo
 from olmo.pipeline import Plan
 from olmo.report.scores import heldout_scores, of_one, scores
@@ -162,6 +164,12 @@ def test_the_error_of_a_held_out_loss(final: Path) -> None:
     assert found["stderr"] == pytest.approx(np.std(losses, ddof=1) / math.sqrt(5), rel=1e-4)
     tokens[:128].tofile(final / "one.npy")
     assert perplexity(final, [final / "one.npy"])["stderr"] is None
+
+
+def test_nothing_was_held_out(final: Path, tmp_path: Path) -> None:
+    write(tmp_path / "000.tsv", [Entry("a", "heldout-tokens", "heldout/a.npy", "0" * 64, 0)])
+    with pytest.raises(ValueError, match=r"expected held-out documents, found none in 1 listings"):
+        heldout(final, [tmp_path / "000.tsv"], tmp_path / "heldout.json")
 
 
 def test_answers_have_a_row_of_their_own() -> None:

@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from servers import web_server
 
 from olmo.checkpoint import convert, huggingface, load_model
 from olmo.checkpoint.final import write_safetensors
+from olmo.checkpoint.given import fetched_checkpoint, local_checkpoint
 from olmo.config import ModelConfig, TrainConfig, to_yaml
+from olmo.data.conversations import download_conversations, local_conversations
+from olmo.data.questions import stdlib_questions
 from olmo.model import OLMo
 from olmo.report.card import card
-from olmo.store import Store
+from olmo.store import Store, files
 
 OLMO1: dict[str, Any] = {
     "d_model": 32,
@@ -275,3 +279,38 @@ def test_the_card_of(facts: dict[str, Any], said: tuple[str, ...], tmp_path: Pat
     for phrase in said:
         assert phrase in text
     assert ("| Steps |" in text) == ("steps" in facts)
+
+
+def test_the_card_tells_where_a_tuned_run_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its conversations and the checkpoint that it was given, here or by URL."""
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    final = tmp_path / "final"
+    checkpoint(final, OLMO1)
+    (final / "train.json").write_text("{}")
+    talk = {"messages": [{"role": "user", "content": "What?"}]}
+    (tmp_path / "talks.jsonl").write_text(json.dumps(talk) + "\n")
+    with web_server(tmp_path) as web:
+        url = f"{web}/final"
+        made = [
+            local_conversations(file=tmp_path / "talks.jsonl", source=tmp_path / "talks.gz"),
+            download_conversations(url=f"{web}/talks.jsonl", source=tmp_path / "web.gz"),
+            stdlib_questions(folder=tmp_path / "questions", shards=1, library="L"),
+            local_checkpoint(
+                files=sorted(final.iterdir()), folder=final, checkpoint=tmp_path / "a"
+            ),
+            fetched_checkpoint(url=url, checkpoint=tmp_path / "b"),
+        ]
+    inputs = {record["key"]: [file["sha256"] for file in files(record)] for record in made}
+    action = {"stage": "training", "version": 3, "params": {}, "inputs": inputs}
+    facts = {"steps": 5, "tokens": 640}
+    record = {"key": "k", "content": "c", "action": action, "facts": facts, "outputs": {}}
+    (final / "record.json").write_text(json.dumps(record))
+    settings = huggingface.config_json(ModelConfig.new(**OLMO1))
+    text = card("it", settings, 9, final, Store(tmp_path / "store"))
+    sources = text.partition("Sources:")[2]
+    for name in ("a local file", f"{web}/talks.jsonl", "standard library of", "a local checkpoint"):
+        assert f"| {name}" in sources
+    assert f"| {url} |" in sources and sources.count("\n| ") == 2 + len(made)
+    assert str(tmp_path) not in text, "where a file lay is nobody's business"

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from servers import web_server
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from olmo.config import DataConfig, TrainConfig
 from olmo.data import order
@@ -125,6 +128,26 @@ def test_a_published_run_is_looked_into_by_url(published: Path, capsys):
         assert line["path"].endswith(f"part-{line['index'] // ROWS}.npy")
     # The config, the step's part of the order, and its instances: not a byte more.
     assert sum(sent) == config_bytes + 32 * 4 + 32 * LENGTH * 2
+
+
+def test_a_run_of_ai2s_is_told_as_text(published: Path, monkeypatch, capsys):
+    """By the hub's tokenizer: such a config names a file of OLMo's own package."""
+    asked: list[str] = []
+
+    def from_pretrained(name: str) -> Tokenizer:
+        asked.append(name)
+        return Tokenizer(WordLevel({f"w{i}": i for i in range(60_000)}, unk_token="w0"))
+
+    monkeypatch.setattr("tokenizers.Tokenizer", SimpleNamespace(from_pretrained=from_pretrained))
+    cfg = config(32, True)
+    cfg.data.paths = [str(published / f"part-{number}.npy") for number in range(FILES)]
+    cfg.model.max_sequence_length = LENGTH
+    cfg.tokenizer.identifier = "tokenizers/allenai_dolma2.json"
+    cfg.save(published / "config.yaml")
+    inspect(str(published), step=7, order=str(published / "global_indices.npy"), json=True)
+    assert asked == ["allenai/dolma2-tokenizer"]
+    for line in map(json.loads, capsys.readouterr().out.splitlines()):
+        assert line["text"] == " ".join(f"w{token}" for token in line["tokens"])
 
 
 def test_a_run_that_there_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

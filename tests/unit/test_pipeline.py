@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olmo.data.shards import asked
+from olmo.data.shards import Entry, asked, order, write
 from olmo.data.source_table import Source, complete, named, read, safe
 from olmo.pipeline import Plan
 
@@ -103,14 +103,57 @@ def test_a_run_without_a_data_set_takes_the_tokens_that_its_config_names():
     config = {
         "model": model,
         "data": data,
-        "tokenizer": {"identifier": "tokenizers/lab_name_x.json"},
+        "tokenizer": {"identifier": "tokenizers/allenai_dolma2.json"},
     }
     Path("t.yaml").write_text(yaml.safe_dump(config))
     given = Plan({"runs": {"r": {"train": "t.yaml"}}})
     assert given.dataset("r") == "r"
     assert [source.name for source in given.sources("r")] == ["a-part-0", "b-part-0"]
     tokenizer = given.recipe("r").tokenizer
-    assert (tokenizer.hub, tokenizer.eos_token_id) == ("lab/name_x", 7)
+    assert (tokenizer.hub, tokenizer.eos_token_id) == ("allenai/dolma2-tokenizer", 7)
+
+    overrides = ["data.datasets=null", "data.paths=[https://x/c.npy]", "tokenizer.identifier=lab/y"]
+    given = Plan({"runs": {"r": {"train": "t.yaml", "overrides": overrides}}})
+    assert [source.name for source in given.sources("r")] == ["c"]
+    assert given.recipe("r").tokenizer.hub == "lab/y"
+    given = Plan({"runs": {"r": {"train": "t.yaml", "overrides": ["tokenizer.identifier=y.json"]}}})
+    with pytest.raises(ValueError, match=r"allenai_dolma2.json.*found no file y.json"):
+        given.recipe("r")
+
+
+def test_a_run_is_asked_what_there_is_to_ask():
+    held = plan(documents={"heldout_share": 0.1})
+    assert held.heldout("r") == ["checkpoints/r/heldout.json"]
+    with pytest.raises(ValueError, match=r"eval/r: expected .*config/data/mine.yaml"):
+        plan().heldout("r")
+    Path("t.yaml").write_text(yaml.safe_dump({"data": {"paths": ["https://x/a.npy"]}}))
+    given = Plan({"runs": {"r": {"train": "t.yaml"}}})
+    with pytest.raises(ValueError, match=r"evaluation: config/eval/hub.yaml") as raised:
+        given.heldout("r")
+    assert "documents.heldout_share" not in str(raised.value), "it has no recipe"
+    Path("e.yaml").write_text("choices: [piqa]\n")
+    asked = Plan({"runs": {"r": {"train": "t.yaml", "evaluation": "e.yaml"}}})
+    assert asked.heldout("r") == []
+
+
+def test_what_a_plan_refuses():
+    with pytest.raises(ValueError, match="shards_per_job: expected at least 1, found 0"):
+        Plan({"runs": {}, "shards_per_job": 0})
+    Path("t.yaml").write_text("data: {custom_dataset: {name: a.B}}\n")
+    with pytest.raises(ValueError, match=r"custom_dataset is for `python -m olmo.train` alone"):
+        plan().train_config("r")
+    with pytest.raises(ValueError, match=r"^config/data/mine.yaml: documents.x: no such key"):
+        plan(documents={"x": 1}).recipe("mine")
+
+
+def test_an_order_of_any_type_of_tokens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OLMO_STORE", "store")
+    write(Path("000.tsv"), [Entry("a", "tokens", "tokens/a.npy", "0" * 64, 96)])
+    for dtype, instances in (("uint16", 12), ("int32", 6)):
+        order([Path("000.tsv")], Path(dtype), sequence_length=4, seed=1, dtype=dtype)
+        assert Path(dtype).stat().st_size == 4 * instances
+    with pytest.raises(ValueError, match=r"dtype: expected one of uint16, .*, found 'uint99'"):
+        order([Path("000.tsv")], Path("o"), sequence_length=4, seed=1, dtype="uint99")
 
 
 def test_exactly_one_kind_of_source():
