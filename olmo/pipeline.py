@@ -275,9 +275,15 @@ class Plan:
     def order_flags(self, run: str) -> str:
         """What decides the order of a run's instances."""
         cfg = self.train_config(run)
-        seed = cfg.seed if cfg.data.seed is None else cfg.data.seed
         length = cfg.model.max_sequence_length
-        words = ["--sequence-length", length, "--seed", seed, "--dtype", cfg.data.memmap_dtype]
+        words = [
+            "--sequence-length",
+            length,
+            "--seed",
+            cfg.data_seed,
+            "--dtype",
+            cfg.data.memmap_dtype,
+        ]
         return shlex.join(map(str, words))
 
     def geometry_flags(self, run: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from olmo import naming, remote
@@ -37,16 +38,24 @@ def damaged(store: Store) -> list[str]:
 
 
 def gc(dry_run: bool = False, forget: Path | None = None) -> None:
-    """Remove the objects that no path and no pin points to. Records stay.
+    """Remove the objects that no path and no pin points to, and what finished runs worked in.
 
-    With --forget PROJECT, a folder that is gone for good, what only its paths pointed to as well.
+    Records stay, and what a run that has not ended has saved. With --forget PROJECT, a folder that
+    is gone for good, what only its paths pointed to goes as well.
     """
     store = here()
     sizes = {p.name: p.stat().st_size for p in (store.root / "objects").glob("??/*")}
+    left = {folder: weight(folder) for folder in finished_work(store)}
     removed = sweep(store, dry_run, forget)
+    for line in named_so_far(store, removed):
+        print(line)
     freed = sum(sizes[digest] for digest in removed)
     verb = "would remove" if dry_run else "removed"
-    print(f"{store.root}: {verb} {len(removed)} of {len(sizes)} objects, {freed:,} bytes")
+    print(
+        f"{store.root}: {verb} {len(removed)} of {len(sizes)} objects, {freed:,} bytes, and what "
+        f"{len(left)} finished actions worked in (a run's earlier checkpoints), "
+        f"{sum(left.values()):,} bytes"
+    )
 
 
 def sweep(store: Store, dry_run: bool = False, forget: Path | None = None) -> list[str]:
@@ -84,11 +93,37 @@ def sweep(store: Store, dry_run: bool = False, forget: Path | None = None) -> li
     for path in [*removed, *forgotten.values()]:
         path.unlink()
     shutil.rmtree(store.root / "drafts", ignore_errors=True)
+    for work in finished_work(store):
+        shutil.rmtree(work)
     for work in sorted((store.root / "work").glob("*")):
         shutil.rmtree(work / "outputs", ignore_errors=True)
-        if store.record(work.name) is not None or not any(work.iterdir()):
-            shutil.rmtree(work)
+        if not any(work.iterdir()):
+            work.rmdir()
     return [path.name for path in removed]
+
+
+def finished_work(store: Store) -> list[Path]:
+    """The work folders of actions that have ended."""
+    folders = sorted((store.root / "work").glob("*"))
+    return [folder for folder in folders if store.record(folder.name) is not None]
+
+
+def weight(folder: Path) -> int:
+    """The bytes of a folder's files."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+
+
+def named_so_far(store: Store, removed: list[str]) -> Iterator[str]:
+    """Lines that say which names, deleted since, stood for what was removed.
+
+    A person who deleted one, or whose run was cut off before it made it again, may want it back.
+    """
+    gone = set(removed)
+    for _, name in naming.written(store):
+        record = store.record(name["key"])
+        if record is not None and gone.intersection(file["sha256"] for file in files(record)):
+            when = record.get("run", {}).get("started", "an unknown time")
+            yield f"{name['path']}, by {record['action']['stage']} of {when}"
 
 
 def checkout(name: str, /, to: Path | None = None) -> None:

@@ -262,7 +262,7 @@ def build_train_dataloader(
     dataset = IterableDataset(
         instances,
         train_config.global_train_batch_size,
-        seed=train_config.seed if data.seed is None else data.seed,
+        seed=train_config.data_seed,
         epoch=train_config.epoch or 0,
         drop_last=data.drop_last,
         world_size=world_size,

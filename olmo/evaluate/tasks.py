@@ -1,6 +1,6 @@
 """The multiple-choice tasks of tasks.yaml: from a document's fields to what a model is asked.
 
-    for request in requests(TASKS()["piqa"], folder): …
+    for request in requests(tasks()["piqa"], folder): …
 
 A request is a context and a continuation; a document has one for each of its options.
 """

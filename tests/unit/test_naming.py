@@ -11,7 +11,7 @@ import pytest
 from olmo import naming
 from olmo.action import Action
 from olmo.store import Record, Store
-from olmo.upkeep import sweep
+from olmo.upkeep import gc, sweep
 
 ONE = Action("demo", 1)
 
@@ -191,3 +191,21 @@ def test_gc_keeps_what_a_name_points_to_that_was_written_down_but_not_made(
     assert naming.named(store, Path("final"))["key"] == made(store, "a")["key"]
     with pytest.raises(ValueError, match="expected a name"):
         naming.named(store, Path("out"))
+
+
+def test_gc_says_what_it_took(project: Path, capsys: pytest.CaptureFixture[str]):
+    store = Store(project / "store", say=lambda line: None)
+    record = made(store, "a")
+    naming.link(store, record, "out", Path("out"))
+    naming.link(store, made(store, "b"), "out", Path("kept"))
+    for key in (record["key"], "0" * 64):  # one that ended, one that did not
+        (store.root / "work" / key).mkdir(parents=True)
+        (store.root / "work" / key / "step80").write_text("12345")
+    Path("out").unlink()
+    for dry_run, verb in ((True, "would remove 1 of 2"), (False, "removed 1 of 2")):
+        gc(dry_run=dry_run)
+        said = capsys.readouterr().out
+        assert f"{project}/out, by demo of" in said and f"{project}/kept" not in said
+        assert f"{verb} objects, 1 bytes" in said
+        assert "1 finished actions worked in (a run's earlier checkpoints), 5 bytes" in said
+    assert [path.name for path in (store.root / "work").iterdir()] == ["0" * 64]
