@@ -276,14 +276,8 @@ class Plan:
         """What decides the order of a run's instances."""
         cfg = self.train_config(run)
         length = cfg.model.max_sequence_length
-        words = [
-            "--sequence-length",
-            length,
-            "--seed",
-            cfg.data_seed,
-            "--dtype",
-            cfg.data.memmap_dtype,
-        ]
+        words = ["--sequence-length", length, "--seed", cfg.data_seed]
+        words += ["--dtype", cfg.data.memmap_dtype]
         return shlex.join(map(str, words))
 
     def geometry_flags(self, run: str) -> str:
