@@ -9,6 +9,8 @@ import socket
 import sys
 from collections.abc import Sequence
 
+import psutil
+
 # How long nodes wait for each other at the start, in seconds: they do not begin at one moment, and
 # the last may be importing torch from a slow file system.
 JOIN_S = 600
@@ -31,18 +33,26 @@ def meeting(addresses: Sequence[str], number: int) -> dict[str, str]:
 
 
 def address_towards(other: str) -> str:
-    """This machine's address on the way to another one. Nothing is sent."""
-    kind, _, _, _, place = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-        probe.connect(place)
-        own: str = probe.getsockname()[0]
-        return own
+    """This machine's address on the way to another one. Nothing is sent.
+
+    Raises:
+        ValueError: there is no way there.
+    """
+    try:
+        kind, _, _, _, place = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)
+            own: str = probe.getsockname()[0]
+            return own
+    except OSError as error:
+        raise ValueError(
+            f"{socket.gethostname()}: expected a way to the node {other}, found none ({error}); "
+            "`scontrol show node` tells its NodeAddr, which has to be an address or a known name"
+        ) from None
 
 
 def interface_of(address: str) -> str | None:
     """The name of the network interface that has an address."""
-    import psutil
-
     for name, found in psutil.net_if_addrs().items():
         if address in (one.address.split("%")[0] for one in found):
             return name
@@ -55,7 +65,10 @@ def main(addresses: str, *command: str) -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if addresses:  # what a site has set itself stays
-        found = meeting(addresses.split(","), int(os.environ["SLURM_NODEID"]))
+        try:
+            found = meeting(addresses.split(","), int(os.environ["SLURM_NODEID"]))
+        except ValueError as error:
+            sys.exit(str(error))
         os.environ.update(found | os.environ)
     os.execv(command[0], command)
 

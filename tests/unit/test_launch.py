@@ -85,6 +85,15 @@ def test_torchrun_lives_through_what_a_scheduler_sends_to_every_process(
     assert "SIGTERM" not in words[words.index("--signals-to-handle") + 1]
 
 
+def test_a_node_that_cannot_be_reached_is_told_at_once() -> None:
+    node = [sys.executable, "-m", "olmo.node", "127.0.0.1,no-such-node.invalid", "true"]
+    environment = os.environ | {"SLURM_NODEID": "0"}
+    said = subprocess.run(node, env=environment, capture_output=True, text=True)
+    assert said.returncode == 1
+    assert "expected a way to the node no-such-node.invalid, found none" in said.stderr
+    assert "Traceback" not in said.stderr
+
+
 def test_one_node_needs_no_scheduler() -> None:
     words = launcher(Geometry(processes=2, max_restarts=1), Path("run/given.yaml"))
     assert "srun" not in words and "--standalone" in words
