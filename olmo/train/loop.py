@@ -53,8 +53,8 @@ from olmo.train.step import forward_backward, keep_freed_memory
 from olmo.train.traces import traced
 from olmo.train.watch import Watchdog, progress
 
-# How long a run that has paused goes on sending its checkpoints, in seconds. Whoever asked it to may
-# give it no more; what is not sent then is sent by the next start.
+# How long a run that has paused goes on sending its checkpoints, in seconds. Whoever asked for the
+# pause may give it no more; what is not sent then is sent by the next start.
 PATIENCE_S = 30.0
 
 
