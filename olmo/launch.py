@@ -35,6 +35,7 @@ class Geometry:
     nodes: int = 1
     min_nodes: int | None = None  # go on with as few as this when nodes are lost; None: with all
     max_restarts: int = 0  # times torchrun starts the processes again before it gives up
+    batch: int | None = None  # instances of a step, where known: all processes share them evenly
 
     def __post_init__(self) -> None:
         fewest = self.nodes if self.min_nodes is None else self.min_nodes
@@ -48,6 +49,19 @@ class Geometry:
                 raise ValueError(f"{name}: expected at least {least}, found {value}")
         if fewest > self.nodes:
             raise ValueError(f"min_nodes: expected at most nodes ({self.nodes}), found {fewest}")
+        fit = self.counts(1, self.nodes)
+        for name, value in (("nodes", self.nodes), ("min_nodes", fewest)):
+            if self.nodes > 1 and value not in fit:
+                raise ValueError(
+                    f"{name}: expected a number of nodes whose processes, {self.processes} on "
+                    f"each, share global_train_batch_size={self.batch} evenly; found {value}. "
+                    f"Those that do, up to {self.nodes}: {', '.join(map(str, fit)) or 'none'}"
+                )
+
+    def counts(self, least: int, most: int) -> list[int]:
+        """The numbers of nodes in a range whose processes share a batch evenly."""
+        batch = 0 if self.batch is None else self.batch
+        return [n for n in range(least, most + 1) if batch % (n * self.processes) == 0]
 
     @property
     def fewest(self) -> int:
@@ -158,13 +172,17 @@ def launcher(geometry: Geometry, config: Path) -> list[str]:
     job = os.environ["SLURM_JOB_ID"]
     # One number for all nodes, another for each job and run: two jobs may share a node.
     port = 20_000 + zlib.crc32(f"{job} {config}".encode()) % 10_000
-    elastic = geometry.fewest < geometry.nodes
+    # torchrun may go on with any number of nodes in a range: only so far down as each would do.
+    least = count
+    while least - 1 in geometry.counts(geometry.fewest, count):
+        least -= 1
+    elastic = least < count
     srun = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap"]
     # A launcher that fails ends the others, which would wait for it; unless they may go on.
     srun += ["--no-kill", "--kill-on-bad-exit=0"] if elastic else ["--kill-on-bad-exit=1"]
     if cpus := told("SLURM_CPUS_PER_TASK", "CPUs/Task"):
         srun.append(f"--cpus-per-task={cpus}")  # sbatch's is not inherited since SLURM 22.05
-    nodes = f"{geometry.fewest}:{count}" if elastic else str(count)
+    nodes = f"{least}:{count}" if elastic else str(count)
     torchrun += [f"--nnodes={nodes}", "--rdzv-backend=c10d"]
     torchrun += [f"--rdzv-endpoint={addresses[0]}:{port}", f"--rdzv-id={job}-{port}"]
     return [*srun, *node, ",".join(addresses[:2]), *torchrun]
@@ -192,10 +210,11 @@ def allocation(geometry: Geometry) -> list[str]:
             f"{os.environ['SLURM_JOB_ID']} has {len(names)}: {nodelist}. Ask for more with "
             f"--nodes={geometry.nodes}, or set nodes: {len(names)} for the run"
         )
+    usable = geometry.counts(geometry.fewest, min(len(names), geometry.nodes))
     # The name of a node need not be one that the network knows; its address is.
     shown = scontrol("--oneliner", "show", "node", ",".join(names))
     known = dict(re.findall(r"^NodeName=(\S+).*?\sNodeAddr=(\S+)", shown, re.MULTILINE))
-    return [known.get(name, name) for name in names[: geometry.nodes]]
+    return [known.get(name, name) for name in names[: usable[-1]]]
 
 
 def told(variable: str, field: str) -> str | None:

@@ -104,6 +104,10 @@ class Plan:
                         f"{wanted}"
                     )
             self._check_tuning(run, cfg)
+            try:
+                replace(self.run(run).geometry, batch=cfg.global_train_batch_size)
+            except ValueError as error:
+                raise ValueError(f"config/config.yaml: runs.{run}.{error}") from error
             self._trains[run] = cfg
         return self._trains[run]
 
@@ -293,7 +297,8 @@ class Plan:
     def place(self, run: str, what: str, attempt: int = 1) -> int | str | None:
         """What a scheduler is asked for, as snakemake's resource `what`; None leaves it out.
 
-        A further attempt asks for as few nodes as the run may go on with: the others may be gone.
+        A further attempt asks for as few nodes as the run may go on with: the others may be gone,
+        and whoever sets min_nodes would rather go on with fewer than wait for them.
 
         One task a node: srun starts a torchrun on each, and that the processes. A single node
         needs no srun, and `mpi` is what tells the SLURM executor to leave that to us.

@@ -69,7 +69,7 @@ def train(
         cfg=cfg,
         heldout=[entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes],
         heldout_labels=heldout_labels(tokens),
-        geometry=Geometry(processes, nodes, min_nodes, max_restarts),
+        geometry=Geometry(processes, nodes, min_nodes, max_restarts, cfg.global_train_batch_size),
     )
 
 

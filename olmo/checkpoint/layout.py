@@ -156,9 +156,9 @@ def link_latest(folder: Path) -> None:
         fresh.replace(folder.with_name(name))
 
 
-def retain(save_folder: str | Path, keep: int, unsharded: bool) -> list[Path]:
-    """Remove all but the newest `keep` folders of one kind (-1: keep all); what was removed."""
-    found = checkpoints(save_folder, unsharded)
+def retain(newest: Path, keep: int) -> list[Path]:
+    """Of `newest` and the older ones of its kind keep that many (-1: all); what was removed."""
+    found = [p for p in checkpoints(newest.parent, is_unsharded(newest)) if age(p) <= age(newest)]
     going = found[: max(len(found) - keep, 0)] if keep >= 0 else []
     for path in going:
         remove(path)

@@ -17,12 +17,13 @@ def save_unsharded(
     model: Mapping[str, Any],
     optim: Mapping[str, Any] | None,
     train: Mapping[str, Any],
-    keep: int = -1,
+    keep: int | None = -1,
 ) -> Path:
     """Write <save_folder>/step{N}-unsharded, whole or not at all, and link it as the latest.
 
     `model`, `optim` and `train` hold tensors, numbers, text and containers of those, nothing
-    else, so that they load without running code. `keep` newest folders stay, -1 for all.
+    else, so that they load without running code. `keep` newest folders stay, -1 for all; None
+    leaves that to `layout.retain`.
     """
     folder = Path(save_folder) / layout.folder_name(step, unsharded=True)
     with layout.writing(folder) as partial:
@@ -32,5 +33,6 @@ def save_unsharded(
             plain.write(dict(optim), partial / "optim.pt")
         plain.write(dict(train), partial / "train.pt")
     layout.link_latest(folder)
-    layout.retain(save_folder, keep, unsharded=True)
+    if keep is not None:
+        layout.retain(folder, keep)
     return folder

@@ -64,14 +64,15 @@ def save_sharded(
     first: bool = True,
     group: dist.ProcessGroup | None = None,
     wait: Callable[[], None] = lambda: None,
-    keep: int = -1,
+    keep: int | None = -1,
     ephemeral: bool = False,
 ) -> Path:
     """Write <save_folder>/step{N}, whole or not at all. All processes call it together.
 
     `model` and `optim` (an optimizer's state_dict) hold tensors or DTensors; `group` is the
     processes' (None: one process), `wait` their barrier, `first` whether this is the one that
-    does what one does for all.
+    does what one does for all. `keep` newest folders stay, -1 for all; None leaves that to
+    `retain`.
     """
     folder = Path(save_folder) / layout.folder_name(step, unsharded=False)
     place = contextlib.nullcontext(layout.partial_name(folder))
@@ -93,17 +94,18 @@ def save_sharded(
                 (partial / EPHEMERAL).touch()
     if first:
         layout.link_latest(folder)
-        _retain(Path(save_folder), folder, keep, ephemeral)
+        if keep is not None:
+            retain(folder, keep)
     return folder
 
 
-def _retain(save_folder: Path, newest: Path, keep: int, ephemeral: bool) -> None:
-    """Of ephemeral ones only the newest stays, and none once a lasting one came."""
-    for path in layout.checkpoints(save_folder, unsharded=False):
-        if path != newest and (path / EPHEMERAL).exists():
+def retain(newest: Path, keep: int) -> None:
+    """As `layout.retain`; ephemeral ones go once a newer one came, ephemeral or lasting."""
+    for path in layout.checkpoints(newest.parent, unsharded=False):
+        if layout.age(path) < layout.age(newest) and (path / EPHEMERAL).exists():
             layout.remove(path)
-    if not ephemeral:
-        layout.retain(save_folder, keep, unsharded=False)
+    if not (newest / EPHEMERAL).exists():
+        layout.retain(newest, keep)
 
 
 class Sharded:

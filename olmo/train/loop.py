@@ -53,6 +53,10 @@ from olmo.train.step import forward_backward, keep_freed_memory
 from olmo.train.traces import traced
 from olmo.train.watch import Watchdog, progress
 
+# How long a run that has paused goes on sending its checkpoints, in seconds. Whoever asked for the
+# pause may give it no more; what is not sent then is sent by the next start.
+PATIENCE_S = 30.0
+
 
 def train(cfg: TrainConfig) -> int:
     """Train as `cfg` says, which is not changed; the exit code (0 finished, 75 paused).
@@ -205,6 +209,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     if cfg.force_save_unsharded or not (resumed or source or cfg.no_pre_train_checkpoint):
         saver.save("unsharded" if cfg.force_save_unsharded else None)
         saver.finish()
+        saver.send()  # a place that takes nothing is known of before training
     if cfg.dry_run:
         tell("dry run: everything is in place, nothing is trained")
         return 0
@@ -306,17 +311,19 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
                 write(number, values)
             _flush(sinks, indices)
             where = saver.save()
-            saver.finish(sent=False)
+            saver.finish()
             tell(f"paused at step {position.global_step} by {paused}, saved to {where}")
             if world.first:
                 left = {"step": position.global_step, "by": paused, "checkpoint": str(where)}
                 (folder / MARKER).write_text(json.dumps(left) + "\n")
                 stop.met()
+            saver.send(PATIENCE_S, needed=False)
             exit_code = PAUSED
         else:
             exit_code = PAUSED if position.global_step < end else 0
             reached = {"step": position.global_step, "checkpoint": saver.save().name}
-            saver.finish(sent=exit_code == 0)
+            saver.finish()
+            saver.send(needed=exit_code == 0)
             if exit_code == 0 and world.first:
                 partial = folder / f".{FINISHED}"
                 partial.write_text(json.dumps(reached) + "\n")

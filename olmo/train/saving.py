@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -24,7 +27,9 @@ from olmo.train.start import Position
 class Saver:
     """Saves a run at the intervals of its config and at its end, each step once.
 
-    Training waits only for a copy of the state; a thread writes it while training goes on.
+    Training waits only for a copy of the state; a thread writes it while training goes on, and
+    another sends it to remote_save_folder. No save waits for sending: that may take longer than
+    there is time before a time limit, or than other processes wait for this one.
     """
 
     def __init__(
@@ -43,12 +48,16 @@ class Saver:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._writing: Future[Path | None] | None = None
-        self._unsent: ValueError | OSError | None = None  # what kept the last one from being sent
+        # What is being sent, and then what kept the last from being sent. Daemons, since a process
+        # that has paused does not stay for them.
+        self._mirrored = cfg.remote_save_folder is not None and not cfg.dry_run
+        self._sending: threading.Thread | None = None
+        self._unsent: Exception | None = None
 
     def resume(self, saved: Path) -> None:
         """Go on from a checkpoint of this run; what was not sent before is sent now."""
         self.saved = saved
-        self._writing = self._thread.submit(self._send)
+        self._begin_to_send()
 
     @property
     def failed(self) -> bool:
@@ -85,16 +94,18 @@ class Saver:
             "train": train_state(self._position, self._world.size),
         }
         model, optim = dict(self._model.state_dict()), self._optimizer.state_dict()
+        retire: Callable[[Path], object]
         if kind == "unsharded":
             # Gathering shards takes every process, writing one.
             model, optim = _copied(model, whole=True), _copied(optim, whole=True)
             if self._world.first:
                 keep = self._cfg.save_num_unsharded_checkpoints_to_keep or 1
-                shared |= {"model": model, "optim": optim, "keep": keep}
+                shared |= {"model": model, "optim": optim, "keep": None}
                 write = partial(save_unsharded, self._folder, step, **shared)
-                self._writing = self._thread.submit(self._write, write)
+                retire = partial(layout.retain, keep=keep)
+                self._writing = self._thread.submit(self._write, write, retire)
         else:
-            from olmo.checkpoint.sharded import save_sharded
+            from olmo.checkpoint.sharded import retain, save_sharded
 
             group = self._group
             write = partial(
@@ -106,22 +117,36 @@ class Saver:
                 first=self._world.first,
                 group=group,
                 wait=lambda: dist.barrier(group=group) if group is not None else None,
-                keep=self._cfg.save_num_checkpoints_to_keep or 1,
+                keep=None,
                 ephemeral=kind == "ephemeral",
                 **shared,
             )
-            self._writing = self._thread.submit(self._write, write)
+            retire = partial(retain, keep=self._cfg.save_num_checkpoints_to_keep or 1)
+            self._writing = self._thread.submit(self._write, write, retire)
         self.saved = folder
         return folder
 
-    def finish(self, sent: bool = True) -> None:
-        """Wait for the save that is under way; raises what went wrong with it.
-
-        With `sent` also what kept it from being sent to remote_save_folder.
-        """
+    def finish(self) -> None:
+        """Wait for the save that is under way; raises what went wrong with it."""
         self._settle()
-        if sent and self._unsent is not None:
+
+    def send(self, patience: float = math.inf, needed: bool = True) -> None:
+        """Wait until what is saved is in remote_save_folder too, for so many seconds at most.
+
+        All processes call it, and ask each other every second: in one long wait for the first,
+        which sends, the others would give up. Raises what keeps it from being sent, if it is
+        `needed`; else the next start sends it.
+        """
+        if not self._mirrored:
+            return
+        end = time.monotonic() + patience
+        while self._world.any(self._is_sending() and time.monotonic() < end):
+            if self._sending is not None:
+                self._sending.join(max(min(1.0, end - time.monotonic()), 0))
+        if needed and self._unsent is not None:
             raise self._unsent
+        if self._is_sending():
+            tell(f"not sent to {self._cfg.remote_save_folder} yet: the next start does it")
 
     def give_up(self) -> NoReturn:
         """End the run on every process, with what went wrong where that is known.
@@ -137,27 +162,40 @@ class Saver:
             if (folder := writing.result()) is not None:
                 tell(f"saved {folder}")
 
-    def _write(self, write: Callable[[], Path]) -> Path:
-        """In the thread: write, then send."""
+    def _write(self, write: Callable[[], Path], retire: Callable[[Path], object]) -> Path:
+        """In the thread: write, then remove what that replaces: once it is sent, if it is to be."""
         folder = write()
-        self._send()
+        if self._mirrored:
+            self._begin_to_send(partial(retire, folder))
+        elif self._world.first:
+            retire(folder)
         return folder
 
-    def _send(self) -> None:
-        """Send what is whole to remote_save_folder.
+    def _begin_to_send(self, then: Callable[[], object] = lambda: None) -> None:
+        if self._mirrored and self._world.first:
+            work = (self._sending, then)
+            self._sending = threading.Thread(target=self._send, args=work, daemon=True, name="send")
+            self._sending.start()
+
+    def _is_sending(self) -> bool:
+        return self._sending is not None and self._sending.is_alive()
+
+    def _send(self, before: threading.Thread | None, then: Callable[[], object]) -> None:
+        """In a thread of its own, after the one `before`: send what is whole.
 
         What could not be sent is sent after the next save, or else is an error at the end.
         """
-        cfg = self._cfg
-        if cfg.remote_save_folder is not None and self._world.first and not cfg.dry_run:
-            from olmo.checkpoint.remote import mirror
+        from olmo.checkpoint.remote import mirror
 
-            try:
-                mirror(self._folder, cfg.remote_save_folder)
-                self._unsent = None
-            except (ValueError, OSError) as error:
-                warn(f"not sent yet: {error}")
-                self._unsent = error
+        if before is not None:
+            before.join()
+        try:
+            mirror(self._folder, str(self._cfg.remote_save_folder))
+            self._unsent = None
+        except Exception as error:  # of whatever kind: nobody hears of what ends a thread
+            warn(f"not sent yet: {error}")
+            self._unsent = error
+        then()
 
 
 def train_state(position: Position, world_size: int) -> dict[str, Any]:

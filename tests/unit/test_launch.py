@@ -227,6 +227,22 @@ def test_elastic(allocation: Path, monkeypatch: Any) -> None:
     assert "srun" not in words and "--standalone" in words, "one node is left"
 
 
+def test_no_number_of_nodes_that_a_batch_cannot_be_shared_by(
+    allocation: Path, monkeypatch: Any
+) -> None:
+    nodes = "echo n1; echo n2; echo n3; echo n4"
+    (allocation / "scontrol").write_text(SCONTROL.replace("echo n1; echo n2; echo n3", nodes))
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
+    geometry = Geometry(processes=8, nodes=4, min_nodes=2, batch=64)
+    words = launcher(geometry, Path("run/given.yaml"))
+    assert {"--nodes=4", "--nnodes=4", "--kill-on-bad-exit=1"} <= set(words), "3 would not do"
+    words = launcher(Geometry(8, nodes=4, min_nodes=2, batch=192), Path("run/given.yaml"))
+    assert {"--nodes=4", "--nnodes=2:4"} <= set(words)
+    (allocation / "scontrol").write_text(SCONTROL)
+    words = launcher(geometry, Path("run/given.yaml"))
+    assert {"--nodes=2", "--nnodes=2"} <= set(words), "of three that are left, two"
+
+
 @pytest.mark.parametrize(
     "nodes, said",
     [

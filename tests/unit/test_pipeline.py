@@ -260,6 +260,24 @@ def test_a_tuned_run_that_does_not_fit_is_refused():
             tuning(**changes).train_config("tuned")
 
 
+def test_a_further_attempt_asks_for_nodes_that_share_a_batch():
+    def elastic(least: int, nodes: int = 8) -> Plan:
+        plan = tuning(config={"global_train_batch_size": 2048})
+        many = {"nodes": nodes, "min_nodes": least, "gpus_per_node": 8}
+        runs = {"big": {"train": "t.yaml", "dataset": "mine", **many}}
+        return Plan({**plan.pipeline.asdict(), "runs": runs})
+
+    plan = elastic(4)
+    assert plan.link_before("big") == []
+    assert [plan.place("big", "nodes", attempt) for attempt in (1, 2, 3)] == [8, 4, 4]
+    assert plan.geometry_flags("big") == "--processes 8 --nodes 8 --min-nodes 4"
+    said = r"runs.big.min_nodes: .* 8 on each, share global_train_batch_size=2048 evenly; found 6. "
+    with pytest.raises(ValueError, match=said + "Those that do, up to 8: 1, 2, 4, 8"):
+        elastic(6).link_before("big")
+    with pytest.raises(ValueError, match=r"runs.big.nodes: .*found 7. .*, up to 7: 1, 2, 4"):
+        elastic(4, nodes=7).link_before("big")
+
+
 def test_a_soup_is_made_of_runs_and_evaluated_as_the_first():
     runs = {name: {"train": "t.yaml", "dataset": d} for name, d in (("a", "mine"), ("b", "other"))}
     runs["c"] = {"train": "t.yaml", "dataset": "mine", "start_from": "soup"}

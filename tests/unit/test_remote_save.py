@@ -2,16 +2,24 @@
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import on_ranks
 from servers import s3_server
-from small_run import metrics, run, same, state
+from small_run import metrics, run, same, settings, state
 
 from olmo.bucket import Bucket
 from olmo.checkpoint import layout, remote
+from olmo.config import TrainConfig
+from olmo.process import MARKER
+from olmo.train import loop, parallel
+from olmo.train.signals import StopRequest
 
 NAMES = ["config.yaml", "manifest.json", "model.pt", "optim.pt", "train.pt"]
 
@@ -189,3 +197,83 @@ def test_the_manifest_comes_last(tmp_path: Path) -> None:
     assert json.loads((there / "manifest.json").read_text())["files"].keys() == {*NAMES} - {
         "manifest.json"
     }
+
+
+def steps(folders: list[Path] | list[str]) -> list[int | None]:
+    return [layout.step_of(Path(folder)) for folder in folders]
+
+
+def pauses_while_it_sends(config: dict[str, Any]) -> int:
+    """Train to a pause at step 9; step 4 is being sent from before step 8 is saved, for ever."""
+    begun, put, asked = threading.Event(), Bucket.put, iter(range(1, 10))
+
+    def slow(self: Bucket, path: Path, name: str) -> None:
+        if name.startswith("step4"):
+            begun.set()
+            time.sleep(600)
+        put(self, path, name)
+
+    def reason(self: StopRequest, look: bool) -> str | None:
+        step = next(asked)
+        assert step != 4 or begun.wait(60)
+        return "a test" if step == 9 else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bucket, "put", slow)
+        patch.setattr(StopRequest, "reason", reason)
+        patch.setattr(loop, "PATIENCE_S", 0.1)
+        return loop.train(TrainConfig.new(**config))
+
+
+@pytest.mark.parametrize(
+    "kind, stay",
+    [
+        ({"save_num_unsharded_checkpoints_to_keep": 1}, [12]),
+        (
+            {"save_interval": 8, "save_interval_ephemeral": 4, "save_interval_unsharded": None},
+            [8, 12],
+        ),
+    ],
+    ids=["unsharded", "ephemeral"],
+)
+def test_neither_a_save_nor_a_pause_waits_for_sending(
+    tmp_path: Path, kind: dict[str, Any], stay: list[int]
+) -> None:
+    there, folder = str(tmp_path / "there"), tmp_path / "run"
+    changes: dict[str, Any] = {"remote_save_folder": there, "evaluators": []} | kind
+    changes |= {"max_duration": 12}
+    config = settings(tmp_path, **changes)
+    said = tmp_path / "said.txt"
+    assert on_ranks(1, [(pauses_while_it_sends, (config,))], said) == {0: [75]}
+    left = json.loads((folder / MARKER).read_text())
+    assert left["step"] == 9 and f"not sent to {there} yet" in said.read_text()
+    layout.verify(Path(left["checkpoint"]))
+    assert steps(remote.whole_there(Bucket(there))) == [0]
+    here = steps(layout.checkpoints(folder))
+    assert set(here) >= {4, 8, 9}, "what is not sent yet has to stay"
+    assert run(tmp_path, try_load_latest_save=True, **changes) == 0
+    assert steps(remote.whole_there(Bucket(there))) == sorted({*here, 0, 12})
+    assert steps(layout.checkpoints(folder, stay == [12])) == stay
+
+
+def ends_slowly(config: dict[str, Any]) -> int:
+    """Train where the last checkpoint takes longer to send than processes wait for each other."""
+    put = Bucket.put
+
+    def slow(self: Bucket, path: Path, name: str) -> None:
+        if name == "step10-unsharded/manifest.json":
+            time.sleep(9)
+        put(self, path, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "TIMEOUT", timedelta(seconds=6))
+        patch.setattr(parallel, "AFTER_WATCHDOG", timedelta(0))
+        patch.setattr(Bucket, "put", slow)
+        return loop.train(TrainConfig.new(**config))
+
+
+def test_the_others_wait_while_the_first_sends(tmp_path: Path) -> None:
+    there = str(tmp_path / "there")
+    config = settings(tmp_path, remote_save_folder=there, evaluators=[], hang_timeout=None)
+    assert on_ranks(2, [(ends_slowly, (config,))], tmp_path / "said.txt") == {0: [0], 1: [0]}
+    assert steps(remote.whole_there(Bucket(there)))[-1] == 10
