@@ -5,8 +5,6 @@ module joins the two for the profile to fill in. SLURM does the scheduling.
 """
 
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +72,3 @@ def stages_of_a_job(site: Any, stage: str) -> int:
 def warned(seconds: int) -> str:
     """How sbatch is asked to send SIGUSR1 so long before a time limit; 0: not at all."""
     return f"--signal=USR1@{seconds}" if seconds else ""
-
-
-def mend_sacct() -> None:
-    """Two of sacct's answers that the executor plugin (2.8.0) does not understand.
-
-    A cancelled job is "CANCELLED by 1000" there, for which the plugin waits for ever; and tasks of
-    an array are asked for by raw numbers and looked for by the array's, so that the last one
-    speaks for all. Here sacct is asked for the other number, and its words are cut to the first.
-    """
-    plugin: Any = sys.modules.get("snakemake_executor_plugin_slurm")
-    if plugin is None:
-        return
-    ask = plugin.query_job_status_sacct
-
-    def mended(run: str) -> str:
-        command = ask(run).replace("JobIdRaw", "JobID")
-        words = f"said=$({command}) && echo \"$said\" | sed 's/ by [0-9]*//'"
-        return shlex.join(["sh", "-c", words])
-
-    plugin.query_job_status_sacct = mended
