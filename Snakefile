@@ -14,9 +14,9 @@ from snakemake.utils import min_version
 
 min_version("9.27")
 
-from olmo.cluster import mend_sacct
 from olmo.damage import Damage
 from olmo.pipeline import Plan
+from olmo.plugin import mend
 from olmo.workspace import alone, failures, next_steps, surround_jobs
 
 
@@ -28,7 +28,7 @@ plan = Plan(config)
 damage = Damage(plan, dry_run=lambda: workflow.dryrun, judges=workflow.is_main_process)
 surround_jobs(plan.store)
 if workflow.is_main_process:
-    mend_sacct()
+    mend()
 
 
 wildcard_constraints:

@@ -5,8 +5,6 @@ module joins the two for the profile to fill in. SLURM does the scheduling.
 """
 
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 SITE = "OLMO_SITE"  # names a site's file; the default lies beside the profile
 BESIDE = Path("profiles/slurm/site.yaml")
+TRAINING = ("train", "link")
+ON_A_GPU = ("heldout", "heldout_of", "evaluate", "bench_tps")  # one; of training its run says more
 
 
 def settings(defaults: dict[str, Any]) -> Any:
@@ -48,10 +48,11 @@ def settings(defaults: dict[str, Any]) -> Any:
 
 
 def check_jobs(site: Any, path: Path) -> None:
-    """Whether `arrays` and `together` name stages that there are, each once.
+    """Whether `arrays` and `together` name stages that there are, each once, and those fit.
 
     Raises:
-        ValueError: they do not; snakemake would pass over it.
+        ValueError: they do not. Snakemake would pass over a stage that there is not; and over
+            stages that do not fit it breaks when the first one is submitted, and waits for ever.
     """
     named = [*site.arrays, *(stage for stages in site.together for stage in stages)]
     for stage in named:
@@ -59,6 +60,31 @@ def check_jobs(site: Any, path: Path) -> None:
             raise ValueError(f"{path}: expected one of {', '.join(site.stages)}, found {stage}")
         if named.count(stage) > 1:
             raise ValueError(f"{path}: {stage} is named twice in `arrays` and `together`")
+    for stages in site.together:
+        for stage in stages[1:]:
+            if words(site, stage) != words(site, stages[0]):
+                raise ValueError(
+                    f"{path}: together: expected stages that ask the same of SLURM, found "
+                    f"{stages[0]} with {words(site, stages[0])} and {stage} with "
+                    f"{words(site, stage)}; leave one of them out"
+                )
+
+
+def words(site: Any, stage: str) -> dict[str, str]:
+    """What a stage's job asks of SLURM that is no number: partition, GPU, more words for sbatch.
+
+    Training whose run may go on with fewer nodes (min_nodes) outlives one (--no-kill); any other
+    ends by itself. It is warned before its time is up.
+    """
+    training = stage in TRAINING
+    extra = ["--no-kill", site.extra, warned(site.warning_seconds)] if training else [site.extra]
+    own = site.gpu_partition if training or stage in ON_A_GPU else None
+    found = {
+        "slurm_partition": own or site.partition,
+        "gres": f"{site.gpu}:1" if stage in ON_A_GPU and site.gpu else None,
+        "slurm_extra": " ".join(filter(None, extra)),
+    }
+    return {resource: str(word) for resource, word in found.items() if word}
 
 
 def growing(first: int, most: int) -> str:
@@ -74,23 +100,3 @@ def stages_of_a_job(site: Any, stage: str) -> int:
 def warned(seconds: int) -> str:
     """How sbatch is asked to send SIGUSR1 so long before a time limit; 0: not at all."""
     return f"--signal=USR1@{seconds}" if seconds else ""
-
-
-def mend_sacct() -> None:
-    """Two of sacct's answers that the executor plugin (2.8.0) does not understand.
-
-    A cancelled job is "CANCELLED by 1000" there, for which the plugin waits for ever; and tasks of
-    an array are asked for by raw numbers and looked for by the array's, so that the last one
-    speaks for all. Here sacct is asked for the other number, and its words are cut to the first.
-    """
-    plugin: Any = sys.modules.get("snakemake_executor_plugin_slurm")
-    if plugin is None:
-        return
-    ask = plugin.query_job_status_sacct
-
-    def mended(run: str) -> str:
-        command = ask(run).replace("JobIdRaw", "JobID")
-        words = f"said=$({command}) && echo \"$said\" | sed 's/ by [0-9]*//'"
-        return shlex.join(["sh", "-c", words])
-
-    plugin.query_job_status_sacct = mended

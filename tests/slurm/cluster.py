@@ -90,6 +90,10 @@ class ClusterProject(Project):
         profile = ["--workflow-profile", "profiles/slurm"]
         return super().start(*profile, *words, cores=cores, mark=mark)
 
+    def said(self) -> str:
+        """What snakemake has said so far."""
+        return (self.root / "output.txt").read_text()
+
     def jobs(self, rule: str = "") -> list[Job]:
         return [job for job in self.cluster.jobs(self.root) if f"rule_{rule}" in job.rule]
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ def trained(
     job = project.running("train")
     until(lambda: project.steps() > AFTER, 300)
     disturb(job)
-    assert process.wait(900) == 0, (project.root / "output.txt").read_text()[-6000:]
+    assert process.wait(900) == 0, project.said()[-6000:]
     begun = [segment["after"] for segment in project.segments()]
     assert begun[0] == 0
     assert all(step >= AFTER // 20 * 20 for step in begun[1:])
@@ -49,6 +49,24 @@ def node_dies(cluster: Cluster, node: str, mark: str) -> None:
     for pid in [daemon, *of_node(node, mark)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def preempt(cluster: Cluster) -> None:
+    """A job that goes first wants both nodes, for some seconds."""
+    words = ["--partition=urgent", "--nodes=2", "--ntasks=2", "--exclusive", "--wrap=sleep 5"]
+    cluster.call("sbatch", *words, "--output=/dev/null")
+
+
+@contextlib.contextmanager
+def controller_away(cluster: Cluster) -> Iterator[None]:
+    """The controller is ended, and started again."""
+    pid = int((cluster.folder / "run/slurmctld.pid").read_text())
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: not Path(f"/proc/{pid}").exists(), 60)
+    try:
+        yield
+    finally:
+        cluster.call("slurmctld")
 
 
 def test_a_cancelled_job_is_submitted_again(local: Project, prepared: ClusterProject):
@@ -76,8 +94,40 @@ def test_a_cancelled_job_is_noticed_through_sacct(with_accounting: Cluster, tmp_
     project = ClusterProject(tmp_path / "project", with_accounting)
     process = project.start("data/small/sources/000.tsv")
     project.cluster.call("scancel", project.running("sources").id)
-    assert process.wait(600) == 0, (project.root / "output.txt").read_text()[-6000:]
+    assert process.wait(600) == 0, project.said()[-6000:]
     assert [job.state for job in project.jobs()] == ["CANCELLED", "COMPLETED"]
+
+
+@pytest.mark.parametrize(
+    "which", ["without_accounting", pytest.param("with_accounting", marks=pytest.mark.long)]
+)
+def test_a_job_that_is_preempted_for_good_is_submitted_again(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+):
+    """Where the site cancels what it preempts, nobody puts the job back."""
+    cluster: Cluster = request.getfixturevalue(which)
+    project = ClusterProject(tmp_path / "project", cluster)
+    update = ("scontrol", "update", "partitionname=main")
+    cluster.call(*update, "preemptmode=cancel")
+    try:
+        process = project.start("data/small/sources/000.tsv")
+        project.running("sources")
+        preempt(cluster)
+        assert process.wait(600) == 0, project.said()[-6000:]
+    finally:
+        cluster.call(*update, "preemptmode=requeue")
+    assert [job.state for job in project.jobs()] == ["PREEMPTED", "COMPLETED"]
+
+
+@pytest.mark.long  # squeue itself tries for ten seconds each time
+def test_no_job_is_forgotten_while_the_controller_is_away(project: ClusterProject):
+    """For several looks: squeue fails meanwhile."""
+    process = project.start("data/small/sources/000.tsv")
+    project.running("sources")
+    with controller_away(project.cluster):
+        until(lambda: project.said().count("squeue does not answer") > 1, 300)
+    assert process.wait(600) == 0, project.said()[-6000:]
+    assert project.jobs("sources")[-1].state == "COMPLETED"
 
 
 @pytest.mark.long
@@ -89,11 +139,7 @@ def test_a_requeued_job_goes_on_under_its_number(local: Project, prepared: Clust
 
 @pytest.mark.long
 def test_a_preempted_job_goes_on_under_its_number(local: Project, prepared: ClusterProject):
-    def preempt(job: Job) -> None:
-        words = ["--partition=urgent", "--nodes=2", "--ntasks=2", "--exclusive", "--wrap=sleep 5"]
-        prepared.cluster.call("sbatch", *words, "--output=/dev/null")
-
-    assert trained(prepared, preempt) == [("COMPLETED", 1)]
+    assert trained(prepared, lambda _: preempt(prepared.cluster)) == [("COMPLETED", 1)]
     assert prepared.content() == local.content()
 
 
@@ -197,10 +243,8 @@ def same_order(project: Project, straight: Project) -> None:
 @pytest.mark.long
 def test_the_controller_may_be_restarted_meanwhile(local: Project, prepared: ClusterProject):
     def restart(job: Job) -> None:
-        pid = int((prepared.cluster.folder / "run/slurmctld.pid").read_text())
-        os.kill(pid, signal.SIGTERM)
-        until(lambda: not Path(f"/proc/{pid}").exists(), 60)
-        prepared.cluster.call("slurmctld")
+        with controller_away(prepared.cluster):
+            pass
 
     assert trained(prepared, restart) == [("COMPLETED", 0)]
     assert prepared.content() == local.content()
@@ -226,7 +270,7 @@ def test_a_time_limit_is_a_pause(
     until(lambda: any(job.restarts for job in project.jobs("train")), 600)
     job = project.jobs("train")[-1].id
     project.cluster.call("scontrol", "update", f"jobid={job}", "timelimit=30")
-    assert process.wait(1500) == 0, (project.root / "output.txt").read_text()[-6000:]
+    assert process.wait(1500) == 0, project.said()[-6000:]
     *failed, last = project.jobs("train")
     assert {job.state for job in failed} <= {"FAILED", "TIMEOUT"}
     assert (last.id, last.state, last.restarts) == (job, "COMPLETED", 1)

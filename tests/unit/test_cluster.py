@@ -48,6 +48,39 @@ def test_stages_that_share_a_job_share_its_minutes(site: Path):
     assert filled["set-resources"]["order"]["runtime"] == "min(attempt * 60, 300)"
 
 
+def test_stages_ask_for_what_is_theirs(site: Path):
+    site.write_text("{partition: cpu, gpu_partition: gpu, gpu: 'gpu:a100', extra: --nice}")
+    stages = profile()["set-resources"]
+    assert stages["order"]["slurm_partition"] == "'cpu'"
+    assert stages["order"]["slurm_extra"] == "'--nice'"
+    assert "gres" not in stages["order"] and "tasks_per_gpu" not in stages["order"]
+    assert stages["train"]["slurm_partition"] == stages["heldout"]["slurm_partition"] == "'gpu'"
+    assert stages["train"]["slurm_extra"] == "'--no-kill --nice --signal=USR1@120'"
+    assert "gres" not in stages["train"]  # the rule's: each run has its own
+    assert stages["heldout"]["gres"] == "'gpu:a100:1'"
+    assert stages["heldout"]["tasks_per_gpu"] == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "together: [[order, train]]",
+        "{together: [[sources, documents], [hf, heldout]], gpu_partition: gpu, gpu: null}",
+        "together: [[hf, heldout]]",
+    ],
+)
+def test_stages_that_share_a_job_ask_for_the_same(site: Path, text: str):
+    site.write_text(text)
+    with pytest.raises(Exception, match="expected stages that ask the same of SLURM") as raised:
+        profile()
+    assert str(site) in str(raised.value)
+
+
+def test_a_gpu_partition_of_the_same_name_is_no_other(site: Path):
+    site.write_text("{together: [[hf, heldout]], partition: a, gpu_partition: a, gpu: null}")
+    assert profile()["groups"] == dict.fromkeys(["hf", "heldout"], "hf-heldout")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

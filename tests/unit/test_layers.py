@@ -17,6 +17,7 @@ LEAVES: dict[str, set[str]] = {
     "strict": {"bucket"},  # to look into one, where a config asks for its last checkpoint
     "config": {"kinds", "strict"},
     "log": set(),
+    "plugin": set(),
     "process": set(),
     "io": set(),
     "bucket": {"io"},
