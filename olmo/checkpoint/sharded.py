@@ -34,7 +34,6 @@ from olmo.model.regroup import plain_name
 
 FOLDER = "model_and_optim"
 TRAIN = "train/rank0.pt"
-EPHEMERAL = "ephemeral"  # an empty file in a checkpoint that the next one replaces
 
 _MODULE = "torch.distributed.checkpoint"
 _ALLOWED = {
@@ -90,7 +89,7 @@ def save_sharded(
             (partial / "train").mkdir()
             plain.write({**train, "optimizer": groups}, partial / TRAIN)
             if ephemeral:
-                (partial / EPHEMERAL).touch()
+                (partial / layout.EPHEMERAL).touch()
     if first:
         layout.link_latest(folder)
         _retain(Path(save_folder), folder, keep, ephemeral)
@@ -100,7 +99,7 @@ def save_sharded(
 def _retain(save_folder: Path, newest: Path, keep: int, ephemeral: bool) -> None:
     """Of ephemeral ones only the newest stays, and none once a lasting one came."""
     for path in layout.checkpoints(save_folder, unsharded=False):
-        if path != newest and (path / EPHEMERAL).exists():
+        if path != newest and (path / layout.EPHEMERAL).exists():
             layout.remove(path)
     if not ephemeral:
         layout.retain(save_folder, keep, unsharded=False)

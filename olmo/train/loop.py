@@ -305,7 +305,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             for number, values in numbers.fetch(world):
                 write(number, values)
             _flush(sinks, indices)
-            where = saver.save()
+            where = saver.pause()
             saver.finish(sent=False)
             tell(f"paused at step {position.global_step} by {paused}, saved to {where}")
             if world.first:

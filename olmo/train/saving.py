@@ -22,7 +22,7 @@ from olmo.train.start import Position
 
 
 class Saver:
-    """Saves a run at the intervals of its config and at its end, each step once.
+    """Saves a run at the intervals of its config and at its end.
 
     Training waits only for a copy of the state; a thread writes it while training goes on.
     """
@@ -38,6 +38,7 @@ class Saver:
         self._cfg, self._world, self._folder = cfg, world, Path(cfg.save_folder).absolute()
         self._model, self._optimizer, self._position = model, optimizer, position
         self.saved: Path | None = None  # the newest
+        self._passing = False  # whether that one is ephemeral, and so goes with a later save
         self._sharded = is_sharded(cfg, world)
         # The writers of all processes meet in a group of their own, apart from training's sums.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
@@ -47,7 +48,7 @@ class Saver:
 
     def resume(self, saved: Path) -> None:
         """Go on from a checkpoint of this run; what was not sent before is sent now."""
-        self.saved = saved
+        self.saved, self._passing = saved, (saved / layout.EPHEMERAL).exists()
         self._writing = self._thread.submit(self._send)
 
     @property
@@ -67,17 +68,26 @@ class Saver:
             return "sharded" if cfg.save_num_checkpoints_to_keep else None
         return "ephemeral" if _hits(cfg.save_interval_ephemeral, step) else None
 
-    def save(self, kind: str | None = None) -> Path:
-        """Begin to save now, if this step is not saved yet; the folder.
+    def pause(self) -> Path:
+        """Begin to save now, unless this step is saved in any kind; the folder."""
+        self._settle()
+        if self.saved is not None and layout.step_of(self.saved) == self._position.global_step:
+            return self.saved
+        return self.save()
 
-        Without a `kind`, that which the run's end or a pause has: unsharded where every process
-        holds the whole model, or the config saves unsharded ones at all.
+    def save(self, kind: str | None = None) -> Path:
+        """Begin to save now, unless there is what is asked for already; the folder.
+
+        Without a `kind`, that which the run's end has: unsharded where every process holds the
+        whole model, or the config saves unsharded ones at all.
         """
         self._settle()
         step = self._position.global_step
-        if self.saved is not None and layout.step_of(self.saved) == step:
+        asked = self._cfg.save_interval_unsharded is not None
+        if self._lasts(unsharded=kind == "unsharded" or (kind is None and asked)):
+            assert self.saved is not None
             return self.saved
-        whole = not self._sharded or self._cfg.save_interval_unsharded is not None
+        whole = not self._sharded or asked
         kind = kind or ("unsharded" if whole else "sharded")
         folder = self._folder / layout.folder_name(step, unsharded=kind == "unsharded")
         shared: dict[str, Any] = {
@@ -111,8 +121,15 @@ class Saver:
                 **shared,
             )
             self._writing = self._thread.submit(self._write, write)
-        self.saved = folder
+        self.saved, self._passing = folder, kind == "ephemeral"
         return folder
+
+    def _lasts(self, unsharded: bool) -> bool:
+        """Whether the newest is of this step and there to stay, and unsharded if it must be."""
+        saved = self.saved
+        if saved is None or self._passing or layout.step_of(saved) != self._position.global_step:
+            return False
+        return layout.is_unsharded(saved) or not unsharded
 
     def finish(self, sent: bool = True) -> None:
         """Wait for the save that is under way; raises what went wrong with it.
