@@ -166,7 +166,11 @@ def find_start(
         checkpoint = look(own)
         assert checkpoint.train is not None
         tell(f"going on from {own}")
-        return checkpoint, _position(checkpoint.train, cfg), True
+        position = _position(checkpoint.train, cfg)
+        # Never back: it may have left the epoch that it began in.
+        _enter(max(cfg.epoch or 0, position.epoch), position)
+        _skip(position, cfg)
+        return checkpoint, position, True
     if cfg.load_path is None:
         _of_the_first(world, partial(_begin_there, cfg, -1))
         return None, Position(epoch=cfg.epoch or 0), False
@@ -184,10 +188,9 @@ def find_start(
         position = _position(checkpoint.train, cfg)
         if not cfg.restore_dataloader:
             position = Position()
-        elif cfg.epoch is not None and cfg.epoch != position.epoch:
-            position.epoch, position.global_train_examples_seen_this_epoch = cfg.epoch, 0
-        skipped = (cfg.fast_forward_batches or 0) * cfg.global_train_batch_size
-        position.global_train_examples_seen_this_epoch += skipped
+        elif cfg.epoch is not None:
+            _enter(cfg.epoch, position)
+        _skip(position, cfg)
     in_place = checkpoint.folder.resolve().parent == folder.resolve()
     resumed = in_place and checkpoint.train is not None
     _of_the_first(world, partial(_begin_there, cfg, position.global_step if resumed else -1))
@@ -246,6 +249,18 @@ def _position(train: dict[str, Any], cfg: TrainConfig) -> Position:
         ),
         global_train_tokens_seen=int(train.get("global_train_tokens_seen", tokens)),
     )
+
+
+def _enter(epoch: int, position: Position) -> None:
+    if epoch != position.epoch:
+        tell(f"epoch {epoch} is begun, in place of epoch {position.epoch}")
+        position.epoch, position.global_train_examples_seen_this_epoch = epoch, 0
+
+
+def _skip(position: Position, cfg: TrainConfig) -> None:
+    if batches := cfg.fast_forward_batches:
+        tell(f"fast_forward_batches: {batches} batches are passed over")
+        position.global_train_examples_seen_this_epoch += batches * cfg.global_train_batch_size
 
 
 def duration(

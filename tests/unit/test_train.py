@@ -121,6 +121,25 @@ def test_resumed_equals_straight(tmp_path: Path, changes: dict[str, Any]) -> Non
         assert same(straight[part], resumed_state[part]), part
 
 
+def test_a_run_that_goes_on_may_pass_over_batches_or_to_another_epoch(tmp_path: Path) -> None:
+    def first_line(folder: str, **changes: Any) -> str:
+        place = str(tmp_path / folder)
+        assert run(tmp_path, save_folder=place, stop_after=3, epoch=1, evaluators=[]) == PAUSED
+        again: dict[str, Any] = {"save_folder": place, "stop_after": 1, "evaluators": []} | changes
+        assert run(tmp_path, try_load_latest_save=True, **again) == PAUSED
+        indices = Path(place, "data-indices/rank0.tsv.gz").read_bytes()
+        return gzip.decompress(indices).decode().splitlines()[3]
+
+    def line(epoch: int, start: int) -> str:
+        ids = order.global_indices(203, 6198, epoch).tolist()[8 * start : 8 * (start + 1)]
+        return "\t".join(map(str, [4, *ids]))
+
+    assert first_line("on") == line(epoch=1, start=3)
+    assert first_line("over", fast_forward_batches=2) == line(epoch=1, start=5)
+    assert first_line("epoch", epoch=2, fast_forward_batches=1) == line(epoch=2, start=1)
+    assert first_line("not-back", epoch=0) == line(epoch=1, start=3)
+
+
 def test_a_finished_run_asked_again_trains_nothing(tmp_path: Path) -> None:
     run(tmp_path)
     before = state(tmp_path / "run")
