@@ -348,6 +348,10 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "--load_path=x",
         "--other",
     ]
+    as_olmo = ["run_name=q", "-seed=7", "--save_overwrite", "model.n_layers=3", "--x", "-5"]
+    assert overrides(as_olmo) == [*as_olmo[:4], "--x=-5"]
+    with pytest.raises(ValueError, match="expected --key=value, found 'word'"):
+        overrides(["seed=7", "word"])
     assert main([]) == 2 and main(["--help"]) == 0
     assert main(["nowhere.yaml"]) == 2
     assert "error: no config file at nowhere.yaml" in capsys.readouterr().err
