@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from olmo.checkpoint import layout
 from olmo.checkpoint.save import save_unsharded
-from olmo.config import TrainConfig, to_yaml
+from olmo.config import DistributedStrategy, TrainConfig, to_yaml
 from olmo.log import tell, warn
 from olmo.train.parallel import World, is_sharded
 from olmo.train.start import Position
@@ -40,6 +40,10 @@ class Saver:
         self.saved: Path | None = None  # the newest
         self._passing = False  # whether that one is ephemeral, and so goes with a later save
         self._sharded = is_sharded(cfg, world)
+        self._every = cfg.save_interval_unsharded  # that many steps an unsharded one
+        single = cfg.distributed_strategy == DistributedStrategy.single
+        if single and self._every is None and cfg.save_num_unsharded_checkpoints_to_keep:
+            self._every = cfg.save_interval  # as in OLMo: there is nothing to shard
         # The writers of all processes meet in a group of their own, apart from training's sums.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -62,7 +66,7 @@ class Saver:
         if self._writing is not None and self._writing.done() and not self.failed:
             self._settle()
         cfg = self._cfg
-        if _hits(cfg.save_interval_unsharded, step):
+        if _hits(self._every, step):
             return "unsharded" if cfg.save_num_unsharded_checkpoints_to_keep else None
         if _hits(cfg.save_interval, step):
             return "sharded" if cfg.save_num_checkpoints_to_keep else None
@@ -83,7 +87,7 @@ class Saver:
         """
         self._settle()
         step = self._position.global_step
-        asked = self._cfg.save_interval_unsharded is not None
+        asked = self._every is not None
         if self._lasts(unsharded=kind == "unsharded" or (kind is None and asked)):
             assert self.saved is not None
             return self.saved

@@ -64,6 +64,17 @@ def test_the_end_is_saved_in_the_kind_that_is_asked_for(tmp_path: Path) -> None:
     assert names(tmp_path / "sharded") == ["step4", "step8-unsharded", "step8"]
 
 
+def test_where_there_is_nothing_to_shard_unsharded_ones_are_saved(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"distributed_strategy": "single", "save_interval": 2, "stop_at": 4}
+    changes |= {"save_interval_unsharded": None, "no_pre_train_checkpoint": True}
+    assert run(tmp_path, **changes) == 0
+    assert names(tmp_path / "run") == ["step2-unsharded", "step4-unsharded"]
+    # Unless none of them are to be kept.
+    changes |= {"save_folder": str(tmp_path / "kept"), "save_num_unsharded_checkpoints_to_keep": 0}
+    assert run(tmp_path, **changes) == 0
+    assert names(tmp_path / "kept") == ["step2", "step4"]
+
+
 def test_the_end_does_not_go_with_a_later_save(tmp_path: Path) -> None:
     changes: dict[str, Any] = SHARDED | {"save_interval": 20, "save_interval_ephemeral": 3}
     changes |= {"no_pre_train_checkpoint": True}
