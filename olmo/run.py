@@ -186,6 +186,7 @@ def filled_in(
         save_folder=str(folder),
         save_overwrite=True,
         try_load_latest_save=True,
+        fast_forward_batches=None,  # else passed over again whenever it is interrupted
     )
 
 

@@ -46,6 +46,7 @@ class BaseConfig:
     ) -> Self:
         """Read a YAML file, with `--a.b=value` or `a.b=value` overrides; a bare flag means true.
 
+        A mapping given as a value changes the keys that it names, a list replaces the whole one.
         `key` picks one section of the file (`ModelConfig.load(path, key="model")`).
         `validate_paths=False` lets ${path.glob:…} and ${path.choose:…} find nothing.
 
@@ -182,7 +183,8 @@ def _resolve(
                 raise ValueError(f"cannot read the value of --{name}={value}: {error}") from error
             name = name.replace("-", "_")
             # Values such as ${a.b} stay text here and are resolved with the rest.
-            OmegaConf.update(tree, name, parsed, merge=False, force_add=True)
+            # A mapping joins the section that is there, as in OLMo; all else replaces.
+            OmegaConf.update(tree, name, parsed, merge=isinstance(parsed, dict), force_add=True)
         return put_back(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
     except OmegaConfBaseException as error:
         reason, key = str(error).partition("\n")[0], getattr(error, "full_key", None)

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+EPHEMERAL = "ephemeral"  # an empty file in a checkpoint that the next one replaces
 _STEP = re.compile(r"step(\d+)(-unsharded)?")
 _PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
 

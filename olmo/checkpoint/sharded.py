@@ -34,7 +34,6 @@ from olmo.model.regroup import plain_name
 
 FOLDER = "model_and_optim"
 TRAIN = "train/rank0.pt"
-EPHEMERAL = "ephemeral"  # an empty file in a checkpoint that the next one replaces
 
 _MODULE = "torch.distributed.checkpoint"
 _ALLOWED = {
@@ -91,7 +90,7 @@ def save_sharded(
             (partial / "train").mkdir()
             plain.write({**train, "optimizer": groups}, partial / TRAIN)
             if ephemeral:
-                (partial / EPHEMERAL).touch()
+                (partial / layout.EPHEMERAL).touch()
     if first:
         layout.link_latest(folder)
         if keep is not None:
@@ -102,9 +101,9 @@ def save_sharded(
 def retain(newest: Path, keep: int) -> None:
     """As `layout.retain`; ephemeral ones go once a newer one came, ephemeral or lasting."""
     for path in layout.checkpoints(newest.parent, unsharded=False):
-        if layout.age(path) < layout.age(newest) and (path / EPHEMERAL).exists():
+        if layout.age(path) < layout.age(newest) and (path / layout.EPHEMERAL).exists():
             layout.remove(path)
-    if not (newest / EPHEMERAL).exists():
+    if not (newest / layout.EPHEMERAL).exists():
         layout.retain(newest, keep)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -22,10 +23,13 @@ exit codes: 0 finished · 75 paused by a signal or the time limit, the same comm
 
 
 def overrides(arguments: Sequence[str]) -> list[str]:
-    """`--a.b=value` for each option; a value may also follow its key as the next word."""
+    """`--a.b=value` for each option; a value may also follow its key as the next word.
+
+    As in OLMo's own script the dashes may be missing where there is a value: `a.b=value`.
+    """
     found: list[str] = []
     for word in arguments:
-        if word.startswith("--"):
+        if word.startswith("--") or re.match(r"-?[a-z_][\w.-]*=", word):
             found.append(word)
         elif found and "=" not in found[-1]:
             found[-1] += f"={word}"

@@ -55,9 +55,10 @@ class Optimizer(torch.optim.Optimizer):
             process_group, device: accepted as OLMo has them; tensors know both.
 
         Returns:
-            0-d tensors on the device. `total_grad_norm`, before clipping, is always there. With
-            collect_param_metrics also {param,grad,exp_avg,…}/{name}.{min,max,avg,norm} (min and
-            max of the absolute values), `clipping_rate`, `grad_norm_exp_avg/{name}`.
+            0-d tensors on the device. Norms before clipping are always there: `total_grad_norm`
+            and grad/{name}.norm. With collect_param_metrics also
+            {param,grad,exp_avg,…}/{name}.{min,max,avg,norm} (min and max of the absolute values),
+            `clipping_rate`, `grad_norm_exp_avg/{name}`.
 
         Raises:
             ValueError: no parameter has a gradient.
@@ -72,7 +73,9 @@ class Optimizer(torch.optim.Optimizer):
         total_norm = norms.square().sum().sqrt()
         self.found_inf = (~torch.isfinite(total_norm)).float()
 
+        names = [name for pairs in named for name, _ in pairs]
         metrics = {"total_grad_norm": total_norm}
+        metrics |= {f"grad/{n}.norm": norm for n, norm in zip(names, norms.unbind(), strict=True)}
         if collect_param_metrics:
             metrics |= self._param_metrics([pair for pairs in named for pair in pairs])
         clipped, eligible = torch.zeros_like(total_norm), 0

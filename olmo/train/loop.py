@@ -248,7 +248,11 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
                 losses = forward_backward(model, batch, cfg, world.device, step, mean)
             if mean is not None:
                 mean.finish()
-            found = optimizer.clip_grads_and_collect_metrics(step, _wants_details(cfg, step))
+            details = _wants_details(cfg, step)
+            found = optimizer.clip_grads_and_collect_metrics(step, details)
+            if not details and (cfg.wandb is None or step % cfg.wandb.log_interval):
+                # One norm a parameter and step is for Weights & Biases only.
+                found = {k: v for k, v in found.items() if not k.startswith("grad/")}
             # Once a gradient is not finite nothing moves any more. That is known on the device;
             # we hear of it when the numbers are fetched, and so before anything is saved.
             assert optimizer.found_inf is not None
@@ -310,7 +314,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             for number, values in numbers.fetch(world):
                 write(number, values)
             _flush(sinks, indices)
-            where = saver.save()
+            where = saver.pause()
             saver.finish()
             tell(f"paused at step {position.global_step} by {paused}, saved to {where}")
             if world.first:

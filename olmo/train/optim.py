@@ -118,8 +118,13 @@ class AdamW(Optimizer):
 
     def _snapshot(self) -> list[tuple[str, Tensor, Tensor]]:
         """Name, parameter, and where it would be after weight decay alone."""
+
+        def decayed(p: Tensor, group: Group) -> Tensor:
+            moving: Any = cast(Tensor, p.grad) != 0 if self._selective_updates else 1
+            return p * (1 - moving * (group["lr"] * group["weight_decay"]))
+
         return [
-            (name, p, p * (1 - group["lr"] * group["weight_decay"]))
+            (name, p, decayed(p, group))
             for group in self.param_groups
             for name, p in with_grad(group)
         ]
@@ -180,6 +185,8 @@ class LionW(Optimizer):
                 p.sub_(sign * (moving * group["lr"]))
                 average.lerp_(grad, moving * (1 - beta2))
                 if recording:
+                    if self._selective_updates:
+                        update, sign = update * moving, sign * moving
                     products.append((update * sign).sum())
                     norms[0].append(update)
                     norms[1].append(sign)

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from olmo.checkpoint import layout
 from olmo.checkpoint.save import save_unsharded
-from olmo.config import TrainConfig, to_yaml
+from olmo.config import DistributedStrategy, TrainConfig, to_yaml
 from olmo.log import tell, warn
 from olmo.train.parallel import World, is_sharded
 from olmo.train.start import Position
 
 
 class Saver:
-    """Saves a run at the intervals of its config and at its end, each step once.
+    """Saves a run at the intervals of its config and at its end.
 
     Training waits only for a copy of the state; a thread writes it while training goes on, and
     another sends it to remote_save_folder. No save waits for sending: that may take longer than
@@ -43,7 +43,12 @@ class Saver:
         self._cfg, self._world, self._folder = cfg, world, Path(cfg.save_folder).absolute()
         self._model, self._optimizer, self._position = model, optimizer, position
         self.saved: Path | None = None  # the newest
+        self._passing = False  # whether that one is ephemeral, and so goes with a later save
         self._sharded = is_sharded(cfg, world)
+        self._every = cfg.save_interval_unsharded  # that many steps an unsharded one
+        single = cfg.distributed_strategy == DistributedStrategy.single
+        if single and self._every is None and cfg.save_num_unsharded_checkpoints_to_keep:
+            self._every = cfg.save_interval  # as in OLMo: there is nothing to shard
         # The writers of all processes meet in a group of their own, apart from training's sums.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -56,7 +61,7 @@ class Saver:
 
     def resume(self, saved: Path) -> None:
         """Go on from a checkpoint of this run; what was not sent before is sent now."""
-        self.saved = saved
+        self.saved, self._passing = saved, (saved / layout.EPHEMERAL).exists()
         self._begin_to_send()
 
     @property
@@ -70,23 +75,32 @@ class Saver:
         if self._writing is not None and self._writing.done() and not self.failed:
             self._settle()
         cfg = self._cfg
-        if _hits(cfg.save_interval_unsharded, step):
+        if _hits(self._every, step):
             return "unsharded" if cfg.save_num_unsharded_checkpoints_to_keep else None
         if _hits(cfg.save_interval, step):
             return "sharded" if cfg.save_num_checkpoints_to_keep else None
         return "ephemeral" if _hits(cfg.save_interval_ephemeral, step) else None
 
-    def save(self, kind: str | None = None) -> Path:
-        """Begin to save now, if this step is not saved yet; the folder.
+    def pause(self) -> Path:
+        """Begin to save now, unless this step is saved in any kind; the folder."""
+        self._settle()
+        if self.saved is not None and layout.step_of(self.saved) == self._position.global_step:
+            return self.saved
+        return self.save()
 
-        Without a `kind`, that which the run's end or a pause has: unsharded where every process
-        holds the whole model, or the config saves unsharded ones at all.
+    def save(self, kind: str | None = None) -> Path:
+        """Begin to save now, unless there is what is asked for already; the folder.
+
+        Without a `kind`, that which the run's end has: unsharded where every process holds the
+        whole model, or the config saves unsharded ones at all.
         """
         self._settle()
         step = self._position.global_step
-        if self.saved is not None and layout.step_of(self.saved) == step:
+        asked = self._every is not None
+        if self._lasts(unsharded=kind == "unsharded" or (kind is None and asked)):
+            assert self.saved is not None
             return self.saved
-        whole = not self._sharded or self._cfg.save_interval_unsharded is not None
+        whole = not self._sharded or asked
         kind = kind or ("unsharded" if whole else "sharded")
         folder = self._folder / layout.folder_name(step, unsharded=kind == "unsharded")
         shared: dict[str, Any] = {
@@ -123,8 +137,15 @@ class Saver:
             )
             retire = partial(retain, keep=self._cfg.save_num_checkpoints_to_keep or 1)
             self._writing = self._thread.submit(self._write, write, retire)
-        self.saved = folder
+        self.saved, self._passing = folder, kind == "ephemeral"
         return folder
+
+    def _lasts(self, unsharded: bool) -> bool:
+        """Whether the newest is of this step and there to stay, and unsharded if it must be."""
+        saved = self.saved
+        if saved is None or self._passing or layout.step_of(saved) != self._position.global_step:
+            return False
+        return layout.is_unsharded(saved) or not unsharded
 
     def finish(self) -> None:
         """Wait for the save that is under way; raises what went wrong with it."""

@@ -55,12 +55,7 @@ def check(cfg: TrainConfig, world: World) -> None:
             f"global_train_batch_size={batch_size} is not a multiple of the {world.size} "
             "processes; change one of them"
         )
-    for name in ("eos_token_id", "pad_token_id"):
-        if getattr(cfg.model, name) >= cfg.model.vocab_size:
-            raise ValueError(
-                f"model.{name}={getattr(cfg.model, name)} is not below "
-                f"model.vocab_size={cfg.model.vocab_size}; they are of different tokenizers"
-            )
+    check_ends(cfg)
     if cfg.master_weights and (reason := masters.why_not(cfg, is_sharded(cfg, world))):
         raise ValueError(f"master_weights: {reason}")
     if cfg.cross_entropy is not None and (reason := loss.why_not(cfg)):
@@ -78,6 +73,36 @@ def check(cfg: TrainConfig, world: World) -> None:
         where = f"evaluators.{evaluator.label}.data"
         looked_at += check_tokens(build_memmap_dataset(cfg, evaluator.data), vocabulary, where)
     tell(f"checked: {count(looked_at)} tokens, all below {vocabulary}")
+
+
+def check_ends(cfg: TrainConfig) -> None:
+    """Warn of a model.eos_token_id or pad_token_id that is of another tokenizer than the rest.
+
+    Raises:
+        ValueError: something looks for that token in the data, or puts it into batches.
+    """
+    model = cfg.model
+    texts = [e for e in cfg.evaluators if e.type == EvaluatorType.lm]
+    sets = [cfg.data, *(evaluator.data for evaluator in texts)]
+    pads = model.pad_token_id >= (model.embedding_size or model.vocab_size)
+    uses = {
+        "eos_token_id": {"generate_doc_lengths": any(d.generate_doc_lengths for d in sets)},
+        "pad_token_id": {
+            "generate_attention_mask": any(d.generate_attention_mask for d in sets),
+            "data.custom_dataset": pads and cfg.data.custom_dataset is not None,
+            "a downstream evaluator": pads and len(texts) < len(cfg.evaluators),
+        },
+    }
+    for name, users in uses.items():
+        if (token := getattr(model, name)) < model.vocab_size:
+            continue
+        found = f"model.{name}={token} is not below model.vocab_size={model.vocab_size}"
+        if needed := [user for user, needs in users.items() if needs]:
+            raise ValueError(
+                f"{found}, and {' and '.join(needed)} needs it; they are of different tokenizers, "
+                f"give --model.{name}=… of the data's"
+            )
+        warn(f"{found}: they are of different tokenizers. Nothing in this run needs it")
 
 
 def masks(cfg: TrainConfig) -> Mask:
@@ -141,7 +166,11 @@ def find_start(
         checkpoint = look(own)
         assert checkpoint.train is not None
         tell(f"going on from {own}")
-        return checkpoint, _position(checkpoint.train, cfg), True
+        position = _position(checkpoint.train, cfg)
+        # Never back: it may have left the epoch that it began in.
+        _enter(max(cfg.epoch or 0, position.epoch), position)
+        _skip(position, cfg)
+        return checkpoint, position, True
     if cfg.load_path is None:
         _of_the_first(world, partial(_begin_there, cfg, -1))
         return None, Position(epoch=cfg.epoch or 0), False
@@ -159,10 +188,9 @@ def find_start(
         position = _position(checkpoint.train, cfg)
         if not cfg.restore_dataloader:
             position = Position()
-        elif cfg.epoch is not None and cfg.epoch != position.epoch:
-            position.epoch, position.global_train_examples_seen_this_epoch = cfg.epoch, 0
-        skipped = (cfg.fast_forward_batches or 0) * cfg.global_train_batch_size
-        position.global_train_examples_seen_this_epoch += skipped
+        elif cfg.epoch is not None:
+            _enter(cfg.epoch, position)
+        _skip(position, cfg)
     in_place = checkpoint.folder.resolve().parent == folder.resolve()
     resumed = in_place and checkpoint.train is not None
     _of_the_first(world, partial(_begin_there, cfg, position.global_step if resumed else -1))
@@ -221,6 +249,18 @@ def _position(train: dict[str, Any], cfg: TrainConfig) -> Position:
         ),
         global_train_tokens_seen=int(train.get("global_train_tokens_seen", tokens)),
     )
+
+
+def _enter(epoch: int, position: Position) -> None:
+    if epoch != position.epoch:
+        tell(f"epoch {epoch} is begun, in place of epoch {position.epoch}")
+        position.epoch, position.global_train_examples_seen_this_epoch = epoch, 0
+
+
+def _skip(position: Position, cfg: TrainConfig) -> None:
+    if batches := cfg.fast_forward_batches:
+        tell(f"fast_forward_batches: {batches} batches are passed over")
+        position.global_train_examples_seen_this_epoch += batches * cfg.global_train_batch_size
 
 
 def duration(

@@ -61,6 +61,29 @@ def test_overrides_win_and_take_part_in_interpolation(tmp_path: Path) -> None:
     assert cfg.model.n_heads == 2 and cfg.save_folder == "s3://x" and cfg.max_duration == "2e9T"
 
 
+def test_a_mapping_joins_its_section_and_a_list_replaces(tmp_path: Path) -> None:
+    text = """
+        optimizer: {name: adamw, weight_decay: 0.25}
+        data: {datasets: {a: [p], b: [r, s]}}
+        evaluators: [{label: one}, {label: two}]
+        """
+    overrides = [
+        "--optimizer={learning_rate: 0.5}",
+        "--model={n_layers: 3}",
+        "--data.datasets={b: [q], c: [t]}",
+        "--evaluators=[{label: three}]",
+        "--wandb={name: here}",
+    ]
+    cfg = TrainConfig.load(write(tmp_path, text), [*overrides, "--wandb={group: there}"])
+    optimizer = OptimizerConfig(name="adamw", learning_rate=0.5, weight_decay=0.25)  # type: ignore[arg-type]
+    assert cfg.optimizer == optimizer and cfg.model == ModelConfig(n_layers=3)
+    assert cfg.data.datasets == {"a": ["p"], "b": ["q"], "c": ["t"]}
+    assert [evaluator.label for evaluator in cfg.evaluators] == ["three"]
+    assert cfg.wandb is not None and (cfg.wandb.name, cfg.wandb.group) == ("here", "there")
+    emptied = TrainConfig.load(tmp_path / "run.yaml", ["--data.datasets=null"])
+    assert emptied.data.datasets is None
+
+
 def test_path_resolvers(tmp_path: Path) -> None:
     for name in ("b.npy", "a.npy"):
         (tmp_path / name).touch()

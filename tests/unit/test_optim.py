@@ -250,7 +250,8 @@ def test_metrics(name: str, kind: type) -> None:
     model, optim = build(name, record_update_metrics=True, max_grad_norm=1.0)
     assert isinstance(optim, kind)
     backward(model)
-    assert set(optim.clip_grads_and_collect_metrics(1, False)) == {"total_grad_norm"}
+    norms = {"total_grad_norm"} | {f"grad/{n}.norm" for n, _ in model.named_parameters()}
+    assert set(optim.clip_grads_and_collect_metrics(1, False)) == norms
     optim.step()
     assert optim.get_post_step_metrics(model) == {}
     backward(model)
@@ -272,6 +273,41 @@ def test_metrics(name: str, kind: type) -> None:
         update = dict(model.named_parameters())[weight] - before[weight] * (1 - lr * decay)
         assert after[f"step/{weight}.norm"].item() == pytest.approx(update.norm().item(), rel=1e-4)
         assert after[f"step/{weight}.max"].item() == pytest.approx(update.abs().max().item())
+
+
+def test_metrics_of_selective_updates_are_of_what_moved() -> None:
+    """What was not seen neither decays nor has a direction."""
+    settings = {"selective_updates": True, "record_update_metrics": True, "weight_decay": 0.5}
+    settings |= {"decay_embeddings": True, "learning_rate": 0.1}
+    wte = "transformer.wte.weight"
+
+    model, optim = build("adamw", **settings)
+    backward(model)
+    moving, before = gradients(model)[wte] != 0, weights(model)[wte]
+    assert 0 < moving.sum() < moving.numel()
+    optim.clip_grads_and_collect_metrics(1)
+    optim.step()
+    update = weights(model)[wte] - before * (1 - moving * 0.05)
+    after = optim.get_post_step_metrics(model)
+    assert after[f"step/{wte}.norm"].item() == pytest.approx(update.norm().item(), rel=1e-5)
+    assert after[f"step/{wte}.max"].item() == pytest.approx(update.abs().max().item(), rel=1e-5)
+
+    model, optim = build("lionw", **settings)
+    for ids in (IDS, IDS.flip(0)[:1]):
+        # Tokens of the first step alone have a momentum in the second, and no gradient.
+        model.zero_grad()
+        model(ids).logits.square().mean().backward()
+        momenta = {n: optim.state[p].get("exp_avg") for n, p in model.named_parameters()}
+        updates = [
+            (0.9 * (0 if momenta[n] is None else momenta[n]) + (1 - 0.9) * g) * (g != 0)
+            for n, g in gradients(model).items()
+        ]
+        expected = torch.cat([u.flatten() for u in updates])
+        optim.clip_grads_and_collect_metrics(1)
+        optim.step()
+    cosine = torch.cosine_similarity(expected, expected.sign(), dim=0).item()
+    found = optim.get_post_step_metrics(model)["update_cos_sim"].item()
+    assert found == pytest.approx(cosine, rel=1e-5)
 
 
 def test_recording_does_not_change_what_is_computed() -> None:

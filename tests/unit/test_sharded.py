@@ -46,6 +46,46 @@ def test_only_the_newest_ephemeral_one_stays(tmp_path: Path) -> None:
     assert not (tmp_path / "run/step6").exists() and (tmp_path / "run/step8").exists()
 
 
+def names(folder: Path) -> list[str]:
+    return [path.name for path in layout.checkpoints(folder)]
+
+
+def test_the_end_is_saved_in_the_kind_that_is_asked_for(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"save_interval": 4, "no_pre_train_checkpoint": True, "stop_at": 8}
+    assert run(tmp_path, save_interval_unsharded=5, **changes) == 0
+    assert names(tmp_path / "run") == ["step4", "step5-unsharded", "step8-unsharded", "step8"]
+    assert "step8-unsharded" in (tmp_path / "run/finished.json").read_text()
+    # Where no unsharded ones are asked for, the sharded one of the last step will do.
+    changes |= {"save_folder": str(tmp_path / "sharded"), "save_interval_unsharded": None}
+    assert run(tmp_path, **changes) == 0
+    assert names(tmp_path / "sharded") == ["step4", "step8"]
+    # Also of a run that was at its end when it was asked again.
+    assert run(tmp_path, **changes, try_load_latest_save=True, force_save_unsharded=True) == 0
+    assert names(tmp_path / "sharded") == ["step4", "step8-unsharded", "step8"]
+
+
+def test_where_there_is_nothing_to_shard_unsharded_ones_are_saved(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"distributed_strategy": "single", "save_interval": 2, "stop_at": 4}
+    changes |= {"save_interval_unsharded": None, "no_pre_train_checkpoint": True}
+    assert run(tmp_path, **changes) == 0
+    assert names(tmp_path / "run") == ["step2-unsharded", "step4-unsharded"]
+    # Unless none of them are to be kept.
+    changes |= {"save_folder": str(tmp_path / "kept"), "save_num_unsharded_checkpoints_to_keep": 0}
+    assert run(tmp_path, **changes) == 0
+    assert names(tmp_path / "kept") == ["step2", "step4"]
+
+
+def test_the_end_does_not_go_with_a_later_save(tmp_path: Path) -> None:
+    changes: dict[str, Any] = SHARDED | {"save_interval": 20, "save_interval_ephemeral": 3}
+    changes |= {"no_pre_train_checkpoint": True}
+    assert run(tmp_path, stop_at=9, **changes) == 0
+    assert names(tmp_path / "run") == ["step9-unsharded", "step9"]
+    shutil.rmtree(tmp_path / "run/step9-unsharded")
+    assert run(tmp_path, stop_at=9, try_load_latest_save=True, **changes) == 0
+    assert run(tmp_path, max_duration=12, try_load_latest_save=True, **changes) == 0
+    assert names(tmp_path / "run") == ["step9-unsharded", "step12-unsharded", "step12"]
+
+
 def cut_data(folder: Path) -> None:
     path = next((folder / "model_and_optim").glob("*.distcp"))
     path.write_bytes(path.read_bytes()[:1000])

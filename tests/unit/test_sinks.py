@@ -4,9 +4,11 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from small_run import run
+from small_run import metrics, run
 
 from olmo.train.signals import PAUSED
 from olmo.train.sinks import METRICS, Console, JsonLines
@@ -58,6 +60,30 @@ def test_missing_wandb_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"not installed: `pip install wandb`"):
         run(tmp_path, wandb={"name": "x"})
+
+
+class Run(list[tuple[int, dict[str, float]]]):
+    """What Weights & Biases was told, step by step."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.append((step, metrics))
+
+    def finish(self, exit_code: int) -> None:
+        pass
+
+
+def test_gradients_norms_are_told_whenever_anything_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Run()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: told))
+    changes: dict[str, Any] = {"optimizer": {"metrics_log_interval": 4}, "evaluators": []}
+    assert run(tmp_path, wandb={"name": "x", "log_interval": 2}, max_duration=4, **changes) == 0
+    assert [step for step, _ in told] == [2, 4]
+    norm = "optim/grad/transformer.blocks.0.ff_out.weight.norm"
+    assert all(norm in values for _, values in told)
+    assert ["optim/clipping_rate" in values for _, values in told] == [False, True]
+    assert [norm in line for line in metrics(tmp_path / "run")] == [False, True, False, True]
 
 
 @pytest.mark.slow

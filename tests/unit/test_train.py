@@ -121,6 +121,25 @@ def test_resumed_equals_straight(tmp_path: Path, changes: dict[str, Any]) -> Non
         assert same(straight[part], resumed_state[part]), part
 
 
+def test_a_run_that_goes_on_may_pass_over_batches_or_to_another_epoch(tmp_path: Path) -> None:
+    def first_line(folder: str, **changes: Any) -> str:
+        place = str(tmp_path / folder)
+        assert run(tmp_path, save_folder=place, stop_after=3, epoch=1, evaluators=[]) == PAUSED
+        again: dict[str, Any] = {"save_folder": place, "stop_after": 1, "evaluators": []} | changes
+        assert run(tmp_path, try_load_latest_save=True, **again) == PAUSED
+        indices = Path(place, "data-indices/rank0.tsv.gz").read_bytes()
+        return gzip.decompress(indices).decode().splitlines()[3]
+
+    def line(epoch: int, start: int) -> str:
+        ids = order.global_indices(203, 6198, epoch).tolist()[8 * start : 8 * (start + 1)]
+        return "\t".join(map(str, [4, *ids]))
+
+    assert first_line("on") == line(epoch=1, start=3)
+    assert first_line("over", fast_forward_batches=2) == line(epoch=1, start=5)
+    assert first_line("epoch", epoch=2, fast_forward_batches=1) == line(epoch=2, start=1)
+    assert first_line("not-back", epoch=0) == line(epoch=1, start=3)
+
+
 def test_a_finished_run_asked_again_trains_nothing(tmp_path: Path) -> None:
     run(tmp_path)
     before = state(tmp_path / "run")
@@ -267,7 +286,8 @@ def test_a_fresh_optimizer_warms_up_again(tmp_path: Path) -> None:
     [
         ({"data": {"paths": ["nowhere.npy"]}}, "no token file at nowhere.npy"),
         ({"model": {"vocab_size": 50, "embedding_size": 50}}, "has 50 embeddings"),
-        ({"model": {"eos_token_id": 60}}, "model.eos_token_id=60 is not below"),
+        ({"model": {"eos_token_id": 60}, "data": {"generate_doc_lengths": True}},
+         "model.eos_token_id=60 is not below .*=60, and generate_doc_lengths needs it"),
         ({"max_duration": "many"}, 'max_duration: expected steps .*"2e9T".*many'),
         ({"global_train_batch_size": 512}, "less than one step"),
         ({"evaluators": [{"label": "piqb", "type": "downstream"}]}, "no downstream task 'piqb'"),
@@ -328,6 +348,10 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "--load_path=x",
         "--other",
     ]
+    as_olmo = ["run_name=q", "-seed=7", "--save_overwrite", "model.n_layers=3", "--x", "-5"]
+    assert overrides(as_olmo) == [*as_olmo[:4], "--x=-5"]
+    with pytest.raises(ValueError, match="expected --key=value, found 'word'"):
+        overrides(["seed=7", "word"])
     assert main([]) == 2 and main(["--help"]) == 0
     assert main(["nowhere.yaml"]) == 2
     assert "error: no config file at nowhere.yaml" in capsys.readouterr().err
