@@ -13,6 +13,7 @@ from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load
 from olmo.checkpoint.remote import fetched
 from olmo.checkpoint.save import save_unsharded
+from olmo.io import refuse_links
 from olmo.log import tell
 
 KINDS = ("unsharded", "sharded", "safetensors", "hf")
@@ -32,12 +33,13 @@ def convert(
     the checkpoint's config names. Such a folder is a source too, of safetensors without
     optimizer state.
 
-    Raises ValueError for another kind, for a checkpoint that lacks a part, and for a model that
-    transformers cannot express.
+    Raises ValueError for another kind, for a checkpoint that lacks a part, for an INTO that the
+    pipeline made, and for a model that transformers cannot express.
     """
     if kind not in KINDS:
         raise ValueError(f"--kind: expected one of {', '.join(KINDS)}, found {kind!r}")
     into = Path(into)
+    refuse_links(into)
     if "://" not in str(source):
         return _convert(Path(source), into, kind, tokenizer)
     into.mkdir(parents=True, exist_ok=True)

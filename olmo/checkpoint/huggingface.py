@@ -298,7 +298,7 @@ def write(folder: Path, weights: Mapping[str, Tensor], config_yaml: str, tokeniz
     _write_json(folder / "config.json", settings)
     ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     _write_json(folder / "generation_config.json", ends)
-    if tokenizer != folder / "tokenizer.json":
+    if tokenizer.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     _write_json(
         folder / "tokenizer_config.json", tokenizer_config(tokenizer, config, answers(config_yaml))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import TrainConfig
+from olmo.io import refuse_links
 
 LABEL = "heldout"
 
@@ -18,6 +19,7 @@ def compare(runs: list[Path], table: Path, picture: Path, label: str = LABEL) ->
     data. Where a run gets to the reference's last loss is read off the line between two
     evaluations.
     """
+    refuse_links(table, picture)
     curves = {run.parent.name: curve(run, label) for run in runs}
     names = list(curves)
     if len(names) != len(runs):

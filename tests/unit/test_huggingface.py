@@ -109,6 +109,32 @@ def test_there_and_back_is_bit_equal(name: str, tmp_path: Path, tokenizer: Path)
         assert (tmp_path / "final" / file).read_bytes() == (tmp_path / "back" / file).read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["hf", "safetensors", "unsharded"])
+def test_what_the_pipeline_made_is_not_written_over(
+    kind: str, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write goes through a link, and root may write to an object of the store too."""
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    checkpoint(tmp_path / "given", OLMO1)
+    files = sorted((tmp_path / "given").iterdir())
+    final = tmp_path / "final"
+    local_checkpoint(files=files, checkpoint=final, folder=tmp_path / "given", optimizer=False)
+    objects = sorted(path for path in (tmp_path / "store/objects").rglob("*") if path.is_file())
+    before = [path.read_bytes() for path in objects]
+    (tmp_path / "run").symlink_to(tmp_path / "store/work")
+    for into in (final, tmp_path / "run"):
+        with pytest.raises(ValueError, match=r"a place of your own .* found .*(final|run), which"):
+            convert(tmp_path / "given", into, kind=kind, tokenizer=tokenizer)
+    assert [path.read_bytes() for path in objects] == before
+
+
+def test_a_tokenizer_that_is_there_stays(tmp_path: Path, tokenizer: Path) -> None:
+    checkpoint(tmp_path / "final", OLMO1)
+    for given in (tokenizer, tmp_path / "hf/../hf/tokenizer.json"):
+        convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=given)
+        assert (tmp_path / "hf/tokenizer.json").read_bytes() == tokenizer.read_bytes()
+
+
 @pytest.mark.parametrize("name", EXPRESSED)
 def test_a_folder_of_somebody_elses(name: str, tmp_path: Path, tokenizer: Path) -> None:
     """Written by transformers, in several files, without our config.yaml: the same logits."""
