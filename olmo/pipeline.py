@@ -103,9 +103,29 @@ class Plan:
                         f"{recipe_path(dataset)} has {wanted}; set model.{name}: "
                         f"{wanted}"
                     )
+            self._check_vocabulary(run, cfg)
             self._check_tuning(run, cfg)
             self._trains[run] = cfg
         return self._trains[run]
+
+    def _check_vocabulary(self, run: str, cfg: TrainConfig) -> None:
+        """What can be told of a tokenizer's size before it is trained, and all is tokenized."""
+        path, dataset = self.run(run).train, self.dataset(run)
+        while dataset in self._borrowed:
+            dataset = self._borrowed[dataset]
+        size, found = self.recipe(dataset).tokenizer.train_vocab_size, cfg.model.vocab_size
+        if size is not None and size != found:
+            raise ValueError(
+                f"{path}: model.vocab_size is {found}, but {recipe_path(dataset)} trains a "
+                f"tokenizer of train_vocab_size {size}; set model.vocab_size: {size} and a "
+                "model.embedding_size of no less"
+            )
+        rows = cfg.model.embedding_size or found
+        if rows < found:
+            raise ValueError(
+                f"{path}: model.embedding_size: expected no less than model.vocab_size, {found}; "
+                f"found {rows}"
+            )
 
     def documents(self, dataset: str) -> str:
         """The stage whose documents become tokens: `mixed` where the recipe takes some out."""

@@ -97,6 +97,26 @@ def test_a_table_is_completed_by_what_arrived(tmp_path: Path):
             read(path)
 
 
+def test_a_vocabulary_that_does_not_fit_is_told_before_anything_is_tokenized():
+    ends = {"eos_token_id": 0, "pad_token_id": 1}
+    for model, message in (
+        (
+            {"vocab_size": 4096},
+            r"^t.yaml: model.vocab_size is 4096, but config/data/mine.yaml .* 512",
+        ),
+        (
+            {"vocab_size": 512, "embedding_size": 500},
+            "no less than model.vocab_size, 512; found 500",
+        ),
+    ):
+        Path("t.yaml").write_text(yaml.safe_dump({"model": model | ends}))
+        with pytest.raises(ValueError, match=message):
+            plan().train_config("r")
+    for model in ({"vocab_size": 512}, {"vocab_size": 512, "embedding_size": 512}):
+        Path("t.yaml").write_text(yaml.safe_dump({"model": model | ends}))
+        assert plan().train_config("r").model.vocab_size == 512
+
+
 def test_a_run_without_a_data_set_takes_the_tokens_that_its_config_names():
     model = {"vocab_size": 512, "eos_token_id": 7, "pad_token_id": 1}
     data = {"datasets": {"b": ["https://x/b/part-0.npy"], "a": ["https://x/a/part-0.npy"]}}
@@ -217,7 +237,7 @@ def test_the_store_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 
 def tuning(**changes) -> Plan:
     """A plan of a run on conversations that starts from another; `changes` are of all its files."""
-    model = {"max_sequence_length": 64, "eos_token_id": 0, "pad_token_id": 1}
+    model = {"max_sequence_length": 64, "vocab_size": 512, "eos_token_id": 0, "pad_token_id": 1}
     config = {"model": model, "reset_trainer_state": True} | changes.pop("config", {})
     talks = {
         "sources": {"stdlib_questions": 2},
