@@ -176,6 +176,24 @@ def test_an_order_of_any_type_of_tokens(monkeypatch: pytest.MonkeyPatch):
         order([Path("000.tsv")], Path("o"), sequence_length=4, seed=1, dtype="uint99")
 
 
+def test_numbers_that_cannot_be_are_told_when_it_is_planned():
+    for part, key, value, wanted in (
+        ("documents", "keep_one_in", 0, "at least 1"),
+        ("documents", "offset", 10, "from 0 to keep_one_in - 1, 9;"),
+        ("documents", "offset", -1, "from 0 to keep_one_in - 1, 9;"),
+        ("documents", "heldout_share", 1.0, "from 0 to below 1,"),
+        ("documents", "heldout_share", -0.1, "from 0 to below 1,"),
+        ("documents", "max_text_bytes", 0, "at least 1"),
+        ("tokens", "audit_share", 1.5, "from 0 to 1"),
+        ("tokenizer", "train_vocab_size", -1, "at least 1"),
+        ("tokenizer", "pad_token_id", -1, "at least 0"),
+        ("instructions", "sequence_length", 0, "at least 1"),
+    ):
+        message = f"^config/data/mine.yaml: {part}.{key}: expected {wanted}.* found {value}"
+        with pytest.raises(ValueError, match=message):
+            plan(**{part: {**RECIPE.get(part, {}), key: value}}).recipe("mine")
+
+
 def test_exactly_one_kind_of_source():
     with pytest.raises(ValueError, match="found stdlib and files"):
         plan(sources={"stdlib": 2, "files": ["x"]}).recipe("mine")
