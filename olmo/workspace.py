@@ -16,6 +16,7 @@ from olmo.log import FAILED
 from olmo.pipeline import Plan, recipe_path
 
 STARTED = time.time()
+STOPPED = (SystemExit.__name__, KeyboardInterrupt.__name__)  # what was told to stop did not fail
 _held = ExitStack()  # for as long as this process lives
 
 
@@ -95,6 +96,6 @@ def failures(logs: Path = Path("logs")) -> str:
             continue
         said = "\n" + path.read_text(encoding="utf-8")
         _, failed, last = said.rpartition(f"\n{FAILED}")
-        if failed and not last.startswith(SystemExit.__name__):  # one that was told to stop
+        if failed and not last.startswith(STOPPED):
             lines.append(f"{path}:\n  " + last.rstrip().replace("\n", "\n  "))
     return "\n".join(["", f"What failed ({len(lines)}):", *lines]) if lines else ""
