@@ -128,6 +128,19 @@ def test_what_the_pipeline_made_is_not_written_over(
     assert [path.read_bytes() for path in objects] == before
 
 
+def test_weights_are_for_whom_the_umask_says(tmp_path: Path, tokenizer: Path) -> None:
+    """As every other file of the folder; safetensors alone would leave them to their owner."""
+    checkpoint(tmp_path / "final", OLMO1)
+    before = os.umask(0o027)
+    try:
+        convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=tokenizer)
+        convert(tmp_path / "hf", tmp_path / "back", kind="safetensors")
+    finally:
+        os.umask(before)
+    written = [path for kind in ("hf", "back") for path in (tmp_path / kind).iterdir()]
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o640}
+
+
 def test_a_tokenizer_that_is_there_stays(tmp_path: Path, tokenizer: Path) -> None:
     checkpoint(tmp_path / "final", OLMO1)
     for given in (tokenizer, tmp_path / "hf/../hf/tokenizer.json"):
