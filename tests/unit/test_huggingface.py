@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from servers import web_server
 
+from olmo.action import Action
 from olmo.checkpoint import convert, huggingface, load_model
 from olmo.checkpoint.final import write_safetensors
 from olmo.checkpoint.given import fetched_checkpoint, local_checkpoint
@@ -126,6 +128,33 @@ def test_what_the_pipeline_made_is_not_written_over(
         with pytest.raises(ValueError, match=r"a place of your own .* found .*(final|run), which"):
             convert(tmp_path / "given", into, kind=kind, tokenizer=tokenizer)
     assert [path.read_bytes() for path in objects] == before
+
+
+def test_the_tokenizer_is_the_one_that_the_store_knows(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for `olmo generate`: a checkpoint of the pipeline names none in its config."""
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    store = Store(tmp_path / "store")
+    copied = Path(shutil.copy(tokenizer, tmp_path))
+    inputs = {"tokenizer": store.put(copied)["sha256"]}
+
+    def build(work: Path) -> dict[str, Any]:
+        (work / "outputs/tokens").write_text("ids")
+        return {}
+
+    record = store.run(Action("tokens", 1, {}, inputs), build)
+    tokens = record["outputs"]["tokens"]["sha256"]
+    final = tmp_path / "final"
+    checkpoint(final, OLMO1)
+    with (final / "config.yaml").open("a") as config:
+        config.write(f"data: {{paths: [objects/{tokens}]}}\n")
+    convert(final, tmp_path / "hf", kind="hf")
+    found, known = (json.loads(p.read_text()) for p in (tmp_path / "hf/tokenizer.json", tokenizer))
+    assert found["model"]["vocab"] == known["model"]["vocab"]
+    store.record_path(record["key"]).unlink()
+    with pytest.raises(ValueError, match=r"cannot be had .*give --tokenizer FILE"):
+        convert(final, tmp_path / "none", kind="hf")
 
 
 def test_weights_are_for_whom_the_umask_says(tmp_path: Path, tokenizer: Path) -> None:
