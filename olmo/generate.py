@@ -25,7 +25,7 @@ def generate(
     checkpoint: str,
     /,
     prompt: str,
-    tokens: int = 256,
+    tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -41,7 +41,7 @@ def generate(
     --top-k, or from the likeliest that together reach the probability --top-p; the same --seed
     gives the same text. --chat asks as an instruction run was asked, after a --system message;
     such a run is, unless --no-chat. --tokenizer is a tokenizer.json or a name on the hub, where the
-    checkpoint does not lead to it.
+    checkpoint does not lead to it. --tokens are by default 256, or what is left of the context.
     """
     if temperature == 0 and not (top_k is top_p is seed is None):
         raise ValueError("--top-k, --top-p and --seed are for sampling: give a --temperature")
@@ -56,6 +56,8 @@ def generate(
         raise ValueError("--system is for chat: give --chat")
     text = sys.stdin.read() if prompt == "-" else prompt
     ids = prompt_ids(text, words, chat, system)
+    if tokens is None:
+        tokens = min(256, max(run.length - len(ids), 1))
     if len(ids) + tokens > run.length:
         warn(
             f"{len(ids)} tokens and {tokens} more are longer than the {run.length} that the model "
