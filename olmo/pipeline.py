@@ -219,7 +219,9 @@ class Plan:
         if not table.exists():
             if sources.table:
                 raise ValueError(f"{recipe_path(dataset)}: no source table at {table}")
-            raise ValueError(f"{dataset}: its list is to be fetched first: snakemake {table}")
+            raise ValueError(
+                f"{dataset}: its list is to be fetched first: uv run snakemake --cores 2 {table}"
+            )
         return source_table.read(table)
 
     def table(self, dataset: str) -> Path:

@@ -79,9 +79,9 @@ def next_steps(plan: Plan) -> str:
             f"\n{final} is ready: {facts.get('steps'):,} steps, {facts.get('tokens'):,} tokens.\n"
             f"{fell}"
             f"  Look at the losses:        {final}/loss.svg\n"
-            f"  How it was made:           olmo store trace {final}\n"
-            f"  Evaluate it:               snakemake --cores 2 eval/{run}\n"
-            f"  For transformers:          snakemake --cores 2 hf/{run}\n"
+            f"  How it was made:           uv run olmo store trace {final}\n"
+            f"  Evaluate it:               uv run snakemake --cores 2 eval/{run}\n"
+            f"  For transformers:          uv run snakemake --cores 2 hf/{run}\n"
             f"  Change one thing:          edit {plan.run(run).train} or "
             f"{recipe_path(plan.dataset(run))}, and run the same again"
         )

@@ -80,7 +80,7 @@ def results(run: Path) -> list[Row]:
     path = run / "results.json"
     if not path.exists():
         raise ValueError(
-            f"expected {path}, found none; make it: snakemake --cores 2 eval/{run.name}"
+            f"expected {path}, found none; make it: uv run snakemake --cores 2 eval/{run.name}"
         )
     rows: list[Row] = json.loads(path.read_text())
     return rows

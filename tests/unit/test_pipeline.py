@@ -1,5 +1,6 @@
 """The plan: names of files, from configs and recipes, without running anything."""
 
+import json
 import os
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from olmo.data.shards import Entry, asked, order, write
 from olmo.data.source_table import Source, complete, named, read, safe
 from olmo.pipeline import Plan
+from olmo.workspace import next_steps
 
 RECIPE = {
     "sources": {"files": ["in/*.json.gz"]},
@@ -192,6 +194,24 @@ def test_numbers_that_cannot_be_are_told_when_it_is_planned():
         message = f"^config/data/mine.yaml: {part}.{key}: expected {wanted}.* found {value}"
         with pytest.raises(ValueError, match=message):
             plan(**{part: {**RECIPE.get(part, {}), key: value}}).recipe("mine")
+
+
+def test_the_next_steps_can_be_pasted():
+    made = plan()
+    assert not next_steps(made)
+    final = Path("checkpoints/r/final")
+    final.mkdir(parents=True)
+    losses = {"heldout": {"first": 8.0, "last": 5.0}}
+    facts = {"steps": 10, "tokens": 2000, "heldout_loss": losses}
+    (final / "record.json").write_text(json.dumps({"facts": facts}))
+    told = next_steps(made)
+    assert "r/final is ready: 10 steps, 2,000 tokens" in told and "8.000 → 5.000" in told
+    commands = [line.split(": ", 1)[1].strip() for line in told.splitlines() if " run " in line][:3]
+    assert [command.split()[:3] for command in commands] == [
+        ["uv", "run", "olmo"],
+        ["uv", "run", "snakemake"],
+        ["uv", "run", "snakemake"],
+    ]
 
 
 def test_exactly_one_kind_of_source():
