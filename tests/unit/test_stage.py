@@ -256,3 +256,13 @@ def test_a_command_that_there_is_not_names_the_nearest():
             cli.main(words)
     with pytest.raises(SystemExit, match="usage: olmo <command>"):
         cli.main([])
+
+
+# Commands whose --help, and whose refusals, should not wait for torch.
+SWIFT = "start soup inspect seen replay generate compare scores"
+
+
+def test_help_does_not_wait_for_torch():
+    modules = {cli.COMMANDS[name].split(":")[0] for name in SWIFT.split()}
+    code = f"import sys, {', '.join(sorted(modules))}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
