@@ -5,20 +5,25 @@ Commands are imported when they are called, so that `olmo order` does not wait f
 """
 
 import argparse
+import ast
+import difflib
 import importlib
 import inspect
 import os
+import select
 import signal
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from olmo.log import FAILED, LOG
 from olmo.process import PAUSED, Paused, die_with_supervisor
-from olmo.stage import Stage, role
+from olmo.stage import Stage, require_store, role
 
 COMMANDS = {
     # the one way, in its order
@@ -63,6 +68,15 @@ COMMANDS = {
 }
 
 
+# What the commands are for, by the first of each group.
+GROUPS = {
+    "source-list": "the one way, in its order",
+    "inspect": "looking into it",
+    "bench": "beside it",
+    "store verify": "the store",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; an error that its user can mend is one sentence and exit status 1.
 
@@ -72,30 +86,92 @@ def main(argv: Sequence[str] | None = None) -> None:
     verb = words.pop(0) if words else ""
     if words and f"{verb} {words[0]}" in COMMANDS:  # olmo store verify
         verb = f"{verb} {words.pop(0)}"
-    if verb not in COMMANDS:
-        sys.exit(usage(verb))
-    module, name = COMMANDS[verb].split(":")
-    command = getattr(importlib.import_module(module), name)
-    die_with_supervisor()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so clean up
-    # A scheduler's warning that time is up soon: training heeds it, the rest uses the time.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        arguments = parse(verb, command, words)
-        with copied_to(arguments.pop("log")):
-            first = [arguments.pop(name) for name in positional(command)]
-            command(*first, **arguments)
+        try:
+            run(verb, words)
+        finally:
+            sys.stdout.flush()  # a reader who left (`| head`) is noticed here at the latest
     except Paused as pause:
         print(f"olmo {verb}: {pause}", file=sys.stderr)
         sys.exit(PAUSED)
+    except KeyboardInterrupt:
+        print(f"olmo {verb}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        if not readers_left():
+            raise
+        # As Python's documentation has it: what would be flushed at exit goes nowhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        sys.exit(1)
     except (ValueError, FileNotFoundError, PermissionError, ChildProcessError) as error:
         sys.exit(f"olmo {verb}: {error}")
 
 
-def usage(verb: str) -> str:
-    rooms = ("", "-h", "--help", "store", "checkpoint")
-    asked = f"no command '{verb}'\n" if verb not in rooms else ""
-    return f"{asked}usage: olmo <command> [--help]\ncommands: {', '.join(COMMANDS)}"
+def run(verb: str, words: Sequence[str]) -> None:
+    if verb not in COMMANDS and {"-h", "--help"} & {verb, *words[:1]}:
+        print(usage([name for name in COMMANDS if name.startswith(f"{verb} ")]))
+        return
+    if verb == "--version":
+        print(f"olmo {version('olmo')}")
+        return
+    if verb not in COMMANDS:
+        sys.exit(unknown(verb, words))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so clean up
+    # A scheduler's warning that time is up soon: training heeds it, the rest uses the time.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    module, name = COMMANDS[verb].split(":")
+    command = getattr(importlib.import_module(module), name)
+    die_with_supervisor()
+    arguments = parse(verb, command, words)
+    if verb.startswith("store ") and verb != "store pull":  # which may make one
+        require_store()
+    with copied_to(arguments.pop("log")):
+        first = [arguments.pop(name) for name in positional(command)]
+        command(*first, **arguments)
+
+
+def readers_left() -> bool:
+    """Whether who read our stdout or stderr went away; another pipe may have broken as well."""
+    streams = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        streams.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in streams.poll(0))
+
+
+def usage(verbs: Sequence[str] = ()) -> str:
+    """Commands with what they do, without importing any; all of them unless some are named."""
+    lines = ["usage: olmo <command> [--help]"]
+    for verb, place in COMMANDS.items():
+        if verbs and verb not in verbs:
+            continue
+        if verb in GROUPS:
+            lines += ["", f"{GROUPS[verb]}:"]
+        lines.append(f"  {verb:20}{textwrap.shorten(purpose(place), 78, placeholder=' …')}")
+    return "\n".join(lines)
+
+
+def purpose(place: str) -> str:
+    """The first sentence of a command's text: read, since some modules import torch."""
+    module, name = place.split(":")
+    source = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
+            return " ".join(paragraph.split()).split(". ")[0].removesuffix(".")
+    return ""
+
+
+def unknown(verb: str, words: Sequence[str]) -> str:
+    """What to say of a command that there is not."""
+    inner = [name for name in COMMANDS if name.startswith(f"{verb} ")]
+    if not verb or (inner and not words):
+        return usage(inner)
+    asked = f"{verb} {words[0]}" if inner else verb
+    near = difflib.get_close_matches(asked, inner or COMMANDS, 1)
+    hint = f"; the nearest is '{near[0]}'" if near else ""
+    return f"no command '{asked}'{hint}. All of them: olmo --help"
 
 
 def parse(name: str, command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:

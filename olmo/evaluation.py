@@ -15,6 +15,7 @@ from olmo.config import TrainConfig
 from olmo.data.docstrings import DATASET, stdlib_docstrings
 from olmo.data.shards import read
 from olmo.data.stdlib import library_digest
+from olmo.inspect.documents import digest_of, shards
 from olmo.stage import Facts, Folder, Free, Input, Inputs, Output, here, stage
 
 OURS, HARNESS = "ours", "lm-eval"  # who asked
@@ -25,12 +26,20 @@ def heldout(
 ) -> None:
     """Loss and perplexity of a final checkpoint on the documents a data set held out.
 
-    `tokenizers` must be one and the same: the run's, and that of another data set.
+    `tokenizers` must be one and the same: the run's, and that of another data set. Those that the
+    store knows the run's tokens and the held-out ones to be made with are compared unasked.
     """
-    if len({here().digest(path) for path in tokenizers}) > 1:
+    named = {here().digest(path): str(path) for path in tokenizers}
+    known = shards(here())
+    cfg = TrainConfig.load(checkpoint / "config.yaml", validate_paths=False)
+    ours = map(digest_of, cfg.data.paths or [])
+    theirs = [entry.sha256 for entry in read(tokens, "heldout-tokens")]
+    for digest in (known[name].tokenizer.name for name in (*ours, *theirs) if name in known):
+        named.setdefault(digest, f"{digest[:12]}…")
+    if len(named) > 1:
         raise ValueError(
             "expected one tokenizer for the run and for the held-out documents, found two: "
-            + " and ".join(map(str, tokenizers))
+            + " and ".join(named.values())
             + ". Give the recipe `tokenizer: {file: …}` of the run's, or take the data set out of "
             "`heldout`"
         )

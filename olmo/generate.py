@@ -7,14 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from olmo.checkpoint.read import load_model, newest
 from olmo.inspect.documents import digest_of, shards
 from olmo.inspect.run import Run
 from olmo.log import warn
-from olmo.model.generate import steps
-from olmo.model.product import by_columns
 from olmo.stage import here
 from olmo.tokenizer import Tokenizer, hub_name
 
@@ -25,7 +20,7 @@ def generate(
     checkpoint: str,
     /,
     prompt: str,
-    tokens: int = 256,
+    tokens: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -41,8 +36,13 @@ def generate(
     --top-k, or from the likeliest that together reach the probability --top-p; the same --seed
     gives the same text. --chat asks as an instruction run was asked, after a --system message;
     such a run is, unless --no-chat. --tokenizer is a tokenizer.json or a name on the hub, where the
-    checkpoint does not lead to it.
+    checkpoint does not lead to it. --tokens are by default 256, or what is left of the context.
     """
+    import torch
+
+    from olmo.checkpoint.read import load_model
+    from olmo.model.product import by_columns
+
     if temperature == 0 and not (top_k is top_p is seed is None):
         raise ValueError("--top-k, --top-p and --seed are for sampling: give a --temperature")
     if seed is not None and not -(2**63) <= seed < 2**63:
@@ -56,6 +56,8 @@ def generate(
         raise ValueError("--system is for chat: give --chat")
     text = sys.stdin.read() if prompt == "-" else prompt
     ids = prompt_ids(text, words, chat, system)
+    if tokens is None:
+        tokens = min(256, max(run.length - len(ids), 1))
     if len(ids) + tokens > run.length:
         warn(
             f"{len(ids)} tokens and {tokens} more are longer than the {run.length} that the model "
@@ -85,6 +87,8 @@ def place_of(checkpoint: str) -> str:
     Raises:
         ValueError: there is none.
     """
+    from olmo.checkpoint.read import newest
+
     if "://" in checkpoint:
         return checkpoint.rstrip("/")
     runs = Path("checkpoints", checkpoint)
@@ -148,6 +152,10 @@ def prompt_ids(
 
 def continued(model: Any, ids: list[int], **options: Any) -> Iterator[int]:
     """The ids that come after `ids`, one by one, up to the end of the text."""
+    import torch
+
+    from olmo.model.generate import steps
+
     row = torch.tensor([ids], device=model.device)
     for step in steps(model, row, **options):
         if bool(step.ended[0]):

@@ -48,6 +48,27 @@ class NotThere(ValueError):
     """The server has no such file, and says so."""
 
 
+def refuse_links(*places: Path) -> None:
+    """Raises ValueError where a file, or a file in a folder, that is to be written lies in a store.
+
+    A write goes through a link: it would change an object that must never change (and as root,
+    whom no permission stops, it would not even be noticed).
+    """
+    for place in places:
+        inner = place.iterdir() if place.is_dir() else ()
+        if any(_in_store(path) for path in (place, *inner)):
+            raise ValueError(
+                f"expected a place of your own to write to, found {place}, which the pipeline made "
+                "of links into its store; name another one"
+            )
+
+
+def _in_store(path: Path) -> bool:
+    """Whether a path leads into a store, which is known by its folders; see olmo.store."""
+    parents = Path(os.path.realpath(path)).parents
+    return any((p / "objects").is_dir() and (p / "actions").is_dir() for p in parents)
+
+
 def public(url: str) -> str:
     """The address that needs no credentials, where there is one: r2://olmo-data/… by https."""
     for root, place in PUBLIC.items():

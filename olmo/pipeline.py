@@ -103,6 +103,7 @@ class Plan:
                         f"{recipe_path(dataset)} has {wanted}; set model.{name}: "
                         f"{wanted}"
                     )
+            self._check_vocabulary(run, cfg)
             self._check_tuning(run, cfg)
             try:
                 replace(self.run(run).geometry, batch=cfg.global_train_batch_size)
@@ -110,6 +111,25 @@ class Plan:
                 raise ValueError(f"config/config.yaml: runs.{run}.{error}") from error
             self._trains[run] = cfg
         return self._trains[run]
+
+    def _check_vocabulary(self, run: str, cfg: TrainConfig) -> None:
+        """What can be told of a tokenizer's size before it is trained, and all is tokenized."""
+        path, dataset = self.run(run).train, self.dataset(run)
+        while dataset in self._borrowed:
+            dataset = self._borrowed[dataset]
+        size, found = self.recipe(dataset).tokenizer.train_vocab_size, cfg.model.vocab_size
+        if size is not None and size != found:
+            raise ValueError(
+                f"{path}: model.vocab_size is {found}, but {recipe_path(dataset)} trains a "
+                f"tokenizer of train_vocab_size {size}; set model.vocab_size: {size} and a "
+                "model.embedding_size of no less"
+            )
+        rows = cfg.model.embedding_size or found
+        if rows < found:
+            raise ValueError(
+                f"{path}: model.embedding_size: expected no less than model.vocab_size, {found}; "
+                f"found {rows}"
+            )
 
     def documents(self, dataset: str) -> str:
         """The stage whose documents become tokens: `mixed` where the recipe takes some out."""
@@ -203,7 +223,9 @@ class Plan:
         if not table.exists():
             if sources.table:
                 raise ValueError(f"{recipe_path(dataset)}: no source table at {table}")
-            raise ValueError(f"{dataset}: its list is to be fetched first: snakemake {table}")
+            raise ValueError(
+                f"{dataset}: its list is to be fetched first: uv run snakemake --cores 2 {table}"
+            )
         return source_table.read(table)
 
     def table(self, dataset: str) -> Path:

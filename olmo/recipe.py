@@ -2,10 +2,18 @@
 
 import contextlib
 from dataclasses import dataclass, field
+from math import inf
 
 from olmo.config import BaseConfig
 from olmo.data.documents import MAX_TEXT_BYTES
 from olmo.launch import Geometry
+
+
+def check_range(name: str, found: float | None, least: float, most: float = inf) -> None:
+    """Raises ValueError for a number outside [least, most]; None is one that was not given."""
+    if found is not None and not least <= found <= most:
+        wanted = f"at least {least}" if most == inf else f"from {least} to {most}"
+        raise ValueError(f"{name}: expected {wanted}, found {found}")
 
 
 @dataclass
@@ -23,6 +31,8 @@ class SourcesConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("stdlib", "stdlib_questions"):
+            check_range(f"sources.{name}", getattr(self, name), 1)
         kinds = ("stdlib", "stdlib_questions", "files", "table", "url_list")
         given = [name for name in kinds if getattr(self, name)]
         if len(given) != 1:
@@ -46,6 +56,20 @@ class DocumentsConfig(BaseConfig):
     weights: list[str] = field(default_factory=list)
     max_text_bytes: int = MAX_TEXT_BYTES
     allow: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("documents.keep_one_in", self.keep_one_in, 1)
+        check_range("documents.max_text_bytes", self.max_text_bytes, 1)
+        if not 0 <= self.offset < self.keep_one_in:
+            raise ValueError(
+                f"documents.offset: expected from 0 to keep_one_in - 1, {self.keep_one_in - 1}; "
+                f"found {self.offset}"
+            )
+        if not 0 <= self.heldout_share < 1:
+            raise ValueError(
+                f"documents.heldout_share: expected from 0 to below 1, found {self.heldout_share}"
+            )
 
     def repeats(self) -> bool:
         """Whether a document is taken more than once."""
@@ -115,6 +139,9 @@ class TokenizerConfig(BaseConfig):
                 "tokenizer: expected one of file, hub, dataset, train_vocab_size; found "
                 + (" and ".join(given) or "none")
             )
+        for name in ("eos_token_id", "pad_token_id"):
+            check_range(f"tokenizer.{name}", getattr(self, name), 0)
+        check_range("tokenizer.train_vocab_size", self.train_vocab_size, 1)
 
 
 @dataclass
@@ -127,6 +154,7 @@ class TokensConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range("tokens.audit_share", self.audit_share, 0, 1)
         for name, known in {
             "engine": ("dolma", "fast"),
             "special_tokens": ("as-special", "as-text"),
@@ -143,6 +171,10 @@ class InstructionsConfig(BaseConfig):
 
     sequence_length: int  # the model's max_sequence_length
     packed: bool = False  # as many conversations in an instance as fit; else one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("instructions.sequence_length", self.sequence_length, 1)
 
 
 @dataclass
@@ -186,6 +218,11 @@ class EvaluationConfig(BaseConfig):
     task_files: list[str] = field(default_factory=list)  # folders of the harness's YAML
     batch_size: int = 8
     limit: int | None = None  # the first so many documents of each task
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("batch_size", self.batch_size, 1)
+        check_range("limit", self.limit, 1)
 
 
 @dataclass
@@ -244,8 +281,7 @@ class Pipeline(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shards_per_job < 1:
-            raise ValueError(f"shards_per_job: expected at least 1, found {self.shards_per_job}")
+        check_range("shards_per_job", self.shards_per_job, 1)
         for name, parts in self.soups.items():
             if name in self.runs:
                 raise ValueError(f"soups: {name} is a run as well; rename one of them")

@@ -66,6 +66,16 @@ def here() -> Store:
     return Store(root, say)
 
 
+def require_store() -> None:
+    """Raises ValueError where there is no store: of one that is elsewhere nothing can be said."""
+    root = here().root
+    if not root.is_dir():
+        raise ValueError(
+            f"expected a store, found no folder {root}; cd to the project's folder, or name its "
+            f"store: {STORE}=/path/to/store olmo store …"
+        )
+
+
 class Stage:
     """A function whose results live in the store; see the module's text."""
 

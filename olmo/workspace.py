@@ -16,6 +16,7 @@ from olmo.log import FAILED
 from olmo.pipeline import Plan, recipe_path
 
 STARTED = time.time()
+STOPPED = (SystemExit.__name__, KeyboardInterrupt.__name__)  # what was told to stop did not fail
 _held = ExitStack()  # for as long as this process lives
 
 
@@ -78,9 +79,9 @@ def next_steps(plan: Plan) -> str:
             f"\n{final} is ready: {facts.get('steps'):,} steps, {facts.get('tokens'):,} tokens.\n"
             f"{fell}"
             f"  Look at the losses:        {final}/loss.svg\n"
-            f"  How it was made:           olmo store trace {final}\n"
-            f"  Evaluate it:               snakemake --cores 2 eval/{run}\n"
-            f"  For transformers:          snakemake --cores 2 hf/{run}\n"
+            f"  How it was made:           uv run olmo store trace {final}\n"
+            f"  Evaluate it:               uv run snakemake --cores 2 eval/{run}\n"
+            f"  For transformers:          uv run snakemake --cores 2 hf/{run}\n"
             f"  Change one thing:          edit {plan.run(run).train} or "
             f"{recipe_path(plan.dataset(run))}, and run the same again"
         )
@@ -95,6 +96,6 @@ def failures(logs: Path = Path("logs")) -> str:
             continue
         said = "\n" + path.read_text(encoding="utf-8")
         _, failed, last = said.rpartition(f"\n{FAILED}")
-        if failed and not last.startswith(SystemExit.__name__):  # one that was told to stop
+        if failed and not last.startswith(STOPPED):
             lines.append(f"{path}:\n  " + last.rstrip().replace("\n", "\n  "))
     return "\n".join(["", f"What failed ({len(lines)}):", *lines]) if lines else ""

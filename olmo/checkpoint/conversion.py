@@ -13,6 +13,7 @@ from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load
 from olmo.checkpoint.remote import fetched
 from olmo.checkpoint.save import save_unsharded
+from olmo.io import refuse_links
 from olmo.log import tell
 
 KINDS = ("unsharded", "sharded", "safetensors", "hf")
@@ -28,16 +29,17 @@ def convert(
     safetensors (model, optim, train.json, config.yaml) into INTO itself. Written sharded, it is
     one shard: a run that loads it spreads it as it needs.
 
-    hf is what transformers reads: the model alone, beside the tokenizer.json that `tokenizer` or
-    the checkpoint's config names. Such a folder is a source too, of safetensors without
-    optimizer state.
+    hf is what transformers reads: the model alone, beside the tokenizer.json of `tokenizer`, or
+    else the one that the store's records or the checkpoint's config lead to. Such a folder is a
+    source too, of safetensors without optimizer state.
 
-    Raises ValueError for another kind, for a checkpoint that lacks a part, and for a model that
-    transformers cannot express.
+    Raises ValueError for another kind, for a checkpoint that lacks a part, for an INTO that the
+    pipeline made, and for a model that transformers cannot express.
     """
     if kind not in KINDS:
         raise ValueError(f"--kind: expected one of {', '.join(KINDS)}, found {kind!r}")
     into = Path(into)
+    refuse_links(into)
     if "://" not in str(source):
         return _convert(Path(source), into, kind, tokenizer)
     into.mkdir(parents=True, exist_ok=True)
@@ -89,15 +91,10 @@ def _to_hf(source: Path, into: Path, tokenizer: Path | None) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     config_yaml = (source / "config.yaml").read_text()
     if tokenizer is None:
-        from olmo.tokenizer import Tokenizer
+        from olmo.generate import tokenizer_of
+        from olmo.inspect.run import Run
 
-        try:
-            known = Tokenizer.from_checkpoint(source).base_tokenizer
-        except Exception as error:  # the libraries raise no narrower class
-            raise ValueError(
-                f"the tokenizer that {source}/config.yaml names is not to be had: {error}; name "
-                "a tokenizer.json with --tokenizer"
-            ) from error
+        known = tokenizer_of(str(source), Run(str(source)), None).base_tokenizer
         tokenizer = into / "tokenizer.json"
         known.save(str(tokenizer))
     huggingface.write(into, checkpoint.model, config_yaml, tokenizer)

@@ -9,6 +9,8 @@ train.json          step, tokens, epoch, the optimizer's group settings
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +59,23 @@ def export(save_folder: str | Path, out: str | Path, config: dict[str, Any]) -> 
 
 def write_safetensors(folder: Path, weights: dict[str, Tensor], state: State | None = None) -> None:
     """model.safetensors and, given a state, optim.safetensors; equal bytes for equal tensors."""
-    from safetensors.torch import save_file
-
-    # One metadata entry only: safetensors writes several in no fixed order.
-    metadata = {"format": "pt"}
-    named = {name: tensor.contiguous() for name, tensor in sorted(weights.items())}
-    save_file(named, folder / "model.safetensors", metadata=metadata)
+    save(weights, folder / "model.safetensors")
     if state is None:
         return
     parts = {
-        f"{part}/{name}": tensor.contiguous()
+        f"{part}/{name}": tensor
         for name, kept in sorted(state.items())
         for part, tensor in sorted(kept.items())
     }
-    save_file(parts, folder / "optim.safetensors", metadata=metadata)
+    save(parts, folder / "optim.safetensors")
+
+
+def save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors by name, in their names' order, readable by whom the umask says."""
+    from safetensors.torch import save_file
+
+    named = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    # One metadata entry only: safetensors writes several in no fixed order.
+    save_file(named, path, metadata={"format": "pt"})
+    os.umask(mask := os.umask(0o077))  # there is no way to read it but to set it
+    path.chmod(0o666 & ~mask)  # safetensors leaves it to its owner alone

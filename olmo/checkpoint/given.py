@@ -10,8 +10,6 @@ import json
 import shutil
 from pathlib import Path
 
-from olmo.checkpoint.final import write_safetensors
-from olmo.checkpoint.read import load
 from olmo.stage import Facts, Folder, Free, Inputs, Work, stage
 
 
@@ -51,6 +49,9 @@ def fetched_checkpoint(url: str, checkpoint: Folder, part: Work, optimizer: bool
 
 def write(folder: Path, out: Path, optimizer: bool) -> int:
     """Write what a run can start from; how many weights there are."""
+    from olmo.checkpoint.final import write_safetensors
+    from olmo.checkpoint.read import load
+
     found = load(folder, optimizer=optimizer, trainer=False)
     state, groups = found.optim or ({}, [])
     out.mkdir(parents=True)

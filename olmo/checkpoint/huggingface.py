@@ -24,6 +24,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from olmo.checkpoint.final import save
 from olmo.config import BlockType, LayerNormType, ModelConfig, TrainConfig, to_yaml
 from olmo.model.regroup import regrouped
 
@@ -286,11 +287,9 @@ def write(folder: Path, weights: Mapping[str, Tensor], config_yaml: str, tokeniz
 
     Raises ValueError for what transformers cannot express, and for a tokenizer of another model.
     """
-    from safetensors.torch import save_file
-
     (folder / "config.yaml").write_text(config_yaml)
     config = ModelConfig.load(folder / "config.yaml", key="model", validate_paths=False)
-    named = {name: w.contiguous() for name, w in sorted(exported(weights, config).items())}
+    named = exported(weights, config)
     kinds = {tensor.dtype for tensor in named.values()}
     if len(kinds) > 1:
         raise ValueError(f"expected weights of one type, found {sorted(map(str, kinds))}")
@@ -298,12 +297,12 @@ def write(folder: Path, weights: Mapping[str, Tensor], config_yaml: str, tokeniz
     _write_json(folder / "config.json", settings)
     ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     _write_json(folder / "generation_config.json", ends)
-    if tokenizer != folder / "tokenizer.json":
+    if tokenizer.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     _write_json(
         folder / "tokenizer_config.json", tokenizer_config(tokenizer, config, answers(config_yaml))
     )
-    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    save(named, folder / "model.safetensors")
 
 
 def answers(config_yaml: str) -> bool:

@@ -10,10 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from olmo.checkpoint.final import write_safetensors
-from olmo.checkpoint.read import look
 from olmo.config import ModelConfig
 from olmo.stage import Facts, Folder, Free, Input, Inputs, stage
 
@@ -40,6 +36,9 @@ def averaged(weights: Inputs, config: Input, final: Folder, checkpoints: Free[li
     Raises:
         ValueError: they are not of one model.
     """
+    from olmo.checkpoint.final import write_safetensors
+    from olmo.checkpoint.read import look
+
     first, *others = checkpoints
     model = ModelConfig.load(config, key="model", validate_paths=False)
     one = look(weights[0], optimizer=False, trainer=False).model
@@ -60,5 +59,5 @@ def averaged(weights: Inputs, config: Input, final: Folder, checkpoints: Free[li
     return {"checkpoints": len(weights), "parameters": sum(t.numel() for t in mean.values())}
 
 
-def shapes(weights: dict[str, Any]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in weights.items()}
+def shapes(weights: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}

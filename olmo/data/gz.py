@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import platform
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,13 @@ LEVEL = 1  # isal's level 1: near the size of gzip -3, at many times its speed
 BUFFER = 1 << 20
 BLOCK = 1 << 18  # what is decompressed at a time: it stays in the processor's cache
 MAGIC = b"\x1f\x8b"
+
+# Writes FILE.json.gz beside each file of plain text.
+AS_DOCUMENTS = (
+    'python3 -c \'import gzip, json, sys; [open(f + ".json.gz", "wb").write(gzip.compress('
+    'json.dumps({"id": f, "text": open(f, encoding="utf-8").read()}).encode() + b"\\n")) '
+    "for f in sys.argv[1:]]'"
+)
 
 
 @contextmanager
@@ -64,7 +72,14 @@ def refuse_other_content(path: Path, name: str) -> None:
         found = f"a web page, most likely a server's error message ({start[:60]!r}…)"
     else:
         found = f"something else ({start[:16]!r}…)"
-    raise ValueError(f"{name}: expected gzip, found {found}. Check its URL and fetch it again.")
+    if "://" in name or not Path(name).exists():
+        raise ValueError(f"{name}: expected gzip, found {found}. Check its URL and fetch it again.")
+    quoted = shlex.quote(name)
+    raise ValueError(
+        f'{name}: expected a gz file of JSON lines with "id" and "text", found {found}. Make one '
+        f"of JSON lines by `gzip {quoted}`, or of plain text, a document a file, by "
+        f"`{AS_DOCUMENTS} {quoted}`, and name the .gz in the recipe"
+    )
 
 
 @contextmanager

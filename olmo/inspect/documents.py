@@ -69,6 +69,14 @@ class Shard:
     def tokenizer(self) -> Path:
         return self.store.object_path(self.record["action"]["inputs"]["tokenizer"])
 
+    @property
+    def heldout(self) -> set[str]:
+        """Digests of the documents that were held out where these were kept."""
+        outputs = [
+            r["outputs"]["heldout"]["sha256"] for r in self._way if "heldout" in r["outputs"]
+        ]
+        return set(outputs)
+
     def documents(self, start: int = 0, end: int | None = None) -> list[Document]:
         """Those with a token in [start, end), in order."""
         import polars

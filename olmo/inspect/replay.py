@@ -14,7 +14,6 @@ from olmo.inspect.run import Run
 from olmo.launch import Geometry, launch
 from olmo.log import tell
 from olmo.stage import here
-from olmo.train.segments import conditions, segments
 
 LOSS, NORM = "train/CrossEntropyLoss", "optim/total_grad_norm"
 
@@ -27,6 +26,8 @@ def replay(checkpoint: str, /, steps: str) -> None:
     gradients' norms and, at the end of the run, the weights are equal to the bit; elsewhere the
     gap is told. A step that differs where none should is an error, and named.
     """
+    from olmo.train.segments import conditions, segments  # which imports torch
+
     run, asked = Run(checkpoint), steps_of(steps)
     last_step = run.steps
     if last_step is None:

@@ -12,16 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from olmo import io
 from olmo.config import TrainConfig
 from olmo.data.files import Tokens, file_sizes, is_url
-from olmo.data.memmap import MemMapDataset, build_memmap_dataset
 from olmo.data.order import ORDER_DTYPE, global_indices
 from olmo.inspect.order import Seen
+
+if TYPE_CHECKING:
+    from olmo.data.memmap import MemMapDataset
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Run:
 
     @cached_property
     def dataset(self) -> MemMapDataset:
+        from olmo.data.memmap import build_memmap_dataset  # which imports torch
+
         return build_memmap_dataset(self.cfg, self.cfg.data)
 
     @cached_property

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from olmo.config import TrainConfig
+from olmo.inspect.documents import digest_of, shards
+from olmo.inspect.run import Run
+from olmo.io import refuse_links
+from olmo.log import warn
+from olmo.stage import here
 
 LABEL = "heldout"
 
 
 def compare(runs: list[Path], table: Path, picture: Path, label: str = LABEL) -> None:
-    """Write a table (Markdown) and a picture (SVG) of final checkpoints, the reference first.
+    """Write a table (Markdown) and a picture (SVG) of runs, the reference first.
 
-    Compared is the loss on documents that none was trained on, at the same tokens of the same
-    data. Where a run gets to the reference's last loss is read off the line between two
-    evaluations.
+    RUNS are names of runs or their final folders. Compared is the loss on documents that none was
+    trained on, at the same tokens of the same data. Where a run gets to the reference's last loss
+    is read off the line between two evaluations.
+
+    Raises ValueError for runs that were measured on other documents or in other tokens.
     """
-    curves = {run.parent.name: curve(run, label) for run in runs}
-    names = list(curves)
-    if len(names) != len(runs):
+    refuse_links(table, picture)
+    found = [Run(str(run)) for run in runs]
+    finals = [Path(os.path.abspath(run.folder)) for run in found]
+    names = [final.parent.name for final in finals]
+    if len(set(names)) < len(names):
         raise ValueError(f"expected runs of different names, found {[str(run) for run in runs]}")
+    check_alike(found, names, label)
+    curves = {name: curve(final, label) for name, final in zip(names, finals, strict=True)}
     end = curves[names[0]][-1][1]
     lines = [
         f"# Beside {names[0]}",
@@ -39,6 +51,39 @@ def compare(runs: list[Path], table: Path, picture: Path, label: str = LABEL) ->
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text("\n".join(lines) + "\n")
     draw(curves, picture)
+
+
+def check_alike(runs: list[Run], names: list[str], label: str) -> None:
+    """Raises ValueError where the losses of two runs are not of the same tokens of the same data.
+
+    What is not known, since a checkpoint has no record or the store none of its data, is told.
+    """
+    known = shards(here())
+    of_each = [
+        [known[d] for d in map(digest_of, r.cfg.data.paths or []) if d in known] for r in runs
+    ]
+    asked: dict[str, list[set[Any]]] = {
+        "model.vocab_size": [{run.cfg.model.vocab_size} for run in runs],
+        "tokenizer": [{shard.tokenizer.name for shard in tokens} for tokens in of_each],
+    }
+    if label == LABEL:  # else an evaluator of the config, whose data no record holds
+        asked["held-out documents"] = [set().union(*(s.heldout for s in t)) for t in of_each]
+    for what, (first, *others) in asked.items():
+        for name, other in zip(names[1:], others, strict=True):
+            if other and first and other != first:
+                raise ValueError(
+                    f"expected runs with the same {what}, found {in_words(first)} in {names[0]} "
+                    f"and {in_words(other)} in {name}: their losses cannot be compared. Give both "
+                    "one `dataset` in config/config.yaml"
+                )
+    if unknown := [name for name, tokens in zip(names, of_each, strict=True) if not tokens]:
+        warn(f"it is not known here what {', '.join(unknown)} was trained on: see that it is alike")
+
+
+def in_words(found: set[Any]) -> str:
+    first, *others = sorted(found)
+    more = f" and {len(others)} more" if others else ""
+    return f"{str(first)[:12]}…{more}" if isinstance(first, str) else f"{first}{more}"
 
 
 def curve(final: Path, label: str) -> list[tuple[int, float]]:

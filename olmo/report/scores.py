@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from olmo.io import refuse_links
 from olmo.report.card import table
 
 SCHEMA = {
@@ -58,10 +59,12 @@ def scores(runs: list[Path], table: Path, parquet: Path) -> None:
     asked different documents; asked the same ones, they differ more surely than that. The parquet
     file holds all rows, with a column `run`.
 
-    Raises ValueError for two runs of one name, and for what is no evaluation.
+    Raises ValueError for two runs of one name, for what is no evaluation, and for
+    outputs that are links into the store.
     """
     import polars
 
+    refuse_links(table, parquet)
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ValueError(f"expected runs of different names, found {', '.join(names)}")
@@ -77,7 +80,7 @@ def results(run: Path) -> list[Row]:
     path = run / "results.json"
     if not path.exists():
         raise ValueError(
-            f"expected {path}, found none; make it: snakemake --cores 2 eval/{run.name}"
+            f"expected {path}, found none; make it: uv run snakemake --cores 2 eval/{run.name}"
         )
     rows: list[Row] = json.loads(path.read_text())
     return rows

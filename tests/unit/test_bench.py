@@ -11,12 +11,14 @@ import polars
 import pytest
 import yaml
 
+from olmo.action import Action
 from olmo.bench import __main__ as runner
 from olmo.bench import table
 from olmo.bench.matrix import Cell, load
 from olmo.config import TrainConfig
 from olmo.report.bench import bench
 from olmo.report.compare import compare
+from olmo.stage import here
 
 ROOT = Path(__file__).parents[2]
 MODEL = {
@@ -324,3 +326,61 @@ def test_runs_are_compared_at_the_tokens_they_needed(tmp_path: Path):
     assert (tmp_path / "loss.svg").read_text().startswith("<svg")
     with pytest.raises(ValueError, match="expected evaluations on other"):
         compare(finals, tmp_path / "table.md", tmp_path / "loss.svg", label="other")
+
+
+def shard(text: str, heldout: str, tokenizer: str) -> str:
+    """Tokens as the pipeline makes them; their digest."""
+
+    def made(stage: str, inputs: dict[str, str], **outputs: str) -> str:
+        def build(work: Path) -> dict:
+            for name, content in outputs.items():
+                (work / "outputs" / name).write_text(content)
+            return {}
+
+        found = here().run(Action(stage, 1, {}, inputs), build)["outputs"]
+        return found[next(iter(outputs))]["sha256"]
+
+    kept = made("documents", {"source": text}, documents=text, heldout=heldout)
+    trained = made("trained_tokenizer", {"documents": tokenizer}, tokenizer=tokenizer)
+    inputs = {"documents": kept, "tokenizer": trained}
+    return made("tokens", inputs, tokens=f"{text} in ids of {tokenizer}")
+
+
+def test_runs_of_other_data_or_tokenizers_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OLMO_STORE", "store")
+    for name, vocab_size, tokens in (
+        ("a", 128, shard("text", "held out", "bpe")),
+        ("alike", 128, shard("some of it", "held out", "bpe")),
+        ("other-tokenizer", 128, shard("text", "held out", "unigram")),
+        ("other-documents", 128, shard("other text", "others", "bpe")),
+        ("other-size", 256, shard("text", "held out", "bpe")),
+        ("from-elsewhere", 128, "0" * 64),
+    ):
+        final = Path("checkpoints", name, "final")
+        final.mkdir(parents=True)
+        model = {"max_sequence_length": 10, "vocab_size": vocab_size, "embedding_size": 256}
+        cfg = TrainConfig.new(
+            global_train_batch_size=10, model=model, data={"paths": [f"store/{tokens}"]}
+        )
+        cfg.save(final / "config.yaml")
+        rows = [{"step": s, "eval/heldout/CrossEntropyLoss": 8.0 - s} for s in (0, 1)]
+        (final / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def with_a(name: str) -> str:
+        compare([Path("a"), Path(name)], Path("table.md"), Path("loss.svg"))
+        return Path("table.md").read_text()
+
+    assert "| alike | 100 | 7.0000 | 100 | 1.00 |" in with_a("alike")
+    assert not capsys.readouterr().err
+    for name, found in (
+        ("other-tokenizer", "the same tokenizer"),
+        ("other-documents", "the same held-out documents"),
+        ("other-size", "the same model.vocab_size, found 128 in a and 256 in other-size"),
+    ):
+        with pytest.raises(ValueError, match=f"expected runs with {found}"):
+            with_a(name)
+    assert "| from-elsewhere |" in with_a("from-elsewhere")
+    assert "not known here what from-elsewhere was trained on" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import numpy as np
 import polars
 import pytest
 import torch
+from test_bench import shard
 from test_huggingface import OLMO2, checkpoint
 
 from olmo.checkpoint import convert
@@ -170,6 +171,22 @@ def test_nothing_was_held_out(final: Path, tmp_path: Path) -> None:
     write(tmp_path / "000.tsv", [Entry("a", "heldout-tokens", "heldout/a.npy", "0" * 64, 0)])
     with pytest.raises(ValueError, match=r"expected held-out documents, found none in 1 listings"):
         heldout(final, [tmp_path / "000.tsv"], tmp_path / "heldout.json")
+
+
+def test_another_tokenizers_held_out_tokens_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their ids mean other words to this run, and yet they would give a number."""
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    ours, theirs = (shard("text", "held out", tokenizer) for tokenizer in ("bpe", "unigram"))
+    TrainConfig.new(data={"paths": [f"objects/{ours}"]}).save(tmp_path / "config.yaml")
+    for tokens, message in (
+        (theirs, "one tokenizer for the run and for the held-out documents, found two"),
+        (ours, "expected held-out documents, found none"),  # in this listing, of 0 bytes
+    ):
+        write(tmp_path / "000.tsv", [Entry("a", "heldout-tokens", "a.npy", tokens, 0)])
+        with pytest.raises(ValueError, match=message):
+            heldout(tmp_path, [tmp_path / "000.tsv"], tmp_path / "heldout.json")
 
 
 def test_answers_have_a_row_of_their_own() -> None:

@@ -116,6 +116,10 @@ def test_stdin_and_too_long_a_text(say, monkeypatch: pytest.MonkeyPatch, capsys)
     assert say(prompt="-") == expected
     generate("small", "What", tokens=70)
     assert "longer than the 64 that the model was trained on" in capsys.readouterr().err
+    generate("small", "What")
+    assert "longer" not in capsys.readouterr().err, "what is left of the context is the default"
+    generate("small", "What " * 70)
+    assert "longer than the 64" in capsys.readouterr().err
 
 
 def test_a_chat_s_prompt_is_a_conversation_up_to_the_answer(checkpoint: Path, say):

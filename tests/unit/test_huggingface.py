@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from servers import web_server
 
+from olmo.action import Action
 from olmo.checkpoint import convert, huggingface, load_model
 from olmo.checkpoint.final import write_safetensors
 from olmo.checkpoint.given import fetched_checkpoint, local_checkpoint
@@ -107,6 +109,72 @@ def test_there_and_back_is_bit_equal(name: str, tmp_path: Path, tokenizer: Path)
     convert(tmp_path / "hf", tmp_path / "back", kind="safetensors")
     for file in ("model.safetensors", "config.yaml"):
         assert (tmp_path / "final" / file).read_bytes() == (tmp_path / "back" / file).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["hf", "safetensors", "unsharded"])
+def test_what_the_pipeline_made_is_not_written_over(
+    kind: str, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write goes through a link, and root may write to an object of the store too."""
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    checkpoint(tmp_path / "given", OLMO1)
+    files = sorted((tmp_path / "given").iterdir())
+    final = tmp_path / "final"
+    local_checkpoint(files=files, checkpoint=final, folder=tmp_path / "given", optimizer=False)
+    objects = sorted(path for path in (tmp_path / "store/objects").rglob("*") if path.is_file())
+    before = [path.read_bytes() for path in objects]
+    (tmp_path / "run").symlink_to(tmp_path / "store/work")
+    for into in (final, tmp_path / "run"):
+        with pytest.raises(ValueError, match=r"a place of your own .* found .*(final|run), which"):
+            convert(tmp_path / "given", into, kind=kind, tokenizer=tokenizer)
+    assert [path.read_bytes() for path in objects] == before
+
+
+def test_the_tokenizer_is_the_one_that_the_store_knows(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for `olmo generate`: a checkpoint of the pipeline names none in its config."""
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    store = Store(tmp_path / "store")
+    copied = Path(shutil.copy(tokenizer, tmp_path))
+    inputs = {"tokenizer": store.put(copied)["sha256"]}
+
+    def build(work: Path) -> dict[str, Any]:
+        (work / "outputs/tokens").write_text("ids")
+        return {}
+
+    record = store.run(Action("tokens", 1, {}, inputs), build)
+    tokens = record["outputs"]["tokens"]["sha256"]
+    final = tmp_path / "final"
+    checkpoint(final, OLMO1)
+    with (final / "config.yaml").open("a") as config:
+        config.write(f"data: {{paths: [objects/{tokens}]}}\n")
+    convert(final, tmp_path / "hf", kind="hf")
+    found, known = (json.loads(p.read_text()) for p in (tmp_path / "hf/tokenizer.json", tokenizer))
+    assert found["model"]["vocab"] == known["model"]["vocab"]
+    store.record_path(record["key"]).unlink()
+    with pytest.raises(ValueError, match=r"cannot be had .*give --tokenizer FILE"):
+        convert(final, tmp_path / "none", kind="hf")
+
+
+def test_weights_are_for_whom_the_umask_says(tmp_path: Path, tokenizer: Path) -> None:
+    """As every other file of the folder; safetensors alone would leave them to their owner."""
+    checkpoint(tmp_path / "final", OLMO1)
+    before = os.umask(0o027)
+    try:
+        convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=tokenizer)
+        convert(tmp_path / "hf", tmp_path / "back", kind="safetensors")
+    finally:
+        os.umask(before)
+    written = [path for kind in ("hf", "back") for path in (tmp_path / kind).iterdir()]
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o640}
+
+
+def test_a_tokenizer_that_is_there_stays(tmp_path: Path, tokenizer: Path) -> None:
+    checkpoint(tmp_path / "final", OLMO1)
+    for given in (tokenizer, tmp_path / "hf/../hf/tokenizer.json"):
+        convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=given)
+        assert (tmp_path / "hf/tokenizer.json").read_bytes() == tokenizer.read_bytes()
 
 
 @pytest.mark.parametrize("name", EXPRESSED)

@@ -1,5 +1,6 @@
 """The plan: names of files, from configs and recipes, without running anything."""
 
+import json
 import os
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from olmo.data.shards import Entry, asked, order, write
 from olmo.data.source_table import Source, complete, named, read, safe
 from olmo.pipeline import Plan
+from olmo.workspace import next_steps
 
 RECIPE = {
     "sources": {"files": ["in/*.json.gz"]},
@@ -97,6 +99,26 @@ def test_a_table_is_completed_by_what_arrived(tmp_path: Path):
             read(path)
 
 
+def test_a_vocabulary_that_does_not_fit_is_told_before_anything_is_tokenized():
+    ends = {"eos_token_id": 0, "pad_token_id": 1}
+    for model, message in (
+        (
+            {"vocab_size": 4096},
+            r"^t.yaml: model.vocab_size is 4096, but config/data/mine.yaml .* 512",
+        ),
+        (
+            {"vocab_size": 512, "embedding_size": 500},
+            "no less than model.vocab_size, 512; found 500",
+        ),
+    ):
+        Path("t.yaml").write_text(yaml.safe_dump({"model": model | ends}))
+        with pytest.raises(ValueError, match=message):
+            plan().train_config("r")
+    for model in ({"vocab_size": 512}, {"vocab_size": 512, "embedding_size": 512}):
+        Path("t.yaml").write_text(yaml.safe_dump({"model": model | ends}))
+        assert plan().train_config("r").model.vocab_size == 512
+
+
 def test_a_run_without_a_data_set_takes_the_tokens_that_its_config_names():
     model = {"vocab_size": 512, "eos_token_id": 7, "pad_token_id": 1}
     data = {"datasets": {"b": ["https://x/b/part-0.npy"], "a": ["https://x/a/part-0.npy"]}}
@@ -154,6 +176,42 @@ def test_an_order_of_any_type_of_tokens(monkeypatch: pytest.MonkeyPatch):
         assert Path(dtype).stat().st_size == 4 * instances
     with pytest.raises(ValueError, match=r"dtype: expected one of uint16, .*, found 'uint99'"):
         order([Path("000.tsv")], Path("o"), sequence_length=4, seed=1, dtype="uint99")
+
+
+def test_numbers_that_cannot_be_are_told_when_it_is_planned():
+    for part, key, value, wanted in (
+        ("documents", "keep_one_in", 0, "at least 1"),
+        ("documents", "offset", 10, "from 0 to keep_one_in - 1, 9;"),
+        ("documents", "offset", -1, "from 0 to keep_one_in - 1, 9;"),
+        ("documents", "heldout_share", 1.0, "from 0 to below 1,"),
+        ("documents", "heldout_share", -0.1, "from 0 to below 1,"),
+        ("documents", "max_text_bytes", 0, "at least 1"),
+        ("tokens", "audit_share", 1.5, "from 0 to 1"),
+        ("tokenizer", "train_vocab_size", -1, "at least 1"),
+        ("tokenizer", "pad_token_id", -1, "at least 0"),
+        ("instructions", "sequence_length", 0, "at least 1"),
+    ):
+        message = f"^config/data/mine.yaml: {part}.{key}: expected {wanted}.* found {value}"
+        with pytest.raises(ValueError, match=message):
+            plan(**{part: {**RECIPE.get(part, {}), key: value}}).recipe("mine")
+
+
+def test_the_next_steps_can_be_pasted():
+    made = plan()
+    assert not next_steps(made)
+    final = Path("checkpoints/r/final")
+    final.mkdir(parents=True)
+    losses = {"heldout": {"first": 8.0, "last": 5.0}}
+    facts = {"steps": 10, "tokens": 2000, "heldout_loss": losses}
+    (final / "record.json").write_text(json.dumps({"facts": facts}))
+    told = next_steps(made)
+    assert "r/final is ready: 10 steps, 2,000 tokens" in told and "8.000 → 5.000" in told
+    commands = [line.split(": ", 1)[1].strip() for line in told.splitlines() if " run " in line][:3]
+    assert [command.split()[:3] for command in commands] == [
+        ["uv", "run", "olmo"],
+        ["uv", "run", "snakemake"],
+        ["uv", "run", "snakemake"],
+    ]
 
 
 def test_exactly_one_kind_of_source():
@@ -217,7 +275,7 @@ def test_the_store_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
 
 def tuning(**changes) -> Plan:
     """A plan of a run on conversations that starts from another; `changes` are of all its files."""
-    model = {"max_sequence_length": 64, "eos_token_id": 0, "pad_token_id": 1}
+    model = {"max_sequence_length": 64, "vocab_size": 512, "eos_token_id": 0, "pad_token_id": 1}
     config = {"model": model, "reset_trainer_state": True} | changes.pop("config", {})
     talks = {
         "sources": {"stdlib_questions": 2},

@@ -6,19 +6,21 @@ import http.server
 import json
 import os
 import random
+import re
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from olmo import io
 from olmo.data import arrivals, shards
 from olmo.data.arrivals import Arrivals, Count
-from olmo.data.sources import download, download_tokens, local_source, source_list
+from olmo.data.sources import check, download, download_tokens, local_source, source_list
 
 TEXT = b"".join(
     json.dumps({"id": str(n), "text": random.Random(n).randbytes(60).hex()}).encode() + b"\n"
@@ -462,3 +464,21 @@ def test_a_local_file_is_checked_as_a_download_is(tmp_path):
     file.write_bytes(FILE[:-4])
     with pytest.raises(ValueError, match="truncated"):
         local_source.build(file=file, source=tmp_path / "out")
+
+
+def test_a_local_file_that_is_not_gz_says_how_to_make_it_one(tmp_path):
+    """By a command that works, whatever the file is called."""
+    text = tmp_path / "it's a text.txt"
+    text.write_text('Some "plain" text,\nof two lines: naïve.\n')
+    with pytest.raises(ValueError, match=r'a gz file of JSON lines with "id" and "text"') as raised:
+        check(text, str(text), None, None)
+    gzipped, made = re.findall("`(.*?)`", str(raised.value), re.DOTALL)
+    subprocess.run(["bash", "-c", made], check=True)
+    document = json.loads(gzip.decompress(Path(f"{text}.json.gz").read_bytes()))
+    assert document == {"id": str(text), "text": text.read_text()}
+    subprocess.run(["bash", "-c", gzipped], check=True)
+    for made_of_it in (f"{text}.json.gz", f"{text}.gz"):
+        assert check(Path(made_of_it), made_of_it, None, None) > 0
+    (tmp_path / "draft").write_text("x")
+    with pytest.raises(ValueError, match=r"expected gzip, found .* Check its URL"):
+        check(tmp_path / "draft", "https://a.org/x.gz", None, None)

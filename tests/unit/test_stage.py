@@ -1,6 +1,12 @@
 """A function as a stage: what is in its identity, what is found again, what it tells."""
 
 import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +14,7 @@ import pytest
 from olmo import cli
 from olmo.lineage import differences, trace
 from olmo.stage import Facts, Folder, Free, Input, Inputs, Output, Work, here, stage
+from olmo.workspace import failures
 
 CALLS: list[dict] = []
 
@@ -156,9 +163,68 @@ def test_the_command_line_comes_from_the_signature(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_users_error_is_one_sentence(capsys: pytest.CaptureFixture[str]):
+    call()
     with pytest.raises(SystemExit) as ended:
         cli.main(["store", "why", "nowhere"])
     assert str(ended.value).startswith("olmo store why: expected a name that the store")
+
+
+def test_a_store_that_is_elsewhere_is_not_called_sound(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    call()
+    cli.main(["store", "verify"])
+    assert "all sound" in capsys.readouterr().out
+    monkeypatch.setenv("OLMO_STORE", "elsewhere")
+    for words in (["verify"], ["gc"], ["push", "second"], ["trace", "out"]):
+        with pytest.raises(SystemExit, match=r"found no folder .*/elsewhere; cd to .*OLMO_STORE="):
+            cli.main(["store", *words])
+    assert not Path("elsewhere").exists()
+
+
+def interrupted(*, wait: bool = True) -> None:
+    """Say that it began, and wait for a signal."""
+    print("began", flush=True)
+    time.sleep(60)
+
+
+def chatty(*, lines: int) -> None:
+    """Say more than a reader wants."""
+    for number in range(lines):
+        print(number)
+
+
+def olmo(command: str, *words: str) -> str:
+    """A shell's command line of one of this file's functions as a command."""
+    code = (
+        f"import olmo.cli as c; c.COMMANDS['{command}'] = 'test_stage:{command}'; "
+        f"c.main({[command, *words]})"
+    )
+    return shlex.join([sys.executable, "-c", code])
+
+
+def test_ctrl_c_is_one_line_and_no_failure():
+    place = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    running = subprocess.Popen(
+        ["bash", "-c", "exec " + olmo("interrupted", "--log", "logs/it.log")],
+        env=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert running.stdout and running.stdout.readline() == "began\n"
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert (running.returncode, said) == (130, "olmo interrupted: interrupted\n")
+    assert Path("logs/it.log").read_text().startswith("failed: KeyboardInterrupt")
+    assert not failures()
+    Path("logs/other.log").write_text("failed: ValueError: expected x\n")
+    assert "What failed (1):\nlogs/other.log:\n  ValueError: expected x" in failures()
+
+
+@pytest.mark.parametrize("words", [("--lines", "9"), ("--lines", "99999"), ("--help",)])
+def test_a_reader_that_leaves_early_hears_no_traceback(words: tuple[str, ...]):
+    place = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONUNBUFFERED": ""}
+    line = f"( {olmo('chatty', *words)}; echo $? >&2 ) | ( exec <&-; sleep 0 )"
+    done = subprocess.run(["bash", "-c", line], env=place, capture_output=True, text=True)
+    assert done.stderr == "1\n"
 
 
 # The public command line: a change here breaks scripts, and belongs into the CHANGELOG.
@@ -170,3 +236,33 @@ store-gc store-checkout store-why store-trace store-pin store-push store-pull"""
 
 def test_the_commands_are_what_they_were():
     assert [name.replace(" ", "-") for name in cli.COMMANDS] == COMMANDS.split()
+
+
+def test_help_says_what_each_does_and_imports_none(capsys: pytest.CaptureFixture[str]):
+    cli.main(["--help"])
+    text = capsys.readouterr().out
+    for name, place in cli.COMMANDS.items():
+        assert cli.purpose(place) and f"\n  {name} " in text
+    assert max(map(len, text.splitlines())) <= 100
+    cli.main(["store", "--help"])
+    assert len(capsys.readouterr().out.splitlines()) == 11
+    cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("olmo ")
+
+
+def test_a_command_that_there_is_not_names_the_nearest():
+    for words, nearest in ((["genrate"], "generate"), (["store", "verfy"], "store verify")):
+        with pytest.raises(SystemExit, match=f"'{' '.join(words)}'; the nearest is '{nearest}'"):
+            cli.main(words)
+    with pytest.raises(SystemExit, match="usage: olmo <command>"):
+        cli.main([])
+
+
+# Commands whose --help, and whose refusals, should not wait for torch.
+SWIFT = "start soup inspect seen replay generate compare scores"
+
+
+def test_help_does_not_wait_for_torch():
+    modules = {cli.COMMANDS[name].split(":")[0] for name in SWIFT.split()}
+    code = f"import sys, {', '.join(sorted(modules))}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
