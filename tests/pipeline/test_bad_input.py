@@ -47,8 +47,12 @@ def test_ids_that_do_not_match_are_found_before_any_work(project: Project):
     assert "runs for the first time" not in output
 
 
-def test_a_vocabulary_that_does_not_match(project: Project):
+def test_a_vocabulary_that_does_not_match(project: Project, tokenizer: Path):
+    """Told before any work where the tokenizer is trained here; a given one is looked into."""
     project.change("config/train/small.yaml", model__vocab_size=500)
+    output = refused(project, "model.vocab_size is 500", "train_vocab_size 512")
+    assert "runs for the first time" not in output
+    project.use_given_tokenizer(tokenizer)
     project.run(ORDER)
     refused(
         project,
