@@ -147,6 +147,7 @@ dist.init_process_group("gloo")
 number = torch.ones(1)
 dist.all_reduce(number)
 print("sum", number.item(), os.environ["GLOO_SOCKET_IFNAME"])
+dist.destroy_process_group()  # a process that ends with gloo's threads running may abort
 """
 
 
@@ -188,22 +189,25 @@ def test_machines_that_know_each_other_by_address_only_meet(
     (tmp_path / "meet.py").write_text(MEET)
     words = launcher(Geometry(nodes=2), tmp_path / "given.yaml")
     words = [*words[words.index(sys.executable) :], str(tmp_path / "meet.py")]
+    logs = [tmp_path / f"node{number}.log" for number in range(2)]
     nodes = [
         subprocess.Popen(
             [*machine, *words],
             env=os.environ | {"SLURM_NODEID": str(number)},
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=logs[number].open("w"),
             text=True,
         )
         for number, machine in enumerate(two_machines)
     ]
     try:
-        said = [node.communicate(timeout=120) for node in nodes]
+        said = [node.communicate(timeout=300)[0] for node in nodes]
+    except subprocess.TimeoutExpired as late:
+        raise AssertionError([log.read_text() for log in logs]) from late
     finally:
         for node in nodes:
             node.kill()
-    assert [out for out, _ in said] == ["sum 2.0 wire\n"] * 2, said
+    assert said == ["sum 2.0 wire\n"] * 2, [log.read_text() for log in logs]
 
 
 def test_of_a_larger_allocation_as_many_as_asked_for(allocation: Path, monkeypatch: Any) -> None:
