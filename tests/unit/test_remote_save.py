@@ -272,6 +272,7 @@ def ends_slowly(config: dict[str, Any]) -> int:
         return loop.train(TrainConfig.new(**config))
 
 
+@pytest.mark.slow
 def test_the_others_wait_while_the_first_sends(tmp_path: Path) -> None:
     there = str(tmp_path / "there")
     config = settings(tmp_path, remote_save_folder=there, evaluators=[], hang_timeout=None)
