@@ -349,6 +349,7 @@ def test_the_card_of(facts: dict[str, Any], said: tuple[str, ...], tmp_path: Pat
     assert ("| Steps |" in text) == ("steps" in facts)
 
 
+@pytest.mark.slow
 def test_the_card_tells_where_a_tuned_run_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("behind", [-86_400, 86_400])
 def test_a_living_holder_elsewhere_keeps_it_and_a_killed_one_does_not(
     tmp_path: Path, behind: float

@@ -225,6 +225,7 @@ def pauses_while_it_sends(config: dict[str, Any]) -> int:
         return loop.train(TrainConfig.new(**config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, stay",
     [
