@@ -66,12 +66,13 @@ class OLMo(nn.Module):
         _check(config)
         self.config = config
         self.cache = BufferCache()
+        self._biases = BufferCache()  # apart, since most runs need none
         self.attention: Choice | None = None
         self.cross_entropy = CrossEntropy.chunked  # who computes the loss
         with nullcontext() if init_params else unfilled():
             self.transformer = self._build()
         if config.alibi:
-            self._bias(config.max_sequence_length, torch.device("cpu"))
+            self._causal_bias(config.max_sequence_length, torch.device("cpu"))
 
         if init_params and config.init_device != "meta":
             self.reset_parameters()
@@ -116,6 +117,14 @@ class OLMo(nn.Module):
             for group in self.transformer["block_groups"]:
                 yield from group
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `to`, `cuda` and `to_empty` call: shared tables follow to the new device."""
+        super()._apply(fn, recurse)
+        if self.device.type != "meta":
+            self.cache.move(self.device)
+            self._biases.move(self.device)
+        return self
+
     def reset_parameters(self) -> None:
         """Draw all weights, from the CPU's generator, in OLMo's order."""
         parts = self.transformer
@@ -154,6 +163,8 @@ class OLMo(nn.Module):
         self.attention = choose(self.config, device, dtype, backend, mask)
         for block in self.blocks():
             block.backend = self.attention.backend
+        if mask is Mask.any:  # before the first step, see BufferCache
+            self._causal_bias(self.config.max_sequence_length, device)
         return self.attention
 
     def forward(
@@ -278,7 +289,7 @@ class OLMo(nn.Module):
             return None
 
         if attention_bias is None:
-            bias = self._bias(length, x.device)
+            bias = self._causal_bias(length, x.device)
         else:
             bias = attention_bias.view((1,) * (4 - attention_bias.ndim) + attention_bias.shape)
             if bias.dtype in (torch.bool, torch.int8, torch.uint8):
@@ -295,15 +306,15 @@ class OLMo(nn.Module):
             bias = bias + (~document_mask(doc_lens, length)).float() * lowest
         return bias
 
-    def _bias(self, length: int, device: torch.device) -> Tensor:
+    def _causal_bias(self, length: int, device: torch.device) -> Tensor:
         """The causal bias, with ALiBi's where configured, for `length` positions or more."""
-        bias = self.cache.on(device, "attention_bias")
+        bias = self._biases.on(device, "causal")
         if bias is None or bias.shape[-1] < length:
             bias = causal_bias(length, device)
             if self.config.alibi:
                 slopes = alibi_bias(length, self.config.n_heads, self.config.alibi_bias_max, device)
                 bias = bias + slopes
-            self.cache["attention_bias"] = bias
+            self._biases.store("causal", bias)
         return bias
 
     def num_params(self, include_embedding: bool = True) -> int:

@@ -12,15 +12,27 @@ class BufferCache(dict[str, Tensor]):
     """Tables that all blocks share and that are no part of the model's state.
 
     They are no module buffers, because those follow `model.to(torch.bfloat16)` and would lose the
-    float32 that the positions need.
+    float32 that the positions need. The model moves them when it is moved itself. A compiled
+    forward pass stores nothing here: the next step would find another table than the one that it
+    was compiled for, and compile the whole model again.
     """
 
     def on(self, device: torch.device, name: str) -> Tensor | None:
-        """The table `name`, moved to `device` for good."""
+        """The table `name` on `device`."""
         table = self.get(name)
         if table is not None and table.device != device:
-            self[name] = table = table.to(device)
+            table = table.to(device)
+            self.store(name, table)
         return table
+
+    def store(self, name: str, table: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            self[name] = table
+
+    def move(self, device: torch.device) -> None:
+        """Move all tables to `device`."""
+        for name, table in self.items():
+            self[name] = table.to(device)
 
 
 class RotaryEmbedding(nn.Module):
@@ -48,7 +60,8 @@ class RotaryEmbedding(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)  # (length, D)
         sin, cos = angles.sin().to(device), angles.cos().to(device)
         sin[:, : self.head_size // 2].neg_()
-        self.cache["rope_sin"], self.cache["rope_cos"] = sin, cos
+        self.cache.store("rope_sin", sin)
+        self.cache.store("rope_cos", cos)
         return sin, cos
 
     def tables(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
