@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-Product = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype], Tensor]
+Product = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype, bool], Tensor]
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -43,29 +43,47 @@ def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.float() / scale).clamp(-top, top).to(dtype)
 
 
-def scaled(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, out: torch.dtype) -> Tensor:
+def scaled(
+    a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, out: torch.dtype, fast: bool = False
+) -> Tensor:
     """(a * sa) @ (b * sb) by torch's scaled product; a (I, J), b (J, L), both 8 bits wide.
 
-    sa is () or (I, 1), sb () or (1, L). CUDA wants J and L in sixteens: zeros fill them up.
+    sa is () or (I, 1), sb () or (1, L). CUDA requires J and L to be multiples of 16: zeros fill
+    them up. `fast`: partial sums keep fewer bits (14 on Hopper), which makes the product faster.
     """
-    rows, columns = a.shape[0], b.shape[1]
-    if a.is_cuda:
-        a = F.pad(a, (0, -a.shape[1] % 16))
-        b = F.pad(b, (0, -columns % 16, 0, -b.shape[0] % 16))
-        sb = sb if sb.dim() == 0 else F.pad(sb, (0, -columns % 16), value=1.0)
+    columns = b.shape[1]
+    inner, outer = -a.shape[1] % 16, -columns % 16
+    if a.is_cuda and inner:  # a pad of width zero would be a copy
+        a, b = F.pad(a, (0, inner)), F.pad(b, (0, 0, 0, inner))
+    if a.is_cuda and outer:
+        b = F.pad(b, (0, outer))
+        sb = sb if sb.dim() == 0 else F.pad(sb, (0, outer), value=1.0)
     # The kernels read a by rows and b by columns.
     a, b = a.contiguous(), b.t().contiguous().t()
     narrow = out if sa.dim() == 0 or not a.is_cuda else torch.bfloat16  # by rows: bfloat16 only
     if sa.dim():  # dense, also where a side is 1 and a transposed view would pass for it
         sa, sb = sa.reshape(-1).view(-1, 1), sb.reshape(-1).view(1, -1)
-    y = torch._scaled_mm(a, b, scale_a=sa, scale_b=sb, out_dtype=narrow)
-    return y[:rows, :columns].to(out)
+    y = torch._scaled_mm(
+        a, b, scale_a=sa, scale_b=sb, out_dtype=narrow, use_fast_accum=fast and a.is_cuda
+    )
+    return as_type(y[:, :columns], out)
 
 
-def emulated(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, out: torch.dtype) -> Tensor:
+def emulated(
+    a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, out: torch.dtype, fast: bool = False
+) -> Tensor:
     """The same, computed in float32 from what the 8 bits stand for: the oracle."""
     with torch.autocast(a.device.type, enabled=False):
-        return ((a.float() * sa) @ (b.float() * sb)).to(out)
+        return as_type((a.float() * sa) @ (b.float() * sb), out)
+
+
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`.
+
+    Not `x.to(dtype)`: where that changes nothing, and it ends the forward of an autograd.Function,
+    torch 2.11 compiles the function without its backward, and every gradient is zero.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -108,27 +126,31 @@ class Delayed(nn.Module):
 
 
 class Linear8(torch.autograd.Function):
-    """y = x @ w^T with every product in 8 bits, forward and backward."""
+    """y = x @ w^T with every product in 8 bits, forward and backward.
+
+    Forward sums fast, backward exactly: gradients spread over more binary orders than activations,
+    and small ones would be lost.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, w: Tensor, recipe: Recipe, delayed: Delayed | None, out: torch.dtype
     ) -> Tensor:
-        """x (M, K) in any precision, w (N, K) → (M, N) in `out`."""
-        ctx.recipe, ctx.delayed, ctx.out, ctx.types = recipe, delayed, out, (x.dtype, w.dtype)
+        """x (M, K) in `out`, w (N, K) in any precision → (M, N) in `out`."""
+        ctx.recipe, ctx.delayed, ctx.out, ctx.weight_type = recipe, delayed, out, w.dtype
         if recipe.rowwise:
             sx, sw = scale_of(amax_of(x, 1), E4M3), scale_of(amax_of(w, 1), E4M3)
             x8, w8 = quantize(x, sx, E4M3), quantize(w, sw, E4M3)
             # Backward sums along other directions, and so needs other scales.
-            ctx.save_for_backward(x.to(out), w)
-            return recipe.product(x8, sx, w8.t(), sw.t(), out)
+            ctx.save_for_backward(x, w)
+            return recipe.product(x8, sx, w8.t(), sw.t(), out, True)
         if delayed is None:
             sx, sw = scale_of(amax_of(x), E4M3), scale_of(amax_of(w), E4M3)
         else:
             sx, sw = delayed.scale(0, x, E4M3), delayed.scale(1, w, E4M3)
         x8, w8 = quantize(x, sx, E4M3), quantize(w, sw, E4M3)
-        ctx.save_for_backward(x8, sx, w8, sw, x.to(out) if recipe.exact_weight_gradient else None)
-        return recipe.product(x8, sx, w8.t(), sw, out)
+        ctx.save_for_backward(x8, sx, w8, sw, x if recipe.exact_weight_gradient else None)
+        return recipe.product(x8, sx, w8.t(), sw, out, True)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
@@ -138,13 +160,13 @@ class Linear8(torch.autograd.Function):
         if recipe.rowwise:
             x, w = ctx.saved_tensors
             sg, sw = scale_of(amax_of(g, 1), E4M3), scale_of(amax_of(w, 0), E4M3)
-            gx = product(quantize(g, sg, E4M3), sg, quantize(w, sw, E4M3), sw, out)
+            gx = product(quantize(g, sg, E4M3), sg, quantize(w, sw, E4M3), sw, out, False)
             if recipe.exact_weight_gradient:
                 gw = g.to(out).t() @ x
             else:
                 sg, sx = scale_of(amax_of(g, 0), E4M3), scale_of(amax_of(x, 0), E4M3)
                 g8, x8 = quantize(g, sg, E4M3), quantize(x, sx, E4M3)
-                gw = product(g8.t(), sg.t(), x8, sx, out)
+                gw = product(g8.t(), sg.t(), x8, sx, out, False)
         else:
             x8, sx, w8, sw, x = ctx.saved_tensors
             if ctx.delayed is None:
@@ -152,12 +174,12 @@ class Linear8(torch.autograd.Function):
             else:
                 sg = ctx.delayed.scale(2, g, E5M2)
             g8 = quantize(g, sg, E5M2)
-            gx = product(g8, sg, w8, sw, out)
+            gx = product(g8, sg, w8, sw, out, False)
             if recipe.exact_weight_gradient:
                 gw = g.to(out).t() @ x
             else:
-                gw = product(g8.t(), sg, x8, sx, out)
-        return gx.to(ctx.types[0]), gw.to(ctx.types[1]), None, None, None
+                gw = product(g8.t(), sg, x8, sx, out, False)
+        return gx, gw.to(ctx.weight_type), None, None, None
 
 
 def linear(
@@ -171,6 +193,8 @@ def linear(
     out = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         out = torch.get_autocast_dtype(x.device.type)
-    flat = x.reshape(-1, x.shape[-1])
+    # In autocast's type first, as any other product takes it: a norm's output is float32, and would
+    # be written and read as such to measure it and to quantize it.
+    flat = as_type(x.reshape(-1, x.shape[-1]), out)
     y = Linear8.apply(flat, weight, recipe, delayed, out).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias.to(out)
