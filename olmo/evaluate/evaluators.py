@@ -44,12 +44,19 @@ def build_evaluators(cfg: TrainConfig, world: World) -> list[Evaluator]:
     return found
 
 
-def evaluate(evaluators: Iterable[Evaluator], model: nn.Module) -> dict[str, float]:
-    """The metrics of all of them, under OLMo's names. The model's mode is left as it was."""
+def evaluate(
+    evaluators: Iterable[Evaluator], model: nn.Module, compiled: bool = False
+) -> dict[str, float]:
+    """The metrics of all of them, under OLMo's names. The model's mode is left as it was.
+
+    `compiled`: whether the model is. Evaluation runs without: another mode, a last batch that is
+    smaller and each length of a prompt would be a compilation of its own.
+    """
     metrics: dict[str, float] = {}
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with torch.no_grad(), eager:
         for evaluator in evaluators:
             metrics |= evaluator(model)
     model.train(was_training)
@@ -103,10 +110,8 @@ class Choices:
             kind = autocast(cfg, world.device)
             return log_likelihoods(model, prompts, size, pad, world, kind)
 
-        # Every batch has a length of its own, and none is worth a compilation.
-        with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
-            given = likelihoods(self.prompts)
-            alone = None if self.unconditional is None else likelihoods(self.unconditional)
+        given = likelihoods(self.prompts)
+        alone = None if self.unconditional is None else likelihoods(self.unconditional)
         return given, alone
 
     def __call__(self, model: nn.Module) -> dict[str, float]:

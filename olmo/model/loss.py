@@ -52,8 +52,8 @@ def linear_cross_entropy(
         weight: (V, d).
         labels: (N,), int64; -100 does not count.
         bias: (V,).
-        chunk: rows at a time; by default as many as make logits of 16 MiB on a CPU and of 512 MiB
-            elsewhere.
+        chunk: rows at a time; by default as many as make logits of 16 MiB on a CPU, and as many
+            as fill a GPU.
 
     The product runs in autocast's type where autocast is on, all else in float32.
     """
@@ -71,10 +71,20 @@ def linear_cross_entropy(
 
 
 def _rows(x: Tensor, weight: Tensor) -> int:
-    """How many rows make a chunk."""
-    limit = (16 if x.device.type == "cpu" else 512) * 2**20
-    chunk = max(64, limit // (4 * weight.shape[0]))
-    return -(-len(x) // -(-len(x) // chunk))  # as many chunks, but of one size
+    """How many rows make a chunk: as many chunks as there must be, all of one size.
+
+    A GPU's products want 8192 rows, in multiples of 128, to fill it; their logits, in bfloat16 and
+    what is made of them, take 3.3 GB then with 50,304 ids. A smaller card takes a 32nd of itself.
+    It is the card's size that counts, not what is free: a resumed run must compute the same bits.
+    """
+    if x.device.type == "cuda":
+        room = torch.cuda.get_device_properties(x.device).total_memory // 32
+        multiple, most = 128, min(8192, room // (8 * weight.shape[0]))
+    else:
+        multiple, most = 1, 16 * 2**20 // (4 * weight.shape[0])
+    most = max(most // multiple * multiple, multiple, 64)
+    even = -(-len(x) // -(-len(x) // most))
+    return -(-even // multiple) * multiple
 
 
 def losses(
@@ -184,6 +194,8 @@ def _compute(
     """Cross-entropy and z-loss, and what ce + z changes by with x, w and bias (empty, if not asked
     for). Products are in w's type, all else in float32."""
     ce, z, dx, dw, db = _zeros(x, w, bias, learns)
+    compiled = torch.compiler.is_compiling()
+    softmax, minus_at = (_softmax, _minus_at) if compiled else (_softmax_, _minus_at_)
     for start in range(0, len(x), chunk):
         rows = x[start : start + chunk].to(w.dtype)
         its_labels = labels[start : start + chunk]
@@ -195,9 +207,7 @@ def _compute(
         counts = (its_labels != IGNORE).float()[:, None]  # (C, 1)
         places = its_labels.clamp(min=0)[:, None]
         right = logits.gather(1, places)
-        highest = logits.amax(dim=-1, keepdim=True)
-        shares = torch.softmax(logits, dim=-1, out=logits)  # in the logits' place
-        lse = highest - shares.amax(dim=-1, keepdim=True).log()  # log sum exp(logits), (C, 1)
+        shares, lse = softmax(logits)
         ce = ce + ((lse - right) * counts).sum()
         slope = scale * counts
         if z_multiplier:
@@ -208,7 +218,7 @@ def _compute(
         # d(ce + z) / d(rows @ w.T + bias) is slope * dlogits. The factor of a row goes to the
         # narrow side of each product, so that the logits are not read and written for it.
         hit = scale * counts / torch.where(slope == 0, 1.0, slope)
-        dlogits = shares.scatter_add_(1, places, -hit)
+        dlogits = minus_at(shares, places, hit)
         if bias is not None:
             db += (dlogits.T @ slope)[:, 0]
         dlogits = dlogits.to(w.dtype)
@@ -220,6 +230,30 @@ def _compute(
             dw += dlogits.T @ rows
         del logits, shares, dlogits  # before the next chunk's are made
     return ce, z, dx, dw, db
+
+
+def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(logits), in their place, and log sum exp(logits), (C, 1)."""
+    highest = logits.amax(dim=-1, keepdim=True)
+    shares = torch.softmax(logits, dim=-1, out=logits)
+    return shares, highest - shares.amax(dim=-1, keepdim=True).log()
+
+
+def _minus_at_(shares: Tensor, places: Tensor, hit: Tensor) -> Tensor:
+    """shares (C, V) less hit (C, 1) at places (C, 1), in their place."""
+    return shares.scatter_add_(1, places, -hit)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for a compiler, which then never writes a share: it computes each anew, on the way
+    from the logits to their gradient."""
+    highest = logits.amax(dim=-1, keepdim=True)
+    lse = highest + (logits - highest).exp().sum(dim=-1, keepdim=True).log()
+    return (logits - lse).exp(), lse
+
+
+def _minus_at(shares: Tensor, places: Tensor, hit: Tensor) -> Tensor:
+    return shares - hit * (torch.arange(shares.shape[1], device=shares.device) == places)
 
 
 def _zeros(x: Tensor, w: Tensor, bias: Tensor | None, learns: bool) -> tuple[Tensor, ...]:

@@ -40,7 +40,7 @@ from olmo.train.parallel import (
     leave_world,
     parallelize,
 )
-from olmo.train.pending import Numbers, Pending
+from olmo.train.pending import Numbers
 from olmo.train.profile import Profilers
 from olmo.train.reduce import GradientMean
 from olmo.train.saving import Saver
@@ -204,7 +204,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             sink.write(step, metrics)
 
     asked = cfg.eval_on_load if position.global_step else not resumed
-    if asked and not cfg.dry_run and (first := evaluate(evaluators, model)):
+    compiled = cfg.compile is not None
+    if asked and not cfg.dry_run and (first := evaluate(evaluators, model, compiled)):
         write(position.global_step, first)
     if cfg.force_save_unsharded or not (resumed or source or cfg.no_pre_train_checkpoint):
         saver.save("unsharded" if cfg.force_save_unsharded else None)
@@ -224,8 +225,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     holders = None if masters is None else masters.instead_of(model.parameters())
     mean = None if alone else GradientMean(model.parameters(), world, holders)
     failed = torch.zeros((), device=world.device)  # 1 from the first step that was not finite on
-    numbers = Numbers()
-    lowest_loss, first_step = float("inf"), position.global_step
+    numbers = Numbers(world)
+    lowest_loss = float("inf")
     batches = _endless(loader, position, steps_per_epoch, batch_size)
     profilers = Profilers(cfg, world.first)
     watchdog = Watchdog(world, cfg.hang_timeout)
@@ -234,8 +235,6 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     try:
         while position.global_step < last_step and paused is None:
             batch = next(batches)
-            if position.global_step > first_step:  # the first one compiles and allocates
-                speed.resume()
             position.global_step += 1
             position.global_train_examples_seen_this_epoch += batch_size
             position.global_train_tokens_seen += tokens_per_step
@@ -254,7 +253,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
                 # One norm a parameter and step is for Weights & Biases only.
                 found = {k: v for k, v in found.items() if not k.startswith("grad/")}
             # Once a gradient is not finite nothing moves any more. That is known on the device;
-            # we hear of it when the numbers are fetched, and so before anything is saved.
+            # we hear of it when the numbers arrive, and so before anything is saved.
             assert optimizer.found_inf is not None
             failed = torch.maximum(failed, optimizer.found_inf)
             optimizer.found_inf = failed
@@ -271,48 +270,47 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
                 known[f"optim/learning_rate_group{i}"] = float(group["lr"])
             if (mask := batch.get("instance_mask")) is not None:
                 known["train/masked_instances_local_rank"] = float((~mask).sum())
-            numbers.steps.append(
-                Pending(step, losses.ce, losses.z, failed, found, known, batch["index"])
-            )
+            numbers.add(step, losses, failed, found, known, batch["index"])
 
             last = step == last_step
             evaluates = step == end or step % cfg.eval_interval == 0
             saves = saver.due(step)
-            if last or evaluates or saves or step % cfg.console_log_interval == 0:
-                *earlier, (_, metrics) = numbers.fetch(world)
-                speed.step(len(earlier) + 1, tokens_per_step)
-                for number, values in earlier:
-                    write(number, values)
-                metrics |= speed.metrics()
-                metrics |= memory_metrics(world.device)
-                if evaluates:
-                    speed.pause()
-                    metrics |= evaluate(evaluators, model)
-                write(step, metrics)
+            rows = numbers.fetch(write) if last or evaluates or saves else numbers.arrived()
+            if rows:
+                speed.step(len(rows), tokens_per_step)
+                rows[-1][1].update(speed.metrics() | memory_metrics(world.device))
+            if evaluates:
+                rows[-1][1].update(evaluate(evaluators, model, compiled))
+            reason: str | None = None
+            for number, metrics in rows:
+                write(number, metrics)
                 loss = metrics["train/CrossEntropyLoss"]
                 lowest_loss = min(lowest_loss, loss)
                 limit = lowest_loss * (cfg.early_stopping_factor or float("inf"))
-                if loss > limit and step > cfg.scheduler.t_warmup and not last:
-                    paused = f"early_stopping_factor: the loss {loss:.4f} is above {limit:.4f}"
+                if loss > limit and number > cfg.scheduler.t_warmup:
+                    reason = f"early_stopping_factor: the loss {loss:.4f} is above {limit:.4f}"
             if saves:
-                speed.pause()
                 _flush(sinks, indices)
                 with watchdog.resting():
                     saver.save(saves)
+            if evaluates or saves:
+                speed.skip()
             if cfg.gen1_gc_interval and step % cfg.gen1_gc_interval == 0:
                 gc.collect(1)
             profilers.step()
             progress()
             # One question a step to all processes, so that none goes on without the others.
-            reason = stop.reason(look=world.first)
-            if world.any(reason is not None or saver.failed) and not last:
+            reason = reason or stop.reason(look=world.first)
+            if world.any(reason is not None or saver.failed or numbers.failed) and not last:
                 if world.any(saver.failed):
                     saver.give_up()
+                if world.any(numbers.failed):
+                    numbers.fetch(write)  # raises
                 paused = world.first_of(reason) or "another process"
         watchdog.stop()
         if paused is not None and position.global_step:
-            for number, values in numbers.fetch(world):
-                write(number, values)
+            for row in numbers.fetch(write):
+                write(*row)
             _flush(sinks, indices)
             where = saver.pause()
             saver.finish()

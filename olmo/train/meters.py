@@ -31,16 +31,15 @@ class SpeedMeter:
         self._device_flops = device_flops
         self._mark: float | None = None
 
-    def pause(self) -> None:
-        """What happens until the next `resume` is not training."""
-        self._mark = None
-
-    def resume(self) -> None:
-        if self._mark is None:
-            self._mark = time.monotonic()
+    def skip(self) -> None:
+        """What happened since the last step was no training: evaluation, saving."""
+        self._mark = time.monotonic()
 
     def step(self, steps: int, tokens: int) -> None:
-        """`steps` steps ended now. `tokens`: of one of them, over all devices."""
+        """`steps` steps ended now. `tokens`: of one of them, over all devices.
+
+        The first time it only starts the clock: the first step compiles and allocates.
+        """
         now = time.monotonic()
         if self._mark is not None:
             self._steps.append((now - self._mark, steps, steps * tokens))

@@ -1,19 +1,27 @@
-"""Numbers that are still on the device: they are fetched together, when somebody looks.
+"""Numbers of a step, on their way from the device to the host: nobody waits for them.
 
-Asking for a number makes the host wait for the device, so a step only keeps tensors. Whether a
-step was finite is among them, and nothing is logged or saved before that has been looked at.
+Reading a number makes the host wait until the device has computed it, and then the device waits
+for the host's next step. So the numbers of a step are copied while later steps are computed, and
+read when they have arrived. Whether a step was finite is among them. Before anything is saved the
+rest is waited for.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from olmo.train.parallel import World
+from olmo.train.step import Losses
+
+Row = tuple[int, dict[str, float]]
+"""A step and its metrics, by OLMo's names."""
 
 
 class NotFinite(RuntimeError):
@@ -22,52 +30,96 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class Pending:
-    """One step: scalars on the device, and what the host knows already."""
+    """One step."""
 
     step: int
-    ce: Tensor  # this process's
-    z: Tensor | None
-    failed: Tensor  # 1 if this step or one before it was not finite
-    optim: dict[str, Tensor]  # the same on every process
+    names: list[str]  # of `values`
+    values: Tensor  # on the host, there once `copied` has happened
+    copied: torch.cuda.Event | None  # None: they are there
     known: dict[str, float]
+    loss: Tensor  # this process's, on the device
     instances: Tensor  # (B,) which this process computed
 
 
-@dataclass
 class Numbers:
-    """Steps not fetched yet."""
+    """Steps whose numbers nobody has seen, the oldest first.
 
-    steps: list[Pending] = field(default_factory=list)
+    All processes call `add` and `fetch` together. `arrived` depends on how far this process's
+    device is: what is decided by it has to be agreed upon with the others.
+    """
 
-    def fetch(self, world: World) -> list[tuple[int, dict[str, float]]]:
-        """(step, metrics) of all steps since the last time, losses averaged over processes.
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._steps: deque[Pending] = deque()
+        self.failed = False
+        """Whether a step has arrived here that was not finite: then `fetch` raises everywhere."""
 
-        Raises NotFinite for the first step where something was not.
+    def add(
+        self,
+        step: int,
+        losses: Losses,
+        failed: Tensor,
+        optim: dict[str, Tensor],
+        known: dict[str, float],
+        instances: Tensor,
+    ) -> None:
+        """Send a step's numbers on their way.
+
+        Args:
+            losses: of this process; their mean over processes is told.
+            failed: 1 if this step or one before it was not finite. The same on every process, as
+                is `optim`.
+            known: what the host knows already.
+            instances: (B,), which this process computed.
         """
-        if not self.steps:
-            return []
-        steps, self.steps = self.steps, []
-        own = torch.stack([t for p in steps for t in ([p.ce] if p.z is None else [p.ce, p.z])])
-        mean = world.sum(own) / world.size
-        rest = [t.to(own) for p in steps for t in (p.failed, *p.optim.values())]
-        values = iter(torch.cat([mean, torch.stack(rest)]).tolist())
+        own = [losses.ce] if losses.z is None else [losses.ce, losses.z]
+        mean = self._world.sum(torch.stack(own)) / self._world.size
+        values = torch.cat([mean, torch.stack([t.to(mean) for t in (failed, *optim.values())])])
+        copied = None
+        if values.is_cuda:
+            values, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        names = ["train/CrossEntropyLoss", "train/ZLoss"][: len(own)]
+        names += ["failed", *(f"optim/{name}" for name in optim)]
+        self._steps.append(Pending(step, names, values, copied, known, losses.ce, instances))
 
-        out = []
-        for p in steps:
-            metrics = {"train/CrossEntropyLoss": next(values)}
-            metrics["train/Perplexity"] = math.exp(min(metrics["train/CrossEntropyLoss"], 700.0))
-            if p.z is not None:
-                metrics["train/ZLoss"] = next(values)
-            out.append((p.step, metrics))
-        for p, (_, metrics) in zip(steps, out, strict=True):
-            if next(values):
-                raise _not_finite(p, world)
-            metrics |= {f"optim/{name}": next(values) for name in p.optim} | p.known
-        return out
+    def arrived(self) -> list[Row]:
+        """The steps that have arrived since the last time, up to one that was not finite."""
+        rows: list[Row] = []
+        while self._steps and not self.failed:
+            copied = self._steps[0].copied
+            if copied is not None and not copied.query():
+                break
+            row = self._row(self._steps[0])
+            if not self.failed:
+                rows.append(row)
+                self._steps.popleft()
+        return rows
+
+    def fetch(self, write: Callable[[int, dict[str, float]], None]) -> list[Row]:
+        """All steps that nobody has seen; waits for them.
+
+        Raises:
+            NotFinite: for the first step that was not finite, once those before it are written.
+        """
+        if self._steps and (copied := self._steps[-1].copied) is not None:
+            copied.synchronize()
+        rows = self.arrived()
+        if self.failed:
+            for row in rows:
+                write(*row)
+            raise _not_finite(self._steps[0], self._world)
+        return rows
+
+    def _row(self, pending: Pending) -> Row:
+        metrics = dict(zip(pending.names, pending.values.tolist(), strict=True))
+        self.failed = bool(metrics.pop("failed"))
+        metrics["train/Perplexity"] = math.exp(min(metrics["train/CrossEntropyLoss"], 700.0))
+        return pending.step, metrics | pending.known
 
 
 def _not_finite(pending: Pending, world: World) -> NotFinite:
-    own = (float(pending.ce), pending.instances.tolist())
+    own = (float(pending.loss), pending.instances.tolist())
     everyone = [own]
     if world.size > 1:
         everyone = [own] * world.size
