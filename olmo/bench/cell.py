@@ -39,14 +39,13 @@ from olmo.bench.side import (
 from olmo.data.order import free_memory
 from olmo.energy import Joules
 from olmo.model import OLMo
-from olmo.model.loss import why_not as no_cross_entropy
 from olmo.precision import backends, msamp
 from olmo.train.masters import Masters
-from olmo.train.masters import why_not as no_masters
 from olmo.train.meters import device_flops
 from olmo.train.optim import build_optimizer
 from olmo.train.parallel import World, parallelize
-from olmo.train.step import forward_backward, keep_freed_memory
+from olmo.train.start import check_device
+from olmo.train.step import clear_gradients, forward_backward, keep_freed_memory
 
 # What a cell may be made of; another version is another record.
 PACKAGES = ("torchao", "flash-attn", "flash-attn-3", "flash-attn-4", "msamp", "triton")
@@ -61,23 +60,17 @@ def prepare(section: Section, cell: Cell) -> Training:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     cfg = section.train_config(cell)
-    if cfg.use_msamp and (problem := msamp.why_not(cfg)):
-        raise Unavailable(problem)
-    if cfg.cross_entropy is not None and (problem := no_cross_entropy(cfg)):
-        raise Unavailable(problem)
-    if cfg.master_weights and (problem := no_masters(cfg, sharded=False)):
-        raise Unavailable(problem)
-    if not cuda:
-        keep_freed_memory()
-    model = OLMo(cfg.model.update_with(init_device="cpu"))
-    fill(model)
-    asked = None if cell.attention == "auto" else cell.attention
     try:
-        attention = model.use_attention(device, cfg.autocast_precision, asked)
-        model.to(device)
-        eight_bits = backends.prepare(model, cfg.fp8, device)[0] if cfg.fp8 else None
+        check_device(cfg, device, sharded=False)
     except ValueError as error:
         raise Unavailable(str(error)) from error
+    if not cuda:
+        keep_freed_memory()
+    model = OLMo(cfg.model.update_with(init_device="cpu"), init_params=False)
+    fill(model)
+    attention = model.use_attention(device, cfg.autocast_precision, cfg.attention)
+    model.to(device)
+    eight_bits = backends.prepare(model, cfg.fp8, device)[0] if cfg.fp8 else None
     if cfg.cross_entropy is not None:
         model.cross_entropy = cfg.cross_entropy
     parallelize(cfg, model, World(0, 0, 1, device, ""))
@@ -90,7 +83,7 @@ def prepare(section: Section, cell: Cell) -> Training:
     index = torch.arange(instances)
 
     def step(number: int, ids: Tensor) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
+        clear_gradients(optimizer, cfg)
         batch = {"input_ids": ids, "index": index}
         loss = forward_backward(model, batch, cfg, device, number).ce
         optimizer.clip_grads_and_collect_metrics(number, collect_param_metrics=False)
@@ -111,7 +104,8 @@ def prepare(section: Section, cell: Cell) -> Training:
     }
 
     def ids(number: int) -> Tensor:
-        return ids_of(instances, length, cfg.model.vocab_size, number)
+        found = ids_of(instances, length, cfg.model.vocab_size, number)
+        return found.pin_memory() if cuda else found
 
     return Training(step, ids, device, facts)
 

@@ -201,6 +201,8 @@ class Section(BaseConfig):
             ValueError: a setting that there is not.
         """
         settings = self.settings(cell)
+        if cell.attention != "auto":
+            settings["attention"] = cell.attention
         if cell.compile != EAGER:
             mode = None if cell.compile == "default" else cell.compile
             settings["compile"] = {"mode": mode, "fullgraph": True}

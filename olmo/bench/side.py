@@ -28,7 +28,7 @@ SEED = 6198
 
 
 class Unavailable(Exception):
-    """This cannot be had here, for a reason that is told."""
+    """This is not available here, for a reason that is told."""
 
 
 @dataclass
@@ -60,10 +60,12 @@ def weights_of(name: str, shape: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
-    """Give every matrix of a model with OLMo's names its weights; vectors stay what they are."""
+    """Give every matrix of a model with OLMo's names its weights, biases 0; norms stay as built."""
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
             weight.copy_(weights_of(name, weight.shape))
+        elif name.endswith("bias"):
+            weight.zero_()
 
 
 def timed(step: Callable[[int], None], steps: int, device: torch.device) -> list[float]:

@@ -127,7 +127,7 @@ def csv_text(records: list[dict[str, Any]], section: Section) -> str:
 
 
 def markdown(records: list[dict[str, Any]], section: Section, command: str) -> str:
-    """Each shape's tables, the fastest first; what cannot be had last, with the reason.
+    """Each shape's tables, the fastest first; what is not available comes last, with the reason.
 
     `command` is what made them, but for the peers and threads, which the records have.
     """

@@ -94,7 +94,7 @@ def choose(
         tries: try it; False goes by what is known alone.
 
     Raises:
-        ValueError: config.flash_attention, or `backend`, asks for what cannot be had here.
+        ValueError: config.flash_attention, or `backend`, asks for what is not available here.
     """
     setting = Setting(
         torch.device(device),
@@ -109,7 +109,7 @@ def choose(
         backend = Backend(backend)
         if problem := why_not(backend, setting, tries):
             raise ValueError(
-                f"attention backend {backend} cannot be had: {problem} ({setting}). "
+                f"attention backend {backend} is not available: {problem} ({setting}). "
                 "Leave `attention` out to have the fastest that works"
             )
         return Choice(backend, "asked for" + _elsewhere(backend, setting))
@@ -131,7 +131,7 @@ def choose(
     wish = "model.flash_attention=true" if config.flash_attention else "attention"
     missing = [why.split(" is ")[0] for name, why in INSTALL.items() if not _is_there(name)]
     raise ValueError(
-        f"{wish} cannot be had: {_listed(passed)} (missing packages: "
+        f"{wish} is not available: {_listed(passed)} (missing packages: "
         f"{', '.join(missing) or 'none'}; GPU: {gpu(setting.device)}; head size: "
         f"{setting.head_size}; type: {dtype}; mask: {setting.mask}; torch {torch.__version__}). "
         "Override it with --model.flash_attention=false, which computes the same by another kernel"
@@ -182,8 +182,11 @@ def _known(backend: Backend, setting: Setting) -> str | None:
             return f"it is for Hopper GPUs (9.0), and {gpu(device)} is of {major}.{minor}"
         if head_size % 8:
             return f"it needs a head size that is a multiple of 8, not {head_size}"
-        if backend is Backend.cudnn and head_size > 128:
-            return f"cuDNN has no backward for head sizes over 128, and this is {head_size}"
+        if backend is Backend.cudnn and head_size > 128 and (major, minor) != (9, 0):
+            return (
+                "cuDNN has head sizes over 128 on Hopper GPUs (9.0) only; this is "
+                f"{head_size} on {gpu(device)}, of {major}.{minor}"
+            )
         if head_size > 256:
             return f"it goes up to head size 256, and this is {head_size}; raise model.n_heads"
     if setting.mask is Mask.documents and backend in (Backend.flash, Backend.cudnn):

@@ -157,7 +157,7 @@ class OLMo(nn.Module):
             mask: what batches will come with: doc_lens, or a mask or bias of their own.
 
         Raises:
-            ValueError: what is asked for (model.flash_attention too) cannot be had.
+            ValueError: what is asked for (model.flash_attention too) is not available.
         """
         device = self.device if device is None else torch.device(device)
         self.attention = choose(self.config, device, dtype, backend, mask)

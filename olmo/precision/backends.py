@@ -1,4 +1,4 @@
-"""The ways to train in 8 bits, behind one interface, and why one cannot be had here.
+"""The ways to train in 8 bits, behind one interface, and why one is not available here.
 
     native    torch's scaled product, nothing more to install
     torchao   torchao's Float8Linear
@@ -152,15 +152,21 @@ def backend(name: FP8Backend) -> Backend:
     return kinds[name]()
 
 
+def available(config: FP8Config, device: torch.device) -> Backend:
+    """The backend that the config names; ValueError with the reason where it is not available."""
+    found = backend(config.backend)
+    if problem := found.why_not(device, config):
+        raise ValueError(f"fp8.backend: {config.backend} is not available: {problem}")
+    return found
+
+
 def prepare(model: nn.Module, config: FP8Config, device: torch.device) -> tuple[Backend, str]:
     """Make a model train in 8 bits: the backend, and what was done, in words.
 
     Raises:
-        ValueError: it cannot be had here, with the reason.
+        ValueError: as `available`, or `config.modules` names layers that the model does not have.
     """
-    found = backend(config.backend)
-    if problem := found.why_not(device, config):
-        raise ValueError(f"fp8.backend: {config.backend} cannot be had: {problem}")
+    found = available(config, device)
     layers = len(chosen(model, config))
     found.prepare(model, config)
     return found, (

@@ -49,7 +49,7 @@ from olmo.train.segments import begin_segment
 from olmo.train.signals import PAUSED, StopRequest
 from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBiases
 from olmo.train.start import Position, check, duration, find_start, masks, origin_of_threads
-from olmo.train.step import forward_backward, keep_freed_memory
+from olmo.train.step import clear_gradients, forward_backward, keep_freed_memory
 from olmo.train.traces import traced
 from olmo.train.watch import Watchdog, progress
 
@@ -241,7 +241,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             step = position.global_step
             indices.write(step, batch["index"].tolist())
 
-            optimizer.zero_grad(set_to_none=True)
+            clear_gradients(optimizer, cfg)
             watched = step in (cfg.module_outputs_save_steps or ()) and world.first
             with traced(model, folder / f"traces/step{step}") if watched else nullcontext():
                 losses = forward_backward(model, batch, cfg, world.device, step, mean)

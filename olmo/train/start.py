@@ -11,13 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from olmo.checkpoint import layout
 from olmo.checkpoint.read import Checkpoint, look, newest
 from olmo.config import CustomDatasetCollatorConfig, EvaluatorType, TrainConfig
 from olmo.data.memmap import build_memmap_dataset, check_tokens
 from olmo.log import count, tell, warn
 from olmo.model import loss
-from olmo.model.kernels import Mask
+from olmo.model.kernels import Mask, choose
+from olmo.precision import backends, msamp
 from olmo.train import masters
 from olmo.train.parallel import World, is_sharded
 from olmo.train.unused import check_unused
@@ -56,10 +59,7 @@ def check(cfg: TrainConfig, world: World) -> None:
             "processes; change one of them"
         )
     check_ends(cfg)
-    if cfg.master_weights and (reason := masters.why_not(cfg, is_sharded(cfg, world))):
-        raise ValueError(f"master_weights: {reason}")
-    if cfg.cross_entropy is not None and (reason := loss.why_not(cfg)):
-        raise ValueError(f"cross_entropy: {cfg.cross_entropy} cannot be had: {reason}")
+    check_device(cfg, world.device, is_sharded(cfg, world))
     if not world.first:
         return
     warn_of_other_tokenizer(cfg)
@@ -73,6 +73,23 @@ def check(cfg: TrainConfig, world: World) -> None:
         where = f"evaluators.{evaluator.label}.data"
         looked_at += check_tokens(build_memmap_dataset(cfg, evaluator.data), vocabulary, where)
     tell(f"checked: {count(looked_at)} tokens, all below {vocabulary}")
+
+
+def check_device(cfg: TrainConfig, device: torch.device, sharded: bool) -> None:
+    """What the device, torch or a package cannot compute; known before a model is built.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if cfg.use_msamp and (reason := msamp.why_not(cfg)):
+        raise ValueError(f"use_msamp: {reason}")
+    if cfg.master_weights and (reason := masters.why_not(cfg, sharded)):
+        raise ValueError(f"master_weights: {reason}")
+    if cfg.cross_entropy is not None and (reason := loss.why_not(cfg)):
+        raise ValueError(f"cross_entropy: {cfg.cross_entropy} is not available: {reason}")
+    if cfg.fp8 is not None:
+        backends.available(cfg.fp8, device)
+    choose(cfg.model, device, cfg.autocast_precision, cfg.attention, masks(cfg))
 
 
 def check_ends(cfg: TrainConfig) -> None:

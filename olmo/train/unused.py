@@ -6,7 +6,6 @@ from typing import Any
 
 from olmo.config import TrainConfig
 from olmo.log import tell
-from olmo.precision import msamp
 
 # Ignoring these changes nothing that was asked for. They are named once at the start if set.
 HARMLESS = {
@@ -34,9 +33,7 @@ HARMLESS = {
 
 
 def check_unused(cfg: TrainConfig) -> None:
-    """Tell of set keys that are ignored; ValueError for one that cannot be acted on here."""
-    if cfg.use_msamp and (reason := msamp.why_not(cfg)):
-        raise ValueError(f"use_msamp: {reason}")
+    """Tell of set keys that are ignored."""
     if ignored := [f"{k} ({why})" for k, why in HARMLESS.items() if _is_set(cfg, k)]:
         tell(f"not acted on: {', '.join(ignored)}")
 

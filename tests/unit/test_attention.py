@@ -1,4 +1,4 @@
-"""Attention's kernels: why one cannot be had, what is taken instead, and how each is called."""
+"""Attention's kernels: why one is not available, what is taken instead, and how each is called."""
 
 import sys
 from itertools import pairwise
@@ -47,7 +47,7 @@ REFUSALS = [
     ({"device": CPU}, ALL - {Backend.math, Backend.sdpa, Backend.flex}, ("NVIDIA", "cpu")),
     ({"dtype": torch.float32}, FUSED, ("bfloat16", "torch.float32", "precision: amp_bf16")),
     ({"head_size": 20}, FUSED, ("multiple of 8", "20")),
-    ({"head_size": 192}, {Backend.cudnn}, ("no backward", "192")),
+    ({"head_size": 192}, set(), ()),
     ({"head_size": 264}, FUSED, ("264",)),
     ({"mask": Mask.documents}, {Backend.flash, Backend.cudnn}, ("documents", "fa2, fa3, fa4")),
     ({"mask": Mask.any}, FUSED | {Backend.flex}, ("efficient and math do",)),
@@ -83,6 +83,14 @@ def test_why_not_on_another_gpu(
         assert "NVIDIA H200" in problem and f"{capability[0]}.{capability[1]}" in problem
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+def test_cudnns_large_heads_are_for_hopper(hopper: pytest.MonkeyPatch, capability: tuple):
+    """torch 2.11 and 2.13 refuse them elsewhere (check_cudnn_tensor_shapes in sdp_utils.cpp)."""
+    hopper.setattr(kernels, "capability", lambda device: capability)
+    assert why_not(Backend.cudnn, GOOD) is None
+    assert "Hopper GPUs (9.0) only" in (why_not(Backend.cudnn, GOOD._replace(head_size=192)) or "")
+
+
 @pytest.mark.parametrize("backend", PACKAGES)
 def test_why_not_without_the_package(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: Backend
@@ -116,9 +124,11 @@ def test_what_is_passed_over_is_told(hopper: pytest.MonkeyPatch):
     )
     hopper.setattr(kernels, "_package", lambda b: f"{b} is missing" if b is not Backend.fa2 else 0)
     wide = config.update_with(d_model=8 * 192)
+    assert choose(wide, CUDA, BF16).backend is Backend.cudnn
+    hopper.setattr(kernels, "trial", lambda b, s: "it failed" if b is Backend.cudnn else None)
     found = choose(wide, CUDA, BF16)
     assert found.backend is Backend.flash
-    assert "passed over: cudnn (cuDNN has no backward for head sizes over 128" in found.reason
+    assert "passed over: cudnn (it failed)" in found.reason
     assert "fa3 (fa3 is missing); fa4 (fa4 is missing)" in found.reason
     assert choose(wide, CUDA, BF16, mask=Mask.documents).backend is Backend.fa2
     assert choose(wide, CUDA).backend is Backend.efficient, "float32"
@@ -244,7 +254,7 @@ def test_a_trial_finds_a_kernel_that_computes_something_else(monkeypatch: pytest
     why = "a trial of it failed (no kernel image is available); leave it out"
     assert why_not(Backend.fa2, setting) == why
     config = ModelConfig(**SETTINGS | {"d_model": 64, "n_heads": 4, "n_kv_heads": 2})
-    with pytest.raises(ValueError, match="backend fa2 cannot be had: a trial of it failed"):
+    with pytest.raises(ValueError, match="backend fa2 is not available: a trial of it failed"):
         choose(config, CPU, backend="fa2")
     trial.cache_clear()
 
@@ -277,7 +287,7 @@ def test_flex_is_the_dense_mask_where_it_runs():
 
 
 def test_flex_on_the_cpu_says_that_it_does_not_train_there():
-    with pytest.raises(ValueError, match=r"flex cannot be had: a trial of it failed .*backward"):
+    with pytest.raises(ValueError, match=r"flex is not available: a trial of it failed .*backward"):
         choose(ModelConfig(**SETTINGS), CPU, backend="flex")
 
 
@@ -290,5 +300,5 @@ def test_the_trainer_takes_it_from_the_config(tmp_path: Path, capsys: pytest.Cap
         rows = small_run.metrics(tmp_path / name)
         losses[name] = [r["train/CrossEntropyLoss"] for r in rows if "train/CrossEntropyLoss" in r]
     assert losses["math"] == pytest.approx(losses["sdpa"], rel=1e-4)
-    with pytest.raises(ValueError, match="attention backend fa3 cannot be had: it is a kernel"):
+    with pytest.raises(ValueError, match="attention backend fa3 is not available: it is a kernel"):
         small_run.run(tmp_path, attention="fa3", save_folder=str(tmp_path / "none"))

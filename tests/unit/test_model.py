@@ -386,7 +386,7 @@ def test_the_choice_says_why() -> None:
         "sdpa: PyTorch's own pick on cpu, the others are for GPUs"
     )
     assert choose(config, "cpu", backend="math").backend == "math"
-    with pytest.raises(ValueError, match="cudnn cannot be had: it is a kernel for NVIDIA GPUs"):
+    with pytest.raises(ValueError, match="cudnn is not available: it is a kernel for NVIDIA GPUs"):
         choose(config, "cpu", backend="cudnn")
 
 

@@ -191,7 +191,7 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch):
         why = backend(FP8Backend.native).why_not(CPU, FP8Config())
         assert why and "not built" in why and "emulate" in why
         with pytest.raises(
-            ValueError, match=r"fp8.backend: native cannot be had: torch .*not built"
+            ValueError, match=r"fp8.backend: native is not available: torch .*not built"
         ):
             prepare(Two(), FP8Config(), CPU)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -209,7 +209,7 @@ def test_what_this_torch_has_not_the_trainer_refuses(tmp_path: Path, name: str):
         return
     assert tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), why
     assert "per-tensor scaling" in why and "set fp8.recipe: tensorwise" in why
-    with pytest.raises(ValueError, match=f"fp8.backend: {name} cannot be had: {re.escape(why)}"):
+    with pytest.raises(ValueError, match=f"fp8.backend: {name} is not available: {re.escape(why)}"):
         small_run.run(tmp_path, fp8=by_rows)
 
 
