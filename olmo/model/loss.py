@@ -206,8 +206,7 @@ def _compute(
             logits *= scale
         counts = (its_labels != IGNORE).float()[:, None]  # (C, 1)
         places = its_labels.clamp(min=0)[:, None]
-        right = logits.gather(1, places)
-        shares, lse = softmax(logits)
+        shares, lse, right = softmax(logits, places)
         ce = ce + ((lse - right) * counts).sum()
         slope = scale * counts
         if z_multiplier:
@@ -232,11 +231,12 @@ def _compute(
     return ce, z, dx, dw, db
 
 
-def _softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(logits), in their place, and log sum exp(logits), (C, 1)."""
+def _softmax_(logits: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(logits), in their place; log sum exp(logits) and the logits at places, (C, 1)."""
+    right = logits.gather(1, places)
     highest = logits.amax(dim=-1, keepdim=True)
     shares = torch.softmax(logits, dim=-1, out=logits)
-    return shares, highest - shares.amax(dim=-1, keepdim=True).log()
+    return shares, highest - shares.amax(dim=-1, keepdim=True).log(), right
 
 
 def _minus_at_(shares: Tensor, places: Tensor, hit: Tensor) -> Tensor:
@@ -244,16 +244,24 @@ def _minus_at_(shares: Tensor, places: Tensor, hit: Tensor) -> Tensor:
     return shares.scatter_add_(1, places, -hit)
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for a compiler, which then never writes a share: it computes each anew, on the way
-    from the logits to their gradient."""
+# The same for a compiler. Written so, one kernel reads a chunk's bfloat16 logits twice and writes
+# their gradient once; no share is written, and no logits are kept for a kernel that comes later.
+
+
+def _softmax(logits: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    right = torch.where(_at(places, logits), logits, 0.0).sum(dim=-1, keepdim=True)
     highest = logits.amax(dim=-1, keepdim=True)
     lse = highest + (logits - highest).exp().sum(dim=-1, keepdim=True).log()
-    return (logits - lse).exp(), lse
+    return (logits - lse).exp(), lse, right
 
 
 def _minus_at(shares: Tensor, places: Tensor, hit: Tensor) -> Tensor:
-    return shares - hit * (torch.arange(shares.shape[1], device=shares.device) == places)
+    return shares - hit * _at(places, shares)
+
+
+def _at(places: Tensor, like: Tensor) -> Tensor:
+    """Whether a column is the place of its row, (C, V)."""
+    return torch.arange(like.shape[1], device=like.device) == places
 
 
 def _zeros(x: Tensor, w: Tensor, bias: Tensor | None, learns: bool) -> tuple[Tensor, ...]:
