@@ -182,7 +182,7 @@ class DataConfig(BaseConfig):
     generate_doc_lengths: bool = False  # mask attention between documents
     num_workers: int = 0
     drop_last: bool = False
-    pin_memory: bool = False
+    pin_memory: bool = False  # on a GPU batches are pinned either way
     prefetch_factor: int | None = None
     persistent_workers: bool = False
     timeout: int = 0
@@ -241,6 +241,8 @@ class CompilerConfig(BaseConfig):
     fullgraph: bool = False
     backend: str = "inductor"
     dynamic: bool | None = None
+    # Try how to tile each kernel: minutes at the first step, for kernels a little faster.
+    coordinate_descent_tuning: bool = ours(False)
 
 
 @dataclass

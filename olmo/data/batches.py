@@ -271,7 +271,8 @@ def build_train_dataloader(
         work_dir=work_dir,
         order_path=data.order_path,
     )
-    pin = data.pin_memory and torch.cuda.is_available()
+    # Whatever data.pin_memory says: a copy from other memory makes the host wait for the device.
+    pin = torch.cuda.is_available()
     return TrainLoader(dataset, build_collator(train_config), data.drop_last, pin)
 
 

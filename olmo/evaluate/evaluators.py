@@ -6,7 +6,6 @@ model again and again.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,22 +43,23 @@ def build_evaluators(cfg: TrainConfig, world: World) -> list[Evaluator]:
     return found
 
 
-def evaluate(
-    evaluators: Iterable[Evaluator], model: nn.Module, compiled: bool = False
-) -> dict[str, float]:
+def evaluate(evaluators: Iterable[Evaluator], model: nn.Module) -> dict[str, float]:
     """The metrics of all of them, under OLMo's names. The model's mode is left as it was.
 
-    `compiled`: whether the model is. Evaluation runs without: another mode, a last batch that is
-    smaller and each length of a prompt would be a compilation of its own.
+    A compiled model is evaluated as if it were not: without gradients, with a smaller last batch
+    and with prompts of every length, each call would be a compilation of its own.
     """
     metrics: dict[str, float] = {}
-    was_training = model.training
+    was_training, compiled = model.training, model._compiled_call_impl
     model.eval()
-    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-    with torch.no_grad(), eager:
-        for evaluator in evaluators:
-            metrics |= evaluator(model)
-    model.train(was_training)
+    model._compiled_call_impl = None
+    try:
+        with torch.no_grad():
+            for evaluator in evaluators:
+                metrics |= evaluator(model)
+    finally:
+        model._compiled_call_impl = compiled
+        model.train(was_training)
     return metrics
 
 

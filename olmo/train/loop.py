@@ -204,8 +204,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             sink.write(step, metrics)
 
     asked = cfg.eval_on_load if position.global_step else not resumed
-    compiled = cfg.compile is not None
-    if asked and not cfg.dry_run and (first := evaluate(evaluators, model, compiled)):
+    if asked and not cfg.dry_run and (first := evaluate(evaluators, model)):
         write(position.global_step, first)
     if cfg.force_save_unsharded or not (resumed or source or cfg.no_pre_train_checkpoint):
         saver.save("unsharded" if cfg.force_save_unsharded else None)
@@ -280,7 +279,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
                 speed.step(len(rows), tokens_per_step)
                 rows[-1][1].update(speed.metrics() | memory_metrics(world.device))
             if evaluates:
-                rows[-1][1].update(evaluate(evaluators, model, compiled))
+                rows[-1][1].update(evaluate(evaluators, model))
             reason: str | None = None
             for number, metrics in rows:
                 write(number, metrics)

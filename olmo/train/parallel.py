@@ -141,8 +141,16 @@ def parallelize(cfg: TrainConfig, model: OLMo, world: World) -> str:
     else:
         done.append(f"{world.size} replicas, gradients averaged (ddp)")
     if cfg.compile is not None:
-        options: dict[str, Any] = cfg.compile.asdict()
-        model.compile(**options)
+        tuned = cfg.compile.coordinate_descent_tuning
+        model.compile(
+            mode=cfg.compile.mode,
+            fullgraph=cfg.compile.fullgraph,
+            backend=cfg.compile.backend,
+            # Sizes are known before the first step; a last microbatch that is smaller is compiled
+            # by itself. Kernels for any size, as torch makes when it meets a second, are slower.
+            dynamic=bool(cfg.compile.dynamic),
+            options={"coordinate_descent_tuning": True} if tuned else None,
+        )
         done.append(f"compiled ({cfg.compile.mode or 'default'} mode, {cfg.compile.backend})")
     return ", ".join(done)
 

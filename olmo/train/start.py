@@ -87,6 +87,11 @@ def check_device(cfg: TrainConfig, device: torch.device, sharded: bool) -> None:
         raise ValueError(f"master_weights: {reason}")
     if cfg.cross_entropy is not None and (reason := loss.why_not(cfg)):
         raise ValueError(f"cross_entropy: {cfg.cross_entropy} is not available: {reason}")
+    if cfg.compile and cfg.compile.coordinate_descent_tuning and cfg.compile.mode:
+        raise ValueError(
+            f"compile.coordinate_descent_tuning: expected compile.mode: null, found "
+            f"{cfg.compile.mode}, which says by itself what is tuned; --compile.mode=null"
+        )
     if cfg.fp8 is not None:
         backends.available(cfg.fp8, device)
     choose(cfg.model, device, cfg.autocast_precision, cfg.attention, masks(cfg))

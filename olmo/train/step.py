@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmo.config import TrainConfig
@@ -61,10 +62,10 @@ GRAPHS = ("reduce-overhead", "max-autotune")
 def clear_gradients(optimizer: torch.optim.Optimizer, cfg: TrainConfig) -> None:
     """Before a step: no gradients.
 
-    A CUDA graph gives its gradients in memory of its own, which its next replay overwrites, and
-    autograd keeps the first microbatch's as they are: their sum would lose all but the last. So
-    where graphs are replayed gradients get memory that backward adds to. Elsewhere there is none
-    until backward brings it, which saves a pass.
+    A CUDA graph gives its gradients in memory of its own, which its next replay overwrites; with a
+    second microbatch torch would end the run for that. So where graphs are replayed, gradients have
+    memory of theirs that backward adds to. Elsewhere there is none until backward brings it, which
+    saves a pass.
     """
     if cfg.compile is None or cfg.compile.mode not in GRAPHS:
         optimizer.zero_grad(set_to_none=True)
@@ -118,6 +119,10 @@ def forward_backward(
             for k, v in micro.items()
             if k != "index"
         }
+        if cfg.compile is not None and "doc_lens" in micro:
+            # How many documents there are at most differs from batch to batch.
+            micro["doc_lens"] = F.pad(micro["doc_lens"], (0, 1))  # two of them at least
+            torch._dynamo.mark_dynamic(micro["doc_lens"], 1)
         with autocast(cfg, device):
             labels = labels_of(micro)
             loss = model(**model_inputs(micro), labels=labels, z_multiplier=z_multiplier).loss
