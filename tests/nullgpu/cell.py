@@ -1,0 +1,49 @@
+"""The step of a bench cell, several cells one after the other.
+
+    python cell.py '{"cells": [{"shape": "olmo-250m", "compile": "default"}], "layers": 1, "steps": 5}'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import nullgpu
+import torch
+import torch._inductor.config as inductor
+
+from olmo.bench import cell as bench
+from olmo.bench.matrix import Cell, Section, load
+from olmo.model import kernels
+
+
+def steps_of(section: Section, cell: Cell, steps: int) -> dict[str, Any]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch._dynamo.utils.clear_compilation_metrics()
+    training = bench.prepare(section, cell)
+    found = []
+    for number in range(steps):
+        ids = training.ids(number)
+        counts = nullgpu.Counts()
+        training.step(number, ids)
+        found.append(counts.now())
+    return {"steps": found, **training.facts, **nullgpu.compilations()}
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    kernels.trial = lambda backend, setting: None
+    bench.fill = lambda model: None
+    inductor.triton.autotune_pointwise = False
+    section = load(Path("config/bench/tps.yaml"), "cuda")
+    for shape in section.shapes.values():
+        shape["n_layers"] = request["layers"]
+    cells = [Cell(**({"precision": "amp_bf16", "microbatch": 2} | cell)) for cell in request["cells"]]
+    print(json.dumps([steps_of(section, cell, request["steps"]) for cell in cells]))
+
+
+if __name__ == "__main__":
+    main()
