@@ -1,8 +1,8 @@
 """Time a matrix: `python -m olmo.bench --matrix config/bench/tps.yaml --out bench-tps`.
 
-Needs torch, numpy and omegaconf alone. Each cell is a process of its own, each pair with a peer
-two, and leaves a record in OUT/records; what has one is not timed again, unless the code, torch,
-the device or the peer is another. Then a table: OUT/table.md and OUT/table.csv.
+Needs torch, numpy and omegaconf alone. Each cell, and each pair with a peer, leaves a record in
+OUT/records; what has one is not timed again, unless the code, torch, the device or the peer is
+another. After each a table is drawn: OUT/table.md and OUT/table.csv.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
-import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,6 @@ from olmo.bench import pairs, table
 from olmo.bench.cell import surroundings
 from olmo.bench.matrix import Cell, Pair, Section, as_plain, load
 from olmo.log import tell
-from olmo.process import describe_exit, supervised
 
 # What a step is made of: a change here makes every record old.
 CODE = ("model", "train", "precision", "bench/cell.py", "bench/side.py")
@@ -37,7 +36,9 @@ class Task(NamedTuple):
     name: str
     path: Path  # what it is measured with is in the file's name
     limit_s: float
-    time: Callable[[], dict[str, Any]]
+    kind: tuple[str, ...]  # tasks of one kind take about as long as each other
+    time: Callable[[float], dict[str, Any]]
+    """Its record, within so many seconds."""
 
 
 def bench(
@@ -46,40 +47,71 @@ def bench(
     peer: Sequence[str] = (),
     kind: str | None = None,
     draw_only: bool = False,
+    budget_s: float | None = None,
 ) -> tuple[list[dict[str, Any]], Section]:
     """Time what has no record yet; each record in the matrix's order, and the matrix's section.
 
     Args:
         peer: words NAME=WHERE, see pairs.find.
         draw_only: time nothing, and take the newest record of each cell, of whatever machine.
+        budget_s: end within so many seconds; what no longer fits is left for the next time.
     """
     here = surroundings()
     section = load(matrix, kind or here["kind"])
-    records = newest(section, out) if draw_only else list(timed(section, out, here, peer))
-    out.mkdir(parents=True, exist_ok=True)
     command = f"python -m olmo.bench --matrix {matrix} --out {out}"
-    (out / "table.md").write_text(table.markdown(records, section, command))
-    (out / "table.csv").write_text(table.csv_text(records, section))
+    if draw_only:
+        records = newest(section, out)
+        draw(records, section, out, command)
+    else:
+        records = []
+        for record in timed(section, out, here, peer, budget_s):
+            records.append(record)
+            draw(records, section, out, command)
     tell(f"{out}/table.md")
     return records, section
 
 
+def draw(records: list[dict[str, Any]], section: Section, out: Path, command: str) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "table.md", table.markdown(records, section, command))
+    write_whole(out / "table.csv", table.csv_text(records, section))
+
+
 def timed(
-    section: Section, out: Path, here: dict[str, Any], peer: Sequence[str]
+    section: Section,
+    out: Path,
+    here: dict[str, Any],
+    peer: Sequence[str],
+    budget_s: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The records that are there, and those that had to be made."""
-    wanted = list(tasks(section, out, here, peer))
-    for number, task in enumerate(wanted, 1):
-        found = kept(task)
-        record = found or {}
-        if found is None:
-            started = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-            record = {"started": started} | task.time() | here
-            record |= {"load": os.getloadavg()[0], "cores": os.cpu_count()}
-            write(task.path, record)
-        before = "; timed before" if found else ""
-        tell(f"{number} of {len(wanted)}  {task.name}: {table.result(record)}{before}")
-        yield record
+    end = time.monotonic() + (math.inf if budget_s is None else budget_s)
+    cells = pairs.Cells(here["kind"])
+    wanted = list(tasks(section, out, here, peer, cells))
+    took: dict[tuple[str, ...], float] = {}  # the longest of a kind
+    skipped: list[str] = []
+    try:
+        for number, task in enumerate(wanted, 1):
+            if (record := kept(task)) is None:
+                began = time.monotonic()
+                if (left := end - began) <= took.get(task.kind, 0.0):
+                    skipped.append(task.name)
+                    continue
+                started = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+                record = {"started": started} | task.time(min(task.limit_s, left)) | here
+                record |= {"load": os.getloadavg()[0], "cores": os.cpu_count()}
+                write(task.path, record)
+                took[task.kind] = max(took.get(task.kind, 0.0), time.monotonic() - began)
+                tell(f"{number} of {len(wanted)}  {task.name}: {table.result(record)}")
+            else:
+                result = table.result(record)
+                tell(f"{number} of {len(wanted)}  {task.name}: {result}; timed before")
+            yield record
+    finally:
+        cells.close()
+    if skipped:
+        left = ", ".join(skipped)
+        tell(f"not timed, {budget_s:g} s are over: {left}. The same command goes on with these")
 
 
 def newest(section: Section, out: Path) -> list[dict[str, Any]]:
@@ -100,7 +132,9 @@ def newest(section: Section, out: Path) -> list[dict[str, Any]]:
     return records
 
 
-def tasks(section: Section, out: Path, here: dict[str, Any], peer: Sequence[str]) -> Iterator[Task]:
+def tasks(
+    section: Section, out: Path, here: dict[str, Any], peer: Sequence[str], cells: pairs.Cells
+) -> Iterator[Task]:
     """What is wanted of a section on this machine."""
 
     def path(name: str, shape: str, *with_what: Any) -> Path:
@@ -115,7 +149,8 @@ def tasks(section: Section, out: Path, here: dict[str, Any], peer: Sequence[str]
             cell.name,
             path(cell.name, cell.shape, as_plain(cell), ours),
             section.limit_s,
-            lambda cell=cell: timed_alone(section, cell),  # type: ignore[misc]
+            (cell.shape, cell.compile),
+            lambda limit_s, cell=cell: cells.time(section, cell, limit_s),  # type: ignore[misc]
         )
     wanted = section.pairs()
     found, theirs = (pairs.find(peer), code(PEERS_CODE)) if wanted else ({}, "")
@@ -127,8 +162,9 @@ def tasks(section: Section, out: Path, here: dict[str, Any], peer: Sequence[str]
             pair.name,
             path(pair.name, pair.theirs.shape, both, section.rounds, has, theirs),
             2 * section.limit_s,
-            lambda pair=pair, where=where: pairs.time_pair(  # type: ignore[misc]
-                section, pair, where, here["kind"]
+            ("pair", pair.theirs.shape, pair.theirs.compile),
+            lambda limit_s, pair=pair, where=where: pairs.time_pair(  # type: ignore[misc]
+                section, pair, where, here["kind"], limit_s
             ),
         )
 
@@ -155,41 +191,15 @@ def code(parts: Sequence[str]) -> str:
     return hashlib.sha256(joined).hexdigest()
 
 
-def timed_alone(section: Section, cell: Cell) -> dict[str, Any]:
-    """The record of a cell, from a process of its own, however that ends."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, said = Path(folder, "record.json"), Path(folder, "said")
-        request = json.dumps({"section": section.asdict(), "cell": as_plain(cell)})
-        command = [sys.executable, "-m", "olmo.bench.cell", str(path)]
-        failed = {"cell": as_plain(cell), "status": "failed"}
-        with (
-            said.open("w") as output,
-            supervised(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=output, text=True
-            ) as process,
-        ):
-            assert process.stdin is not None
-            process.stdin.write(request)
-            process.stdin.close()
-            try:
-                status = process.wait(section.limit_s)
-            except subprocess.TimeoutExpired:
-                why = f"it took longer than limit_s={section.limit_s:g}"
-                return failed | {"status": "too slow", "why": why, "limit_s": section.limit_s}
-        if path.exists():
-            record: dict[str, Any] = json.loads(path.read_text())
-            return record
-        last = (said.read_text().strip().splitlines() or [""])[-1]
-        if status == -9:
-            return failed | {"status": "out of memory", "why": "the kernel ended the process"}
-        return failed | {"why": f"{describe_exit(status)}: {last}"}
-
-
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(record, indent=1))
+    write_whole(path, json.dumps(record, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text)
     draft.replace(path)
 
 
@@ -205,6 +215,9 @@ def main() -> None:
         help="ai2-olmo or transformers: a Python that has it, or a wheel or folder of its sources",
     )
     parser.add_argument("--kind", choices=("cpu", "cuda"), help="as the machine has, by default")
+    parser.add_argument(
+        "--budget-s", type=float, help="end within so many seconds; what no longer fits is told"
+    )
     parser.add_argument(
         "--draw-only", action="store_true", help="the tables of the records there, from anywhere"
     )

@@ -1,7 +1,7 @@
 """One cell: train as many steps as it says, in this process, and say what that took.
 
-    python -m olmo.bench.cell RECORD < the request, as JSON
-    python -m olmo.bench.cell --turns    (side.serve: beside a peer)
+    python -m olmo.bench.cell            a request a line, as JSON; each answered by its record
+    python -m olmo.bench.cell --turns    beside a peer (side.serve)
 
 The step is the trainer's own: its model, its microbatches, its clipping, its optimizer.
 """
@@ -9,6 +9,7 @@ The step is the trainer's own: its model, its microbatches, its clipping, its op
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import math
 import platform
@@ -28,6 +29,7 @@ from olmo.bench.side import (
     PeakMemory,
     Training,
     Unavailable,
+    answers,
     fill,
     ids_of,
     limit_memory,
@@ -144,6 +146,7 @@ def measure(section: Section, cell: Cell) -> dict[str, Any]:
         "first_step_s": first_step_s,
         "first_loss": every[0],
         "last_loss": every[-1],
+        "losses": every,
         **speeds(facts, seconds),
     }
 
@@ -222,26 +225,34 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def main() -> None:
-    if sys.argv[1] == "--turns":
-        serve(lambda request: prepare(Section.new(**request["section"]), Cell(**request["cell"])))
-        return
-    record_path = Path(sys.argv[1])
-    request = json.load(sys.stdin)
-    section = Section.new(**request["section"])
-    cell = Cell(**request["cell"])
-    record = {"cell": request["cell"]}
+def record_of(section: Section, cell: Cell) -> dict[str, Any]:
+    """The record of a cell; raises what is no result."""
     try:
-        if not torch.cuda.is_available():
-            limit_memory(section.memory_bytes or free_memory())
-        record |= {"status": "ok", **measure(section, cell)}
+        return {"status": "ok", **measure(section, cell)}
     except Unavailable as error:
-        record |= {"status": "unavailable", "why": str(error)}
+        return {"status": "unavailable", "why": str(error)}
     except (RuntimeError, MemoryError, OSError) as error:
         if (why := out_of_memory(error)) is None:
             raise
-        record |= {"status": "out of memory", "why": why}
-    record_path.write_text(json.dumps(record))
+        return {"status": "out of memory", "why": why}
+    finally:  # the next cell begins as if it were the first
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--turns"]:
+        serve(lambda request: prepare(Section.new(**request["section"]), Cell(**request["cell"])))
+        return
+    answer = answers()
+    for line in sys.stdin:
+        request = json.loads(line)
+        section = Section.new(**request["section"])
+        if not torch.cuda.is_available():
+            limit_memory(section.memory_bytes or free_memory())
+        answer(record_of(section, Cell(**request["cell"])))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 
 from olmo.bench import side
 from olmo.bench.cell import speeds
-from olmo.bench.matrix import PEERS, Pair, Section, as_plain
+from olmo.bench.matrix import PEERS, Cell, Pair, Section, as_plain
 from olmo.data.order import free_memory
 from olmo.process import describe_exit, supervised
 
@@ -143,7 +143,18 @@ class Side:
         """Its answer to a line.
 
         Raises:
-            Ended: it has none.
+            Ended: it has none, or one that says why not.
+        """
+        answer = self.answer(line)
+        if "why" in answer:
+            raise Ended(answer["status"], f"{self.who}: {answer['why']}")
+        return answer
+
+    def answer(self, line: str) -> dict[str, Any]:
+        """Its answer to a line, whatever that is.
+
+        Raises:
+            Ended: the process ended.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -156,8 +167,6 @@ class Side:
             last = (self.said.read_text().strip().splitlines() or [""])[-1]
             raise Ended("failed", f"{self.who}: {describe_exit(code)}: {last}")
         answer: dict[str, Any] = json.loads(text)
-        if "why" in answer:
-            raise Ended(answer["status"], f"{self.who}: {answer['why']}")
         return answer
 
 
@@ -178,31 +187,79 @@ def side_of(who: str, command: Sequence[str], folder: Path) -> Iterator[Side]:
         yield Side(who, process, said)
 
 
-def time_pair(section: Section, pair: Pair, peer: Peer | str, kind: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def within(limit_s: float, *sides: Side) -> Iterator[threading.Event]:
+    """End these processes when the limit is over; whether that was so."""
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        for one in sides:
+            one.process.kill()
+
+    clock = threading.Timer(limit_s, end)
+    clock.start()
+    try:
+        yield late
+    finally:
+        clock.cancel()
+
+
+def ended(error: Ended, late: bool, limit_s: float) -> dict[str, Any]:
+    """What a record says of a process that stopped."""
+    if late:
+        why = f"it took longer than {limit_s:.3g} s"
+        return {"status": "too slow", "why": why, "limit_s": limit_s}
+    return {"status": error.status, "why": error.why}
+
+
+class Cells:
+    """Times cells, one after the other: on a GPU in one process, for as long as it lives; on a CPU
+    each in its own, since the memory that a process takes is never less than it once was."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._open = contextlib.ExitStack()
+        self._side: Side | None = None
+
+    def time(self, section: Section, cell: Cell, limit_s: float) -> dict[str, Any]:
+        """The record of a cell, however it ends."""
+        if self._side is None:
+            folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
+            command = [sys.executable, "-m", "olmo.bench.cell"]
+            self._side = self._open.enter_context(side_of("ours", command, folder))
+        request = {"section": section.asdict(), "cell": as_plain(cell)}
+        record: dict[str, Any] = {"cell": as_plain(cell)}
+        with within(limit_s, self._side) as late:
+            try:
+                record |= self._side.answer(json.dumps(request))
+            except Ended as error:
+                record |= ended(error, late.is_set(), limit_s)
+        if self._kind == "cpu" or record["status"] not in ("ok", "unavailable"):
+            self.close()
+        return record
+
+    def close(self) -> None:
+        self._open.close()
+        self._side = None
+
+
+def time_pair(
+    section: Section, pair: Pair, peer: Peer | str, kind: str, limit_s: float
+) -> dict[str, Any]:
     """The record of a pair, however it ends."""
     record: dict[str, Any] = {"cell": as_plain(pair.theirs), "beside": as_plain(pair.ours)}
     if isinstance(peer, str):
         return record | {"status": "unavailable", "why": peer}
-    limit_s, late = 2 * section.limit_s, threading.Event()
-    try:
-        with tempfile.TemporaryDirectory() as folder, both(peer, Path(folder)) as sides:
-
-            def end() -> None:
-                late.set()
-                for one in sides:
-                    one.process.kill()
-
-            clock = threading.Timer(limit_s, end)
-            clock.start()
-            try:
-                return record | {"status": "ok"} | take_turns(section, pair, peer, kind, *sides)
-            finally:
-                clock.cancel()
-    except Ended as error:
-        if late.is_set():
-            why = f"it took longer than 2 × limit_s={section.limit_s:g}"
-            return record | {"status": "too slow", "why": why, "limit_s": limit_s}
-        return record | {"status": error.status, "why": error.why}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        both(peer, Path(folder)) as sides,
+        within(limit_s, *sides) as late,
+    ):
+        try:
+            return record | {"status": "ok"} | take_turns(section, pair, peer, kind, *sides)
+        except Ended as error:
+            return record | ended(error, late.is_set(), limit_s)
 
 
 @contextlib.contextmanager

@@ -153,11 +153,10 @@ def serve(build: Callable[[dict[str, Any]], Training]) -> None:
 
     Each line is answered by one, in JSON: what was built, what the steps took, or why not.
     """
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what else is printed is no answer
+    send = answers()
 
     def answer(status: str, **facts: Any) -> None:
-        print(json.dumps({"status": status, **facts}), file=answers, flush=True)
+        send({"status": status, **facts})
 
     request = json.loads(sys.stdin.readline())
     try:
@@ -171,6 +170,14 @@ def serve(build: Callable[[dict[str, Any]], Training]) -> None:
         if (why := out_of_memory(error)) is None:
             raise
         answer("out of memory", why=why)
+
+
+def answers() -> Callable[[dict[str, Any]], None]:
+    """What sends an answer, a line of JSON, to whoever started this process. All else that is
+    printed from now on goes to stderr."""
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return lambda answer: print(json.dumps(answer), file=stdout, flush=True)
 
 
 def take_turns(training: Training, answer: Callable[..., None]) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from olmo.bench.__main__ import timed_alone
 from olmo.bench.matrix import Cell, load
+from olmo.bench.pairs import Cells
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 MATRIX = Path(__file__).parents[2] / "config/bench/tps.yaml"
@@ -13,7 +13,7 @@ MATRIX = Path(__file__).parents[2] / "config/bench/tps.yaml"
 
 def test_a_cell_has_speed_mfu_memory_and_energy():
     section = load(MATRIX, "cuda")
-    record = timed_alone(section, Cell("olmo-250m", microbatch=2, precision="amp_bf16"))
+    record = Cells("cuda").time(section, Cell("olmo-250m", microbatch=2, precision="amp_bf16"), 300)
     assert record["status"] == "ok", record
     assert len(record["seconds"]) == section.steps and record["tokens_per_second"] > 0
     assert record["peak_memory_bytes"] > 4 * record["parameters"]
@@ -26,5 +26,7 @@ def test_a_cell_has_speed_mfu_memory_and_energy():
 
 def test_what_the_memory_cannot_hold_is_a_result():
     section = load(MATRIX, "cuda")
-    record = timed_alone(section, Cell("olmo-250m", microbatch=20_000, precision="fp32"))
+    record = Cells("cuda").time(
+        section, Cell("olmo-250m", microbatch=20_000, precision="fp32"), 300
+    )
     assert record["status"] == "out of memory" and "memory" in record["why"]

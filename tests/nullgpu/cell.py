@@ -1,6 +1,6 @@
 """The step of a bench cell, several cells one after the other.
 
-    python cell.py '{"cells": [{"shape": "olmo-250m", "compile": "default"}], "layers": 1, "steps": 5}'
+python cell.py '{"cells": [{"shape": "olmo-250m", "compile": "default"}], "layers": 1, "steps": 5}'
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def main() -> None:
     section = load(Path("config/bench/tps.yaml"), "cuda")
     for shape in section.shapes.values():
         shape["n_layers"] = request["layers"]
-    cells = [Cell(**({"precision": "amp_bf16", "microbatch": 2} | cell)) for cell in request["cells"]]
+    asked = [{"precision": "amp_bf16", "microbatch": 2} | cell for cell in request["cells"]]
+    cells = [Cell(**cell) for cell in asked]
     print(json.dumps([steps_of(section, cell, request["steps"]) for cell in cells]))
 
 

@@ -82,7 +82,7 @@ def environment(python: str) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="session", params=PYTHONS, ids=lambda python: f"torch{about(python)['torch']}")
+@pytest.fixture(scope="session", params=PYTHONS)
 def python(request: pytest.FixtureRequest) -> str:
     if reason := why_not(request.param):
         pytest.skip(reason)

@@ -8,6 +8,7 @@ microbatches a step, and an evaluation after step 3 whose last batch is smaller.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -15,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import nullgpu
+import numpy as np
 import torch
 import torch._inductor.config as inductor
 from torch import Tensor
@@ -95,10 +96,8 @@ def main() -> None:
 
     loop.forward_backward = counted
     with tempfile.TemporaryDirectory() as folder:
-        try:
+        with contextlib.suppress(Enough):
             loop.train(config(Path(folder), request))
-        except Enough:
-            pass
         rows = Path(folder, "run/metrics.jsonl").read_text().splitlines()
     print(
         json.dumps(

@@ -1,6 +1,6 @@
 """The compiled cross-entropy of the model's head, forward and backward: what a call launches.
 
-    python loss.py '{"rows": 32768}'
+python loss.py '{"rows": 32768}'
 """
 
 from __future__ import annotations

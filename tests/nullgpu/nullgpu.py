@@ -6,7 +6,9 @@ import ctypes
 from typing import Any
 
 # In the order of `enum Kind` in runtime.c, which says what each of them is.
-KINDS = "launch product triton sync h2d d2h d2d pageable memset malloc replay".split()
+KINDS = """
+launch product triton sync h2d d2h d2d pageable memset malloc replay
+""".split()  # noqa: SIM905 (it is a list of words)
 _runtime = ctypes.CDLL(None)
 
 

@@ -81,7 +81,7 @@ def test_transformers_trains_the_same_model_in_turns(
 ):
     section = section_of(tmp_path, {"peer": ["transformers"], "attention": ["math", "flash-attn"]})
     peer = find([])["transformers"]
-    one, flash = (time_pair(section, pair, peer, "cpu") for pair in section.pairs())
+    one, flash = (time_pair(section, pair, peer, "cpu", 600) for pair in section.pairs())
     check(one, section)
     assert (
         flash["status"] == "unavailable" and "flash-attn is computed by the package" in flash["why"]
@@ -90,7 +90,7 @@ def test_transformers_trains_the_same_model_in_turns(
     # 16 bits are not 32: what does not compute the same has no ratio.
     monkeypatch.setitem(pairs.SAME_LOSS, "fp32", 1e-9)
     other = section_of(tmp_path, {"peer": ["transformers"], "ours": {"precision": "amp_bf16"}})
-    unequal = time_pair(other, other.pairs()[0], peer, "cpu")
+    unequal = time_pair(other, other.pairs()[0], peer, "cpu", 600)
     assert unequal["status"] == "failed" and "not the same model" in unequal["why"]
 
 
@@ -110,7 +110,7 @@ def test_ai2_olmo_trains_the_same_model_in_turns(tmp_path: Path):
     (tmp_path / "sources").mkdir()
     (tmp_path / "sources/olmo").symlink_to(installed.stdout.strip())
     sources = peer_at("ai2-olmo", str(tmp_path / "sources"))
-    again = time_pair(section, section.pairs()[0], sources, "cpu")
+    again = time_pair(section, section.pairs()[0], sources, "cpu", 600)
     check(again, section)
     assert again["last_loss"] == pytest.approx(record["last_loss"], rel=1e-5)
 

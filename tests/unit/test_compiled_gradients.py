@@ -106,7 +106,12 @@ def test_what_is_quantized_is_what_a_product_would_take(monkeypatch: pytest.Monk
         assert fast == [True, False, False]
 
 
-HEADS = {"plain": {}, "scaled": {"scale": 0.3}, "biased": {"bias": True}, "z": {"z_multiplier": 0.1}}
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scaled": {"scale": 0.3},
+    "biased": {"bias": True},
+    "z-loss": {"z_multiplier": 0.1},
+}
 
 
 @pytest.mark.parametrize("formulation", ["cpu", "gpu"])
