@@ -11,7 +11,7 @@ what is saved without it, and a run may go on with the other setting.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Masters:
             master.requires_grad_()
             self._of[p] = master
             p.data = master.detach().to(torch.bfloat16)
-            p.register_post_accumulate_grad_hook(self._collect)
+            p.register_post_accumulate_grad_hook(_collecting(master))
             if p in optimizer.state:
                 optimizer.state[master] = optimizer.state.pop(p)
         for group in optimizer.param_groups:
@@ -65,18 +65,25 @@ class Masters:
         """The weights become what their masters are now."""
         torch._foreach_copy_(self._weights, self._masters)
 
-    def _collect(self, p: Tensor) -> None:
-        """After a microbatch's backward: its gradient is added to the master's."""
-        master, gradient = self._of[p], p.grad  # type: ignore[index]
-        assert gradient is not None
-        if master.grad is None:
-            master.grad = gradient.float()
-        else:
-            master.grad += gradient
-        p.grad = None
-
     def _name(self, model: nn.Module, state: dict[str, Any], *_: Any) -> None:
         """The masters under their weights' names: what is saved."""
         for name, p in model.named_parameters():
             if p in self._of:
                 state[name] = self._of[p].detach()
+
+
+def _collecting(master: Tensor) -> Callable[[Tensor], None]:
+    """What happens to a weight's gradient after each microbatch: it is added to the master's.
+
+    A hook that knew its weight would keep both alive for ever: Python does not see such a circle.
+    """
+
+    def collect(p: Tensor) -> None:
+        assert p.grad is not None
+        if master.grad is None:
+            master.grad = p.grad.float()
+        else:
+            master.grad += p.grad
+        p.grad = None
+
+    return collect

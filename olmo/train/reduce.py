@@ -7,6 +7,7 @@ their last bits: the buckets, and their order, follow from the parameters alone.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -56,14 +57,21 @@ class GradientMean:
         self._next = len(self._buckets) - 1
 
     def _counting(self, bucket: int) -> Any:
+        # A hook that knew us would keep us, and the weights, alive for ever.
+        own = weakref.ref(self)
+
         def ready(_: Tensor) -> None:
-            if not self._missing:
-                return  # more will be added to it
-            self._missing[bucket] -= 1
-            while self._next >= 0 and not self._missing[self._next]:
-                self._send()
+            if (mean := own()) is not None:
+                mean._ready(bucket)
 
         return ready
+
+    def _ready(self, bucket: int) -> None:
+        if not self._missing:
+            return  # more will be added to it
+        self._missing[bucket] -= 1
+        while self._next >= 0 and not self._missing[self._next]:
+            self._send()
 
     def _send(self) -> None:
         bucket = self._buckets[self._next]

@@ -12,11 +12,9 @@ from typing import Any
 
 import nullgpu
 import torch
-import torch._inductor.config as inductor
 
 from olmo.bench import cell as bench
 from olmo.bench.matrix import Cell, Section, load
-from olmo.model import kernels
 
 
 def steps_of(section: Section, cell: Cell, steps: int) -> dict[str, Any]:
@@ -35,9 +33,7 @@ def steps_of(section: Section, cell: Cell, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     request = json.loads(sys.argv[1])
-    kernels.trial = lambda backend, setting: None
     bench.fill = lambda model: None
-    inductor.triton.autotune_pointwise = False
     section = load(Path("config/bench/tps.yaml"), "cuda")
     for shape in section.shapes.values():
         shape["n_layers"] = request["layers"]

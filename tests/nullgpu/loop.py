@@ -19,11 +19,10 @@ from typing import Any
 import nullgpu
 import numpy as np
 import torch
-import torch._inductor.config as inductor
 from torch import Tensor
 
 from olmo.config import TrainConfig
-from olmo.model import OLMo, kernels
+from olmo.model import OLMo
 from olmo.train import loop
 
 EVALUATED = 3
@@ -73,10 +72,7 @@ def config(folder: Path, changes: dict[str, Any]) -> TrainConfig:
 def main() -> None:
     request = json.loads(sys.argv[1])
     steps, lag = request.pop("steps", 6), request.pop("lag", 0)
-    # Zeros agree with no formula, nor does it matter what they are, or how kernels are tiled.
-    kernels.trial = lambda backend, setting: None
-    OLMo.reset_parameters = lambda self: None
-    inductor.triton.autotune_pointwise = False
+    OLMo.reset_parameters = lambda self: None  # it does not matter what they are
     nullgpu.lag(lag)
     found: list[dict[str, int]] = []
     counts: nullgpu.Counts | None = None

@@ -1,0 +1,173 @@
+"""What this device computes, beside what it should: a line of JSON each, with the largest error.
+
+Attention by each kernel; the loss, and layers in 8 bits, compiled beside eager, with gradients; a
+small model's step compiled, with master weights, and with CUDA graphs over two microbatches.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from olmo.config import CompilerConfig, ModelConfig, TrainConfig
+from olmo.model import OLMo
+from olmo.model.attention import Backend
+from olmo.model.kernels import Mask, Setting, why_not
+from olmo.model.loss import CrossEntropy, losses
+from olmo.precision.fp8 import Recipe, linear, scaled
+from olmo.train.masters import Masters
+from olmo.train.optim import build_optimizer
+from olmo.train.parallel import World, parallelize
+from olmo.train.step import clear_gradients, forward_backward
+
+BF16 = torch.bfloat16
+
+
+def tell(what: str, limit: float, compute: Callable[[], float]) -> None:
+    """Run one check: an error of at most `limit` is expected of it."""
+    record: dict[str, Any] = {"what": what, "limit": limit}
+    try:
+        error = compute()
+        record |= {"error": error, "passed": error <= limit}
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        record |= {"error": None, "passed": False, "why": reason}
+    print(json.dumps(record), flush=True)
+
+
+def off(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative error among tensors; 1 where one is zeros, 2 where one is no number."""
+    errors = [
+        float((a.float() - b.float()).norm() / b.float().norm())
+        for a, b in zip(found, expected, strict=True)
+    ]
+    return max((e if e == e else 2.0) for e in errors)
+
+
+def attention(device: torch.device, kind: str) -> None:
+    head_sizes = (64, 128, 192) if kind == "cuda" else (16,)
+    dtype = BF16 if kind == "cuda" else torch.float32
+    for head_size in head_sizes:
+        for backend in Backend:
+            for mask in (Mask.causal, Mask.documents) if head_size in (16, 128) else (Mask.causal,):
+                reason = why_not(backend, Setting(device, dtype, 8, 8, head_size, mask))
+                what = f"attention by {backend}, head size {head_size}, mask {mask}"
+                record = {"what": what, "passed": reason is None, "why": reason}
+                print(json.dumps(record), flush=True)
+
+
+def results(call: Callable[[Tensor], Tensor], x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """The output, and the gradients of x and of each weight."""
+    own = x.detach().clone().requires_grad_()
+    for weight in weights:
+        weight.grad = None
+    y = call(own)
+    y.float().square().sum().backward()
+    return [y.detach(), own.grad, *(w.grad.clone() for w in weights)]  # type: ignore[union-attr]
+
+
+def loss(device: torch.device, kind: str) -> None:
+    rows, d, vocabulary = (20_480, 1024, 50_304) if kind == "cuda" else (40, 16, 64)
+    torch.manual_seed(0)
+    x = torch.randn(rows, d, device=device)
+    weight = (torch.randn(vocabulary, d, device=device) / d**0.5).requires_grad_()
+    labels = torch.randint(0, vocabulary, (rows,), device=device)
+    labels[::7] = -100
+
+    def head(by: CrossEntropy) -> Callable[[Tensor], Tensor]:
+        def total(x: Tensor) -> Tensor:
+            with torch.autocast(kind, BF16):
+                return losses(by, x, weight, labels, None, 1.0, 0.0).total[None] / rows
+
+        return total
+
+    plain = results(head(CrossEntropy.plain), x, [weight])
+    chunked = results(head(CrossEntropy.chunked), x, [weight])
+    tell("loss, chunked beside plain", 0.02, lambda: off(chunked, plain))
+    compiled = torch.compile(head(CrossEntropy.chunked), fullgraph=True)
+    tell("loss, compiled beside plain", 0.02, lambda: off(results(compiled, x, [weight]), plain))
+
+
+def eight_bits(device: torch.device, kind: str) -> None:
+    rows, d, wide = (4096, 1024, 8192) if kind == "cuda" else (64, 32, 48)
+    torch.manual_seed(0)
+    x = torch.randn(rows, d, device=device)
+    weight = (torch.randn(wide, d, device=device) / d**0.5).requires_grad_()
+
+    def layer(x: Tensor) -> Tensor:
+        with torch.autocast(kind, BF16):
+            return linear(x, weight, None, Recipe(scaled))
+
+    def exact(x: Tensor) -> Tensor:
+        return nn.functional.linear(x, weight)
+
+    eager = results(layer, x, [weight])
+    tell("8 bits beside float32", 0.12, lambda: off(eager, results(exact, x, [weight])))
+    compiled = torch.compile(layer, fullgraph=True)
+    tell("8 bits, compiled beside eager", 0.03, lambda: off(results(compiled, x, [weight]), eager))
+
+
+def steps(device: torch.device, kind: str) -> None:
+    sizes = {"d_model": 1024, "n_heads": 8, "n_layers": 2, "max_sequence_length": 1024}
+    vocabulary = {"vocab_size": 50_280, "embedding_size": 50_304}
+    if kind == "cpu":
+        sizes = {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_sequence_length": 32}
+        vocabulary = {"vocab_size": 250, "embedding_size": 256}
+    dropout = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.0)
+    model_config = ModelConfig(**sizes, **vocabulary, **dropout, rope=True, eos_token_id=0)
+    torch.manual_seed(0)
+    fresh = OLMo(model_config)
+    length = model_config.max_sequence_length
+    ids = torch.randint(0, 250, (4, length))
+    batch = {"input_ids": ids, "index": torch.arange(4)}
+
+    def step(masters: bool = False, **compiler: Any) -> list[Tensor]:
+        cfg = TrainConfig(
+            model=model_config,
+            precision="amp_bf16",
+            device_train_microbatch_size=2,
+            master_weights=masters,
+            compile=CompilerConfig(fullgraph=True, **compiler) if compiler else None,
+        )
+        model = copy.deepcopy(fresh).to(device).train()
+        model.use_attention(device, BF16)
+        parallelize(cfg, model, World(0, 0, 1, device, ""))
+        optimizer = build_optimizer(cfg, model)
+        if masters:
+            Masters(model, optimizer)
+        for _ in range(3):  # a graph is captured at the second call, and replayed from then on
+            clear_gradients(optimizer, cfg)
+            ce = forward_backward(model, batch, cfg, device, 1).ce
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        found = [ce.detach().clone(), *(p.grad.detach().clone() for p in held)]
+        torch.compiler.reset()
+        return found
+
+    eager = step()
+    tell("a step, compiled beside eager", 0.05, lambda: off(step(mode=None), eager))
+    tell("a step with master weights", 0.1, lambda: off(step(masters=True), eager))
+    if kind == "cuda":
+        graphs = {"mode": "reduce-overhead"}
+        tell("a step of two microbatches by CUDA graphs", 0.05, lambda: off(step(**graphs), eager))
+
+
+def main() -> None:
+    kind = json.loads(sys.argv[1])["kind"]
+    device = torch.device(kind)
+    for part in (attention, eight_bits, loss, steps):
+        try:
+            part(device, kind)
+        except Exception as error:  # the other parts may still tell something
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            record = {"what": part.__name__, "passed": False, "why": reason}
+            print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()
