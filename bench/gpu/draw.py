@@ -17,6 +17,7 @@ from olmo.bench import table
 from olmo.bench.matrix import Cell, Pair
 
 Record = dict[str, Any]
+PASSED = {True: "yes", False: "NO", None: "not available"}
 
 
 def page(folder: Path) -> str:
@@ -51,6 +52,22 @@ def records(folder: Path, *parts: str) -> list[Record]:
             key=lambda path: (json.loads(path.read_text()).get("started", ""), path.name),
         )
     ]
+
+
+def in_words(record: Record) -> str:
+    """A record of a program's, on a line."""
+    if record.get("what") == "product":
+        eight = record["fp8_tflops"]
+        rates = f"{record['bf16_tflops']:.3g} TFLOP/s, in 8 bits "
+        return f"{record['name']}: {rates}{f'{eight:.3g}' if eight else 'none'}"
+    if record.get("what") == "copy":
+        return f"copy: {record['tb_per_s']:.3g} TB/s"
+    if "families" in record:
+        return f"{record['ms']:.2f} ms a step"
+    if "passed" in record:
+        told = record.get("why") or record.get("error", record.get("largest_gap"))
+        return f"{record['what']}: {PASSED[record['passed']]}{f' ({told})' if told else ''}"
+    return f"{record['what']}: {record['steps']} steps, exit {record['exit']}"
 
 
 def section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -162,7 +179,7 @@ def smoke(folder: Path) -> list[str]:
         error = record.get("error")
         told = "" if error is None else f"{error:.2e} (at most {record['limit']:g})"
         why = " ".join(str(record.get("why") or "").split())[:110]
-        rows.append([record["what"], "yes" if record["passed"] else "no", told or why])
+        rows.append([record["what"], PASSED[record["passed"]], told or why])
     return section("What it computes", ("check", "as it should", "largest error, or why not"), rows)
 
 

@@ -107,7 +107,9 @@ def program(part: str, request: dict[str, Any], limit_s: float, results: Results
         assert process.stdout is not None
         for number, line in enumerate(process.stdout):
             if line.startswith("{"):
-                results.add(f"{part}/{number:04}.json", json.loads(line))
+                record = json.loads(line)
+                results.add(f"{part}/{number:04}.json", record)
+                tell(f"{part}: {draw.in_words(record)}")
         code = process.wait()
         clock.cancel()
     text = said.read_text()[-20_000:]
@@ -126,9 +128,10 @@ def cells(part: str, sections: list[Section], limit_s: float, results: Results, 
         left = max(end - time.monotonic(), 0.0)
         out = results.folder / part
         given = [f"ai2-olmo={peer}"] if peer else []
-        for record in bench.timed(section, out, here, given, left):
+        for record, line in bench.timed(section, out, here, given, left):
             statuses[record["status"]] = statuses.get(record["status"], 0) + 1
             results.pack()
+            tell(line)
     return ", ".join(f"{n} {status}" for status, n in statuses.items()) or "nothing fitted"
 
 

@@ -56,10 +56,13 @@ def attention(device: torch.device, kind: str) -> None:
     for head_size in head_sizes:
         for backend in Backend:
             for mask in (Mask.causal, Mask.documents) if head_size in (16, 128) else (Mask.causal,):
-                reason = why_not(backend, Setting(device, dtype, 8, 8, head_size, mask))
+                setting = Setting(device, dtype, 8, 8, head_size, mask)
                 what = f"attention by {backend}, head size {head_size}, mask {mask}"
-                record = {"what": what, "passed": reason is None, "why": reason}
-                print(json.dumps(record), flush=True)
+                reason = why_not(backend, setting)
+                passed = (
+                    None if reason and "off what the formula says" not in reason else not reason
+                )
+                print(json.dumps({"what": what, "passed": passed, "why": reason}), flush=True)
 
 
 def results(call: Callable[[Tensor], Tensor], x: Tensor, weights: list[Tensor]) -> list[Tensor]:

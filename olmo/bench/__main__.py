@@ -64,9 +64,10 @@ def bench(
         draw(records, section, out, command)
     else:
         records = []
-        for record in timed(section, out, here, peer, budget_s):
+        for record, line in timed(section, out, here, peer, budget_s):
             records.append(record)
             draw(records, section, out, command)
+            tell(line)
     tell(f"{out}/table.md")
     return records, section
 
@@ -83,8 +84,8 @@ def timed(
     here: dict[str, Any],
     peer: Sequence[str],
     budget_s: float | None = None,
-) -> Iterator[dict[str, Any]]:
-    """The records that are there, and those that had to be made."""
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The records that are there, and those that had to be made; each with a line about it."""
     end = time.monotonic() + (math.inf if budget_s is None else budget_s)
     cells = pairs.Cells(here["kind"])
     wanted = list(tasks(section, out, here, peer, cells))
@@ -92,8 +93,9 @@ def timed(
     skipped: list[str] = []
     try:
         for number, task in enumerate(wanted, 1):
+            before = "; timed before"
             if (record := kept(task)) is None:
-                began = time.monotonic()
+                before, began = "", time.monotonic()
                 if (left := end - began) <= took.get(task.kind, 0.0):
                     skipped.append(task.name)
                     continue
@@ -102,11 +104,8 @@ def timed(
                 record |= {"load": os.getloadavg()[0], "cores": os.cpu_count()}
                 write(task.path, record)
                 took[task.kind] = max(took.get(task.kind, 0.0), time.monotonic() - began)
-                tell(f"{number} of {len(wanted)}  {task.name}: {table.result(record)}")
-            else:
-                result = table.result(record)
-                tell(f"{number} of {len(wanted)}  {task.name}: {result}; timed before")
-            yield record
+            result = table.result(record)
+            yield record, f"{number} of {len(wanted)}  {task.name}: {result}{before}"
     finally:
         cells.close()
     if skipped:
