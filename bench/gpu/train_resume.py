@@ -42,7 +42,7 @@ def overrides(kind: str, layers: int | None, folder: Path, run: str) -> list[str
         small = {"d_model": 64, "n_heads": 2, "n_layers": 2, "max_sequence_length": 64}
         small |= {"vocab_size": 300, "embedding_size": 384, "eos_token_id": 0}
         found += [f"--model.{name}={value}" for name, value in small.items()]
-        found += ["--precision=fp32", "--intra_op_threads=1"]
+        found += ["--precision=fp32", "--master_weights=false", "--intra_op_threads=1"]
     return found
 
 

@@ -109,8 +109,8 @@ def timed(
     finally:
         cells.close()
     if skipped:
-        left = ", ".join(skipped)
-        tell(f"not timed, {budget_s:g} s are over: {left}. The same command goes on with these")
+        names = ", ".join(skipped)
+        tell(f"not timed, {budget_s:g} s are over: {names}. The same command goes on with these")
 
 
 def newest(section: Section, out: Path) -> list[dict[str, Any]]:

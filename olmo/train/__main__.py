@@ -38,6 +38,15 @@ def overrides(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def out_of_memory(error: Exception) -> str:
+    """torch's report as far as it helps, and what takes less memory."""
+    return (
+        f"{str(error).partition(' Of the allocated memory')[0]} Halve "
+        "--device_train_microbatch_size, which changes the rounding only, or set "
+        "--activation_checkpointing=one_in_two"
+    )
+
+
 def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -50,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     who = f"rank {rank}: " if rank else ""
     if "OLMO_LAUNCHED" in os.environ:  # torchrun ignores it then (see olmo.node), we do not
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    import torch
+
     from olmo.config import TrainConfig
     from olmo.process import PAUSED
     from olmo.train.loop import train
@@ -60,6 +71,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if code == PAUSED and "OLMO_LAUNCHED" in os.environ else code
     except (ValueError, OSError) as error:
         print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"{who}error: {out_of_memory(error)}", file=sys.stderr, flush=True)
         return 2
     except NotFinite as error:
         if not rank:

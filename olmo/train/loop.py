@@ -118,6 +118,10 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
 
     evaluators = build_evaluators(cfg, world)
 
+    # --- where the run was ---
+    folder = Path(cfg.save_folder)
+    checkpoint, position, resumed = find_start(cfg, world, folder)
+
     # --- the model ---
     torch.manual_seed(cfg.seed)
     model = OLMo(cfg.model.update_with(init_device="cpu"))
@@ -129,9 +133,6 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         model.cross_entropy = cfg.cross_entropy
         tell(f"cross-entropy: {cfg.cross_entropy}")
 
-    # --- where the run was ---
-    folder = Path(cfg.save_folder)
-    checkpoint, position, resumed = find_start(cfg, world, folder)
     model.to(world.device)
     eight_bits: EightBits | None = None
     if cfg.fp8 is not None:

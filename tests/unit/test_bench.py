@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import polars
@@ -197,6 +198,33 @@ def test_what_ends_badly_is_a_record_too(tmp_path: Path):
     path = matrix(tmp_path, {"shape": ["large"]}, shapes=shapes, memory_bytes=1_200_000_000)
     (full,), _ = runner.bench(path, tmp_path / "out", kind="cpu")
     assert full["status"] == "out of memory" and "allocate memory" in full["why"]
+
+
+@pytest.mark.slow
+def test_a_budget_is_kept_and_what_is_left_out_is_told(tmp_path: Path, capsys):
+    path, out = matrix(tmp_path, {"microbatch": [1, 2, 3, 4]}), tmp_path / "out"
+    drawn: list[int] = []
+    draw = runner.draw
+
+    def seen(records: list, *rest: object) -> None:
+        drawn.append(len(records))
+        draw(records, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "draw", seen)
+        began = time.monotonic()
+        first, _ = runner.bench(path, out, kind="cpu", budget_s=6.0)
+        assert time.monotonic() - began < 10
+    assert 0 < len(first) < 4 and drawn == list(range(1, len(first) + 1)), "drawn after each"
+    left = [f"small.auto.eager.mb{n}.fp32.none" for n in range(len(first) + 1, 5)]
+    assert f"not timed, 6 s are over: {', '.join(left)}. The same" in capsys.readouterr().out
+    again, _ = runner.bench(path, out, kind="cpu")
+    assert again[: len(first)] == first and len(again) == 4
+    # One cell cannot take it all.
+    slow = matrix(tmp_path, {}, limit_s=600, steps=10**6)
+    began = time.monotonic()
+    (late,), _ = runner.bench(slow, tmp_path / "slow", kind="cpu", budget_s=8.0)
+    assert late["status"] == "too slow" and time.monotonic() - began < 12
 
 
 def test_a_record_stands_unless_trying_again_may_end_otherwise(tmp_path: Path):

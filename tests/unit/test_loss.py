@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from olmo.config import CompilerConfig, CrossEntropy, ModelConfig, TrainConfig
 from olmo.data.batches import labels_of
 from olmo.model import OLMo
-from olmo.model.loss import _compute, linear_cross_entropy, losses, why_not
+from olmo.model.loss import _compute, _rows, linear_cross_entropy, losses, why_not
 
 TINY = {
     "d_model": 32,
@@ -243,3 +244,18 @@ def test_which_labels_count() -> None:
     assert labels.tolist() == [[-100, 3, 4, -100], [6, 7, -100, -100], [-100] * 4]
     assert labels_of({"input_ids": ids}).tolist()[0] == [2, 3, 4, -100]
     assert ids.tolist()[2] == [9, 10, 11, 12], "what the model reads stays"
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "rows", "expected"),
+    [(141, 32_768, 8192), (141, 65_536, 8192), (141, 20_480, 6912), (141, 100, 128),
+     (80, 32_768, 5504), (24, 32_768, 1792), (8, 4096, 512)],
+)  # fmt: skip
+def test_chunks_on_a_gpu_are_many_rows_in_multiples_of_128(
+    gigabytes: int, rows: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as fill it, as far as its memory goes; of one size, so that none is small."""
+    whole = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: whole)
+    x = type("Rows", (), {"device": torch.device("cuda", 0), "__len__": lambda self: rows})()
+    assert _rows(x, torch.empty(50_304, 0)) == expected

@@ -5,9 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_run
 import torch
 
+from olmo.bench import cell as bench_cell
+from olmo.bench.matrix import Cell, load
 from olmo.config import ModelConfig, TokenizerConfig, TrainConfig
+from olmo.train import loop
+from olmo.train.__main__ import main
 from olmo.train.parallel import World
 from olmo.train.start import check, check_ends, origin_of_threads, warn_of_other_tokenizer
 
@@ -79,3 +84,63 @@ def test_a_file_is_looked_into(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path.write_text(json.dumps({"added_tokens": [{"id": 7, "content": "<|endoftext|>"}]}))
     assert said(str(path), 7, capsys) == ""
     assert "ends a text with 7, but model.eos_token_id is 8" in said(str(path), 8, capsys)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"attention": "cudnn"}, "it is a kernel for NVIDIA GPUs"),
+    ({"model": {"flash_attention": True}}, "model.flash_attention=true is not available"),
+    ({"fp8": {"backend": "native", "scaling": "delayed", "recipe": "rowwise"}}, "tensorwise"),
+    ({"master_weights": True}, "precision is fp32"),
+    ({"use_msamp": True}, "the package msamp"),
+    ({"cross_entropy": "torch", "softmax_auxiliary_loss": True}, "z-loss|2.13 has"),
+    (
+        {"compile": {"mode": "max-autotune", "coordinate_descent_tuning": True}},
+        "--compile.mode=null",
+    ),
+    ({"load_path": "nowhere"}, "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), REFUSED, ids=[str(c) for c, _ in REFUSED])
+def test_what_cannot_be_computed_is_refused_before_a_model_is_built(
+    changes: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Building one takes minutes, for a large model."""
+
+    def built(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was built first")
+
+    monkeypatch.setattr(loop, "OLMo", built)
+    with pytest.raises((ValueError, OSError), match=told):
+        small_run.run(tmp_path, **changes)
+
+
+def test_a_bench_cell_is_refused_before_its_model_is_built(monkeypatch: pytest.MonkeyPatch):
+    def built(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was built first")
+
+    monkeypatch.setattr(bench_cell, "OLMo", built)
+    section = load(Path(__file__).parents[2] / "config/bench/tps.yaml", "cpu")
+    for asked, told in (
+        ({"attention": "cudnn"}, "NVIDIA"),
+        ({"fp8": "msamp"}, "msamp"),
+        ({"switch": "master_weights"}, "amp_bf16"),
+    ):
+        record = bench_cell.record_of(section, Cell("tiny", **asked))
+        assert record["status"] == "unavailable" and told in record["why"]
+
+
+def test_a_full_gpu_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path):
+    said = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB "
+        "of which 1.00 GiB is free. Of the allocated memory 20.00 GiB is allocated by PyTorch."
+    )
+
+    def full(cfg: TrainConfig) -> int:
+        raise torch.OutOfMemoryError(said)
+
+    monkeypatch.setattr(loop, "train", full)
+    config = Path(small_run.command(tmp_path)[-1])
+    assert main([str(config)]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and "1.00 GiB is free. Halve --device_train_microbatch" in error[0]
