@@ -20,6 +20,7 @@ import torch
 from olmo.bench.cell import prepare
 from olmo.bench.matrix import Cell, Section, load
 
+EIGHT_BITS = "products in 8 bits"
 GAP_US = 1.5  # from the end of one kernel to the start of the next, where the host is ahead
 
 
@@ -57,7 +58,8 @@ def account(section: Section, cell: Cell) -> Account:
         gb = 4 * quarter / 1e9
         kernel = str(getattr(getattr(node, "node", None), "python_kernel_name", None) or "")
         if "mm" in kernel:
-            found.add("products", tflop=flop_of(node) / 1e12, kernels=1)
+            term = EIGHT_BITS if "scaled" in kernel else "products"
+            found.add(term, tflop=flop_of(node) / 1e12, kernels=1)
         elif "attention" in kernel:
             found.add("attention", gb=gb, kernels=1)
         elif gb:
@@ -75,9 +77,9 @@ def account(section: Section, cell: Cell) -> Account:
 
 
 def flop_of(node: Any) -> float:
-    """Of a product, by the sides of what goes in and what comes out."""
-    sizes = [[int(side) for side in x.get_size()] for x in node.node.inputs[-2:]]
-    (m, k), (_, n) = sizes
+    """Of a product (m, k) @ (k, n), the first two matrices that go in."""
+    sizes = [[int(side) for side in x.get_size()] for x in node.node.inputs]
+    (m, k), (_, n) = [size for size in sizes if len(size) == 2][:2]
     return 2.0 * m * k * n
 
 
@@ -106,7 +108,9 @@ def table(found: Account, rates: argparse.Namespace) -> list[str]:
     lines = ["| term | TFLOP | GB | kernels | µs a token | share |", "|---|---|---|---|---|---|"]
     seconds = {}
     for term, (tflop, gb, _) in found.terms.items():
-        rate = rates.attention if term == "attention" else rates.products
+        rate = {"attention": rates.attention, EIGHT_BITS: rates.eight_bits}.get(
+            term, rates.products
+        )
         moved = 0.0 if term == "attention" else gb / (rates.bandwidth * 1000)
         seconds[term] = tflop / rate + moved
     kernels = sum(n for _, _, n in found.terms.values())
@@ -122,7 +126,7 @@ def table(found: Account, rates: argparse.Namespace) -> list[str]:
     lines.append(
         f"| **all** | | | {kernels:.0f} | **{micro:.3f}** | {1e3 / micro:,.0f}k tokens/s |"
     )
-    return lines, whole
+    return lines
 
 
 def main() -> None:
@@ -133,6 +137,8 @@ def main() -> None:
     parser.add_argument("--microbatch", type=int, default=16)
     parser.add_argument("--layers", type=int, help="fewer, to see it sooner")
     parser.add_argument("--products", type=float, default=660.0, help="TFLOP/s")
+    parser.add_argument("--eight-bits", type=float, default=1150.0, help="TFLOP/s")
+    parser.add_argument("--fp8", default="none", help="native, for products in 8 bits")
     parser.add_argument("--attention", type=float, default=400.0, help="TFLOP/s")
     parser.add_argument("--bandwidth", type=float, default=3.9, help="TB/s")
     options = parser.parse_args()
@@ -141,7 +147,8 @@ def main() -> None:
         shape["n_layers"] = options.layers or shape["n_layers"]
     for shape in options.shape or ["olmo-250m", "d1536"]:
         for switch in options.switch or ["none", "master_weights"]:
-            cell = Cell(shape, "auto", "default", options.microbatch, "amp_bf16", switch=switch)
+            how = {"precision": "amp_bf16", "switch": switch, "fp8": options.fp8}
+            cell = Cell(shape, "auto", "default", options.microbatch, **how)
             lines = table(account(section, cell), options)
             print(f"\n{cell.name}\n", *lines, sep="\n", flush=True)
 

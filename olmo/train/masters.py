@@ -2,8 +2,11 @@
 2018, arXiv:1710.03740).
 
 Autocast keeps weights in float32 and casts them for each microbatch; its embeddings, and so what
-is added up from block to block, are float32. With `master_weights` the embeddings' rows are 16 bits
-wide already, and everything from there on. Gradients of microbatches still add up in float32.
+is added up from block to block, are float32. With `master_weights` what an embedding gives is
+bfloat16, and everything from there on. Gradients of microbatches still add up in float32.
+
+An embedding's own weight stays float32: its gradient is a sum over all positions of a token, and in
+bfloat16 a frequent token's loses all but the first few hundred of them (docs/lab.md).
 
 A master takes its weight's place in the optimizer and in the model's state_dict: what is saved is
 what is saved without it, and a run may go on with the other setting.
@@ -40,8 +43,12 @@ class Masters:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Takes weights, optimizer and its state as they are, in float32."""
         self._of: dict[nn.Parameter, Tensor] = {}
+        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        for embedding in embeddings:
+            embedding.register_forward_hook(lambda module, inputs, x: x.to(torch.bfloat16))
+        rows = {embedding.weight for embedding in embeddings}
         for p in model.parameters():
-            if p.ndim < 2 or not p.requires_grad:
+            if p.ndim < 2 or not p.requires_grad or p in rows:
                 continue  # norms and biases are small, and computed with in float32
             master = p.detach()
             master.requires_grad_()
