@@ -25,6 +25,8 @@ LOOPS: dict[str, tuple[dict[str, Any], int]] = {
     "lionw": ({"optimizer": {"name": "lionw"}}, 396),
     "fp32, compiled": ({"precision": "fp32", "compile": GRAPH}, 150),
     "bf16, compiled": ({"compile": GRAPH}, 158),
+    # Nothing has run the model before it is compiled.
+    "compiled, never evaluated": ({"compile": GRAPH, "evaluators": []}, 158),
     "fp8, compiled": ({"fp8": FP8, "compile": GRAPH}, 188),
     "fp8 delayed, compiled": ({"fp8": FP8 | {"scaling": "delayed"}, "compile": GRAPH}, 214),
     "masters, fp8, compiled": ({"master_weights": True, "fp8": FP8, "compile": GRAPH}, 183),
