@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from olmo.bench import table
 from olmo.bench.matrix import Cell, Pair
 
@@ -82,23 +84,29 @@ def cells(folder: Path) -> list[str]:
         if "cell" in record
     }
     shapes = dict.fromkeys(record["cell"]["shape"] for record in found.values())
+    kind = json.loads((folder / "about.json").read_text())["kind"]
+    whole: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("matrix.yaml")))
+    predicted = whole[kind].get("predicted", {})
     rows = []
     for shape in shapes:
         mine = [record for record in found.values() if record["cell"]["shape"] == shape]
-        rows += [cell_row(r) for r in sorted(mine, key=lambda r: -table.rate(r))]
-    head = ("shape", "setting", "tokens/s", "MFU", "peak MiB", "J/token", "first step s", "loss")
+        rows += [cell_row(r, predicted) for r in sorted(mine, key=lambda r: -table.rate(r))]
+    head = ("shape", "setting", "tokens/s", "predicted", "MFU", "peak MiB", "J/token",
+            "first step s", "loss")  # fmt: skip
     return section("Tokens per second", head, rows)
 
 
-def cell_row(record: Record) -> list[str]:
+def cell_row(record: Record, predicted: dict[str, float]) -> list[str]:
     start = [record["cell"]["shape"], table.in_words(record)]
+    expected = predicted.get(Cell(**record["cell"]).name)
     if record["status"] != "ok":
         why = " ".join(str(record["why"]).split())[:100]
-        return [*start, f"{record['status']}: {why}", *[""] * 5]
+        return [*start, f"{record['status']}: {why}", *[""] * 6]
     joules = record["joules_per_token"]
     return [
         *start,
         table.speed(record),
+        f"{expected:,.0f}" if expected else "",
         table.mfu(record),
         table.mebibytes(record),
         "" if joules is None else f"{joules:.2g}",

@@ -60,6 +60,7 @@ def config(folder: Path, changes: dict[str, Any]) -> TrainConfig:
         "eval_interval": EVALUATED,
         "no_pre_train_checkpoint": True,
         "compile": None,
+        "master_weights": False,
         "max_duration": 1000,
     }
     base["model"]["n_layers"] = 1

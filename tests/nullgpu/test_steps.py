@@ -29,7 +29,7 @@ LOOPS: dict[str, tuple[dict[str, Any], int]] = {
     "compiled, never evaluated": ({"compile": GRAPH, "evaluators": []}, 158),
     "fp8, compiled": ({"fp8": FP8, "compile": GRAPH}, 188),
     "fp8 delayed, compiled": ({"fp8": FP8 | {"scaling": "delayed"}, "compile": GRAPH}, 214),
-    "masters, fp8, compiled": ({"master_weights": True, "fp8": FP8, "compile": GRAPH}, 183),
+    "masters, fp8, compiled": ({"master_weights": True, "fp8": FP8, "compile": GRAPH}, 181),
     "checkpointing, compiled": (
         {"activation_checkpointing": "whole_layer", "compile": GRAPH},
         184,
@@ -94,8 +94,8 @@ def test_flex_between_documents(run: Run):
 CELLS: dict[str, tuple[dict[str, Any], int]] = {
     "eager": ({}, 192),
     "fp8": ({"fp8": "native"}, 246),
-    "masters": ({"switch": "master_weights"}, 197),
-    "wide, masters, fp8": ({"shape": "d1536", "fp8": "native", "switch": "master_weights"}, 265),
+    "masters": ({"switch": "master_weights"}, 195),
+    "wide, masters, fp8": ({"shape": "d1536", "fp8": "native", "switch": "master_weights"}, 262),
     "compiled": ({"compile": "default"}, 99),
     "compiled fp8": ({"compile": "default", "fp8": "native"}, 114),
     "graphs": ({"compile": "reduce-overhead"}, 110),
