@@ -32,6 +32,7 @@ from project import Project, all_gone, documents, processes, write_source
 from servers import slow_web_server
 
 GONE_WITHIN_S = 10.0
+ATTEMPTS = 6  # to kill a victim in a round
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,15 @@ def rounds_beside(server: str, victim: Victim, count: int, folder: Path) -> Iter
     undisturbed.run(victim.target)
     wanted = content(undisturbed, victim)
     for number in range(count):
-        project = begun.copy(folder / f"round-{number}")
-        # One moment in each of `count` equal parts of the victim's life.
+        # One moment in each of `count` equal parts of the victim's life; an earlier one where it
+        # lives shorter than that on this machine, since a round that kills nothing shows nothing.
         after_s = victim.lives_s * (number + random.random()) / count
-        result = disturb(project, victim, after_s)
+        for attempt in range(ATTEMPTS):
+            project = begun.copy(folder / f"round-{number}-{attempt}")
+            result = disturb(project, victim, after_s / 2**attempt)
+            if result.killed or result.complaints:
+                break
+            shutil.rmtree(project.root)
         again = project.run(victim.target, ok=False)
         if again.status:
             result.complaints.append(f"the next run failed:\n{again.output[-3000:]}")
