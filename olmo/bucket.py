@@ -17,19 +17,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.io import NotThere
+from olmo.io import NotThere, TooLong, refuse_too_long
+from olmo.urls import entrusted, public, whole
 
 # Schemes that speak S3's protocol: R2_ENDPOINT_URL says where R2 is, R2_PROFILE whose keys count.
 # S3 itself goes by its own AWS_… variables, and S3_PROFILE.
 S3_LIKE = ("s3", "r2", "weka")
+MOST_READ = 256 * 2**20  # bytes that are read into memory
 
 
 class Bucket:
     """Files by their names under a URL. All raise ValueError, one line, where they are refused."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        place = self.url
+        self.url = entrusted(url).rstrip("/")
+        place = whole(self.url)
         scheme, is_url, rest = place.partition("://")
         # What was listed is not remembered: it is we who change it.
         options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
@@ -37,7 +39,7 @@ class Bucket:
             endpoint = os.environ.get(f"{scheme.upper()}_ENDPOINT_URL")
             if scheme != "s3" and endpoint is None:
                 raise ValueError(
-                    f"{url}: {scheme.upper()}_ENDPOINT_URL is not set; it says where that is"
+                    f"{self.url}: {scheme.upper()}_ENDPOINT_URL is not set; it says where that is"
                 )
             profile = os.environ.get(f"{scheme.upper()}_PROFILE")
             options |= {"endpoint_url": endpoint, "profile": profile}
@@ -81,15 +83,22 @@ class Bucket:
         if (size := self.size(name)) != expected:
             raise ValueError(f"{self.url}/{name} has {size} bytes, expected {expected}")
 
-    def get(self, name: str, path: Path) -> None:
-        """Fetch a file; NotThere where there is none."""
+    def get(self, name: str, path: Path, most: int | None = None) -> None:
+        """Fetch a file of `most` bytes at most; NotThere where there is none, TooLong where it is
+        longer, NoRoom where the disk has no room for it.
+        """
+        size = self.size(name) or 0
+        refuse_too_long(f"{self.url}/{name}", size, most, path)
         with self._told(name):
-            self._fs.get_file(f"{self._root}/{name}", str(path))
+            # A folder's copy knows no callback; there the file is what it was a moment ago.
+            options = {} if self.folder else {"callback": _bounded(f"{self.url}/{name}", size)}
+            self._fs.get_file(f"{self._root}/{name}", str(path), **options)
 
-    def read(self, name: str) -> bytes:
-        """A small file's content."""
+    def read(self, name: str, most: int = MOST_READ) -> bytes:
+        """A small file's content; TooLong for one of more than `most` bytes."""
+        refuse_too_long(f"{self.url}/{name}", self.size(name) or 0, most)
         with self._told(name):
-            return self._fs.cat_file(f"{self._root}/{name}")
+            return self._fs.cat_file(f"{self._root}/{name}", start=0, end=most)
 
     def remove(self, name: str) -> None:
         with self._told(name):
@@ -101,9 +110,29 @@ class Bucket:
         place = f"{self.url}/{name}".rstrip("/")
         try:
             yield
+        except TooLong:
+            raise
         except ImportError as error:  # fsspec names the package that it lacks
             raise ValueError(f"{place}: {error}") from error
         except Exception as error:
             kind = NotThere if isinstance(error, FileNotFoundError) else ValueError
-            reason = next(iter(str(error).splitlines()), "")
+            reason = public(next(iter(str(error).splitlines()), ""))
             raise kind(f"{place}: {type(error).__name__}: {reason}") from error
+
+
+def _bounded(name: str, most: int) -> Any:
+    """What ends a transfer at the first block that goes beyond the size that was told."""
+    from fsspec.callbacks import Callback
+
+    class Bounded(Callback):  # type: ignore[misc]
+        def set_size(self, size: int | None) -> None:
+            self.judge(size or 0)
+
+        def relative_update(self, inc: int = 1) -> None:
+            self.value += inc
+            self.judge(self.value)
+
+        def judge(self, size: int) -> None:
+            refuse_too_long(name, size, most)
+
+    return Bounded()

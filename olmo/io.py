@@ -1,6 +1,6 @@
 """Bytes from elsewhere: resumable downloads, sizes, and the schemes that name places.
 
-Imports nothing of ours.
+A URL's secrets are put back here, where its server is asked, and nowhere else; see olmo.urls.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from olmo.urls import entrusted, public, whole
+
 if TYPE_CHECKING:
     import requests
 
@@ -23,8 +25,9 @@ BLOCK = 1 << 20
 CONNECT_S, STALL_S = 20, 60  # no connection, no byte for so long: the attempt failed
 FRUITLESS = 6  # attempts in a row that bring not one new byte, until we give up
 LONGEST_WAIT_S = 300.0  # however long a server asks us to wait
+MARGIN = 1 << 30  # bytes of a disk, or a hundredth of it, that what has no known end leaves free
 # Buckets whose contents are public by http as well, where no key is needed.
-PUBLIC = {
+KEYLESS = {
     "r2://olmo-data/": "https://olmo-data.org/",
     "r2://olmo-checkpoints/": "https://olmo-checkpoints.org/",
 }
@@ -48,6 +51,29 @@ class NotThere(ValueError):
     """The server has no such file, and says so."""
 
 
+class TooLong(ValueError):
+    """More bytes than belong there: at least `found`."""
+
+    def __init__(self, name: str, most: int, found: int) -> None:
+        super().__init__(f"{name}: expected {most:,} bytes at most, found {found:,} or more")
+        self.most, self.found = most, found
+
+
+class NoRoom(ValueError):
+    """More bytes than the disk has room for."""
+
+
+def refuse_too_long(name: str, size: int, most: int | None, path: Path | None = None) -> None:
+    """Raises TooLong for more bytes than `most`, NoRoom for more than fit on the disk of `path`."""
+    if most is not None and size > most:
+        raise TooLong(name, most, size)
+    if path is not None and size > (free := shutil.disk_usage(path.parent).free):
+        raise NoRoom(
+            f"{name}: {size:,} bytes do not fit on the disk of {path.parent}, of which {free:,} "
+            "are free; make room, or use another disk (OLMO_STORE)"
+        )
+
+
 def refuse_links(*places: Path) -> None:
     """Raises ValueError where a file, or a file in a folder, that is to be written lies in a store.
 
@@ -56,22 +82,22 @@ def refuse_links(*places: Path) -> None:
     """
     for place in places:
         inner = place.iterdir() if place.is_dir() else ()
-        if any(_in_store(path) for path in (place, *inner)):
+        if any(in_store(path) for path in (place, *inner)):
             raise ValueError(
                 f"expected a place of your own to write to, found {place}, which the pipeline made "
                 "of links into its store; name another one"
             )
 
 
-def _in_store(path: Path) -> bool:
+def in_store(path: Path) -> bool:
     """Whether a path leads into a store, which is known by its folders; see olmo.store."""
     parents = Path(os.path.realpath(path)).parents
     return any((p / "objects").is_dir() and (p / "actions").is_dir() for p in parents)
 
 
-def public(url: str) -> str:
+def keyless(url: str) -> str:
     """The address that needs no credentials, where there is one: r2://olmo-data/… by https."""
-    for root, place in PUBLIC.items():
+    for root, place in KEYLESS.items():
         if url.startswith(root):
             return place + url.removeprefix(root)
     return url
@@ -81,54 +107,62 @@ def is_http(url: str) -> bool:
     return url.startswith(("http://", "https://"))
 
 
-def fetch(url: str, path: Path, part: Path, progress: Progress = unseen) -> dict[str, Any]:
+def fetch(
+    url: str, path: Path, part: Path, progress: Progress = unseen, most: int | None = None
+) -> dict[str, Any]:
     """Bring what `url` names to `path`. Facts: how many bytes, how many came over the net.
+
+    It ends at the first byte beyond `most`, and before the disk is full.
 
     http and https resume where an attempt ended, also one of an earlier process: `part` is a
     folder that keeps what has arrived. hf://, s3://, gs:// and so on go through their clients.
 
-    Raises ValueError, one line, when it cannot be had; OSError when it cannot be written.
+    Raises ValueError, one line, when it is not available (NotThere, TooLong, NoRoom); OSError
+    when it cannot be written.
     """
-    url = public(url)
+    url = keyless(entrusted(url))
     part.mkdir(parents=True, exist_ok=True)
     if is_http(url):
-        return Download(url, part, progress).to(path)
+        return Download(url, part, progress, most).to(path)
     try:
-        found = by_client(url, part)
+        found = by_client(url, part, most)
+    except (TooLong, NoRoom):
+        raise
     except Exception as error:  # each scheme's client raises its own
         if isinstance(error, ImportError):
             raise ValueError(f"{url} needs a package: {error}") from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
             raise
-        said = " ".join(str(error).split())  # some speak in paragraphs
+        said = public(" ".join(str(error).split()))  # some speak in paragraphs
         said = "not found" if said == url else said  # Google's client has no more to say
         raise ValueError(f"{url}: {type(error).__name__}: {said}") from error
     shutil.copyfile(found, path)
     return {"bytes": path.stat().st_size}
 
 
-def by_client(url: str, part: Path) -> Path:
-    """Bring a file by the client of its scheme; where it lies in that client's cache."""
+def by_client(url: str, part: Path, most: int | None = None) -> Path:
+    """Bring a file by the client of its scheme; where it lies in that client's cache.
+
+    These clients are asked for its size first: they cannot be stopped.
+    """
     if url.startswith(HUB_DATASETS):  # cached-path knows only the hub's models
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
         parts = url.removeprefix(HUB_DATASETS).split("/", 2)
         if len(parts) != 3:
             raise ValueError(f"expected {HUB_DATASETS}<owner>/<name>/<file>")
         owner, name, file = parts
         name, _, revision = name.partition("@")
-        return Path(
-            hf_hub_download(
-                f"{owner}/{name}",
-                file,
-                repo_type="dataset",
-                revision=revision or None,
-                cache_dir=part / "hub",
-            )
-        )
+        there: dict[str, Any] = {"repo_type": "dataset", "revision": revision or None}
+        told = get_hf_file_metadata(hf_hub_url(f"{owner}/{name}", file, **there)).size
+        refuse_too_long(url, told or 0, most, part)
+        return Path(hf_hub_download(f"{owner}/{name}", file, cache_dir=part / "hub", **there))
     from cached_path import cached_path
+    from cached_path.schemes import get_scheme_client
 
-    return Path(cached_path(url, cache_dir=part / "cached-path"))
+    if not url.startswith("hf://"):  # which is a hub's model; its files are those of a repository
+        refuse_too_long(url, get_scheme_client(whole(url)).get_size() or 0, most, part)
+    return Path(cached_path(whole(url), cache_dir=part / "cached-path"))
 
 
 class Download:
@@ -138,14 +172,17 @@ class Download:
     part/told.json what the server said of them: its validator (ETag, else Last-Modified), the size
     """
 
-    def __init__(self, url: str, part: Path, progress: Progress) -> None:
+    def __init__(self, url: str, part: Path, progress: Progress, most: int | None = None) -> None:
         self.url = url
+        self.most = most
         self.body = part / "body"
         self.told_path = part / "told.json"
         self.progress = progress
         self.told: dict[str, Any] = {}
         if self.body.exists() and self.told_path.exists():
             self.told = json.loads(self.told_path.read_text())
+        if most is not None and self.size > most:
+            self.forget()
         self.received = 0
         self.resumed = 0
 
@@ -206,7 +243,7 @@ class Download:
                 headers["If-Range"] = self.told["validator"]
         try:
             with session.get(
-                self.url, headers=headers, stream=True, timeout=(CONNECT_S, STALL_S)
+                whole(self.url), headers=headers, stream=True, timeout=(CONNECT_S, STALL_S)
             ) as response:
                 if self.begin(response, have):
                     return
@@ -214,7 +251,8 @@ class Download:
         except requests.TooManyRedirects as error:
             raise ValueError(f"{self.url}: the server redirects in a circle") from error
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
-            raise ValueError(f"{self.url}: not an address that can be asked: {error}") from error
+            said = public(str(error))
+            raise ValueError(f"{self.url}: not an address that can be asked: {said}") from error
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             raise Passing(f"the connection failed: {reason(error)}") from error
         total = self.told["bytes"]
@@ -239,19 +277,38 @@ class Download:
                 raise Passing("the file changed on the server between two attempts")
             self.resumed += 1
             return False
-        length = response.headers.get("Content-Length")
-        self.told = {"validator": validator, "bytes": int(length) if length else None}
+        self.told = {"validator": validator, "bytes": length_of(response)}
         self.body.write_bytes(b"")
+        refuse_too_long(self.url, self.told["bytes"] or 0, self.most, self.body)
         self.told_path.write_text(json.dumps(self.told))
         return False
 
     def receive(self, response: requests.Response) -> None:
         with open(self.body, "ab") as file:
             # As sent: some servers call a .gz file's own compression a Content-Encoding.
+            size = file.tell()
             for block in response.raw.stream(BLOCK, decode_content=False):
+                size += len(block)
+                try:
+                    refuse_too_long(self.url, size, self.most)
+                    self.leave_room()
+                except (TooLong, NoRoom):
+                    file.truncate(0)
+                    self.forget()
+                    raise
                 file.write(block)
                 self.received += len(block)
                 self.progress(len(block))
+
+    def leave_room(self) -> None:
+        """Raises NoRoom where what has no known end is about to fill the disk."""
+        disk = shutil.disk_usage(self.body.parent)
+        if self.told["bytes"] is None and disk.free < min(MARGIN, disk.total // 100):
+            raise NoRoom(
+                f"{self.url}: the disk of {self.body.parent} is almost full, and the server does "
+                f"not tell where the file ends; {disk.free:,} bytes are free, and what had arrived "
+                "was removed. Make room, or use another disk (OLMO_STORE)"
+            )
 
     def forget(self) -> None:
         """Start over: what has arrived is of no use."""
@@ -301,7 +358,13 @@ def reason(error: BaseException) -> str:
     """The innermost cause in a few words: the libraries wrap it many times over."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
-    return f"{type(error).__name__}: {error}"
+    return public(f"{type(error).__name__}: {error}")
+
+
+def length_of(response: requests.Response) -> int | None:
+    """Content-Length; None where there is none, or no number."""
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isascii() and length.isdecimal() and len(length) < 19 else None
 
 
 def sizes(urls: Iterable[str], threads: int = 16) -> list[int | None]:
@@ -311,13 +374,12 @@ def sizes(urls: Iterable[str], threads: int = 16) -> list[int | None]:
     def size(url: str) -> int | None:
         try:
             with session.head(
-                public(url),
+                whole(keyless(entrusted(url))),
                 allow_redirects=True,
                 headers={"Accept-Encoding": "identity"},
                 timeout=(CONNECT_S, STALL_S),
             ) as response:
-                length = response.headers.get("Content-Length")
-                return int(length) if response.ok and length else None
+                return length_of(response) if response.ok else None
         except requests.RequestException:
             return None
 

@@ -7,7 +7,8 @@
     names.txt                 all of them, since a web server has no listing
 
 It is a folder, a mounted path, a bucket (s3, r2, weka, gs; see olmo.bucket) or, to pull from,
-http(s).
+http(s). Whoever writes to it may be anybody: what it names is checked (olmo.foreign) before
+anything is done here, and one bad digest, name or size means that nothing at all is taken.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from olmo import io, naming
+from olmo import foreign, io, naming, urls
+from olmo.action import Action
 from olmo.bucket import Bucket
 from olmo.io import NotThere
 from olmo.lineage import ancestors, makers
 from olmo.log import warn
-from olmo.store import Record, Store, files, sha256
+from olmo.store import Record, Store, content, files, sha256
 
 AT_ONCE = 16  # transfers; a bucket answers slowly, but many at a time
 ATTEMPTS = 3  # at an object whose bytes arrive damaged
+MOST_JSON = 256 * 2**20  # bytes of a record or a list of names
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -68,16 +71,16 @@ class Remote(Bucket):
     def __init__(self, url: str) -> None:
         self.web = io.is_http(url)
         if self.web:
-            self.url = url.rstrip("/")
+            self.url = urls.entrusted(url).rstrip("/")
         else:
             super().__init__(url)
 
-    def get(self, name: str, path: Path) -> None:
-        """Bring a file here; NotThere where there is none."""
+    def get(self, name: str, path: Path, most: int | None = None) -> None:
+        """Bring a file of `most` bytes at most here; NotThere where there is none."""
         if self.web:
-            io.fetch(f"{self.url}/{quote(name)}", path, path.with_suffix(".part"))
+            io.fetch(f"{self.url}/{quote(name)}", path, path.with_suffix(".part"), most=most)
         else:
-            super().get(name, path)
+            super().get(name, path, most)
 
     def names(self) -> list[str]:
         """The names that were pushed, from the files that say so."""
@@ -157,34 +160,36 @@ def pull(
     """Take what names stand for there, and make the names here; (the names, what came).
 
     Every object is hashed as it arrives, and fetched again where that is not its name. What is
-    here already, and sound, is not fetched.
+    here already, and sound, is not fetched. All names and records are checked before the first
+    object is.
 
     Args:
         patterns: paths in the project, `*` for many; all that is there where none is given.
         inputs: take also the contents that these were made from, back to the sources.
 
     Raises:
-        ValueError: no such name there; an object that is damaged there.
+        ValueError: no such name there; an object that is damaged there; a name, a digest or a size
+            that it must not have, and then nothing was taken.
         TwoContents: the store here knows another content for the same action.
     """
     with store.draft() as folder:
         names = asked(remote, patterns, folder)
-        for name in names:
-            refuse_to_replace(store, Path(name))
         links = dict(zip(names, each(lambda n: read_name(remote, n, folder), names), strict=True))
+        refuse_to_replace(store, names, remote.url)
         of_names = {link["key"] for link in links.values()}
         keys = of_names.union(*(link["ancestors"] for link in links.values()))
         records = each(lambda key: read_record(remote, key, folder), sorted(keys))
-        contents = {
-            file["sha256"]: file["size"]
-            for record in records
-            if inputs or record["key"] in of_names
-            for file in files(record)
-        }
+        known = {record["key"]: record for record in records}
+        for name, link in links.items():
+            if link["output"] not in known[link["key"]]["outputs"]:
+                raise ValueError(f"{remote.url}: the name {name} is no output of its record")
+        contents: dict[str, int] = {}
+        for record in records:
+            here = sizes_of(store, record, remote.url)
+            contents |= here if inputs or record["key"] in of_names else {}
         moved = fetch(store, remote, contents, folder)
     for record in records:
         store.adopt(record)
-    known = {record["key"]: record for record in records}
     for name, link in links.items():
         naming.link(store, known[link["key"]], link["output"], Path(name))
     return names, moved
@@ -195,9 +200,9 @@ def fetch(store: Store, remote: Remote, contents: Mapping[str, int], folder: Pat
 
     def take(item: tuple[str, int]) -> int | None:
         digest, size = item
-        if store.sound(digest, size):
+        if store.sound(digest):  # whatever size is told of it elsewhere
             return None
-        store.put(sound_object(remote, digest, folder))
+        store.put(sound_object(remote, digest, size, folder))
         return size
 
     return Moved.of(each(take, contents.items()))
@@ -226,22 +231,32 @@ def asked(remote: Remote, patterns: Sequence[str], folder: Path) -> list[str]:
         return patterns
     try:
         listed = folder / "names"
-        remote.get("names.txt", listed)
+        remote.get("names.txt", listed, MOST_JSON)
     except NotThere:
         raise ValueError(f"{remote.url}: expected a store that was pushed to, found none") from None
-    names = listed.read_text().splitlines()
+    names = listed.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
     found = [n for n in names if not patterns or any(fnmatchcase(n, one) for one in patterns)]
     if not found:
         raise ValueError(f"{remote.url}: none of its {len(names)} names is like {patterns}")
-    return found
+    return [foreign.name(name, f"{remote.url}/names.txt") for name in found]
 
 
-def refuse_to_replace(store: Store, path: Path) -> None:
-    """Raises ValueError where a name would lie outside the project or replace what is not ours."""
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"expected a path in the project, found the name {path}")
-    if os.path.lexists(path) and naming.known_as(store, path) is None:
-        raise ValueError(f"{path} is there and was not made by {store.root}; move it away")
+def refuse_to_replace(store: Store, names: Sequence[str], whose: str) -> None:
+    """Raises ValueError where a name would lie elsewhere than names do, in the store or in what
+    another name stands for, or would replace what is not ours.
+    """
+    asked = set(names)
+    for name in names:
+        path = Path(foreign.name(name, whose))
+        above = [parent for parent in path.parents if parent.name]
+        within = [p for p in above if p.as_posix() in asked or naming.known_as(store, p)]
+        if within or io.in_store(path.parent / "any"):
+            raise ValueError(
+                f"{whose}: the name {name} lies in {within[0] if within else 'a store'}; expected "
+                "a place of its own"
+            )
+        if os.path.lexists(path) and naming.known_as(store, path) is None:
+            raise ValueError(f"{path} is there and was not made by {store.root}; move it away")
 
 
 def read_name(remote: Remote, name: str, folder: Path) -> dict[str, Any]:
@@ -249,34 +264,58 @@ def read_name(remote: Remote, name: str, folder: Path) -> dict[str, Any]:
         link: dict[str, Any] = read_json(remote, f"names/{name}.json", folder)
     except NotThere:
         raise ValueError(f"{remote.url}: expected the name {name}, which was not pushed") from None
+    whose = f"{remote.url}/names/{name}.json"
+    if not isinstance(link, dict) or not isinstance(link.get("ancestors"), list):
+        raise ValueError(f"{whose}: expected key, output and ancestors, found none; push again")
+    for key in (link.get("key"), *link["ancestors"]):
+        foreign.digest(key, whose)
+    foreign.part(link.get("output"), whose)
     return link
 
 
 def read_record(remote: Remote, key: str, folder: Path) -> Record:
     try:
-        record: Record = read_json(remote, record_name(key), folder)
+        found = read_json(remote, record_name(key), folder)
     except NotThere:
         raise ValueError(f"{remote.url}: the record {key[:12]}… is gone; push again") from None
-    if record.get("key") != key:
-        raise ValueError(f"{remote.url}/{record_name(key)}: it is another action's record")
+    whose = f"{remote.url}/{record_name(key)}"
+    record = foreign.record(found, key, whose)
+    asked = Action(**record["action"]).key
+    if asked != key or content(record["outputs"]) != record.get("content"):
+        raise ValueError(f"{whose}: the record was changed after it was written")
     return record
+
+
+def sizes_of(store: Store, record: Record, whose: str) -> dict[str, int]:
+    """The contents of a record, sha256 → size; ValueError where one has another size here."""
+    sizes: dict[str, int] = {}
+    for file in files(record):
+        digest, size = file["sha256"], file["size"]
+        path = store.object_path(digest)
+        differs = path.exists() and path.stat().st_size != size and store.sound(digest)
+        if sizes.setdefault(digest, size) != size or differs:
+            raise ValueError(
+                f"{whose}: the record {record['key'][:12]}… says that {digest[:12]}… has "
+                f"{size:,} bytes, which is not so"
+            )
+    return sizes
 
 
 def read_json(remote: Remote, name: str, folder: Path) -> Any:
     draft = folder / uuid.uuid4().hex
-    remote.get(name, draft)
+    remote.get(name, draft, MOST_JSON)
     try:
         return json.loads(draft.read_bytes())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{remote.url}/{name} is damaged ({error}); push again") from error
 
 
-def sound_object(remote: Remote, digest: str, folder: Path) -> Path:
+def sound_object(remote: Remote, digest: str, size: int, folder: Path) -> Path:
     """Fetch an object and hash it; again where the bytes are not those that its name says."""
     for _ in range(ATTEMPTS):
         draft = folder / uuid.uuid4().hex
         try:
-            remote.get(object_name(digest), draft)
+            remote.get(object_name(digest), draft, size)
         except NotThere:
             raise ValueError(
                 f"{remote.url}: object {digest[:12]}… is not there; it takes a push --inputs, or "

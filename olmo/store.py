@@ -134,11 +134,11 @@ class Store:
         wrong_size = size is not None and found.st_size != size
         if not wrong_size and found.st_size > HASHED_ON_USE and found.st_mtime_ns == SEAL_NS:
             return True
-        if not wrong_size and sha256(path) == digest:
+        if sha256(path) == digest:
             if found.st_mtime_ns != SEAL_NS:  # touched, or copied here by other means
                 with suppress(PermissionError):  # another's: it is hashed again next time
                     os.utime(path, ns=(SEAL_NS, SEAL_NS))
-            return True
+            return not wrong_size  # else it is who asks that is wrong
         self.quarantine(path, f"its {found.st_size:,} bytes are not what its name says")
         return False
 

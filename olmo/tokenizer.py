@@ -7,6 +7,7 @@ none of it; the tokenizer that makes those files is `olmo.data.tokenizer`'s.
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from olmo.config import ModelConfig, TokenizerConfig, TrainConfig, TruncationDirection
@@ -86,11 +87,17 @@ class Tokenizer:
     @classmethod
     def from_checkpoint(cls, checkpoint_dir: str | Path) -> Self:
         """What the config.yaml of a checkpoint, in a folder or at a URL, names."""
-        from cached_path import cached_path
+        from olmo.io import fetch
 
-        path = cached_path(f"{str(checkpoint_dir).rstrip('/')}/config.yaml")
-        tokenizer = TokenizerConfig.load(path, key="tokenizer", validate_paths=False)
-        return cls._fitting(tokenizer, ModelConfig.load(path, key="model", validate_paths=False))
+        place = f"{str(checkpoint_dir).rstrip('/')}/config.yaml"
+        with TemporaryDirectory() as folder:
+            path = Path(place)
+            if "://" in place:
+                path = Path(folder, "config.yaml")
+                fetch(place, path, Path(folder, "part"))
+            tokenizer = TokenizerConfig.load(path, key="tokenizer", validate_paths=False)
+            model = ModelConfig.load(path, key="model", validate_paths=False)
+        return cls._fitting(tokenizer, model)
 
     @classmethod
     def _fitting(cls, config: TokenizerConfig, model: ModelConfig) -> Self:

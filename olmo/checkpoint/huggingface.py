@@ -14,7 +14,6 @@ Shapes: d d_model, V rows of the embedding, K = H_kv * D keys, F inner width of 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from olmo import foreign
 from olmo.checkpoint.final import save
 from olmo.config import BlockType, LayerNormType, ModelConfig, TrainConfig, to_yaml
 from olmo.model.regroup import regrouped
@@ -394,7 +394,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     found: dict[str, Tensor] = {}
     for name in names:
-        if not re.fullmatch(r"[\w.-]+", name) or not (folder / name).is_file():
+        if not (folder / foreign.part(name, str(index))).is_file():
             raise ValueError(f"expected the weights in {name}, found no such file")
         try:
             found |= load_file(folder / name)

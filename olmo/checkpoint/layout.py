@@ -19,6 +19,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from olmo import foreign
 
 MANIFEST = "manifest.json"
 EPHEMERAL = "ephemeral"  # an empty file in a checkpoint that the next one replaces
@@ -166,6 +169,22 @@ def retain(newest: Path, keep: int) -> list[Path]:
     return going
 
 
+def listed(manifest: bytes, whose: str) -> dict[str, dict[str, Any]]:
+    """The files of a manifest, by their names in the folder: {"bytes", "sha256"}.
+
+    Raises ValueError for one that is torn, or that names what lies elsewhere.
+    """
+    try:
+        files: dict[str, dict[str, Any]] = dict(json.loads(manifest)["files"])
+        for name, facts in files.items():
+            foreign.inner(name, whose)
+            foreign.size(facts["bytes"], whose)
+            foreign.digest(facts["sha256"], whose)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{whose}: expected files with bytes and sha256, found none") from error
+    return files
+
+
 def verify(folder: Path) -> None:
     """Raise ValueError unless every file is there as its manifest says.
 
@@ -181,9 +200,11 @@ def verify(folder: Path) -> None:
     if not manifest.exists():
         return
     try:
-        files = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"the checkpoint {folder} has an unreadable manifest; {remedy}") from error
+        files = listed(manifest.read_bytes(), "its manifest")
+    except ValueError as error:
+        raise ValueError(
+            f"the checkpoint {folder} has an unreadable manifest: {error}; {remedy}"
+        ) from error
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():

@@ -8,9 +8,9 @@ What is there is never thinned out.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
+from olmo import foreign
 from olmo.bucket import Bucket
 from olmo.checkpoint import layout
 from olmo.io import fetch
@@ -27,7 +27,8 @@ def fetched(url: str, into: Path, optimizer: bool = True, trainer: bool = True) 
     """
     url = url.rstrip("/")
     # Checkpoints of several runs have one name, so the folder goes by the whole URL.
-    folder = into / hashlib.sha256(url.encode()).hexdigest()[:12] / url.rsplit("/", 1)[-1]
+    name = foreign.part(url.rsplit("/", 1)[-1], url)
+    folder = into / hashlib.sha256(url.encode()).hexdigest()[:12] / name
 
     def bring(*names: str) -> str | None:
         """The first of some files that is there; None if none is."""
@@ -84,7 +85,7 @@ def mirror(save_folder: Path, remote: str) -> None:
         begun = sending in sizes and place.read(sending) == content
         if not begun:
             place.put(manifest, sending)
-        for file, facts in json.loads(content)["files"].items():
+        for file, facts in layout.listed(content, str(manifest)).items():
             name = f"{folder.name}/{file}"
             if not begun or sizes.get(name) != facts["bytes"]:
                 place.put(folder / file, name)
@@ -95,8 +96,9 @@ def mirror(save_folder: Path, remote: str) -> None:
 
 def whole_there(place: Bucket) -> list[str]:
     """Names of the mirrored checkpoints that are whole, oldest first."""
-    found = [Path(name) for name in place.sizes()]
-    folders = [p.parent for p in found if p.name == layout.MANIFEST and layout.is_name(p.parent)]
+    found = [name.split("/") for name in place.sizes()]
+    folders = [Path(parts[0]) for parts in found if parts[1:] == [layout.MANIFEST]]
+    folders = [folder for folder in folders if layout.is_name(folder)]
     return [str(folder) for folder in sorted(folders, key=layout.age)]
 
 
@@ -141,13 +143,15 @@ def newest_of_both(own: Path | None, save_folder: Path, remote: str) -> Path | N
 def _bring(place: Bucket, folder: Path) -> None:
     """Fetch a mirrored checkpoint; files that came before a kill are kept."""
     partial = layout.partial_name(folder)
+    of = f"{folder.name}/{layout.MANIFEST}"
+    manifest = place.read(of)
+    files = layout.listed(manifest, f"{place.url}/{of}")
     partial.mkdir(parents=True, exist_ok=True)
-    manifest = place.read(f"{folder.name}/{layout.MANIFEST}")
-    for name, facts in json.loads(manifest)["files"].items():
-        path = partial / name
+    for name, facts in files.items():
+        path = foreign.place(partial, name, f"{place.url}/{of}")
         if not (path.is_file() and layout.sha256(path) == facts["sha256"]):
             path.parent.mkdir(parents=True, exist_ok=True)
-            place.get(f"{folder.name}/{name}", path)
+            place.get(f"{folder.name}/{name}", path, facts["bytes"])
     (partial / layout.MANIFEST).write_bytes(manifest)
     layout.verify(partial)
     layout.publish(partial, folder)

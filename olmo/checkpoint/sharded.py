@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from olmo import foreign
 from olmo.checkpoint import layout, plain
 from olmo.checkpoint.optim_state import State, by_name
 from olmo.checkpoint.plain import Part
@@ -152,17 +153,17 @@ class Sharded:
 
 def files_of(index: Path) -> list[str]:
     """The files that a sharded checkpoint's index (.metadata) names, beside itself."""
-    names = {info.relative_path for info in _index(index).storage_data.values()}
-    if odd := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{index} names {odd[0]}, which lies outside of its folder")
-    return sorted(names)
+    return sorted({info.relative_path for info in _index(index).storage_data.values()})
 
 
 def _index(path: Path) -> Metadata:
     try:
-        return _Unpickler(io.BytesIO(path.read_bytes())).load()
+        found: Metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        for info in found.storage_data.values():
+            foreign.part(info.relative_path, str(path))
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+    return found
 
 
 @contextlib.contextmanager

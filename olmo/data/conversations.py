@@ -116,7 +116,7 @@ def download_conversations(
         check_known(arrived, place, bytes, sha256)
         return as_lines(arrived, source, place)
 
-    found = fetched(url, mirrors, arrived, part, whole, progress)
+    found = fetched(url, mirrors, arrived, part, whole, progress, bytes)
     arrived.unlink()
     return {"url": url, **found, "text_bytes": found.pop("checked")}
 

@@ -73,26 +73,32 @@ class Tokens:
 def _range(url: str, start: int, stop: int) -> bytes:
     """Bytes `start` … `stop` - 1 of what a URL names. ValueError where they cannot be had."""
     import requests
+    import urllib3
 
-    from olmo.io import is_http, public
+    from olmo.io import is_http, keyless
+    from olmo.urls import entrusted, whole
 
-    address = public(url)
+    url = entrusted(url)
+    address = keyless(url)
     if not is_http(address):
         raise ValueError(f"token files are read from here or over http(s), not from {url}")
     wait, why = 0.5, ""
     for _ in range(TRIES):
         try:
             span = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-            response = requests.get(address, headers=span, timeout=30)
-            if response.status_code == 206:
-                return response.content
-            if response.status_code < 500:
-                raise ValueError(
-                    f"{url}: expected a part of the file (206), the server answered "
-                    f"{response.status_code}; download the file and give its path"
-                )
-            why = f"the server answered {response.status_code}"
-        except requests.RequestException as error:
+            with requests.get(whole(address), headers=span, timeout=30, stream=True) as response:
+                if response.status_code == 206:
+                    found: bytes = response.raw.read(stop - start + 1, decode_content=False)
+                    if len(found) <= stop - start:
+                        return found
+                    raise ValueError(f"{url}: expected {stop - start:,} bytes at most, found more")
+                if response.status_code < 500:
+                    raise ValueError(
+                        f"{url}: expected a part of the file (206), the server answered "
+                        f"{response.status_code}; download the file and give its path"
+                    )
+                why = f"the server answered {response.status_code}"
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             why = f"{type(error).__name__}"
         time.sleep(wait)
         wait *= 2

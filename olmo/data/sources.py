@@ -12,6 +12,9 @@ from olmo.data import gz
 from olmo.data.source_table import COLUMNS
 from olmo.stage import Facts, Free, Input, Output, Work, here, stage
 from olmo.store import sha256 as digest_of
+from olmo.urls import public
+
+MOST_LIST = 256 * 2**20  # bytes of a list of URLs
 
 
 @stage(version=1)
@@ -23,7 +26,7 @@ def source_list(url: str, table: Output, licence: str = "") -> Facts:
     """
     part = table.with_name("part")
     listed = table.with_name("listed")
-    io.fetch(url, listed, part)
+    io.fetch(url, listed, part, most=MOST_LIST)
     text = listed.read_text(encoding="utf-8")
     shutil.rmtree(part)
     listed.unlink()
@@ -32,6 +35,12 @@ def source_list(url: str, table: Output, licence: str = "") -> Facts:
         local = "://" not in one or one.lower().startswith("file:")  # somebody else's list
         if local or any(letter.isspace() for letter in one):
             raise ValueError(f"{url}: expected a URL a line, found in line {number}: {one[:80]!r}")
+        if public(one) != one:  # the table that is made of it is kept, and sent with the store
+            raise ValueError(
+                f"{url}, line {number}: expected a URL without user, password and signature, found "
+                f"one with, of {public(one)}; save the list as a table of your own, sources: "
+                "{table: …}, which stays here"
+            )
     if not urls:
         raise ValueError(f"{url}: expected a list of URLs, found an empty file")
     found = io.sizes(urls)
@@ -74,7 +83,7 @@ def download(
     def whole(place: str) -> int:
         return check(source, place, bytes, sha256)
 
-    found = fetched(url, mirrors, source, part, whole, progress)
+    found = fetched(url, mirrors, source, part, whole, progress, bytes)
     return {"url": url, **found, "text_bytes": found.pop("checked")}
 
 
@@ -107,19 +116,26 @@ def fetched(
     part: Path,
     check: Callable[[str], int],
     progress: io.Progress,
+    bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Fetch from the first of `url` and its mirrors whose file passes `check`; facts of it."""
+    """Fetch from the first of `url` and its mirrors whose file passes `check`; facts of it.
+
+    Where its `bytes` are known, no more of them are taken.
+    """
     failures = []
     for number, place in enumerate((url, *mirrors)):
         try:
-            facts = io.fetch(place, path, part / str(number), progress)
+            facts = io.fetch(place, path, part / str(number), progress, bytes)
             try:
                 checked = check(place)
             except ValueError:
                 if not facts.get("resumed"):
                     raise
-                facts = io.fetch(place, path, part / str(number), progress)  # of one piece
+                facts = io.fetch(place, path, part / str(number), progress, bytes)  # of one piece
                 checked = check(place)
+        except io.TooLong as error:
+            failures.append(other_size(place, error.most, error.found))
+            continue
         except ValueError as error:
             failures.append(str(error))
             continue
@@ -155,15 +171,19 @@ def check(source: Path, name: str, bytes: int | None, sha256: str | None) -> int
 def check_known(path: Path, name: str, bytes: int | None, sha256: str | None) -> None:
     """Raises ValueError unless a file has the length and the sha256 that the table says."""
     if bytes is not None and (size := path.stat().st_size) != bytes:
-        raise ValueError(
-            f"{name}: expected {bytes:,} bytes by the source table, found {size:,}. If the file "
-            "was changed on purpose, correct the table"
-        )
+        raise ValueError(other_size(name, bytes, size))
     if sha256 is not None and (found := digest_of(path)) != sha256:
         raise ValueError(
             f"{name}: expected sha256 {sha256} by the source table, found {found}. If the file "
             "was changed on purpose, correct the table"
         )
+
+
+def other_size(name: str, bytes: int, found: int) -> str:
+    return (
+        f"{name}: expected {bytes:,} bytes by the source table, found {found:,}. If the file was "
+        "changed on purpose, correct the table"
+    )
 
 
 def check_raw(path: Path, name: str, dtype: str) -> int:

@@ -22,6 +22,8 @@ from olmo.data.files import Tokens, file_sizes, is_url
 from olmo.data.order import ORDER_DTYPE, global_indices
 from olmo.inspect.order import Seen
 
+MOST_CONFIG = 64 * 2**20  # bytes
+
 if TYPE_CHECKING:
     from olmo.data.memmap import MemMapDataset
 
@@ -143,5 +145,5 @@ def load(place: str) -> TrainConfig:
         return TrainConfig.load(place, validate_paths=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.yaml")
-        io.fetch(place, path, Path(folder, "part"))
+        io.fetch(place, path, Path(folder, "part"), most=MOST_CONFIG)
         return TrainConfig.load(path, validate_paths=False)

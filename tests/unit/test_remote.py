@@ -97,8 +97,8 @@ def test_damage_on_the_way_is_fetched_again(ours, theirs, url, monkeypatch, caps
     theirs.here()
     whole, arrivals = Remote.get, []
 
-    def first_one_flipped(self, name, path):
-        whole(self, name, path)
+    def first_one_flipped(self, name, path, most):
+        whole(self, name, path, most)
         if name.startswith("objects"):
             arrivals.append(name)
             if len(arrivals) == 1:
@@ -147,7 +147,7 @@ def test_what_must_not_be_written_over_or_outside(ours, theirs, url):
         pull(theirs.store, Remote(url), ["data/*"])
     assert Path("data/source.gz").read_text() == "mine"
     Path(url, "names.txt").write_text("../escaped\n")
-    with pytest.raises(ValueError, match="expected a path in the project"):
+    with pytest.raises(ValueError, match=r"expected the name of a file inside its folder, found .*escaped"):
         pull(theirs.store, Remote(url))
 
 
@@ -163,8 +163,7 @@ def test_a_changed_record_and_another_content_are_refused(ours, theirs, url):
         if json.loads(p.read_text())["action"]["inputs"] and "weights" not in p.read_text()
     ][:1]
     record = json.loads(path.read_text())
-    record["outputs"]["out"]["size"] = 1
-    record["outputs"]["../../out"] = record["outputs"].pop("out")
+    record["outputs"]["another"] = record["outputs"].pop("out")
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="changed after it was written"):
         pull(theirs.store, Remote(url), ["checkpoints/run/final"])

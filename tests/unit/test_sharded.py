@@ -146,5 +146,5 @@ def test_an_index_names_files_of_its_folder_only(finished: Path, tmp_path: Path)
     )
     assert files_of(index) == ["__0_0.distcp"]
     index.write_bytes(index.read_bytes().replace(b"__0_0.distcp", b"../../a/path"))
-    with pytest.raises(ValueError, match=r"names \.\./\.\./a/path, which lies outside"):
+    with pytest.raises(ValueError, match=r"expected the name .* folder, found '\.\./\.\./a/path'"):
         files_of(index)

@@ -452,8 +452,8 @@ def test_what_cannot_be_raw_tokens_is_refused(server, tmp_path, content, message
 
 
 def test_r2_buckets_that_are_public_are_asked_by_https():
-    assert io.public("r2://olmo-data/a/b.npy") == "https://olmo-data.org/a/b.npy"
-    assert io.public("r2://mine/a/b.npy") == "r2://mine/a/b.npy"
+    assert io.keyless("r2://olmo-data/a/b.npy") == "https://olmo-data.org/a/b.npy"
+    assert io.keyless("r2://mine/a/b.npy") == "r2://mine/a/b.npy"
 
 
 def test_a_local_file_is_checked_as_a_download_is(tmp_path):

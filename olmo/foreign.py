@@ -1,0 +1,124 @@
+"""Strings from elsewhere that name things here: checked in this one place, before they are used.
+
+A second store, a mirror, a list, a checkpoint's manifest: what they call a digest, a name or a
+file becomes part of a path here. Each function returns what it was given, or raises ValueError
+with whose it was, what was expected and what was found.
+
+Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# The folders of a project that hold what the pipeline makes and the store names: the outputs of
+# the rules. Nothing that is run or imported lies in them.
+FOLDERS = ("data", "checkpoints", "eval", "hf", "bench-results")
+MOST_BYTES = 1 << 60  # of one file
+LONGEST = 200  # bytes of one part of a path; drafts have longer names, and 255 is what there is
+
+
+def digest(found: Any, whose: str) -> str:
+    """A sha256 in hexadecimal."""
+    if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{64}", found):
+        raise ValueError(
+            f"{whose}: expected a sha256 of 64 hexadecimal digits, found {_show(found)}"
+        )
+    return found
+
+
+def size(found: Any, whose: str) -> int:
+    """A number of bytes."""
+    if type(found) is not int or not 0 <= found < MOST_BYTES:
+        raise ValueError(f"{whose}: expected a number of bytes, found {_show(found)}")
+    return found
+
+
+def inner(found: Any, whose: str) -> str:
+    """The path of a file in a folder: relative, and no way out of it on any system."""
+    well = isinstance(found, str) and found.isprintable() and "\\" not in found
+    parts = found.split("/") if well else [""]
+    if any(one in ("", ".", "..") or len(os.fsencode(one)) > LONGEST for one in parts):
+        raise ValueError(
+            f"{whose}: expected the name of a file inside its folder, found {_show(found)}"
+        )
+    return str(found)
+
+
+def part(found: Any, whose: str) -> str:
+    """A name that is one part of a path."""
+    if "/" in inner(found, whose):
+        raise ValueError(f"{whose}: expected a name without /, found {_show(found)}")
+    return str(found)
+
+
+def name(found: Any, whose: str) -> str:
+    """A human name: a path below one of the folders that the pipeline makes."""
+    if inner(found, whose).partition("/")[0] not in FOLDERS or "/" not in found:
+        raise ValueError(
+            f"{whose}: expected a name below {', '.join(FOLDERS)}, found {_show(found)}; nothing "
+            "of it is taken. Name the paths that you want, 'checkpoints/*' for example"
+        )
+    return str(found)
+
+
+def place(folder: Path, found: Any, whose: str) -> Path:
+    """Where a file of that name goes in a folder; no link on the way leads out of it."""
+    path = folder / inner(found, whose)
+    for step in (path, *path.parents):
+        if step == folder:
+            return path
+        if step.is_symlink():
+            raise ValueError(f"{whose}: {_show(found)} would be written through the link {step}")
+    raise AssertionError("an inner name lies below its folder")
+
+
+def record(found: Any, key: str, whose: str) -> dict[str, Any]:
+    """A store's record of the action `key`: everything in it that names a file here."""
+    outputs = _mapping(_mapping(found, whose).get("outputs"), f"{whose}, outputs")
+    if found.get("key") != key:
+        raise ValueError(f"{whose}: it is another action's record")
+    action = _mapping(found.get("action"), f"{whose}, action")
+    if sorted(action) != ["inputs", "params", "stage", "version"]:
+        raise ValueError(f"{whose}: expected an action, found {_show(action)}")
+    _mapping(action["params"], f"{whose}, params")
+    for given in _mapping(action["inputs"], f"{whose}, inputs").values():
+        for one in given if isinstance(given, list) else [given]:
+            digest(one, f"{whose}, inputs")
+    for output, made in outputs.items():
+        part(output, f"{whose}, outputs")
+        where = f"{whose}, output {output}"
+        for member, file in _members(_mapping(made, where), where):
+            inner(member, where)
+            digest(_mapping(file, where).get("sha256"), where)
+            size(file.get("size"), where)
+    for facts in ("facts", "conditions", "run"):
+        _mapping(found.get(facts, {}), f"{whose}, {facts}")
+    return dict(found)
+
+
+def _members(made: Mapping[str, Any], where: str) -> list[tuple[str, Any]]:
+    """The files of an output, by their names in it."""
+    if "files" not in made:
+        return [("file", made)]
+    inside, aside = _mapping(made["files"], where), _mapping(made.get("aside"), where)
+    names = [*inside, *aside]
+    folders = {parent for one in names for parent in map(str, Path(one).parents)}
+    if twice := sorted(set(inside) & set(aside) | folders & set(names)):
+        raise ValueError(f"{where}: {_show(twice[0])} is there twice, as a file and as another")
+    return [*inside.items(), *aside.items()]
+
+
+def _mapping(found: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{where}: expected a mapping, found {_show(found)}")
+    return found
+
+
+def _show(found: Any) -> str:
+    said = ascii(found)
+    return said if len(said) <= 80 else f"{said[:77]}…"

@@ -1,0 +1,120 @@
+"""URLs with secrets in them: used, but never told, written or sent on whole.
+
+    url = entrusted("https://me:word@host/a.gz?id=7&X-Amz-Signature=ab")   # once, where it comes in
+    url                                                                    # https://host/a.gz?id=7
+    whole(url)                                                             # only to ask the server
+
+What is left out stays in the environment of this process, and so in that of those it starts: user
+and password by the host, as in ~/.netrc, which does the same without a URL; a signature by the URL
+it stands in. Everything between the two ends has no secret that it could tell: keys of actions,
+records, listings, configs, shell lines, logs.
+
+Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+Given = TypeVar("Given")
+
+# Up to the @, also where someone left a / or # of a password as it is: then what follows the : is
+# no port.
+_USER = r"(?:[^\s/?#]*@|[^\s/?#:\[]*:(?!\d*(?:[/?#\s]|$))\S*?@)"
+_USERINFO = re.compile(rf"(?<=://){_USER}")
+_URL = re.compile(rf"[A-Za-z][\w.+-]*://{_USER}?[^\s#]*")
+_ORIGIN = re.compile(r"[A-Za-z][\w.+-]*://[^\s/?#]*")
+# Parameters that let in whoever has them, and those that come and go with them.
+_SECRET = re.compile(
+    r"(x-(amz|goog)-(signature|credential|security-token)|signature|sig|awsaccesskeyid|jwt|sas"
+    r"|\w*(token|secret|passw(or)?d)|pwd|auth(orization)?|credentials?|(\w*api|access|private)"
+    r"[_-]?key)=|key=[\w-]{20,}",
+    re.I,
+)
+_COMPANION = re.compile(
+    r"(x-(amz|goog)-[\w-]*|expires|policy|key-pair-id|googleaccessid|algorithm|s[eptvr]|spr|sip"
+    r"|srt|ss|sk(oid|tid|t|e|s|v))=",
+    re.I,
+)
+
+
+def public(text: str) -> str:
+    """A URL, or a text with URLs in it, without users, passwords and signatures.
+
+    One that holds none comes back as it was.
+
+    >>> public("gave up: http://me:word@host/a?id=7&sig=5d%3D&se=2026")
+    'gave up: http://host/a?id=7'
+    """
+    return _URL.sub(lambda found: _without(found[0]), text) if "://" in text else text
+
+
+def _without(url: str) -> str:
+    url = _USERINFO.sub("", url)
+    address, _, query = url.partition("?")
+    words = re.split("[&;]", query)
+    if not any(map(_SECRET.match, words)):
+        return url
+    kept = [word for word in words if not (_SECRET.match(word) or _COMPANION.match(word))]
+    return address + "?" * bool(kept) + "&".join(kept)
+
+
+def entrusted(value: Given) -> Given:
+    """What came in, a text or lists and mappings of texts, with its URLs public.
+
+    Raises:
+        ValueError: two URLs of a list that differ in their secrets alone.
+    """
+    made: Any = value
+    if isinstance(value, str) and "://" in value:
+        for url in _URL.findall(value):
+            _remember(url)
+        made = public(value)
+    elif isinstance(value, dict):
+        made = {name: entrusted(inner) for name, inner in value.items()}
+    elif isinstance(value, list | tuple):
+        made = type(value)(map(entrusted, value))
+        if made != value:
+            _refuse_alike(value, made)
+    return made
+
+
+def _refuse_alike(given: Any, made: Any) -> None:
+    first: dict[Any, Any] = {}
+    for before, after in zip(given, made, strict=True):
+        if isinstance(after, str) and first.setdefault(after, before) != before:
+            raise ValueError(
+                f"two URLs differ in their secrets alone: {after}; expected different files"
+            )
+
+
+def _remember(url: str) -> None:
+    shown = _without(url)
+    if found := _USERINFO.search(url):
+        user = quote(found[0][:-1], safe="%:!$&'()*+,;=~")
+        os.environ[_variable("user of " + _origin(shown))] = user
+    if (signed := _USERINFO.sub("", url)) != shown:
+        os.environ[_variable(shown)] = signed
+
+
+def whole(url: str) -> str:
+    """A public URL with the secrets that came with it: for the one who asks its server."""
+    if "://" not in url:
+        return url
+    url = os.environ.get(_variable(url), url)
+    user = os.environ.get(_variable("user of " + _origin(url)))
+    return url if user is None else url.replace("://", f"://{user}@", 1)
+
+
+def _origin(url: str) -> str:
+    """Scheme, host and port."""
+    found = _ORIGIN.match(url)
+    return found[0] if found else url
+
+
+def _variable(of: str) -> str:
+    return f"OLMO_URL_{hashlib.sha256(of.encode()).hexdigest()[:24]}"
