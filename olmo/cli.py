@@ -24,6 +24,7 @@ from typing import Any
 from olmo.log import FAILED, LOG
 from olmo.process import PAUSED, Paused, die_with_supervisor
 from olmo.stage import Stage, require_store, role
+from olmo.urls import entrusted, public
 
 COMMANDS = {
     # the one way, in its order
@@ -82,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Training that was asked to stop and has saved exits with 75: the same command goes on.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    # A word with spaces is a text, which stays as it is.
+    given = sys.argv[1:] if argv is None else argv
+    words = [word if " " in word else entrusted(word) for word in given]
     verb = words.pop(0) if words else ""
     if words and f"{verb} {words[0]}" in COMMANDS:  # olmo store verify
         verb = f"{verb} {words.pop(0)}"
@@ -106,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             os.dup2(nowhere, stream.fileno())
         sys.exit(1)
     except (ValueError, FileNotFoundError, PermissionError, ChildProcessError) as error:
-        sys.exit(f"olmo {verb}: {error}")
+        sys.exit(public(f"olmo {verb}: {error}"))
 
 
 def run(verb: str, words: Sequence[str]) -> None:
@@ -245,7 +248,7 @@ class copied_to:
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         if self.log is not None and error is not None:
             with self.log.open("a") as file:
-                file.write(f"{FAILED}{kind.__name__}: {error}\n")
+                file.write(public(f"{FAILED}{kind.__name__}: {error}\n"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import TextIO
 
+from olmo.urls import public
+
 # The log file of a stage, also for what it starts: `olmo <stage> --log FILE` sets it.
 LOG = "OLMO_LOG"
 FAILED = "failed: "  # begins the last words in the log of a command that failed
@@ -40,7 +42,7 @@ def say(text: str) -> None:
 
 def line(text: str, stream: TextIO) -> None:
     """Write a line in one piece: `print` writes its end apart, and another thread in between."""
-    stream.write(f"{text}\n")
+    stream.write(f"{public(text)}\n")
     stream.flush()
 
 
@@ -48,7 +50,7 @@ def keep(text: str) -> None:
     """One line for the log file alone: what is on the terminal already."""
     if path := os.environ.get(LOG):
         with open(path, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(public(text) + "\n")
 
 
 def duration(seconds: float) -> str:

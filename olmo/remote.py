@@ -116,6 +116,7 @@ def push(
         record = store.record(link["key"])
         assert record is not None, f"{name} was made by an action that has no record"
         line = [one for _, one in ancestors(store, record, made_by)]
+        refuse_secrets(store, line)
         records |= {one["key"]: one for one in line}
         for one in line if inputs else line[:1]:
             wanted |= {file["sha256"]: file["size"] for file in files(one)}
@@ -127,7 +128,8 @@ def push(
         def send(item: tuple[str, int]) -> int | None:
             digest, size = item
             name = object_name(digest)
-            if remote.size(name) == size and (not verify or arrived(remote, digest, folder)):
+            there = remote.size(name) == size
+            if there and (not verify or arrived(remote, digest, size, folder)):
                 return None
             if not store.sound(digest, size):
                 raise ValueError(
@@ -136,7 +138,7 @@ def push(
                 )
             remote.put(store.object_path(digest), name)
             # A bucket's protocol carries a checksum; of a folder, look at what was written.
-            if remote.folder and not arrived(remote, digest, folder):
+            if remote.folder and not arrived(remote, digest, size, folder):
                 raise ValueError(f"{remote.url}/{name}: other bytes arrived than were sent")
             return size
 
@@ -221,7 +223,25 @@ def chosen(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str]]:
         raise ValueError(f"expected names below {project}, found {outside[0]}; push from there")
     if not found:
         raise ValueError(f"the store {store.root} has made nothing below {project} yet")
-    return {name.relative_to(project).as_posix(): link for name, link in found.items()}
+    names = {name.relative_to(project).as_posix(): link for name, link in found.items()}
+    for name in [name for name in names if name.partition("/")[0] not in foreign.FOLDERS]:
+        if paths:
+            foreign.name(name, str(project))
+        warn(f"{name} is not sent: nobody would take a name outside {', '.join(foreign.FOLDERS)}")
+        del names[name]
+    return names
+
+
+def refuse_secrets(store: Store, records: Iterable[Record]) -> None:
+    """Raises ValueError for a record that was made when URLs were still written down whole."""
+    for record in records:
+        text = json.dumps(record)
+        if urls.public(text) != text:
+            path = store.record_path(record["key"])
+            raise ValueError(
+                f"{path} holds a URL with a user, a password or a signature, and would be sent; "
+                f"expected none: rm {path}, and run snakemake again, which makes it without"
+            )
 
 
 def asked(remote: Remote, patterns: Sequence[str], folder: Path) -> list[str]:
@@ -331,10 +351,10 @@ def sound_object(remote: Remote, digest: str, size: int, folder: Path) -> Path:
     )
 
 
-def arrived(remote: Remote, digest: str, folder: Path) -> bool:
+def arrived(remote: Remote, digest: str, size: int, folder: Path) -> bool:
     """Whether an object there is what its name says."""
     draft = folder / uuid.uuid4().hex
-    remote.get(object_name(digest), draft)
+    remote.get(object_name(digest), draft, size)
     same = sha256(draft) == digest
     draft.unlink()
     return same

@@ -41,6 +41,7 @@ from olmo.action import Action
 from olmo.energy import Joules
 from olmo.log import say
 from olmo.store import Record, Store, now
+from olmo.urls import entrusted, public
 
 T = TypeVar("T")
 Input = Annotated[Path, "input"]
@@ -124,7 +125,7 @@ class Stage:
         Raises:
             ValueError: bad input; an input that changed while it was read.
         """
-        store = here()
+        store, kwargs = here(), entrusted(kwargs)
         before = self.stamps(kwargs)
         action = self.action(store, **kwargs)
         names = {n: p for n, p in self.arguments(kwargs, "output").items() if p is not None}
@@ -237,5 +238,5 @@ def surroundings() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit,
         "commit_has_changes": bool(changes),
-        "command": sys.argv,
+        "command": [public(word) for word in sys.argv],
     }

@@ -23,13 +23,15 @@ from typing import Any, Self, Union
 
 import yaml
 
+from olmo.urls import entrusted
+
 
 class BaseConfig:
     """Typed construction (`ModelConfig(block_type="llama")`), strict loading, saving."""
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
-            setattr(self, name, _typed(getattr(self, name), hint, name))
+            setattr(self, name, _typed(entrusted(getattr(self, name)), hint, name))
 
     @classmethod
     def new(cls, **values: Any) -> Self:

@@ -76,7 +76,7 @@ def entrusted(value: Given) -> Given:
         made = public(value)
     elif isinstance(value, dict):
         made = {name: entrusted(inner) for name, inner in value.items()}
-    elif isinstance(value, list | tuple):
+    elif type(value) in (list, tuple):
         made = type(value)(map(entrusted, value))
         if made != value:
             _refuse_alike(value, made)

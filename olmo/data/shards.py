@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from olmo import log
+from olmo import foreign, log
 from olmo.data import source_table
 from olmo.data.arrivals import Arrivals, Count
 from olmo.data.conversations import download_conversations, local_conversations
@@ -70,6 +70,8 @@ def read(listings: Iterable[Path], output: str | None = None) -> list[Entry]:
             raise ValueError(f"{listing}: expected the columns {HEADER}, found {header!r}")
         for row in rows:
             shard, name, path, digest, size = row.split("\t")
+            foreign.part(shard, str(listing))
+            foreign.digest(digest, str(listing))
             if output in (None, name):
                 entries.append(Entry(shard, name, path, digest, int(size)))
     return entries
@@ -118,6 +120,7 @@ def asked(words: list[str], table: Path | None = None) -> list[Asked]:
     for word in words:
         name, _, places = word.partition("=")
         place, *mirrors = map(source_table.unquoted, places.split("#"))
+        foreign.part(name, "--sources")
         row = known.get(place)
         size, digest = (row.bytes, row.sha256) if row else (None, None)
         found.append(Asked(name, place, tuple(mirrors), size, digest))

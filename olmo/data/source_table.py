@@ -15,6 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlparse
 
+from olmo import foreign
+from olmo.urls import entrusted, whole
+
 COLUMNS = ("url", "bytes", "sha256", "licence")
 RESULTS = ("eval", "hf")  # folders in which snakemake takes any file for an output of its own
 
@@ -35,7 +38,7 @@ class Source:
 
 
 def read(path: Path) -> list[Source]:
-    """The files of a table, in order, each named by its url.
+    """The files of a table, in order, each named by its url, which is public (olmo.urls).
 
     Raises:
         ValueError: other columns; a number of bytes that is none; a sha256 that is none.
@@ -46,7 +49,7 @@ def read(path: Path) -> list[Source]:
     found = []
     for number, row in enumerate(rows, 2):
         url, size, digest, licence, *rest = [*row, "", "", ""][: max(4, len(row))]
-        well = url and (not size or size.isdecimal()) and not rest
+        well = url and re.fullmatch("[0-9]{0,18}", size) and not rest
         if not well or not re.fullmatch("([0-9a-f]{64})?", digest):
             raise ValueError(
                 f"{path}, line {number}: expected url, bytes, sha256 (64 hexadecimal digits) and "
@@ -54,7 +57,8 @@ def read(path: Path) -> list[Source]:
             )
         known = int(size) if size else None
         found.append(Source("", url, known, digest or None, licence))
-    return named(found)
+    places = entrusted([source.place for source in found])
+    return named([replace(s, place=place) for s, place in zip(found, places, strict=True)])
 
 
 def complete(path: Path, arrived: dict[str, tuple[int, str]]) -> None:
@@ -63,7 +67,7 @@ def complete(path: Path, arrived: dict[str, tuple[int, str]]) -> None:
     for source in read(path):
         size, digest = arrived.get(source.place, (source.bytes, source.sha256))
         size, digest = source.bytes or size, source.sha256 or digest
-        rows.append((source.place, str(size or ""), digest or "", source.licence))
+        rows.append((whole(source.place), str(size or ""), digest or "", source.licence))
     text = "".join("\t".join(row) + "\n" for row in rows)
     if text != path.read_text(encoding="utf-8"):
         draft = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
@@ -103,7 +107,7 @@ def named(sources: list[Source]) -> list[Source]:
     parts = [[part for part in place.split("/") if part] for place in places]
     different = len({source.place for source in sources})
     for depth in range(1, 7):
-        names = [safe("-".join(part[-depth:])) for part in parts]
+        names = [foreign.part(safe("-".join(part[-depth:])), "sources") for part in parts]
         if len(set(names)) == different:
             return [replace(s, name=name) for s, name in zip(sources, names, strict=True)]
     first: dict[str, str] = {}

@@ -35,9 +35,14 @@ def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> M
         raise ValueError(f"{final}: expected steps from 1 to {last}, found {wrong[0]}")
     sizes = {f["sha256"]: f["size"] for _, r in ancestors(store, record) for f in files(r)}
     given = record["action"]["inputs"]
-    of_order: str = given["order"]
-    of_tokens: list[str] = given["tokens"]
+    of_order: str = given.get("order", "")
+    of_tokens: list[str] = given.get("tokens", [])
     of_labels: list[str] = given.get("labels", [])  # one for each, where there are any
+    if not of_tokens or any(digest not in sizes for digest in (of_order, *of_tokens, *of_labels)):
+        raise ValueError(
+            f"{final}: expected the records of its order and its tokens, found some missing; pull "
+            "it again from a store that was pushed to by who trained it"
+        )
     with store.draft() as folder:
         moved = second.fetch(store, remote, {of_order: sizes[of_order]}, folder)
         stored = order.read(store.object_path(of_order))

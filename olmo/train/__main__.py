@@ -65,12 +65,13 @@ def main(arguments: Sequence[str]) -> int:
     from olmo.process import PAUSED
     from olmo.train.loop import train
     from olmo.train.pending import NotFinite
+    from olmo.urls import public
 
     try:
         code = train(TrainConfig.load(arguments[0], overrides(arguments[1:])))
         return 0 if code == PAUSED and "OLMO_LAUNCHED" in os.environ else code
     except (ValueError, OSError) as error:
-        print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        print(public(f"{who}error: {error}"), file=sys.stderr, flush=True)
         return 2
     except torch.OutOfMemoryError as error:
         print(f"{who}error: {out_of_memory(error)}", file=sys.stderr, flush=True)
