@@ -6,6 +6,7 @@ from math import inf
 
 from olmo.config import BaseConfig
 from olmo.data.documents import MAX_TEXT_BYTES
+from olmo.data.gz import LONGEST_LINE
 from olmo.launch import Geometry
 
 
@@ -55,12 +56,14 @@ class DocumentsConfig(BaseConfig):
     # that fits counts; a source that none fits has weight 1.
     weights: list[str] = field(default_factory=list)
     max_text_bytes: int = MAX_TEXT_BYTES
+    max_line_bytes: int | None = None  # a longer line is a drop (long-line); None: 256 MiB
     allow: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("documents.keep_one_in", self.keep_one_in, 1)
         check_range("documents.max_text_bytes", self.max_text_bytes, 1)
+        check_range("documents.max_line_bytes", self.max_line_bytes, 1, LONGEST_LINE)
         if not 0 <= self.offset < self.keep_one_in:
             raise ValueError(
                 f"documents.offset: expected from 0 to keep_one_in - 1, {self.keep_one_in - 1}; "

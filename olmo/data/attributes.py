@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olmo.data import bloom, gz
-from olmo.data.documents import TRAIN, parse, size_in_utf8
+from olmo.data.documents import MAX_LINE_BYTES, TRAIN, parse, size_in_utf8
 from olmo.data.dolma import Dolma, time_limit
 from olmo.data.order import free_memory
 from olmo.stage import Facts, Folder, Free, Inputs, Work, stage
@@ -173,9 +173,12 @@ def text_bytes(against: list[Path]) -> int:
     """Bytes of text in files of documents. Raises ValueError for a line that is no document."""
     total = 0
     for path in against:
-        with gz.reading(path) as lines:
+        with gz.reading(path, longest=MAX_LINE_BYTES) as lines:
             for number, line in enumerate(lines, 1):
-                _, text, reason = parse(line)
+                too_long = f"a line of more than {MAX_LINE_BYTES:,} bytes"
+                _, text, reason = (
+                    parse(line) if len(line) <= MAX_LINE_BYTES else (None, None, too_long)
+                )
                 if text is None:
                     raise ValueError(
                         f"{path}:{number}: expected a document with an id and a text, found none "

@@ -23,6 +23,7 @@ Message = tuple[str, str]  # role, content
 
 # Why a line cannot become a conversation. These are the names that a recipe allows.
 REASONS = {
+    "long-line": "a line of more bytes than the recipe's documents.max_line_bytes",
     "not-utf8": "bytes that are not UTF-8",
     "bad-json": "not one JSON value",
     "not-object": "JSON, but not an object",

@@ -21,6 +21,7 @@ from olmo.stage import Facts, Input, Output, stage
 
 # Why a line cannot become a document. These are the names that a recipe allows.
 REASONS = {
+    "long-line": "a line of more bytes than the recipe's documents.max_line_bytes",
     "not-utf8": "bytes that are not UTF-8",
     "bad-json": "not one JSON value",
     "not-object": "JSON, but not an object",
@@ -42,6 +43,7 @@ TEXT, MESSAGES = "text", "messages"  # what a line holds: a document, or a conve
 MAX_TOKENS = 2**30
 MAX_BYTES_PER_BYTE = 3
 MAX_TEXT_BYTES = MAX_TOKENS // MAX_BYTES_PER_BYTE - 1
+MAX_LINE_BYTES = 256 * 2**20  # its end included. A line is held in memory, twice for a moment
 
 
 @stage(version=1, conditions=gz.conditions)
@@ -58,6 +60,7 @@ def documents(
     max_text_bytes: int = MAX_TEXT_BYTES,
     allow: tuple[str, ...] = (),
     kind: str = TEXT,
+    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Facts:
     """Keep one line in N of a source, check each, and split off the held-out ones.
 
@@ -107,10 +110,12 @@ def documents(
         write = {TRAIN: train_lines.write, HELDOUT: heldout_lines.write}
         for copy in range(ceil(weight)):
             number = count(1)
-            with gz.reading(source, name) as lines:
+            with gz.reading(source, name, max_line_bytes) as lines:
                 # islice and zip run in C: a line not kept costs little but its decompression.
                 for line, at in islice(zip(lines, number, strict=False), offset, None, keep_one_in):
-                    if kind == TEXT:
+                    if len(line) > max_line_bytes:
+                        identity, text, reason = None, None, "long-line"
+                    elif kind == TEXT:
                         identity, text, reason = parse(line, max_text_bytes)
                     else:
                         identity, text, reason = conversations.parse(line)

@@ -14,12 +14,14 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 LEVEL = 1  # isal's level 1: near the size of gzip -3, at many times its speed
 BUFFER = 1 << 20
 BLOCK = 1 << 18  # what is decompressed at a time: it stays in the processor's cache
+END = 1 << 12  # of a block: most often a line ends in it
 MAGIC = b"\x1f\x8b"
+LONGEST_LINE = 1 << 30  # bytes; documents.max_line_bytes is no more, so the pipeline writes none
 
 # Writes FILE.json.gz beside each file of plain text.
 AS_DOCUMENTS = (
@@ -30,8 +32,14 @@ AS_DOCUMENTS = (
 
 
 @contextmanager
-def reading(path: Path, name: str | None = None) -> Iterator[BinaryIO]:
+def reading(
+    path: Path, name: str | None = None, longest: int | None = LONGEST_LINE
+) -> Iterator[BinaryIO]:
     """A gz file's decompressed bytes as a file whose iteration gives lines.
+
+    A line of more than `longest` bytes, its end included, is longer than that here too, but what
+    comes after another BLOCK of it is left out: it takes no more memory, whatever a few bytes of
+    gzip hold. None: nothing is left out, for who reads no lines.
 
     Raises ValueError, naming the file by `name`, when it is empty, is not gzip (a web page, say),
     stops before its end, or does not match its own checksum. A cut shows only at the end: who
@@ -46,6 +54,8 @@ def reading(path: Path, name: str | None = None) -> Iterator[BinaryIO]:
         # Not igzip.open: a buffer asks for `closed` with every line, which is Python code there.
         with open(path, "rb") as file:
             decompressed = cast(io.RawIOBase, igzip._IGzipReader(file, BLOCK))
+            if longest is not None:
+                decompressed = _Shortened(decompressed, longest)
             with io.BufferedReader(decompressed, BLOCK) as lines:
                 yield cast(BinaryIO, lines)
     except EOFError as error:
@@ -58,6 +68,35 @@ def reading(path: Path, name: str | None = None) -> Iterator[BinaryIO]:
             f"{name}: corrupt: expected a gzip stream that matches its own checksum, found: "
             f"{error}. Fetch the file again."
         ) from error
+
+
+class _Shortened(io.RawIOBase):
+    """A stream without the rest of lines of which more than `longest` bytes went by already."""
+
+    closed = False  # which the buffer asks for with every line: it must not be Python code
+
+    def __init__(self, stream: io.RawIOBase, longest: int) -> None:
+        self.stream, self.longest = stream, longest
+        self.line = 0  # bytes so far of the line that we are in
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while count := self.stream.readinto(buffer) or 0:
+            end = bytes(buffer[max(count - END, 0) : count])
+            if self.line <= self.longest and (last := end.rfind(b"\n")) >= 0:
+                self.line = len(end) - last - 1
+                return count
+            block = bytes(buffer[:count])
+            left_out = block.find(b"\n") if self.line > self.longest else 0
+            if left_out < 0:
+                continue
+            buffer[: count - left_out] = block[left_out:]
+            last = block.rfind(b"\n")
+            self.line = count - last - 1 if last >= 0 else self.line + count
+            return count - left_out
+        return 0
 
 
 def refuse_other_content(path: Path, name: str) -> None:
@@ -108,7 +147,7 @@ def conditions() -> dict[str, str]:
 def check(path: Path, name: str | None = None) -> int:
     """Reads a gz file to its end, so that its checksums are compared. Returns bytes of text."""
     size = 0
-    with reading(path, name) as file:
+    with reading(path, name, longest=None) as file:
         while block := file.read(BUFFER):
             size += len(block)
     return size

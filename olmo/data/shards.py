@@ -21,7 +21,7 @@ from olmo import foreign, log
 from olmo.data import source_table
 from olmo.data.arrivals import Arrivals, Count
 from olmo.data.conversations import download_conversations, local_conversations
-from olmo.data.documents import HELDOUT, MAX_TEXT_BYTES, TEXT, TRAIN
+from olmo.data.documents import HELDOUT, MAX_LINE_BYTES, MAX_TEXT_BYTES, TEXT, TRAIN
 from olmo.data.documents import documents as documents_stage
 from olmo.data.dolma import Dolma, toolkit
 from olmo.data.fast import Fast
@@ -274,6 +274,7 @@ def documents(
     max_text_bytes: int = MAX_TEXT_BYTES,
     allow: tuple[str, ...] = (),
     kind: str = TEXT,
+    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> None:
     """One line in N of each source of a batch, checked, the held-out ones split off.
 
@@ -300,6 +301,7 @@ def documents(
             max_text_bytes=max_text_bytes,
             allow=tuple(allow),
             kind=kind,
+            max_line_bytes=max_line_bytes,
         )
     write(listing, entries)
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from olmo import foreign
+
 # Where the hub keeps every data set as parquet, made by its own machines: no code of it runs here.
 PARQUET = "refs/convert/parquet"
 
@@ -84,7 +86,8 @@ def _read(folder: Path) -> Iterator[dict[str, Any]]:
     # Beside its data, a data set's folder may hold what was computed from it: state.json tells.
     state = folder / "state.json"
     if state.is_file():
-        files = [folder / file["filename"] for file in json.loads(state.read_text())["_data_files"]]
+        told = json.loads(state.read_text())["_data_files"]
+        files = [folder / foreign.inner(file["filename"], str(state)) for file in told]
     else:
         files = sorted(path for path in folder.glob("*") if path.suffix in readers)
     if not files:

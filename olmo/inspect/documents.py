@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from olmo.data import gz
 from olmo.lineage import makers
 from olmo.store import Record, Store
 
@@ -97,7 +97,7 @@ class Shard:
         table = polars.read_parquet(self._object("index"))
         kept = table["start"] < table["end"]
         documents = self.store.object_path(self.record["action"]["inputs"]["documents"])
-        with gzip.open(documents, "rt", encoding="utf-8") as lines:
+        with gz.reading(documents) as lines:
             for line, here in zip(lines, kept, strict=True):
                 if here:
                     yield text_of(json.loads(line))
