@@ -92,8 +92,7 @@ def record(found: Any, key: str, whose: str) -> dict[str, Any]:
     for output, made in outputs.items():
         part(output, f"{whose}, outputs")
         where = f"{whose}, output {output}"
-        for member, file in _members(_mapping(made, where), where):
-            inner(member, where)
+        for file in _members(_mapping(made, where), where):
             digest(_mapping(file, where).get("sha256"), where)
             size(file.get("size"), where)
     for facts in ("facts", "conditions", "run"):
@@ -101,16 +100,16 @@ def record(found: Any, key: str, whose: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _members(made: Mapping[str, Any], where: str) -> list[tuple[str, Any]]:
-    """The files of an output, by their names in it."""
+def _members(made: Mapping[str, Any], where: str) -> list[Any]:
+    """The files of an output."""
     if "files" not in made:
-        return [("file", made)]
+        return [made]
     inside, aside = _mapping(made["files"], where), _mapping(made.get("aside"), where)
-    names = [*inside, *aside]
+    names = [inner(member, where) for member in (*inside, *aside)]
     folders = {parent for one in names for parent in map(str, Path(one).parents)}
     if twice := sorted(set(inside) & set(aside) | folders & set(names)):
         raise ValueError(f"{where}: {_show(twice[0])} is there twice, as a file and as another")
-    return [*inside.items(), *aside.items()]
+    return [*inside.values(), *aside.values()]
 
 
 def _mapping(found: Any, where: str) -> Mapping[str, Any]:

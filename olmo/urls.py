@@ -77,7 +77,7 @@ def entrusted(value: Given) -> Given:
     elif isinstance(value, dict):
         made = {name: entrusted(inner) for name, inner in value.items()}
     elif type(value) in (list, tuple):
-        made = type(value)(map(entrusted, value))
+        made = type(made)(entrusted(inner) for inner in made)
         if made != value:
             _refuse_alike(value, made)
     return made

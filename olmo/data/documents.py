@@ -113,12 +113,12 @@ def documents(
             with gz.reading(source, name, max_line_bytes) as lines:
                 # islice and zip run in C: a line not kept costs little but its decompression.
                 for line, at in islice(zip(lines, number, strict=False), offset, None, keep_one_in):
-                    if len(line) > max_line_bytes:
-                        identity, text, reason = None, None, "long-line"
-                    elif kind == TEXT:
+                    if kind == TEXT and len(line) <= max_line_bytes:
                         identity, text, reason = parse(line, max_text_bytes)
-                    else:
+                    elif len(line) <= max_line_bytes:
                         identity, text, reason = conversations.parse(line)
+                    else:
+                        identity, text, reason = None, None, "long-line"
                     size = None if text is None else size_in_utf8(text)
                     if reason is not None:
                         if copy == 0:

@@ -147,9 +147,7 @@ def test_what_must_not_be_written_over_or_outside(ours, theirs, url):
         pull(theirs.store, Remote(url), ["data/*"])
     assert Path("data/source.gz").read_text() == "mine"
     Path(url, "names.txt").write_text("../escaped\n")
-    with pytest.raises(
-        ValueError, match="inside its folder, found .*escaped"
-    ):
+    with pytest.raises(ValueError, match=r"inside its folder, found .*escaped"):
         pull(theirs.store, Remote(url))
 
 
