@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.io import NotThere, TooLong, refuse_too_long
-from olmo.urls import entrusted, public, whole
+from olmo.urls import entrusted, public, refuse_secrets, whole
 
 # Schemes that speak S3's protocol: R2_ENDPOINT_URL says where R2 is, R2_PROFILE whose keys count.
 # S3 itself goes by its own AWS_… variables, and S3_PROFILE.
@@ -35,6 +35,8 @@ class Bucket:
         scheme, is_url, rest = place.partition("://")
         # What was listed is not remembered: it is we who change it.
         options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+        if is_url and scheme in (*S3_LIKE, "gs"):
+            refuse_secrets(self.url)
         if is_url and scheme in S3_LIKE:
             endpoint = os.environ.get(f"{scheme.upper()}_ENDPOINT_URL")
             if scheme != "s3" and endpoint is None:

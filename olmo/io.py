@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo.urls import entrusted, public, whole
+from olmo.urls import entrusted, public, refuse_secrets, whole
 
 if TYPE_CHECKING:
     import requests
@@ -145,6 +145,7 @@ def by_client(url: str, part: Path, most: int | None = None) -> Path:
 
     These clients are asked for its size first: they cannot be stopped.
     """
+    refuse_secrets(url)
     if url.startswith(HUB_DATASETS):  # cached-path knows only the hub's models
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
@@ -161,8 +162,8 @@ def by_client(url: str, part: Path, most: int | None = None) -> Path:
     from cached_path.schemes import get_scheme_client
 
     if not url.startswith("hf://"):  # which is a hub's model; its files are those of a repository
-        refuse_too_long(url, get_scheme_client(whole(url)).get_size() or 0, most, part)
-    return Path(cached_path(whole(url), cache_dir=part / "cached-path"))
+        refuse_too_long(url, get_scheme_client(url).get_size() or 0, most, part)
+    return Path(cached_path(url, cache_dir=part / "cached-path"))
 
 
 class Download:

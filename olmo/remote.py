@@ -116,7 +116,7 @@ def push(
         record = store.record(link["key"])
         assert record is not None, f"{name} was made by an action that has no record"
         line = [one for _, one in ancestors(store, record, made_by)]
-        refuse_secrets(store, line)
+        refuse_old(store, line)
         records |= {one["key"]: one for one in line}
         for one in line if inputs else line[:1]:
             wanted |= {file["sha256"]: file["size"] for file in files(one)}
@@ -232,7 +232,7 @@ def chosen(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str]]:
     return names
 
 
-def refuse_secrets(store: Store, records: Iterable[Record]) -> None:
+def refuse_old(store: Store, records: Iterable[Record]) -> None:
     """Raises ValueError for a record that was made when URLs were still written down whole."""
     for record in records:
         text = json.dumps(record)

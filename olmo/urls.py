@@ -27,7 +27,7 @@ Given = TypeVar("Given")
 _USER = r"(?:[^\s/?#]*@|[^\s/?#:\[]*:(?!\d*(?:[/?#\s]|$))\S*?@)"
 _USERINFO = re.compile(rf"(?<=://){_USER}")
 _URL = re.compile(rf"[A-Za-z][\w.+-]*://{_USER}?[^\s#]*")
-_ORIGIN = re.compile(r"[A-Za-z][\w.+-]*://[^\s/?#]*")
+_ORIGIN = re.compile(rf"([A-Za-z][\w.+-]*://)({_USER})?([^\s/?#]*)")
 # Parameters that let in whoever has them, and those that come and go with them.
 _SECRET = re.compile(
     r"(x-(amz|goog)-(signature|credential|security-token)|signature|sig|awsaccesskeyid|jwt|sas"
@@ -94,9 +94,10 @@ def _refuse_alike(given: Any, made: Any) -> None:
 
 def _remember(url: str) -> None:
     shown = _without(url)
-    if found := _USERINFO.search(url):
-        user = quote(found[0][:-1], safe="%:!$&'()*+,;=~")
-        os.environ[_variable("user of " + _origin(shown))] = user
+    for scheme, user, host in _ORIGIN.findall(url):  # of a mirror=mirror, two
+        if user:
+            kept = quote(user[:-1], safe="%:!$&'()*+,;=~")
+            os.environ[_variable(f"user of {scheme}{host}")] = kept
     if (signed := _USERINFO.sub("", url)) != shown:
         os.environ[_variable(shown)] = signed
 
@@ -106,14 +107,18 @@ def whole(url: str) -> str:
     if "://" not in url:
         return url
     url = os.environ.get(_variable(url), url)
-    user = os.environ.get(_variable("user of " + _origin(url)))
+    origin = _ORIGIN.match(url)
+    user = os.environ.get(_variable(f"user of {origin[0]}")) if origin else None
     return url if user is None else url.replace("://", f"://{user}@", 1)
 
 
-def _origin(url: str) -> str:
-    """Scheme, host and port."""
-    found = _ORIGIN.match(url)
-    return found[0] if found else url
+def refuse_secrets(url: str) -> None:
+    """Raises ValueError for a URL that came with secrets, where its scheme's client takes none."""
+    if whole(url) != url:
+        raise ValueError(
+            f"{url}: expected credentials in the environment or where the cloud's own tools keep "
+            "them, found some in the URL, which only http(s) takes; set AWS_PROFILE, for example"
+        )
 
 
 def _variable(of: str) -> str:

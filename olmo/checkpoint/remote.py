@@ -15,6 +15,7 @@ from olmo.bucket import Bucket
 from olmo.checkpoint import layout
 from olmo.io import fetch
 from olmo.log import tell, warn
+from olmo.urls import entrusted
 
 SENDING = "sending.json"
 
@@ -25,7 +26,7 @@ def fetched(url: str, into: Path, optimizer: bool = True, trainer: bool = True) 
     Unsharded, or sharded in torch's layout. What is there already is not fetched again. Raises
     ValueError, one line, for what cannot be had.
     """
-    url = url.rstrip("/")
+    url = entrusted(url).rstrip("/")
     # Checkpoints of several runs have one name, so the folder goes by the whole URL.
     name = foreign.part(url.rsplit("/", 1)[-1], url)
     folder = into / hashlib.sha256(url.encode()).hexdigest()[:12] / name
