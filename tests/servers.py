@@ -1,5 +1,6 @@
 """Real servers on loopback: a folder by http, and S3."""
 
+import base64
 import functools
 import http.server
 import socket
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlparse
 
 import pytest
 
@@ -56,6 +58,35 @@ def web_server(folder: Path, sent: list[int] | None = None) -> Iterator[str]:
 
     with serving(functools.partial(Files, directory=str(folder))) as address:
         yield address
+
+
+@contextmanager
+def guarded_web_server(
+    folder: Path, user: str, signature: str, asked: list[str] | None = None
+) -> Iterator[str]:
+    """A folder's files for who gives `user` ("name:password") or a URL with `signature`; 403 for
+    the others. Yields host:port; `asked` gets what was asked for.
+    """
+    known = f"Basic {base64.b64encode(user.encode()).decode()}"
+
+    class Guarded(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            if asked is not None:
+                asked.append(self.path)
+            query = parse_qs(urlparse(self.path).query)
+            signed = "".join(query.get("X-Amz-Signature", []) + query.get("sig", []))
+            if self.headers.get("Authorization") == known or signed.startswith(signature):
+                super().do_GET()
+            else:
+                self.send_error(403)
+
+        do_HEAD = do_GET
+
+    with serving(functools.partial(Guarded, directory=str(folder))) as address:
+        yield address.removeprefix("http://")
 
 
 @contextmanager

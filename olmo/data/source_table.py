@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from olmo import foreign
-from olmo.urls import entrusted, whole
+from olmo.urls import entrusted
 
 COLUMNS = ("url", "bytes", "sha256", "licence")
 RESULTS = ("eval", "hf")  # folders in which snakemake takes any file for an output of its own
@@ -63,13 +63,14 @@ def read(path: Path) -> list[Source]:
 
 def complete(path: Path, arrived: dict[str, tuple[int, str]]) -> None:
     """Write (bytes, sha256) of files that have arrived into a table, where it did not know them."""
-    rows = [COLUMNS]
-    for source in read(path):
+    rows, before = [COLUMNS], path.read_text(encoding="utf-8")
+    given = [line.split("\t")[0] for line in before.splitlines()[1:]]  # with their secrets
+    for url, source in zip(given, read(path), strict=True):
         size, digest = arrived.get(source.place, (source.bytes, source.sha256))
         size, digest = source.bytes or size, source.sha256 or digest
-        rows.append((whole(source.place), str(size or ""), digest or "", source.licence))
+        rows.append((url, str(size or ""), digest or "", source.licence))
     text = "".join("\t".join(row) + "\n" for row in rows)
-    if text != path.read_text(encoding="utf-8"):
+    if text != before:
         draft = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)

@@ -1,14 +1,17 @@
 """A disk that fills up at any point of a stage: one clear error, nothing half-written, and on."""
 
 import gzip
+import http.server
 import json
 import os
 import random
+import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from servers import web_server
+from servers import serving, web_server
 
 from olmo.data.documents import documents
 from olmo.data.fast import Fast
@@ -96,3 +99,25 @@ def test_a_full_disk_and_then_room(given, disk, dolma, name, tmp_path):
     record = call()
     for output in record["outputs"].values():
         assert Path(store.object_path(output["sha256"])).exists()
+
+
+def test_a_download_without_a_length_and_an_end_leaves_room(disk):
+    class Endless(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            with suppress(OSError):
+                while True:
+                    self.wfile.write(b"10000\r\n%b\r\n" % bytes(1 << 16))
+
+    said = "is almost full, and the server does not tell where"
+    with serving(Endless) as url, pytest.raises(ValueError, match=said):
+        download(url=f"{url}/a.gz", source=disk / "source")
+    usage = shutil.disk_usage(disk)
+    assert usage.used < 1 << 20 and not (disk / "source").exists()

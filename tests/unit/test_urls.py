@@ -1,8 +1,6 @@
 """URLs with secrets: they open what they are for, and nobody is told them."""
 
-import base64
 import gzip
-import http.server
 import json
 import os
 import shlex
@@ -10,12 +8,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
-from urllib.parse import parse_qs, urlparse
 
 import pytest
 import small_run
-from servers import serving
+from servers import guarded_web_server
 from test_remote import Place
 
 from olmo import cli, io, log
@@ -34,6 +30,7 @@ from olmo.urls import entrusted, public, whole
 WORD, SIGNATURE = "hunter-two", "5ecre7519na7ure"
 USER = f"me:{WORD}@"
 AWS = f"X-Amz-Algorithm=A&X-Amz-Credential=c%2Fd&X-Amz-Date=1&X-Amz-Signature={SIGNATURE}"
+ASKED: list[str] = []  # of the guarded server, by the test that runs now
 AZURE = f"sv=2024&se=2026-01-01&sr=b&sp=r&sig={SIGNATURE}%3D"
 
 
@@ -103,26 +100,6 @@ def test_two_that_differ_in_their_secrets_alone_are_refused(tmp_path: Path) -> N
 # --- over the net -------------------------------------------------------------------------------
 
 
-class Guarded(http.server.SimpleHTTPRequestHandler):
-    """Files for who has the password, or the signature; 403 for the others."""
-
-    asked: ClassVar[list[str]] = []
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self.asked.append(self.path)
-        by_user = self.headers.get("Authorization", "").removeprefix("Basic ")
-        query = parse_qs(urlparse(self.path).query)
-        signed = SIGNATURE in "".join(query.get("X-Amz-Signature", []) + query.get("sig", []))
-        if base64.b64decode(by_user) == f"me:{WORD}".encode() or signed:
-            return super().do_GET()
-        self.send_error(403)
-
-    do_HEAD = do_GET
-
-
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[str]:
     """host:port of the files in the folder `there`."""
@@ -133,13 +110,9 @@ def guarded(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "there/a.json.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "there/list.txt").write_text("http://h/a.gz\n")
 
-    class Files(Guarded):
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            super().__init__(*args, directory=str(tmp_path / "there"), **kwargs)
-
-    Guarded.asked.clear()
-    with serving(Files) as address:
-        yield address.removeprefix("http://")
+    ASKED.clear()
+    with guarded_web_server(tmp_path / "there", f"me:{WORD}", SIGNATURE, ASKED) as place:
+        yield place
 
 
 @pytest.fixture
@@ -171,10 +144,10 @@ def test_a_download_is_known_without_its_secret(guarded: str, project: Path, sec
     assert record["key"] == download.action(here(), url=plain, source=Path("a.gz")).key
     refuse_traces(project)
     # A signature that was rotated asks for the same file.
-    came = len(Guarded.asked)
+    came = len(ASKED)
     rotated = url.replace(SIGNATURE, SIGNATURE + "2").replace("Date=1", "Date=2")
     assert download(url=rotated, source=Path("b.gz"))["key"] == record["key"]
-    assert len(Guarded.asked) == came
+    assert len(ASKED) == came
 
 
 def test_what_is_refused_is_told_without_it(guarded: str, project: Path, capfd) -> None:
@@ -222,7 +195,7 @@ def test_every_way_to_ask_a_server_has_the_secret(
     assert load(f"http://{USER}{guarded}/config.yaml").run_name == "theirs"
     with pytest.raises(ValueError, match="expected a part of the file"):  # not 403
         Tokens(signed, "uint16").read(0, 4)
-    assert AZURE in Guarded.asked[-1]
+    assert AZURE in ASKED[-1]
     with pytest.raises(ValueError) as refused:
         checkpoints.fetched(f"http://{USER}{guarded}/step5", project)
     assert "404" in str(refused.value) and WORD not in str(refused.value)
