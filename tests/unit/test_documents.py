@@ -119,6 +119,7 @@ def test_a_weight_above_one_repeats_the_whole_and_then_a_part(run, tmp_path):
 
 
 BAD = {
+    "long-line": b'{"id": "a", "more": "' + b"c" * 1000 + b'", "text": "b"}',
     "not-utf8": b'{"id": "a", "text": "\xff"}',
     "bad-json": b'{"id": "a", "text": "b"',
     "not-object": b'["id", "text"]',
@@ -137,8 +138,8 @@ BAD = {
 def test_a_bad_line_fails_the_stage_unless_its_reason_is_allowed(run, tmp_path, reason):
     source = pack(tmp_path / "a.gz", [line(1), BAD[reason], line(3)])
     with pytest.raises(ValueError, match=f"part.json.gz:2: {reason}(.|\n)*allow: .{reason}"):
-        run(source, max_text_bytes=100)
-    facts, out = run(source, max_text_bytes=100, allow=(reason,))
+        run(source, max_text_bytes=100, max_line_bytes=1000)
+    facts, out = run(source, max_text_bytes=100, max_line_bytes=1000, allow=(reason,))
     assert facts["rows"] == facts["documents"] + sum(facts["drops"].values()) == 3
     assert facts["drops"] == {reason: 1}
     dropped = polars.read_parquet(out["table"]).filter(split="dropped")
