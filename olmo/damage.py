@@ -3,16 +3,22 @@
 By itself snakemake does not look at a shard, a tokenizer or a listing that is gone while the
 checkpoint made from it is there, nor behind a link. So what is missing is written into
 data/<dataset>/damage.log, a journal that every rule of the data set reads: its jobs run again,
-find in the store what is still sound, and make the rest anew.
+find in the store what is still sound, and make the rest anew. Names whose objects are gone are
+deleted, so that what is asked for is made again.
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from olmo import sealed
 from olmo.pipeline import Plan
+from olmo.sealed import Damaged
 from olmo.store import now
+
+NAMES = ("data", "checkpoints", "eval", "hf")  # the folders in which the rules make names
 
 
 class Damage:
@@ -34,11 +40,13 @@ class Damage:
     def journal(self, dataset: str) -> list[str]:
         """A file that every rule of a data set reads, and that changes when damage is found.
 
-        A dry run writes nothing: where there is damage, a file that is gone with this process
-        stands for the journal.
+        A dry run writes nothing and deletes only links to nothing: where there is damage, a file
+        that is gone with this process stands for the journal.
         """
         if not self.judges:
             return [str(_path(dataset))]
+        if not self._journals:
+            self._delete_lost()
         if dataset not in self._journals:
             self._journals[dataset] = self._look(dataset)
         return self._journals[dataset]
@@ -69,7 +77,10 @@ class Damage:
         missing = set()
         # A batch's, and that of the attributes of all; other tables are artifacts like any file.
         for listing in (*folder.glob("*/[0-9]*.tsv"), *folder.glob("attributes/all.tsv")):
-            files = [folder / row[2] for row in _rows(listing)]
+            try:
+                files = [folder / row[2] for row in _rows(listing)]
+            except Damaged:
+                files = [listing / "damaged"]  # which is not there
             if gone := {str(file) for file in files if not file.exists()}:
                 missing |= gone
                 self._take_away(listing)
@@ -106,11 +117,34 @@ class Damage:
         if not self.dry_run():
             listing.unlink(missing_ok=True)
 
+    def _delete_lost(self) -> None:
+        """Delete the names whose objects are gone from the store: snakemake stumbles over them.
+
+        Not the final checkpoints: that they are there, and what they lack, is in the journal.
+        """
+        store = Path(os.path.realpath(self.plan.store))
+        for place in NAMES:
+            for folder, _, files in os.walk(place):
+                path = Path(folder)
+                dead = [path / name for name in files if _is_dead(path / name, store)]
+                if dead and "record.json" in files:
+                    if path.name != "final":
+                        shutil.rmtree(path)
+                else:
+                    for link in dead:
+                        link.unlink()
+
+
+def _is_dead(path: Path, store: Path) -> bool:
+    """Whether a path is a link to what is gone from the store."""
+    target = Path(os.path.realpath(path))
+    return path.is_symlink() and not path.exists() and target.is_relative_to(store)
+
 
 def _path(dataset: str) -> Path:
     return Path("data", dataset, "damage.log")
 
 
 def _rows(listing: Path) -> list[list[str]]:
-    """A listing's rows: shard, output, path, sha256, bytes."""
-    return [row.split("\t") for row in listing.read_text().splitlines()[1:]]
+    """A listing's rows: shard, output, path, sha256, bytes. Raises Damaged."""
+    return sealed.load_table(listing.read_bytes(), listing)[1:]

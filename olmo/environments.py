@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import uuid
 from pathlib import Path
+
+from olmo import sealed
 
 
 def environment(requirements: Path, environment: Path) -> None:
@@ -45,9 +46,8 @@ def environment(requirements: Path, environment: Path) -> None:
         )
         marker.write_text(json.dumps(made_from, indent=1))
     python = os.path.relpath(interpreter, environment.parent)
-    draft = environment.with_suffix(f".{uuid.uuid4().hex[:8]}")
-    draft.write_text(json.dumps({"python": python, **made_from}, indent=1, sort_keys=True) + "\n")
-    os.replace(draft, environment)
+    text = json.dumps({"python": python, **made_from}, indent=1, sort_keys=True) + "\n"
+    sealed.write(environment, text)
 
 
 def uv(*arguments: str) -> None:
@@ -71,7 +71,10 @@ def uv(*arguments: str) -> None:
 
 def interpreter(environment: Path) -> Path:
     """The Python of an environment, by its JSON file."""
-    path = environment.parent / json.loads(environment.read_text())["python"]
+    try:
+        path = environment.parent / json.loads(environment.read_text())["python"]
+    except (ValueError, KeyError, TypeError):
+        path = environment.parent / "a place that the damaged file does not tell"
     if not path.exists():
         raise ValueError(
             f"{environment}: expected an interpreter at {path}, found none. Build it again: "

@@ -6,16 +6,18 @@ A URL's secrets are put back here, where its server is asked, and nowhere else; 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from olmo import sealed
+from olmo.sealed import Damaged
 from olmo.urls import entrusted, public, refuse_secrets, whole
 
 if TYPE_CHECKING:
@@ -181,7 +183,8 @@ class Download:
         self.progress = progress
         self.told: dict[str, Any] = {}
         if self.body.exists() and self.told_path.exists():
-            self.told = json.loads(self.told_path.read_text())
+            with suppress(Damaged):  # else what has arrived is of no use
+                self.told = sealed.read(self.told_path)
         if most is not None and self.size > most:
             self.forget()
         self.received = 0
@@ -281,7 +284,7 @@ class Download:
         self.told = {"validator": validator, "bytes": length_of(response)}
         self.body.write_bytes(b"")
         refuse_too_long(self.url, self.told["bytes"] or 0, self.most, self.body)
-        self.told_path.write_text(json.dumps(self.told))
+        sealed.write(self.told_path, sealed.dumps(self.told))
         return False
 
     def receive(self, response: requests.Response) -> None:

@@ -5,7 +5,6 @@ How many nodes and processes there are is no part of what is trained. It stands 
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from olmo import sealed
 from olmo.lease import see_anew
 from olmo.process import FINISHED, MARKER, SEGMENTS, STOP, Paused, describe_exit, supervised
 
@@ -96,7 +96,7 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
     see_anew(folder)  # the first process may be on another machine
     if (folder / MARKER).exists():
         # Read first: once it is back in the queue, the job may begin elsewhere and remove it.
-        left = json.loads((folder / MARKER).read_text())
+        left = sealed.read(folder / MARKER)
         wait_in_the_queue_again(folder, left)
         raise Paused(
             f"training paused: at step {left['step']} by {left['by']}, saved to "
@@ -148,8 +148,9 @@ def wait_in_the_queue_again(folder: Path, left: Mapping[str, Any]) -> None:
         left: what the trainer wrote when it paused, of which "by" and "step" count.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    begun = json.loads((folder / SEGMENTS).read_text().splitlines()[-1])
-    if job is None or left["by"] != signal.SIGUSR1.name or left["step"] <= begun["after"]:
+    begun, _ = sealed.read_lines(folder / SEGMENTS)
+    after = begun[-1]["after"] if begun else 0
+    if job is None or left["by"] != signal.SIGUSR1.name or left["step"] <= after:
         return
     try:
         scontrol("requeue", job)

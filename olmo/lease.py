@@ -182,9 +182,12 @@ def _look(path: Path) -> tuple[Holder, int]:
         with path.open() as file:
             touched = os.fstat(file.fileno()).st_mtime_ns
             try:
-                return json.load(file), touched
-            except json.JSONDecodeError:  # the power failed before its bytes were on the disk
-                return {"host": "unknown"}, touched
+                holder = json.load(file)
+                if {"host", "start"} <= set(holder) and type(holder["pid"]) is int:
+                    return holder, touched
+            except (ValueError, KeyError, TypeError):
+                pass
+            return {"host": "unknown"}, touched  # the power failed before its bytes were on disk
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ESTALE):
             raise

@@ -1,8 +1,9 @@
 """Human names: the paths of a project that point into a store.
 
 A file is a link to its object, a folder is one of links, with `record.json` beside them. What
-was named is written down in the store's `links/`, one file a name: `gc` keeps what a name points
-to, and a name that was deleted is still known, for who asks why its stage runs again.
+was named is written down in the store's `links/`, one sealed file a name: `gc` keeps what a name
+points to, and a name that was deleted is still known, for who asks why its stage runs again. A
+file that is damaged is written anew from the link itself.
 
 Where the store lies in the project, links are relative, and so is what is written down: the folder
 can be moved or copied whole. A name is written down with its project, without which `gc` would
@@ -18,10 +19,16 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from olmo import sealed
 from olmo.lease import lease
-from olmo.store import Record, Store, files, write_whole
+from olmo.sealed import Damaged
+from olmo.store import Record, Store, files
 
 Name = dict[str, str]  # {"path", "project", "key", "output"}
+UNKNOWN = (
+    "no link below this folder tells which name it was; run `olmo store verify` in the project "
+    "that it is of, or delete that file if the project is gone"
+)
 
 
 def link(store: Store, record: Record, output: str, path: Path) -> None:
@@ -32,9 +39,7 @@ def link(store: Store, record: Record, output: str, path: Path) -> None:
     path = Path(os.path.abspath(path))
     made = record["outputs"][output]
     with store.writable():
-        known = {"path": _written(store, path), "project": _written(store, _project(store, path))}
-        known |= {"key": record["key"], "output": output}
-        write_whole(_file(store, path), json.dumps(known))
+        _write(store, path, record["key"], output)
         path.parent.mkdir(parents=True, exist_ok=True)
         if "files" in made:
             inner = made["files"] | made["aside"]
@@ -43,6 +48,14 @@ def link(store: Store, record: Record, output: str, path: Path) -> None:
             _link_folder(store, path, targets)
         else:
             point(store, path, store.object_path(made["sha256"]))
+
+
+def _write(store: Store, path: Path, key: str, output: str) -> Name:
+    """Write a name down."""
+    name = {"path": _written(store, path), "project": _written(store, _project(store, path))}
+    name |= {"key": key, "output": output}
+    sealed.write(_file(store, path), sealed.dumps(name), read_only=True)
+    return name
 
 
 def point(store: Store, path: Path, target: Path) -> None:
@@ -108,11 +121,81 @@ def _file(store: Store, path: Path) -> Path:
 
 def known_as(store: Store, path: Path) -> Name | None:
     """What a name stands for, or stood for before it was deleted."""
+    path = Path(os.path.abspath(path))
+    file = _file(store, path)
     try:
-        name: Name = json.loads(_file(store, path).read_text())
-        return name
+        return _read(file)
     except FileNotFoundError:
         return None
+    except Damaged:
+        if (name := _again(store, path)) is None:
+            store.quarantine(file, f"the damaged name of {path}, where there is no link")
+        return name
+
+
+def _read(file: Path) -> Name:
+    """A name as it is written down.
+
+    Raises:
+        Damaged: the file is not as it was written.
+    """
+    content = file.read_bytes()
+    try:
+        return sealed.loads(content, file)
+    except Damaged:
+        try:  # from before names were sealed
+            name: Name = json.loads(content)
+            path = hashlib.sha256(name["path"].encode()).hexdigest()[:32]
+            if set(name) - {"project"} == {"path", "key", "output"} and path == file.name:
+                return name
+        except (ValueError, TypeError, KeyError, AttributeError):
+            pass
+        raise
+
+
+def _again(store: Store, path: Path) -> Name | None:
+    """Write a name down from its link, whose file was damaged; None where there is no link."""
+    is_folder = path.is_dir() and not path.is_symlink()
+    target = Path(os.path.realpath(path / "record.json" if is_folder else path))
+    if not target.is_relative_to(os.path.realpath(store.root)):
+        return None
+    for record in store.records():
+        for output, made in record["outputs"].items():
+            same = target.stem == record["key"] if is_folder else made.get("sha256") == target.name
+            if same and ("files" in made) == is_folder:
+                return _write(store, path, record["key"], output)
+    return None
+
+
+def read_all(store: Store) -> tuple[dict[Path, Name], list[Path]]:
+    """Every name that was ever made, by the file that it is written down in.
+
+    Damaged ones of the project that we are in are written down anew, from their links. The second
+    list is of the files that were damaged and for which there is no link here.
+    """
+    found: dict[Path, Name] = {}
+    damaged = set()
+    for file in sorted((store.root / "links").glob("[0-9a-f]" * 32)):
+        try:
+            found[file] = _read(file)
+        except Damaged:
+            damaged.add(file)
+    for path in _links(store) if damaged else ():
+        if (file := _file(store, path)) in damaged and (name := _again(store, path)):
+            store.say(f"store: the name of {path} was damaged and is written down again")
+            found[file] = name
+            damaged.remove(file)
+    return found, sorted(damaged)
+
+
+def _links(store: Store) -> Iterator[Path]:
+    """All that can be a name in the folder that we are in: links, and folders with a record."""
+    for folder, folders, names in os.walk(Path.cwd()):
+        here = Path(folder)
+        if here != Path.cwd() and "record.json" in names:
+            yield here
+        folders[:] = [n for n in folders if not n.startswith(".") and here / n != store.root]
+        yield from (here / name for name in (*names, *folders) if (here / name).is_symlink())
 
 
 def last(store: Store, path: Path) -> Record | None:
@@ -123,12 +206,12 @@ def last(store: Store, path: Path) -> Record | None:
 
 def written(store: Store) -> Iterator[tuple[Path, Name]]:
     """Every name that was ever made, and the file it is written down in."""
-    for file in sorted((store.root / "links").glob("*")):
-        if "." not in file.name:  # else a draft
-            name: Name = json.loads(file.read_text())
-            project = name.get("project", "..")  # which older stores do not tell
-            places = {"path": name["path"], "project": project}
-            yield file, name | {n: os.path.normpath(store.root / p) for n, p in places.items()}
+    found, lost = read_all(store)
+    if lost:
+        raise Damaged(f"{lost[0]} is damaged, and {UNKNOWN}")
+    for file, name in sorted(found.items()):
+        places = {"path": name["path"], "project": name.get("project", "..")}  # not told, once
+        yield file, name | {n: os.path.normpath(store.root / p) for n, p in places.items()}
 
 
 def names(store: Store) -> Iterator[Name]:
@@ -148,6 +231,20 @@ def names(store: Store) -> Iterator[Name]:
         target = Path(os.path.realpath(probe))
         if there and target.is_relative_to(root):
             yield name | {"target": target.name}
+
+
+def lost(store: Store) -> list[Path]:
+    """The names, of whichever project, that point to objects which are gone from the store."""
+    gone = []
+    for name in names(store):
+        record = store.record(name["key"])
+        made = record["outputs"].get(name["output"]) if record else None
+        if made is None:
+            continue
+        inner = [*made["files"].values(), *made["aside"].values()] if "files" in made else [made]
+        if not all(store.object_path(file["sha256"]).exists() for file in inner):
+            gone.append(Path(name["path"]))
+    return gone
 
 
 def named(store: Store, path: Path) -> Record:

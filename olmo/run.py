@@ -132,10 +132,11 @@ def training(
     from olmo.checkpoint.final import export
     from olmo.report.loss import plot
     from olmo.train.segments import conditions, segments
+    from olmo.train.sinks import read_metrics
 
     reached = export(attempt, final, named_by_content(settings, tokens, order, labels, start))
     rows = [folder / "metrics.jsonl" for folder in (before, attempt) if folder is not None]
-    metrics = [json.loads(line) for path in rows for line in path.read_text().splitlines()]
+    metrics = [row for path in rows for row in read_metrics(path)]
     (final / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     plot(metrics, final / "loss.svg")
     return {

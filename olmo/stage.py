@@ -96,10 +96,14 @@ class Stage:
         return {name: value for name, value in kwargs.items() if self.roles[name] == chosen}
 
     def stamps(self, kwargs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
-        """Size, time of change and number of each input file: other ones mean other bytes."""
+        """Size, time of change and number of each input file: other ones mean other bytes.
+
+        Not of the store's objects, which do not change and whose times the store sets.
+        """
         given = [v for v in self.arguments(kwargs, "input").values() if v is not None]
         paths = [p for v in given for p in (v if isinstance(v, list | tuple) else [v])]
-        found = [os.stat(path) for path in paths if os.path.exists(path)]
+        store = here()
+        found = [os.stat(p) for p in paths if os.path.exists(p) and not store.holds(Path(p))]
         return [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in found]
 
     def action(self, store: Store, **kwargs: Any) -> Action:
@@ -150,9 +154,10 @@ class Stage:
                 )
             return {"facts": facts, "conditions": self.conditions(), **extra, "run": run}
 
-        record = store.run(action, build)
-        for name, path in names.items():
-            naming.link(store, record, name, path)
+        with store.unnamed(action.key):
+            record = store.run(action, build)
+            for name, path in names.items():
+                naming.link(store, record, name, path)
         if not ran:
             store.say(f"{self.name}: found in the store ({action.key[:12]}…)")
         return record

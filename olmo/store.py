@@ -8,6 +8,7 @@
     arriving/                 how downloads get on, for the line that tells of them
     links/                    the human names that point into the store: what `gc` keeps
     pins/                     actions that `gc` keeps whatever points to them
+    unnamed/                  actions that are asked for and have no names yet: `gc` keeps them too
     quarantine/               contents that were not what their name says
 
 An action (see `olmo.action`) is what was asked, a content is what came out; `olmo.naming` gives
@@ -15,7 +16,7 @@ them the paths that people use. Consumers know an
 input by its content, not by the action that made it: where an edit upstream ends in equal bytes,
 everything after it is found again.
 
-Imports nothing of ours but `action` and `lease`.
+Imports nothing of ours but `action`, `lease` and `sealed`.
 """
 
 import errno
@@ -32,13 +33,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from olmo import sealed
 from olmo.action import Action, canonical
 from olmo.lease import lease, see_anew
+from olmo.sealed import Damaged, sync_folder
 
 # Objects up to this size are hashed again whenever they are used. Larger ones are, when their
 # size or time of change is not as the store left it; `olmo store verify` hashes them all.
 HASHED_ON_USE = 256 * 2**20
 SEAL_NS = 1_000_000_000 * 10**9  # the mtime of every object: 2001-09-09, older than any link
+GC = "gc"  # the lease of who removes what has no name
+# The fields of a record that was written before records were sealed.
+UNSEALED = {"key", "action", "content", "outputs", "facts", "conditions", "run"}
 
 Say = Callable[[str], None]
 
@@ -96,10 +102,15 @@ class Store:
             path.chmod(0o444)
             os.utime(path, ns=(SEAL_NS, SEAL_NS))
             os.replace(path, target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         else:
             path.unlink()
         return {"sha256": digest, "size": size}
+
+    def holds(self, path: Path) -> bool:
+        """Whether a path leads to one of this store's objects."""
+        folder = Path(os.path.realpath(path)).parent.parent
+        return folder == Path(os.path.realpath(self.root)) / "objects"
 
     def digest(self, path: Path) -> str:
         """The sha256 of a file. Free for a link into the store: it is the object's name.
@@ -109,7 +120,7 @@ class Store:
             ValueError: there is no such file.
         """
         target = Path(os.path.realpath(path))
-        if target.parent.parent == Path(os.path.realpath(self.root)) / "objects":
+        if self.holds(path):
             if not self.sound(target.name):
                 raise Corrupt(
                     f"{path} points to {target.name[:12]}…, which is damaged or gone from the "
@@ -150,7 +161,7 @@ class Store:
             os.replace(path, cell)
         except FileNotFoundError:  # another process has found it too
             return
-        self.say(f"store: corrupt object {path.name[:12]}…: {reason}; moved to {cell}")
+        self.say(f"store: {path.name[:12]}… is set aside: {reason}; moved to {cell}")
 
     # --- actions ----------------------------------------------------------------------------
 
@@ -158,18 +169,21 @@ class Store:
         return self.root / "actions" / key[:2] / f"{key}.json"
 
     def record(self, key: str) -> Record | None:
-        """What is known of an action; None if it never ended."""
+        """What is known of an action; None if it never ended, or its record was damaged.
+
+        A damaged record goes to quarantine: the action runs again.
+        """
+        path = self.record_path(key)
         try:
-            record: Record = json.loads(self.record_path(key).read_text())
-            return record
+            return loads(path.read_bytes(), key)
         except FileNotFoundError:
             return None
         except OSError as error:
             if error.errno != errno.ESTALE:  # another machine has just written it anew
                 raise
             return self.record(key)
-        except json.JSONDecodeError:
-            self.quarantine(self.record_path(key), "not a record")
+        except Damaged:
+            self.quarantine(path, "a damaged record")
             return None
 
     def records(self) -> Iterator[Record]:
@@ -290,6 +304,30 @@ class Store:
             self._write_record(record)
 
     @contextmanager
+    def unnamed(self, key: str) -> Iterator[None]:
+        """Keep what an action makes, or made, from `gc`: for the block, in which it gets its names.
+
+        If the process is killed in it, until somebody names it: the same command, asked again.
+        """
+        mark = self.root / "unnamed" / key
+        with self.writable():
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+            sync_folder(mark.parent)
+        # Either `gc` has seen the mark, or we see its lease and wait until it has ended.
+        if any((self.root / "leases").glob(f"{GC}.*")):
+            with lease(self.root / "leases", GC, lambda _: self.say("store: gc runs; waiting")):
+                pass
+        try:
+            yield
+        except Exception:
+            if self.record_path(key).exists():
+                raise  # it ended, but has no name
+            mark.unlink(missing_ok=True)
+            raise
+        mark.unlink(missing_ok=True)
+
+    @contextmanager
     def draft(self) -> Iterator[Path]:
         """A folder of one's own on the store's disk, gone with the block."""
         with self.writable(), lease(self.root / "leases", f"draft-{uuid.uuid4().hex}"):
@@ -301,8 +339,7 @@ class Store:
                 shutil.rmtree(folder)
 
     def _write_record(self, record: Record) -> None:
-        text = json.dumps(record, indent=1, sort_keys=True)
-        write_whole(self.record_path(record["key"]), text)
+        sealed.write(self.record_path(record["key"]), sealed.dumps(record, 1), read_only=True)
 
     def _waiting(self, action: Action) -> Callable[[dict[str, Any]], None]:
         return lambda holder: self.say(
@@ -337,6 +374,39 @@ class Store:
         return Path(os.path.abspath(os.fsdecode(path))).is_relative_to(self.root)
 
 
+def loads(text: bytes, key: str) -> Record:
+    """The record of the action `key`, from the bytes of its file.
+
+    Raises:
+        Damaged: they are not as they were written, or another action's.
+    """
+    record = parse(text, f"the record {key[:12]}…")
+    if record["key"] != key:
+        raise Damaged(f"expected the record of {key[:12]}…, found another action's")
+    return record
+
+
+def parse(text: bytes, name: str | Path) -> Record:
+    """A record from the bytes of its file. Raises Damaged."""
+    try:
+        return sealed.loads(text, name)
+    except Damaged:
+        if (record := _unsealed(text)) is None:
+            raise
+        return record
+
+
+def _unsealed(text: bytes) -> Record | None:
+    """A record from before records were sealed, if what of it can be computed again agrees."""
+    try:
+        record: Record = json.loads(text)
+        asked = Action(**record["action"]).key
+        whole = (asked, content(record["outputs"])) == (record["key"], record["content"])
+        return record if whole and set(record) <= UNSEALED else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
 def files(record: Record) -> list[dict[str, Any]]:
     """Every file of an action's outputs, those aside too: {"sha256", "size"}."""
     return [
@@ -364,27 +434,6 @@ def _by_name(record: Mapping[str, Any]) -> dict[str, str]:
         else:
             names[name] = output["sha256"]
     return names
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file that is there whole or not at all, also when the power fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.chmod(0o444)
-    os.replace(draft, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _kind(path: Path) -> str:

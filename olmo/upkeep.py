@@ -6,25 +6,40 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from olmo import naming, remote
-from olmo.lease import held
+from olmo import naming, remote, sealed
+from olmo.lease import held, lease
 from olmo.lineage import differences, nearest
 from olmo.lineage import trace as trace_lines
 from olmo.stage import here
-from olmo.store import Store, files, sha256
+from olmo.store import GC, Store, files, sha256
 
 
 def verify() -> None:
-    """Hash every object. What is corrupt goes to quarantine; the next run makes it anew."""
+    """Hash every object, read every record and name. The next run makes anew what is damaged."""
     store = here()
     objects = len(list((store.root / "objects").glob("??/*")))
-    if corrupt := damaged(store):
-        raise ValueError(
-            f"{len(corrupt)} of {objects} objects were corrupt and are in {store.root}/quarantine: "
-            + ", ".join(digest[:12] + "…" for digest in corrupt)
-            + ". Run snakemake again: it makes them anew"
-        )
-    print(f"{store.root}: {objects} objects, all sound")
+    keys = [path.stem for path in (store.root / "actions").glob("??/*.json")]
+    corrupt, broken = damaged(store), [key for key in sorted(keys) if store.record(key) is None]
+    found, unknown = naming.read_all(store)
+    lost = [] if unknown else naming.lost(store)
+    complaints = []
+    if corrupt:
+        complaints.append(f"{len(corrupt)} of {objects} objects were corrupt: {short(corrupt)}")
+    if broken:
+        complaints.append(f"{len(broken)} of {len(keys)} records were damaged: {short(broken)}")
+    if corrupt or broken:
+        complaints.append(f"they are in {store.root}/quarantine")
+    if lost:
+        complaints.append(f"{len(lost)} names point to objects that are gone: {lost[0]}, …")
+    if complaints:
+        raise ValueError("; ".join(complaints) + ". Run snakemake again: it makes them anew")
+    if unknown:
+        raise ValueError(f"{unknown[0]} is damaged, and {naming.UNKNOWN}")
+    print(f"{store.root}: {objects} objects, {len(keys)} records, {len(found)} names, all sound")
+
+
+def short(digests: list[str]) -> str:
+    return ", ".join(f"{digest[:12]}…" for digest in digests)
 
 
 def damaged(store: Store) -> list[str]:
@@ -66,7 +81,12 @@ def sweep(store: Store, dry_run: bool = False, forget: Path | None = None) -> li
     Records stay: they are small, and they are what a rebuilt object is compared with. So do the
     work folders of actions that have not ended: a training run's checkpoints.
     """
-    if running := held(store.root / "leases"):
+    with lease(store.root / "leases", GC):  # stages that begin now wait for it
+        return _sweep(store, dry_run, forget)
+
+
+def _sweep(store: Store, dry_run: bool, forget: Path | None) -> list[str]:
+    if running := set(held(store.root / "leases")) - {GC}:
         raise ValueError(
             f"expected a store at rest, found {len(running)} stages running, whose new objects "
             "have no name yet; run gc again when they are done"
@@ -82,15 +102,25 @@ def sweep(store: Store, dry_run: bool = False, forget: Path | None = None) -> li
     found = [name for name in naming.names(store) if name["path"] not in forgotten]
     # A name is written down before it is made: one that was cut off points to what it did before.
     keep = {name["target"] for name in found}
+    for name in found:  # what is in a folder, also where its record is damaged
+        path = Path(name["path"])
+        if path.is_dir() and not path.is_symlink():
+            keep |= {Path(os.path.realpath(inner)).name for inner in path.rglob("*")}
     keys = {key for name in found for key in (name["key"], name["target"].removesuffix(".json"))}
-    for key in keys | set(pinned(store)):
+    for key in pinned(store):
+        if store.record(key) is None:
+            raise ValueError(
+                f"the record of the pinned action {key[:12]}… is gone or damaged, so that nobody "
+                f"knows what to keep; run snakemake again, or remove {store.root}/pins/{key}"
+            )
+    for key in keys | set(pinned(store)) | set(unnamed(store)):
         if (record := store.record(key)) is not None:
             keep |= {file["sha256"] for file in files(record)}
     objects = sorted((store.root / "objects").glob("??/*"))
     removed = [path for path in objects if path.name not in keep]
     if dry_run:
         return [path.name for path in removed]
-    for path in [*removed, *forgotten.values()]:
+    for path in [*removed, *forgotten.values(), *drafts(store)]:
         path.unlink()
     shutil.rmtree(store.root / "drafts", ignore_errors=True)
     for work in finished_work(store):
@@ -103,9 +133,21 @@ def sweep(store: Store, dry_run: bool = False, forget: Path | None = None) -> li
 
 
 def finished_work(store: Store) -> list[Path]:
-    """The work folders of actions that have ended."""
+    """The work folders of actions that have ended and have their names."""
     folders = sorted((store.root / "work").glob("*"))
-    return [folder for folder in folders if store.record(folder.name) is not None]
+    kept = unnamed(store)
+    return [f for f in folders if f.name not in kept and store.record(f.name) is not None]
+
+
+def unnamed(store: Store) -> list[str]:
+    """Actions that were asked for, and whose process was killed before they had their names."""
+    return sorted(path.name for path in (store.root / "unnamed").glob("*"))
+
+
+def drafts(store: Store) -> list[Path]:
+    """What was killed while it wrote a record or a name has left."""
+    folders = [store.root / "links", *(store.root / "actions").glob("??")]
+    return [path for folder in folders for path in sealed.drafts(folder)]
 
 
 def weight(folder: Path) -> int:
@@ -136,13 +178,14 @@ def checkout(name: str, /, to: Path | None = None) -> None:
     record = store.record(known["key"] if known else name)
     if record is None or (to is None and known is None):
         raise ValueError(f"expected a path that the store {store.root} made, found {name}")
-    if not store.hit(record["key"]):
-        raise ValueError(f"objects of {name} are gone from {store.root}; run snakemake again")
-    for output in [known["output"]] if known else record["outputs"]:
-        path = to or Path(name)
-        path = path if known or len(record["outputs"]) == 1 else path / output
-        naming.link(store, record, output, path)
-        print(f"{path} → {record['action']['stage']} {record['key'][:12]}…")
+    with store.unnamed(record["key"]):
+        if not store.hit(record["key"]):
+            raise ValueError(f"objects of {name} are gone from {store.root}; run snakemake again")
+        for output in [known["output"]] if known else record["outputs"]:
+            path = to or Path(name)
+            path = path if known or len(record["outputs"]) == 1 else path / output
+            naming.link(store, record, output, path)
+            print(f"{path} → {record['action']['stage']} {record['key'][:12]}…")
 
 
 def why(path: Path, /) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from olmo import sealed
 from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load
 from olmo.config import to_yaml
@@ -34,7 +35,7 @@ def export(save_folder: str | Path, out: str | Path, config: dict[str, Any]) -> 
     marker = save_folder / FINISHED
     if not marker.exists():
         raise ValueError(f"the run in {save_folder} has not come to its end; train it further")
-    checkpoint = load(save_folder / json.loads(marker.read_text())["checkpoint"])
+    checkpoint = load(save_folder / sealed.read(marker)["checkpoint"])
     assert checkpoint.optim is not None and checkpoint.train is not None
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):

@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo import foreign
+from olmo import foreign, sealed
+from olmo.sealed import Damaged
 
 MANIFEST = "manifest.json"
 EPHEMERAL = "ephemeral"  # an empty file in a checkpoint that the next one replaces
@@ -97,10 +98,7 @@ def writing(folder: Path) -> Iterator[Path]:
                 "sha256": sha256(path),
             }
             _to_disk(path)
-        text = json.dumps({"files": manifest}, indent=1, sort_keys=True) + "\n"
-        (partial / MANIFEST).write_text(text)
-        _to_disk(partial / MANIFEST)
-        _to_disk(partial)
+        sealed.write(partial / MANIFEST, sealed.dumps({"files": manifest}, 1))
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
@@ -124,7 +122,7 @@ def publish(partial: Path, folder: Path) -> None:
         shutil.rmtree(replaced)
     else:
         partial.rename(folder)
-    _to_disk(folder.parent)
+    sealed.sync_folder(folder.parent)
 
 
 def put_back(save_folder: Path) -> None:
@@ -172,17 +170,32 @@ def retain(newest: Path, keep: int) -> list[Path]:
 def listed(manifest: bytes, whose: str) -> dict[str, dict[str, Any]]:
     """The files of a manifest, by their names in the folder: {"bytes", "sha256"}.
 
-    Raises ValueError for one that is torn, or that names what lies elsewhere.
+    Raises ValueError for one that is damaged, or that names what lies elsewhere.
     """
     try:
-        files: dict[str, dict[str, Any]] = dict(json.loads(manifest)["files"])
+        files: dict[str, dict[str, Any]] = sealed.loads(manifest, whose)["files"]
+    except Damaged:
+        if (unsealed := _unsealed(manifest)) is None:
+            raise
+        files = unsealed
+    try:
         for name, facts in files.items():
             foreign.inner(name, whose)
             foreign.size(facts["bytes"], whose)
             foreign.digest(facts["sha256"], whose)
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{whose}: expected files with bytes and sha256, found none") from error
     return files
+
+
+def _unsealed(manifest: bytes) -> dict[str, dict[str, Any]] | None:
+    """The files of a manifest from before manifests were sealed, if it is as those were."""
+    try:
+        found = json.loads(manifest)
+        whole = all(set(facts) == {"bytes", "sha256"} for facts in found["files"].values())
+        return dict(found["files"]) if whole and set(found) == {"files"} else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
 
 
 def verify(folder: Path) -> None:
@@ -203,7 +216,7 @@ def verify(folder: Path) -> None:
         files = listed(manifest.read_bytes(), "its manifest")
     except ValueError as error:
         raise ValueError(
-            f"the checkpoint {folder} has an unreadable manifest: {error}; {remedy}"
+            f"the checkpoint {folder} has a damaged manifest: {error}; {remedy}"
         ) from error
     for name, expected in files.items():
         path = folder / name

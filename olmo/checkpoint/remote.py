@@ -79,6 +79,11 @@ def mirror(save_folder: Path, remote: str) -> None:
             continue  # OLMo's own
         done, sending = f"{folder.name}/{layout.MANIFEST}", f"{folder.name}/{SENDING}"
         content = manifest.read_bytes()
+        try:
+            files = layout.listed(content, str(manifest))
+        except ValueError as error:
+            warn(f"not sent: {error}")
+            continue
         if done in sizes:
             if place.read(done) == content:
                 continue
@@ -86,7 +91,7 @@ def mirror(save_folder: Path, remote: str) -> None:
         begun = sending in sizes and place.read(sending) == content
         if not begun:
             place.put(manifest, sending)
-        for file, facts in layout.listed(content, str(manifest)).items():
+        for file, facts in files.items():
             name = f"{folder.name}/{file}"
             if not begun or sizes.get(name) != facts["bytes"]:
                 place.put(folder / file, name)

@@ -97,7 +97,7 @@ class Arrivals:
                     word.unlink()
                     continue
                 more, received, speed = json.loads(word.read_text())
-            except FileNotFoundError:  # its job has just ended
+            except (FileNotFoundError, ValueError, TypeError):  # its job has just ended; damaged
                 continue
             files, here, rate = files + more, here + received, rate + speed
         of = left = ""

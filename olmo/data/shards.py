@@ -8,7 +8,6 @@ bytes from the store by their digests, so that a path is for people and for othe
 import hashlib
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from olmo import foreign, log
+from olmo import foreign, log, sealed
 from olmo.data import source_table
 from olmo.data.arrivals import Arrivals, Count
 from olmo.data.conversations import download_conversations, local_conversations
@@ -39,6 +38,7 @@ from olmo.data.tokens import tokens as tokens_stage
 from olmo.environments import interpreter
 from olmo.io import Progress, unseen
 from olmo.lease import lease
+from olmo.sealed import Damaged
 from olmo.stage import Facts, Input, Output, Stage, here, stage
 from olmo.store import Record
 
@@ -62,14 +62,20 @@ class Entry:
 
 
 def read(listings: Iterable[Path], output: str | None = None) -> list[Entry]:
-    """The entries of one output, or of all, over several listings, in order."""
+    """The entries of one output, or of all, over several listings, in order.
+
+    Raises:
+        Damaged: a listing is not as it was written.
+    """
     entries = []
     for listing in listings:
-        header, *rows = listing.read_text().splitlines()
-        if tuple(header.split("\t")) != HEADER:
+        try:
+            header, *rows = sealed.load_table(listing.read_bytes(), listing)
+        except Damaged as error:
+            raise Damaged(f"{error}; run snakemake again, which makes it anew") from None
+        if tuple(header) != HEADER:
             raise ValueError(f"{listing}: expected the columns {HEADER}, found {header!r}")
-        for row in rows:
-            shard, name, path, digest, size = row.split("\t")
+        for shard, name, path, digest, size in rows:
             foreign.part(shard, str(listing))
             foreign.digest(digest, str(listing))
             if output in (None, name):
@@ -80,10 +86,7 @@ def read(listings: Iterable[Path], output: str | None = None) -> list[Entry]:
 def write(listing: Path, entries: Iterable[Entry]) -> None:
     """Write a listing, whole or not at all."""
     rows = [HEADER, *((e.shard, e.output, e.path, e.sha256, str(e.bytes)) for e in entries)]
-    listing.parent.mkdir(parents=True, exist_ok=True)
-    draft = listing.with_suffix(f".{uuid.uuid4().hex[:8]}")
-    draft.write_text("".join("\t".join(row) + "\n" for row in rows))
-    os.replace(draft, listing)
+    sealed.write(listing, sealed.dump_table(rows))
 
 
 def run(

@@ -5,7 +5,6 @@ Of ours or of OLMo's, from files or by URL; only the bytes that are asked for ar
 
 from __future__ import annotations
 
-import json
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from olmo.config import TrainConfig
 from olmo.data.files import Tokens, file_sizes, is_url
 from olmo.data.order import ORDER_DTYPE, global_indices
 from olmo.inspect.order import Seen
+from olmo.store import parse
 
 MOST_CONFIG = 64 * 2**20  # bytes
 
@@ -64,8 +64,7 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What the store knows of a final checkpoint; {} of others."""
         path = Path(self.folder, "record.json")
-        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        return known
+        return parse(path.read_bytes(), path) if path.exists() else {}
 
     @property
     def steps(self) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from olmo.config import TrainConfig
 from olmo.lineage import ancestors
-from olmo.store import Record, Store
+from olmo.store import Record, Store, parse
 
 LIBRARY = ("stdlib", "stdlib_questions")
 CHECKPOINTS = ("local_checkpoint", "fetched_checkpoint")
@@ -51,7 +50,7 @@ def card(
         settings: what config.json says.
         checkpoint: the final folder that was exported; what the store knows of it is told.
     """
-    record = json.loads((checkpoint / "record.json").read_text())
+    record = parse((checkpoint / "record.json").read_bytes(), checkpoint / "record.json")
     cfg = TrainConfig.load(checkpoint / "config.yaml", validate_paths=False)
     facts = record["facts"]
     per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length

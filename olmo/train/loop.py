@@ -8,7 +8,6 @@ same bits.
 from __future__ import annotations
 
 import gc
-import json
 import signal
 from collections.abc import Generator
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from olmo import sealed
 from olmo.checkpoint import layout
 from olmo.checkpoint.read import put_state, put_weights
 from olmo.config import SchedulerUnits, TrainConfig
@@ -317,7 +317,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             tell(f"paused at step {position.global_step} by {paused}, saved to {where}")
             if world.first:
                 left = {"step": position.global_step, "by": paused, "checkpoint": str(where)}
-                (folder / MARKER).write_text(json.dumps(left) + "\n")
+                sealed.write(folder / MARKER, sealed.dumps(left))
                 stop.met()
             saver.send(PATIENCE_S, needed=False)
             exit_code = PAUSED
@@ -327,9 +327,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             saver.finish()
             saver.send(needed=exit_code == 0)
             if exit_code == 0 and world.first:
-                partial = folder / f".{FINISHED}"
-                partial.write_text(json.dumps(reached) + "\n")
-                partial.replace(folder / FINISHED)
+                sealed.write(folder / FINISHED, sealed.dumps(reached))
         world.wait()
         return exit_code
     finally:

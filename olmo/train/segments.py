@@ -4,12 +4,12 @@
     {"after": 8, "processes": 1, …}      from step 9 on
 
 Bits depend on it, and what is asked for does not hold it. Two contents of one run are an alarm
-only where it is the same from the first step to the last.
+only where it is the same from the first step to the last. Each line is sealed; for one that is
+damaged stands {"after": 0, "damaged": 1}: it is not known what those steps were computed on.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
+from olmo import sealed
+from olmo.log import warn
 from olmo.process import SEGMENTS
 from olmo.train.parallel import World
 
-DECIDES_BITS = ("processes", "nodes", "device", "threads", "torch")
+DECIDES_BITS = ("processes", "nodes", "device", "threads", "torch", "damaged")
 
 
 def begin_segment(folder: Path, world: World, step: int, resumed: bool) -> None:
@@ -48,15 +50,16 @@ def begin_segment(folder: Path, world: World, step: int, resumed: bool) -> None:
         "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(segment) + "\n" for segment in [*kept, here]))
-    partial.replace(path)
+    sealed.write(path, "".join(sealed.dumps(segment) + "\n" for segment in [*kept, here]))
 
 
 def segments(folder: Path) -> list[dict[str, Any]]:
     """All that were begun and of which steps are left, in order."""
-    path = folder / SEGMENTS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found, damaged = sealed.read_lines(folder / SEGMENTS)
+    if damaged:
+        warn(f"{folder / SEGMENTS}: {damaged} lines are damaged; what they told is not known")
+        found = [{"after": 0, "damaged": damaged}, *found]
+    return found
 
 
 def conditions(found: list[dict[str, Any]]) -> dict[str, Any]:

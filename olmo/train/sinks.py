@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from olmo import sealed
 from olmo.config import TrainConfig
-from olmo.log import count, duration, keep
+from olmo.log import count, duration, keep, warn
 
 METRICS = "metrics.jsonl"
 
@@ -33,7 +34,7 @@ class JsonLines:
     """<save_folder>/metrics.jsonl: {"step": 3, "train/CrossEntropyLoss": …} a step.
 
     Opened at `step`, it forgets later lines, and one that was cut off: going on from there writes
-    them again.
+    them again. Lines have no seal, since other programs read them: a damaged one is left out.
     """
 
     def __init__(self, folder: Path, step: int | None) -> None:
@@ -41,12 +42,12 @@ class JsonLines:
         kept = b""
         if step is not None and path.exists():
             kept = b"".join(
-                line for line in path.read_bytes().splitlines(True) if _upto(line, step)
+                line
+                for line in path.read_bytes().splitlines(True)
+                if line.endswith(b"\n") and (row := _row(line)) and row["step"] <= step
             )
         if not path.exists() or path.read_bytes() != kept:
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(kept)
-            partial.replace(path)
+            sealed.write(path, kept.decode())
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -61,11 +62,23 @@ class JsonLines:
         os.close(self._file)
 
 
-def _upto(line: bytes, step: int) -> bool:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, in order; damaged ones are left out, with a warning."""
+    lines = path.read_bytes().splitlines()
+    rows = [row for line in lines if (row := _row(line))]
+    if len(rows) < len(lines):
+        warn(f"{path}: {len(lines) - len(rows)} of {len(lines)} lines are damaged and left out")
+    return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A step's metrics; None of a line that is not as it was written, as far as one can see."""
     try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError):
-        return False
+        row: dict[str, Any] = json.loads(line)
+        numbers = all(type(value) in (int, float) for value in row.values())
+        return row if numbers and type(row["step"]) is int else None
+    except (ValueError, KeyError, AttributeError):
+        return None
 
 
 class Console:

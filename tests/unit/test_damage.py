@@ -8,8 +8,9 @@ import yaml
 from olmo.damage import Damage
 from olmo.data.source_table import complete
 from olmo.pipeline import Plan
+from olmo.sealed import dump_table
 
-HEADER = "shard\toutput\tpath\tsha256\tbytes\n"
+HEADER = ["shard", "output", "path", "sha256", "bytes"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,9 @@ def made(name: str, text: str = "") -> Path:
 
 
 def test_what_is_missing_is_written_down_once_a_plan():
-    listing = made("data/mine/tokens/000.tsv", HEADER + "p\ttokens\ttokens/p.npy\tab\t2\n")
+    listing = made(
+        "data/mine/tokens/000.tsv", dump_table([HEADER, ["p", "tokens", "tokens/p.npy", "ab", "2"]])
+    )
     shard = made("data/mine/tokens/p.npy")
     [journal] = map(Path, damage().journal("mine"))
     assert journal.read_text() == "" and journal.stat().st_mtime == 0 and listing.exists()
@@ -62,7 +65,7 @@ def test_a_checkpoint_needs_its_files_its_order_and_its_data():
     }
     assert damage().missing("mine") == needed
     for name in needed:
-        made(name, HEADER)
+        made(name, dump_table([HEADER]))
     assert damage().missing("mine") == set()
     weights = Path("checkpoints/soup/final/model.safetensors")
     weights.unlink()
@@ -72,8 +75,8 @@ def test_a_checkpoint_needs_its_files_its_order_and_its_data():
 
 def test_a_table_that_says_something_else_now_is_damage():
     table = made("table.tsv", "url\tbytes\tsha256\tlicence\nhttps://x/a.json.gz\t12\t\todc-by\n")
-    row = f"a\tsource\tsources/a.json.gz\t{'a' * 64}\t12\n"
-    listing = made("data/mine/sources/000.tsv", HEADER + row)
+    row = ["a", "source", "sources/a.json.gz", "a" * 64, "12"]
+    listing = made("data/mine/sources/000.tsv", dump_table([HEADER, row]))
     made("data/mine/sources/a.json.gz")
     assert damage(table="table.tsv").missing("mine") == set()
     complete(table, {"https://x/a.json.gz": (12, "a" * 64)})

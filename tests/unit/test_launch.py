@@ -4,7 +4,6 @@ Nodes are processes of this machine: `srun` is a script that starts the torchrun
 side by side, and everything below it is real. The scheduler's own is in tests/slurm.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from small_run import given, metrics, until
 
+from olmo import sealed
 from olmo.launch import (
     Geometry,
     asking_it_to_stop,
@@ -394,7 +394,8 @@ def test_before_its_time_is_up_a_job_waits_again(
 ) -> None:
     (allocation / "scontrol").write_text(f'#!/bin/sh\necho "$@" >{tmp_path / "asked"}\n')
     left = {"step": 5, "by": why, "checkpoint": f"{tmp_path}/step5"}
-    (tmp_path / SEGMENTS).write_text(f'{{"after": 0}}\n{{"after": {after}}}\n')
+    begun = [sealed.dumps({"after": step}) + "\n" for step in (0, after)]
+    (tmp_path / SEGMENTS).write_text("".join(begun))
     wait_in_the_queue_again(tmp_path, left)
     job = os.environ["SLURM_JOB_ID"]
     said = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
@@ -410,8 +411,8 @@ def test_a_job_that_is_back_at_once_takes_no_words_from_the_one_before(
 ) -> None:
     """Put back, it may start on another node, and remove the marker, before we have said why."""
     (allocation / "scontrol").write_text(f"#!/bin/sh\nrm {tmp_path / MARKER}\n")
-    left = json.dumps({"step": 5, "by": "SIGUSR1", "checkpoint": "step5"})
-    (tmp_path / SEGMENTS).write_text('{"after": 0}\n')
+    left = sealed.dumps({"step": 5, "by": "SIGUSR1", "checkpoint": "step5"})
+    (tmp_path / SEGMENTS).write_text(sealed.dumps({"after": 0}) + "\n")
     paused = ["sh", "-c", f"echo '{left}' >{tmp_path / MARKER}; exit 75"]
     monkeypatch.setattr("olmo.launch.launcher", lambda *_: paused)
     with pytest.raises(Paused, match="at step 5 by SIGUSR1, saved to step5"):
@@ -420,6 +421,6 @@ def test_a_job_that_is_back_at_once_takes_no_words_from_the_one_before(
 
 
 def test_a_cluster_that_puts_no_job_back(tmp_path: Path, allocation: Path, capsys: Any) -> None:
-    (tmp_path / SEGMENTS).write_text('{"after": 0}\n')
+    (tmp_path / SEGMENTS).write_text(sealed.dumps({"after": 0}) + "\n")
     wait_in_the_queue_again(tmp_path, {"step": 5, "by": "SIGUSR1", "checkpoint": "step5"})
     assert "requeue" in capsys.readouterr().err

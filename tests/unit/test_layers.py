@@ -19,12 +19,13 @@ LEAVES: dict[str, set[str]] = {
     "log": set(),
     "plugin": set(),
     "process": set(),
-    "io": set(),
+    "io": {"sealed"},
     "bucket": {"io"},
     "lease": set(),
     "action": set(),
-    "store": {"action", "lease"},
-    "naming": {"store", "lease"},
+    "sealed": set(),
+    "store": {"action", "lease", "sealed"},
+    "naming": {"store", "lease", "sealed"},
 }
 # Rooms, and the rooms further along the one way that they must not know.
 NEVER = {

@@ -95,7 +95,7 @@ from pathlib import Path
 from olmo import naming
 from olmo.store import Store
 
-naming.write_whole = lambda *_: None
+naming._write = lambda *_: None
 {where} = lambda *_: os.kill(os.getpid(), 9)
 store = Store(Path(sys.argv[1]))
 naming.link(store, store.record(sys.argv[2]), "final", Path("final"))

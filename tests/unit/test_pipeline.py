@@ -1,6 +1,5 @@
 """The plan: names of files, from configs and recipes, without running anything."""
 
-import json
 import os
 import shlex
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from olmo import sealed
 from olmo.data.shards import Entry, asked, order, write
 from olmo.data.source_table import Source, complete, named, read, safe
 from olmo.pipeline import Plan
@@ -203,7 +203,7 @@ def test_the_next_steps_can_be_pasted():
     final.mkdir(parents=True)
     losses = {"heldout": {"first": 8.0, "last": 5.0}}
     facts = {"steps": 10, "tokens": 2000, "heldout_loss": losses}
-    (final / "record.json").write_text(json.dumps({"facts": facts}))
+    (final / "record.json").write_text(sealed.dumps({"facts": facts}))
     told = next_steps(made)
     assert "r/final is ready: 10 steps, 2,000 tokens" in told and "8.000 → 5.000" in told
     commands = [line.split(": ", 1)[1].strip() for line in told.splitlines() if " run " in line][:3]

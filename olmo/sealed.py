@@ -1,0 +1,139 @@
+"""Small files that steer everything: written whole, and read back only if no byte has changed.
+
+A sealed file ends with the sha256 of all that stands before it: JSON in a last field "seal", a
+table in a last line "seal<TAB>…". So a changed byte, a cut and a half of an older file are all
+noticed, and the file says so whatever wrote it. It is no protection against an enemy, who can seal
+anew: what comes from elsewhere is checked by what it says.
+
+Imports nothing of ours.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+FIELD = '"seal": "'
+ENDS = ("}", "\n}\n")  # of a line, of an indented file
+
+
+class Damaged(ValueError):
+    """A small file whose bytes are not those that were written."""
+
+
+def write(path: Path, text: str, read_only: bool = False) -> None:
+    """Write a small file that is there whole or not at all, also when the power fails.
+
+    Raises OSError where it cannot be written; a file of that name stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if read_only:
+            draft.chmod(0o444)
+        os.replace(draft, path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def drafts(folder: Path) -> list[Path]:
+    """What writers that were killed have left in a folder."""
+    return sorted(folder.glob(f".*.{'[0-9a-f]' * 8}"))
+
+
+def dumps(value: Mapping[str, Any], indent: int | None = None) -> str:
+    """A JSON object with its seal as the last field."""
+    text = json.dumps(dict(value), indent=indent, sort_keys=indent is not None)
+    body = text.removesuffix("}").rstrip() + ("," if value else "")
+    body += " " if indent is None else "\n" + " " * indent
+    return body + _end(body, ENDS[indent is not None])
+
+
+def loads(content: bytes, name: str | Path) -> dict[str, Any]:
+    """The object that `dumps` wrote, without its seal.
+
+    Args:
+        name: of the file, for the error.
+
+    Raises:
+        Damaged: a byte is another, or some are gone.
+    """
+    text = _decoded(content, name)
+    body, _, end = text.rpartition(FIELD)
+    if FIELD + end not in [_end(body, last) for last in ENDS]:
+        raise _damaged(name)
+    value: dict[str, Any] = json.loads(text)
+    del value["seal"]
+    return value
+
+
+def read(path: Path) -> dict[str, Any]:
+    """`loads` of a file. Raises FileNotFoundError, Damaged."""
+    return loads(path.read_bytes(), path)
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The sealed objects of a file, one a line, and how many lines were damaged; [] of no file."""
+    if not path.exists():
+        return [], 0
+    found, damaged = [], 0
+    for line in path.read_bytes().splitlines():
+        try:
+            found.append(loads(line, path))
+        except Damaged:
+            damaged += 1
+    return found, damaged
+
+
+def dump_table(rows: Iterable[Iterable[str]]) -> str:
+    """Rows of words between tabs, the seal in a last line."""
+    body = "".join("\t".join(row) + "\n" for row in rows)
+    return f"{body}seal\t{_digest(body)}\n"
+
+
+def load_table(content: bytes, name: str | Path) -> list[list[str]]:
+    """The rows that `dump_table` wrote. Raises Damaged."""
+    text = _decoded(content, name)
+    body, _, seal = text.rpartition("seal\t")
+    if seal != f"{_digest(body)}\n":
+        raise _damaged(name)
+    return [line.split("\t") for line in body.split("\n")[:-1]]
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def _end(body: str, last: str) -> str:
+    return f'{FIELD}{_digest(body)}"{last}'
+
+
+def _decoded(content: bytes, name: str | Path) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise _damaged(name) from None
+
+
+def _damaged(name: str | Path) -> Damaged:
+    return Damaged(f"{name} is damaged: its bytes are not those that were written")
