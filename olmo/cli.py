@@ -7,6 +7,7 @@ Commands are imported when they are called, so that `olmo order` does not wait f
 import argparse
 import ast
 import difflib
+import errno
 import importlib
 import inspect
 import os
@@ -17,6 +18,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -108,8 +110,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
         sys.exit(1)
-    except (ValueError, FileNotFoundError, PermissionError, ChildProcessError) as error:
+    except OSError as error:
+        sys.exit(public(f"olmo {verb}: {of_disk(error)}"))
+    except ValueError as error:
         sys.exit(public(f"olmo {verb}: {error}"))
+
+
+def of_disk(error: OSError) -> str:
+    """What to do where a disk is full or fails; what else an OSError says is said as it is."""
+    text = str(error)  # polars' has no errno
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in text:
+        return f"the disk is full: {text}. Make room, then run the same again"
+    if error.errno == errno.EIO or "(os error 5)" in text:
+        return f"the disk, or its file system, fails: {text}. Mend it, then run the same again"
+    return text
 
 
 def run(verb: str, words: Sequence[str]) -> None:
@@ -247,7 +261,7 @@ class copied_to:
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         if self.log is not None and error is not None:
-            with self.log.open("a") as file:
+            with suppress(OSError), self.log.open("a") as file:  # as may be what failed
                 file.write(public(f"{FAILED}{kind.__name__}: {error}\n"))
 
 

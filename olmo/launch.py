@@ -148,9 +148,9 @@ def wait_in_the_queue_again(folder: Path, left: Mapping[str, Any]) -> None:
         left: what the trainer wrote when it paused, of which "by" and "step" count.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    begun, _ = sealed.read_lines(folder / SEGMENTS)
-    after = begun[-1]["after"] if begun else 0
-    if job is None or left["by"] != signal.SIGUSR1.name or left["step"] <= after:
+    segments = folder / SEGMENTS
+    begun = sealed.load_lines(segments.read_bytes(), segments)[-1]
+    if job is None or left["by"] != signal.SIGUSR1.name or left["step"] <= begun["after"]:
         return
     try:
         scontrol("requeue", job)

@@ -12,13 +12,12 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 FIELD = '"seal": "'
-ENDS = ("}", "\n}\n")  # of a line, of an indented file
 
 
 class Damaged(ValueError):
@@ -64,9 +63,9 @@ def drafts(folder: Path) -> list[Path]:
 def dumps(value: Mapping[str, Any], indent: int | None = None) -> str:
     """A JSON object with its seal as the last field."""
     text = json.dumps(dict(value), indent=indent, sort_keys=indent is not None)
-    body = text.removesuffix("}").rstrip() + ("," if value else "")
-    body += " " if indent is None else "\n" + " " * indent
-    return body + _end(body, ENDS[indent is not None])
+    space, last = (" ", "}") if indent is None else ("\n" + " " * indent, "\n}\n")
+    body = text.removesuffix("}").rstrip() + ("," + space if value else "")
+    return body + _end(body, last)
 
 
 def loads(content: bytes, name: str | Path) -> dict[str, Any]:
@@ -78,31 +77,29 @@ def loads(content: bytes, name: str | Path) -> dict[str, Any]:
     Raises:
         Damaged: a byte is another, or some are gone.
     """
-    text = _decoded(content, name)
-    body, _, end = text.rpartition(FIELD)
-    if FIELD + end not in [_end(body, last) for last in ENDS]:
-        raise _damaged(name)
-    value: dict[str, Any] = json.loads(text)
+    value: dict[str, Any] = json.loads(_whole(content, name, "}", "\n}\n"))
     del value["seal"]
     return value
+
+
+def dump_lines(values: Sequence[Mapping[str, Any]]) -> str:
+    """JSON objects, one a line; the last has the seal of all."""
+    *before, last = [json.dumps(dict(value)) for value in values]
+    body = "".join(line + "\n" for line in before) + last.removesuffix("}") + ", "
+    return body + _end(body, "}\n")
+
+
+def load_lines(content: bytes, name: str | Path) -> list[dict[str, Any]]:
+    """The objects that `dump_lines` wrote. Raises Damaged."""
+    lines = _whole(content, name, "}\n").split("\n")[:-1]
+    values: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    del values[-1]["seal"]
+    return values
 
 
 def read(path: Path) -> dict[str, Any]:
     """`loads` of a file. Raises FileNotFoundError, Damaged."""
     return loads(path.read_bytes(), path)
-
-
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The sealed objects of a file, one a line, and how many lines were damaged; [] of no file."""
-    if not path.exists():
-        return [], 0
-    found, damaged = [], 0
-    for line in path.read_bytes().splitlines():
-        try:
-            found.append(loads(line, path))
-        except Damaged:
-            damaged += 1
-    return found, damaged
 
 
 def dump_table(rows: Iterable[Iterable[str]]) -> str:
@@ -126,6 +123,15 @@ def _digest(body: str) -> str:
 
 def _end(body: str, last: str) -> str:
     return f'{FIELD}{_digest(body)}"{last}'
+
+
+def _whole(content: bytes, name: str | Path, *lasts: str) -> str:
+    """The text of JSON with a seal and one of these ends, if they are right. Raises Damaged."""
+    text = _decoded(content, name)
+    body, _, end = text.rpartition(FIELD)
+    if FIELD + end not in [_end(body, last) for last in lasts]:
+        raise _damaged(name)
+    return text
 
 
 def _decoded(content: bytes, name: str | Path) -> str:

@@ -317,7 +317,7 @@ class Store:
         # Either `gc` has seen the mark, or we see its lease and wait until it has ended.
         if any((self.root / "leases").glob(f"{GC}.*")):
             with lease(self.root / "leases", GC, lambda _: self.say("store: gc runs; waiting")):
-                pass
+                mark.touch()  # which it may have taken for a failed one's
         try:
             yield
         except Exception:

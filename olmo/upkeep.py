@@ -120,7 +120,8 @@ def _sweep(store: Store, dry_run: bool, forget: Path | None) -> list[str]:
     removed = [path for path in objects if path.name not in keep]
     if dry_run:
         return [path.name for path in removed]
-    for path in [*removed, *forgotten.values(), *drafts(store)]:
+    failed = [store.root / "unnamed" / key for key in unnamed(store) if not store.record(key)]
+    for path in [*removed, *forgotten.values(), *drafts(store), *failed]:
         path.unlink()
     shutil.rmtree(store.root / "drafts", ignore_errors=True)
     for work in finished_work(store):

@@ -2,6 +2,8 @@
 
     python tests/faults.py --rounds 10                   # all victims, ten moments each
     python tests/faults.py --rounds 1 --victim dolma
+    python tests/faults.py --flip                        # change bytes of small files: flips.py
+    python tests/faults.py --writes 5                    # fail at writes: failing_disk.py
 
 A round starts the small chain, or the part of it in which the victim lives, kills one process with
 SIGKILL at a random moment of its life, and then looks:
@@ -184,14 +186,52 @@ def rounds_beside(server: str, victim: Victim, count: int, folder: Path) -> Iter
             shutil.rmtree(project.root)
 
 
+def flip() -> bool:
+    """Change bytes of each kind of small file; whether any change was not noticed."""
+    import flips
+
+    folder = Path(tempfile.mkdtemp(prefix="faults-flip-"))
+    project = Project(folder / "project")
+    project.run()
+    failed = False
+    for kind, found in flips.sweep(project):
+        print(f"{kind.name:15} {dict(found)}", flush=True)
+        failed |= any(found[outcome] for outcome in found if outcome not in flips.FINE)
+    shutil.rmtree(folder)
+    return failed
+
+
+def fail_at_writes(calls_each: int | None) -> bool:
+    """Let each command's writes fail; whether any failure was not made good."""
+    import failing_disk
+
+    folder = Path(tempfile.mkdtemp(prefix="faults-writes-"))
+    failed = False
+    for failure in failing_disk.sweep(folder, calls_each):
+        what = f"{failure.command:10} {failure.how:6} at call {failure.at:4}"
+        print(f"{what}: {'FAILED' if failure.complaints else 'made good'}", flush=True)
+        for complaint in failure.complaints:
+            print(f"    {complaint}")
+        failed |= bool(failure.complaints)
+    if not failed:
+        shutil.rmtree(folder)
+    return failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10, help="moments for each victim")
     parser.add_argument("--victim", choices=VICTIMS, action="append")
+    parser.add_argument("--flip", action="store_true", help="flips.py, and no more")
+    parser.add_argument(
+        "--writes", type=int, nargs="?", const=0, help="failing_disk.py: calls each, 0: all"
+    )
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
     random.seed(options.seed)
     print(f"seed {options.seed}")
+    if options.flip or options.writes is not None:
+        sys.exit(flip() if options.flip else fail_at_writes(options.writes or None))
     failed = False
     for name in options.victim or VICTIMS:
         folder = Path(tempfile.mkdtemp(prefix=f"faults-{name}-"))

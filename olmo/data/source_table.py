@@ -9,13 +9,12 @@ from __future__ import annotations
 import glob
 import os
 import re
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlparse
 
-from olmo import foreign
+from olmo import foreign, sealed
 from olmo.urls import entrusted
 
 COLUMNS = ("url", "bytes", "sha256", "licence")
@@ -43,7 +42,11 @@ def read(path: Path) -> list[Source]:
     Raises:
         ValueError: other columns; a number of bytes that is none; a sha256 that is none.
     """
-    header, *rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, found another byte: {error}") from None
+    header, *rows = [line.split("\t") for line in lines or [""]]
     if tuple(header) not in (COLUMNS, COLUMNS[:3]):
         raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}; found {header}")
     found = []
@@ -71,9 +74,7 @@ def complete(path: Path, arrived: dict[str, tuple[int, str]]) -> None:
         rows.append((url, str(size or ""), digest or "", source.licence))
     text = "".join("\t".join(row) + "\n" for row in rows)
     if text != before:
-        draft = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
+        sealed.write(path, text)
 
 
 def local(patterns: Iterable[str], whose: Path, key: str = "sources.files") -> list[Source]:

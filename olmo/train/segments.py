@@ -4,8 +4,8 @@
     {"after": 8, "processes": 1, …}      from step 9 on
 
 Bits depend on it, and what is asked for does not hold it. Two contents of one run are an alarm
-only where it is the same from the first step to the last. Each line is sealed; for one that is
-damaged stands {"after": 0, "damaged": 1}: it is not known what those steps were computed on.
+only where it is the same from the first step to the last. The last line has the seal of all; of a
+damaged file nothing is known: {"after": 0, "damaged": true}.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from olmo import sealed
 from olmo.log import warn
 from olmo.process import SEGMENTS
+from olmo.sealed import Damaged
 from olmo.train.parallel import World
 
 DECIDES_BITS = ("processes", "nodes", "device", "threads", "torch", "damaged")
@@ -50,16 +51,17 @@ def begin_segment(folder: Path, world: World, step: int, resumed: bool) -> None:
         "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    sealed.write(path, "".join(sealed.dumps(segment) + "\n" for segment in [*kept, here]))
+    sealed.write(path, sealed.dump_lines([*kept, here]))
 
 
 def segments(folder: Path) -> list[dict[str, Any]]:
     """All that were begun and of which steps are left, in order."""
-    found, damaged = sealed.read_lines(folder / SEGMENTS)
-    if damaged:
-        warn(f"{folder / SEGMENTS}: {damaged} lines are damaged; what they told is not known")
-        found = [{"after": 0, "damaged": damaged}, *found]
-    return found
+    path = folder / SEGMENTS
+    try:
+        return sealed.load_lines(path.read_bytes(), path) if path.exists() else []
+    except Damaged as error:
+        warn(f"{error}; what the run was computed on until now is not known")
+        return [{"after": 0, "damaged": True}]
 
 
 def conditions(found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -394,8 +394,7 @@ def test_before_its_time_is_up_a_job_waits_again(
 ) -> None:
     (allocation / "scontrol").write_text(f'#!/bin/sh\necho "$@" >{tmp_path / "asked"}\n')
     left = {"step": 5, "by": why, "checkpoint": f"{tmp_path}/step5"}
-    begun = [sealed.dumps({"after": step}) + "\n" for step in (0, after)]
-    (tmp_path / SEGMENTS).write_text("".join(begun))
+    (tmp_path / SEGMENTS).write_text(sealed.dump_lines([{"after": 0}, {"after": after}]))
     wait_in_the_queue_again(tmp_path, left)
     job = os.environ["SLURM_JOB_ID"]
     said = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
@@ -412,8 +411,8 @@ def test_a_job_that_is_back_at_once_takes_no_words_from_the_one_before(
     """Put back, it may start on another node, and remove the marker, before we have said why."""
     (allocation / "scontrol").write_text(f"#!/bin/sh\nrm {tmp_path / MARKER}\n")
     left = sealed.dumps({"step": 5, "by": "SIGUSR1", "checkpoint": "step5"})
-    (tmp_path / SEGMENTS).write_text(sealed.dumps({"after": 0}) + "\n")
-    paused = ["sh", "-c", f"echo '{left}' >{tmp_path / MARKER}; exit 75"]
+    (tmp_path / SEGMENTS).write_text(sealed.dump_lines([{"after": 0}]))
+    paused = ["sh", "-c", f"printf %s '{left}' >{tmp_path / MARKER}; exit 75"]
     monkeypatch.setattr("olmo.launch.launcher", lambda *_: paused)
     with pytest.raises(Paused, match="at step 5 by SIGUSR1, saved to step5"):
         launch(tmp_path / "given.yaml", Geometry(), threads=1)
@@ -421,6 +420,6 @@ def test_a_job_that_is_back_at_once_takes_no_words_from_the_one_before(
 
 
 def test_a_cluster_that_puts_no_job_back(tmp_path: Path, allocation: Path, capsys: Any) -> None:
-    (tmp_path / SEGMENTS).write_text(sealed.dumps({"after": 0}) + "\n")
+    (tmp_path / SEGMENTS).write_text(sealed.dump_lines([{"after": 0}]))
     wait_in_the_queue_again(tmp_path, {"step": 5, "by": "SIGUSR1", "checkpoint": "step5"})
     assert "requeue" in capsys.readouterr().err

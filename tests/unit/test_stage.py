@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from olmo import cli
+from olmo import cli, upkeep
+from olmo.lease import lease
 from olmo.lineage import differences, trace
 from olmo.stage import Facts, Folder, Free, Input, Inputs, Output, Work, here, stage
+from olmo.store import GC
 from olmo.workspace import failures
 
 CALLS: list[dict] = []
@@ -266,3 +268,45 @@ def test_help_does_not_wait_for_torch():
     modules = {cli.COMMANDS[name].split(":")[0] for name in SWIFT.split()}
     code = f"import sys, {', '.join(sorted(modules))}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def begin(rest: str) -> subprocess.Popen[str]:
+    """A process that asks for `join` of two files."""
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{rest}"
+    return subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+
+
+ASK = "from test_stage import *\njoin(parts=[Path('a'), Path('b')], joined=Path('out/joined'))"
+
+
+def test_what_a_killed_process_made_and_did_not_name_is_kept_from_gc():
+    killed = begin(
+        f"import os\nfrom olmo import naming\nnaming.link = lambda *_: os.abort()\n{ASK}"
+    )
+    assert killed.wait(60) == -signal.SIGABRT
+    upkeep.gc()
+    call()
+    assert CALLS == [], "it is found, and made by nobody again"
+    Path("out/joined").unlink()
+    upkeep.gc()
+    call()
+    assert len(CALLS) == 1, "what had a name and lost it is gone"
+
+
+def test_a_stage_waits_for_gc():
+    store = here()
+    with lease(store.root / "leases", GC):
+        asking = begin(ASK)
+        assert asking.stderr is not None
+        assert asking.stderr.readline() == "store: gc runs; waiting\n"
+        assert asking.poll() is None and not Path("out").exists()
+    assert asking.wait(60) == 0 and Path("out/joined").read_text() == "AB"
+    asking.stderr.close()
+
+
+def test_a_copied_store_whose_times_are_others(tmp_path: Path):
+    call()
+    target = Path("out/joined").resolve()
+    os.utime(target)  # as cp -r leaves it
+    join(parts=[Path("out/joined")], joined=Path("again"))
+    assert Path("again").read_text() == "AB"

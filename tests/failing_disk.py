@@ -1,0 +1,187 @@
+"""A disk that fails under each command of the chain: at any write, rename and fsync, in three ways.
+
+    python tests/faults.py --writes          # every call of each command, which takes an hour
+    python tests/faults.py --writes 5        # five drawn ones of each command and way
+
+disk.c, preloaded, counts the calls that change files of a project and its store. At a drawn call it
+kills its process, or the call fails with EIO, or the disk is full from then on. Then:
+
+- a command that was not killed has failed in one sentence, its last line, without a traceback;
+- the same command, on a disk that works, ends well, and with the same contents as undisturbed;
+- the store verifies, `gc` takes nothing that has a name, and nothing half-written is left.
+"""
+
+import functools
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from project import Project, documents, write_source
+from servers import slow_web_server
+
+HOW = ("kill", "ENOSPC", "EIO")
+FINAL = "checkpoints/small/final"
+
+
+@functools.cache
+def library() -> Path:
+    """disk.c, compiled."""
+    made = Path(tempfile.mkdtemp(prefix="disk-")) / "disk.so"
+    source = str(Path(__file__).parent / "disk.c")
+    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", made, source, "-ldl"], check=True)
+    return made
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the chain, and the project as it is before that runs."""
+
+    name: str
+    words: tuple[str, ...]
+    before: Project
+
+    def run(self, project: Project, how: str = "kill", at: int = 0) -> tuple[int, str, int]:
+        """Run it, failing at call number `at` (0: at none): (status, what it said, calls)."""
+        count = project.root.with_suffix(".count")
+        count.write_bytes(bytes(8))
+        disk = {"LD_PRELOAD": str(library()), "DISK_COUNT": str(count), "DISK_HOW": how}
+        disk |= {"DISK_ROOT": str(project.root), "DISK_AT": str(at)}
+        done = subprocess.run(
+            [sys.executable, "-m", "olmo.cli", *self.words],
+            cwd=project.root,
+            env=project.environment() | disk,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        (calls,) = struct.unpack("l", count.read_bytes())
+        return done.returncode, done.stdout, calls
+
+
+def commands(folder: Path) -> Iterator[Command]:
+    """Each command of the chain, of a push and a pull, and `gc`, in order."""
+    begun = Project(folder / "begun")
+    for number in range(3):
+        write_source(begun.root / f"web/{number}.json.gz", documents(number))
+    with slow_web_server(begun.root / "web", 0.0) as server:
+        table = "url\tbytes\tsha256\tlicence\n"
+        table += "".join(f"{server}/{n}.json.gz\t\t\tPSF-2.0\n" for n in range(3))
+        (begun.root / "sources.tsv").write_text(table)
+        begun.change("config/data/small.yaml", sources={"table": "sources.tsv"})
+        begun.change("config/train/small.yaml", max_duration=6, eval_interval=6)
+        planned = begun.copy(folder / "planned")
+        said = planned.run(FINAL, cores=1).output
+        shell = [line.split() for line in re.findall(r"Shell command: (?:exec )?olmo (.*)", said)]
+        known = set()
+        for number, words in enumerate(shell):
+            name = words[0]
+            command = Command(name, tuple(words), begun)
+            if name not in known and name != "environment":
+                yield command
+            known.add(name)
+            begun = begun.copy(folder / f"after-{number}")
+            assert Command(name, tuple(words), begun).run(begun)[0] == 0
+    yield Command("push", ("store", "push", "second"), begun)
+    begun = begun.copy(folder / "pushed")
+    assert begun.olmo("store", "push", "second").status == 0
+    for name in ("store", "data", "checkpoints"):
+        shutil.rmtree(begun.root / name)
+    yield Command("pull", ("store", "pull", "second"), begun)
+    begun = begun.copy(folder / "pulled")
+    assert begun.olmo("store", "pull", "second").status == 0
+    shutil.rmtree(begun.root / "data/small/tokens")
+    yield Command("gc", ("store", "gc"), begun)
+
+
+def contents(project: Project) -> dict[str, str]:
+    """What each name of a project and of its second store leads to; files by their text."""
+    found = {}
+    for place in ("data", "checkpoints", "second"):
+        for path in sorted((project.root / place).rglob("*")):
+            name = str(path.relative_to(project.root))
+            if path.name in ("run", "record.json", "metrics.jsonl", "loss.svg") or path.is_dir():
+                continue
+            if "/actions/" in name:
+                found[name] = "a record"
+            elif path.is_symlink():
+                found[name] = path.resolve(strict=True).name
+            else:
+                found[name] = path.read_text(errors="replace")
+    return found
+
+
+@dataclass
+class Failure:
+    """A call of a command that failed, and what was wrong with what followed."""
+
+    command: str
+    how: str
+    at: int
+    complaints: list[str]
+
+
+def one(command: Command, how: str, at: int, wanted: dict[str, str], folder: Path) -> Failure:
+    """Let a command fail at a call, and see what follows."""
+    project = command.before.copy(folder / f"{command.name}-{how}-{at}")
+    complaints = []
+    status, said, _ = command.run(project, how, at)
+    last = (said.strip().splitlines() or [""])[-1]
+    if how != "kill" and status not in (0, 1, 75):
+        complaints.append(f"status {status}: {said[-1500:]}")
+    if how != "kill" and status and ("Traceback (most" in said or not last.startswith("olmo ")):
+        complaints.append(f"no sentence at the end: {said[-1500:]}")
+    if status and how == "kill" and status not in (-9, 137, 1):
+        complaints.append(f"status {status}, expected -9: {said[-500:]}")
+    status, said, _ = command.run(project)
+    if status:
+        complaints.append(f"the same command failed: {said[-1500:]}")
+    elif (found := contents(project)) != wanted:
+        differing = sorted(n for n in found | wanted if found.get(n) != wanted.get(n))
+        complaints.append(f"other contents: {differing}")
+    for verb in ("verify", "gc", "verify"):
+        if (done := project.olmo("store", verb)).status:
+            complaints.append(f"{verb}: {done.output[-500:]}")
+    if drafts := left_over(project):
+        complaints.append(f"left after gc: {drafts}")
+    if not complaints:
+        shutil.rmtree(project.root)
+    return Failure(command.name, how, at, complaints)
+
+
+def left_over(project: Project) -> list[str]:
+    """Drafts that nobody will ever finish."""
+    places = ("store/actions", "store/links", "store/objects", "store/drafts", "store/unnamed")
+    found = [p for place in places for p in (project.root / place).rglob("*") if p.is_file()]
+    drafts = [p for p in found if p.name.startswith(".") or "/drafts/" in str(p)]
+    drafts += [p for p in found if p.parent.name == "unnamed"]
+    for place in ("data", "checkpoints"):
+        drafts += [
+            p for p in (project.root / place).rglob(".*") if p.name != ".snakemake_timestamp"
+        ]
+    return [str(path.relative_to(project.root)) for path in drafts]
+
+
+def sweep(
+    folder: Path, calls_each: int | None, names: tuple[str, ...] = (), hows: tuple[str, ...] = HOW
+) -> Iterator[Failure]:
+    """Let each command fail: at all its calls, or at so many drawn ones, in each way."""
+    for command in commands(folder):
+        if names and command.name not in names:
+            continue
+        undisturbed = command.before.copy(folder / f"{command.name}-undisturbed")
+        status, said, calls = command.run(undisturbed)
+        assert status == 0 and calls, said
+        wanted = contents(undisturbed)
+        for how in hows:
+            places = range(1, calls + 1)
+            drawn = places if calls_each is None else random.sample(places, min(calls_each, calls))
+            for at in sorted(drawn):
+                yield one(command, how, at, wanted, folder)

@@ -1,0 +1,73 @@
+"""What becomes of a project whose small files were damaged; flips.py has each change by itself."""
+
+import random
+from pathlib import Path
+
+import flips
+import pytest
+from project import Project
+
+RESULTS = ("checkpoints/small/final", "hf/small", "data/small/statistics.parquet")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = Project(tmp_path_factory.mktemp("small-files") / "finished")
+    project.run(*RESULTS)
+    return project
+
+
+def test_a_changed_byte_is_noticed(finished: Project, tmp_path: Path):
+    random.seed(16)
+    outcomes = {k.name: dict(n) for k, n in flips.sweep(finished.copy(tmp_path / "changed"))}
+    for name, found in outcomes.items():
+        assert set(found) <= set(flips.FINE), name
+    assert sum(sum(found.values()) for found in outcomes.values()) > 2000, outcomes
+
+
+def test_the_same_command_makes_good_what_was_damaged(finished: Project, tmp_path: Path):
+    """One byte in a file of each kind, all at once."""
+    project = finished.copy(tmp_path / "damaged")
+    random.seed(16)
+    for kind in flips.KINDS[:6]:
+        files = sorted(project.root.glob(kind.pattern))
+        path = random.choice(files)
+        changed = next(flips.changes(path.read_bytes()))
+        path.unlink()
+        path.write_bytes(changed)
+    noticed = project.olmo("store", "verify")
+    assert noticed.status == 1 and "1 of " in noticed.output, noticed.output
+    project.run(*RESULTS)
+    assert project.content() == finished.content()
+    assert project.olmo("store", "verify").output == finished.olmo("store", "verify").output
+
+
+def test_gc_beside_a_damaged_name_or_record_takes_nothing_that_is_in_use(
+    finished: Project, tmp_path: Path
+):
+    project = finished.copy(tmp_path / "damaged")
+    before = sorted((project.root / "store/objects").glob("*/*"))
+    for path in [*(project.root / "store/links").glob("*")]:
+        path.unlink()
+        path.write_bytes(b"{}")
+    for path in (project.root / "store/actions").glob("*/*.json"):
+        if b'"stage": "huggingface_export"' in path.read_bytes():
+            path.unlink()
+            path.write_bytes(b"{}")
+    assert project.olmo("store", "gc").status == 0
+    assert sorted((project.root / "store/objects").glob("*/*")) == before
+
+
+@pytest.mark.parametrize("pattern", ["[0-7]*", "[89a-f]*"])
+def test_the_same_command_makes_anew_what_the_store_has_lost(
+    finished: Project, tmp_path: Path, pattern: str
+):
+    project = finished.copy(tmp_path / "lost")
+    for path in (project.root / "store/objects").glob(f"{pattern}/*"):
+        path.unlink()
+    noticed = project.olmo("store", "verify")
+    assert noticed.status == 1 and "point to objects that are gone" in noticed.output
+    assert project.run("-n", *RESULTS).status == 0
+    project.run(*RESULTS)
+    assert project.content() == finished.content()
+    assert project.olmo("store", "verify").status == 0
