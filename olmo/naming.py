@@ -234,17 +234,22 @@ def names(store: Store) -> Iterator[Name]:
 
 
 def lost(store: Store) -> list[Path]:
-    """The names, of whichever project, that point to objects which are gone from the store."""
-    gone = []
-    for name in names(store):
-        record = store.record(name["key"])
-        made = record["outputs"].get(name["output"]) if record else None
-        if made is None:
-            continue
-        inner = [*made["files"].values(), *made["aside"].values()] if "files" in made else [made]
-        if not all(store.object_path(file["sha256"]).exists() for file in inner):
-            gone.append(Path(name["path"]))
-    return gone
+    """The names, of whichever project, whose record or objects are gone from the store."""
+    return [Path(name["path"]) for name in names(store) if not _is_whole(store, name)]
+
+
+def _is_whole(store: Store, name: Name) -> bool:
+    record = store.record(name["key"])
+    if record is None:
+        return False
+    made = record["outputs"][name["output"]]
+    inner = [*made["files"].values(), *made["aside"].values()] if "files" in made else [made]
+    return all(store.object_path(file["sha256"]).exists() for file in inner)
+
+
+def remove(path: Path) -> None:
+    """Remove a name: a link, or a folder of links."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def named(store: Store, path: Path) -> Record:
@@ -259,7 +264,12 @@ def named(store: Store, path: Path) -> Record:
             target = name["target"]
             is_folder = target.endswith(".json")
             record = store.record(target.removesuffix(".json") if is_folder else name["key"])
-            if record and (is_folder or target in {file["sha256"] for file in files(record)}):
+            if record is None:
+                raise ValueError(
+                    f"the record of {path} is damaged or gone from the store {store.root}; "
+                    "`olmo store verify`, then the command that made it, makes it anew"
+                )
+            if is_folder or target in {file["sha256"] for file in files(record)}:
                 return record
     raise ValueError(f"expected a name that the store {store.root} made, found {path}")
 

@@ -314,10 +314,8 @@ class Store:
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
             sync_folder(mark.parent)
-        # Either `gc` has seen the mark, or we see its lease and wait until it has ended.
-        if any((self.root / "leases").glob(f"{GC}.*")):
-            with lease(self.root / "leases", GC, lambda _: self.say("store: gc runs; waiting")):
-                mark.touch()  # which it may have taken for a failed one's
+        if self._let_gc_end():
+            mark.touch()  # which it may have taken for a failed one's
         try:
             yield
         except Exception:
@@ -327,10 +325,18 @@ class Store:
             raise
         mark.unlink(missing_ok=True)
 
+    def _let_gc_end(self) -> bool:
+        """Wait for `gc`, if it runs. If it begins later, it sees our mark or lease."""
+        if not any((self.root / "leases").glob(f"{GC}.*")):
+            return False
+        with lease(self.root / "leases", GC, lambda _: self.say("store: gc runs; waiting")):
+            return True
+
     @contextmanager
     def draft(self) -> Iterator[Path]:
         """A folder of one's own on the store's disk, gone with the block."""
         with self.writable(), lease(self.root / "leases", f"draft-{uuid.uuid4().hex}"):
+            self._let_gc_end()
             folder = self.root / "drafts" / uuid.uuid4().hex
             folder.mkdir(parents=True)
             try:

@@ -15,7 +15,11 @@ from olmo.store import GC, Store, files, sha256
 
 
 def verify() -> None:
-    """Hash every object, read every record and name. The next run makes anew what is damaged."""
+    """Hash every object, read every record and name.
+
+    What is damaged goes to quarantine, and the names of this project that stand for it are removed:
+    the next run makes them anew.
+    """
     store = here()
     objects = len(list((store.root / "objects").glob("??/*")))
     keys = [path.stem for path in (store.root / "actions").glob("??/*.json")]
@@ -30,7 +34,10 @@ def verify() -> None:
     if corrupt or broken:
         complaints.append(f"they are in {store.root}/quarantine")
     if lost:
-        complaints.append(f"{len(lost)} names point to objects that are gone: {lost[0]}, …")
+        complaints.append(f"{len(lost)} names have lost their record or objects: {lost[0]}, …")
+    for path in lost:
+        if path.is_relative_to(Path.cwd()):
+            naming.remove(path)  # and so it is missed
     if complaints:
         raise ValueError("; ".join(complaints) + ". Run snakemake again: it makes them anew")
     if unknown:

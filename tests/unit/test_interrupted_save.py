@@ -23,6 +23,8 @@ from olmo.checkpoint import layout
 from olmo.checkpoint.read import newest
 from olmo.checkpoint.save import save_unsharded
 from olmo.checkpoint.sharded import save_sharded
+from olmo.process import SEGMENTS
+from olmo.train.segments import conditions, segments
 
 DIED = 9
 # What changes names, and what brings bytes to disk. Writes themselves are cut off by size.
@@ -172,3 +174,15 @@ def test_a_full_disk_pauses_a_run(
     assert newest(tmp_path / "run") == tmp_path / "run/step0-unsharded"
     assert run(tmp_path, try_load_latest_save=True, **changes) == 0
     assert same(state(tmp_path / "straight"), state(tmp_path / "run"))
+
+
+def test_a_run_goes_on_although_its_segments_are_damaged(tmp_path: Path) -> None:
+    assert run(tmp_path, save_folder=str(tmp_path / "straight")) == 0
+    run(tmp_path, stop_after=6)
+    told = tmp_path / "run" / SEGMENTS
+    told.write_bytes(told.read_bytes()[:-30])
+    assert run(tmp_path, try_load_latest_save=True) == 0
+    assert same(state(tmp_path / "straight"), state(tmp_path / "run"))
+    lost, rest = segments(tmp_path / "run")
+    assert lost == {"after": 0, "damaged": True} and rest["after"] == 6
+    assert conditions([lost, rest])["earlier"] == [{"damaged": True, "after": 0}]
