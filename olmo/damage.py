@@ -13,12 +13,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from olmo import sealed
+from olmo import foreign, sealed
 from olmo.pipeline import Plan
 from olmo.sealed import Damaged
 from olmo.store import now
-
-NAMES = ("data", "checkpoints", "eval", "hf")  # the folders in which the rules make names
 
 
 class Damage:
@@ -123,7 +121,7 @@ class Damage:
         Not the final checkpoints: that they are there, and what they lack, is in the journal.
         """
         store = Path(os.path.realpath(self.plan.store))
-        for place in NAMES:
+        for place in foreign.FOLDERS:
             for folder, _, files in os.walk(place):
                 path = Path(folder)
                 dead = [path / name for name in files if _is_dead(path / name, store)]

@@ -2,7 +2,7 @@
 
     objects/<d2>/<sha256>     as in a store
     actions/<k2>/<key>.json
-    names/<path>.json         what each human name stands for, by its path in the project:
+    names/<path>.json         what each human name stands for, by its path in the project, sealed:
                               {"key", "output", "ancestors": the actions that it came from}
     names.txt                 all of them, since a web server has no listing
 
@@ -24,16 +24,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from olmo import foreign, io, naming, urls
+from olmo import foreign, io, naming, sealed, urls
 from olmo.action import Action
 from olmo.bucket import Bucket
 from olmo.io import NotThere
 from olmo.lineage import ancestors, makers
 from olmo.log import warn
-from olmo.store import Record, Store, content, files, sha256
+from olmo.sealed import Damaged
+from olmo.store import Record, Store, content, files, parse, sha256
 
 AT_ONCE = 16  # transfers; a bucket answers slowly, but many at a time
 ATTEMPTS = 3  # at an object whose bytes arrive damaged
+NAME = {"key", "output", "ancestors"}
 MOST_JSON = 256 * 2**20  # bytes of a record or a list of names
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -114,7 +116,11 @@ def push(
     wanted: dict[str, int] = {}
     for name, link in chosen(store, paths).items():
         record = store.record(link["key"])
-        assert record is not None, f"{name} was made by an action that has no record"
+        if record is None:
+            raise ValueError(
+                f"the record of {name} is damaged or gone from the store {store.root}; `olmo store "
+                "verify`, then the command that made it, makes it anew"
+            )
         line = [one for _, one in ancestors(store, record, made_by)]
         refuse_old(store, line)
         records |= {one["key"]: one for one in line}
@@ -144,7 +150,7 @@ def push(
 
         def send_name(name: str) -> None:
             draft = folder / uuid.uuid4().hex
-            draft.write_text(json.dumps(names[name]))
+            draft.write_text(sealed.dumps(names[name]))
             remote.put(draft, f"names/{name}.json")
 
         # Contents, then records, then names: what can be seen there is whole.
@@ -190,10 +196,11 @@ def pull(
             here = sizes_of(store, record, remote.url)
             contents |= here if inputs or record["key"] in of_names else {}
         moved = fetch(store, remote, contents, folder)
-    for record in records:
-        store.adopt(record)
-    for name, link in links.items():
-        naming.link(store, known[link["key"]], link["output"], Path(name))
+        # In the block still, of which `gc` knows: nothing of this has a name yet.
+        for record in records:
+            store.adopt(record)
+        for name, link in links.items():
+            naming.link(store, known[link["key"]], link["output"], Path(name))
     return names, moved
 
 
@@ -280,12 +287,17 @@ def refuse_to_replace(store: Store, names: Sequence[str], whose: str) -> None:
 
 
 def read_name(remote: Remote, name: str, folder: Path) -> dict[str, Any]:
+    whose = f"{remote.url}/names/{name}.json"
     try:
-        link: dict[str, Any] = read_json(remote, f"names/{name}.json", folder)
+        text = read(remote, f"names/{name}.json", folder)
+        link = sealed.loads(text, whose)
     except NotThere:
         raise ValueError(f"{remote.url}: expected the name {name}, which was not pushed") from None
-    whose = f"{remote.url}/names/{name}.json"
-    if not isinstance(link, dict) or not isinstance(link.get("ancestors"), list):
+    except Damaged as error:
+        if (unsealed := _unsealed_name(text)) is None:
+            raise Damaged(f"{error}; push again") from None
+        link = unsealed
+    if set(link) != NAME or not isinstance(link["ancestors"], list):
         raise ValueError(f"{whose}: expected key, output and ancestors, found none; push again")
     for key in (link.get("key"), *link["ancestors"]):
         foreign.digest(key, whose)
@@ -293,12 +305,23 @@ def read_name(remote: Remote, name: str, folder: Path) -> dict[str, Any]:
     return link
 
 
-def read_record(remote: Remote, key: str, folder: Path) -> Record:
+def _unsealed_name(text: bytes) -> dict[str, Any] | None:
+    """A name that was pushed before names were sealed."""
     try:
-        found = read_json(remote, record_name(key), folder)
+        link = json.loads(text)
+        return link if set(link) == NAME else None
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def read_record(remote: Remote, key: str, folder: Path) -> Record:
+    whose = f"{remote.url}/{record_name(key)}"
+    try:
+        found = parse(read(remote, record_name(key), folder), whose)
     except NotThere:
         raise ValueError(f"{remote.url}: the record {key[:12]}… is gone; push again") from None
-    whose = f"{remote.url}/{record_name(key)}"
+    except Damaged as error:
+        raise Damaged(f"{error}; push again") from None
     record = foreign.record(found, key, whose)
     asked = Action(**record["action"]).key
     if asked != key or content(record["outputs"]) != record.get("content"):
@@ -321,13 +344,10 @@ def sizes_of(store: Store, record: Record, whose: str) -> dict[str, int]:
     return sizes
 
 
-def read_json(remote: Remote, name: str, folder: Path) -> Any:
+def read(remote: Remote, name: str, folder: Path) -> bytes:
     draft = folder / uuid.uuid4().hex
     remote.get(name, draft, MOST_JSON)
-    try:
-        return json.loads(draft.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{remote.url}/{name} is damaged ({error}); push again") from error
+    return draft.read_bytes()
 
 
 def sound_object(remote: Remote, digest: str, size: int, folder: Path) -> Path:

@@ -213,10 +213,10 @@ def verify(folder: Path) -> None:
     if not manifest.exists():
         return
     try:
-        files = listed(manifest.read_bytes(), "its manifest")
+        files = listed(manifest.read_bytes(), MANIFEST)
     except ValueError as error:
         raise ValueError(
-            f"the checkpoint {folder} has a damaged manifest: {error}; {remedy}"
+            f"the checkpoint {folder} has an unreadable manifest: {error}; {remedy}"
         ) from error
     for name, expected in files.items():
         path = folder / name

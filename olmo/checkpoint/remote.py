@@ -15,6 +15,7 @@ from olmo.bucket import Bucket
 from olmo.checkpoint import layout
 from olmo.io import fetch
 from olmo.log import tell, warn
+from olmo.sealed import Damaged
 from olmo.urls import entrusted
 
 SENDING = "sending.json"
@@ -81,7 +82,7 @@ def mirror(save_folder: Path, remote: str) -> None:
         content = manifest.read_bytes()
         try:
             files = layout.listed(content, str(manifest))
-        except ValueError as error:
+        except Damaged as error:
             warn(f"not sent: {error}")
             continue
         if done in sizes:

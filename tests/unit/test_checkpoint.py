@@ -79,7 +79,7 @@ def spoil_the_manifest(folder: Path) -> None:
         (cut_off, "is cut off or overwritten: optim.pt has"),
         (flip_a_bit, "is corrupt: model.pt has sha256"),
         (lose_a_file, "lacks train.pt"),
-        (spoil_the_manifest, "damaged manifest"),
+        (spoil_the_manifest, "unreadable manifest"),
     ],
 )
 def test_a_broken_one_is_refused_and_the_one_before_taken(

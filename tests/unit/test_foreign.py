@@ -13,7 +13,7 @@ import pytest
 from servers import web_server
 from test_remote import Place
 
-from olmo import foreign
+from olmo import foreign, sealed
 from olmo.checkpoint import huggingface, layout, remote
 from olmo.data import shards, source_table
 from olmo.remote import Remote, pull, push
@@ -91,23 +91,23 @@ class Evil:
         push(ours.store, Remote(str(root)), inputs=True)
 
     def name(self) -> dict[str, Any]:
-        return json.loads((self.root / "names/checkpoints/run/final.json").read_text())
+        return sealed.read(self.root / "names/checkpoints/run/final.json")
 
     def rename(self, name: str, **changes: Any) -> None:
         path = self.root / "names" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.name() | changes))
+        path.write_text(sealed.dumps(self.name() | changes))
         (self.root / "names.txt").write_text(f"{name}\n")
 
     def change(self, alter: Callable[[dict[str, Any]], None], key: str | None = None) -> Any:
         key = key or self.name()["key"]
         path = self.root / "actions" / key[:2] / f"{key}.json"
-        record, before = (json.loads(path.read_text()) for _ in range(2))
+        record, before = (sealed.read(path) for _ in range(2))
         alter(record)
         with suppress(KeyError, TypeError, ValueError, AttributeError):  # not even that
             record["content"] = content(record["outputs"])
         path.chmod(0o644)
-        path.write_text(json.dumps(record))
+        path.write_text(sealed.dumps(record))  # an enemy can seal
         return before
 
 
@@ -289,9 +289,9 @@ def mirrored(tmp_path: Path) -> Iterator[Path]:
 def renamed(place: Path, old: str, new: Any, **facts: Any) -> None:
     """Call a file of a mirrored checkpoint something else in its manifest."""
     manifest = place / "step5-unsharded" / layout.MANIFEST
-    files = json.loads(manifest.read_text())["files"]
+    files = sealed.read(manifest)["files"]
     files[new] = files.pop(old) | facts
-    manifest.write_text(json.dumps({"files": files}))
+    manifest.write_text(sealed.dumps({"files": files}))
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_a_manifest_sends_nothing_from_outside(tmp_path: Path) -> None:
     folder = tmp_path / "run/step5"
     folder.mkdir(parents=True)
     facts = {"bytes": 4, "sha256": layout.sha256(tmp_path / "secret")}
-    (folder / layout.MANIFEST).write_text(json.dumps({"files": {"../../secret": facts}}))
+    (folder / layout.MANIFEST).write_text(sealed.dumps({"files": {"../../secret": facts}}))
     with pytest.raises(ValueError, match=r"found '\.\./\.\./secret'"):
         remote.mirror(tmp_path / "run", str(tmp_path / "mirror"))
     with pytest.raises(ValueError, match=r"unreadable manifest.*found '\.\./\.\./secret'"):
@@ -374,7 +374,7 @@ def test_a_listing_names_what_it_must(tmp_path: Path) -> None:
     for column, bad in (("shard", "../a"), ("sha256", "../../mine"), ("shard", "/a")):
         listing = tmp_path / "000.tsv"
         values = row | {column: bad}
-        listing.write_text("\n".join(map("\t".join, (values, values.values()))) + "\n")
+        listing.write_text(sealed.dump_table([values, values.values()]))
         with pytest.raises(ValueError, match=f"000.tsv: expected .*, found '{bad}'"):
             shards.read([listing])
 

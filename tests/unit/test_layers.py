@@ -14,15 +14,17 @@ PACKAGE = Path(__file__).parents[2] / "olmo"
 LEAVES: dict[str, set[str]] = {
     "lazy": set(),
     "kinds": set(),
-    "strict": {"bucket"},  # to look into one, where a config asks for its last checkpoint
+    "strict": {"bucket", "urls"},  # to look into one, where a config asks for its last checkpoint
     "config": {"kinds", "strict"},
-    "log": set(),
+    "log": {"urls"},
     "plugin": set(),
     "process": set(),
-    "io": {"sealed"},
-    "bucket": {"io"},
+    "io": {"sealed", "urls"},
+    "bucket": {"io", "urls"},
     "lease": set(),
     "action": set(),
+    "foreign": set(),
+    "urls": set(),
     "sealed": set(),
     "store": {"action", "lease", "sealed"},
     "naming": {"store", "lease", "sealed"},

@@ -14,7 +14,7 @@ import small_run
 from servers import guarded_web_server
 from test_remote import Place
 
-from olmo import cli, io, log
+from olmo import cli, io, log, sealed
 from olmo.bucket import Bucket
 from olmo.checkpoint import remote as checkpoints
 from olmo.config import TrainConfig
@@ -296,10 +296,9 @@ def test_a_record_from_before_is_not_pushed(
     source = ours.make("data/a.txt", "hello")
     ours.make("data/b.txt", "more", source=source)
     path = ours.store.record_path(next(ours.store.records())["key"])
-    record = json.loads(path.read_text())
+    record = sealed.read(path)
     record["facts"]["from"] = f"http://{USER}h/a"
-    path.chmod(0o644)
-    path.write_text(json.dumps(record))
+    sealed.write(path, sealed.dumps(record))
     with pytest.raises(ValueError, match="and would be sent; expected none: rm ") as refused:
         push(ours.store, Remote(str(tmp_path / "second")))
     assert WORD not in str(refused.value) and not (tmp_path / "second").exists()
