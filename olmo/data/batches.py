@@ -131,10 +131,13 @@ class IterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
         if self.work_dir is not None:
             self._save_global_indices()
 
+    def left(self) -> np.ndarray:
+        """What all processes read from `start_index` on, in order."""
+        return self.get_global_indices()[: self.max_examples][self.start_index :]
+
     def rank_indices(self) -> np.ndarray:
         """What this process reads, in order."""
-        indices = self.get_global_indices()[: self.max_examples][self.start_index :]
-        return indices[self.rank : self.total_size : self.world_size]
+        return self.left()[self.rank : self.total_size : self.world_size]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         indices = self.rank_indices()
@@ -180,8 +183,10 @@ class TrainLoader:
         self.pin_memory = pin_memory
 
     def __len__(self) -> int:
-        n = len(self.dataset.rank_indices())
-        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+        """Batches to come; with drop_last the same number on all processes."""
+        if self.drop_last:  # where start_index is no multiple of them, their shares differ by one
+            return len(self.dataset.left()) // self.dataset.global_batch_size
+        return -(-len(self.dataset.rank_indices()) // self.batch_size)
 
     def _read(self, indices: np.ndarray) -> dict[str, Any]:
         source = self.dataset.dataset

@@ -285,15 +285,23 @@ def _skip(position: Position, cfg: TrainConfig) -> None:
         position.global_train_examples_seen_this_epoch += batches * cfg.global_train_batch_size
 
 
+def whole_batches(total_size: int, position: Position, batch_size: int) -> int:
+    """How many batches an epoch of `total_size` instances still has, from a place in it on."""
+    return max(total_size - position.global_train_examples_seen_this_epoch, 0) // batch_size
+
+
 def duration(
-    cfg: TrainConfig, position: Position, tokens_per_step: int, steps_per_epoch: int
+    cfg: TrainConfig, position: Position, tokens_per_step: int, total_size: int
 ) -> tuple[int, int]:
     """The run's end, in steps and in tokens from its first on: max_duration, in either unit.
+
+    Epochs are counted from `epoch` on, and end where the data does: what is left of one is counted
+    from the position, which another batch size or number of processes may have led to.
 
     Args:
         position: where it is; what is left is counted from here.
         tokens_per_step: over all processes.
-        steps_per_epoch: of whole batches.
+        total_size: instances of an epoch.
 
     Raises:
         ValueError: max_duration is neither steps, tokens ("2e9T") nor epochs ("1ep").
@@ -303,6 +311,8 @@ def duration(
     if unit == "tokens":
         return step + math.ceil(max(length - seen, 0) / tokens_per_step), length
     if unit == "epochs":
-        steps = length * steps_per_epoch
-        return steps, steps * tokens_per_step
+        batch_size = cfg.global_train_batch_size
+        more = length - 1 - max(position.epoch - (cfg.epoch or 0), 0)
+        left = whole_batches(total_size, position, batch_size) + more * (total_size // batch_size)
+        return step + max(left, 0), seen + max(left, 0) * tokens_per_step
     return length, seen + max(length - step, 0) * tokens_per_step
