@@ -17,13 +17,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from olmo import io
+from olmo.checkpoint import layout
 from olmo.config import TrainConfig
-from olmo.data.files import Tokens, file_sizes, is_url
-from olmo.data.order import ORDER_DTYPE, global_indices
+from olmo.data.files import is_url
+from olmo.inspect import history
+from olmo.inspect.history import Origin, Recorded, Stretch
 from olmo.inspect.order import Seen
+from olmo.log import warn
+from olmo.process import SEGMENTS
+from olmo.stage import here
 
 if TYPE_CHECKING:
     from olmo.data.memmap import MemMapDataset
+
+# So many are looked through for that of an order which nothing else is known of.
+EPOCHS = 16
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,8 @@ class Instance:
     """One instance of a step."""
 
     step: int
-    position: int  # in the step's global batch; rank `position % world_size` computes it
+    position: int  # in the step's global batch
+    rank: int  # the process that computed it
     index: int  # in the data set
     path: str  # its token file
     start: int  # its first token in there
@@ -55,8 +64,7 @@ class Run:
         self.config_path = found(where)
         self.folder = self.config_path.rpartition("/")[0] or "."
         self.cfg = load(self.config_path)
-        self.world_size = world_size or int(self.record.get("conditions", {}).get("processes", 1))
-        self.order_place = order or self._order_place()
+        self._order, self._world_size = order, world_size
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -65,11 +73,33 @@ class Run:
         known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return known
 
-    @property
+    @cached_property
+    def home(self) -> Path:
+        """The run's own folder, also of one of its checkpoints; that of a final checkpoint."""
+        folder = Path(self.folder).resolve()
+        return folder.parent if layout.is_name(folder) else folder
+
+    @cached_property
     def steps(self) -> int | None:
         """How many it has trained, where that is known."""
         steps: int | None = self.record.get("facts", {}).get("steps")
+        metrics = self.home / "metrics.jsonl"
+        if steps is None and self.segments and metrics.exists():
+            rows = [json.loads(line) for line in metrics.read_text().splitlines()[-1:]]
+            steps = rows[0]["step"] if rows else 0
         return steps
+
+    @cached_property
+    def segments(self) -> list[dict[str, Any]]:
+        """From which step on it was trained how; [] where nobody wrote that down."""
+        if self.record:
+            return history.segments_of(here(), self.record)
+        path = self.home / SEGMENTS
+        if is_url(self.folder) or not path.exists():
+            return []
+        from olmo.train.segments import segments  # which imports torch
+
+        return segments(self.home)
 
     @cached_property
     def dataset(self) -> MemMapDataset:
@@ -78,37 +108,120 @@ class Run:
         return build_memmap_dataset(self.cfg, self.cfg.data)
 
     @cached_property
-    def seen(self) -> Seen:
-        n = len(self.dataset)
-        if self.order_place is None:
-            seed = self.cfg.data_seed
-            whole = global_indices(n, seed, self.cfg.epoch or 0)
-            return Seen(self.cfg, n, n, lambda a, b: whole[a:b], self.world_size)
-        stored = Tokens(self.order_place, ORDER_DTYPE)
-        length = file_sizes([self.order_place])[0] // ORDER_DTYPE.itemsize
-        return Seen(self.cfg, n, length, stored.read, self.world_size)
+    def stretches(self) -> list[Stretch]:
+        """The same with what their steps saw; [] where nobody wrote that down."""
+        order = self._order or self.cfg.data.order_path
+        if self._order and not any("order" in segment for segment in self.segments):
+            warn("--order is not needed: the run wrote down what decided its order")
+        origin = Origin(
+            self.cfg, len(self.dataset), order, given=bool(self._order), fixed=bool(self.record)
+        )
+        return history.stretches(self.segments, origin)
 
-    def _order_place(self) -> str | None:
-        """Where the order is: the config's, or where the trainer leaves it."""
-        if self.cfg.data.order_path:
-            return self.cfg.data.order_path
-        beside = f"{self.folder}/train_data/global_indices.npy"
-        return beside if not is_url(beside) and Path(beside).exists() else None
+    @cached_property
+    def by_config(self) -> Seen:
+        """What its steps saw if it was trained from its start with this config and order."""
+        if self.cfg.load_path and not self.cfg.reset_trainer_state:
+            warn(
+                f"{self.config_path} goes on from {self.cfg.load_path}: what is told of the steps "
+                "before holds if they had the same batch size, seed and data"
+            )
+        n, seed, first = len(self.dataset), self.cfg.data_seed, self.cfg.epoch or 0
+        place, size = self._order or self.cfg.data.order_path, self._world_size or 1
+        if place is None:
+            self._refuse_other_order(n, seed, first)
+            return Seen(self.cfg, n, n, history.whole(n, seed, first), size)
+        return Seen(self.cfg, n, *history.opened(place), size)
+
+    def _refuse_other_order(self, n: int, seed: int, first: int) -> None:
+        """Raises ValueError where the order beside the config is not of this config and data."""
+        beside = self.home / "train_data/global_indices.npy"
+        if is_url(self.folder) or not beside.exists():
+            return
+        stored, read = history.opened(str(beside))
+        found = read(0, stored)
+        for epoch in range(first, first + EPOCHS):  # a later one is written over the one before
+            order = history.whole(n, seed, epoch)(0, n)
+            if np.array_equal(found[:n], order[:stored]):
+                return
+        raise ValueError(
+            f"{beside} is not the order of {n} instances by seed {seed} in any of {EPOCHS} epochs: "
+            "the config or the data changed since. Give the order of its first epoch: --order"
+        )
+
+    @cached_property
+    def recorded(self) -> Recorded:
+        return Recorded(self.home)
+
+    def batch(self, step: int) -> tuple[np.ndarray, int]:
+        """The (G,) instances of a step in the order of its batch, and how many processes it had.
+
+        Raises:
+            ValueError: there is no such step, or what it saw is not known any more.
+        """
+        if step < 1 or (self.steps is not None and step > self.steps):
+            upto = "on" if self.steps is None else f"to {self.steps}"
+            raise ValueError(f"expected a step from 1 {upto}, found {step}")
+        stretch = history.of(step, self.stretches) if self.segments else None
+        size = self.cfg.global_train_batch_size if stretch is None else stretch.batch_size
+        if stretch is not None and step <= stretch.again_to:
+            warn(f"step {step} was trained more than once: the last time is told, which counts")
+        if (batch := self.recorded.batch(step, size)) is None:
+            seen = self.by_config if stretch is None else stretch.seen
+            batch = seen.instances(step), seen.world_size
+        if self._world_size not in (None, batch[1]):
+            raise ValueError(
+                f"--world-size: step {step} was trained by {batch[1]} processes, found "
+                f"{self._world_size}; leave it out"
+            )
+        if stretch is not None and not self._has_files_of(stretch):
+            raise ValueError(
+                f"step {step} was trained on other token files than {self.config_path} names; give "
+                f"the config of a checkpoint of that time: --run {self.home}/step…/config.yaml"
+            )
+        return batch
+
+    def world_size(self, step: int) -> int:
+        """How many processes trained a step."""
+        if self.segments:
+            return history.of(step, self.stretches).world_size
+        return self.by_config.world_size
+
+    def when(self, instances: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        """(step, position in its batch, instance) of each time one of these was seen, in order."""
+        if not self.segments:
+            last = self.steps or self.by_config.steps_per_epoch
+            yield from self.by_config.when(instances, last)
+            return
+        ends = [*(stretch.after for stretch in self.stretches[1:]), self.steps]
+        for stretch, end in zip(self.stretches, ends, strict=True):
+            last = end if end is not None else stretch.after + stretch.seen.steps_per_epoch
+            if self._has_files_of(stretch):
+                yield from stretch.seen.when(instances, last)
+            else:
+                warn(f"steps {stretch.after + 1} to {last} had other token files, not looked at")
+
+    def _has_files_of(self, stretch: Stretch) -> bool:
+        from olmo.train.segments import fingerprint  # which imports torch
+
+        return stretch.files in (None, fingerprint(self.dataset))
 
     def instances(self, step: int, rank: int | None = None) -> Iterator[Instance]:
         """What a step saw, in the order of its batch; or the share of one rank.
 
         Raises:
-            ValueError: there is no such step or rank.
+            ValueError: as `batch`, and where there is no such rank.
         """
-        if self.steps is not None and step > self.steps:
-            raise ValueError(f"expected a step from 1 to {self.steps}, found {step}")
-        indices = self.seen.instances(step, rank)
+        batch, size = self.batch(step)
+        if rank is not None and not 0 <= rank < size:
+            raise ValueError(f"expected a rank from 0 to {size - 1}, found {rank}")
+        positions = range(len(batch)) if rank is None else range(rank, len(batch), size)
+        indices = batch[list(positions)]
         rows = self.dataset.batch(indices)["input_ids"].numpy()
-        for i, (index, tokens) in enumerate(zip(indices.tolist(), rows, strict=True)):
+        for position, index, tokens in zip(positions, indices.tolist(), rows, strict=True):
             path, row = self.place(index)
-            position = i if rank is None else i * self.world_size + rank
-            yield Instance(step, position, index, path, row * self.length, tokens)
+            start = row * self.length
+            yield Instance(step, position, position % size, index, path, start, tokens)
 
     @property
     def length(self) -> int:
