@@ -30,8 +30,9 @@ from olmo.stage import here
 if TYPE_CHECKING:
     from olmo.data.memmap import MemMapDataset
 
-# So many are looked through for that of an order which nothing else is known of.
-EPOCHS = 16
+# An order of which nothing is known but its numbers is looked for in so many epochs, if it is not
+# too large for that (0.2 s an epoch).
+EPOCHS, LOOKED_AT = 16, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -128,26 +129,33 @@ class Run:
             )
         n, seed, first = len(self.dataset), self.cfg.data_seed, self.cfg.epoch or 0
         place, size = self._order or self.cfg.data.order_path, self._world_size or 1
-        if place is None:
-            self._refuse_other_order(n, seed, first)
-            return Seen(self.cfg, n, n, history.whole(n, seed, first), size)
-        return Seen(self.cfg, n, *history.opened(place), size)
+        if place is not None:
+            if (epoch := self._epoch_of(place, n)) not in (None, first):
+                raise ValueError(
+                    f"{place} is the order of epoch {epoch}, which was written over that of epoch "
+                    f"{first}; leave --order out, and it is made from the seed"
+                )
+            return Seen(self.cfg, n, *history.opened(place), size)
+        beside = str(self.home / "train_data/global_indices.npy")
+        known = is_url(self.folder) or not Path(beside).exists() or n > LOOKED_AT
+        if not known and self._epoch_of(beside, n) is None:
+            raise ValueError(
+                f"{beside} is not the order of {n} instances by seed {seed} in any of {EPOCHS} "
+                "epochs: the config or the data changed since. Give the first epoch's: --order"
+            )
+        return Seen(self.cfg, n, n, history.whole(n, seed, first), size)
 
-    def _refuse_other_order(self, n: int, seed: int, first: int) -> None:
-        """Raises ValueError where the order beside the config is not of this config and data."""
-        beside = self.home / "train_data/global_indices.npy"
-        if is_url(self.folder) or not beside.exists():
-            return
-        stored, read = history.opened(str(beside))
-        found = read(0, stored)
-        for epoch in range(first, first + EPOCHS):  # a later one is written over the one before
-            order = history.whole(n, seed, epoch)(0, n)
+    def _epoch_of(self, place: str, n: int) -> int | None:
+        """Which epoch's order a file is; None: of none, or too large or too far to look at it."""
+        if is_url(place) or not Path(place).exists() or n > LOOKED_AT:
+            return None
+        stored, read = history.opened(place)
+        found, first = read(0, stored), self.cfg.epoch or 0
+        for epoch in range(first, first + EPOCHS):
+            order = history.whole(n, self.cfg.data_seed, epoch)(0, n)
             if np.array_equal(found[:n], order[:stored]):
-                return
-        raise ValueError(
-            f"{beside} is not the order of {n} instances by seed {seed} in any of {EPOCHS} epochs: "
-            "the config or the data changed since. Give the order of its first epoch: --order"
-        )
+                return epoch
+        return None
 
     @cached_property
     def recorded(self) -> Recorded:
