@@ -16,6 +16,7 @@ import torch
 from olmo.checkpoint import layout
 from olmo.checkpoint.read import Checkpoint, look, newest
 from olmo.config import CustomDatasetCollatorConfig, EvaluatorType, TrainConfig
+from olmo.data.batches import check_labels
 from olmo.data.memmap import build_memmap_dataset, check_tokens
 from olmo.log import count, tell, warn
 from olmo.model import loss
@@ -66,12 +67,16 @@ def check(cfg: TrainConfig, world: World) -> None:
     vocabulary = cfg.model.embedding_size or cfg.model.vocab_size
     looked_at = 0
     if cfg.data.custom_dataset is None:
-        looked_at = check_tokens(build_memmap_dataset(cfg, cfg.data), vocabulary)
+        dataset = build_memmap_dataset(cfg, cfg.data)
+        looked_at = check_tokens(dataset, vocabulary)
+        check_labels(dataset)
     for evaluator in cfg.evaluators:
         if evaluator.type != EvaluatorType.lm:
             continue  # read when it is built
         where = f"evaluators.{evaluator.label}.data"
-        looked_at += check_tokens(build_memmap_dataset(cfg, evaluator.data), vocabulary, where)
+        dataset = build_memmap_dataset(cfg, evaluator.data)
+        looked_at += check_tokens(dataset, vocabulary, where)
+        check_labels(dataset, where, needed=False)
     tell(f"checked: {count(looked_at)} tokens, all below {vocabulary}")
 
 
