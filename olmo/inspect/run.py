@@ -5,6 +5,7 @@ Of ours or of OLMo's, from files or by URL; only the bytes that are asked for ar
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from bisect import bisect_right
@@ -92,15 +93,24 @@ class Run:
 
     @cached_property
     def segments(self) -> list[dict[str, Any]]:
-        """From which step on it was trained how; [] where nobody wrote that down."""
-        if self.record:
-            return history.segments_of(here(), self.record)
-        path = self.home / SEGMENTS
-        if is_url(self.folder) or not path.exists():
-            return []
+        """From which step on it was trained how; [] where nobody wrote that down.
+
+        An order that is given for a run by URL is asked alone, as OLMo's runs have nothing else.
+        """
         from olmo.train.segments import segments  # which imports torch
 
-        return segments(self.home)
+        if self.record:
+            return history.segments_of(here(), self.record)
+        if not is_url(self.folder):
+            return segments(self.home)
+        url, _, name = self.folder.rpartition("/")
+        place = url if layout.is_name(Path(name)) else self.folder
+        if self._order or not io.is_http(io.public(place)):
+            return []
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(io.NotThere):
+            io.fetch(f"{place}/{SEGMENTS}", Path(folder, SEGMENTS), Path(folder, "part"))
+            return segments(Path(folder))
+        return []
 
     @cached_property
     def dataset(self) -> MemMapDataset:

@@ -26,7 +26,7 @@ import torch
 from olmo.config import TrainConfig
 from olmo.data.batches import IterableDataset
 from olmo.data.memmap import MemMapDataset
-from olmo.log import tell
+from olmo.log import tell, warn
 from olmo.process import SEGMENTS
 from olmo.train.parallel import World
 from olmo.train.sinks import METRICS
@@ -62,6 +62,12 @@ def begin_segment(
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **data,
     }
+    if kept and (other := [n for n in ("files", "seed") if kept[-1].get(n, data[n]) != data[n]]):
+        what = {"files": "the token files", "seed": "the seed of their order"}
+        warn(
+            f"{' and '.join(what[n] for n in other)}: not those of the steps before; the run goes "
+            f"on at instance {data['examples']} of their order all the same"
+        )
     if resumed and (trained := last_trained(folder)) > step:
         here["again_to"] = trained
         tell(f"steps {step + 1} to {trained} were trained before; they are again, and that counts")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import train_on
+from servers import web_server
 from small_run import LENGTH, config, metrics, run, settings
 
 from olmo.config import TrainConfig
@@ -123,7 +124,9 @@ def test_what_is_trained_twice_counts_the_last_time(
     first = written(folder)
     again = {"load_path": str(folder / "step4-unsharded"), "save_overwrite": True, "seed": 7}
     assert train(place, stop_after=2, **again) == PAUSED
-    assert "steps 5 to 8 were trained before" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "steps 5 to 8 were trained before" in said.out
+    assert "WARNING: the seed of their order: not those of the steps before" in said.err
     saw = written(folder)
     assert list(saw) == [1, 2, 3, 4, 5, 6] and saw[4] == first[4] and saw[5] != first[5]
     assert saw[5] == order.global_indices(N, 7, 0)[32:40].tolist(), "another seed's order"
@@ -168,12 +171,13 @@ def test_steps_before_the_other_run_that_goes_on_here(
     assert {step: Run(str(place / "here")).batch(step)[0].tolist() for step in saw} == saw
 
 
-def test_other_token_files_are_not_read_as_those_of_then(place: Path, monkeypatch: Any) -> None:
+def test_other_token_files_are_not_read_as_those_of_then(place: Path, capsys: Any) -> None:
     folder = place / "run"
     assert train(place, stop_after=4) == PAUSED
     (np.arange(50 * LENGTH, dtype=np.uint16) % 58 + 2).tofile(place / "more.npy")
     data = {"paths": [str(place / "more.npy")]}
     assert train(place, stop_after=2, try_load_latest_save=True, data=data) == PAUSED
+    assert "WARNING: the token files: not those of the steps" in capsys.readouterr().err
     with pytest.raises(ValueError, match="step 4 was trained on other token files"):
         Run(str(folder)).batch(4)
     saw = written(folder)
@@ -204,16 +208,31 @@ def test_a_run_that_nobody_wrote_of(place: Path, monkeypatch: Any) -> None:
     """OLMo's own: its order's file is of the newest epoch."""
     assert train(place, max_duration=7) == 0
     folder, saw = place / "run", written(place / "run")
+    by_hand = Run(str(folder / "config.yaml"), str(folder / "train_data/global_indices.npy"))
+    assert by_hand.batch(1)[0].tolist() == saw[1], "what is written down is asked first"
     (folder / "segments.jsonl").unlink()
     newest = order.read(folder / "train_data/global_indices.npy")
     assert newest.tolist() == order.global_indices(N, 6198, 1).tolist()
     for _ in "ab":
         assert {step: Run(str(folder)).batch(step)[0].tolist() for step in saw} == saw
         monkeypatch.setattr(Recorded, "batch", lambda *_: None)
+    with pytest.raises(ValueError, match=r"global_indices.npy is the order of epoch 1, which was"):
+        Run(str(folder), str(folder / "train_data/global_indices.npy")).batch(1)
     cfg = TrainConfig.load(folder / "config.yaml")
     cfg.update_with(seed=8).save(folder / "config.yaml")
     with pytest.raises(ValueError, match=r"global_indices.npy is not the order of 45 instances by"):
         Run(str(folder)).batch(1)
+
+
+def test_a_run_by_url(place: Path) -> None:
+    assert train(place, stop_after=4) == PAUSED
+    again: dict[str, Any] = {"try_load_latest_save": True, "global_train_batch_size": 12}
+    assert train(place, max_duration="2ep", **again) == 0
+    saw = written(place / "run")
+    with web_server(place) as web:
+        for folder in ("run", "run/step4-unsharded"):
+            opened = Run(f"{web}/{folder}")
+            assert {step: opened.batch(step)[0].tolist() for step in saw} == saw
 
 
 def test_a_dry_run_leaves_what_is_written_of_a_run(place: Path) -> None:
