@@ -2,22 +2,28 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ranks import train_on
+from safetensors.torch import save_file
 from servers import web_server
 from small_run import LENGTH, config, metrics, run, settings
 
-from olmo.config import TrainConfig
+from olmo.config import DataConfig, TrainConfig
 from olmo.data import order
 from olmo.data.batches import IterableDataset, TrainLoader
+from olmo.inspect import history
 from olmo.inspect.commands import inspect
-from olmo.inspect.history import Recorded
+from olmo.inspect.history import Origin, Recorded, segments_of, stretches
+from olmo.inspect.replay import replay
 from olmo.inspect.run import Run
+from olmo.train.segments import conditions, segments
 from olmo.train.signals import PAUSED
 from olmo.train.start import Position, duration
 
@@ -288,3 +294,67 @@ def test_what_is_written_of_a_segment(place: Path) -> None:
     (segment,) = map(json.loads, (place / "run/segments.jsonl").read_text().splitlines())
     known = {"after": 0, "batch": 8, "epoch": 0, "examples": 0, "seed": 6198, "instances": N}
     assert known.items() <= segment.items() and segment["drop_last"] is False
+
+
+@pytest.mark.slow
+def test_a_replay_has_as_many_processes_as_each_step_had(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("OLMO_STORE", str(place / "store"))
+    folder, final = place / "checkpoints/r/run", place / "checkpoints/r/final"
+    changes: dict[str, Any] = {"save_folder": str(folder), "max_duration": 7}
+    folder.parent.mkdir(parents=True)
+    assert train(place, stop_after=4, **changes) == PAUSED
+    assert train_on(2, [small(place, try_load_latest_save=True, **changes)], place / "log") == [0]
+    final.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(folder / name, final)
+    weights = torch.load(folder / "latest-unsharded/model.pt", weights_only=True)
+    save_file(weights, final / "model.safetensors")
+    known = segments(folder)
+    facts = {"facts": {"steps": 7, "segments": known}, "conditions": conditions(known)}
+    (final / "record.json").write_text(json.dumps(facts | {"action": {"inputs": {}}}))
+    saw = written(folder)
+    assert {step: Run("r").batch(step)[0].tolist() for step in saw} == saw
+    assert [Run("r").batch(step)[1] for step in (4, 5)] == [1, 2]
+    less = [{name: segment[name] for name in ("after", "processes")} for segment in known]
+    older = {**facts, "facts": {"steps": 7, "segments": less}, "action": {"inputs": {}}}
+    (final / "record.json").write_text(json.dumps(older))  # by a version that wrote down less
+    assert {step: Run("r").batch(step)[0].tolist() for step in saw} == saw
+    (final / "record.json").write_text(json.dumps(facts | {"action": {"inputs": {}}}))
+    capsys.readouterr()
+    replay("r", steps="3..7")
+    said = capsys.readouterr().out
+    assert "steps 3 to 4: processes as then, 1" in said
+    assert "steps 5 to 7: processes as then, 2" in said
+    assert "5 steps, equal to the bit" in said and "weights: largest difference 0" in said
+
+
+def test_a_chain_is_told_link_by_link() -> None:
+    def record(sha256: str, segments: list[dict[str, Any]], **inputs: Any) -> dict[str, Any]:
+        outputs = {"final": {"files": {"model": {"sha256": sha256, "size": 1}}, "aside": {}}}
+        action = {"stage": "training", "inputs": inputs}
+        facts = {"steps": 9, "segments": segments}
+        return {"key": sha256, "action": action, "outputs": outputs, "facts": facts}
+
+    first = record("a", [{"after": 0, "processes": 1}, {"after": 2, "processes": 2}])
+    second = record("b", [{"after": 4, "processes": 4}], after=["a"])
+    last = record("c", [{"after": 6, "processes": 8}], after=["b"])
+    store: Any = SimpleNamespace(records=lambda: [first, second, last])
+    found = segments_of(store, last)
+    assert [(s["after"], s["processes"]) for s in found] == [(0, 1), (2, 2), (4, 4), (6, 8)]
+    cfg = TrainConfig(global_train_batch_size=8, data=DataConfig(drop_last=True))
+    told = stretches(found, Origin(cfg, N, None, fixed=True))
+    assert [history.of(step, told).world_size for step in (2, 3, 5, 9)] == [1, 2, 4, 8]
+    ids = [order.global_indices(N, 6198, epoch).tolist() for epoch in range(2)]
+    for step in range(1, 10):
+        epoch, place = divmod(step - 1, 5)
+        batch = history.of(step, told).seen.instances(step).tolist()
+        assert batch == ids[epoch][place * 8 : place * 8 + 8]
+    store = SimpleNamespace(records=lambda: [last])  # the others were removed
+    told = stretches(segments_of(store, last), Origin(cfg, N, None, fixed=True))
+    with pytest.raises(ValueError, match="step 6 was not trained here: this run goes on after ste"):
+        history.of(6, told)
+    with pytest.raises(ValueError, match="what the steps after 6 saw was not written down"):
+        _ = history.of(7, told).seen
