@@ -280,8 +280,8 @@ def check_tokens(dataset: MemMapDataset, vocab_size: int, where: str = "data") -
         if size % itemsize:
             refuse_other_kind(path, size, dtype)
             raise ValueError(
-                f"{where}: {path} has {size} bytes, not a whole number of {dtype} tokens; mend "
-                f"{where}.memmap_dtype"
+                f"{where}: {path} has {size} bytes, not a whole number of {dtype} tokens: it "
+                f"was cut off, or {where}.memmap_dtype is not its"
             )
     for path, size, mask in zip(dataset.label_mask_paths or (), sizes, masks, strict=False):
         if mask != size // itemsize:

@@ -47,6 +47,7 @@ def wider_kind(tokens: np.ndarray, vocab_size: int) -> tuple[str, bool] | None:
         tokens: as they are read, from the beginning of the file or of an instance.
         vocab_size: what a number stays below.
     """
+    tokens = tokens[int(np.argmax(tokens != 0)) // 8 * 8 :]  # what precedes may be padding
     for name in KNOWN:
         if np.dtype(name).itemsize <= tokens.itemsize:
             continue

@@ -87,8 +87,9 @@ class Run:
         steps: int | None = self.record.get("facts", {}).get("steps")
         metrics = self.home / "metrics.jsonl"
         if steps is None and self.segments and metrics.exists():
-            rows = [json.loads(line) for line in metrics.read_text().splitlines()[-1:]]
-            steps = rows[0]["step"] if rows else 0
+            for line in metrics.read_bytes().splitlines()[-2:]:
+                with contextlib.suppress(ValueError, KeyError):  # one that is being written
+                    steps = json.loads(line)["step"]
         return steps
 
     @cached_property

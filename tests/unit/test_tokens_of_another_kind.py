@@ -85,6 +85,13 @@ def test_what_may_be_tokens_is_taken(
     assert "looks like" not in said or name == "two kinds", said
 
 
+def test_padding_at_the_beginning_hides_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "t.npy"
+    np.concatenate([np.zeros(3_000_001), ids()]).astype(np.int64).tofile(path)
+    with pytest.raises(ValueError, match="looks like int64"):
+        check(path)
+
+
 def test_what_is_not_certain_is_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
