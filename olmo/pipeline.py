@@ -19,6 +19,7 @@ from olmo.data.documents import MESSAGES
 from olmo.data.source_table import Source, quoted
 from olmo.recipe import EvaluationConfig, Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
 from olmo.tokenizer import hub_name
+from olmo.unheeded import refuse_unheeded
 
 
 class Plan:
@@ -91,7 +92,7 @@ class Plan:
         if run not in self._trains:
             path = self.run(run).train
             cfg = TrainConfig.load(path, self.run(run).overrides, validate_paths=False)
-            self._refuse_unheeded(run, cfg)
+            refuse_unheeded(run, self.run(run), cfg)
             dataset = self.dataset(run)
             tokenizer = self.recipe(dataset).tokenizer
             for name in ("eos_token_id", "pad_token_id"):
@@ -110,38 +111,6 @@ class Plan:
                 raise ValueError(f"config/config.yaml: runs.{run}.{error}") from error
             self._trains[run] = cfg
         return self._trains[run]
-
-    def _refuse_unheeded(self, run: str, cfg: TrainConfig) -> None:
-        """Raises ValueError for what the trainer would heed and the stages before it do not."""
-        path, dataset = self.run(run).train, self.run(run).dataset
-        if cfg.load_path is not None:  # its content is to be part of what is asked for
-            raise ValueError(
-                f"{path}: load_path is for `python -m olmo.train` alone; give {run} in "
-                f"config/config.yaml start_from: {cfg.load_path}"
-            )
-        values = {
-            "dry_run": cfg.dry_run,
-            "fast_forward_batches": cfg.fast_forward_batches,
-            "data.custom_dataset": cfg.data.custom_dataset,
-            "data.order_path": cfg.data.order_path,
-            "data.label_mask_paths": cfg.data.label_mask_paths,
-        }
-        if alone := [name for name, value in values.items() if value]:
-            raise ValueError(f"{path}: {alone[0]} is for `python -m olmo.train` alone; take it out")
-        if dataset is None:
-            return
-        if cfg.data.paths or cfg.data.datasets:
-            raise ValueError(
-                f"{path} names its own tokens, and config/config.yaml the dataset {dataset} for "
-                f"{run}: keep one. Take out data.paths and data.datasets, or the dataset"
-            )
-        # As the tokens' stage writes them; the sign makes no difference there.
-        bits = "16" if cfg.model.vocab_size <= 2**16 else "32"
-        if not cfg.data.memmap_dtype.endswith(bits):
-            raise ValueError(
-                f"{path}: data.memmap_dtype: expected uint{bits}, in which the tokens of {dataset} "
-                f"are stored for {cfg.model.vocab_size:,} ids; found {cfg.data.memmap_dtype}"
-            )
 
     def _check_vocabulary(self, run: str, cfg: TrainConfig) -> None:
         """What can be told of a tokenizer's size before it is trained, and all is tokenized."""
