@@ -117,6 +117,8 @@ def test_epochs_another_batch_size_and_other_numbers_of_processes(
         assert told(place / name, monkeypatch) == [saw, saw]
         opened = Run(str(place / name))
         assert [opened.batch(step)[1] for step in (4, 5, 6, 7)] == [1, 2, 2, 1]
+        shares = [(i.position, i.rank, i.index) for i in opened.instances(5, rank=1)]
+        assert shares == [(p, 1, saw[5][p]) for p in range(1, 12, 2)]
         for instance in (0, 7, 40):
             times = [(s, b.index(instance), instance) for s, b in saw.items() if instance in b]
             assert list(opened.when(np.array([instance]))) == times
