@@ -19,6 +19,7 @@ from olmo.data.documents import MESSAGES
 from olmo.data.source_table import Source, quoted
 from olmo.recipe import EvaluationConfig, Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
 from olmo.tokenizer import hub_name
+from olmo.unheeded import refuse_unheeded
 
 
 class Plan:
@@ -91,8 +92,7 @@ class Plan:
         if run not in self._trains:
             path = self.run(run).train
             cfg = TrainConfig.load(path, self.run(run).overrides, validate_paths=False)
-            if cfg.data.custom_dataset is not None:
-                raise ValueError(f"{path}: data.custom_dataset is for `python -m olmo.train` alone")
+            refuse_unheeded(run, self.run(run), cfg)
             dataset = self.dataset(run)
             tokenizer = self.recipe(dataset).tokenizer
             for name in ("eos_token_id", "pad_token_id"):
@@ -304,6 +304,8 @@ class Plan:
         length = cfg.model.max_sequence_length
         words = ["--sequence-length", length, "--seed", cfg.data_seed]
         words += ["--dtype", cfg.data.memmap_dtype]
+        if cfg.epoch:  # that in which the run begins
+            words += ["--epoch", cfg.epoch]
         return shlex.join(map(str, words))
 
     def geometry_flags(self, run: str) -> str:
@@ -439,6 +441,4 @@ def recipe_of(run: Run) -> Recipe:
     files = list(cfg.data.paths or [path for k in sorted(labelled) for path in labelled[k]])
     if not files:
         raise ValueError(f"{train}: expected data.paths, or `dataset` in config/config.yaml")
-    if cfg.data.label_mask_paths:
-        raise ValueError(f"{train}: data.label_mask_paths are for `python -m olmo.train` alone")
     return Recipe(sources=SourcesConfig(files=files), tokenizer=tokenizer)

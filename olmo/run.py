@@ -125,7 +125,7 @@ def training(
     if start is not None:
         place = place.update_with(load_path=str(start[0].absolute().parent))
     before = None if after is None else after[0].absolute().parent
-    place = place.update_with(**link(before, until))
+    place = place.update_with(**link(cfg, before, until))
     place.save(attempt / "given.yaml")
     launch(attempt / "given.yaml", geometry, place.intra_op_threads)
 
@@ -191,7 +191,7 @@ def filled_in(
     )
 
 
-def link(before: Path | None, until: int | None) -> dict[str, Any]:
+def link(cfg: TrainConfig, before: Path | None, until: int | None) -> dict[str, Any]:
     """Settings of a link: it goes on from the one before it just as an interrupted run goes on."""
     settings: dict[str, Any] = {} if until is None else {"stop_at": until}
     if before is not None:
@@ -201,8 +201,10 @@ def link(before: Path | None, until: int | None) -> dict[str, Any]:
             "fast_forward_batches": None,
             "reset_optimizer_state": False,
             "reset_trainer_state": False,
-            "epoch": None,
+            "epoch": None,  # it may have left the one that the run began in
         }
+        if cfg.duration[1] == "epochs":  # which are counted from that one
+            settings["max_duration"] = f"{cfg.duration[0] + (cfg.epoch or 0)}ep"
     return settings
 
 

@@ -23,7 +23,10 @@ from olmo.data import order
 from olmo.data.collator import build_collator
 from olmo.data.custom_datasets import build_custom_dataset
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
+from olmo.log import warn
 from olmo.torch_util import barrier, get_fs_local_rank, get_global_rank, get_world_size
+
+LOOKED_AT = 4096  # instances, where none has a label: seconds
 
 
 def labels_of(batch: dict[str, Any]) -> torch.Tensor:
@@ -40,6 +43,36 @@ def labels_of(batch: dict[str, Any]) -> torch.Tensor:
     if (instance_mask := batch.get("instance_mask")) is not None:
         labels.masked_fill_(~instance_mask[:, None], -100)
     return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def check_labels(dataset: MemMapDataset, where: str = "data", needed: bool = True) -> None:
+    """Refuse data of which nothing is learned: by its label masks, its padding or its filter.
+
+    Instances from all over it are looked at until one has a label. Where that is not all of them,
+    or they are not `needed`, it is a warning. `where` names the config's section in what is said.
+
+    Raises ValueError.
+    """
+    causes = {
+        "label_mask_paths": dataset.label_mask_paths,
+        "instance_filter": dataset.instance_filter_config,
+        "generate_attention_mask": dataset.generate_attention_mask,
+    }
+    named = [f"{where}.{name}" for name, value in causes.items() if value]
+    if not named:
+        return
+    n, at_once = len(dataset), 8
+    chosen = np.unique(np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(np.int64))
+    for start in range(0, len(chosen), at_once):
+        if (labels_of(dataset.batch(chosen[start : start + at_once])) != -100).any():
+            return
+    said = (
+        f"{where}: expected tokens to learn, found none in {len(chosen)} of {n} instances: all are "
+        f"masked; mend {' or '.join(named)}"
+    )
+    if needed and len(chosen) == n:
+        raise ValueError(said)
+    warn(said)
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -131,10 +164,13 @@ class IterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
         if self.work_dir is not None:
             self._save_global_indices()
 
+    def left(self) -> np.ndarray:
+        """What all processes read from `start_index` on, in order."""
+        return self.get_global_indices()[: self.max_examples][self.start_index :]
+
     def rank_indices(self) -> np.ndarray:
         """What this process reads, in order."""
-        indices = self.get_global_indices()[: self.max_examples][self.start_index :]
-        return indices[self.rank : self.total_size : self.world_size]
+        return self.left()[self.rank : self.total_size : self.world_size]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         indices = self.rank_indices()
@@ -180,8 +216,10 @@ class TrainLoader:
         self.pin_memory = pin_memory
 
     def __len__(self) -> int:
-        n = len(self.dataset.rank_indices())
-        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+        """Batches to come; with drop_last the same number on all processes."""
+        if self.drop_last:  # where start_index is no multiple of them, their shares differ by one
+            return len(self.dataset.left()) // self.dataset.global_batch_size
+        return -(-len(self.dataset.rank_indices()) // self.batch_size)
 
     def _read(self, indices: np.ndarray) -> dict[str, Any]:
         source = self.dataset.dataset

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 
 from olmo.config import DataConfig, InstanceFilterConfig, TrainConfig
+from olmo.data import raw
 from olmo.data.files import Tokens, file_sizes, is_url
+from olmo.log import warn
 
 
 class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -154,7 +156,8 @@ class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
             out["attention_mask"] = (out["input_ids"] != self.pad_token_id).float()
         if self.label_mask_paths is not None:
             masks = np.stack([self._tokens(file, row, mask=True) for file, row in places])
-            out["label_mask"] = torch.from_numpy(masks)
+            # Whatever other bytes than 0 and 1 there are: what a bool of them does, nobody says.
+            out["label_mask"] = torch.from_numpy(masks.view(np.uint8) != 0)
         if self.instance_filter_config is not None:
             kept = [not is_repetitive(row, self.instance_filter_config) for row in ids]
             out["instance_mask"] = torch.tensor(kept)
@@ -266,20 +269,30 @@ def check_tokens(dataset: MemMapDataset, vocab_size: int, where: str = "data") -
         masks = file_sizes(dataset.label_mask_paths or ())
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: {error}; mend --{where}.paths=[…]") from None
-    itemsize = np.dtype(dataset.dtype).itemsize
+    dtype, itemsize = np.dtype(dataset.dtype).name, np.dtype(dataset.dtype).itemsize
+
+    def refuse_other_kind(path: str | Path, size: int, expected: str) -> None:
+        """The true cause of a length that does not fit."""
+        start = Tokens(path, np.uint8).read(0, min(size, 64)).tobytes() if size else b""
+        raw.refuse_other_kind(str(path), start, expected, f"{where}: ")
+
     for path, size in zip(dataset.paths, sizes, strict=True):
         if size % itemsize:
+            refuse_other_kind(path, size, dtype)
             raise ValueError(
-                f"{where}: {path} has {size} bytes, not a whole number of "
-                f"{np.dtype(dataset.dtype).name} tokens; mend {where}.memmap_dtype"
+                f"{where}: {path} has {size} bytes, not a whole number of {dtype} tokens: it "
+                f"was cut off, or {where}.memmap_dtype is not its"
             )
     for path, size, mask in zip(dataset.label_mask_paths or (), sizes, masks, strict=False):
         if mask != size // itemsize:
+            refuse_other_kind(path, mask, "bool")
             raise ValueError(
                 f"{where}: expected a label for each of {size // itemsize} tokens, found {mask} in "
-                f"{path}; mend --{where}.label_mask_paths=[…]"
+                f"{path}, of one byte each (numpy's bool); mend --{where}.label_mask_paths=[…]"
             )
     if len(dataset) == 0:
+        for path, size in zip(dataset.paths, sizes, strict=True):
+            refuse_other_kind(path, size, dtype)
         raise ValueError(
             f"{where}: {sum(sizes) // itemsize} tokens in {len(sizes)} files give no instance of "
             f"{dataset.chunk_size}; give more data, or a smaller model.max_sequence_length"
@@ -290,24 +303,34 @@ def check_tokens(dataset: MemMapDataset, vocab_size: int, where: str = "data") -
             continue
         most = 4096 if is_url(path) else max(budget, 4096)
         tokens = Tokens(path, dataset.dtype).read(0, min(most, size // itemsize))
-        if itemsize == 2 and _is_wider(tokens):
-            raise ValueError(
-                f"{where}: {path} is read as {np.dtype(dataset.dtype).name} but looks like uint32: "
-                f"every other number is next to zero; set --{where}.memmap_dtype=uint32"
+        raw.refuse_other_kind(str(path), tokens[:64].tobytes(), dtype, f"{where}: ")
+        if (wider := raw.wider_kind(tokens, vocab_size)) is not None:
+            name, certain = wider
+            said = (
+                f"{where}: {path} is read as {dtype} but looks like {name}: as that, too, all "
+                f"numbers are token ids; set --{where}.memmap_dtype={name}"
             )
-        if (largest := int(tokens.max())) >= vocab_size:
-            at = int(np.argmax(tokens >= vocab_size))
+            if certain:
+                raise ValueError(said)
+            warn(f"{said}, unless most of it is padding")
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+            at = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
+            fits = raw.fitting_kind(tokens, vocab_size)
+            remedy = f"this is another tokenizer's file, or another {where}.memmap_dtype"
+            if fits is not None:
+                remedy = f"as {fits} all would fit: set --{where}.memmap_dtype={fits}"
             raise ValueError(
-                f"{where}: token {at} of {path} is {tokens[at]} and the largest {largest}, but the "
-                f"model has {vocab_size} embeddings; this is another tokenizer's file, or another "
-                f"{where}.memmap_dtype"
+                f"{where}: token {at} of {path} is {tokens[at]} and the largest {tokens.max()}, "
+                f"but the model has {vocab_size} embeddings; {remedy}"
             )
         looked_at += len(tokens)
+    for path, size in zip(dataset.label_mask_paths or (), masks, strict=True):
+        most = 4096 if is_url(path) else max(budget, 4096)
+        labels = Tokens(path, np.uint8).read(0, min(most, size))
+        if size and (largest := labels.max()) > 1:
+            raw.refuse_other_kind(str(path), labels[:64].tobytes(), "bool", f"{where}: ")
+            raise ValueError(
+                f"{where}: {path}: expected a byte for each token, 1 where it is learned and else "
+                f"0 (numpy's bool), found {largest}; write them anew: (labels != 0).tofile(…)"
+            )
     return looked_at
-
-
-def _is_wider(tokens: np.ndarray) -> bool:
-    """Whether 16-bit numbers are really the halves of 32-bit ones: the upper halves are ~0."""
-    pairs = tokens[: len(tokens) // 2 * 2].reshape(-1, 2)
-    low, high = (pairs <= 3).mean(axis=0) if len(pairs) >= 16 else (1.0, 0.0)
-    return bool(high > 0.95 and low < 0.5)

@@ -405,9 +405,17 @@ def statistics(documents: list[Path], tokens: list[Path], summary: Path, text: P
 
 
 def order(
-    tokens: list[Path], order: Path, sequence_length: int, seed: int, dtype: str = "uint16"
+    tokens: list[Path],
+    order: Path,
+    sequence_length: int,
+    seed: int,
+    dtype: str = "uint16",
+    epoch: int = 0,
 ) -> None:
-    """The order in which a run sees its instances: a shuffle that depends on their number."""
+    """The order in which a run sees its instances: a shuffle that depends on their number.
+
+    `epoch` is that in which the run begins; the trainer makes the orders of later ones.
+    """
     width = token_bytes(dtype)
     sizes = [entry.bytes for entry in read(tokens, "tokens")]
     instances = sum(size // (width * sequence_length) for size in sizes)
@@ -416,7 +424,7 @@ def order(
             f"expected at least one instance of {sequence_length} tokens, found {sum(sizes)} "
             f"bytes in {len(sizes)} shards, none as long as that"
         )
-    global_order(order=order, instances=instances, seed=seed)
+    global_order(order=order, instances=instances, seed=seed, epoch=epoch)
 
 
 @stage(version=1)

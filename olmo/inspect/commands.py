@@ -42,7 +42,7 @@ def inspect(
         shard = known.get(digest_of(instance.path))
         end = instance.start + len(instance.tokens)
         documents = shard.documents(instance.start, end) if shard else []
-        print((as_json if json else as_text)(instance, documents, words, opened.world_size))
+        print((as_json if json else as_text)(instance, documents, words))
 
 
 def reader(run: Run, known: dict[str, Shard], tokenizer: str | None) -> Tokenizer | None:
@@ -60,12 +60,9 @@ def reader(run: Run, known: dict[str, Shard], tokenizer: str | None) -> Tokenize
         return None
 
 
-def as_json(
-    instance: Instance, documents: list[Document], words: Tokenizer | None, world_size: int
-) -> str:
+def as_json(instance: Instance, documents: list[Document], words: Tokenizer | None) -> str:
     tokens = instance.tokens.tolist()
     found = asdict(instance) | {
-        "rank": instance.position % world_size,
         "tokens": tokens,
         "documents": [asdict(document) for document in documents],
     }
@@ -74,15 +71,13 @@ def as_json(
     return json.dumps(found, ensure_ascii=False)
 
 
-def as_text(
-    instance: Instance, documents: list[Document], words: Tokenizer | None, world_size: int
-) -> str:
+def as_text(instance: Instance, documents: list[Document], words: Tokenizer | None) -> str:
     """An instance for a person: where it is, and each document's part of it."""
     size = len(instance.tokens)
     lines = [
-        f"step {instance.step}, position {instance.position} (rank "
-        f"{instance.position % world_size}): instance {instance.index}, tokens {instance.start:,} "
-        f"to {instance.start + size - 1:,} of {instance.path}"
+        f"step {instance.step}, position {instance.position} (rank {instance.rank}): instance "
+        f"{instance.index}, tokens {instance.start:,} to {instance.start + size - 1:,} of "
+        f"{instance.path}"
     ]
 
     def said(first: int, last: int) -> str:
@@ -122,7 +117,7 @@ def seen(
         count += 1
         print(f"{document.id} ({document.source}:{document.line})")
         for step, position, index in times:
-            rank = position % opened.world_size
+            rank = position % opened.world_size(step)
             print(f"  step {step}, position {position} (rank {rank}), instance {index}")
         if not times:
             print("  not seen: the run ended before, or it is in the tail that fills no instance")
@@ -151,8 +146,7 @@ def sightings(
         for document in chosen(shard, id, url, text, sha256):
             rows = np.arange(document.start // run.length, (document.end - 1) // run.length + 1)
             instances = first + rows[rows < end - first]
-            last = run.steps or run.seen.steps_per_epoch
-            yield document, list(run.seen.when(instances, last))
+            yield document, list(run.when(instances))
 
 
 def chosen(

@@ -10,8 +10,8 @@ import numpy as np
 
 from olmo import remote as second
 from olmo.config import TrainConfig
-from olmo.data import order
-from olmo.inspect.order import Seen
+from olmo.inspect import history
+from olmo.inspect.history import Origin
 from olmo.lineage import ancestors
 from olmo.naming import named
 from olmo.remote import Moved, Remote
@@ -45,12 +45,13 @@ def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> M
         )
     with store.draft() as folder:
         moved = second.fetch(store, remote, {of_order: sizes[of_order]}, folder)
-        stored = order.read(store.object_path(of_order))
         width = np.dtype(cfg.data.effective_memmap_dtype).itemsize * cfg.model.max_sequence_length
         ends = list(accumulate(sizes[digest] // width for digest in of_tokens))
-        world_size = record["conditions"]["processes"]
-        seen = Seen(cfg, ends[-1], len(stored), lambda a, b: stored[a:b], world_size)
-        instances = np.concatenate([seen.instances(step) for step in steps])
+        place = str(store.object_path(of_order))
+        origin = Origin(cfg, ends[-1], place, given=True, fixed=True)
+        found = history.stretches(history.segments_of(store, record), origin)
+        batches = [history.of(step, found).seen.instances(step) for step in steps]
+        instances = np.concatenate(batches)
         which = set(np.searchsorted(ends, instances, side="right").tolist())
         needed = {digests[i] for digests in (of_tokens, of_labels) if digests for i in which}
         wanted = {digest: sizes[digest] for digest in sorted(needed)}

@@ -1,4 +1,4 @@
-"""Which instances a run saw at a step, from its config and its order alone."""
+"""Which instances a run saw at a step, from a config, an order and a place in it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,30 @@ Read = Callable[[int, int], np.ndarray]  # a part of the stored order: (first, o
 
 
 class Seen:
-    """The instances of a run in the order in which it saw them.
+    """The instances of a run in the order in which it saw them, while its config stayed the same.
 
     Args:
-        cfg: the run's config.
+        cfg: the run's config; the order read is that of its `epoch`.
         n: how many instances its data holds.
         stored: how many numbers its order file holds: n, or what OLMo wrote, n fitted to the
             world size.
         read: reads a part of that file.
         world_size: of the run; it decides how an epoch ends (`order.total_size`), and who saw what.
+        after: the step after which it began, or went on, with this config.
+        epoch: that in which it did, counted from the config's.
+        examples: how many instances of that epoch were behind it.
     """
 
     def __init__(
-        self, cfg: TrainConfig, n: int, stored: int, read: Read, world_size: int = 1
+        self,
+        cfg: TrainConfig,
+        n: int,
+        stored: int,
+        read: Read,
+        world_size: int = 1,
+        after: int = 0,
+        epoch: int = 0,
+        examples: int = 0,
     ) -> None:
         self.cfg, self.n, self.read, self.world_size = cfg, n, read, world_size
         self.batch_size = cfg.global_train_batch_size
@@ -46,6 +57,8 @@ class Seen:
         self.fitted = stored != n
         total = stored if self.fitted else total_size(n, world_size, drop_last)
         self.steps_per_epoch = total // self.batch_size
+        self.after, self._epoch, self._examples = after, epoch, examples
+        self._first_steps = max(total - examples, 0) // self.batch_size  # of that epoch
 
     def instances(self, step: int, rank: int | None = None) -> np.ndarray:
         """The instances of step 1, 2, …; (G,), or (G / W,) of one rank.
@@ -53,10 +66,9 @@ class Seen:
         Raises:
             ValueError: there is no such step or rank.
         """
-        if step < 1:
-            raise ValueError(f"expected a step from 1 on, found {step}")
-        epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
-        start = step_of_epoch * self.batch_size
+        if step <= self.after:
+            raise ValueError(f"expected a step from {self.after + 1} on, found {step}")
+        epoch, start = self.place(step)
         found = self._part(epoch, start, start + self.batch_size)
         if rank is None:
             return found
@@ -64,14 +76,27 @@ class Seen:
             raise ValueError(f"expected a rank from 0 to {self.world_size - 1}, found {rank}")
         return found[rank :: self.world_size]
 
+    def place(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, counted from the config's, and its first place in that order."""
+        number = step - 1 - self.after
+        if number < self._first_steps:
+            return self._epoch, self._examples + number * self.batch_size
+        later, number = divmod(number - self._first_steps, self.steps_per_epoch)
+        return self._epoch + 1 + later, number * self.batch_size
+
     def when(self, instances: np.ndarray, last_step: int) -> Iterator[tuple[int, int, int]]:
         """(step, position in its batch, instance) of each time one of these was seen, in order."""
-        for epoch in range(-(-last_step // self.steps_per_epoch)):
-            steps = min(last_step - epoch * self.steps_per_epoch, self.steps_per_epoch)
-            order = self._part(epoch, 0, steps * self.batch_size)
+        step = self.after + 1
+        while step <= last_step:
+            epoch, start = self.place(step)
+            first = epoch == self._epoch
+            left = self._first_steps - (step - 1 - self.after) if first else self.steps_per_epoch
+            steps = min(left, last_step + 1 - step)
+            order = self._part(epoch, start, start + steps * self.batch_size)
             for place in np.flatnonzero(np.isin(order, instances)).tolist():
-                step, position = divmod(place, self.batch_size)
-                yield epoch * self.steps_per_epoch + step + 1, position, int(order[place])
+                more, position = divmod(place, self.batch_size)
+                yield step + more, position, int(order[place])
+            step += steps
 
     def _part(self, epoch: int, start: int, stop: int) -> np.ndarray:
         if epoch == 0 and (self.fitted or stop <= self.n):

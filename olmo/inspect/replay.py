@@ -22,11 +22,12 @@ def replay(checkpoint: str, /, steps: str) -> None:
     """Train STEPS (as 5..9) of a finished run again, and compare with what its record says.
 
     CHECKPOINT is a run's name or its final folder. Begins at the last of the run's own checkpoints
-    before these steps, or at its start. Where the machine is of the same kind the losses, the
-    gradients' norms and, at the end of the run, the weights are equal to the bit; elsewhere the
-    gap is told. A step that differs where none should is an error, and named.
+    before these steps, or at its start, with as many processes as each step had. Where the machine
+    is of the same kind the losses, the gradients' norms and, at the end of the run, the weights are
+    equal to the bit; elsewhere the gap is told. A step that differs where none should is an error,
+    and named.
     """
-    from olmo.train.segments import conditions, segments  # which imports torch
+    from olmo.train.segments import begun_alike, conditions, segments  # which imports torch
 
     run, asked = Run(checkpoint), steps_of(steps)
     last_step = run.steps
@@ -46,7 +47,6 @@ def replay(checkpoint: str, /, steps: str) -> None:
         place = run.cfg.update_with(
             save_folder=folder,
             save_overwrite=True,
-            stop_at=asked[-1],
             evaluators=[],
             eval_interval=last_step + 1,
             save_interval=None,
@@ -55,13 +55,20 @@ def replay(checkpoint: str, /, steps: str) -> None:
             wandb=None,
             **resumed,
         )
-        place.save(Path(folder, "given.yaml"))
         tell(f"steps {start + 1} to {asked[-1]}, from {begin or 'the start'}")
-        launch(Path(folder, "given.yaml"), Geometry(run.world_size), place.intra_op_threads)
+        pieces = begun_alike(run.segments, start, asked[-1])
+        ends = [*(piece["after"] for piece in pieces[1:]), asked[-1]]
+        for piece, end in zip(pieces, ends, strict=True):
+            goes_on = piece["after"] > start  # with what the piece before it has saved
+            alike = place.update_with(stop_at=end, try_load_latest_save=goes_on)
+            alike.save(Path(folder, "given.yaml"))
+            processes = piece["processes"]
+            tell(f"steps {piece['after'] + 1} to {end}: processes as then, {processes}")
+            launch(Path(folder, "given.yaml"), Geometry(processes), place.intra_op_threads)
         again = rows_of(Path(folder, "metrics.jsonl"))
         weights = gap_of_weights(run, Path(folder)) if asked[-1] == last_step else None
 
-        here, there = conditions(segments(Path(folder))), run.record["conditions"]
+        here, there = conditions(segments(Path(folder))), conditions(pieces)
 
     differing = [
         step for step in asked if any(recorded[step][n] != again[step][n] for n in (LOSS, NORM))

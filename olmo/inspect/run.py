@@ -5,6 +5,7 @@ Of ours or of OLMo's, from files or by URL; only the bytes that are asked for ar
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -16,10 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from olmo import io
+from olmo.checkpoint import layout
 from olmo.config import TrainConfig
-from olmo.data.files import Tokens, file_sizes, is_url
-from olmo.data.order import ORDER_DTYPE, global_indices
+from olmo.data.files import is_url
+from olmo.inspect import history
+from olmo.inspect.history import Origin, Recorded, Stretch
 from olmo.inspect.order import Seen
+from olmo.log import warn
+from olmo.process import SEGMENTS
+from olmo.stage import here
 from olmo.store import parse
 
 MOST_CONFIG = 64 * 2**20  # bytes
@@ -27,13 +33,18 @@ MOST_CONFIG = 64 * 2**20  # bytes
 if TYPE_CHECKING:
     from olmo.data.memmap import MemMapDataset
 
+# An order of which nothing is known but its numbers is looked for in so many epochs, if it is not
+# too large for that (0.2 s an epoch).
+EPOCHS, LOOKED_AT = 16, 1 << 24
+
 
 @dataclass(frozen=True)
 class Instance:
     """One instance of a step."""
 
     step: int
-    position: int  # in the step's global batch; rank `position % world_size` computes it
+    position: int  # in the step's global batch
+    rank: int  # the process that computed it
     index: int  # in the data set
     path: str  # its token file
     start: int  # its first token in there
@@ -57,8 +68,7 @@ class Run:
         self.config_path = found(where)
         self.folder = self.config_path.rpartition("/")[0] or "."
         self.cfg = load(self.config_path)
-        self.world_size = world_size or int(self.record.get("conditions", {}).get("processes", 1))
-        self.order_place = order or self._order_place()
+        self._order, self._world_size = order, world_size
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -66,11 +76,44 @@ class Run:
         path = Path(self.folder, "record.json")
         return parse(path.read_bytes(), path) if path.exists() else {}
 
-    @property
+    @cached_property
+    def home(self) -> Path:
+        """The run's own folder, also of one of its checkpoints; that of a final checkpoint."""
+        folder = Path(self.folder).resolve()
+        return folder.parent if layout.is_name(folder) else folder
+
+    @cached_property
     def steps(self) -> int | None:
         """How many it has trained, where that is known."""
         steps: int | None = self.record.get("facts", {}).get("steps")
+        metrics = self.home / "metrics.jsonl"
+        if steps is None and self.segments and metrics.exists():
+            from olmo.train.sinks import read_metrics  # which imports torch
+
+            steps = max((row["step"] for row in read_metrics(metrics)), default=None)
         return steps
+
+    @cached_property
+    def segments(self) -> list[dict[str, Any]]:
+        """From which step on it was trained how; [] where nobody wrote that down.
+
+        An order that is given for a run by URL is asked alone, as OLMo's runs have nothing else.
+        """
+        from olmo.train.segments import segments  # which imports torch
+
+        if self.record:
+            return history.segments_of(here(), self.record)
+        if not is_url(self.folder):
+            return segments(self.home)
+        url, _, name = self.folder.rpartition("/")
+        place = url if layout.is_name(Path(name)) else self.folder
+        if self._order or not io.is_http(io.keyless(place)):
+            return []
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(io.NotThere):
+            file, part = Path(folder, SEGMENTS), Path(folder, "part")
+            io.fetch(f"{place}/{SEGMENTS}", file, part, most=MOST_CONFIG)
+            return segments(Path(folder))
+        return []
 
     @cached_property
     def dataset(self) -> MemMapDataset:
@@ -79,37 +122,127 @@ class Run:
         return build_memmap_dataset(self.cfg, self.cfg.data)
 
     @cached_property
-    def seen(self) -> Seen:
-        n = len(self.dataset)
-        if self.order_place is None:
-            seed = self.cfg.data_seed
-            whole = global_indices(n, seed, self.cfg.epoch or 0)
-            return Seen(self.cfg, n, n, lambda a, b: whole[a:b], self.world_size)
-        stored = Tokens(self.order_place, ORDER_DTYPE)
-        length = file_sizes([self.order_place])[0] // ORDER_DTYPE.itemsize
-        return Seen(self.cfg, n, length, stored.read, self.world_size)
+    def stretches(self) -> list[Stretch]:
+        """The same with what their steps saw; [] where nobody wrote that down."""
+        order = self._order or self.cfg.data.order_path
+        if self._order and not any("order" in segment for segment in self.segments):
+            warn("--order is not needed: the run wrote down what decided its order")
+        origin = Origin(
+            self.cfg, len(self.dataset), order, given=bool(self._order), fixed=bool(self.record)
+        )
+        return history.stretches(self.segments, origin)
 
-    def _order_place(self) -> str | None:
-        """Where the order is: the config's, or where the trainer leaves it."""
-        if self.cfg.data.order_path:
-            return self.cfg.data.order_path
-        beside = f"{self.folder}/train_data/global_indices.npy"
-        return beside if not is_url(beside) and Path(beside).exists() else None
+    @cached_property
+    def by_config(self) -> Seen:
+        """What its steps saw if it was trained from its start with this config and order."""
+        if self.cfg.load_path and not self.cfg.reset_trainer_state:
+            warn(
+                f"{self.config_path} goes on from {self.cfg.load_path}: what is told of the steps "
+                "before holds if they had the same batch size, seed and data"
+            )
+        n, seed, first = len(self.dataset), self.cfg.data_seed, self.cfg.epoch or 0
+        place, size = self._order or self.cfg.data.order_path, self._world_size or 1
+        if place is not None:
+            if (epoch := self._epoch_of(place, n)) not in (None, first):
+                raise ValueError(
+                    f"{place} is the order of epoch {epoch}, which was written over that of epoch "
+                    f"{first}; leave --order out, and it is made from the seed"
+                )
+            return Seen(self.cfg, n, *history.opened(place), size)
+        beside = str(self.home / "train_data/global_indices.npy")
+        known = is_url(self.folder) or not Path(beside).exists() or n > LOOKED_AT
+        if not known and self._epoch_of(beside, n) is None:
+            raise ValueError(
+                f"{beside} is not the order of {n} instances by seed {seed} in any of {EPOCHS} "
+                "epochs: the config or the data changed since. Give the first epoch's: --order"
+            )
+        return Seen(self.cfg, n, n, history.whole(n, seed, first), size)
+
+    def _epoch_of(self, place: str, n: int) -> int | None:
+        """Which epoch's order a file is; None: of none, or too large or too far to look at it."""
+        if is_url(place) or not Path(place).exists() or n > LOOKED_AT:
+            return None
+        stored, read = history.opened(place)
+        found, first = read(0, stored), self.cfg.epoch or 0
+        for epoch in range(first, first + EPOCHS):
+            order = history.whole(n, self.cfg.data_seed, epoch)(0, n)
+            if np.array_equal(found[:n], order[:stored]):
+                return epoch
+        return None
+
+    @cached_property
+    def recorded(self) -> Recorded:
+        return Recorded(self.home)
+
+    def batch(self, step: int) -> tuple[np.ndarray, int]:
+        """The (G,) instances of a step in the order of its batch, and how many processes it had.
+
+        Raises:
+            ValueError: there is no such step, or what it saw is not known any more.
+        """
+        if step < 1 or (self.steps is not None and step > self.steps):
+            upto = "on" if self.steps is None else f"to {self.steps}"
+            raise ValueError(f"expected a step from 1 {upto}, found {step}")
+        stretch = history.of(step, self.stretches) if self.segments else None
+        size = self.cfg.global_train_batch_size if stretch is None else stretch.batch_size
+        if stretch is not None and step <= stretch.again_to:
+            warn(f"step {step} was trained more than once: the last time is told, which counts")
+        if (batch := self.recorded.batch(step, size)) is None:
+            seen = self.by_config if stretch is None else stretch.seen
+            batch = seen.instances(step), seen.world_size
+        if self._world_size not in (None, batch[1]):
+            raise ValueError(
+                f"--world-size: step {step} was trained by {batch[1]} processes, found "
+                f"{self._world_size}; leave it out"
+            )
+        if stretch is not None and not self._has_files_of(stretch):
+            raise ValueError(
+                f"step {step} was trained on other token files than {self.config_path} names; give "
+                f"the config of a checkpoint of that time: --run {self.home}/step…/config.yaml"
+            )
+        return batch
+
+    def world_size(self, step: int) -> int:
+        """How many processes trained a step."""
+        if self.segments:
+            return history.of(step, self.stretches).world_size
+        return self.by_config.world_size
+
+    def when(self, instances: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        """(step, position in its batch, instance) of each time one of these was seen, in order."""
+        if not self.segments:
+            last = self.steps or self.by_config.steps_per_epoch
+            yield from self.by_config.when(instances, last)
+            return
+        ends = [*(stretch.after for stretch in self.stretches[1:]), self.steps]
+        for stretch, end in zip(self.stretches, ends, strict=True):
+            last = end if end is not None else stretch.after + stretch.seen.steps_per_epoch
+            if self._has_files_of(stretch):
+                yield from stretch.seen.when(instances, last)
+            else:
+                warn(f"steps {stretch.after + 1} to {last} had other token files, not looked at")
+
+    def _has_files_of(self, stretch: Stretch) -> bool:
+        from olmo.train.segments import fingerprint  # which imports torch
+
+        return stretch.files in (None, fingerprint(self.dataset))
 
     def instances(self, step: int, rank: int | None = None) -> Iterator[Instance]:
         """What a step saw, in the order of its batch; or the share of one rank.
 
         Raises:
-            ValueError: there is no such step or rank.
+            ValueError: as `batch`, and where there is no such rank.
         """
-        if self.steps is not None and step > self.steps:
-            raise ValueError(f"expected a step from 1 to {self.steps}, found {step}")
-        indices = self.seen.instances(step, rank)
+        batch, size = self.batch(step)
+        if rank is not None and not 0 <= rank < size:
+            raise ValueError(f"expected a rank from 0 to {size - 1}, found {rank}")
+        positions = range(len(batch)) if rank is None else range(rank, len(batch), size)
+        indices = batch[list(positions)]
         rows = self.dataset.batch(indices)["input_ids"].numpy()
-        for i, (index, tokens) in enumerate(zip(indices.tolist(), rows, strict=True)):
+        for position, index, tokens in zip(positions, indices.tolist(), rows, strict=True):
             path, row = self.place(index)
-            position = i if rank is None else i * self.world_size + rank
-            yield Instance(step, position, index, path, row * self.length, tokens)
+            start = row * self.length
+            yield Instance(step, position, position % size, index, path, start, tokens)
 
     @property
     def length(self) -> int:

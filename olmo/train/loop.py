@@ -8,6 +8,7 @@ same bits.
 from __future__ import annotations
 
 import gc
+import math
 import signal
 from collections.abc import Generator
 from contextlib import nullcontext
@@ -45,10 +46,18 @@ from olmo.train.profile import Profilers
 from olmo.train.reduce import GradientMean
 from olmo.train.saving import Saver
 from olmo.train.schedule import BoltOnWarmupScheduler, Scheduler, build_scheduler
-from olmo.train.segments import begin_segment
+from olmo.train.segments import begin_segment, data_facts
 from olmo.train.signals import PAUSED, StopRequest
 from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBiases
-from olmo.train.start import Position, check, duration, find_start, masks, origin_of_threads
+from olmo.train.start import (
+    Position,
+    check,
+    duration,
+    find_start,
+    masks,
+    origin_of_threads,
+    whole_batches,
+)
 from olmo.train.step import clear_gradients, forward_backward, keep_freed_memory
 from olmo.train.traces import traced
 from olmo.train.watch import Watchdog, progress
@@ -101,7 +110,8 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     check(cfg, world)
     loader = build_train_dataloader(cfg, world_size=world.size, rank=world.rank)
     tokens_per_step = batch_size * length
-    steps_per_epoch = loader.dataset.total_size // batch_size
+    total_size = loader.dataset.total_size
+    steps_per_epoch = total_size // batch_size
     if steps_per_epoch == 0:
         raise ValueError(
             f"the data has {len(loader.dataset.dataset)} instances of {length} tokens, less than "
@@ -162,14 +172,18 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     loader.dataset.start_index = position.global_train_examples_seen_this_epoch
     if loader.dataset.epoch != position.epoch:
         loader.dataset.reshuffle(position.epoch)
-    max_steps, max_tokens = duration(cfg, position, tokens_per_step, steps_per_epoch)
+    max_steps, max_tokens = duration(cfg, position, tokens_per_step, total_size)
     if position.global_step > 0:
         _set_rates(cfg, optimizer, scheduler, position, max_steps, max_tokens)
     end = min(max_steps, cfg.stop_at or max_steps)
     last_step = end if cfg.stop_after is None else min(end, position.global_step + cfg.stop_after)
+    to_go = max(last_step - position.global_step, 0)
+    tokens_then = position.global_train_tokens_seen + to_go * tokens_per_step
+    begun = position.global_train_examples_seen_this_epoch / batch_size
+    epochs = max(position.epoch - (cfg.epoch or 0), 0) + (begun + to_go) / steps_per_epoch
     tell(
         f"duration: steps {position.global_step + 1} to {last_step} "
-        f"({count(last_step * tokens_per_step)} tokens, {last_step / steps_per_epoch:.2f} epochs)"
+        f"({count(tokens_then)} tokens, {epochs:.2f} epochs)"
     )
 
     # --- where metrics and checkpoints go ---
@@ -179,17 +193,21 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         layout.sweep(folder)
         if cfg.save_overwrite and not cfg.dry_run:
             layout.remove_after(folder, position.global_step if resumed else -1, source)
-        for name in (FINISHED, MARKER):
-            (folder / name).unlink(missing_ok=True)
-        cfg.save(folder / "config.yaml")
+        if not cfg.dry_run:
+            for name in (FINISHED, MARKER):
+                (folder / name).unlink(missing_ok=True)
+            cfg.save(folder / "config.yaml")
+        if position.global_step < last_step and not cfg.dry_run:
+            other = None if resumed or not position.global_step else source
+            data = data_facts(cfg, loader.dataset, position, other)
+            begin_segment(folder, world, position.global_step, resumed, data)
+        upto: float | None = position.global_step if resumed else None
         sinks = [
-            JsonLines(folder, position.global_step if resumed else None),
+            JsonLines(folder, math.inf if cfg.dry_run else upto),
             Console(cfg.console_log_interval, last_step),
         ]
         if cfg.wandb is not None:
             sinks.append(WeightsAndBiases(cfg, resumed))
-        if position.global_step < last_step and not cfg.dry_run:
-            begin_segment(folder, world, position.global_step, resumed)
     if resumed:
         assert source is not None
         saver.resume(source)
@@ -227,7 +245,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     failed = torch.zeros((), device=world.device)  # 1 from the first step that was not finite on
     numbers = Numbers(world)
     lowest_loss = float("inf")
-    batches = _endless(loader, position, steps_per_epoch, batch_size)
+    batches = _endless(loader, position, batch_size)
     profilers = Profilers(cfg, world.first)
     watchdog = Watchdog(world, cfg.hang_timeout)
     watchdog.start()
@@ -341,12 +359,16 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
 
 
 def _endless(
-    loader: TrainLoader, position: Position, steps_per_epoch: int, batch_size: int
+    loader: TrainLoader, position: Position, batch_size: int
 ) -> Generator[dict[str, Any], None, None]:
-    """Whole batches from `position` on, epoch after epoch, each shuffled anew."""
+    """Whole batches from `position` on, epoch after epoch, each shuffled anew.
+
+    How many an epoch still has is counted from the place in it, over all processes: a run that
+    goes on with another batch size may be anywhere in an epoch, and one process's share may have
+    room for a batch that another's has not.
+    """
     while True:
-        done = position.global_train_examples_seen_this_epoch // batch_size
-        yield from islice(loader, max(steps_per_epoch - done, 0))
+        yield from islice(loader, whole_batches(loader.dataset.total_size, position, batch_size))
         position.epoch += 1
         position.global_train_examples_seen_this_epoch = 0
         loader.dataset.start_index = 0

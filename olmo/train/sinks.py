@@ -37,7 +37,7 @@ class JsonLines:
     them again. Lines have no seal, since other programs read them: a damaged one is left out.
     """
 
-    def __init__(self, folder: Path, step: int | None) -> None:
+    def __init__(self, folder: Path, step: float | None) -> None:
         path = folder / METRICS
         kept = b""
         if step is not None and path.exists():
@@ -179,23 +179,26 @@ class DataIndices:
     """<save_folder>/data-indices/rank{r}.tsv.gz: step, then the instances this process computed.
 
     Opened at `step`, it keeps the lines up to there; the first of `size` processes does so for
-    those that are no more, too.
+    those that are no more, too, and for all where none are written (save_data_indices).
     """
 
     def __init__(self, cfg: TrainConfig, rank: int, size: int, step: int | None) -> None:
         self._file: gzip.GzipFile | None = None
-        if not cfg.save_data_indices:
+        if cfg.dry_run:
             return
         path = Path(cfg.save_folder) / "data-indices" / f"rank{rank}.tsv.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        stay = size if cfg.save_data_indices else 0
         for other in path.parent.glob("rank*.tsv.gz") if rank == 0 else ():
-            if int(other.name.removeprefix("rank").removesuffix(".tsv.gz")) >= size:
+            if int(other.name.removeprefix("rank").removesuffix(".tsv.gz")) >= stay:
                 self._open(other, step)
                 self.close()
-        self._open(path, step)
+                self._file = None
+        if cfg.save_data_indices:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._open(path, step)
 
     def _open(self, path: Path, step: int | None) -> None:
-        kept = list(_lines_upto(path, step)) if step is not None and path.exists() else []
+        kept = list(lines_upto(path, step)) if step is not None and path.exists() else []
         partial = path.with_suffix(".partial")
         # A fixed name and time inside, so that equal lines are equal bytes.
         self._raw = open(partial, "wb")  # noqa: SIM115 - closed by close()
@@ -221,7 +224,7 @@ class DataIndices:
             self._raw.close()
 
 
-def _lines_upto(path: Path, step: int) -> Iterator[bytes]:
+def lines_upto(path: Path, step: int) -> Iterator[bytes]:
     """Whole lines up to a step, out of a file that may have been cut off."""
     with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile), gzip.open(path) as stream:
         for line in stream:

@@ -16,6 +16,7 @@ import torch
 from olmo.checkpoint import layout
 from olmo.checkpoint.read import Checkpoint, look, newest
 from olmo.config import CustomDatasetCollatorConfig, EvaluatorType, TrainConfig
+from olmo.data.batches import check_labels
 from olmo.data.memmap import build_memmap_dataset, check_tokens
 from olmo.log import count, tell, warn
 from olmo.model import loss
@@ -66,12 +67,16 @@ def check(cfg: TrainConfig, world: World) -> None:
     vocabulary = cfg.model.embedding_size or cfg.model.vocab_size
     looked_at = 0
     if cfg.data.custom_dataset is None:
-        looked_at = check_tokens(build_memmap_dataset(cfg, cfg.data), vocabulary)
+        dataset = build_memmap_dataset(cfg, cfg.data)
+        looked_at = check_tokens(dataset, vocabulary)
+        check_labels(dataset)
     for evaluator in cfg.evaluators:
         if evaluator.type != EvaluatorType.lm:
             continue  # read when it is built
         where = f"evaluators.{evaluator.label}.data"
-        looked_at += check_tokens(build_memmap_dataset(cfg, evaluator.data), vocabulary, where)
+        dataset = build_memmap_dataset(cfg, evaluator.data)
+        looked_at += check_tokens(dataset, vocabulary, where)
+        check_labels(dataset, where, needed=False)
     tell(f"checked: {count(looked_at)} tokens, all below {vocabulary}")
 
 
@@ -285,15 +290,23 @@ def _skip(position: Position, cfg: TrainConfig) -> None:
         position.global_train_examples_seen_this_epoch += batches * cfg.global_train_batch_size
 
 
+def whole_batches(total_size: int, position: Position, batch_size: int) -> int:
+    """How many batches an epoch of `total_size` instances still has, from a place in it on."""
+    return max(total_size - position.global_train_examples_seen_this_epoch, 0) // batch_size
+
+
 def duration(
-    cfg: TrainConfig, position: Position, tokens_per_step: int, steps_per_epoch: int
+    cfg: TrainConfig, position: Position, tokens_per_step: int, total_size: int
 ) -> tuple[int, int]:
     """The run's end, in steps and in tokens from its first on: max_duration, in either unit.
+
+    Epochs are counted from `epoch` on, and end where the data does: what is left of one is counted
+    from the position, which another batch size or number of processes may have led to.
 
     Args:
         position: where it is; what is left is counted from here.
         tokens_per_step: over all processes.
-        steps_per_epoch: of whole batches.
+        total_size: instances of an epoch.
 
     Raises:
         ValueError: max_duration is neither steps, tokens ("2e9T") nor epochs ("1ep").
@@ -303,6 +316,8 @@ def duration(
     if unit == "tokens":
         return step + math.ceil(max(length - seen, 0) / tokens_per_step), length
     if unit == "epochs":
-        steps = length * steps_per_epoch
-        return steps, steps * tokens_per_step
+        batch_size = cfg.global_train_batch_size
+        more = length - 1 - max(position.epoch - (cfg.epoch or 0), 0)
+        left = whole_batches(total_size, position, batch_size) + more * (total_size // batch_size)
+        return step + max(left, 0), seen + max(left, 0) * tokens_per_step
     return length, seen + max(length - step, 0) * tokens_per_step

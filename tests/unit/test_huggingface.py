@@ -12,6 +12,7 @@ import pytest
 import torch
 from servers import web_server
 
+from olmo import sealed
 from olmo.action import Action
 from olmo.checkpoint import convert, huggingface, load_model
 from olmo.checkpoint.final import write_safetensors
@@ -340,7 +341,7 @@ def test_the_card_of(facts: dict[str, Any], said: tuple[str, ...], tmp_path: Pat
     checkpoint(tmp_path / "final", OLMO1)
     action = {"stage": "training", "version": 3, "params": {}, "inputs": {}}
     record = {"key": "k", "content": "c", "action": action, "facts": facts, "outputs": {}}
-    (tmp_path / "final/record.json").write_text(json.dumps(record))
+    (tmp_path / "final/record.json").write_text(sealed.dumps(record))
     settings = huggingface.config_json(ModelConfig.new(**OLMO1))
     text = card("it", settings, 9, tmp_path / "final", Store(tmp_path / "store"))
     assert text.startswith("---\nlibrary_name: transformers\n") and "# it\n" in text
@@ -375,7 +376,7 @@ def test_the_card_tells_where_a_tuned_run_began(
     action = {"stage": "training", "version": 3, "params": {}, "inputs": inputs}
     facts = {"steps": 5, "tokens": 640}
     record = {"key": "k", "content": "c", "action": action, "facts": facts, "outputs": {}}
-    (final / "record.json").write_text(json.dumps(record))
+    (final / "record.json").write_text(sealed.dumps(record))
     settings = huggingface.config_json(ModelConfig.new(**OLMO1))
     text = card("it", settings, 9, final, Store(tmp_path / "store"))
     sources = text.partition("Sources:")[2]
