@@ -17,11 +17,12 @@ import typing
 from collections.abc import Iterable
 from dataclasses import field
 from enum import Enum
-from glob import glob
 from pathlib import Path
 from typing import Any, Self, Union
 
 import yaml
+
+from olmo.patterns import matching
 
 
 class BaseConfig:
@@ -201,11 +202,12 @@ def _register_resolvers(validate_paths: bool) -> None:
         return empty
 
     def path_glob(*patterns: str) -> list[str]:
-        found: list[str] = []
-        for pattern in patterns:
-            matches = sorted(glob(pattern))
-            found += matches or missing(f"no file matches {pattern}", [])
-        return found
+        found = [matching(pattern) for pattern in patterns]
+        for pattern, files in zip(patterns, found, strict=True):
+            # Where some are here, the rest belongs here too.
+            if not files and (validate_paths or any(found)):
+                raise FileNotFoundError(f"no file matches {pattern}")
+        return [file for files in found for file in files]
 
     def path_choose(*paths: str) -> str:
         for path in paths:

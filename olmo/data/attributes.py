@@ -105,6 +105,7 @@ def attributes(
     shutil.rmtree(progress)
     return {
         "documents": sum(file.count for file in files),
+        "against": len(against),
         **{REASONS[kind]: counts[REASONS[kind]] for kind in filters},
         "filter_bytes": {REASONS[kind]: 4 * bloom.dimensions(*f)[0] for kind, f in filters.items()},
     }

@@ -58,6 +58,46 @@ def test_a_file_among_the_results_of_runs_is_refused():
         plan(sources={"files": ["eval/*.gz"]}).sources("mine")
 
 
+def test_a_pattern_takes_all_that_it_says_and_tells_how_many(capsys: pytest.CaptureFixture[str]):
+    for name in ("web/a", "web/deep/b", "c"):
+        Path("corpus", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("corpus", f"{name}.json.gz").touch()
+    every = plan(
+        sources={"files": ["corpus/**/*.json.gz", "corpus/c.json.gz"]},
+        decontaminate={"against": ["corpus/**/*.json.gz"]},
+    )
+    assert [source.name for source in every.sources("mine")] == ["c", "a", "b", "c"]
+    found = ["corpus/c.json.gz", "corpus/web/a.json.gz", "corpus/web/deep/b.json.gz"]
+    assert every.against("mine") == every.against("mine") == found
+    assert capsys.readouterr().err.splitlines() == [
+        "mine: sources.files names 4 files, 1 of them again",
+        "mine: decontaminate.against names 3 files",
+    ]
+
+
+def test_a_pattern_that_takes_nothing_or_too_much_is_refused():
+    Path("data/mine/sources").mkdir(parents=True)
+    Path("data/mine/sources/part-0.json.gz").touch()
+    for files, message in (
+        (["in/**/*.jsonl"], r"names in/\*\*/\*.jsonl, which does not exist"),
+        (["**/*.json.gz"], "names data/mine/sources/part-0.json.gz, but data/mine/ is for what"),
+        (["in"], "expected files, found the folder in; end the pattern"),
+        (["https://x/a.json.gz"], "found the URL https://x/a.json.gz; download it first"),
+    ):
+        with pytest.raises(ValueError, match=f"^config/data/mine.yaml: sources.files.*{message}"):
+            plan(sources={"files": files}).sources("mine")
+    weights = {"weights": ["part-*=2", "parts-*=0.5"]}
+    with pytest.raises(ValueError, match=r"weights: parts-\* fits no source; they are part-0, par"):
+        plan(documents=weights).sources("mine")
+
+
+def test_names_of_files_alike_in_many_folders():
+    deep = "1/2/3/4/5/6/7/x.gz"
+    found = named([Source("", f"{top}/{deep}") for top in "ab"])
+    assert [source.name for source in found] == ["a-1-2-3-4-5-6-7-x", "b-1-2-3-4-5-6-7-x"]
+    assert named([]) == [] and named([Source("", "https://host")])[0].name == "_"
+
+
 def test_a_place_and_its_mirrors_are_parted_again():
     Path("in/a#1 100%.json.gz").touch()
     mirrors = ["in/a=https://b/#", "elsewhere/=x"]
@@ -141,6 +181,25 @@ def test_a_run_without_a_data_set_takes_the_tokens_that_its_config_names():
     given = Plan({"runs": {"r": {"train": "t.yaml", "overrides": ["tokenizer.identifier=y.json"]}}})
     with pytest.raises(ValueError, match=r"allenai_dolma2.json.*found no file y.json"):
         given.recipe("r")
+
+
+def test_patterns_in_a_config_that_match_nothing():
+    Path("t.npy").touch()
+
+    def given(data: str) -> Plan:
+        Path("t.yaml").write_text(f"data: {data}")
+        return Plan({"runs": {"r": {"train": "t.yaml"}}})
+
+    for data, message in (
+        ("{paths: '${path.glob:none/*.npy}'}", "expected files in data.paths"),
+        ("{paths: '${path.glob:*.npy,none/*.npy}'}", r"no file matches none/\*.npy"),
+        (
+            "{datasets: {a: '${path.glob:*.npy}', b: '${path.glob:no/*.npy}'}}",
+            "data.datasets.b: expected files, found none",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^t.yaml: .*{message}"):
+            given(data).recipe("r")
 
 
 def test_a_run_is_asked_what_there_is_to_ask():
