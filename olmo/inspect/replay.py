@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from olmo.inspect.order import steps_of
 from olmo.inspect.run import Run
 from olmo.launch import Geometry, launch
 from olmo.log import tell
+from olmo.numbers import from_json
 from olmo.stage import here
 
 LOSS, NORM = "train/CrossEntropyLoss", "optim/total_grad_norm"
@@ -102,7 +102,7 @@ def given_start(digests: list[str], folder: Path) -> Path:
 
 def rows_of(path: Path) -> dict[int, dict[str, Any]]:
     """A training step's row of metrics.jsonl, by its number."""
-    rows = map(json.loads, path.read_text().splitlines())
+    rows = map(from_json, path.read_text().splitlines())
     return {row["step"]: row for row in rows if LOSS in row}
 
 

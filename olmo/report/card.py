@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from olmo.config import TrainConfig
 from olmo.lineage import ancestors
+from olmo.numbers import from_json
 from olmo.store import Record, Store
 
 LIBRARY = ("stdlib", "stdlib_questions")
@@ -51,7 +51,7 @@ def card(
         settings: what config.json says.
         checkpoint: the final folder that was exported; what the store knows of it is told.
     """
-    record = json.loads((checkpoint / "record.json").read_text())
+    record = from_json((checkpoint / "record.json").read_text())
     cfg = TrainConfig.load(checkpoint / "config.yaml", validate_paths=False)
     facts = record["facts"]
     per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length

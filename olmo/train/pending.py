@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from olmo.numbers import perplexity
 from olmo.train.parallel import World
 from olmo.train.step import Losses
 
@@ -114,7 +115,7 @@ class Numbers:
     def _row(self, pending: Pending) -> Row:
         metrics = dict(zip(pending.names, pending.values.tolist(), strict=True))
         self.failed = bool(metrics.pop("failed"))
-        metrics["train/Perplexity"] = math.exp(min(metrics["train/CrossEntropyLoss"], 700.0))
+        metrics["train/Perplexity"] = perplexity(metrics["train/CrossEntropyLoss"])
         return pending.step, metrics | pending.known
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TextIO
 
 from olmo.config import TrainConfig
 from olmo.log import count, duration, keep
+from olmo.numbers import to_json
 
 METRICS = "metrics.jsonl"
 
@@ -51,7 +52,7 @@ class JsonLines:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         # One write call a line: killed at any moment, the file has whole lines.
-        os.write(self._file, (json.dumps({"step": step, **metrics}) + "\n").encode())
+        os.write(self._file, (to_json({"step": step, **metrics}) + "\n").encode())
 
     def flush(self) -> None:
         """On disk, before a checkpoint says that these steps are behind us."""
