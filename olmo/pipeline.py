@@ -92,6 +92,10 @@ class Plan:
         if run not in self._trains:
             path = self.run(run).train
             cfg = TrainConfig.load(path, self.run(run).overrides, validate_paths=False)
+            try:
+                cfg.check_numbers()
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
             if cfg.data.custom_dataset is not None:
                 raise ValueError(f"{path}: data.custom_dataset is for `python -m olmo.train` alone")
             dataset = self.dataset(run)

@@ -1,6 +1,7 @@
 """The plan: names of files, from configs and recipes, without running anything."""
 
 import json
+import math
 import os
 import shlex
 from pathlib import Path
@@ -249,10 +250,34 @@ def test_numbers_that_cannot_be_are_told_when_it_is_planned():
         ("tokenizer", "train_vocab_size", -1, "at least 1"),
         ("tokenizer", "pad_token_id", -1, "at least 0"),
         ("instructions", "sequence_length", 0, "at least 1"),
+        ("sources", "stdlib", 10**9, "from 1 to 100"),
+        ("documents", "heldout_share", math.nan, "a number"),
+        ("documents", "keep_one_in", -1, "at least 1"),
+        ("documents", "keep_one_in", 1.5, "a whole number"),
+        ("documents", "keep_one_in", math.inf, "a whole number"),
     ):
         message = f"^config/data/mine.yaml: {part}.{key}: expected {wanted}.* found {value}"
         with pytest.raises(ValueError, match=message):
             plan(**{part: {**RECIPE.get(part, {}), key: value}}).recipe("mine")
+
+
+def test_numbers_of_a_run_and_of_weights_are_told_when_it_is_planned():
+    for weight in ("a", "a=x", "=2", "a=0", "a=-1", "a=nan", "a=inf", "a=1e12"):
+        message = f"^config/data/mine.yaml: documents.weights: expected .* found '{weight}'"
+        with pytest.raises(ValueError, match=message):
+            plan(documents={"weights": [weight]}).recipe("mine")
+    model = {"vocab_size": 512, "eos_token_id": 0, "pad_token_id": 1}
+    for config, message in (
+        ({"global_train_batch_size": 0}, "global_train_batch_size: expected at least 1, found 0"),
+        ({"eval_interval": 0}, "eval_interval: expected at least 1, found 0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm: expected a number, found nan"),
+        ({"scheduler": {"t_warmup": math.nan}}, "t_warmup: expected int or float, found nan"),
+    ):
+        Path("t.yaml").write_text(yaml.safe_dump({"model": model, **config}))
+        with pytest.raises(ValueError, match=f"^t.yaml: .*{message}"):
+            plan().train_config("r")
+    Path("t.yaml").write_text("global_train_batch_size: 1e9\nmodel: " + json.dumps(model))
+    assert plan().train_config("r").global_train_batch_size == 10**9
 
 
 def test_the_next_steps_can_be_pasted():
