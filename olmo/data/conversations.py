@@ -56,6 +56,7 @@ def read(line: bytes) -> tuple[str | None, list[Message], str | None]:
     if not isinstance(found, dict):
         return None, [], "not-object"
     identity = found.get("id") if isinstance(found.get("id"), str) else None
+    broken = identity is not None and is_broken(identity)
     messages = found.get("messages")
     reason, pairs = None, []
     if messages is None:
@@ -68,9 +69,18 @@ def read(line: bytes) -> tuple[str | None, list[Message], str | None]:
         pairs = [(message["role"], message["content"]) for message in messages]
         if any(role not in ROLES for role, _ in pairs):
             reason = "unknown-role"
-        elif any("\ud800" <= letter <= "\udfff" for _, content in pairs for letter in content):
+        elif broken or any(is_broken(content) for _, content in pairs):
             reason = "surrogate"
-    return identity, [] if reason else pairs, reason
+    return None if broken else identity, [] if reason else pairs, reason
+
+
+def is_broken(text: str) -> bool:
+    """Whether half a surrogate pair is in a text: no encoding has it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def is_message(found: object) -> bool:
