@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from olmo import io
-from olmo.data import gz
+from olmo.data import gz, magic
 from olmo.data.sources import check_known, fetched
 from olmo.stage import Facts, Free, Input, Output, Work, stage
 
@@ -148,9 +148,11 @@ def as_lines(file: Path, source: Path, name: str) -> int:
         with open(file, "rb") as text, gz.writing(source) as lines:
             shutil.copyfileobj(text, lines)
     else:
+        found, command = magic.kind_of(beginning)
+        made = f"Make gz of it by `{magic.into_gz(name, command)}`" if command else ""
         raise ValueError(
-            f"{name}: expected conversations (JSON lines, gz or plain, or parquet), found "
-            f"{beginning[:60]!r}…. Check its place and fetch it again"
+            f"{name}: expected conversations (JSON lines, gz or plain, or parquet), found {found}. "
+            + (made or "Check its place and fetch it again")
         )
     size = gz.check(source, name)
     if size == 0:
