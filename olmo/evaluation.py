@@ -15,7 +15,7 @@ from olmo.data.docstrings import DATASET, stdlib_docstrings
 from olmo.data.shards import read
 from olmo.data.stdlib import library_digest
 from olmo.inspect.documents import digest_of, shards
-from olmo.numbers import from_json, to_json
+from olmo.numbers import as_words, from_json, to_json
 from olmo.stage import Facts, Folder, Free, Input, Inputs, Output, here, stage
 
 OURS, HARNESS = "ours", "lm-eval"  # who asked
@@ -165,7 +165,7 @@ def heldout_perplexity(
 
     found = perplexity(checkpoint, heldout, labels)
     results.write_text(to_json(found, indent=1, sort_keys=True) + "\n")
-    return {"facts": found, "conditions": circumstances(checkpoint)}
+    return {"facts": as_words(found), "conditions": circumstances(checkpoint)}
 
 
 @stage(version=1)
@@ -194,7 +194,7 @@ def choice_task(
     scores = [{"scorer": OURS, "task": asked.label, **score} for score in scores]
     write_answers(answers, scores, [{"task": asked.label, **row} for row in requests])
     where = circumstances(checkpoint) | {"batch_size": batch_size}
-    return {"facts": {"scores": scores}, "conditions": where}
+    return {"facts": as_words({"scores": scores}), "conditions": where}
 
 
 @stage(version=1)
@@ -232,7 +232,7 @@ def harness_tasks(
     scores = [{"scorer": HARNESS, **score} for score in scores]
     write_answers(answers, scores, requests)
     where = circumstances(checkpoint) | {"batch_size": batch_size}
-    return {"facts": {"scores": scores}, "conditions": where}
+    return {"facts": as_words({"scores": scores}), "conditions": where}
 
 
 @stage(version=1)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from typing import Any
 
 # As protobuf writes them in JSON, and as `float` reads them.
 NOT_FINITE = {word: float(word) for word in ("Infinity", "-Infinity", "NaN")}
-_STRINGS_AND_THESE = re.compile(r'"(?:[^"\\]|\\.)*"|-?Infinity|NaN')
 
 
 def perplexity(loss: float) -> float:
@@ -24,16 +22,22 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def to_json(value: Any, **options: Any) -> str:
-    """`json.dumps`, but valid JSON of numbers that are not finite, too: they are words.
+def as_words(value: Any) -> Any:
+    """A value for JSON: its numbers that are not finite as words.
 
-    >>> to_json({"loss": math.inf, "why": "NaN, as text"})
-    '{"loss": "Infinity", "why": "NaN, as text"}'
+    >>> as_words({"losses": [1.5, -math.inf, math.nan]})
+    {'losses': [1.5, '-Infinity', 'NaN']}
     """
-    text = json.dumps(value, **options)
-    if not any(word in text for word in NOT_FINITE):
-        return text
-    return _STRINGS_AND_THESE.sub(lambda m: m[0] if m[0][0] == '"' else f'"{m[0]}"', text)
+    if isinstance(value, float) and not math.isfinite(value):
+        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+    if isinstance(value, dict):
+        return {key: as_words(inner) for key, inner in value.items()}
+    return [as_words(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """`json.dumps`, but valid JSON of numbers that are not finite, too: they are words."""
+    return json.dumps(as_words(value), allow_nan=False, **options)
 
 
 def from_json(text: str | bytes) -> Any:

@@ -14,7 +14,7 @@ from olmo.data.shards import read
 from olmo.data.tokenizer import check_tokenizer
 from olmo.identity import identity
 from olmo.launch import Geometry, launch
-from olmo.numbers import from_json, to_json
+from olmo.numbers import as_words, from_json, to_json
 from olmo.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
@@ -143,7 +143,7 @@ def training(
             "run_name": cfg.run_name,
             "steps": reached["global_step"],
             "tokens": reached["global_train_tokens_seen"],
-            "heldout_loss": heldout_losses(metrics),
+            "heldout_loss": as_words(heldout_losses(metrics)),
             "segments": segments(attempt),
         },
         "conditions": conditions(segments(attempt)),

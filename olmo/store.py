@@ -34,7 +34,6 @@ from typing import Any
 
 from olmo.action import Action, canonical
 from olmo.lease import lease, see_anew
-from olmo.numbers import to_json
 
 # Objects up to this size are hashed again whenever they are used. Larger ones are, when their
 # size or time of change is not as the store left it; `olmo store verify` hashes them all.
@@ -302,7 +301,7 @@ class Store:
                 shutil.rmtree(folder)
 
     def _write_record(self, record: Record) -> None:
-        text = to_json(record, indent=1, sort_keys=True)
+        text = json.dumps(record, indent=1, sort_keys=True)
         write_whole(self.record_path(record["key"]), text)
 
     def _waiting(self, action: Action) -> Callable[[dict[str, Any]], None]:

@@ -1,6 +1,7 @@
 """The folder in which snakemake runs: one at a time in it, and what to do when it is done."""
 
 import atexit
+import json
 import os
 import signal
 import socket
@@ -12,7 +13,6 @@ from typing import Any
 
 from olmo.lease import PATIENCE_S, lease
 from olmo.log import FAILED
-from olmo.numbers import from_json
 from olmo.pipeline import Plan, recipe_path
 
 STARTED = time.time()
@@ -69,10 +69,12 @@ def next_steps(plan: Plan) -> str:
         record = final / "record.json"
         if not record.exists() or record.lstat().st_mtime < STARTED - 1:
             continue
-        facts = from_json(record.read_text())["facts"]
+        facts = json.loads(record.read_text())["facts"]
         losses = facts.get("heldout_loss", {})
         fell = "".join(
-            f"  {label}: held-out loss {loss['first']:.3f} → {loss['last']:.3f} nats\n"
+            "  {}: held-out loss {:.3f} → {:.3f} nats\n".format(
+                label, float(loss["first"]), float(loss["last"])
+            )
             for label, loss in losses.items()
         )
         lines.append(

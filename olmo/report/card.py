@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 from olmo.config import TrainConfig
 from olmo.lineage import ancestors
-from olmo.numbers import from_json
 from olmo.store import Record, Store
 
 LIBRARY = ("stdlib", "stdlib_questions")
@@ -51,7 +51,7 @@ def card(
         settings: what config.json says.
         checkpoint: the final folder that was exported; what the store knows of it is told.
     """
-    record = from_json((checkpoint / "record.json").read_text())
+    record = json.loads((checkpoint / "record.json").read_text())
     cfg = TrainConfig.load(checkpoint / "config.yaml", validate_paths=False)
     facts = record["facts"]
     per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length
@@ -98,7 +98,8 @@ def _evaluation(losses: dict[str, dict[str, float]], name: str) -> str:
     if not losses:
         return f"None so far: `snakemake eval/{name}`.\n"
     rows = [
-        (label, f"{loss['first']:.4f}", f"{loss['last']:.4f}") for label, loss in losses.items()
+        (label, *(f"{float(loss[when]):.4f}" for when in ("first", "last")))
+        for label, loss in losses.items()
     ]
     return (
         "Loss in nats a token on documents that it was not trained on:\n\n"

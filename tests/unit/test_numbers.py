@@ -16,7 +16,8 @@ from olmo.data.shards import Entry, write
 from olmo.evaluate.choices import score
 from olmo.evaluate.tasks import Request
 from olmo.evaluation import evaluation, heldout
-from olmo.numbers import from_json, perplexity, to_json
+from olmo.numbers import as_words, from_json, perplexity, to_json
+from olmo.report.card import _evaluation
 from olmo.report.compare import draw, tokens_to
 from olmo.report.loss import plot
 from olmo.report.scores import better, results, scores
@@ -58,6 +59,7 @@ def test_a_diverged_run_is_evaluated_and_its_metrics_are_json(tmp_path: Path):
     rows[1]["train/CrossEntropyLoss"], rows[0]["eval/heldout/CrossEntropyLoss"] = math.inf, math.nan
     plot(rows, tmp_path / "loss.svg")
     assert "<svg" in (tmp_path / "loss.svg").read_text()
+    assert "| heldout | nan |" in _evaluation(as_words(heldout_losses(rows)), "run")
 
 
 def test_a_diverged_checkpoint_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -285,11 +285,12 @@ def test_the_next_steps_can_be_pasted():
     assert not next_steps(made)
     final = Path("checkpoints/r/final")
     final.mkdir(parents=True)
-    losses = {"heldout": {"first": 8.0, "last": 5.0}}
+    losses = {"heldout": {"first": 8.0, "last": 5.0}, "b": {"first": "Infinity", "last": "NaN"}}
     facts = {"steps": 10, "tokens": 2000, "heldout_loss": losses}
     (final / "record.json").write_text(json.dumps({"facts": facts}))
     told = next_steps(made)
     assert "r/final is ready: 10 steps, 2,000 tokens" in told and "8.000 → 5.000" in told
+    assert "b: held-out loss inf → nan" in told
     commands = [line.split(": ", 1)[1].strip() for line in told.splitlines() if " run " in line][:3]
     assert [command.split()[:3] for command in commands] == [
         ["uv", "run", "olmo"],
