@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -216,6 +217,26 @@ def test_not_finite_leaves_everything_as_it_was(tmp_path: Path, interval: int) -
     weights = torch.load(saved[0] / "model.pt", weights_only=True)
     assert all(w.isfinite().all() for w in weights.values())
     assert not (tmp_path / "run/finished.json").exists()
+
+
+def test_going_on_past_what_was_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the message tells: step 6 failed, the newest checkpoint is step 4's."""
+    bad = {"optimizer": {"learning_rate": 1e30}, "max_grad_norm": None, "evaluators": []}
+    with pytest.raises(NotFinite) as caught:
+        run(tmp_path, scheduler={"name": "constant"}, save_folder=str(tmp_path / "bad"), **bad)
+    flags = "--try_load_latest_save --fast_forward_batches=N, once: N is 2 less the newest checkp"
+    assert flags in str(caught.value)
+    monkeypatch.setenv("OLMO_LAUNCHED", "1")
+    with pytest.raises(NotFinite) as caught:
+        run(tmp_path, scheduler={"name": "constant"}, save_folder=str(tmp_path / "again"), **bad)
+    assert "fast_forward" not in str(caught.value), "which a run of the pipeline may not have"
+    assert run(tmp_path, stop_after=5, save_interval_unsharded=4, evaluators=[]) == PAUSED
+    shutil.rmtree(tmp_path / "run/step5-unsharded")
+    ids = order.global_indices(203, 6198).tolist()
+    again = {"try_load_latest_save": True, "fast_forward_batches": 6 - 4, "stop_after": 1}
+    assert run(tmp_path, evaluators=[], **again) == PAUSED
+    lines = gzip.decompress((tmp_path / "run/data-indices/rank0.tsv.gz").read_bytes()).decode()
+    assert lines.splitlines()[-1].split("\t") == ["5", *map(str, ids[6 * 8 : 7 * 8])], "the 7th"
 
 
 def test_sigterm_saves_and_leaves_with_its_own_code(tmp_path: Path) -> None:
