@@ -14,7 +14,9 @@ PACKAGE = Path(__file__).parents[2] / "olmo"
 LEAVES: dict[str, set[str]] = {
     "lazy": set(),
     "kinds": set(),
-    "strict": {"bucket"},  # to look into one, where a config asks for its last checkpoint
+    "patterns": set(),
+    "numbers": set(),
+    "strict": {"bucket", "patterns"},  # to look into one, where a config asks for its last checkpoint
     "config": {"kinds", "strict"},
     "log": set(),
     "plugin": set(),
