@@ -5,7 +5,6 @@ answers lie beside the run, in checkpoints/<run>/answers; eval/<run> is made of 
 """
 
 import dataclasses
-import json
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +15,7 @@ from olmo.data.docstrings import DATASET, stdlib_docstrings
 from olmo.data.shards import read
 from olmo.data.stdlib import library_digest
 from olmo.inspect.documents import digest_of, shards
+from olmo.numbers import as_words, from_json, to_json
 from olmo.stage import Facts, Folder, Free, Input, Inputs, Output, here, stage
 
 OURS, HARNESS = "ours", "lm-eval"  # who asked
@@ -164,8 +164,8 @@ def heldout_perplexity(
     from olmo.evaluate.final import perplexity
 
     found = perplexity(checkpoint, heldout, labels)
-    results.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    return {"facts": found, "conditions": circumstances(checkpoint)}
+    results.write_text(to_json(found, indent=1, sort_keys=True) + "\n")
+    return {"facts": as_words(found), "conditions": circumstances(checkpoint)}
 
 
 @stage(version=1)
@@ -194,7 +194,7 @@ def choice_task(
     scores = [{"scorer": OURS, "task": asked.label, **score} for score in scores]
     write_answers(answers, scores, [{"task": asked.label, **row} for row in requests])
     where = circumstances(checkpoint) | {"batch_size": batch_size}
-    return {"facts": {"scores": scores}, "conditions": where}
+    return {"facts": as_words({"scores": scores}), "conditions": where}
 
 
 @stage(version=1)
@@ -232,7 +232,7 @@ def harness_tasks(
     scores = [{"scorer": HARNESS, **score} for score in scores]
     write_answers(answers, scores, requests)
     where = circumstances(checkpoint) | {"batch_size": batch_size}
-    return {"facts": {"scores": scores}, "conditions": where}
+    return {"facts": as_words({"scores": scores}), "conditions": where}
 
 
 @stage(version=1)
@@ -249,13 +249,13 @@ def evaluation(
 
     from olmo.report.scores import SCHEMA, heldout_scores, of_one
 
-    rows = heldout_scores(json.loads(heldout.read_text()), "heldout") if heldout else []
+    rows = heldout_scores(from_json(heldout.read_text()), "heldout") if heldout else []
     for path, dataset in zip(further or (), datasets, strict=True):
-        rows += heldout_scores(json.loads(path.read_text()), f"heldout of {dataset}")
+        rows += heldout_scores(from_json(path.read_text()), f"heldout of {dataset}")
     for path in scores:
-        rows += json.loads(path.read_text())
+        rows += from_json(path.read_text())
     results.mkdir()
-    (results / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (results / "results.json").write_text(to_json(rows, indent=1) + "\n")
     frame = polars.DataFrame(rows, schema=SCHEMA)
     frame.write_parquet(results / "results.parquet")
     (results / "table.md").write_text(of_one(rows))
@@ -271,7 +271,7 @@ def write_answers(
     import polars
 
     folder.mkdir()
-    (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    (folder / "scores.json").write_text(to_json(scores, indent=1) + "\n")
     by = scores[0]["scorer"] if scores else HARNESS
     rows = [{"scorer": by, **row} for row in requests]
     polars.DataFrame(rows, infer_schema_length=None).write_parquet(folder / "requests.parquet")

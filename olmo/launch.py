@@ -20,11 +20,17 @@ from typing import Any
 
 from olmo import sealed
 from olmo.lease import see_anew
-from olmo.process import FINISHED, MARKER, SEGMENTS, STOP, Paused, describe_exit, supervised
-
-# Set for the ranks: the launcher above reads the marker, and torchrun is to see no failure in a
-# pause, or it would start them again.
-LAUNCHED = "OLMO_LAUNCHED"
+from olmo.process import (
+    CAUSE,
+    FINISHED,
+    LAUNCHED,
+    MARKER,
+    SEGMENTS,
+    STOP,
+    Paused,
+    describe_exit,
+    supervised,
+)
 
 
 @dataclass(frozen=True)
@@ -78,11 +84,12 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
     Raises:
         Paused: it was asked to stop, by a signal or its time limit, and has saved. Before a SLURM
             job's time is up the job is in the queue again by then.
-        ChildProcessError: it ended before its end; the same command carries on.
+        ChildProcessError: it ended before its end: why, where the trainer could say it, and
+            whether the same command carries on.
         ValueError: more nodes were asked for than there are.
     """
     folder = config.parent
-    for name in (STOP, MARKER, FINISHED):
+    for name in (STOP, MARKER, CAUSE, FINISHED):
         (folder / name).unlink(missing_ok=True)
     command = [*launcher(geometry, config), "-m", "olmo.train", str(config)]
     # One where none is asked for, as torchrun has it for several processes: bits depend on it, and
@@ -104,9 +111,14 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
         )
     # Of nodes that were lost meanwhile srun tells at the end, when the others have finished.
     if status and not (geometry.fewest < geometry.nodes and (folder / FINISHED).exists()):
+        carries_on = f"Its checkpoints are in {folder}: the same command carries on from the last"
+        if (folder / CAUSE).exists():
+            cause = sealed.read(folder / CAUSE)
+            remedy = "" if cause["repeats"] else f". {carries_on}"
+            raise ChildProcessError(f"training failed: {cause['said']}{remedy}")
         raise ChildProcessError(
             f"training ended early ({describe_exit(status)}); what the trainer said stands above. "
-            f"Its checkpoints are in {folder}: the same command carries on from the last"
+            + carries_on
         )
 
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,10 @@ class Plan:
         if run not in self._trains:
             path = self.run(run).train
             cfg = TrainConfig.load(path, self.run(run).overrides, validate_paths=False)
+            try:
+                cfg.check_numbers()
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
             refuse_unheeded(run, self.run(run), cfg)
             dataset = self.dataset(run)
             tokenizer = self.recipe(dataset).tokenizer
@@ -141,7 +146,17 @@ class Plan:
         found = self.recipe(dataset).decontaminate
         files = found.against if found else []
         name = "decontaminate.against"
-        return [s.place for s in source_table.local(files, recipe_path(dataset), name)]
+        return [s.place for s in self._local(dataset, name, files)]
+
+    def _local(self, dataset: str, key: str, patterns: list[str]) -> list[Source]:
+        """The files that a recipe names under `key`; their number is told once."""
+        found = source_table.local(patterns, recipe_path(dataset), key)
+        if found and (told := f"{dataset}: {key}") not in self._told:
+            self._told.add(told)
+            again = len(found) - len({source.place for source in found})
+            more = f", {again:,} of them again" * bool(again)
+            print(f"{told} names {len(found):,} files{more}", file=sys.stderr)
+        return found
 
     def _check_tuning(self, run: str, cfg: TrainConfig) -> None:
         """What a run on conversations, or from a checkpoint, must have."""
@@ -204,7 +219,16 @@ class Plan:
                 of URLs has not been fetched.
         """
         if dataset not in self._sources:
-            self._sources[dataset] = self._find_sources(dataset)
+            found = self._find_sources(dataset)
+            for weight in self.recipe(dataset).documents.weights:
+                pattern = weight.partition("=")[0]
+                if not any(fnmatchcase(source.name, pattern) for source in found):
+                    names = [source.name for source in found[:5]] + ["…"] * (len(found) > 5)
+                    raise ValueError(
+                        f"{recipe_path(dataset)}: documents.weights: {pattern} fits no source; "
+                        f"they are {', '.join(names)}"
+                    )
+            self._sources[dataset] = found
         return self._sources[dataset]
 
     def _find_sources(self, dataset: str) -> list[Source]:
@@ -218,7 +242,7 @@ class Plan:
         if dataset in self.given:
             return source_table.named([Source("", place) for place in sources.files])
         if sources.files:
-            return source_table.local(sources.files, recipe_path(dataset))
+            return self._local(dataset, "sources.files", sources.files)
         table = self.table(dataset)
         if not table.exists():
             if sources.table:
@@ -439,6 +463,11 @@ def recipe_of(run: Run) -> Recipe:
     )
     labelled = cfg.data.datasets or {}
     files = list(cfg.data.paths or [path for k in sorted(labelled) for path in labelled[k]])
+    if empty := next((k for k in sorted(labelled) if not labelled[k]), None):
+        raise ValueError(f"{train}: data.datasets.{empty}: expected files, found none")
     if not files:
-        raise ValueError(f"{train}: expected data.paths, or `dataset` in config/config.yaml")
+        raise ValueError(
+            f"{train}: expected files in data.paths, where ${{path.glob:…}} may match none, or "
+            "`dataset` in config/config.yaml"
+        )
     return Recipe(sources=SourcesConfig(files=files), tokenizer=tokenizer)

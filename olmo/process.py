@@ -31,6 +31,10 @@ GRACE_S = 5.0  # from a polite SIGTERM to the end of the whole group
 PAUSED = 75
 STOP = "stop"  # a file in a run's folder: save and leave. It is gone when that is done
 MARKER = "paused.json"  # a file there: at which step and why a run has saved and left
+# In the environment of a trainer that the pipeline started: its launcher reads the marker, and
+# torchrun is to see no failure in a pause, or it would start the processes again.
+LAUNCHED = "OLMO_LAUNCHED"
+CAUSE = "cause.json"  # a file there: what a run failed of, and whether another start would, too
 FINISHED = "finished.json"  # a file there of a run that came to its end
 SEGMENTS = "segments.jsonl"  # a file there: from which step on it was trained on what
 

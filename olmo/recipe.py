@@ -1,20 +1,12 @@
 """What config/config.yaml and the recipes in config/data can say: runs, data sets, their parts."""
 
-import contextlib
 from dataclasses import dataclass, field
-from math import inf
 
 from olmo.config import BaseConfig
 from olmo.data.documents import MAX_TEXT_BYTES
 from olmo.data.gz import LONGEST_LINE
 from olmo.launch import Geometry
-
-
-def check_range(name: str, found: float | None, least: float, most: float = inf) -> None:
-    """Raises ValueError for a number outside [least, most]; None is one that was not given."""
-    if found is not None and not least <= found <= most:
-        wanted = f"at least {least}" if most == inf else f"from {least} to {most}"
-        raise ValueError(f"{name}: expected {wanted}, found {found}")
+from olmo.strict import check_range
 
 
 @dataclass
@@ -33,7 +25,7 @@ class SourcesConfig(BaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("stdlib", "stdlib_questions"):
-            check_range(f"sources.{name}", getattr(self, name), 1)
+            check_range(f"sources.{name}", getattr(self, name), 1, 100)
         kinds = ("stdlib", "stdlib_questions", "files", "table", "url_list")
         given = [name for name in kinds if getattr(self, name)]
         if len(given) != 1:
@@ -74,12 +66,21 @@ class DocumentsConfig(BaseConfig):
                 f"documents.heldout_share: expected from 0 to below 1, found {self.heldout_share}"
             )
 
+        for weight in self.weights:
+            pattern, _, number = weight.partition("=")
+            try:
+                known = pattern and 0 < float(number) <= 1000
+            except ValueError:
+                known = False
+            if not known:
+                raise ValueError(
+                    "documents.weights: expected pattern=number, the number above 0 and at most "
+                    f"1000; found {weight!r}"
+                )
+
     def repeats(self) -> bool:
         """Whether a document is taken more than once."""
-        numbers = [weight.rpartition("=")[2] for weight in self.weights]
-        with contextlib.suppress(ValueError):  # the documents' command tells of it
-            return any(float(number) > 1 for number in numbers)
-        return False
+        return any(float(weight.partition("=")[2]) > 1 for weight in self.weights)
 
 
 @dataclass

@@ -4,7 +4,6 @@ The trainer knows nothing of this module. It gets a config whose paths are fille
 the store that survives any failure, and says there when it has come to its end.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from olmo.data.shards import read
 from olmo.data.tokenizer import check_tokenizer
 from olmo.identity import identity
 from olmo.launch import Geometry, launch
+from olmo.numbers import as_words, to_json
 from olmo.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
@@ -137,14 +137,14 @@ def training(
     reached = export(attempt, final, named_by_content(settings, tokens, order, labels, start))
     rows = [folder / "metrics.jsonl" for folder in (before, attempt) if folder is not None]
     metrics = [row for path in rows for row in read_metrics(path)]
-    (final / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    (final / "metrics.jsonl").write_text("".join(to_json(row) + "\n" for row in metrics))
     plot(metrics, final / "loss.svg")
     return {
         "facts": {
             "run_name": cfg.run_name,
             "steps": reached["global_step"],
             "tokens": reached["global_train_tokens_seen"],
-            "heldout_loss": heldout_losses(metrics),
+            "heldout_loss": as_words(heldout_losses(metrics)),
             "segments": segments(attempt),
         },
         "conditions": conditions(segments(attempt)),

@@ -11,18 +11,19 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import re
 import types
 import typing
 from collections.abc import Iterable
 from dataclasses import field
 from enum import Enum
-from glob import glob
 from pathlib import Path
 from typing import Any, Self, Union
 
 import yaml
 
+from olmo.patterns import matching
 from olmo.urls import entrusted
 
 
@@ -99,6 +100,13 @@ class BaseConfig:
                 raise _no_such_key(name, type(self), name)
             setattr(changed, name, value)
         return changed
+
+
+def check_range(name: str, found: float | None, least: float, most: float = math.inf) -> None:
+    """Raises ValueError for a number outside [least, most]; None is one that was not given."""
+    if found is not None and not least <= found <= most:
+        wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{name}: expected {wanted}, found {found}")
 
 
 def ours(default: Any = None) -> Any:
@@ -203,11 +211,12 @@ def _register_resolvers(validate_paths: bool) -> None:
         return empty
 
     def path_glob(*patterns: str) -> list[str]:
-        found: list[str] = []
-        for pattern in patterns:
-            matches = sorted(glob(pattern))
-            found += matches or missing(f"no file matches {pattern}", [])
-        return found
+        found = [matching(pattern) for pattern in patterns]
+        for pattern, files in zip(patterns, found, strict=True):
+            # Where some are here, the rest belongs here too.
+            if not files and (validate_paths or any(found)):
+                raise FileNotFoundError(f"no file matches {pattern}")
+        return [file for files in found for file in files]
 
     def path_choose(*paths: str) -> str:
         for path in paths:
@@ -297,7 +306,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             return None
         options = [a for a in args if a is not type(None)]
         for option in options:
-            if isinstance(option, type) and type(value) is option:
+            if isinstance(option, type) and type(value) is option and value == value:
                 return value
         if len(options) == 1:
             return _typed(value, options[0], where)
@@ -348,7 +357,10 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     try:
         if hint is int and isinstance(value, float) and value != int(value):
             raise ValueError
-        return hint(value)
+        found = hint(value)
+        if found != found:  # NaN, which no setting can be and every comparison lets pass
+            raise ValueError
+        return found
     except (ValueError, OverflowError):
         raise refuse("a whole number" if hint is int else "a number") from None
 

@@ -72,7 +72,9 @@ def next_steps(plan: Plan) -> str:
         facts = parse(record.read_bytes(), record)["facts"]
         losses = facts.get("heldout_loss", {})
         fell = "".join(
-            f"  {label}: held-out loss {loss['first']:.3f} → {loss['last']:.3f} nats\n"
+            "  {}: held-out loss {:.3f} → {:.3f} nats\n".format(
+                label, float(loss["first"]), float(loss["last"])
+            )
             for label, loss in losses.items()
         )
         lines.append(

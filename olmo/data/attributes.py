@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
+from itertools import groupby, zip_longest
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +35,7 @@ OVERLAP, DUPLICATE, PARAGRAPH = "dedupe__overlap", "dedupe__duplicate", "dedupe_
 REASONS = {OVERLAP: "overlap", DUPLICATE: "duplicate", PARAGRAPH: "duplicate-paragraph"}
 # A document has thousands of n-grams, and one that seems to be known is enough to lose it.
 OVERLAP_FALSE_POSITIVES = 1e-9
+MOST_NESTED = 127  # what the toolkit's JSON decoder takes
 Spans = list[list[float]]  # start, end (characters), share
 
 
@@ -105,6 +109,7 @@ def attributes(
     shutil.rmtree(progress)
     return {
         "documents": sum(file.count for file in files),
+        "against": len(against),
         **{REASONS[kind]: counts[REASONS[kind]] for kind in filters},
         "filter_bytes": {REASONS[kind]: 4 * bloom.dimensions(*f)[0] for kind, f in filters.items()},
     }
@@ -261,13 +266,58 @@ def fill(dolma: Dolma, scratch: Path, kind: str, documents: list[Path], kinds: K
     """Put what documents hold into a filter."""
     names = link(scratch, documents)
     limit = time_limit(sum(path.stat().st_size for path in documents) * 20)
-    said = search(dolma, limit, scratch, kind, names, kinds)
+    try:
+        said = search(dolma, limit, scratch, kind, names, kinds)
+    except ValueError:
+        for path in documents:
+            refuse_unreadable(path, partial(line_of, path))
+        raise
     for path, name in zip(documents, names, strict=True):
         made = scratch / attributes_of(name, kind)
         if not made.exists() or count_lines(made) != count_lines(path):
             raise ValueError(f"the toolkit did not read all of {path}. It said:\n{said}")
     shutil.rmtree(scratch / "in")
     (scratch / "in" / "documents").mkdir(parents=True)
+
+
+def refuse_unreadable(documents: Path, place: Callable[[int], str]) -> None:
+    """Raises ValueError for a line that `dolma tokens` reads and `dolma dedupe` does not.
+
+    The latter looks into everything, by another decoder (serde's). `place` names a line's origin
+    by its number from 0.
+    """
+    with gz.reading(documents) as lines:
+        for at, line in enumerate(lines):
+            if found := unreadable(line):
+                raise ValueError(
+                    f"{place(at)}: expected a document that dolma dedupe can read, found {found}. "
+                    "Mend the source or take it out, or take dedupe and decontaminate out of the "
+                    "recipe"
+                )
+
+
+def unreadable(line: bytes) -> str | None:
+    """What of a document's JSON the toolkit's dedupe cannot read; None where it can."""
+    depth = 0
+    for bracket in re.findall(rb"[\[{\]}]", re.sub(rb'"(?:[^"\\]|\\.)*"', b"", line)):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MOST_NESTED:
+            return f"more than {MOST_NESTED} lists and objects in one another"
+    numbers: list[float] = []
+    number = lambda text: numbers.append(float(text))  # noqa: E731
+    try:
+        json.loads(line, parse_int=number, parse_float=number)
+    except ValueError:
+        return "no JSON"
+    return None if all(map(isfinite, numbers)) else "a number that no float holds"
+
+
+def line_of(path: Path, row: int) -> str:
+    return f"{path}:{row + 1}"
+
+
+def place_of(table: polars.DataFrame, row: int) -> str:
+    return f"{table['file'][row]}:{table['line'][row]}"
 
 
 def search(
@@ -309,7 +359,12 @@ def told(
     found: list[list[dict[str, Spans]]] = [[{} for _ in range(file.count)] for file in chosen]
 
     def ask(kind: str) -> None:
-        said = search(dolma, limit, scratch, kind, names, kinds, read_only=kind == OVERLAP)
+        try:
+            said = search(dolma, limit, scratch, kind, names, kinds, read_only=kind == OVERLAP)
+        except ValueError:
+            for file, table in zip(chosen, tables, strict=True):
+                refuse_unreadable(file.path, partial(place_of, table))
+            raise
         for name, table, rows in zip(names, tables, found, strict=True):
             # Documents that go have no paragraphs to tell of.
             here = [row for row, spans in enumerate(rows) if kind != PARAGRAPH or not spans]
@@ -352,10 +407,12 @@ def add(
     if path.exists():
         with gz.reading(path) as file:
             lines = [json.loads(line) for line in file]
-    if [line["id"] for line in lines] != wanted:
-        place = f"{table['file'][0]}: " if table.height else ""
+    if (ids := [line["id"] for line in lines]) != wanted:
+        pairs = zip_longest(ids, wanted)
+        row = next(row for row, (one, other) in enumerate(pairs) if one != other)
+        place = place_of(table, here[row]) if row < len(here) else table["file"][0]
         raise ValueError(
-            f"{place}expected attributes of {len(wanted):,} documents from the toolkit, in their "
+            f"{place}: expected attributes of {len(wanted):,} documents from the toolkit, in their "
             f"order, found {len(lines):,}. It said:\n{said}"
         )
     for row, line in zip(here, lines, strict=True):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from olmo import io
-from olmo.data import gz
+from olmo.data import gz, magic
 from olmo.data.sources import check_known, fetched
 from olmo.stage import Facts, Free, Input, Output, Work, stage
 
@@ -57,6 +57,7 @@ def read(line: bytes) -> tuple[str | None, list[Message], str | None]:
     if not isinstance(found, dict):
         return None, [], "not-object"
     identity = found.get("id") if isinstance(found.get("id"), str) else None
+    broken = identity is not None and is_broken(identity)
     messages = found.get("messages")
     reason, pairs = None, []
     if messages is None:
@@ -69,9 +70,18 @@ def read(line: bytes) -> tuple[str | None, list[Message], str | None]:
         pairs = [(message["role"], message["content"]) for message in messages]
         if any(role not in ROLES for role, _ in pairs):
             reason = "unknown-role"
-        elif any("\ud800" <= letter <= "\udfff" for _, content in pairs for letter in content):
+        elif broken or any(is_broken(content) for _, content in pairs):
             reason = "surrogate"
-    return identity, [] if reason else pairs, reason
+    return None if broken else identity, [] if reason else pairs, reason
+
+
+def is_broken(text: str) -> bool:
+    """Whether half a surrogate pair is in a text: no encoding has it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def is_message(found: object) -> bool:
@@ -139,9 +149,11 @@ def as_lines(file: Path, source: Path, name: str) -> int:
         with open(file, "rb") as text, gz.writing(source) as lines:
             shutil.copyfileobj(text, lines)
     else:
+        found, command = magic.kind_of(beginning)
+        made = f"Make gz of it by `{magic.into_gz(name, command)}`" if command else ""
         raise ValueError(
-            f"{name}: expected conversations (JSON lines, gz or plain, or parquet), found "
-            f"{beginning[:60]!r}…. Check its place and fetch it again"
+            f"{name}: expected conversations (JSON lines, gz or plain, or parquet), found {found}. "
+            + (made or "Check its place and fetch it again")
         )
     size = gz.check(source, name)
     if size == 0:

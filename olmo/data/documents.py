@@ -16,7 +16,7 @@ from itertools import count, islice
 from math import ceil, isfinite
 from typing import Any
 
-from olmo.data import conversations, gz
+from olmo.data import conversations, gz, magic
 from olmo.stage import Facts, Input, Output, stage
 
 # Why a line cannot become a document. These are the names that a recipe allows.
@@ -106,6 +106,7 @@ def documents(
     table_rows: list[tuple] = []
     rows = {TRAIN: 0, HELDOUT: 0}
     reasons: Counter[str] = Counter()
+    hint = ""
     with gz.writing(documents) as train_lines, gz.writing(heldout) as heldout_lines:
         write = {TRAIN: train_lines.write, HELDOUT: heldout_lines.write}
         for copy in range(ceil(weight)):
@@ -123,6 +124,8 @@ def documents(
                     if reason is not None:
                         if copy == 0:
                             reasons[reason] += 1
+                            if not hint and (found := magic.hint(line)):
+                                hint = f"  {name}:{at}: {found}"
                             table_rows.append((at, identity, DROPPED, None, size, reason))
                         continue
                     assert identity is not None
@@ -140,7 +143,7 @@ def documents(
 
     frame = polars.DataFrame(table_rows, schema, orient="row")
     if forbidden := sorted(set(reasons) - set(allow)):
-        raise ValueError(drops_message(name, frame, reasons, forbidden, known))
+        raise ValueError(drops_message(name, frame, reasons, forbidden, known, hint))
     frame.select(polars.lit(name).alias("file"), polars.all()).write_parquet(
         table, compression="zstd", compression_level=3, row_group_size=1 << 17
     )
@@ -229,7 +232,12 @@ def fraction(identity: str) -> float:
 
 
 def drops_message(
-    name: str, table: Any, reasons: Counter[str], forbidden: list[str], known: dict[str, str]
+    name: str,
+    table: Any,
+    reasons: Counter[str],
+    forbidden: list[str],
+    known: dict[str, str],
+    hint: str,
 ) -> str:
     """The error for drops that the recipe does not allow: how many, which, and the remedy."""
     import polars
@@ -238,5 +246,6 @@ def drops_message(
     lines = [f"{name}: {sum(reasons[reason] for reason in forbidden)} lines cannot be documents:"]
     lines += [f"  {reasons[reason]:,} x {reason}: {known[reason]}" for reason in forbidden]
     lines += [f"  {name}:{row['line']}: {row['reason']}" for row in listed.iter_rows(named=True)]
+    lines += [hint] if hint else []
     lines += [f"Mend the source, or allow them in the recipe: allow: [{', '.join(forbidden)}]"]
     return "\n".join(lines)

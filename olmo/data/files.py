@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def file_sizes(paths: Sequence[str | Path]) -> list[int]:
         elif Path(path).is_file():
             found.append(Path(path).stat().st_size)
         else:
-            raise FileNotFoundError(f"no token file at {path}")
+            pattern = f"; a pattern is written ${{path.glob:{path}}}" * has_magic(str(path))
+            raise FileNotFoundError(f"no token file at {path}{pattern}")
     return found
 
 

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import platform
 import shlex
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import urlparse
+
+from olmo.data import magic
 
 LEVEL = 1  # isal's level 1: near the size of gzip -3, at many times its speed
 BUFFER = 1 << 20
 BLOCK = 1 << 18  # what is decompressed at a time: it stays in the processor's cache
 END = 1 << 12  # of a block: most often a line ends in it
-MAGIC = b"\x1f\x8b"
+MAGIC = magic.GZIP
 LONGEST_LINE = 1 << 30  # bytes; documents.max_line_bytes is no more, so the pipeline writes none
-
-# Writes FILE.json.gz beside each file of plain text.
-AS_DOCUMENTS = (
-    'python3 -c \'import gzip, json, sys; [open(f + ".json.gz", "wb").write(gzip.compress('
-    'json.dumps({"id": f, "text": open(f, encoding="utf-8").read()}).encode() + b"\\n")) '
-    "for f in sys.argv[1:]]'"
-)
 
 
 @contextmanager
@@ -59,11 +57,13 @@ def reading(
             with io.BufferedReader(decompressed, BLOCK) as lines:
                 yield cast(BinaryIO, lines)
     except EOFError as error:
+        refuse_what_follows(path, name)
         raise ValueError(
             f"{name}: truncated: {path.stat().st_size:,} bytes of gzip end before their "
             "end-of-stream mark. Fetch the file again."
         ) from error
     except (gzip.BadGzipFile, IsalError) as error:  # type: ignore[misc]
+        refuse_what_follows(path, name)
         raise ValueError(
             f"{name}: corrupt: expected a gzip stream that matches its own checksum, found: "
             f"{error}. Fetch the file again."
@@ -99,25 +99,62 @@ class _Shortened(io.RawIOBase):
         return 0
 
 
+def refuse_what_follows(path: Path, name: str) -> None:
+    """Raises ValueError where whole gzip members are followed by what is none.
+
+    Zeros are no fault: tapes and `tar` pad files with them, and gzip passes over them too.
+    """
+    end = 0  # of the last whole member
+    with open(path, "rb") as file:
+        while True:
+            member = zlib.decompressobj(wbits=31)
+            while not member.eof:
+                block = member.unconsumed_tail or file.read(BLOCK)
+                try:
+                    if not member.decompress(block, BUFFER) and not block:
+                        return
+                except zlib.error:
+                    return
+            end = file.tell() - len(member.unused_data)
+            file.seek(end)
+            while (block := file.read(BLOCK)) and not block.strip(b"\0"):
+                pass
+            rest = block.lstrip(b"\0")
+            if not MAGIC.startswith(rest[:2]):
+                break
+            file.seek(-len(rest), os.SEEK_CUR)
+        at, size = file.tell() - len(rest), path.stat().st_size
+    file_here = "FILE.gz" if "://" in name or not Path(name).exists() else shlex.quote(name)
+    command = f"head -c {end} {file_here} > MENDED.gz"
+    raise ValueError(
+        f"{name}: expected the end of the file or another gzip member at byte {at:,}, found "
+        f"{size - at:,} bytes of trailing garbage ({rest[:16]!r}…). Fetch the file again; if they "
+        f"are there again, cut them off by `{command}`, and name that in the recipe"
+    )
+
+
 def refuse_other_content(path: Path, name: str) -> None:
     """Raises ValueError unless the file begins as gzip does, saying what it looks like instead."""
     with open(path, "rb") as file:
         start = file.read(512)
     if start.startswith(MAGIC):
         return
-    if not start:
-        found = "an empty file"
-    elif start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        found = f"a web page, most likely a server's error message ({start[:60]!r}…)"
-    else:
-        found = f"something else ({start[:16]!r}…)"
+    found, command = magic.kind_of(start)
     if "://" in name or not Path(name).exists():
-        raise ValueError(f"{name}: expected gzip, found {found}. Check its URL and fetch it again.")
-    quoted = shlex.quote(name)
+        remedy = "Check its URL and fetch it again"
+        if command:
+            made = magic.into_gz(urlparse(name).path.rpartition("/")[2] or "FILE", command)
+            remedy = f"Download it, make gz of it by `{made}`, and name that in the recipe"
+        raise ValueError(f"{name}: expected gzip, found {found}. {remedy}.")
+    if not command and found.startswith("plain text"):
+        command = f"{magic.AS_DOCUMENTS} {shlex.quote(name)}"
+        remedy = f" Make a document of the whole file by `{command}`"
+    else:
+        remedy = f" Make one by `{magic.into_gz(name, command)}`" if command else ""
+    named = ", and name that in the recipe" if remedy and not name.endswith(".gz") else ""
     raise ValueError(
-        f'{name}: expected a gz file of JSON lines with "id" and "text", found {found}. Make one '
-        f"of JSON lines by `gzip {quoted}`, or of plain text, a document a file, by "
-        f"`{AS_DOCUMENTS} {quoted}`, and name the .gz in the recipe"
+        f'{name}: expected a gz file of JSON lines with "id" and "text", found {found}.'
+        f"{remedy}{named}"
     )
 
 

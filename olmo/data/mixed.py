@@ -77,7 +77,8 @@ def mixed(
             made = folder / "mixed" / "documents" / "documents.gz"
             if not made.exists():
                 raise ValueError(f"the toolkit mixed no documents. It said:\n{said}")
-            changes = checked(documents, made, mixed, told)
+            places = [f"{file}:{line}" for file, line in train.select("file", "line").iter_rows()]
+            changes = checked(documents, made, mixed, told, places)
     after = with_changes(before, changes)
     after.write_parquet(mixed_table, **PARQUET)
     kept = after.filter(polars.col("split") == TRAIN)
@@ -91,8 +92,10 @@ def mixed(
     }
 
 
-def checked(documents: Path, made: Path, mixed: Path, told: list[dict[str, Spans]]) -> list[Change]:
-    """Write what stays, and tell what becomes of each document.
+def checked(
+    documents: Path, made: Path, mixed: Path, told: list[dict[str, Spans]], places: list[str]
+) -> list[Change]:
+    """Write what stays, and tell what becomes of each document, which came from file:line.
 
     Raises ValueError unless `made` has every document that stays, in order, each with its own
     text or, of what the attributes cut, with what is left of it.
@@ -115,8 +118,8 @@ def checked(documents: Path, made: Path, mixed: Path, told: list[dict[str, Spans
             right = left is not None and (len(left) == wanted if cuts else left == text)
             if found != identity or not right:
                 raise ValueError(
-                    f"document {number} ({identity}): expected {wanted:,} characters of its text "
-                    f"from the toolkit, found {other[:200]!r}"
+                    f"{places[number - 1]} ({identity}): expected {wanted:,} characters of its "
+                    f"text from the toolkit, found {other[:200]!r}"
                 )
             assert left is not None
             less = size - size_in_utf8(left)

@@ -6,7 +6,6 @@ download of a file tells it (trust on first use), and later ones must agree.
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from olmo import foreign, sealed
+from olmo.patterns import matching
 from olmo.urls import entrusted
 
 COLUMNS = ("url", "bytes", "sha256", "licence")
@@ -78,13 +78,21 @@ def complete(path: Path, arrived: dict[str, tuple[int, str]]) -> None:
 
 
 def local(patterns: Iterable[str], whose: Path, key: str = "sources.files") -> list[Source]:
-    """The files of this machine that patterns name, each pattern's in sorted order.
+    """The files of this machine that patterns name (olmo.patterns), each pattern's in order.
 
     `whose` is the recipe that names them, under `key`.
     """
     found = []
     for pattern in patterns:
-        matches = sorted(glob.glob(pattern)) or ([pattern] if Path(pattern).exists() else [])
+        if "://" in pattern:
+            raise ValueError(
+                f"{whose}: {key} are files of this machine, found the URL {pattern}; download it "
+                "first, or take sources from a table of URLs (sources: {table: FILE.tsv})"
+            )
+        try:
+            matches = matching(pattern)
+        except ValueError as error:
+            raise ValueError(f"{whose}: {key}: {error}") from error
         if not matches:
             raise ValueError(
                 f"{whose}: {key} names {pattern}, which does not exist (looked in "
@@ -94,6 +102,12 @@ def local(patterns: Iterable[str], whose: Path, key: str = "sources.files") -> l
             raise ValueError(
                 f"{whose}: {key} names {taken}, but {os.path.dirname(taken)}/ is for results, one "
                 "a run; move the file to another folder"
+            )
+        made = f"data/{whose.stem}/"
+        if taken := next((m for m in matches if os.path.normpath(m).startswith(made)), None):
+            raise ValueError(
+                f"{whose}: {key} names {taken}, but {made} is for what is made of them; begin "
+                f"the pattern {pattern} in the corpus's own folder"
             )
         found += [Source("", place) for place in matches]
     return named(found)
@@ -108,7 +122,7 @@ def named(sources: list[Source]) -> list[Source]:
     places = [urlparse(s.place).path if "://" in s.place else s.place for s in sources]
     parts = [[part for part in place.split("/") if part] for place in places]
     different = len({source.place for source in sources})
-    for depth in range(1, 7):
+    for depth in range(1, max([1, *map(len, parts)]) + 1):
         names = [foreign.part(safe("-".join(part[-depth:])), "sources") for part in parts]
         if len(set(names)) == different:
             return [replace(s, name=name) for s, name in zip(sources, names, strict=True)]

@@ -64,7 +64,7 @@ def statistics(
         )
     frame.write_parquet(summary, **PARQUET)
     text.write_text(as_text(frame), encoding="utf-8")
-    return {
+    return {"files": len(tables)} | {
         split: frame.filter(file=ALL, split=split)
         .select("documents", "bytes", "tokens")
         .row(0, named=True)

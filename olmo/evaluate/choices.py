@@ -113,6 +113,8 @@ def score(
     """
     # float32, as in OLMo: which of two options wins can hang on it.
     values = likelihoods.float()
+    if values.isnan().any():  # argmax would take the first of them for an answer
+        return Score(math.nan, math.nan, len({request.document for request in requests}))
     if metric in ("len_norm", "ce_loss"):
         values = values / torch.tensor([len(r.continuation) - 1 for r in requests])
     elif metric == "bpb":

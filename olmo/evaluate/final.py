@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from olmo import numbers
 from olmo.checkpoint.read import load_model
 from olmo.config import DataConfig, EvaluatorConfig, EvaluatorType, TrainConfig
 from olmo.evaluate.choices import score
@@ -60,7 +61,7 @@ def perplexity(
     results = {
         "CrossEntropyLoss": loss,
         "stderr": number(losses.stderr(world.sum)[LABEL]),
-        "Perplexity": math.exp(loss),
+        "Perplexity": numbers.perplexity(loss),
         "instances": instances,
     }
     if labels is not None:

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+from olmo.evaluate.final import number
 from olmo.evaluate.tasks import OF_TARGET, Task, requests
 
 
@@ -106,6 +107,11 @@ def ask(
             found = lm_eval.simple_evaluate(
                 asked, tasks=list(names), task_manager=known, limit=limit, bootstrap_iters=1000
             )
+    except OverflowError as error:
+        raise ValueError(
+            f"harness: {', '.join(names)}: lm-eval computes no perplexity beyond 1.8e308, and the "
+            "model's loss there is above 709 nats: it diverged, or its tokenizer is another's"
+        ) from error
     except Exception as error:  # tasks raise what they like: their files are code of others'
         first = str(error).strip().splitlines()[:1]
         raise ValueError(
@@ -137,7 +143,7 @@ def metrics_of(found: dict[str, Any]) -> list[dict[str, Any]]:
                     "task": task,
                     "metric": name if kind == "none" else f"{name} ({kind})",
                     "value": float(value),
-                    "stderr": float(stderr) if isinstance(stderr, int | float) else None,
+                    "stderr": number(stderr) if isinstance(stderr, int | float) else None,
                     "documents": found["n-samples"].get(task, {}).get("effective"),
                 }
             )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from olmo.config import EvaluatorConfig, TrainConfig
 from olmo.data.batches import build_eval_batches, labels_of, model_inputs
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
+from olmo.numbers import perplexity
 from olmo.train.parallel import World
 from olmo.train.step import autocast
 from olmo.train.watch import progress
@@ -68,7 +69,7 @@ class LossByLabel:
         for name, (loss, _, n, of_labels, labels) in zip(self._names, sums, strict=True):
             if n:
                 out[f"eval/{name}/CrossEntropyLoss"] = loss / n
-                out[f"eval/{name}/Perplexity"] = math.exp(loss / n)
+                out[f"eval/{name}/Perplexity"] = perplexity(loss / n)
             if labels and self._masked:
                 out[f"eval/{name}/{PER_LABEL}"] = of_labels / labels
         return out

@@ -97,7 +97,8 @@ def _evaluation(losses: dict[str, dict[str, float]], name: str) -> str:
     if not losses:
         return f"None so far: `snakemake eval/{name}`.\n"
     rows = [
-        (label, f"{loss['first']:.4f}", f"{loss['last']:.4f}") for label, loss in losses.items()
+        (label, *(f"{float(loss[when]):.4f}" for when in ("first", "last")))
+        for label, loss in losses.items()
     ]
     return (
         "Loss in nats a token on documents that it was not trained on:\n\n"

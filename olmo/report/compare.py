@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from olmo.inspect.documents import digest_of, shards
 from olmo.inspect.run import Run
 from olmo.io import refuse_links
 from olmo.log import warn
+from olmo.numbers import from_json
 from olmo.stage import here
 
 LABEL = "heldout"
@@ -46,7 +47,9 @@ def compare(runs: list[Path], table: Path, picture: Path, label: str = LABEL) ->
     for name, points in curves.items():
         needed = tokens_to(end, points)
         all_tokens = curves[names[0]][-1][0]
-        tail = "never | " if needed is None else f"{needed:,.0f} | {needed / all_tokens:.2f}"
+        tail = "never | " if needed is None else f"{needed:,.0f} | "
+        if needed is not None and all_tokens:  # else the reference was measured untrained
+            tail += f"{needed / all_tokens:.2f}"
         lines.append(f"| {name} | {points[-1][0]:,} | {points[-1][1]:.4f} | {tail} |")
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text("\n".join(lines) + "\n")
@@ -90,7 +93,7 @@ def curve(final: Path, label: str) -> list[tuple[int, float]]:
     """(tokens seen, held-out loss) of each evaluation of a run, in order."""
     cfg = TrainConfig.load(final / "config.yaml", validate_paths=False)
     per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length
-    rows = map(json.loads, (final / "metrics.jsonl").read_text().splitlines())
+    rows = map(from_json, (final / "metrics.jsonl").read_text().splitlines())
     name = f"eval/{label}/CrossEntropyLoss"
     points = [(row["step"] * per_step, row[name]) for row in rows if name in row]
     if not points:
@@ -103,7 +106,7 @@ def tokens_to(loss: float, points: list[tuple[int, float]]) -> float | None:
     before = points[0]
     for point in points:
         if point[1] <= loss:
-            if before[1] <= loss:
+            if before[1] <= loss or not math.isfinite(before[1] - point[1]):
                 return float(point[0])
             share = (before[1] - loss) / (before[1] - point[1])
             return before[0] + share * (point[0] - before[0])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from olmo.io import refuse_links
+from olmo.numbers import from_json
 from olmo.report.card import table
 
 SCHEMA = {
@@ -82,7 +82,7 @@ def results(run: Path) -> list[Row]:
         raise ValueError(
             f"expected {path}, found none; make it: uv run snakemake --cores 2 eval/{run.name}"
         )
-    rows: list[Row] = json.loads(path.read_text())
+    rows: list[Row] = from_json(path.read_text())
     return rows
 
 
@@ -114,7 +114,7 @@ def better(row: Row, reference: Row | None) -> str:
     if reference is None or row["stderr"] is None or reference["stderr"] is None:
         return ""
     error = math.hypot(row["stderr"], reference["stderr"])
-    if not error:
+    if not error or not math.isfinite(error):
         return ""
     sign = -1 if row["metric"] in LOWER_IS_BETTER else 1
     return f" ({sign * (row['value'] - reference['value']) / error:+.1f})"

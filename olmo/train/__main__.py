@@ -8,7 +8,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
+from olmo import sealed
+from olmo.process import CAUSE, LAUNCHED, PAUSED
+
+# Of an OSError: what is not as it must be, and will not be at another start.
+WRONG = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 USAGE = """\
 usage: python -m olmo.train CONFIG [--key=value | --key value | --flag]…
        torchrun --nproc_per_node=N -m olmo.train CONFIG […]
@@ -47,6 +54,14 @@ def out_of_memory(error: Exception) -> str:
     )
 
 
+def leave_cause(config: str, said: str, repeats: bool = True) -> None:
+    """Tell who launched this run what it failed of, and whether another start would fail of it."""
+    place = Path(config).with_name(CAUSE)
+    if LAUNCHED in os.environ and not place.exists():
+        with suppress(OSError):  # a disk that is full is full for this too
+            sealed.write(place, sealed.dumps({"said": said, "repeats": repeats}))
+
+
 def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -57,30 +72,35 @@ def main(arguments: Sequence[str]) -> int:
     # torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     who = f"rank {rank}: " if rank else ""
-    if "OLMO_LAUNCHED" in os.environ:  # torchrun ignores it then (see olmo.node), we do not
+    if LAUNCHED in os.environ:  # torchrun ignores it then (see olmo.node), we do not
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import torch
 
     from olmo.config import TrainConfig
-    from olmo.process import PAUSED
     from olmo.train.loop import train
     from olmo.train.pending import NotFinite
     from olmo.urls import public
 
     try:
         code = train(TrainConfig.load(arguments[0], overrides(arguments[1:])))
-        return 0 if code == PAUSED and "OLMO_LAUNCHED" in os.environ else code
+        return 0 if code == PAUSED and LAUNCHED in os.environ else code
     except (ValueError, OSError) as error:
         print(public(f"{who}error: {error}"), file=sys.stderr, flush=True)
+        wrong = isinstance(error, (ValueError, *WRONG))  # else a disk, or a network
+        leave_cause(arguments[0], public(str(error)), repeats=wrong)
         return 2
     except torch.OutOfMemoryError as error:
         print(f"{who}error: {out_of_memory(error)}", file=sys.stderr, flush=True)
+        leave_cause(arguments[0], out_of_memory(error))
         return 2
     except NotFinite as error:
         if not rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
+            leave_cause(arguments[0], str(error))
         return 1
-    except Exception:
+    except Exception as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # else another's end may be the cause
+            leave_cause(arguments[0], f"{type(error).__name__}: {error}")
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             raise
         # Another process is gone, most likely, and a thread of ours may wait for it: leave at once.

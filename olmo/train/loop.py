@@ -86,6 +86,7 @@ def train(cfg: TrainConfig) -> int:
 
 
 def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
+    cfg.check_numbers()
     # --- what we run on ---
     if cfg.intra_op_threads is not None:
         torch.set_num_threads(cfg.intra_op_threads)

@@ -9,6 +9,7 @@ rest is waited for.
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from olmo.numbers import perplexity
+from olmo.process import LAUNCHED
 from olmo.train.parallel import World
 from olmo.train.step import Losses
 
@@ -114,7 +117,7 @@ class Numbers:
     def _row(self, pending: Pending) -> Row:
         metrics = dict(zip(pending.names, pending.values.tolist(), strict=True))
         self.failed = bool(metrics.pop("failed"))
-        metrics["train/Perplexity"] = math.exp(min(metrics["train/CrossEntropyLoss"], 700.0))
+        metrics["train/Perplexity"] = perplexity(metrics["train/CrossEntropyLoss"])
         return pending.step, metrics | pending.known
 
 
@@ -126,11 +129,16 @@ def _not_finite(pending: Pending, world: World) -> NotFinite:
         dist.all_gather_object(everyone, own)
     guilty = [part for part in everyone if not math.isfinite(part[0])] or everyone
     instances = [index for _, part in guilty for index in part]
+    past = ""
+    if LAUNCHED not in os.environ:  # no run of the pipeline leaves batches out
+        past = (
+            "; or go on past them by --try_load_latest_save --fast_forward_batches=N, once: N is "
+            f"{pending.step} less the newest checkpoint's step"
+        )
     losses = ", ".join(f"{loss:.4g}" for loss, _ in everyone)
     return NotFinite(
         f"step {pending.step}: the gradient is not finite (loss of each process: {losses}). "
         f"Weights and checkpoints are those of step {pending.step - 1} and before. It came from "
-        f"among these instances of the data: {instances}. To go on past them, "
-        "--fast_forward_batches=1 with --load_path to the last checkpoint; or lower "
-        "optimizer.learning_rate, or max_grad_norm"
+        f"among these instances of the data: {instances}. Lower optimizer.learning_rate or "
+        f"max_grad_norm{past}"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import json
 import os
 import secrets
 import sys
@@ -16,6 +15,7 @@ from typing import Any, Protocol, TextIO
 from olmo import sealed
 from olmo.config import TrainConfig
 from olmo.log import count, duration, keep, warn
+from olmo.numbers import from_json, to_json
 
 METRICS = "metrics.jsonl"
 
@@ -52,7 +52,7 @@ class JsonLines:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         # One write call a line: killed at any moment, the file has whole lines.
-        os.write(self._file, (json.dumps({"step": step, **metrics}) + "\n").encode())
+        os.write(self._file, (to_json({"step": step, **metrics}) + "\n").encode())
 
     def flush(self) -> None:
         """On disk, before a checkpoint says that these steps are behind us."""
@@ -74,7 +74,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _row(line: bytes) -> dict[str, Any] | None:
     """A step's metrics; None of a line that is not as it was written, as far as one can see."""
     try:
-        row: dict[str, Any] = json.loads(line)
+        row: dict[str, Any] = from_json(line)
         numbers = all(type(value) in (int, float) for value in row.values())
         return row if numbers and type(row["step"]) is int else None
     except (ValueError, KeyError, AttributeError):

@@ -93,6 +93,10 @@ def test_path_resolvers(tmp_path: Path) -> None:
     cfg = TrainConfig.load(write(tmp_path, text % (tmp_path, tmp_path)))
     assert cfg.data.paths == [f"{tmp_path}/a.npy", f"{tmp_path}/b.npy"], "sorted"
     assert cfg.load_path == f"{tmp_path}/step10"
+    (tmp_path / "more/deep").mkdir(parents=True)
+    (tmp_path / "more/deep/c.npy").touch()
+    every = TrainConfig.load(write(tmp_path, text.replace("/*", "/**/*") % (tmp_path, tmp_path)))
+    assert every.data.paths == [f"{tmp_path}/{name}.npy" for name in ("a", "b", "more/deep/c")]
     (tmp_path / "step12").mkdir()
     (tmp_path / "step12/model.pt").touch()
     there = write(tmp_path, f"load_path: ${{path.last_checkpoint:file://{tmp_path}}}")

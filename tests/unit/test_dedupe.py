@@ -261,10 +261,16 @@ def test_equal_bytes_again_by_small_steps_and_after_a_kill(files, told, tmp_path
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda lines: [lines[0], b"not JSON", *lines[2:]], "the toolkit failed: .*1 errors"),
+        (
+            lambda lines: [lines[0], b"not JSON", *lines[2:]],
+            "^first:2: expected a document that dolma dedupe can read, found no JSON",
+        ),
         (lambda lines: [lines[0], b'{"id": "x", "text": null}', *lines[2:]], "found 0"),
-        (lambda lines: lines[:-1], "first: expected attributes of 6 documents .*found 5"),
-        (lambda lines: [lines[1], lines[0], *lines[2:]], "in their order, found 6"),
+        (lambda lines: lines[:-1], "first:6: expected attributes of 6 documents .*found 5"),
+        (
+            lambda lines: [lines[1], lines[0], *lines[2:]],
+            "^first:1: expected attributes .*in their order, found 6",
+        ),
     ],
     ids=["broken", "no text", "missing", "swapped"],
 )
@@ -276,6 +282,40 @@ def test_what_the_toolkit_does_not_tell_fails_the_stage(files, tmp_path, dolma, 
     pairs = [{**first, "documents": other}, second]
     with pytest.raises(ValueError, match=message):
         tell({**files, "pairs": pairs}, tmp_path, dolma, exact=True)
+
+
+NESTED = "[" * 127 + "]" * 127
+ODD = {  # what `dolma tokens` reads and `dolma dedupe` does not
+    "more": ('{"id": "a", "text": "b", "more": 1e400}', "a number that no float holds"),
+    "whole": (f'{{"id": "a", "text": "b", "more": -{"9" * 400}}}', "a number that no float holds"),
+    "deep": (f'{{"id": "a", "text": "b [[", "more": {NESTED}}}', "more than 127 lists and objects"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_line_that_only_dedupe_cannot_read_is_named(files, tmp_path, dolma, case):
+    line, message = ODD[case]
+    lines = ['{"id": "g", "text": "c"}', "broken", line, '{"id": "h", "text": "d"}']
+    (tmp_path / "source.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    made = {kind: tmp_path / kind for kind in ("documents", "heldout", "table")}
+    documents.build(source=tmp_path / "source.gz", name="s.gz", allow=("bad-json",), **made)
+    said = f"^s.gz:3: expected a document that dolma dedupe can read, found {message}"
+    with pytest.raises(ValueError, match=said):
+        tell({**files, "pairs": [made, files["pairs"][1]]}, tmp_path / "one", dolma, exact=True)
+    against = {**files, "against": made["documents"]}
+    with pytest.raises(ValueError, match=f"documents:2: expected a document .* found {message}"):
+        tell(against, tmp_path / "two", dolma, ngram=13)
+
+
+def test_what_dedupe_reads_is_not_refused():
+    for line in (
+        b'{"a": 1e308, "b": [-1, 2.5e-400]}',
+        b'{"a": "[[[{ 1e999 \\" [["}',
+        NESTED[1:-1].encode(),
+    ):
+        assert module.unreadable(line) is None
+    assert module.unreadable(f'{{"a": {NESTED[1:-1]}}}'.encode()) is None
+    assert module.unreadable(f'{{"a": {NESTED}}}'.encode())
 
 
 def test_attributes_of_other_documents_are_refused(files, told, tmp_path, dolma):

@@ -4,6 +4,7 @@ Nodes are processes of this machine: `srun` is a script that starts the torchrun
 side by side, and everything below it is real. The scheduler's own is in tests/slurm.
 """
 
+import errno
 import os
 import shutil
 import signal
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_run import given, metrics, until
 
 from olmo import sealed
+from olmo.config import TrainConfig
 from olmo.launch import (
     Geometry,
     asking_it_to_stop,
@@ -26,6 +29,8 @@ from olmo.launch import (
 )
 from olmo.process import MARKER, SEGMENTS, Paused
 from olmo.recipe import Run
+from olmo.train.__main__ import main as trainer
+from olmo.train.pending import NotFinite
 from olmo.train.segments import conditions, segments
 
 SRUN = """#!/bin/sh
@@ -339,6 +344,51 @@ LAUNCH = (
     "r.train.__annotations__ = dict(config=str);"
     "main(['train', '--config', sys.argv[1]])"
 )
+
+
+@pytest.mark.slow
+def test_what_would_fail_again_is_said_and_no_more(tmp_path: Path) -> None:
+    wrong = {"optimizer": {"learning_rate": 1e30}, "max_grad_norm": None}
+    config = given(tmp_path, **wrong, scheduler={"name": "constant"}, evaluators=[])
+    said = r"^training failed: step 2: the gradient is not finite .* or max_grad_norm$"
+    with pytest.raises(ChildProcessError, match=said):
+        launch(config, Geometry(1), threads=1)
+    (config.parent / "metrics.jsonl").unlink()
+    launch(given(tmp_path, max_duration=1, evaluators=[]), Geometry(1), threads=1)
+    assert not (config.parent / "cause.json").exists(), "of an earlier attempt"
+
+
+@pytest.mark.parametrize(
+    "error, repeats",
+    [
+        (ValueError("a setting"), True),
+        (FileNotFoundError("no token file"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (ConnectionResetError("a mirror"), False),
+        (torch.OutOfMemoryError("of a GPU"), True),
+        (NotFinite("a step"), True),
+    ],
+)
+def test_the_trainer_says_whether_another_start_would_fail_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, repeats: bool
+) -> None:
+    def fail(cfg: TrainConfig) -> int:
+        raise error
+
+    config = given(tmp_path)
+    monkeypatch.setattr("olmo.train.loop.train", fail)
+    assert trainer([str(config)]) > 0
+    assert not (config.parent / "cause.json").exists(), "nobody launched it"
+    monkeypatch.setenv("OLMO_LAUNCHED", "1")
+    assert trainer([str(config)]) > 0
+    cause = sealed.read(config.parent / "cause.json")
+    assert cause["repeats"] is repeats and str(error) in cause["said"]
+    (tmp_path / "cause.json").write_text(sealed.dumps(cause))
+    again = ["sh", "-c", f"cp {tmp_path}/cause.json {config.parent}; exit 1"]
+    monkeypatch.setattr("olmo.launch.launcher", lambda *_: again)
+    with pytest.raises(ChildProcessError, match=r"^training failed: ") as raised:
+        launch(config, Geometry(1), threads=1)
+    assert ("carries on" in str(raised.value)) is not repeats
 
 
 @pytest.mark.slow

@@ -14,7 +14,10 @@ PACKAGE = Path(__file__).parents[2] / "olmo"
 LEAVES: dict[str, set[str]] = {
     "lazy": set(),
     "kinds": set(),
-    "strict": {"bucket", "urls"},  # to look into one, where a config asks for its last checkpoint
+    "patterns": set(),
+    "numbers": set(),
+    # A bucket, to look into one where a config asks for its last checkpoint.
+    "strict": {"bucket", "patterns", "urls"},
     "config": {"kinds", "strict"},
     "log": {"urls"},
     "plugin": set(),

@@ -1,5 +1,7 @@
 """The plan: names of files, from configs and recipes, without running anything."""
 
+import json
+import math
 import os
 import shlex
 from pathlib import Path
@@ -56,6 +58,46 @@ def test_a_file_among_the_results_of_runs_is_refused():
     Path("eval/questions.json.gz").touch()
     with pytest.raises(ValueError, match="but eval/ is for results"):
         plan(sources={"files": ["eval/*.gz"]}).sources("mine")
+
+
+def test_a_pattern_takes_all_that_it_says_and_tells_how_many(capsys: pytest.CaptureFixture[str]):
+    for name in ("web/a", "web/deep/b", "c"):
+        Path("corpus", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("corpus", f"{name}.json.gz").touch()
+    every = plan(
+        sources={"files": ["corpus/**/*.json.gz", "corpus/c.json.gz"]},
+        decontaminate={"against": ["corpus/**/*.json.gz"]},
+    )
+    assert [source.name for source in every.sources("mine")] == ["c", "a", "b", "c"]
+    found = ["corpus/c.json.gz", "corpus/web/a.json.gz", "corpus/web/deep/b.json.gz"]
+    assert every.against("mine") == every.against("mine") == found
+    assert capsys.readouterr().err.splitlines() == [
+        "mine: sources.files names 4 files, 1 of them again",
+        "mine: decontaminate.against names 3 files",
+    ]
+
+
+def test_a_pattern_that_takes_nothing_or_too_much_is_refused():
+    Path("data/mine/sources").mkdir(parents=True)
+    Path("data/mine/sources/part-0.json.gz").touch()
+    for files, message in (
+        (["in/**/*.jsonl"], r"names in/\*\*/\*.jsonl, which does not exist"),
+        (["**/*.json.gz"], "names data/mine/sources/part-0.json.gz, but data/mine/ is for what"),
+        (["in"], "expected files, found the folder in; end the pattern"),
+        (["https://x/a.json.gz"], "found the URL https://x/a.json.gz; download it first"),
+    ):
+        with pytest.raises(ValueError, match=f"^config/data/mine.yaml: sources.files.*{message}"):
+            plan(sources={"files": files}).sources("mine")
+    weights = {"weights": ["part-*=2", "parts-*=0.5"]}
+    with pytest.raises(ValueError, match=r"weights: parts-\* fits no source; they are part-0, par"):
+        plan(documents=weights).sources("mine")
+
+
+def test_names_of_files_alike_in_many_folders():
+    deep = "1/2/3/4/5/6/7/x.gz"
+    found = named([Source("", f"{top}/{deep}") for top in "ab"])
+    assert [source.name for source in found] == ["a-1-2-3-4-5-6-7-x", "b-1-2-3-4-5-6-7-x"]
+    assert named([]) == [] and named([Source("", "https://host")])[0].name == "_"
 
 
 def test_a_place_and_its_mirrors_are_parted_again():
@@ -143,6 +185,25 @@ def test_a_run_without_a_data_set_takes_the_tokens_that_its_config_names():
         given.recipe("r")
 
 
+def test_patterns_in_a_config_that_match_nothing():
+    Path("t.npy").touch()
+
+    def given(data: str) -> Plan:
+        Path("t.yaml").write_text(f"data: {data}")
+        return Plan({"runs": {"r": {"train": "t.yaml"}}})
+
+    for data, message in (
+        ("{paths: '${path.glob:none/*.npy}'}", "expected files in data.paths"),
+        ("{paths: '${path.glob:*.npy,none/*.npy}'}", r"no file matches none/\*.npy"),
+        (
+            "{datasets: {a: '${path.glob:*.npy}', b: '${path.glob:no/*.npy}'}}",
+            "data.datasets.b: expected files, found none",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^t.yaml: .*{message}"):
+            given(data).recipe("r")
+
+
 def test_a_run_is_asked_what_there_is_to_ask():
     held = plan(documents={"heldout_share": 0.1})
     assert held.heldout("r") == ["checkpoints/r/heldout.json"]
@@ -190,10 +251,34 @@ def test_numbers_that_cannot_be_are_told_when_it_is_planned():
         ("tokenizer", "train_vocab_size", -1, "at least 1"),
         ("tokenizer", "pad_token_id", -1, "at least 0"),
         ("instructions", "sequence_length", 0, "at least 1"),
+        ("sources", "stdlib", 10**9, "from 1 to 100"),
+        ("documents", "heldout_share", math.nan, "a number"),
+        ("documents", "keep_one_in", -1, "at least 1"),
+        ("documents", "keep_one_in", 1.5, "a whole number"),
+        ("documents", "keep_one_in", math.inf, "a whole number"),
     ):
         message = f"^config/data/mine.yaml: {part}.{key}: expected {wanted}.* found {value}"
         with pytest.raises(ValueError, match=message):
             plan(**{part: {**RECIPE.get(part, {}), key: value}}).recipe("mine")
+
+
+def test_numbers_of_a_run_and_of_weights_are_told_when_it_is_planned():
+    for weight in ("a", "a=x", "=2", "a=0", "a=-1", "a=nan", "a=inf", "a=1e12"):
+        message = f"^config/data/mine.yaml: documents.weights: expected .* found '{weight}'"
+        with pytest.raises(ValueError, match=message):
+            plan(documents={"weights": [weight]}).recipe("mine")
+    model = {"vocab_size": 512, "eos_token_id": 0, "pad_token_id": 1}
+    for config, message in (
+        ({"global_train_batch_size": 0}, "global_train_batch_size: expected at least 1, found 0"),
+        ({"eval_interval": 0}, "eval_interval: expected at least 1, found 0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm: expected a number, found nan"),
+        ({"scheduler": {"t_warmup": math.nan}}, "t_warmup: expected int or float, found nan"),
+    ):
+        Path("t.yaml").write_text(yaml.safe_dump({"model": model, **config}))
+        with pytest.raises(ValueError, match=f"^t.yaml: .*{message}"):
+            plan().train_config("r")
+    Path("t.yaml").write_text("global_train_batch_size: 1e9\nmodel: " + json.dumps(model))
+    assert plan().train_config("r").global_train_batch_size == 10**9
 
 
 def test_the_next_steps_can_be_pasted():
@@ -201,11 +286,12 @@ def test_the_next_steps_can_be_pasted():
     assert not next_steps(made)
     final = Path("checkpoints/r/final")
     final.mkdir(parents=True)
-    losses = {"heldout": {"first": 8.0, "last": 5.0}}
+    losses = {"heldout": {"first": 8.0, "last": 5.0}, "b": {"first": "Infinity", "last": "NaN"}}
     facts = {"steps": 10, "tokens": 2000, "heldout_loss": losses}
     (final / "record.json").write_text(sealed.dumps({"facts": facts}))
     told = next_steps(made)
     assert "r/final is ready: 10 steps, 2,000 tokens" in told and "8.000 → 5.000" in told
+    assert "b: held-out loss inf → nan" in told
     commands = [line.split(": ", 1)[1].strip() for line in told.splitlines() if " run " in line][:3]
     assert [command.split()[:3] for command in commands] == [
         ["uv", "run", "olmo"],

@@ -258,6 +258,22 @@ def test_a_malformed_conversation_is_named_and_dropped_where_allowed(make, reaso
     assert made.facts["examples"] == 1
 
 
+@pytest.mark.parametrize("half", ["\\ud83d", "\\udc00", "a\\ude00\\ud83d"])
+@pytest.mark.parametrize("messages, reason", [(None, "no-messages"), ("talk", "surrogate")])
+def test_half_a_surrogate_pair_in_an_id(make, half: str, messages: str | None, reason: str):
+    good = talk("What is 1?", "It is 1.")
+    said = "null" if messages is None else json.dumps(good["messages"])
+    bad = f'{{"id": "{half}", "messages": {said}}}'
+    with pytest.raises(ValueError, match=rf"talks.gz:2: {reason}\nMend the source, or allow"):
+        make(good, bad)
+    made = make(good, bad, allow=(reason,), heldout_share=0.5)
+    assert made.kept["drops"] == {reason: 1}
+    dropped = polars.read_parquet(made.folder / "table").filter(split="dropped")
+    assert dropped["id"].to_list() == [None] and dropped["line"].to_list() == [2]
+    whole = talk("What is 1?", "It is 1.", id="\U0001f600")
+    assert make(whole).kept["documents"] == 1
+
+
 @pytest.mark.parametrize(
     "messages",
     ["hello", [1], ["hello"], {"role": "user"}, [{"role": "user"}], [{"content": "a"}]],

@@ -472,13 +472,11 @@ def test_a_local_file_that_is_not_gz_says_how_to_make_it_one(tmp_path):
     text.write_text('Some "plain" text,\nof two lines: naïve.\n')
     with pytest.raises(ValueError, match=r'a gz file of JSON lines with "id" and "text"') as raised:
         check(text, str(text), None, None)
-    gzipped, made = re.findall("`(.*?)`", str(raised.value), re.DOTALL)
+    (made,) = re.findall("`(.*?)`", str(raised.value), re.DOTALL)
     subprocess.run(["bash", "-c", made], check=True)
     document = json.loads(gzip.decompress(Path(f"{text}.json.gz").read_bytes()))
     assert document == {"id": str(text), "text": text.read_text()}
-    subprocess.run(["bash", "-c", gzipped], check=True)
-    for made_of_it in (f"{text}.json.gz", f"{text}.gz"):
-        assert check(Path(made_of_it), made_of_it, None, None) > 0
+    assert check(Path(f"{text}.json.gz"), "", None, None) > 0
     (tmp_path / "draft").write_text("x")
     with pytest.raises(ValueError, match=r"expected gzip, found .* Check its URL"):
         check(tmp_path / "draft", "https://a.org/x.gz", None, None)

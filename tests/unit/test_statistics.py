@@ -45,6 +45,7 @@ def test_documents_bytes_tokens_lengths_and_drops_are_counted(shards, tmp_path):
     out = {"summary": tmp_path / "summary", "text": tmp_path / "text"}
     facts = statistics.build(**shards, **out)
     assert facts == {
+        "files": len(shards["tables"]),
         "train": {"documents": 5, "bytes": 50, "tokens": 20},
         "heldout": {"documents": 1, "bytes": 20, "tokens": 7},
     }

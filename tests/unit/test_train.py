@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -218,6 +219,26 @@ def test_not_finite_leaves_everything_as_it_was(tmp_path: Path, interval: int) -
     assert not (tmp_path / "run/finished.json").exists()
 
 
+def test_going_on_past_what_was_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the message tells: step 6 failed, the newest checkpoint is step 4's."""
+    bad = {"optimizer": {"learning_rate": 1e30}, "max_grad_norm": None, "evaluators": []}
+    with pytest.raises(NotFinite) as caught:
+        run(tmp_path, scheduler={"name": "constant"}, save_folder=str(tmp_path / "bad"), **bad)
+    flags = "--try_load_latest_save --fast_forward_batches=N, once: N is 2 less the newest checkp"
+    assert flags in str(caught.value)
+    monkeypatch.setenv("OLMO_LAUNCHED", "1")
+    with pytest.raises(NotFinite) as caught:
+        run(tmp_path, scheduler={"name": "constant"}, save_folder=str(tmp_path / "again"), **bad)
+    assert "fast_forward" not in str(caught.value), "which a run of the pipeline may not have"
+    assert run(tmp_path, stop_after=5, save_interval_unsharded=4, evaluators=[]) == PAUSED
+    shutil.rmtree(tmp_path / "run/step5-unsharded")
+    ids = order.global_indices(203, 6198).tolist()
+    again = {"try_load_latest_save": True, "fast_forward_batches": 6 - 4, "stop_after": 1}
+    assert run(tmp_path, evaluators=[], **again) == PAUSED
+    lines = gzip.decompress((tmp_path / "run/data-indices/rank0.tsv.gz").read_bytes()).decode()
+    assert lines.splitlines()[-1].split("\t") == ["5", *map(str, ids[6 * 8 : 7 * 8])], "the 7th"
+
+
 def test_sigterm_saves_and_leaves_with_its_own_code(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"max_duration": 100_000, "save_interval_unsharded": 50_000}
     process = start(tmp_path, **changes)
@@ -294,6 +315,12 @@ def test_a_fresh_optimizer_warms_up_again(tmp_path: Path) -> None:
         ({"load_path": "nowhere"}, "no checkpoint folder at nowhere"),
         ({"save_folder": "http://x/y"}, "save_folder: expected a local folder, found http://x/y"),
         ({"precision": "fp8"}, "precision: expected one of amp_bf16"),
+        ({"global_train_batch_size": -8}, "global_train_batch_size: expected at least 1, found -8"),
+        ({"model": {"n_heads": 0}}, "model.n_heads: expected at least 1, found 0"),
+        ({"model": {"residual_dropout": 1.5}}, "residual_dropout: expected from 0 to 1, found 1.5"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm: expected at least 0, found -1.0"),
+        ({"scheduler": {"t_max": float("inf")}}, "scheduler.t_max: expected from 0 .* found inf"),
+        ({"evaluators": [{"label": "x", "device_eval_batch_size": 0}]}, "evaluators.x.device_eval"),
         ({"use_msamp": True}, "the package msamp .* needs torch 2.1 .*--use_msamp=false"),
         ({"use_msamp": True, "optimizer": {"name": "lionw"}}, "MS-AMP has AdamW only, not lionw"),
     ],

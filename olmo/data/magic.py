@@ -1,0 +1,106 @@
+"""What a file is that is not gz, by how it begins; and the command that makes gz of it."""
+
+from __future__ import annotations
+
+import codecs
+import shlex
+from pathlib import Path
+
+GZIP = b"\x1f\x8b"
+BOM = b"\xef\xbb\xbf"
+AS_LINES = "uv run python -c 'import polars, sys; polars.{}(sys.argv[1]).write_ndjson(sys.stdout)'"
+FROM_ARRAY = (
+    "python3 -c 'import json, sys; "
+    '[print(json.dumps(row)) for row in json.load(open(sys.argv[1], encoding="utf-8"))]\''
+)
+
+# How a kind begins, its name, and what writes the text of a file of it, named after it, to stdout.
+KINDS = (
+    (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
+    (b"BZh", "bzip2", "bzip2 -dc"),
+    (b"\xfd7zXZ\0", "xz", "xz -dc"),
+    (b"\x04\x22\x4d\x18", "lz4", "lz4 -dc"),
+    (b"\x1f\x9d", "compress (.Z)", "gzip -dc"),
+    (b"PK\x03\x04", "a zip archive", "unzip -p"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z e -so"),
+    (b"PAR1", "parquet", AS_LINES.format("read_parquet")),
+    (b"ARROW1", "Arrow's IPC format", AS_LINES.format("read_ipc")),
+    (BOM, "text that begins with a byte order mark (UTF-8)", "tail -c +4"),
+    (b"\xff\xfe\0\0", "UTF-32 text", "iconv -f UTF-32 -t UTF-8"),
+    (b"\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "UTF-16 text", "iconv -f UTF-16 -t UTF-8"),
+    (b"{\0", "UTF-16 text", "iconv -f UTF-16LE -t UTF-8"),
+    (b"\0{", "UTF-16 text", "iconv -f UTF-16BE -t UTF-8"),
+    (b"\x93NUMPY", "a numpy file", ""),
+    (b"SQLite format 3", "an SQLite database", ""),
+    (b"%PDF", "PDF", ""),
+)
+PACKED = (".zst", ".bz2", ".xz", ".lz4", ".Z", ".zip", ".7z", ".tar", ".parquet", ".arrow")
+LFS = b"version https://git-lfs.github.com/"
+PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
+
+# Writes FILE.json.gz beside each file of plain text.
+AS_DOCUMENTS = (
+    'python3 -c \'import gzip, json, sys; [open(f + ".json.gz", "wb").write(gzip.compress('
+    'json.dumps({"id": f, "text": open(f, encoding="utf-8").read()}).encode() + b"\\n")) '
+    "for f in sys.argv[1:]]'"
+)
+
+
+def kind_of(start: bytes) -> tuple[str, str]:
+    """What a file is by its first 512 bytes, and the command that writes its text to stdout.
+
+    The command lacks the file's name, and is empty where there is none.
+    """
+    for magic, kind, command in KINDS:
+        if start.startswith(magic):
+            return kind, command
+    if start[257:262] == b"ustar":
+        return "a tar archive", "tar -xOf"
+    if start.startswith(GZIP):
+        return "gzip", "gzip -dc"
+    text = start.lstrip()
+    if not start:
+        return "an empty file", ""
+    if text.lower().startswith(PAGES):
+        return f"a web page, most likely a server's error message ({start[:60]!r}…)", ""
+    if start.startswith(LFS):
+        return "a Git LFS pointer, no data: `git lfs pull` fetches that", ""
+    if text.startswith(b"{"):
+        return "JSON lines that are not compressed", "cat"
+    if text.startswith(b"["):
+        return "a JSON array", FROM_ARRAY
+    try:
+        letters = codecs.getincrementaldecoder("utf-8")().decode(text)  # the last one may be cut
+        plain = not any(letter < " " and letter not in "\t\n\r\f" for letter in letters)
+    except UnicodeDecodeError:
+        plain = False
+    return f"{'plain text' if plain else 'something else'} ({start[:16]!r}…)", ""
+
+
+def into_gz(name: str, command: str) -> str:
+    """A command line that makes gz of the file `name`, whose text `command` writes to stdout.
+
+    What is called .gz already is kept beside it, as <name>.orig.
+    """
+    path, quoted = Path(name), shlex.quote(name)
+    if path.suffix == ".gz":
+        kept = shlex.quote(f"{name}.orig")
+        return f"mv {quoted} {kept} && {command} {kept} | gzip > {quoted}"
+    stem = str(path.with_suffix("")) if path.suffix in PACKED else name
+    return f"{command} {quoted} | gzip > {shlex.quote(f'{stem}.gz')}"
+
+
+def hint(line: bytes) -> str:
+    """What is wrong with a line of a gz file's text that is no JSON, and the command that mends it;
+    "" where that cannot be told."""
+    unpacked = "gzip -dc FILE"
+    if line.startswith(BOM):
+        command = f"{unpacked} | LC_ALL=C sed 's/^\\xef\\xbb\\xbf//' | gzip > MENDED.gz"
+        return f"it begins with a byte order mark; take it out: `{command}`"
+    kind, command = kind_of(line[:512])
+    if kind.startswith("UTF-"):
+        return f"it is {kind}: `{unpacked} | {command} | gzip > MENDED.gz`"
+    if kind == "a tar archive":
+        return f"it is {kind} within gzip: `tar -xzOf FILE | gzip > MENDED.gz`"
+    return "it is gzip within gzip: `gzip -dc FILE > MENDED.gz`" if kind == "gzip" else ""

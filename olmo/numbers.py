@@ -1,0 +1,53 @@
+"""Numbers at the edge: what no float holds, and what JSON has no word for."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+# As protobuf writes them in JSON, and as `float` reads them.
+NOT_FINITE = {word: float(word) for word in ("Infinity", "-Infinity", "NaN")}
+
+
+def perplexity(loss: float) -> float:
+    """e to the power of a loss in nats; inf where no float holds it, NaN of NaN.
+
+    >>> perplexity(0.0), perplexity(1e4)
+    (1.0, inf)
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def as_words(value: Any) -> Any:
+    """A value for JSON: its numbers that are not finite as words.
+
+    >>> as_words({"losses": [1.5, -math.inf, math.nan]})
+    {'losses': [1.5, '-Infinity', 'NaN']}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+    if isinstance(value, dict):
+        return {key: as_words(inner) for key, inner in value.items()}
+    return [as_words(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """`json.dumps`, but valid JSON of numbers that are not finite, too: they are words."""
+    return json.dumps(as_words(value), allow_nan=False, **options)
+
+
+def from_json(text: str | bytes) -> Any:
+    """What `to_json` wrote, with these numbers back: for what has no such words of its own.
+
+    >>> from_json('{"loss": "Infinity", "of": "heldout"}')
+    {'loss': inf, 'of': 'heldout'}
+    """
+
+    def back(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {k: NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in pairs}
+
+    return json.loads(text, object_pairs_hook=back)
