@@ -100,7 +100,7 @@ class Bucket:
         """A small file's content; TooLong for one of more than `most` bytes."""
         refuse_too_long(f"{self.url}/{name}", self.size(name) or 0, most)
         with self._told(name):
-            return self._fs.cat_file(f"{self._root}/{name}", start=0, end=most)
+            return self._fs.cat_file(f"{self._root}/{name}")
 
     def remove(self, name: str) -> None:
         with self._told(name):

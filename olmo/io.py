@@ -296,7 +296,12 @@ class Download:
                 try:
                     refuse_too_long(self.url, size, self.most)
                     self.leave_room()
-                except (TooLong, NoRoom):
+                    if self.told["bytes"] is not None and size > self.told["bytes"]:
+                        raise Passing(
+                            f"the server sends more than the {self.told['bytes']:,} bytes"
+                            " that it told"
+                        )
+                except (TooLong, NoRoom, Passing):
                     file.truncate(0)
                     self.forget()
                     raise

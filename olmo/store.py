@@ -16,7 +16,7 @@ them the paths that people use. Consumers know an
 input by its content, not by the action that made it: where an edit upstream ends in equal bytes,
 everything after it is found again.
 
-Imports nothing of ours but `action`, `lease` and `sealed`.
+Imports nothing of ours but `action`, `foreign`, `lease` and `sealed`.
 """
 
 import errno
@@ -33,7 +33,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from olmo import sealed
+from olmo import foreign, sealed
 from olmo.action import Action, canonical
 from olmo.lease import lease, see_anew
 from olmo.sealed import Damaged, sync_folder
@@ -290,15 +290,10 @@ class Store:
             ValueError: its parts are not of one piece.
             TwoContents: another content is known for it here, under equal conditions.
         """
-        asked = Action(**record["action"])
-        whole = asked.key == record["key"] and content(record["outputs"]) == record["content"]
-        inside = all(
-            not name.startswith("/") and ".." not in name.split("/")
-            for output in record["outputs"].values()
-            for name in [*output.get("files", {}), *output.get("aside", {})]
-        )
-        if not (whole and inside):
-            raise ValueError(f"the record {record['key'][:12]}… was changed after it was written")
+        whose = f"the record {record['key'][:12]}…"
+        asked = Action(**foreign.record(record, record["key"], whose)["action"])
+        if asked.key != record["key"] or content(record["outputs"]) != record["content"]:
+            raise ValueError(f"{whose} was changed after it was written")
         self._compare(record)
         if self.record(record["key"]) is None:
             self._write_record(record)

@@ -23,8 +23,8 @@ from urllib.parse import quote
 Given = TypeVar("Given")
 
 # Up to the @, also where someone left a / or # of a password as it is: then what follows the : is
-# no port.
-_USER = r"(?:[^\s/?#]*@|[^\s/?#:\[]*:(?!\d*(?:[/?#\s]|$))\S*?@)"
+# no port. In hf://name@revision/file it is no user.
+_USER = r"(?<!hf://)(?:[^\s/?#]*@|[^\s/?#:\[]*:(?!\d*(?:[/?#\s]|$))\S*?@)"
 _USERINFO = re.compile(rf"(?<=://){_USER}")
 _URL = re.compile(rf"[A-Za-z][\w.+-]*://{_USER}?[^\s#]*")
 _ORIGIN = re.compile(rf"([A-Za-z][\w.+-]*://)({_USER})?([^\s/?#]*)")

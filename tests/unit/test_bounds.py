@@ -36,7 +36,16 @@ class Endless(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.path == "/liar" and "Range" not in self.headers:
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(BLOCK)  # and hangs up
+            self.close_connection = True
+            return
         self.send_response(206 if "Range" in self.headers else 200)
+        if self.path == "/liar":
+            self.send_header("Content-Range", f"bytes {len(BLOCK)}-99999/100000")
         if self.path == "/told":
             self.send_header("Content-Length", str(10**15))
         elif self.path == "/nonsense":
@@ -105,6 +114,15 @@ def test_an_object_of_a_second_store_has_its_records_size(endless: str, tmp_path
     with pytest.raises(ValueError, match="expected 268,435,456 bytes at most"):
         source_list(url=f"{endless}/list", table=Path("sources.tsv"))
     assert kept(tmp_path) < 10_000
+
+
+def test_a_rest_is_no_longer_than_the_whole_was_told(
+    endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(io, "FRUITLESS", 2)
+    with pytest.raises(ValueError, match="gave up after 2 attempts"):
+        download(url=f"{endless}/liar", source=Path("a.gz"))
+    assert kept(tmp_path) < 200_000 and Endless.sent < 100e6
 
 
 def test_a_range_is_no_longer_than_asked(endless: str) -> None:

@@ -29,7 +29,7 @@ LEAVES: dict[str, set[str]] = {
     "foreign": set(),
     "urls": set(),
     "sealed": set(),
-    "store": {"action", "lease", "sealed"},
+    "store": {"action", "foreign", "lease", "sealed"},
     "naming": {"store", "lease", "sealed"},
 }
 # Rooms, and the rooms further along the one way that they must not know.

@@ -48,6 +48,7 @@ def no_secrets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         ("http://h/a.gz?id=7&page=2", "http://h/a.gz?id=7&page=2"),
         ("hf://datasets/owner/name@main/a.gz", "hf://datasets/owner/name@main/a.gz"),
+        ("hf://name@main/a.json", "hf://name@main/a.json"),
         ("http://h:8000/@me/a?mail=a@b.org", "http://h:8000/@me/a?mail=a@b.org"),
         ("http://[::1]:80/a@b", "http://[::1]:80/a@b"),
         ("http://h/a?Expires=1&x=2", "http://h/a?Expires=1&x=2"),
