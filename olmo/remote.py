@@ -320,8 +320,8 @@ def read_record(remote: Remote, key: str, folder: Path) -> Record:
         found = parse(read(remote, record_name(key), folder), whose)
     except NotThere:
         raise ValueError(f"{remote.url}: the record {key[:12]}… is gone; push again") from None
-    except Damaged as error:
-        raise Damaged(f"{error}; push again") from None
+    except Damaged:
+        raise Damaged(f"{whose}: the record was changed after it was written; push again") from None
     record = foreign.record(found, key, whose)
     asked = Action(**record["action"]).key
     if asked != key or content(record["outputs"]) != record.get("content"):
