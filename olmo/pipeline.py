@@ -17,6 +17,7 @@ from olmo.config import BaseConfig, TrainConfig
 from olmo.data import source_table
 from olmo.data.documents import MESSAGES
 from olmo.data.source_table import Source, quoted
+from olmo.identity import identity
 from olmo.recipe import EvaluationConfig, Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
 from olmo.tokenizer import hub_name
 
@@ -70,6 +71,7 @@ class Plan:
                     f"expected the recipe {path}, found none; there are {', '.join(known)}"
                 )
             recipe = Recipe.load(path)
+            only_places(recipe, path, ("sources", "tokenizer.file", "decontaminate.against"))
             if (other := recipe.tokenizer.dataset) is not None:
                 self._borrowed[dataset] = other
                 ids = self.recipe(other).tokenizer
@@ -103,6 +105,10 @@ class Plan:
                         f"{recipe_path(dataset)} has {wanted}; set model.{name}: "
                         f"{wanted}"
                     )
+            try:
+                identity(cfg)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
             self._check_vocabulary(run, cfg)
             self._check_tuning(run, cfg)
             try:
@@ -374,7 +380,11 @@ class Plan:
 
     def evaluation(self, run: str) -> EvaluationConfig:
         path = self.run(run).evaluation
-        return EvaluationConfig() if path is None else EvaluationConfig.load(path)
+        if path is None:
+            return EvaluationConfig()
+        config = EvaluationConfig.load(path)
+        only_places(config, path, ("data", "task_files"))
+        return config
 
     def heldout(self, run: str) -> list[str]:
         """What is measured on the documents that a run's data set held out; [] where it has none.
@@ -419,6 +429,28 @@ def as_flags(config: BaseConfig | None) -> str:
     return shlex.join(words)
 
 
+def only_places(
+    config: BaseConfig, path: Path | str, allowed: tuple[str, ...], of: tuple[str, ...] = ("",)
+) -> None:
+    """Of the environment a stage's settings take local paths alone, in the keys that are `allowed`.
+
+    Anything else would stand in its command and its record, and may be a secret.
+
+    Args:
+        of: beginnings of the keys that are looked at.
+
+    Raises:
+        ValueError: another value comes from the environment.
+    """
+    for place, (text, value) in config.from_environment.items():
+        key = ".".join(map(str, place))
+        if key.startswith(of) and not (key.startswith(allowed) and "://" not in str(value)):
+            raise ValueError(
+                f"{path}: {key}: expected a value or a local path, found {text}, which records "
+                "would tell; write the value. Credentials have their own places: ~/.netrc, AWS_…"
+            )
+
+
 def recipe_path(dataset: str) -> Path:
     return Path(f"config/data/{dataset}.yaml")
 
@@ -427,6 +459,7 @@ def recipe_of(run: Run) -> Recipe:
     """The recipe that a run's training config implies: its token files, its tokenizer."""
     train = run.train
     cfg = TrainConfig.load(train, run.overrides, validate_paths=False)
+    only_places(cfg, train, ("",), ("data.", "tokenizer."))
     name = cfg.tokenizer.identifier
     here = Path(name).is_file()
     tokenizer = TokenizerConfig(

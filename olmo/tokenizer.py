@@ -89,8 +89,8 @@ class Tokenizer:
         from cached_path import cached_path
 
         path = cached_path(f"{str(checkpoint_dir).rstrip('/')}/config.yaml")
-        tokenizer = TokenizerConfig.load(path, key="tokenizer", validate_paths=False)
-        return cls._fitting(tokenizer, ModelConfig.load(path, key="model", validate_paths=False))
+        tokenizer = TokenizerConfig.load(path, key="tokenizer", foreign=True)
+        return cls._fitting(tokenizer, ModelConfig.load(path, key="model", foreign=True))
 
     @classmethod
     def _fitting(cls, config: TokenizerConfig, model: ModelConfig) -> Self:

@@ -288,7 +288,7 @@ def write(folder: Path, weights: Mapping[str, Tensor], config_yaml: str, tokeniz
     Raises ValueError for what transformers cannot express, and for a tokenizer of another model.
     """
     (folder / "config.yaml").write_text(config_yaml)
-    config = ModelConfig.load(folder / "config.yaml", key="model", validate_paths=False)
+    config = ModelConfig.load(folder / "config.yaml", key="model", foreign=True)
     named = exported(weights, config)
     kinds = {tensor.dtype for tensor in named.values()}
     if len(kinds) > 1:
@@ -358,7 +358,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], str]:
     own = folder / "config.yaml"
     if own.exists():
         config_yaml = own.read_text()
-        config = ModelConfig.load(own, key="model", validate_paths=False)
+        config = ModelConfig.load(own, key="model", foreign=True)
         written = config_json(config, getattr(torch, settings.get("dtype", "float32")))
         if changed := sorted(key for key in written if settings.get(key) != written[key]):
             raise ValueError(
@@ -375,7 +375,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], str]:
         cfg = TrainConfig().update_with(model=config)
         if tokenizer.exists():
             cfg = cfg.update_with(tokenizer=cfg.tokenizer.update_with(identifier=str(tokenizer)))
-        plain = cfg.asdict()
+        plain = cfg.as_written()
         config_yaml = to_yaml({key: plain[key] for key in ("model", "tokenizer")})
     try:
         return imported(_weights(folder), config), config_yaml
