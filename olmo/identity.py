@@ -46,6 +46,7 @@ FREE = frozenset(
         "eval_on_load",
         "device_eval_batch_size",
         "hf_datasets_cache_dir",
+        "single",
         "fused_loss",
         "device_train_batch_size",
         "device_train_grad_accum",
