@@ -58,6 +58,14 @@ CLASSES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "clip_qkv": ((None,), "it does not clip"),
     },
 }
+NEEDED = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
 NAMES = {"olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM"}
 # A block's two norms, which Olmo has without weights.
 NORMS = {
@@ -146,6 +154,8 @@ def model_config(settings: Mapping[str, Any], vocab_size: int | None = None) -> 
     kind = settings.get("model_type")
     if kind not in CLASSES:
         raise ValueError(f"config.json: expected model_type {' or '.join(CLASSES)}, found {kind!r}")
+    if missing := [key for key in NEEDED if not isinstance(settings.get(key), int)]:
+        raise ValueError(f"config.json: expected a number as {missing[0]}, found none")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     heads, width = settings["num_attention_heads"], settings["hidden_size"]
     for key, found, allowed in (
@@ -354,15 +364,19 @@ def read(folder: Path) -> tuple[dict[str, Tensor], str]:
 
     Raises ValueError for another architecture, and for weights or settings that do not fit.
     """
-    settings = json.loads((folder / "config.json").read_text())
+    try:
+        settings = dict(json.loads((folder / "config.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json is not readable as JSON: {error}") from error
     own = folder / "config.yaml"
     if own.exists():
         config_yaml = own.read_text()
         config = ModelConfig.load(own, key="model", foreign=True)
-        written = config_json(config, getattr(torch, settings.get("dtype", "float32")))
-        if changed := sorted(key for key in written if settings.get(key) != written[key]):
+        # Of what it says of the model: each version of transformers writes it in its own words.
+        written, says = config_json(config), config_json(model_config(settings, config.vocab_size))
+        if changed := sorted(key for key in written if says.get(key) != written[key]):
             raise ValueError(
-                f"{folder}: config.json says {changed[0]}={settings.get(changed[0])}, config.yaml "
+                f"{folder}: config.json says {changed[0]}={says.get(changed[0])}, config.yaml "
                 f"{written[changed[0]]}; remove config.yaml if config.json is right"
             )
     else:
