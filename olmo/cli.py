@@ -14,6 +14,7 @@ import select
 import signal
 import sys
 import textwrap
+import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from olmo.log import FAILED, LOG
+from olmo.log import FAILED, LOG, reason
 from olmo.process import PAUSED, Paused, die_with_supervisor
 from olmo.stage import Stage, require_store, role
 
@@ -105,8 +106,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
         sys.exit(1)
-    except (ValueError, FileNotFoundError, PermissionError, ChildProcessError) as error:
-        sys.exit(f"olmo {verb}: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"olmo {verb}: {reason(error)}")
+    except Exception as error:
+        if LOG not in os.environ:
+            raise
+        sys.exit(
+            f"olmo {verb}: a fault of olmo's own, {type(error).__name__}: {error}; the traceback "
+            f"is in {os.environ[LOG]}"
+        )
 
 
 def run(verb: str, words: Sequence[str]) -> None:
@@ -245,7 +253,10 @@ class copied_to:
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         if self.log is not None and error is not None:
             with self.log.open("a") as file:
-                file.write(f"{FAILED}{kind.__name__}: {error}\n")
+                if isinstance(error, Exception) and not isinstance(error, Paused):
+                    file.writelines(traceback.format_exception(error))
+                why = reason(error) if isinstance(error, Exception) else error
+                file.write(f"{FAILED}{kind.__name__}: {why}\n")
 
 
 if __name__ == "__main__":

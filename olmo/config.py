@@ -39,6 +39,7 @@ from olmo.kinds import TokenType as TokenType
 from olmo.kinds import TruncationDirection as TruncationDirection
 from olmo.strict import BaseConfig as BaseConfig
 from olmo.strict import ours
+from olmo.strict import read_yaml as read_yaml
 from olmo.strict import to_yaml as to_yaml
 
 # Keys of forks of OLMo that ours has no use for, with the values at which they change nothing (none

@@ -20,7 +20,16 @@ from types import FrameType
 from typing import Any
 
 from olmo.lease import see_anew
-from olmo.process import FINISHED, MARKER, SEGMENTS, STOP, Paused, describe_exit, supervised
+from olmo.process import (
+    CAUSE,
+    FINISHED,
+    MARKER,
+    SEGMENTS,
+    STOP,
+    Paused,
+    describe_exit,
+    supervised,
+)
 
 # Set for the ranks: the launcher above reads the marker, and torchrun is to see no failure in a
 # pause, or it would start them again.
@@ -82,7 +91,7 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
         ValueError: more nodes were asked for than there are.
     """
     folder = config.parent
-    for name in (STOP, MARKER, FINISHED):
+    for name in (STOP, MARKER, FINISHED, CAUSE):
         (folder / name).unlink(missing_ok=True)
     command = [*launcher(geometry, config), "-m", "olmo.train", str(config)]
     # One where none is asked for, as torchrun has it for several processes: bits depend on it, and
@@ -104,9 +113,16 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
         )
     # Of nodes that were lost meanwhile srun tells at the end, when the others have finished.
     if status and not (geometry.fewest < geometry.nodes and (folder / FINISHED).exists()):
+        if (folder / CAUSE).exists():
+            cause = (folder / CAUSE).read_text(errors="replace").strip(". \n")
+            raise ChildProcessError(
+                f"training ended early: {cause}. Its checkpoints are in {folder}: with that "
+                "mended, the same command carries on from the last"
+            )
         raise ChildProcessError(
-            f"training ended early ({describe_exit(status)}); what the trainer said stands above. "
-            f"Its checkpoints are in {folder}: the same command carries on from the last"
+            f"training ended early ({describe_exit(status)}), and no process of it said why: one "
+            "was killed, which `dmesg` tells if memory ran out, or crashed. Its checkpoints are in "
+            f"{folder}: the same command carries on from the last"
         )
 
 

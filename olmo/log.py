@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import TextIO
@@ -49,6 +50,26 @@ def keep(text: str) -> None:
     if path := os.environ.get(LOG):
         with open(path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
+
+
+def reason(error: Exception) -> str:
+    """An error in a sentence: what the system says of a file comes with what can be done.
+
+    >>> reason(FileNotFoundError(2, "No such file or directory", "/proc/x"))
+    '/proc/x: No such file or directory, and none can be made there; name another place'
+    """
+    if not isinstance(error, OSError) or error.filename is None or error.filename2 is not None:
+        return str(error)
+    remedies = {
+        errno.ENOENT: ", and none can be made there; name another place",
+        errno.ENOSPC: "; make room, then run the same command again",
+        errno.EDQUOT: "; make room, then run the same command again",
+        errno.EROFS: "; name a place that can be written",
+        errno.EACCES: "; name another place, or let this user use it",
+        errno.EPERM: "; name another place, or let this user use it",
+    }
+    place = "an open file" if isinstance(error.filename, int) else os.fsdecode(error.filename)
+    return f"{place}: {error.strerror}{remedies.get(error.errno or 0, '')}"
 
 
 def duration(seconds: float) -> str:

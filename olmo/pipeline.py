@@ -26,7 +26,10 @@ class Plan:
     """config/config.yaml and the recipes it leads to, read when they are asked for."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.pipeline = Pipeline.new(**config)
+        try:
+            self.pipeline = Pipeline.new(**config)
+        except ValueError as error:
+            raise ValueError(f"config/config.yaml: {error}") from error
         # Data sets that are tokens already: those of runs that name no other.
         self.given = {n: run for n, run in self.pipeline.runs.items() if not run.dataset}
         self._recipes: dict[str, Recipe] = {}
@@ -92,6 +95,7 @@ class Plan:
         """The run's training config, checked against the tokenizer that its data set names."""
         if run not in self._trains:
             path = self.run(run).train
+            expect_file(path, f"runs.{run}.train")
             cfg = TrainConfig.load(path, self.run(run).overrides, validate_paths=False)
             if cfg.data.custom_dataset is not None:
                 raise ValueError(f"{path}: data.custom_dataset is for `python -m olmo.train` alone")
@@ -198,6 +202,11 @@ class Plan:
         base = self.run(run).start_from if run in self.pipeline.runs else None
         if base is None or self.ours(base):
             raise ValueError(f"{run}: expected start_from with a checkpoint, found {base}")
+        if "://" not in base and not Path(base).exists():
+            raise ValueError(
+                f"config/config.yaml: runs.{run}.start_from: expected a run, a checkpoint that is "
+                f"there, or a URL of one; found {base}"
+            )
         return base
 
     # --- files ------------------------------------------------------------------------------
@@ -382,6 +391,7 @@ class Plan:
         path = self.run(run).evaluation
         if path is None:
             return EvaluationConfig()
+        expect_file(path, f"runs.{run}.evaluation")
         config = EvaluationConfig.load(path)
         only_places(config, path, ("data", "task_files"))
         return config
@@ -451,6 +461,15 @@ def only_places(
             )
 
 
+def expect_file(path: str, named_by: str) -> None:
+    """Raises ValueError where a file that config/config.yaml names is not there."""
+    if not Path(path).is_file():
+        raise ValueError(
+            f"config/config.yaml: {named_by} names {path}, which does not exist (looked in "
+            f"{Path.cwd()}); write the file, or name another"
+        )
+
+
 def recipe_path(dataset: str) -> Path:
     return Path(f"config/data/{dataset}.yaml")
 
@@ -458,6 +477,7 @@ def recipe_path(dataset: str) -> Path:
 def recipe_of(run: Run) -> Recipe:
     """The recipe that a run's training config implies: its token files, its tokenizer."""
     train = run.train
+    expect_file(train, "train of a run")
     cfg = TrainConfig.load(train, run.overrides, validate_paths=False)
     only_places(cfg, train, ("",), ("data.", "tokenizer."))
     name = cfg.tokenizer.identifier

@@ -32,6 +32,7 @@ PAUSED = 75
 STOP = "stop"  # a file in a run's folder: save and leave. It is gone when that is done
 MARKER = "paused.json"  # a file there: at which step and why a run has saved and left
 FINISHED = "finished.json"  # a file there of a run that came to its end
+CAUSE = "failed.txt"  # a file there: what ended a run before its end, in a sentence
 SEGMENTS = "segments.jsonl"  # a file there: from which step on it was trained on what
 
 

@@ -61,13 +61,7 @@ class BaseConfig:
         Raises ValueError for what cannot be read, unknown keys and values of the wrong type,
         FileNotFoundError for a missing file.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no config file at {path}")
-        try:
-            with open(path, encoding="utf-8") as stream:
-                raw = yaml.load(stream, _Loader)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not readable as YAML: {error}") from error
+        raw = read_yaml(path)
         raw = {} if raw is None else raw
         if key is not None and isinstance(raw, dict):
             if key not in raw:
@@ -336,6 +330,18 @@ def as_plain(value: Any, everything: bool = False) -> Any:
     if isinstance(value, (list, tuple)):
         return [as_plain(v, everything) for v in value]
     return value
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds; ValueError where it is unreadable or has a key twice."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no config file at {path}")
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return yaml.load(stream, _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = re.sub(r"\s+", " ", str(error))
+        raise ValueError(f"{path} is not readable as YAML: {reason}") from error
 
 
 def to_yaml(plain: dict[str, Any]) -> str:

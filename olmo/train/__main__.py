@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 USAGE = """\
 usage: python -m olmo.train CONFIG [--key=value | --key value | --flag]…
@@ -62,29 +64,42 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     from olmo.config import TrainConfig
-    from olmo.process import PAUSED
+    from olmo.log import keep, reason, say
+    from olmo.process import CAUSE, PAUSED
     from olmo.train.loop import train
     from olmo.train.pending import NotFinite
+    from olmo.train.saving import FailedElsewhere
+
+    def failed(error: object, only: bool = False) -> None:
+        """Say what ends this process, and leave it for the launcher: `only` where nobody has."""
+        say(f"{who}error: {error}")
+        cause = Path(arguments[0]).parent / CAUSE
+        if "OLMO_LAUNCHED" in os.environ and not (only and cause.exists()):
+            with contextlib.suppress(OSError):  # the disk may be full
+                draft = cause.with_suffix(f".{rank}")
+                draft.write_text(f"{who}{error}\n", encoding="utf-8")
+                draft.replace(cause)
 
     try:
         code = train(TrainConfig.load(arguments[0], overrides(arguments[1:])))
         return 0 if code == PAUSED and "OLMO_LAUNCHED" in os.environ else code
     except (ValueError, OSError) as error:
-        print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        failed(reason(error), only=isinstance(error, FailedElsewhere))
         return 2
     except torch.OutOfMemoryError as error:
-        print(f"{who}error: {out_of_memory(error)}", file=sys.stderr, flush=True)
+        failed(out_of_memory(error))
         return 2
     except NotFinite as error:
         if not rank:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            failed(error)
         return 1
-    except Exception:
+    except Exception as error:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             raise
         # Another process is gone, most likely, and a thread of ours may wait for it: leave at once.
         traceback.print_exc()
-        sys.stderr.flush()
+        keep(traceback.format_exc())
+        failed(f"{type(error).__name__}: {error}".partition("\n")[0], only=True)
         os._exit(1)
 
 
