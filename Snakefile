@@ -17,7 +17,9 @@ min_version("9.27")
 from olmo.damage import Damage
 from olmo.pipeline import Plan
 from olmo.plugin import mend
-from olmo.workspace import alone, failures, next_steps, surround_jobs
+from olmo.workspace import alone, next_steps, prepare, surround_jobs, tell_failures
+
+prepare("config/config.yaml")
 
 
 configfile: "config/config.yaml"
@@ -65,7 +67,7 @@ include: "rules/bench.smk"
 
 
 onstart:
-    alone()
+    alone(plan.store)
 
 
 onsuccess:
@@ -73,4 +75,4 @@ onsuccess:
 
 
 onerror:
-    print(failures())
+    tell_failures()

@@ -7,7 +7,6 @@ Commands are imported when they are called, so that `olmo order` does not wait f
 import argparse
 import ast
 import difflib
-import errno
 import importlib
 import inspect
 import os
@@ -15,6 +14,7 @@ import select
 import signal
 import sys
 import textwrap
+import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from olmo.log import FAILED, LOG
+from olmo.log import FAILED, LOG, reason
 from olmo.process import PAUSED, Paused, die_with_supervisor
 from olmo.stage import Stage, require_store, role
 from olmo.urls import entrusted, public
@@ -110,20 +110,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
         sys.exit(1)
-    except OSError as error:
-        sys.exit(public(f"olmo {verb}: {of_disk(error)}"))
-    except ValueError as error:
-        sys.exit(public(f"olmo {verb}: {error}"))
-
-
-def of_disk(error: OSError) -> str:
-    """What to do where a disk is full or fails; what else an OSError says is said as it is."""
-    text = str(error)  # polars' has no errno
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in text:
-        return f"the disk is full: {text}. Make room, then run the same again"
-    if error.errno == errno.EIO or "(os error 5)" in text:
-        return f"the disk, or its file system, fails: {text}. Mend it, then run the same again"
-    return text
+    except (ValueError, OSError) as error:
+        sys.exit(public(f"olmo {verb}: {reason(error)}"))
+    except Exception as error:
+        if LOG not in os.environ:
+            raise
+        sys.exit(
+            public(
+                f"olmo {verb}: a fault of olmo's own, {type(error).__name__}: {error}; the "
+                f"traceback is in {os.environ[LOG]}"
+            )
+        )
 
 
 def run(verb: str, words: Sequence[str]) -> None:
@@ -262,7 +259,10 @@ class copied_to:
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         if self.log is not None and error is not None:
             with suppress(OSError), self.log.open("a") as file:  # as may be what failed
-                file.write(public(f"{FAILED}{kind.__name__}: {error}\n"))
+                if isinstance(error, Exception) and not isinstance(error, Paused):
+                    file.writelines(map(public, traceback.format_exception(error)))
+                why = reason(error) if isinstance(error, Exception) else error
+                file.write(public(f"{FAILED}{kind.__name__}: {why}\n"))
 
 
 if __name__ == "__main__":

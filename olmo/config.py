@@ -40,7 +40,36 @@ from olmo.kinds import TokenType as TokenType
 from olmo.kinds import TruncationDirection as TruncationDirection
 from olmo.strict import BaseConfig as BaseConfig
 from olmo.strict import check_range, ours
+from olmo.strict import read_yaml as read_yaml
 from olmo.strict import to_yaml as to_yaml
+
+# Keys of forks of OLMo that ours has no use for, with the values at which they change nothing (none
+# named: any, as they act with another key only).
+OF_FORKS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "model": {
+        "use_liger": (False, None),
+        "use_mod": (False, None),
+        "mod_every": (),
+        "mod_capacity_factor": (),
+        "use_moe": (False, None),
+        "moe_num_experts": (),
+        "moe_top_k": (),
+    },
+    "": {"reset_scheduler_state": (False, None)},
+}
+
+
+def without_fork_keys(
+    plain: dict[str, Any], keys: dict[str, tuple[Any, ...]], where: str = ""
+) -> dict[str, Any]:
+    """A config without another fork's keys; ValueError where one asks for what ours has not."""
+    for key, off in keys.items():
+        if off and plain.get(key) not in off:
+            raise ValueError(
+                f"{where}{key}: expected false, found {plain[key]!r}: what this key of a fork of "
+                "OLMo asks for is not here (docs/deviations.md); take it out to train without"
+            )
+    return {key: value for key, value in plain.items() if key not in keys}
 
 
 @dataclass
@@ -100,6 +129,10 @@ class ModelConfig(BaseConfig):
                 f"{self.multi_query_attention}, which means {implied}; set n_kv_heads alone"
             )
         return implied
+
+    @classmethod
+    def update_legacy_settings(cls, plain: dict[str, Any]) -> dict[str, Any]:
+        return without_fork_keys(plain, OF_FORKS["model"], "model.")
 
 
 @dataclass
@@ -195,10 +228,16 @@ class DataConfig(BaseConfig):
 
     @property
     def effective_memmap_dtype(self) -> Any:
-        """The numpy type of the token files."""
+        """The numpy type of the token files. Raises TypeError for a name that numpy has not."""
         import numpy as np
 
-        return getattr(np, self.memmap_dtype)
+        try:
+            return getattr(np, TokenType(self.memmap_dtype))
+        except ValueError:
+            raise TypeError(
+                f"data.memmap_dtype: expected one of {', '.join(TokenType)}, found "
+                f"{self.memmap_dtype!r}"
+            ) from None
 
 
 @dataclass
@@ -250,6 +289,24 @@ class CompilerConfig(BaseConfig):
 class DDPConfig(BaseConfig):
     grad_sync_mode: DDPGradSyncMode = DDPGradSyncMode.batch
     find_unused_params: bool = False
+
+
+@dataclass
+class SingleGPUConfig(BaseConfig):
+    """Where one process trains, with distributed_strategy: single."""
+
+    device: str = "auto"  # cuda where there is one, else cpu
+
+    def get_device(self) -> Any:
+        """As torch has it; ValueError for a device that this machine, or this trainer, has not."""
+        import torch
+
+        there = torch.cuda.is_available()
+        if self.device.partition(":")[0] not in ("auto", "cpu", *["cuda"] * there):
+            has = "auto, cpu or cuda" if there else "auto or cpu, since torch sees no CUDA device"
+            raise ValueError(f"single.device: expected {has}; found {self.device!r}")
+        asked = ("cuda" if there else "cpu") if self.device == "auto" else self.device
+        return torch.device(asked)
 
 
 @dataclass
@@ -364,6 +421,9 @@ class TrainConfig(BaseConfig):
     distributed_strategy: DistributedStrategy | None = DistributedStrategy.fsdp
     fsdp: FSDPConfig | None = field(default_factory=FSDPConfig)
     ddp: DDPConfig | None = None
+    single: SingleGPUConfig = field(  # newer than OLMo's release
+        default_factory=SingleGPUConfig, metadata={"ours": True}
+    )
     softmax_auxiliary_loss: bool = False  # z-loss
     auxiliary_loss_multiplier: float | None = 1e-4
     time_limit: float | None = None  # seconds, then save and leave
@@ -450,4 +510,6 @@ class TrainConfig(BaseConfig):
             plain["activation_checkpointing"] = legacy[plain["activation_checkpointing"]]
         if isinstance(plain.get("optimizer"), dict):
             plain["optimizer"] = OptimizerConfig.update_legacy_settings(plain["optimizer"])
-        return plain
+        if isinstance(plain.get("model"), dict):
+            plain["model"] = ModelConfig.update_legacy_settings(plain["model"])
+        return without_fork_keys(plain, OF_FORKS[""])

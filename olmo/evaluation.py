@@ -31,7 +31,7 @@ def heldout(
     """
     named = {here().digest(path): str(path) for path in tokenizers}
     known = shards(here())
-    cfg = TrainConfig.load(checkpoint / "config.yaml", validate_paths=False)
+    cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
     ours = map(digest_of, cfg.data.paths or [])
     theirs = [entry.sha256 for entry in read(tokens, "heldout-tokens")]
     for digest in (known[name].tokenizer.name for name in (*ours, *theirs) if name in known):
@@ -281,7 +281,7 @@ def circumstances(checkpoint: Path) -> dict[str, Any]:
     """What the bits of a measurement depend on besides what was asked."""
     import torch
 
-    cfg = TrainConfig.load(checkpoint / "config.yaml", validate_paths=False)
+    cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),

@@ -46,6 +46,7 @@ FREE = frozenset(
         "eval_on_load",
         "device_eval_batch_size",
         "hf_datasets_cache_dir",
+        "single",
         "fused_loss",
         "device_train_batch_size",
         "device_train_grad_accum",
@@ -73,7 +74,18 @@ def identity(cfg: TrainConfig) -> dict[str, Any]:
     Plain values, ready for JSON. A field added later has its default in older runs and so does
     not change their identity. The data is not here: its files' digests are its identity, and the
     tokens' digests already depend on the tokenizer.
+
+    Raises:
+        ValueError: the environment decides one of them. It is no part of what a run is known by,
+            and may be a secret.
     """
+    for place, (text, _) in cfg.from_environment.items():
+        keys = [str(key) for key in place]
+        if not FREE & {".".join(keys[: n + 1]) for n in range(len(keys))}:
+            raise ValueError(
+                f"{'.'.join(keys)}: expected a value, since it decides what is trained; found "
+                f"{text}. Write the value, or give it in the run's overrides"
+            )
 
     def differing(config: Any, default: Any, where: str) -> dict[str, Any]:
         out: dict[str, Any] = {}

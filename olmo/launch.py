@@ -111,14 +111,18 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
         )
     # Of nodes that were lost meanwhile srun tells at the end, when the others have finished.
     if status and not (geometry.fewest < geometry.nodes and (folder / FINISHED).exists()):
-        carries_on = f"Its checkpoints are in {folder}: the same command carries on from the last"
+        kept = f"Its checkpoints are in {folder}"
         if (folder / CAUSE).exists():
             cause = sealed.read(folder / CAUSE)
-            remedy = "" if cause["repeats"] else f". {carries_on}"
-            raise ChildProcessError(f"training failed: {cause['said']}{remedy}")
+            mended = "with that mended, " if cause["repeats"] else ""
+            raise ChildProcessError(
+                f"training ended early: {cause['said']}. {kept}: {mended}the same command carries "
+                "on from the last"
+            )
         raise ChildProcessError(
-            f"training ended early ({describe_exit(status)}); what the trainer said stands above. "
-            + carries_on
+            f"training ended early ({describe_exit(status)}), and no process of it said why: one "
+            f"was killed, which `dmesg` tells if memory ran out, or crashed. {kept}: the same "
+            "command carries on from the last"
         )
 
 

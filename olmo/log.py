@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import TextIO
@@ -11,6 +12,15 @@ from olmo.urls import public
 # The log file of a stage, also for what it starts: `olmo <stage> --log FILE` sets it.
 LOG = "OLMO_LOG"
 FAILED = "failed: "  # begins the last words in the log of a command that failed
+REMEDIES = {
+    errno.ENOENT: ", and none can be made there; name another place",
+    errno.ENOSPC: ": the disk is full; make room, then run the same command again",
+    errno.EDQUOT: ": the quota is full; make room, then run the same command again",
+    errno.EIO: ": the disk, or its file system, fails; mend it, then run the same command again",
+    errno.EROFS: "; name a place that can be written",
+    errno.EACCES: "; name another place, or let this user use it",
+    errno.EPERM: "; name another place, or let this user use it",
+}
 
 _quiet = False
 
@@ -51,6 +61,26 @@ def keep(text: str) -> None:
     if path := os.environ.get(LOG):
         with open(path, "a", encoding="utf-8") as file:
             file.write(public(text) + "\n")
+
+
+def reason(error: Exception) -> str:
+    """An error in a sentence: what the system says of a file comes with what can be done.
+
+    >>> reason(FileNotFoundError(2, "No such file or directory", "/proc/x"))
+    '/proc/x: No such file or directory, and none can be made there; name another place'
+    """
+    if not isinstance(error, OSError):
+        return str(error)
+    number, said = error.errno or 0, str(error)
+    if not number:  # as polars gives it
+        number = next((n for n in REMEDIES if f"(os error {n})" in said), 0)
+    if error.filename is not None and error.filename2 is None:
+        place = error.filename
+        place = "an open file" if isinstance(place, int) else os.fsdecode(place)
+        said = f"{place}: {error.strerror}"
+    elif number not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return said  # it is in words already
+    return f"{said}{REMEDIES.get(number, '')}"
 
 
 def duration(seconds: float) -> str:

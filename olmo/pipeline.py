@@ -18,6 +18,7 @@ from olmo.config import BaseConfig, TrainConfig
 from olmo.data import source_table
 from olmo.data.documents import MESSAGES
 from olmo.data.source_table import Source, quoted
+from olmo.identity import identity
 from olmo.recipe import EvaluationConfig, Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
 from olmo.tokenizer import hub_name
 from olmo.unheeded import refuse_unheeded
@@ -27,7 +28,10 @@ class Plan:
     """config/config.yaml and the recipes it leads to, read when they are asked for."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.pipeline = Pipeline.new(**config)
+        try:
+            self.pipeline = Pipeline.new(**config)
+        except ValueError as error:
+            raise ValueError(f"config/config.yaml: {error}") from error
         # Data sets that are tokens already: those of runs that name no other.
         self.given = {n: run for n, run in self.pipeline.runs.items() if not run.dataset}
         self._recipes: dict[str, Recipe] = {}
@@ -72,6 +76,7 @@ class Plan:
                     f"expected the recipe {path}, found none; there are {', '.join(known)}"
                 )
             recipe = Recipe.load(path)
+            only_places(recipe, path, ("sources", "tokenizer.file", "decontaminate.against"))
             if (other := recipe.tokenizer.dataset) is not None:
                 self._borrowed[dataset] = other
                 ids = self.recipe(other).tokenizer
@@ -92,6 +97,7 @@ class Plan:
         """The run's training config, checked against the tokenizer that its data set names."""
         if run not in self._trains:
             path = self.run(run).train
+            expect_file(path, f"runs.{run}.train")
             cfg = TrainConfig.load(path, self.run(run).overrides, validate_paths=False)
             try:
                 cfg.check_numbers()
@@ -108,6 +114,10 @@ class Plan:
                         f"{recipe_path(dataset)} has {wanted}; set model.{name}: "
                         f"{wanted}"
                     )
+            try:
+                identity(cfg)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
             self._check_vocabulary(run, cfg)
             self._check_tuning(run, cfg)
             try:
@@ -207,6 +217,11 @@ class Plan:
         base = self.run(run).start_from if run in self.pipeline.runs else None
         if base is None or self.ours(base):
             raise ValueError(f"{run}: expected start_from with a checkpoint, found {base}")
+        if "://" not in base and not Path(base).exists():
+            raise ValueError(
+                f"config/config.yaml: runs.{run}.start_from: expected a run, a checkpoint that is "
+                f"there, or a URL of one; found {base}"
+            )
         return base
 
     # --- files ------------------------------------------------------------------------------
@@ -400,7 +415,12 @@ class Plan:
 
     def evaluation(self, run: str) -> EvaluationConfig:
         path = self.run(run).evaluation
-        return EvaluationConfig() if path is None else EvaluationConfig.load(path)
+        if path is None:
+            return EvaluationConfig()
+        expect_file(path, f"runs.{run}.evaluation")
+        config = EvaluationConfig.load(path)
+        only_places(config, path, ("data", "task_files"))
+        return config
 
     def heldout(self, run: str) -> list[str]:
         """What is measured on the documents that a run's data set held out; [] where it has none.
@@ -445,6 +465,37 @@ def as_flags(config: BaseConfig | None) -> str:
     return shlex.join(words)
 
 
+def only_places(
+    config: BaseConfig, path: Path | str, allowed: tuple[str, ...], of: tuple[str, ...] = ("",)
+) -> None:
+    """Of the environment a stage's settings take local paths alone, in the keys that are `allowed`.
+
+    Anything else would stand in its command and its record, and may be a secret.
+
+    Args:
+        of: beginnings of the keys that are looked at.
+
+    Raises:
+        ValueError: another value comes from the environment.
+    """
+    for place, (text, value) in config.from_environment.items():
+        key = ".".join(map(str, place))
+        if key.startswith(of) and not (key.startswith(allowed) and "://" not in str(value)):
+            raise ValueError(
+                f"{path}: {key}: expected a value or a local path, found {text}, which records "
+                "would tell; write the value. Credentials have their own places: ~/.netrc, AWS_…"
+            )
+
+
+def expect_file(path: str, named_by: str) -> None:
+    """Raises ValueError where a file that config/config.yaml names is not there."""
+    if not Path(path).is_file():
+        raise ValueError(
+            f"config/config.yaml: {named_by} names {path}, which does not exist (looked in "
+            f"{Path.cwd()}); write the file, or name another"
+        )
+
+
 def recipe_path(dataset: str) -> Path:
     return Path(f"config/data/{dataset}.yaml")
 
@@ -452,7 +503,9 @@ def recipe_path(dataset: str) -> Path:
 def recipe_of(run: Run) -> Recipe:
     """The recipe that a run's training config implies: its token files, its tokenizer."""
     train = run.train
+    expect_file(train, "train of a run")
     cfg = TrainConfig.load(train, run.overrides, validate_paths=False)
+    only_places(cfg, train, ("",), ("data.", "tokenizer."))
     name = cfg.tokenizer.identifier
     here = Path(name).is_file()
     tokenizer = TokenizerConfig(

@@ -78,6 +78,13 @@ class Store:
         self.root = Path(os.path.abspath(root))
         self.say = say
 
+    def make(self) -> None:
+        """Make the store's folder. Raises ValueError where it cannot be written."""
+        with self.writable():
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.root, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.root))
+
     # --- contents ---------------------------------------------------------------------------
 
     def object_path(self, digest: str) -> Path:
@@ -362,7 +369,8 @@ class Store:
                     f"the disk is full ({free:,} bytes free under {self.root}): {error}. Nothing "
                     "half-written was kept; make room (`olmo store gc`), then run the same again"
                 ) from error
-            if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            refused = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
+            if error.errno in refused or not self.root.is_dir():
                 raise ValueError(
                     f"the store {self.root} cannot be written: {error}. Expected a folder that "
                     "this user may write to; name one with OLMO_STORE=<folder>"

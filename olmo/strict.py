@@ -10,25 +10,29 @@ import copy
 import dataclasses
 import difflib
 import functools
-import inspect
 import math
+import operator
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self, Union
+from typing import Any, ClassVar, Self, Union
 
 import yaml
 
-from olmo.patterns import matching
 from olmo.urls import entrusted
+
+Place = tuple[str | int, ...]  # keys and numbers that lead to a value in a config
 
 
 class BaseConfig:
     """Typed construction (`ModelConfig(block_type="llama")`), strict loading, saving."""
+
+    # Which values the environment decided when this was loaded: place → (its text, the value).
+    from_environment: ClassVar[dict[Place, tuple[str, Any]]] = {}
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
@@ -46,23 +50,21 @@ class BaseConfig:
         overrides: Iterable[str] | None = None,
         key: str | None = None,
         validate_paths: bool = True,
+        foreign: bool = False,
     ) -> Self:
         """Read a YAML file, with `--a.b=value` or `a.b=value` overrides; a bare flag means true.
 
         A mapping given as a value changes the keys that it names, a list replaces the whole one.
         `key` picks one section of the file (`ModelConfig.load(path, key="model")`).
         `validate_paths=False` lets ${path.glob:…} and ${path.choose:…} find nothing.
+        A `foreign` config, which came with a checkpoint or from a URL, learns nothing of this
+        machine but OLMO_STORE: of ${oc.env:NAME,default} it gets the default, and ${oc.env:NAME},
+        ${path.glob:…} and their kin stay text in it.
 
         Raises ValueError for what cannot be read, unknown keys and values of the wrong type,
         FileNotFoundError for a missing file.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no config file at {path}")
-        try:
-            with open(path, encoding="utf-8") as stream:
-                raw = yaml.load(stream, _Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not readable as YAML: {error}") from error
+        raw = read_yaml(path)
         raw = {} if raw is None else raw
         if key is not None and isinstance(raw, dict):
             if key not in raw:
@@ -73,10 +75,18 @@ class BaseConfig:
         if not isinstance(raw, dict):
             raise ValueError(f"{path} must hold a mapping of keys, found {type(raw).__name__}")
         try:
-            plain = _resolve(cls, raw, overrides or (), validate_paths)
-            return _typed(cls.update_legacy_settings(plain), cls, "")
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            plain, told = _resolve(cls, raw, overrides or (), validate_paths, foreign)
+            config = _typed(cls.update_legacy_settings(plain), cls, "")
+        except (ValueError, RecursionError) as error:
+            hint = "; a config from elsewhere reads nothing of this machine: write the value"
+            raise ValueError(f"{path}: {error}{hint * (foreign and '${' in str(error))}") from error
+        whole = as_plain(config, everything=True)
+        config.from_environment = {
+            place: (text, value)
+            for place, text in told.items()
+            if (value := _at(whole, place)) is not None
+        }
+        return config
 
     @classmethod
     def update_legacy_settings(cls, plain: dict[str, Any]) -> dict[str, Any]:
@@ -85,12 +95,29 @@ class BaseConfig:
 
     def save(self, path: str | Path) -> None:
         """Write YAML that `load` reads back to an equal object."""
-        Path(path).write_text(to_yaml(self.asdict()), encoding="utf-8")
+        Path(path).write_text(to_yaml(self.as_written()), encoding="utf-8")
 
     def asdict(self, exclude: Iterable[str] | None = None) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers. What is ours is there only if used."""
         left_out = set(exclude or ())
         return {k: v for k, v in as_plain(self).items() if k not in left_out}
+
+    def as_written(self, exclude: Iterable[str] | None = None) -> dict[str, Any]:
+        """`asdict` for a file: ${oc.env:…} in the place of what the environment said, which may be
+        a secret, and what only looks like an interpolation escaped."""
+
+        def written(value: Any, place: Place) -> Any:
+            text, found = self.from_environment.get(place, ("", None))
+            if found is not None and found == value:
+                return text
+            if isinstance(value, dict):
+                return {k: written(v, (*place, k)) for k, v in value.items()}
+            if isinstance(value, list):
+                return [written(v, (*place, i)) for i, v in enumerate(value)]
+            return _escaped(value) if isinstance(value, str) else value
+
+        plain: dict[str, Any] = written(self.asdict(exclude), ())
+        return plain
 
     def update_with(self, **values: Any) -> Self:
         """A copy with some fields changed. Raises ValueError for a field that there is not."""
@@ -114,12 +141,25 @@ def ours(default: Any = None) -> Any:
     return field(default=default, metadata={"ours": True})
 
 
+# Of a config. YAML's aliases make billions of values of a few lines.
+MOST_VALUES, MOST_LEVELS = 1_000_000, 50
+
+
+def _check_count(found: int) -> None:
+    if found > MOST_VALUES:
+        raise ValueError(f"expected at most {MOST_VALUES:,} values, found more")
+
+
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML with 1e-4 read as a number, dates left as text, and a repeated key refused."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node.value, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "expected a text as the key", key_node.start_mark
+                )
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None,
@@ -129,6 +169,22 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    depth = 0
+
+    def descend_resolver(self, node: Any, index: Any) -> None:
+        self.depth += 1
+        if self.depth > MOST_LEVELS:  # the parser in C would end the process, without a word
+            raise yaml.YAMLError(f"expected at most {MOST_LEVELS} levels, found more")
+        super().descend_resolver(node, index)
+
+    def ascend_resolver(self) -> None:
+        self.depth -= 1
+        super().ascend_resolver()
+
+    def flatten_mapping(self, node: Any) -> None:
+        super().flatten_mapping(node)
+        _check_count(len(node.value))
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -151,9 +207,9 @@ for _class in (_Loader, _Dumper):
 
 
 def _resolve(
-    cls: type, raw: dict[str, Any], overrides: Iterable[str], validate_paths: bool
-) -> dict[str, Any]:
-    """Overrides and ${interpolations}, by OmegaConf.
+    cls: type, raw: dict[str, Any], overrides: Iterable[str], validate_paths: bool, foreign: bool
+) -> tuple[dict[str, Any], dict[Place, str]]:
+    """Overrides and ${interpolations}, by OmegaConf; and the texts that the environment decides.
 
     OmegaConf makes a node of every value, which takes minutes for thousands of data paths. Long
     lists without interpolations therefore wait outside, behind one placeholder each.
@@ -161,10 +217,15 @@ def _resolve(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    _register_resolvers(validate_paths)
+    from olmo.resolvers import resolvers
+
     waiting: dict[str, list[Any]] = {}
+    count = 0
 
     def lift(value: Any) -> Any:
+        nonlocal count
+        count += len(value) if isinstance(value, dict | list) else 0
+        _check_count(count)
         if isinstance(value, dict):
             return {k: lift(v) for k, v in value.items()}
         if isinstance(value, list):
@@ -195,64 +256,57 @@ def _resolve(
             # Values such as ${a.b} stay text here and are resolved with the rest.
             # A mapping joins the section that is there, as in OLMo; all else replaces.
             OmegaConf.update(tree, name, parsed, merge=isinstance(parsed, dict), force_add=True)
-        return put_back(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
+        told: dict[Place, str] = {}
+        with resolvers(validate_paths, foreign) as (read, withheld):
+            for place, text in list(_interpolated(OmegaConf.to_container(tree), ())):
+                read.clear()
+                withheld.clear()
+                *path, last = place
+                node: Any = functools.reduce(operator.getitem, path, tree)  # type: ignore[arg-type]
+                try:
+                    value = node[last]
+                    if OmegaConf.is_config(value):
+                        OmegaConf.to_container(value, resolve=True)
+                except OmegaConfBaseException:
+                    if not withheld:
+                        raise
+                    node[last] = _escaped(text)
+                if read:
+                    told[place] = text
+            plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        return put_back(plain), told
     except OmegaConfBaseException as error:
         reason, key = str(error).partition("\n")[0], getattr(error, "full_key", None)
         reason = reason.rpartition(" raised while resolving interpolation: ")[2]
         raise ValueError(f"{key}: {reason}; give --{key}=…" if key else reason) from error
 
 
-def _register_resolvers(validate_paths: bool) -> None:
-    from omegaconf import OmegaConf
+def _interpolated(value: Any, place: Place) -> Iterator[tuple[Place, str]]:
+    """The texts with ${…} in a tree, and where they are."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _interpolated(inner, (*place, key))
+    elif isinstance(value, str) and "${" in value:
+        yield place, value
 
-    def missing(what: str, empty: Any) -> Any:
-        if validate_paths:
-            raise FileNotFoundError(what)
-        return empty
 
-    def path_glob(*patterns: str) -> list[str]:
-        found = [matching(pattern) for pattern in patterns]
-        for pattern, files in zip(patterns, found, strict=True):
-            # Where some are here, the rest belongs here too.
-            if not files and (validate_paths or any(found)):
-                raise FileNotFoundError(f"no file matches {pattern}")
-        return [file for files in found for file in files]
+def _escaped(text: str) -> str:
+    """What OmegaConf reads as this very text."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
 
-    def path_choose(*paths: str) -> str:
-        for path in paths:
-            if "://" in path or Path(path).exists():
-                return path
-        return missing(f"none of these exist: {', '.join(paths)}", "")
 
-    def path_last_checkpoint(folder: str) -> str:
-        if "://" in folder:
-            from olmo.bucket import Bucket
-
-            names = {name.split("/")[0] for name in Bucket(folder).sizes()}
-        else:
-            names = {path.name for path in Path(folder).glob("step*")}
-        steps = [m for name in names if (m := re.fullmatch(r"step(\d+)(-unsharded)?", name))]
-        if not steps:
-            return missing(f"no checkpoint (step{{N}} or step{{N}}-unsharded) in {folder}", "")
-        # Of two at one step the sharded one comes first, as it is the cheaper to load.
-        latest = max(steps, key=lambda m: (int(m[1]), m[2] is None))
-        return f"{folder.rstrip('/')}/{latest[0]}"
-
-    # OmegaConf 2.4 renamed the call and warns of the old name, the only one that 2.3 has.
-    modern = "replace" in inspect.signature(OmegaConf.register_resolver).parameters
-    register = OmegaConf.register_resolver if modern else OmegaConf.register_new_resolver
-    resolvers: dict[str, Any] = {
-        "path.glob": path_glob,
-        "path.choose": path_choose,
-        "path.last_checkpoint": path_last_checkpoint,
-    }
-    for name, resolver in resolvers.items():
-        register(name, resolver, replace=True)
+def _at(value: Any, place: Place) -> Any:
+    """What is at a place; None where a config has no such place."""
+    try:
+        return functools.reduce(operator.getitem, place, value)
+    except (KeyError, IndexError, TypeError):
+        return None
 
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    return {name: h for name, h in typing.get_type_hints(cls).items() if not name.startswith("_")}
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if not f.name.startswith("_")}
 
 
 def _defaults(cls: type) -> dict[str, Any]:
@@ -286,6 +340,18 @@ def as_plain(value: Any, everything: bool = False) -> Any:
     if isinstance(value, (list, tuple)):
         return [as_plain(v, everything) for v in value]
     return value
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds; ValueError where it is unreadable or has a key twice."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no config file at {path}")
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return yaml.load(stream, _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = re.sub(r"\s+", " ", str(error))
+        raise ValueError(f"{path} is not readable as YAML: {reason}") from error
 
 
 def to_yaml(plain: dict[str, Any]) -> str:

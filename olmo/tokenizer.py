@@ -95,8 +95,8 @@ class Tokenizer:
             if "://" in place:
                 path = Path(folder, "config.yaml")
                 fetch(place, path, Path(folder, "part"))
-            tokenizer = TokenizerConfig.load(path, key="tokenizer", validate_paths=False)
-            model = ModelConfig.load(path, key="model", validate_paths=False)
+            tokenizer = TokenizerConfig.load(path, key="tokenizer", foreign=True)
+            model = ModelConfig.load(path, key="model", foreign=True)
         return cls._fitting(tokenizer, model)
 
     @classmethod

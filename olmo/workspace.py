@@ -6,22 +6,37 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from olmo.config import read_yaml
 from olmo.lease import PATIENCE_S, lease
 from olmo.log import FAILED
 from olmo.pipeline import Plan, recipe_path
-from olmo.store import parse
+from olmo.store import Store, parse
+from olmo.terminal import at_the_end, brief
 
 STARTED = time.time()
 STOPPED = (SystemExit.__name__, KeyboardInterrupt.__name__)  # what was told to stop did not fail
 _held = ExitStack()  # for as long as this process lives
 
 
-def alone(folder: Path = Path(".snakemake")) -> None:
-    """Refuse to run where another snakemake runs, on this machine or on another that shares it.
+def prepare(config: str) -> None:
+    """What comes before snakemake reads its config, of which it says less where it is none.
+
+    Of two keys that are the same it would take one.
+    """
+    brief()
+    if not Path(config).is_file():
+        raise ValueError(f"expected {config} in {Path.cwd()}; cd to the project's folder")
+    read_yaml(config)
+
+
+def alone(store: str, folder: Path = Path(".snakemake")) -> None:
+    """Refuse to run where another snakemake runs, on this machine or on another that shares it, or
+    where there is no writing to the store.
 
     Two of them in one folder would delete each other's outputs. (Snakemake's own lock is a file
     that outlives a killed process; a lease does not, and needs no lock of a network file system.
@@ -46,6 +61,7 @@ def alone(folder: Path = Path(".snakemake")) -> None:
             )
 
     try:
+        Store(Path(store)).make()
         _held.enter_context(lease(folder / "leases", "running", look, refuse))
     except ValueError as refused:
         sys.exit(str(refused))
@@ -90,14 +106,32 @@ def next_steps(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def failures(logs: Path = Path("logs")) -> str:
-    """What this process's jobs failed of, together: some of it scrolled by long ago."""
-    lines = []
+def last_words(logs: Path = Path("logs")) -> Iterator[tuple[Path, str]]:
+    """What each job of this process that did not come to its end said last."""
     for path in sorted(logs.rglob("*.log")):
         if path.stat().st_mtime < STARTED - 1:
             continue
-        said = "\n" + path.read_text(encoding="utf-8")
+        said = "\n" + path.read_text(encoding="utf-8", errors="replace")
         _, failed, last = said.rpartition(f"\n{FAILED}")
-        if failed and not last.startswith(STOPPED):
-            lines.append(f"{path}:\n  " + last.rstrip().replace("\n", "\n  "))
+        if failed:
+            yield path, last.rstrip()
+
+
+def failures(logs: Path = Path("logs")) -> str:
+    """What this process's jobs failed of, together: some of it scrolled by long ago."""
+    lines = [
+        f"{path}:\n  " + last.replace("\n", "\n  ")
+        for path, last in last_words(logs)
+        if not last.startswith(STOPPED)
+    ]
     return "\n".join(["", f"What failed ({len(lines)}):", *lines]) if lines else ""
+
+
+def tell_failures() -> None:
+    """The same, or why there is nothing to tell, when all that snakemake says has been said."""
+    stopped = any(True for _ in last_words())
+    at_the_end(
+        failures()
+        or ("\nInterrupted" if stopped else "\nA job was killed (`dmesg` tells if memory ran out)")
+        + ": the same command carries on"
+    )

@@ -60,11 +60,11 @@ def _convert(source: Path, into: Path, kind: str, tokenizer: Path | None) -> Pat
         raise ValueError(f"{source} has no config.yaml, which a checkpoint of any kind has")
     config_yaml = (source / "config.yaml").read_text()
     if kind == "safetensors":
+        text = as_json({**checkpoint.train, "optimizer": checkpoint.optim[1]})
         into.mkdir(parents=True, exist_ok=True)
         (into / "config.yaml").write_text(config_yaml)
         write_safetensors(into, checkpoint.model, checkpoint.optim[0])
-        train = {**checkpoint.train, "optimizer": checkpoint.optim[1]}
-        (into / "train.json").write_text(json.dumps(train, indent=1, sort_keys=True) + "\n")
+        (into / "train.json").write_text(text)
         tell(f"written: {into}")
         return into
     train = {k: v for k, v in checkpoint.train.items() if k != "optimizer"}
@@ -84,6 +84,23 @@ def _convert(source: Path, into: Path, kind: str, tokenizer: Path | None) -> Pat
         folder = save_sharded(into, step, **parts)
     tell(f"written: {folder}")
     return folder
+
+
+def as_json(train: dict[str, Any]) -> str:
+    """train.json of a trainer's state, without that of the generators, which nothing here needs.
+
+    Raises ValueError for what has no place in JSON.
+    """
+    told = {key: value for key, value in train.items() if key != "rng"}
+
+    def plain(value: Any) -> str:
+        if isinstance(value, Path):
+            return str(value)
+        raise ValueError(
+            f"the trainer's state holds a {type(value).__name__}; expected plain values"
+        )
+
+    return json.dumps(told, indent=1, sort_keys=True, default=plain) + "\n"
 
 
 def _to_hf(source: Path, into: Path, tokenizer: Path | None) -> Path:

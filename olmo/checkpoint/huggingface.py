@@ -58,6 +58,14 @@ CLASSES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "clip_qkv": ((None,), "it does not clip"),
     },
 }
+NEEDED = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
 NAMES = {"olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM"}
 # A block's two norms, which Olmo has without weights.
 NORMS = {
@@ -146,6 +154,8 @@ def model_config(settings: Mapping[str, Any], vocab_size: int | None = None) -> 
     kind = settings.get("model_type")
     if kind not in CLASSES:
         raise ValueError(f"config.json: expected model_type {' or '.join(CLASSES)}, found {kind!r}")
+    if missing := [key for key in NEEDED if not isinstance(settings.get(key), int)]:
+        raise ValueError(f"config.json: expected a number as {missing[0]}, found none")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     heads, width = settings["num_attention_heads"], settings["hidden_size"]
     for key, found, allowed in (
@@ -288,7 +298,7 @@ def write(folder: Path, weights: Mapping[str, Tensor], config_yaml: str, tokeniz
     Raises ValueError for what transformers cannot express, and for a tokenizer of another model.
     """
     (folder / "config.yaml").write_text(config_yaml)
-    config = ModelConfig.load(folder / "config.yaml", key="model", validate_paths=False)
+    config = ModelConfig.load(folder / "config.yaml", key="model", foreign=True)
     named = exported(weights, config)
     kinds = {tensor.dtype for tensor in named.values()}
     if len(kinds) > 1:
@@ -354,15 +364,19 @@ def read(folder: Path) -> tuple[dict[str, Tensor], str]:
 
     Raises ValueError for another architecture, and for weights or settings that do not fit.
     """
-    settings = json.loads((folder / "config.json").read_text())
+    try:
+        settings = dict(json.loads((folder / "config.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json is not readable as JSON: {error}") from error
     own = folder / "config.yaml"
     if own.exists():
         config_yaml = own.read_text()
-        config = ModelConfig.load(own, key="model", validate_paths=False)
-        written = config_json(config, getattr(torch, settings.get("dtype", "float32")))
-        if changed := sorted(key for key in written if settings.get(key) != written[key]):
+        config = ModelConfig.load(own, key="model", foreign=True)
+        # Of what it says of the model: each version of transformers writes it in its own words.
+        written, says = config_json(config), config_json(model_config(settings, config.vocab_size))
+        if changed := sorted(key for key in written if says.get(key) != written[key]):
             raise ValueError(
-                f"{folder}: config.json says {changed[0]}={settings.get(changed[0])}, config.yaml "
+                f"{folder}: config.json says {changed[0]}={says.get(changed[0])}, config.yaml "
                 f"{written[changed[0]]}; remove config.yaml if config.json is right"
             )
     else:
@@ -375,7 +389,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], str]:
         cfg = TrainConfig().update_with(model=config)
         if tokenizer.exists():
             cfg = cfg.update_with(tokenizer=cfg.tokenizer.update_with(identifier=str(tokenizer)))
-        plain = cfg.asdict()
+        plain = cfg.as_written()
         config_yaml = to_yaml({key: plain[key] for key in ("model", "tokenizer")})
     try:
         return imported(_weights(folder), config), config_yaml

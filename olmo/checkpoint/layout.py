@@ -207,7 +207,7 @@ def verify(folder: Path) -> None:
     if folder.is_file():
         return  # of weights alone
     if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoint folder at {folder}; mend --load_path")
+        raise FileNotFoundError(f"no checkpoint folder at {folder}; name one that is there")
     remedy = "load another one (--load_path), or remove the folder"
     manifest = folder / MANIFEST
     if not manifest.exists():

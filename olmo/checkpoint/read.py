@@ -207,7 +207,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> OLMo:
 
     folder = Path(folder)
     checkpoint = load(folder, optimizer=False, trainer=False)
-    config = ModelConfig.load(folder / "config.yaml", key="model", validate_paths=False)
+    config = ModelConfig.load(folder / "config.yaml", key="model", foreign=True)
     model = OLMo(config.update_with(init_device="cpu"), init_params=False)
     put_weights(model, checkpoint)
     return model.to(device).eval()

@@ -40,11 +40,11 @@ def averaged(weights: Inputs, config: Input, final: Folder, checkpoints: Free[li
     from olmo.checkpoint.read import look
 
     first, *others = checkpoints
-    model = ModelConfig.load(config, key="model", validate_paths=False)
+    model = ModelConfig.load(config, key="model", foreign=True)
     one = look(weights[0], optimizer=False, trainer=False).model
     sums = {name: tensor.double() for name, tensor in one.items()}
     for folder, file in zip(others, weights[1:], strict=True):
-        other = ModelConfig.load(folder / "config.yaml", key="model", validate_paths=False)
+        other = ModelConfig.load(folder / "config.yaml", key="model", foreign=True)
         found = look(file, optimizer=False, trainer=False).model
         if other != model or shapes(found) != shapes(one):
             raise ValueError(

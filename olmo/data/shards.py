@@ -171,7 +171,9 @@ def arrivals(
             except ValueError as error:
                 failures.append(str(error))
     if failures and not allow_missing:
-        raise ValueError(f"{len(failures)} of {len(files)} sources:\n  " + "\n  ".join(failures))
+        one, *others = dict.fromkeys(failures)  # each reason once
+        more = "\n  and ".join(["", *others])
+        raise ValueError(f"{len(failures)} of {len(files)} sources: {one}{more}")
     for failure in failures:
         log.warn(f"left out: {failure}")
     return entries

@@ -21,7 +21,7 @@ LABEL = "heldout"
 
 def opened(checkpoint: Path) -> tuple[TrainConfig, World, OLMo]:
     """A final checkpoint's config, and its model as its run computed."""
-    cfg = TrainConfig.load(checkpoint / "config.yaml", validate_paths=False)
+    cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
     if cfg.intra_op_threads is not None:
         torch.set_num_threads(cfg.intra_op_threads)
     world = join_world()

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,12 @@ class Run:
     def dataset(self) -> MemMapDataset:
         from olmo.data.memmap import build_memmap_dataset  # which imports torch
 
+        places = chain(self.cfg.data.paths or (), *(self.cfg.data.datasets or {}).values())
+        if unknown := next((place for place in places if "${" in place), None):
+            raise ValueError(
+                f"{self.config_path}: {unknown} depends on the machine, of which a config that "
+                "comes with a checkpoint learns nothing; write the path in its place"
+            )
         return build_memmap_dataset(self.cfg, self.cfg.data)
 
     @cached_property
@@ -274,8 +281,9 @@ def found(where: str) -> str:
 def load(place: str) -> TrainConfig:
     """A run's config, here or by URL; its paths are not looked for yet."""
     if not is_url(place):
-        return TrainConfig.load(place, validate_paths=False)
+        ours = Path(place).resolve().is_relative_to(Path("config").resolve())
+        return TrainConfig.load(place, validate_paths=False, foreign=not ours)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.yaml")
         io.fetch(place, path, Path(folder, "part"), most=MOST_CONFIG)
-        return TrainConfig.load(path, validate_paths=False)
+        return TrainConfig.load(path, foreign=True)

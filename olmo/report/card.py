@@ -51,7 +51,7 @@ def card(
         checkpoint: the final folder that was exported; what the store knows of it is told.
     """
     record = parse((checkpoint / "record.json").read_bytes(), checkpoint / "record.json")
-    cfg = TrainConfig.load(checkpoint / "config.yaml", validate_paths=False)
+    cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
     facts = record["facts"]
     per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length
     rows = {

@@ -91,7 +91,7 @@ def in_words(found: set[Any]) -> str:
 
 def curve(final: Path, label: str) -> list[tuple[int, float]]:
     """(tokens seen, held-out loss) of each evaluation of a run, in order."""
-    cfg = TrainConfig.load(final / "config.yaml", validate_paths=False)
+    cfg = TrainConfig.load(final / "config.yaml", foreign=True)
     per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length
     rows = map(from_json, (final / "metrics.jsonl").read_text().splitlines())
     name = f"eval/{label}/CrossEntropyLoss"

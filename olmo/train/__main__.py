@@ -54,14 +54,6 @@ def out_of_memory(error: Exception) -> str:
     )
 
 
-def leave_cause(config: str, said: str, repeats: bool = True) -> None:
-    """Tell who launched this run what it failed of, and whether another start would fail of it."""
-    place = Path(config).with_name(CAUSE)
-    if LAUNCHED in os.environ and not place.exists():
-        with suppress(OSError):  # a disk that is full is full for this too
-            sealed.write(place, sealed.dumps({"said": said, "repeats": repeats}))
-
-
 def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -77,35 +69,45 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     from olmo.config import TrainConfig
+    from olmo.log import keep, reason, say
     from olmo.train.loop import train
     from olmo.train.pending import NotFinite
+    from olmo.train.saving import FailedElsewhere
     from olmo.urls import public
+
+    def failed(error: object, repeats: bool = True, only: bool = False) -> None:
+        """Say what ends this process, and leave it for the launcher: `only` where nobody has.
+
+        `repeats`: whether another start would end in the same way.
+        """
+        say(f"{who}error: {error}")
+        cause = Path(arguments[0]).with_name(CAUSE)
+        if LAUNCHED in os.environ and not (only and cause.exists()):
+            left = {"said": public(f"{who}{error}").rstrip(". "), "repeats": repeats}
+            with suppress(OSError):  # a disk that is full is full for this too
+                sealed.write(cause, sealed.dumps(left))
 
     try:
         code = train(TrainConfig.load(arguments[0], overrides(arguments[1:])))
         return 0 if code == PAUSED and LAUNCHED in os.environ else code
     except (ValueError, OSError) as error:
-        print(public(f"{who}error: {error}"), file=sys.stderr, flush=True)
         wrong = isinstance(error, (ValueError, *WRONG))  # else a disk, or a network
-        leave_cause(arguments[0], public(str(error)), repeats=wrong)
+        failed(reason(error), repeats=wrong, only=isinstance(error, FailedElsewhere))
         return 2
     except torch.OutOfMemoryError as error:
-        print(f"{who}error: {out_of_memory(error)}", file=sys.stderr, flush=True)
-        leave_cause(arguments[0], out_of_memory(error))
+        failed(out_of_memory(error))
         return 2
     except NotFinite as error:
         if not rank:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            leave_cause(arguments[0], str(error))
+            failed(error)
         return 1
     except Exception as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1":  # else another's end may be the cause
-            leave_cause(arguments[0], f"{type(error).__name__}: {error}")
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             raise
         # Another process is gone, most likely, and a thread of ours may wait for it: leave at once.
         traceback.print_exc()
-        sys.stderr.flush()
+        keep(traceback.format_exc())
+        failed(f"{type(error).__name__}: {error}".partition("\n")[0], only=True)
         os._exit(1)
 
 

@@ -21,7 +21,7 @@ import torch
 from olmo import sealed
 from olmo.checkpoint import layout
 from olmo.checkpoint.read import put_state, put_weights
-from olmo.config import SchedulerUnits, TrainConfig
+from olmo.config import DistributedStrategy, SchedulerUnits, TrainConfig
 from olmo.data.batches import TrainLoader, build_train_dataloader
 from olmo.evaluate.evaluators import build_evaluators, evaluate
 from olmo.log import count, speak, tell
@@ -77,7 +77,8 @@ def train(cfg: TrainConfig) -> int:
     stop = StopRequest(Path(cfg.save_folder), cfg.time_limit)
     # A warning that time is up soon must not kill; SIGTERM may, until there is something to save.
     stop.listen(signal.SIGUSR1)
-    world = join_world(cfg.hang_timeout)
+    single = cfg.distributed_strategy == DistributedStrategy.single
+    world = join_world(cfg.hang_timeout, cfg.single if single else None)
     speak(world.first)
     try:
         return _train(cfg, world, stop)

@@ -24,6 +24,7 @@ from olmo.config import (
     FSDPPrecision,
     FSDPWrapStrategy,
     ShardingStrategy,
+    SingleGPUConfig,
     TrainConfig,
 )
 from olmo.model import OLMo
@@ -91,18 +92,24 @@ class World:
             dist.barrier()
 
 
-def join_world(hang_timeout: float | None = None) -> World:
+def join_world(hang_timeout: float | None = None, alone: SingleGPUConfig | None = None) -> World:
     """This process's place: torchrun's, or alone. Opens the process group.
 
-    `hang_timeout`: the watchdog's, in seconds.
+    `hang_timeout`: the watchdog's, in seconds. `alone` says on which device one process trains.
+
+    Raises ValueError for a device that is not there.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    if torch.cuda.is_available():
-        device, why = torch.device("cuda", local_rank), torch.cuda.get_device_name(local_rank)
+    asked = None if alone is None else alone.get_device()
+    if torch.cuda.is_available() and asked == torch.device("cpu"):
+        device, why = asked, "single.device says so"
+    elif torch.cuda.is_available():
+        number = local_rank if asked is None or asked.index is None else asked.index
+        device, why = torch.device("cuda", number), torch.cuda.get_device_name(number)
         torch.cuda.set_device(device)
     else:
         device, why = torch.device("cpu"), "torch sees no CUDA device"

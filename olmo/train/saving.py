@@ -24,6 +24,10 @@ from olmo.train.parallel import World, is_sharded
 from olmo.train.start import Position
 
 
+class FailedElsewhere(OSError):
+    """Another process ends the run, and says why."""
+
+
 class Saver:
     """Saves a run at the intervals of its config and at its end.
 
@@ -104,7 +108,7 @@ class Saver:
         kind = kind or ("unsharded" if whole else "sharded")
         folder = self._folder / layout.folder_name(step, unsharded=kind == "unsharded")
         shared: dict[str, Any] = {
-            "config_yaml": to_yaml(self._cfg.asdict()),
+            "config_yaml": to_yaml(self._cfg.as_written()),
             "train": train_state(self._position, self._world.size),
         }
         model, optim = dict(self._model.state_dict()), self._optimizer.state_dict()
@@ -175,7 +179,7 @@ class Saver:
         Raises OSError always, or what this process's own save raised.
         """
         self._settle()
-        raise OSError("another process could not save, and says why; this one ends with it")
+        raise FailedElsewhere("another process could not save, and says why; this one ends with it")
 
     def _settle(self) -> None:
         if self._writing is not None:

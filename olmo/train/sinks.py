@@ -164,7 +164,7 @@ class WeightsAndBiases:
             group=settings.group,
             name=settings.name,
             tags=settings.tags,
-            config=cfg.asdict(exclude=["wandb"]),
+            config=cfg.as_written(exclude=["wandb"]),
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

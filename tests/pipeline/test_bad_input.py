@@ -12,11 +12,13 @@ ORDER = "checkpoints/small/global_indices.npy"
 
 
 def refused(project: Project, *expected: str, target: str = ORDER) -> str:
-    """Run to a failure whose output holds every expected phrase."""
+    """Run to a failure whose last words hold every expected phrase, and no traceback."""
     outcome = project.run(target, ok=False)
     assert outcome.status != 0, outcome.output[-3000:]
+    last = outcome.output.rstrip().rpartition("\n\n")[2]
     for phrase in expected:
-        assert phrase in outcome.output, outcome.output[-3000:]
+        assert phrase in last, outcome.output[-3000:]
+    assert "Traceback" not in outcome.output
     assert project.half_written() == []
     return outcome.output
 
@@ -24,6 +26,20 @@ def refused(project: Project, *expected: str, target: str = ORDER) -> str:
 def test_an_unknown_key_names_the_nearest(project: Project):
     project.change("config/config.yaml", shards_per_jobs=3)
     refused(project, "shards_per_jobs", "the nearest is 'shards_per_job'")
+
+
+def test_what_is_not_there_is_named(project: Project):
+    refused(project, "there is no run nobody", "there are small", target="hf/nobody")
+    refused(project, "no rule makes some/thing", "<run>/final", target="some/thing")
+    config = project.root / "config/config.yaml"
+    text = config.read_text()
+    config.write_text(text + "  small: {train: config/train/other.yaml}\n")
+    refused(project, "config/config.yaml", "key 'small' is there twice", "line 6")
+    config.write_text(text)
+    project.change("config/config.yaml", runs__small__train="config/train/none.yaml")
+    refused(project, "runs.small.train names config/train/none.yaml", "does not exist")
+    config.unlink()
+    refused(project, "expected config/config.yaml in", "cd to the project's folder")
 
 
 def test_an_unknown_recipe_key_names_the_nearest(project: Project):
@@ -106,6 +122,8 @@ def test_a_store_that_cannot_be_written(project: Project, tmp_path: Path):
     (tmp_path / "file").write_text("no folder")
     project.store = tmp_path / "file"
     refused(project, "cannot be written", "OLMO_STORE")
+    project.store = Path("/proc/nowhere")
+    refused(project, "the store /proc/nowhere cannot be written", "OLMO_STORE")
 
 
 def test_two_runs_in_one_folder(project: Project):

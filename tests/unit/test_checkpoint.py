@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -381,3 +382,21 @@ def test_converted_there_and_back(finished: Path, tmp_path: Path) -> None:
     assert same(state(tmp_path / "run-a"), state(tmp_path / "run-b"))
     with pytest.raises(ValueError, match="expected one of unsharded, sharded, safetensors"):
         checkpoint.convert(back, tmp_path / "x", "gguf")
+
+
+def test_a_trainer_state_of_olmos_is_written_as_json(copy: Path, tmp_path: Path) -> None:
+    """With the state of numpy's generator, which JSON has no words for, and paths."""
+    folder = copy / "step8-unsharded"
+    (folder / "manifest.json").unlink()
+    train = torch.load(folder / "train.pt", weights_only=True)
+    generators = {"numpy": np.random.get_state(), "torch": torch.random.get_rng_state()}
+    theirs = {"rng": generators, "checkpoints": [Path("/weka/step4")]}
+    torch.save(train | theirs, folder / "train.pt")
+    checkpoint.convert(folder, tmp_path / "out", "safetensors")
+    told = json.loads((tmp_path / "out/train.json").read_text())
+    assert told.pop("optimizer")
+    assert told == train | {"checkpoints": ["/weka/step4"]}
+    torch.save(train | {"more": torch.zeros(3)}, folder / "train.pt")
+    with pytest.raises(ValueError, match="trainer's state holds a Tensor"):
+        checkpoint.convert(folder, tmp_path / "none", "safetensors")
+    assert not (tmp_path / "none").exists()

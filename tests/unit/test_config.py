@@ -3,7 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from olmo.config import (
     BlockType,
@@ -11,6 +13,7 @@ from olmo.config import (
     EvaluatorConfig,
     ModelConfig,
     OptimizerConfig,
+    SingleGPUConfig,
     TrainConfig,
 )
 from olmo.identity import FREE, identity
@@ -141,6 +144,10 @@ def test_path_resolvers(tmp_path: Path) -> None:
             "yaml: save_folder: none of these exist: /x, /y; give",
         ),
         ("run_name: '${'", "run_name: no viable alternative"),
+        ("model: {use_liger: true}", r"model\.use_liger: expected false, found True: .*fork"),
+        ("model: {use_mod: true, mod_every: 2}", r"model\.use_mod: expected false"),
+        ("reset_scheduler_state: true", "reset_scheduler_state: expected false"),
+        ("optimizer: {name: mars}", "expected one of lionw, adamw, muon, found 'mars'"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, text: str, said: str) -> None:
@@ -211,6 +218,36 @@ def test_thousands_of_paths_are_kept_out_of_omegaconf(tmp_path: Path, monkeypatc
     text = "data:\n  paths:\n" + "".join(f"    - {p}\n" for p in paths)
     assert TrainConfig.load(write(tmp_path, text)).data.paths == paths
     assert seen and not any("part-1.npy" in s for s in seen)
+
+
+def test_keys_of_forks_that_change_nothing(tmp_path: Path) -> None:
+    """As the seed's configs have them; what is saved is OLMo's alone."""
+    text = "model: {use_liger: false, use_mod: null, mod_every: 2}\nreset_scheduler_state: false"
+    cfg = TrainConfig.load(write(tmp_path, text))
+    assert cfg == TrainConfig() and "use_liger" not in cfg.asdict()["model"]
+    assert ModelConfig.load(tmp_path / "run.yaml", key="model") == ModelConfig()
+
+
+def test_the_device_of_one_process(tmp_path: Path) -> None:
+    """AI2's trainer of today writes this section into every config."""
+    cfg = TrainConfig.load(write(tmp_path, "single: {device: cpu}"))
+    assert cfg.single.get_device() == torch.device("cpu")
+    assert identity(cfg) == {} and "single" not in TrainConfig().asdict()
+    assert TrainConfig.load(write(tmp_path, "single: {device: auto}")) == TrainConfig()
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"single\.device: expected auto or cpu.*found 'cuda'"):
+            SingleGPUConfig("cuda").get_device()
+    with pytest.raises(ValueError, match=r"single\.device: expected auto.*found 'mps'"):
+        SingleGPUConfig("mps").get_device()
+
+
+def test_an_unknown_type_of_tokens_is_a_type_error() -> None:
+    data = DataConfig()
+    data.memmap_dtype = "uint32"  # type: ignore[assignment]
+    assert data.effective_memmap_dtype == np.uint32
+    data.memmap_dtype = "unknown"  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"data\.memmap_dtype: expected one of uint16.*'unknown'"):
+        _ = data.effective_memmap_dtype
 
 
 def test_every_field_of_ours_is_said_to_be() -> None:

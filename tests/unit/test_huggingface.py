@@ -194,6 +194,20 @@ def test_a_folder_of_somebody_elses(name: str, tmp_path: Path, tokenizer: Path) 
         torch.testing.assert_close(load_model(tmp_path / "back")(ids).logits, ours(ids).logits)
 
 
+@pytest.mark.parametrize("name", EXPRESSED)
+def test_saved_again_by_transformers(name: str, tmp_path: Path, tokenizer: Path) -> None:
+    """Loaded and saved in place, as after some fine-tuning there; config.yaml is still ours."""
+    from transformers import AutoModelForCausalLM
+
+    checkpoint(tmp_path / "final", EXPRESSED[name])
+    hf = convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=tokenizer)
+    AutoModelForCausalLM.from_pretrained(hf).save_pretrained(hf)
+    assert "rope_theta" not in json.loads((hf / "config.json").read_text())
+    convert(hf, tmp_path / "back", kind="safetensors")
+    for file in ("model.safetensors", "config.yaml"):
+        assert (tmp_path / "final" / file).read_bytes() == (tmp_path / "back" / file).read_bytes()
+
+
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_transformers_cannot_express_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"cannot express.*model\.{key}="):
@@ -227,6 +241,13 @@ def test_bad_folders(tmp_path: Path, tokenizer: Path) -> None:
     (hf / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
     with pytest.raises(ValueError, match=r"num_hidden_layers=1, config.yaml 2"):
         convert(hf, tmp_path / "x", kind="safetensors")
+    (hf / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"hf/config\.json is not readable as JSON"):
+        convert(hf, tmp_path / "x", kind="safetensors")
+    (hf / "config.json").write_text(json.dumps(settings | {"hidden_size": None}))
+    with pytest.raises(ValueError, match="expected a number as hidden_size"):
+        convert(hf, tmp_path / "x", kind="safetensors")
+    (hf / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
     (hf / "config.yaml").unlink()
     with pytest.raises(ValueError, match=r"does not describe: model.layers.1"):
         convert(hf, tmp_path / "x", kind="safetensors")

@@ -16,8 +16,9 @@ LEAVES: dict[str, set[str]] = {
     "kinds": set(),
     "patterns": set(),
     "numbers": set(),
+    "strict": {"resolvers", "urls"},
     # A bucket, to look into one where a config asks for its last checkpoint.
-    "strict": {"bucket", "patterns", "urls"},
+    "resolvers": {"bucket", "patterns"},
     "config": {"kinds", "strict"},
     "log": {"urls"},
     "plugin": set(),

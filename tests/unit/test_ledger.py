@@ -36,6 +36,7 @@ BAD = {
     "bad-text": [b'{"id": "a", "text": ["b"]}', b'{"id": "a", "text": 7}'],
     "empty-text": [b'{"id": "a", "text": ""}', b'{"id": "a", "text": " \\n\\t "}'],
     "too-long": [b'{"id": "a", "text": "' + b"b" * 2001 + b'"}'],
+    "long-line": [b'{"id": "a", "text": "' + b"b" * 4000 + b'"}'],
     "surrogate": [b'{"id": "a", "text": "\\ud800 alone"}', b'{"id": "\\udfff", "text": "b"}'],
     "carriage-return": [b'{"id": "a",\r"text": "b"}'],
 }
@@ -56,6 +57,7 @@ def source(tmp_path_factory):
         name="source.gz",
         heldout_share=0.2,
         max_text_bytes=2000,
+        max_line_bytes=4000,
         allow=tuple(REASONS),
         **made,
     )

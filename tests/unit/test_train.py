@@ -16,6 +16,7 @@ import torch
 from ranks import forked
 from small_run import LENGTH, config, metrics, read_until, run, same, settings, start, state
 
+from olmo import sealed
 from olmo.checkpoint import layout
 from olmo.config import TrainConfig
 from olmo.data import order
@@ -46,7 +47,7 @@ def test_a_run_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     } <= set(last)
     names = [path.name for path in layout.checkpoints(tmp_path / "run")]
     assert names == ["step0-unsharded", "step4-unsharded", "step8-unsharded", "step10-unsharded"]
-    assert json.loads((tmp_path / "run/finished.json").read_text()) == {
+    assert sealed.read(tmp_path / "run/finished.json") == {
         "step": 10,
         "checkpoint": "step10-unsharded",
     }
