@@ -62,9 +62,16 @@ def point(store: Store, path: Path, target: Path) -> None:
     """Make `path` a link to something in the store, a folder that is worked in for example."""
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = _beside(path)
-    _symlink(store, draft, target)
-    os.replace(draft, path)
+    draft = path.parent / f".{path.name}.link"
+    while True:
+        try:
+            _symlink(store, draft, target)
+            os.replace(draft, path)
+            return
+        except FileExistsError:  # of a process that was killed here, or names it just now
+            draft.unlink(missing_ok=True)
+        except FileNotFoundError:  # that one took ours for its own
+            continue
 
 
 def _link_folder(store: Store, path: Path, targets: Mapping[str, Path]) -> None:

@@ -66,7 +66,7 @@ def manifest(project: Project, path: Path) -> Any:
     from olmo.checkpoint import layout
 
     layout.verify(path.parent)
-    return layout.manifest_of(path.read_bytes())
+    return layout.listed(path.read_bytes(), layout.MANIFEST)
 
 
 def segments(project: Project, path: Path) -> Any:
