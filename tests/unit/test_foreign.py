@@ -330,11 +330,12 @@ def test_a_mirrors_file_has_the_size_that_its_manifest_tells(
     assert not list((tmp_path / "here").rglob("model.pt"))
 
 
-def test_checkpoints_elsewhere_in_a_mirror_are_none(mirrored: Path, tmp_path: Path) -> None:
+def test_checkpoints_elsewhere_in_a_mirror_are_none(mirrored: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(mirrored / "step5-unsharded", mirrored / "deeper/step9-unsharded")
     (tmp_path / "here").mkdir()
     found = remote.newest_of_both(None, tmp_path / "here", str(mirrored))
     assert found == tmp_path / "here/step5-unsharded"
+    assert not capsys.readouterr().err, "nothing was passed over"
 
 
 def test_a_manifest_sends_nothing_from_outside(tmp_path: Path) -> None:
