@@ -27,7 +27,8 @@ from olmo.launch import (
     launcher,
     wait_in_the_queue_again,
 )
-from olmo.process import MARKER, SEGMENTS, Paused
+from olmo.log import LOG
+from olmo.process import CAUSE, MARKER, SEGMENTS, Paused
 from olmo.recipe import Run
 from olmo.train.__main__ import main as trainer
 from olmo.train.pending import NotFinite
@@ -389,6 +390,45 @@ def test_the_trainer_says_whether_another_start_would_fail_too(
     with pytest.raises(ChildProcessError, match=r"^training ended early: ") as raised:
         launch(config, Geometry(1), threads=1)
     assert ("with that mended, the same" in str(raised.value)) is repeats
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"load_path": "nowhere"}, "no checkpoint folder at nowhere; name one that is there"),
+        ({"optimizer": {"learning_rate": 1e30}}, r"step \d: the gradient is not finite"),
+        ({"data": {"paths": ["none.npy"]}}, r"data: no token file at none.npy; mend .*"),
+    ],
+)
+def test_the_cause_is_in_the_launchers_sentence_and_in_the_log(
+    changes: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LOG, str(tmp_path / "train.log"))
+    config = given(tmp_path, evaluators=[], **changes)
+    with pytest.raises(
+        ChildProcessError, match=rf"^training ended early: (rank 1: )?{said}"
+    ) as failed:
+        launch(config, Geometry(2), threads=1)
+    assert str(failed.value).endswith("the same command carries on from the last")
+    log = (tmp_path / "train.log").read_text()
+    cause = str(failed.value).removeprefix("training ended early: ").partition(". Its check")[0]
+    assert f"error: {cause}" in log.replace("rank 1: error: ", "error: rank 1: ")
+
+
+@pytest.mark.slow
+def test_a_trainer_that_dies_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier attempt failed of is not taken for its cause."""
+    config = given(tmp_path, evaluators=[])
+    (config.parent / CAUSE).write_text("an earlier cause\n")
+    kill = "import os\nif 'RANK' in os.environ: os.kill(os.getpid(), 9)\n"
+    (tmp_path / "sitecustomize.py").write_text(kill)
+    places = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
+    with pytest.raises(ChildProcessError, match=r"exit status 1\), and no process of it said why"):
+        launch(config, Geometry(), threads=1)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from olmo.lease import lease
 from olmo.lineage import differences, trace
 from olmo.stage import Facts, Folder, Free, Input, Inputs, Output, Work, here, stage
 from olmo.store import GC
-from olmo.workspace import failures
+from olmo.workspace import failures, tell_failures
 
 CALLS: list[dict] = []
 
@@ -219,6 +219,53 @@ def test_ctrl_c_is_one_line_and_no_failure():
     assert not failures()
     Path("logs/other.log").write_text("failed: ValueError: expected x\n")
     assert "What failed (1):\nlogs/other.log:\n  ValueError: expected x" in failures()
+
+
+def faulty(*, kind: str) -> None:
+    """Fail in one way or another."""
+    if kind == "ours":
+        raise KeyError("outputs")
+    if kind == "disk":
+        raise OSError(28, "No space left on device", "/data/x")
+    Path("/proc/nowhere").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("ours", "a fault of olmo's own, KeyError: 'outputs'; the traceback is in {log}"),
+        ("disk", "/data/x: No space left on device; make room, then run the same command again"),
+        (
+            "place",
+            "/proc/nowhere: No such file or directory, and none can be made there; name another "
+            "place",
+        ),
+    ],
+)
+def test_a_failure_is_one_sentence_and_its_log_has_the_traceback(kind: str, said: str):
+    place = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(cli.__file__).parents[1]}"}
+    words = ["bash", "-c", olmo("faulty", "--kind", kind, "--log", "logs/it.log")]
+    done = subprocess.run(words, env=place, capture_output=True, text=True)
+    log = Path("logs/it.log")
+    assert done.stderr == f"olmo faulty: {said.format(log=log.resolve())}\n"
+    traceback, _, last = log.read_text().rpartition("\nfailed: ")
+    assert traceback.startswith("Traceback (most recent") and "in faulty" in traceback
+    assert last == "KeyError: 'outputs'\n" if kind == "ours" else said in last
+    assert failures().endswith(last.strip()) and "Traceback" not in failures()
+
+
+def test_a_job_that_left_no_word(capsys: pytest.CaptureFixture[str], monkeypatch):
+    """Killed, or interrupted: what happens next is said, last."""
+    told: list[str] = []
+    monkeypatch.setattr("olmo.workspace.at_the_end", told.append)
+    tell_failures()
+    Path("logs").mkdir()
+    Path("logs/it.log").write_text("failed: KeyboardInterrupt: \n")
+    tell_failures()
+    assert [line.partition(":")[0] for line in told] == [
+        "\nA job was killed (`dmesg` tells if memory ran out)",
+        "\nInterrupted",
+    ]
 
 
 @pytest.mark.parametrize("words", [("--lines", "9"), ("--lines", "99999"), ("--help",)])
