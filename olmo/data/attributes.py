@@ -210,10 +210,13 @@ def refuse_too_large(filters: dict[str, tuple[int, float]]) -> None:
     for kind, (elements, rate) in filters.items():
         needed = 4 * bloom.dimensions(elements, rate)[0]
         if free is not None and needed > free:
+            less = "or name fewer files in decontaminate.against"
+            if kind != OVERLAP:
+                less = "or raise dedupe.false_positives in the recipe"
             raise ValueError(
                 f"the filter for {REASONS[kind]} holds up to {elements:,} elements and needs "
                 f"{needed:,} bytes of memory; {free:,} are free here. Use a machine with more: the "
-                "result is the same; or raise false_positives"
+                f"result is the same; {less}"
             )
 
 

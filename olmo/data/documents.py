@@ -247,5 +247,6 @@ def drops_message(
     lines += [f"  {reasons[reason]:,} x {reason}: {known[reason]}" for reason in forbidden]
     lines += [f"  {name}:{row['line']}: {row['reason']}" for row in listed.iter_rows(named=True)]
     lines += [hint] if hint else []
-    lines += [f"Mend the source, or allow them in the recipe: allow: [{', '.join(forbidden)}]"]
+    allowed = f"documents: {{allow: [{', '.join(forbidden)}]}}"
+    lines += [f"Mend the source, or allow them in the recipe: {allowed}"]
     return "\n".join(lines)

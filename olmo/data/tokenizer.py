@@ -55,7 +55,8 @@ def trained_tokenizer(documents: Inputs, tokenizer: Output, vocab_size: int) -> 
     if model.get_vocab_size() != vocab_size:
         raise ValueError(
             f"vocab_size: expected {vocab_size:,} tokens, found {model.get_vocab_size():,}: these "
-            "documents have no more pairs to merge. Give more documents or a smaller vocab_size"
+            "documents have no more pairs to merge. Give more documents, or a smaller "
+            "tokenizer.train_vocab_size in the recipe and the same model.vocab_size in the config"
         )
     tokenizer.write_text(portable(model.to_str()), encoding="utf-8")
     return {"vocab_size": vocab_size, "tokenizers": tokenizers.__version__}
@@ -176,8 +177,9 @@ def disagreements(
             f"found {rows:,}"
         )
     if largest > np.iinfo(dtype).max:
+        fits = "uint16" if largest < 2**16 else "uint32"  # as the tokens' stage writes them
         found.append(
-            f"data.memmap_dtype: expected uint32, in which ids to {largest:,} fit; found {dtype}"
+            f"data.memmap_dtype: expected {fits}, in which ids to {largest:,} fit; found {dtype}"
         )
     expected = {"eos": END_OF_TEXT, "pad": PADDING}
     for kind, id in (("eos", eos_token_id), ("pad", pad_token_id)):

@@ -10,10 +10,12 @@ import zlib
 
 import polars
 import pytest
+import yaml
 
 from olmo.data import gz
 from olmo.data.documents import REASONS, documents, parse
 from olmo.data.stdlib import definitions, stdlib
+from olmo.recipe import Recipe
 
 
 def line(number, **fields):
@@ -137,9 +139,11 @@ BAD = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_a_bad_line_fails_the_stage_unless_its_reason_is_allowed(run, tmp_path, reason):
     source = pack(tmp_path / "a.gz", [line(1), BAD[reason], line(3)])
-    with pytest.raises(ValueError, match=f"part.json.gz:2: {reason}(.|\n)*allow: .{reason}"):
+    with pytest.raises(ValueError, match=f"part.json.gz:2: {reason}(.|\n)*allow: .{reason}") as e:
         run(source, max_text_bytes=100, max_line_bytes=1000)
-    facts, out = run(source, max_text_bytes=100, max_line_bytes=1000, allow=(reason,))
+    told = yaml.safe_load(str(e.value).rpartition("in the recipe: ")[2])
+    recipe = Recipe.new(sources={"stdlib": 1}, tokenizer={"train_vocab_size": 512}, **told)
+    facts, out = run(source, max_text_bytes=100, max_line_bytes=1000, allow=tuple(recipe.documents.allow))
     assert facts["rows"] == facts["documents"] + sum(facts["drops"].values()) == 3
     assert facts["drops"] == {reason: 1}
     dropped = polars.read_parquet(out["table"]).filter(split="dropped")
