@@ -21,6 +21,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from olmo import log
 from olmo.data import bloom, gz
 from olmo.data.documents import MAX_LINE_BYTES, TRAIN, parse, size_in_utf8
 from olmo.data.dolma import Dolma, time_limit
@@ -78,6 +79,11 @@ def attributes(
     files = [TrainFile.of(*pair) for pair in zip(documents, tables, strict=True)]
     filters = sizes(kinds, files, heldout, against, false_positives)
     refuse_too_large(filters)
+    if filters.get(OVERLAP, (1, 0))[0] == 0:
+        log.warn(
+            f"decontaminate: {len(against)} files to decontaminate against hold no text; nothing is "
+            "taken out for its sake"
+        )
 
     done = carry_on(progress)
     if done is None:
