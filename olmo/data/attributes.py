@@ -81,8 +81,8 @@ def attributes(
     refuse_too_large(filters)
     if filters.get(OVERLAP, (1, 0))[0] == 0:
         log.warn(
-            f"decontaminate: {len(against)} files to decontaminate against hold no text; nothing is "
-            "taken out for its sake"
+            f"decontaminate: {len(against)} files to decontaminate against hold no text, so "
+            "nothing is taken out"
         )
 
     done = carry_on(progress)
