@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.data import gz
+from olmo.data import gz, magic
 from olmo.data.documents import parse
 from olmo.stage import Facts, Input, Inputs, Output, stage
 from olmo.store import sha256 as digest_of
@@ -125,8 +125,8 @@ def write_portable(source: Path, name: str, output: Path) -> dict[str, Any]:
     """Check a given tokenizer and write it in the form that the toolkit reads; facts of it."""
     from tokenizers import Tokenizer
 
+    content = magic.text_of(source, name)
     try:
-        content = source.read_text(encoding="utf-8")
         vocab_size = Tokenizer.from_str(content).get_vocab_size()
         settings = json.loads(content)
     except Exception as error:  # the library raises no narrower class

@@ -143,7 +143,8 @@ def test_a_bad_line_fails_the_stage_unless_its_reason_is_allowed(run, tmp_path, 
         run(source, max_text_bytes=100, max_line_bytes=1000)
     told = yaml.safe_load(str(e.value).rpartition("in the recipe: ")[2])
     recipe = Recipe.new(sources={"stdlib": 1}, tokenizer={"train_vocab_size": 512}, **told)
-    facts, out = run(source, max_text_bytes=100, max_line_bytes=1000, allow=tuple(recipe.documents.allow))
+    allow = tuple(recipe.documents.allow)
+    facts, out = run(source, max_text_bytes=100, max_line_bytes=1000, allow=allow)
     assert facts["rows"] == facts["documents"] + sum(facts["drops"].values()) == 3
     assert facts["drops"] == {reason: 1}
     dropped = polars.read_parquet(out["table"]).filter(split="dropped")
