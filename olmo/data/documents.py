@@ -16,6 +16,7 @@ from itertools import count, islice
 from math import ceil, isfinite
 from typing import Any
 
+from olmo import log
 from olmo.data import conversations, gz, magic
 from olmo.stage import Facts, Input, Output, stage
 
@@ -144,6 +145,12 @@ def documents(
     frame = polars.DataFrame(table_rows, schema, orient="row")
     if forbidden := sorted(set(reasons) - set(allow)):
         raise ValueError(drops_message(name, frame, reasons, forbidden, known, hint))
+    nameless = int((frame["id"] == "").sum())
+    if nameless > 1 and (heldout_share or weight != 1):
+        log.warn(
+            f"{name}: {nameless:,} lines have the empty id and one fate: all are held out or none, "
+            "all are repeated or none"
+        )
     frame.select(polars.lit(name).alias("file"), polars.all()).write_parquet(
         table, compression="zstd", compression_level=3, row_group_size=1 << 17
     )

@@ -120,6 +120,16 @@ def test_a_weight_above_one_repeats_the_whole_and_then_a_part(run, tmp_path):
     assert table.filter(split="train")["row"].to_list() == list(range(1, len(ids) + 1))
 
 
+def test_many_documents_of_the_empty_id_are_told(run, tmp_path, capsys):
+    lines = [json.dumps({"id": "", "text": f"text {n}"}).encode() for n in range(50)]
+    facts, _ = run(pack(tmp_path / "a.gz", lines), heldout_share=0.5)
+    assert sorted((facts["documents"], facts["heldout"])) == [0, 50]
+    assert "50 lines have the empty id and one fate" in capsys.readouterr().err
+    run(pack(tmp_path / "a.gz", lines))
+    run(pack(tmp_path / "a.gz", [lines[0], line(1)]), heldout_share=0.5)
+    assert "empty id" not in capsys.readouterr().err
+
+
 BAD = {
     "long-line": b'{"id": "a", "more": "' + b"c" * 1000 + b'", "text": "b"}',
     "not-utf8": b'{"id": "a", "text": "\xff"}',
