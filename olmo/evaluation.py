@@ -101,6 +101,9 @@ def evaluate(
         found = local_files(task.dataset, task.configs, splits, folder) if folder else []
         return folder, found
 
+    for path in task_files:
+        if not any(file.is_file() for file in path.rglob("*")):
+            raise ValueError(f"task_files: expected a folder with files, found none in {path}")
     found = []
     for label in choices:
         folder, rows = place(label)

@@ -55,6 +55,12 @@ def generate(
     if system is not None and not chat:
         raise ValueError("--system is for chat: give --chat")
     text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        (text + (system or "")).encode()
+    except UnicodeEncodeError as error:  # a terminal's bytes that are none
+        raise ValueError(
+            f"expected --prompt and --system in UTF-8, found {error.object!r}"
+        ) from None
     ids = prompt_ids(text, words, chat, system)
     if tokens is None:
         tokens = min(256, max(run.length - len(ids), 1))

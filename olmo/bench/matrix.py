@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from olmo.config import BaseConfig, FP8Backend, TrainConfig
 from olmo.model.attention import Backend
+from olmo.strict import check_range
 
 EAGER, NONE, MSAMP, OURS = "eager", "none", "msamp", "ours"
 # Whose step ours is held against, and by what it may compute attention.
@@ -138,6 +139,11 @@ class Section(BaseConfig):
     peers: list[Peers] = field(default_factory=list)
     rounds: int = 5  # of a pair: theirs, ours; each time a share of the steps
     references: list[Reference] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("warmup", 0), ("steps", 1), ("rounds", 1), ("limit_s", 1)):
+            check_range(name, getattr(self, name), least)
 
     def cells(self) -> list[Cell]:
         """Each cell once, in the order of the groups.

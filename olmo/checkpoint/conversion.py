@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,6 +14,7 @@ from olmo.checkpoint.remote import fetched
 from olmo.checkpoint.save import save_unsharded
 from olmo.io import refuse_links
 from olmo.log import tell
+from olmo.numbers import to_json
 
 KINDS = ("unsharded", "sharded", "safetensors", "hf")
 
@@ -100,7 +100,7 @@ def as_json(train: dict[str, Any]) -> str:
             f"the trainer's state holds a {type(value).__name__}; expected plain values"
         )
 
-    return json.dumps(told, indent=1, sort_keys=True, default=plain) + "\n"
+    return to_json(told, indent=1, sort_keys=True, default=plain) + "\n"
 
 
 def _to_hf(source: Path, into: Path, tokenizer: Path | None) -> Path:

@@ -8,7 +8,6 @@ train.json          step, tokens, epoch, the optimizer's group settings
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from olmo import sealed
 from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load
 from olmo.config import to_yaml
+from olmo.numbers import to_json
 from olmo.process import FINISHED
 
 
@@ -54,7 +54,7 @@ def export(save_folder: str | Path, out: str | Path, config: dict[str, Any]) -> 
         "world_size": checkpoint.train["world_size"],
         "optimizer": groups,
     }
-    (out / "train.json").write_text(json.dumps(train, indent=1, sort_keys=True) + "\n")
+    (out / "train.json").write_text(to_json(train, indent=1, sort_keys=True) + "\n")
     return train
 
 

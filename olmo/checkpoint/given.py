@@ -6,10 +6,10 @@ wanted, the optimizer's state, named and laid out as in the pipeline's own final
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
+from olmo.numbers import to_json
 from olmo.stage import Facts, Folder, Free, Inputs, Work, stage
 
 
@@ -57,7 +57,7 @@ def write(folder: Path, out: Path, optimizer: bool) -> int:
     out.mkdir(parents=True)
     write_safetensors(out, found.model, state if optimizer else None)
     if optimizer:
-        (out / "train.json").write_text(json.dumps({"optimizer": groups}, indent=1) + "\n")
+        (out / "train.json").write_text(to_json({"optimizer": groups}, indent=1) + "\n")
     if (folder / "config.yaml").exists():
         shutil.copyfile(folder / "config.yaml", out / "config.yaml")
     return sum(tensor.numel() for tensor in found.model.values())

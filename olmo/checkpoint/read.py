@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from olmo.checkpoint.plain import Part
 from olmo.config import ModelConfig
 from olmo.log import warn
 from olmo.model.regroup import plain_name, regrouped
+from olmo.numbers import from_json
 
 if TYPE_CHECKING:
     from olmo.checkpoint.sharded import Sharded
@@ -162,7 +162,7 @@ def _optimizer(folder: Path, mapped: bool) -> tuple[State, list[dict[str, Any]]]
         for key, tensor in stored.items():
             part, _, name = key.partition("/")
             state.setdefault(name, {})[part] = tensor
-        return state, json.loads((folder / "train.json").read_text())["optimizer"]
+        return state, from_json((folder / "train.json").read_text())["optimizer"]
     if (folder / "optim.pt").exists():
         return by_name(plain.read(folder / "optim.pt", mapped))
     raise ValueError(
@@ -172,7 +172,7 @@ def _optimizer(folder: Path, mapped: bool) -> tuple[State, list[dict[str, Any]]]
 
 def _trainer(folder: Path) -> dict[str, Any]:
     if (folder / "train.json").exists():
-        return json.loads((folder / "train.json").read_text())
+        return from_json((folder / "train.json").read_text())
     for name in ("train.pt", "other.pt"):
         if (folder / name).exists():
             return plain.read(folder / name)

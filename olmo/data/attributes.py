@@ -21,6 +21,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from olmo import log
 from olmo.data import bloom, gz
 from olmo.data.documents import MAX_LINE_BYTES, TRAIN, parse, size_in_utf8
 from olmo.data.dolma import Dolma, time_limit
@@ -78,6 +79,11 @@ def attributes(
     files = [TrainFile.of(*pair) for pair in zip(documents, tables, strict=True)]
     filters = sizes(kinds, files, heldout, against, false_positives)
     refuse_too_large(filters)
+    if filters.get(OVERLAP, (1, 0))[0] == 0:
+        log.warn(
+            f"decontaminate: {len(against)} files to decontaminate against hold no text, so "
+            "nothing is taken out"
+        )
 
     done = carry_on(progress)
     if done is None:
@@ -210,10 +216,13 @@ def refuse_too_large(filters: dict[str, tuple[int, float]]) -> None:
     for kind, (elements, rate) in filters.items():
         needed = 4 * bloom.dimensions(elements, rate)[0]
         if free is not None and needed > free:
+            less = "or name fewer files in decontaminate.against"
+            if kind != OVERLAP:
+                less = "or raise dedupe.false_positives in the recipe"
             raise ValueError(
                 f"the filter for {REASONS[kind]} holds up to {elements:,} elements and needs "
                 f"{needed:,} bytes of memory; {free:,} are free here. Use a machine with more: the "
-                "result is the same; or raise false_positives"
+                f"result is the same; {less}"
             )
 
 

@@ -16,6 +16,7 @@ from itertools import count, islice
 from math import ceil, isfinite
 from typing import Any
 
+from olmo import log
 from olmo.data import conversations, gz, magic
 from olmo.stage import Facts, Input, Output, stage
 
@@ -144,6 +145,12 @@ def documents(
     frame = polars.DataFrame(table_rows, schema, orient="row")
     if forbidden := sorted(set(reasons) - set(allow)):
         raise ValueError(drops_message(name, frame, reasons, forbidden, known, hint))
+    nameless = int((frame["id"] == "").sum())
+    if nameless > 1 and (heldout_share or weight != 1):
+        log.warn(
+            f"{name}: {nameless:,} lines have the empty id and one fate: all are held out or none, "
+            "all are repeated or none"
+        )
     frame.select(polars.lit(name).alias("file"), polars.all()).write_parquet(
         table, compression="zstd", compression_level=3, row_group_size=1 << 17
     )
@@ -247,5 +254,6 @@ def drops_message(
     lines += [f"  {reasons[reason]:,} x {reason}: {known[reason]}" for reason in forbidden]
     lines += [f"  {name}:{row['line']}: {row['reason']}" for row in listed.iter_rows(named=True)]
     lines += [hint] if hint else []
-    lines += [f"Mend the source, or allow them in the recipe: allow: [{', '.join(forbidden)}]"]
+    allowed = f"documents: {{allow: [{', '.join(forbidden)}]}}"
+    lines += [f"Mend the source, or allow them in the recipe: {allowed}"]
     return "\n".join(lines)

@@ -92,9 +92,16 @@ class Dolma:
             versions = self.answer(deadline)
             found = " ".join(f"{name}=={version}" for name, version in versions.items())
             if found != self.toolkit:
+                folder = self.python.parent.parent
+                remedy = "Give it the versions of envs/dolma.txt"
+                if (folder / "made-from.json").exists():  # olmo.environments made it
+                    remedy = (
+                        f"Build it again: rm -r {folder} {folder.parent}/*.json, then run the same "
+                        "command"
+                    )
                 raise ValueError(
                     f"expected {self.toolkit} in the environment of {self.python}, found {found}. "
-                    "Build the environment again from envs/dolma.txt"
+                    + remedy
                 )
         self.said.seek(0)
         self.said.truncate()

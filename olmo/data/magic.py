@@ -78,6 +78,23 @@ def kind_of(start: bytes) -> tuple[str, str]:
     return f"{'plain text' if plain else 'something else'} ({start[:16]!r}…)", ""
 
 
+def text_of(path: Path, name: str) -> str:
+    """A small file of text, in UTF-8 without a byte order mark.
+
+    Raises:
+        ValueError: it is another kind; with the command that makes text of it.
+    """
+    content = path.read_bytes()
+    try:
+        if not content.startswith(BOM):
+            return content.decode()
+    except UnicodeDecodeError:
+        pass
+    found, command = kind_of(content[:512])
+    remedy = f"; `{command} {shlex.quote(name)}` writes it as that" if command else ""
+    raise ValueError(f"{name}: expected text in UTF-8, found {found}{remedy}")
+
+
 def into_gz(name: str, command: str) -> str:
     """A command line that makes gz of the file `name`, whose text `command` writes to stdout.
 

@@ -424,7 +424,8 @@ def order(
     if instances == 0:
         raise ValueError(
             f"expected at least one instance of {sequence_length} tokens, found {sum(sizes)} "
-            f"bytes in {len(sizes)} shards, none as long as that"
+            f"bytes in {len(sizes)} shards, none as long as that; give more documents (a smaller "
+            "documents.keep_one_in), or a smaller model.max_sequence_length"
         )
     global_order(order=order, instances=instances, seed=seed, epoch=epoch)
 

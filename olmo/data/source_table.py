@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from olmo import foreign, sealed
+from olmo.data import magic
 from olmo.patterns import matching
 from olmo.urls import entrusted
 
@@ -42,10 +43,7 @@ def read(path: Path) -> list[Source]:
     Raises:
         ValueError: other columns; a number of bytes that is none; a sha256 that is none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found another byte: {error}") from None
+    lines = magic.text_of(path, str(path)).splitlines()
     header, *rows = [line.split("\t") for line in lines or [""]]
     if tuple(header) not in (COLUMNS, COLUMNS[:3]):
         raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}; found {header}")

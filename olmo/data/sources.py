@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo import io, log
-from olmo.data import gz
+from olmo.data import gz, magic
 from olmo.data.source_table import COLUMNS
 from olmo.stage import Facts, Free, Input, Output, Work, here, stage
 from olmo.store import sha256 as digest_of
@@ -27,7 +27,7 @@ def source_list(url: str, table: Output, licence: str = "") -> Facts:
     part = table.with_name("part")
     listed = table.with_name("listed")
     io.fetch(url, listed, part, most=MOST_LIST)
-    text = listed.read_text(encoding="utf-8")
+    text = magic.text_of(listed, url)
     shutil.rmtree(part)
     listed.unlink()
     urls = [line.strip() for line in text.splitlines() if line.strip()]

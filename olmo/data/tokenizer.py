@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.data import gz
+from olmo.data import gz, magic
 from olmo.data.documents import parse
 from olmo.stage import Facts, Input, Inputs, Output, stage
 from olmo.store import sha256 as digest_of
@@ -55,7 +55,8 @@ def trained_tokenizer(documents: Inputs, tokenizer: Output, vocab_size: int) -> 
     if model.get_vocab_size() != vocab_size:
         raise ValueError(
             f"vocab_size: expected {vocab_size:,} tokens, found {model.get_vocab_size():,}: these "
-            "documents have no more pairs to merge. Give more documents or a smaller vocab_size"
+            "documents have no more pairs to merge. Give more documents, or a smaller "
+            "tokenizer.train_vocab_size in the recipe and the same model.vocab_size in the config"
         )
     tokenizer.write_text(portable(model.to_str()), encoding="utf-8")
     return {"vocab_size": vocab_size, "tokenizers": tokenizers.__version__}
@@ -124,8 +125,8 @@ def write_portable(source: Path, name: str, output: Path) -> dict[str, Any]:
     """Check a given tokenizer and write it in the form that the toolkit reads; facts of it."""
     from tokenizers import Tokenizer
 
+    content = magic.text_of(source, name)
     try:
-        content = source.read_text(encoding="utf-8")
         vocab_size = Tokenizer.from_str(content).get_vocab_size()
         settings = json.loads(content)
     except Exception as error:  # the library raises no narrower class
@@ -176,8 +177,9 @@ def disagreements(
             f"found {rows:,}"
         )
     if largest > np.iinfo(dtype).max:
+        fits = "uint16" if largest < 2**16 else "uint32"  # as the tokens' stage writes them
         found.append(
-            f"data.memmap_dtype: expected uint32, in which ids to {largest:,} fit; found {dtype}"
+            f"data.memmap_dtype: expected {fits}, in which ids to {largest:,} fit; found {dtype}"
         )
     expected = {"eos": END_OF_TEXT, "pad": PADDING}
     for kind, id in (("eos", eos_token_id), ("pad", pad_token_id)):

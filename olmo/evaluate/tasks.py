@@ -112,7 +112,7 @@ def requests(task: Task, folder: Path | None) -> list[Request]:
 
         try:
             found = list(_from_documents(task, folder))
-        except UndefinedError as error:
+        except (UndefinedError, TypeError, AttributeError) as error:  # a field of another type
             raise ValueError(
                 f"evaluators: '{task.label}': a document of {task.dataset} is not as "
                 f"tasks.yaml expects it: {error}"

@@ -100,7 +100,7 @@ class Shard:
         with gz.reading(documents) as lines:
             for line, here in zip(lines, kept, strict=True):
                 if here:
-                    yield text_of(json.loads(line))
+                    yield text_of(json.loads(line, parse_int=float))  # some are too long
 
     def _rows(self) -> Any:
         """The table of the documents that have tokens; a conversation may have been left out."""

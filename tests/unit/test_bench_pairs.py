@@ -31,6 +31,12 @@ def section_of(folder: Path, *groups: dict, **changes: object) -> Section:
     return load(matrix(folder, peers=peers, rounds=5, steps=20, **changes), "cpu")
 
 
+def test_numbers_of_a_matrix(tmp_path: Path):
+    for name, least in (("steps", 1), ("rounds", 1), ("warmup", 0)):
+        with pytest.raises(ValueError, match=f"{name}: expected at least {least}, found -1"):
+            load(matrix(tmp_path, **{name: -1}), "cpu")
+
+
 def test_pairs_share_shape_and_microbatch(tmp_path: Path):
     ours = {"compile": "default", "precision": "amp_bf16"}
     section = section_of(tmp_path, {"compile": ["eager", "default"], "ours": ours}, {})

@@ -349,6 +349,14 @@ def test_memory_is_asked_for_before_anything_starts(files, tmp_path, monkeypatch
         tell(files, tmp_path, nobody, exact=True)
 
 
+def test_an_evaluation_set_without_a_document_is_told(files, tmp_path, dolma, capsys):
+    empty = tmp_path / "empty.gz"
+    empty.write_bytes(gzip.compress(b""))
+    facts, _ = tell({**files, "against": empty}, tmp_path, dolma, ngram=13)
+    assert facts["overlap"] == 0 and facts["against"] == 1
+    assert "1 files to decontaminate against hold no text" in capsys.readouterr().err
+
+
 def test_an_evaluation_set_is_documents(files, tmp_path):
     bad = tmp_path / "bad.gz"
     bad.write_bytes(gzip.compress(b'{"id": "a", "text": "b"}\n{"question": "?"}\n'))

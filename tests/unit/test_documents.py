@@ -10,10 +10,12 @@ import zlib
 
 import polars
 import pytest
+import yaml
 
 from olmo.data import gz
 from olmo.data.documents import REASONS, documents, parse
 from olmo.data.stdlib import definitions, stdlib
+from olmo.recipe import Recipe
 
 
 def line(number, **fields):
@@ -118,6 +120,16 @@ def test_a_weight_above_one_repeats_the_whole_and_then_a_part(run, tmp_path):
     assert table.filter(split="train")["row"].to_list() == list(range(1, len(ids) + 1))
 
 
+def test_many_documents_of_the_empty_id_are_told(run, tmp_path, capsys):
+    lines = [json.dumps({"id": "", "text": f"text {n}"}).encode() for n in range(50)]
+    facts, _ = run(pack(tmp_path / "a.gz", lines), heldout_share=0.5)
+    assert sorted((facts["documents"], facts["heldout"])) == [0, 50]
+    assert "50 lines have the empty id and one fate" in capsys.readouterr().err
+    run(pack(tmp_path / "a.gz", lines))
+    run(pack(tmp_path / "a.gz", [lines[0], line(1)]), heldout_share=0.5)
+    assert "empty id" not in capsys.readouterr().err
+
+
 BAD = {
     "long-line": b'{"id": "a", "more": "' + b"c" * 1000 + b'", "text": "b"}',
     "not-utf8": b'{"id": "a", "text": "\xff"}',
@@ -137,9 +149,12 @@ BAD = {
 @pytest.mark.parametrize("reason", REASONS)
 def test_a_bad_line_fails_the_stage_unless_its_reason_is_allowed(run, tmp_path, reason):
     source = pack(tmp_path / "a.gz", [line(1), BAD[reason], line(3)])
-    with pytest.raises(ValueError, match=f"part.json.gz:2: {reason}(.|\n)*allow: .{reason}"):
+    with pytest.raises(ValueError, match=f"part.json.gz:2: {reason}(.|\n)*allow: .{reason}") as e:
         run(source, max_text_bytes=100, max_line_bytes=1000)
-    facts, out = run(source, max_text_bytes=100, max_line_bytes=1000, allow=(reason,))
+    told = yaml.safe_load(str(e.value).rpartition("in the recipe: ")[2])
+    recipe = Recipe.new(sources={"stdlib": 1}, tokenizer={"train_vocab_size": 512}, **told)
+    allow = tuple(recipe.documents.allow)
+    facts, out = run(source, max_text_bytes=100, max_line_bytes=1000, allow=allow)
     assert facts["rows"] == facts["documents"] + sum(facts["drops"].values()) == 3
     assert facts["drops"] == {reason: 1}
     dropped = polars.read_parquet(out["table"]).filter(split="dropped")

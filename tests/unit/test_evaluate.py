@@ -355,6 +355,52 @@ def test_other_documents_than_expected(folder: Path) -> None:
         requests(task_of("mrpc"), folder)
 
 
+@pytest.mark.parametrize("choices", [None, 3, {"text": None, "label": ["A"]}])
+def test_a_document_whose_field_is_of_another_type(folder: Path, choices: Any) -> None:
+    path = folder / "hf_datasets/ai2_arc/ARC-Easy/validation/0000.parquet"
+    rows = polars.DataFrame(ARC).to_dicts()
+    polars.DataFrame([{**row, "choices": choices} for row in rows]).write_parquet(path)
+    with pytest.raises(ValueError, match=r"'arc_easy': a document of ai2_arc is not as tasks.yaml"):
+        requests(task_of("arc_easy"), folder)
+
+
+def test_a_file_of_documents_that_is_broken_is_named(folder: Path) -> None:
+    path = folder / "hf_datasets/glue/mrpc/validation/0000.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"mrpc/validation/0000.parquet: expected rows as"):
+        requests(task_of("mrpc"), folder)
+    (path.with_suffix(".jsonl")).write_text('{"sentence1": "\\ud83d"')
+    path.unlink()
+    with pytest.raises(ValueError, match=r"mrpc/validation/0000.jsonl: expected rows as"):
+        requests(task_of("mrpc"), folder)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"[]",
+        b"null",
+        b'{"doc_id": "1", "idx": 0, "label": 0, "request": {"context": "a", "continuation": "b"}}',
+        b'{"doc_id": 1, "idx": 0, "label": 0, "request": {"context": "a", "continuation": null}}',
+        b'{"doc_id": 1, "idx": 0, "request": {"context": "a", "continuation": "b"}}',
+        b'{"doc_id": 1, "idx": 0, "label": 0, '
+        b'"request": {"context": "\\ud83d", "continuation": "b"}}',
+        b'{"doc_id": 1, "x": ' + b"[" * 10_000 + b"]" * 10_000 + b"}",
+        b"\xff",
+    ],
+)
+def test_a_request_that_is_broken_is_named_with_its_line(folder: Path, line: bytes) -> None:
+    path = folder / "oe_eval_tasks/copa/rc_0shot/requests.jsonl.gz"
+    lines = gzip.decompress(path.read_bytes()).splitlines()
+    path.write_bytes(gzip.compress(b"\n".join([*lines[:2], line])))
+    with pytest.raises(ValueError, match=r"requests.jsonl.gz:3: expected a request with doc_id"):
+        requests(task_of("copa_rc_0shot"), folder)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"requests.jsonl.gz: expected gzip that is whole"):
+        requests(task_of("copa_rc_0shot"), folder)
+
+
 def test_from_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

@@ -168,6 +168,7 @@ def test_what_cannot_be(checkpoint: Path, say, tmp_path: Path):
         ({"temperature": 1.0, "seed": 2**64}, "a --seed of 64 bits, found 18446744073709551616"),
         ({"tokens": 0}, "must be at least 1"),
         ({"system": "x"}, "--system is for chat"),
+        ({"prompt": "a \udcff"}, "expected --prompt and --system in UTF-8, found .a .udcff"),
         ({"tokenizer": "missing/none.json"}, "cannot be had .*give --tokenizer FILE"),
     ):
         with pytest.raises(ValueError, match=message):

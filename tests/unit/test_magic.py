@@ -20,7 +20,9 @@ import pytest
 from olmo.data import gz, magic
 from olmo.data.conversations import local_conversations
 from olmo.data.documents import documents
+from olmo.data.source_table import read
 from olmo.data.sources import check, local_source
+from olmo.data.tokenizer import local_tokenizer
 
 ROWS = [{"id": f"ä{n}", "text": f"Text {n}, naïve.\n字"} for n in range(300)]
 TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -155,6 +157,25 @@ def test_conversations_of_another_kind(tmp_path: Path, kind: str):
     obey(str(raised.value))
     (made,) = tmp_path.glob("*.gz")
     local_conversations.build(file=made, source=tmp_path / "source")
+
+
+@pytest.mark.parametrize(
+    "encoding, found",
+    [("utf-8-sig", "text that begins with a byte order mark"), ("utf-16", "UTF-16 text")],
+)
+def test_small_files_of_text_in_another_encoding(tmp_path: Path, encoding: str, found: str):
+    file = tmp_path / "it's a.tsv"
+    table = "url\tbytes\tsha256\tlicence\nhttps://x/ä.gz\t12\t\t\n"
+    file.write_bytes(table.encode(encoding))
+    with pytest.raises(ValueError, match=f"a.tsv: expected text in UTF-8, found {found}") as raised:
+        read(file)
+    (command,) = re.findall("`(.*?)`", str(raised.value))
+    mended = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, check=True).stdout
+    file.write_bytes(mended)
+    assert [(source.place, source.bytes) for source in read(file)] == [("https://x/ä.gz", 12)]
+    file.write_bytes("{}".encode(encoding))
+    with pytest.raises(ValueError, match=f"a.tsv: expected text in UTF-8, found {found}"):
+        local_tokenizer.build(source=file, tokenizer=tmp_path / "out")
 
 
 WITHIN = {

@@ -12,6 +12,8 @@ from small_run import run, settings
 from test_huggingface import OLMO2, checkpoint
 
 from olmo import numbers
+from olmo.checkpoint import convert
+from olmo.checkpoint.read import load
 from olmo.data.shards import Entry, write
 from olmo.evaluate.choices import score
 from olmo.evaluate.tasks import Request
@@ -60,6 +62,19 @@ def test_a_diverged_run_is_evaluated_and_its_metrics_are_json(tmp_path: Path):
     plot(rows, tmp_path / "loss.svg")
     assert "<svg" in (tmp_path / "loss.svg").read_text()
     assert "| heldout | nan |" in _evaluation(as_words(heldout_losses(rows)), "run")
+
+
+def test_a_setting_without_a_limit_stays_one(tmp_path: Path):
+    unlimited = {"max_grad_norm": math.inf, "evaluators": []}
+    assert run(tmp_path, max_duration=4, **unlimited) == 0
+    convert(tmp_path / "run/step4-unsharded", tmp_path / "out", kind="safetensors")
+    text = (tmp_path / "out/train.json").read_text()
+    strictly(text.replace("\n", " "))
+    assert json.loads(text)["optimizer"][0]["max_grad_norm"] == "Infinity"
+    found = load(tmp_path / "out").optim
+    assert found is not None
+    _, groups = found
+    assert groups[0]["max_grad_norm"] == math.inf
 
 
 def test_a_diverged_checkpoint_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

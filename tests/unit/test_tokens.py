@@ -215,6 +215,22 @@ def test_a_toolkit_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
     assert state[:1] in (b"", b"Z"), "gone, or dead and waiting for init"
 
 
+def test_an_environment_of_other_versions_says_how_to_build_it_again(tmp_path):
+    program = tmp_path / "environments/dolma-0/bin/python"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\necho \'{"dolma": "0.1", "tokenizers": "0.2"}\'; cat >&2\n')
+    program.chmod(0o755)
+    with Dolma(program, TOOLKIT) as dolma, pytest.raises(ValueError, match=r"of envs/dolma.txt"):
+        dolma.ask("tokens", time_limit_s=20)
+    for made in ("environments/dolma-0/made-from.json", "environments/dolma.json"):
+        (tmp_path / made).touch()
+    with Dolma(program, TOOLKIT) as dolma, pytest.raises(ValueError, match="found dolma") as e:
+        dolma.ask("tokens", time_limit_s=20)
+    command = str(e.value).partition("Build it again: ")[2].partition(", then")[0]
+    subprocess.run(["bash", "-c", command], check=True)
+    assert not list((tmp_path / "environments").iterdir()), "so the next run makes both"
+
+
 def test_both_forms_of_the_environment_pin_the_same_versions():
     import yaml
 
