@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from harness import HERE, PYTHONS, ROOT, environment, why_not
-
-Run = Callable[..., Any]
+from harness import HERE, PYTHONS, ROOT, Run, environment, why_not
 
 
 @pytest.fixture(scope="session", params=PYTHONS)

@@ -24,8 +24,7 @@ from typing import Any
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 PYTHONS = os.environ.get("OLMO_NULLGPU_PYTHON", sys.executable).split(os.pathsep)
 """Pythons with torch's CUDA build; CI names one with the oldest torch and one with the newest."""
-
-Run = Callable[..., Any]
+Run = Callable[..., Any]  # run("loop", compile={…}): what conftest.py's fixture gives
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from conftest import Run
+from harness import Run
 
 GRAPH = {"fullgraph": True}
 FP8: dict[str, Any] = {"backend": "native"}
