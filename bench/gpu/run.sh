@@ -7,6 +7,7 @@
 # may lie in FOLDER: bash bench/gpu/pack.sh FOLDER brings them. Without a GPU it runs a tiny matrix.
 # Whenever it ends, or is ended, OUT.tar holds every record that was finished; draw.py draws it.
 set -euo pipefail
+export OLMO_GPU_BEGAN=$(date +%s) # the budget counts from here, imports too
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 carry=
 for word in "$@"; do
