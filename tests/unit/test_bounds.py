@@ -16,7 +16,7 @@ import pytest
 from servers import serving
 
 from olmo import bucket, io
-from olmo.data import attributes, gz
+from olmo.data import attributes, gz, sources
 from olmo.data.documents import REASONS, documents
 from olmo.data.files import Tokens
 from olmo.data.sources import download, source_list
@@ -109,10 +109,13 @@ def test_what_has_no_length_leaves_room(
     assert kept(tmp_path) < 10_000 and Endless.sent < 100e6
 
 
-def test_an_object_of_a_second_store_has_its_records_size(endless: str, tmp_path: Path) -> None:
+def test_an_object_of_a_second_store_has_its_records_size(
+    endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(io.TooLong, match="expected 1,000 bytes at most"):
         Remote(endless).get("objects/ab/abc", tmp_path / "x", 1000)
-    with pytest.raises(ValueError, match="expected 268,435,456 bytes at most"):
+    monkeypatch.setattr(sources, "MOST_LIST", 1 << 20)
+    with pytest.raises(ValueError, match="expected 1,048,576 bytes at most"):
         source_list(url=f"{endless}/list", table=Path("sources.tsv"))
     assert kept(tmp_path) < 10_000
 
