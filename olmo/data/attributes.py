@@ -284,7 +284,8 @@ def fill(dolma: Dolma, scratch: Path, kind: str, documents: list[Path], kinds: K
     for path, name in zip(documents, names, strict=True):
         made = scratch / attributes_of(name, kind)
         if not made.exists() or count_lines(made) != count_lines(path):
-            raise ValueError(f"the toolkit did not read all of {path}. It said:\n{said}")
+            log.say(said)
+            raise ValueError(f"the toolkit did not read all of {path}; what it said stands above")
     shutil.rmtree(scratch / "in")
     (scratch / "in" / "documents").mkdir(parents=True)
 
@@ -420,9 +421,10 @@ def add(
         pairs = zip_longest(ids, wanted)
         row = next(row for row, (one, other) in enumerate(pairs) if one != other)
         place = place_of(table, here[row]) if row < len(here) else table["file"][0]
+        log.say(said)
         raise ValueError(
             f"{place}: expected attributes of {len(wanted):,} documents from the toolkit, in their "
-            f"order, found {len(lines):,}. It said:\n{said}"
+            f"order, found {len(lines):,}; what it said stands above"
         )
     for row, line in zip(here, lines, strict=True):
         if spans := line["attributes"].get(kind):

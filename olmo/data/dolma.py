@@ -26,6 +26,7 @@ from olmo.data import dolma_worker
 from olmo.data.documents import MAX_BYTES_PER_BYTE
 from olmo.data.tokens import Job
 from olmo.environments import version
+from olmo.log import say
 from olmo.process import describe_exit, supervised
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ class Dolma:
         if answer.get("errno") in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(answer["errno"], answer["error"])
         if "error" in answer:
-            raise ValueError(f"the toolkit failed: {answer['error']}. It said:\n{self.tail()}")
+            self.tell_tail()
+            raise ValueError(f"the toolkit failed: {answer['error']}; what it said stands above")
         return self.tail()
 
     def start(self) -> None:
@@ -139,7 +141,10 @@ class Dolma:
         while not line.endswith(b"\n"):
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
-                raise ChildProcessError(f"the toolkit did not end in time. It said:\n{self.tail()}")
+                self.tell_tail()
+                raise ChildProcessError(
+                    "the toolkit did not end in time; what it said stands above"
+                )
             block = os.read(self.process.stdout.fileno(), 1 << 16)
             if not block:
                 raise self.death()
@@ -151,10 +156,16 @@ class Dolma:
         """What to raise when the toolkit's process has ended. The next request starts another."""
         code = self.process.wait()
         self.process = None
-        said = f"the toolkit's process ended early ({describe_exit(code)}). It said:\n{self.tail()}"
+        self.tell_tail()
+        ended = describe_exit(code)
+        said = f"the toolkit's process ended early ({ended}); what it said stands above"
         if code == -signal.SIGBUS:  # its files are mapped into memory, and there was no page left
             return OSError(errno.ENOSPC, said)
         return ChildProcessError(said)
+
+    def tell_tail(self) -> None:
+        if tail := self.tail():
+            say(tail)
 
     def tail(self) -> str:
         """The last lines that the toolkit said, without its progress bars."""

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from olmo import log
 from olmo.data import gz
 from olmo.data.attributes import DUPLICATE, OVERLAP, PARAGRAPH, REASONS, Spans, read
 from olmo.data.documents import DROPPED, TRAIN, parse, size_in_utf8
@@ -76,7 +77,8 @@ def mixed(
             )
             made = folder / "mixed" / "documents" / "documents.gz"
             if not made.exists():
-                raise ValueError(f"the toolkit mixed no documents. It said:\n{said}")
+                log.say(said)
+                raise ValueError("the toolkit mixed no documents; what it said stands above")
             places = [f"{file}:{line}" for file, line in train.select("file", "line").iter_rows()]
             changes = checked(documents, made, mixed, told, places)
     after = with_changes(before, changes)

@@ -176,10 +176,11 @@ def refuse_losses(expected: polars.DataFrame, found: polars.DataFrame, said: str
     lost = expected.join(found, on=["row", "id"], how="anti")
     gained = found.join(expected, on=["row", "id"], how="anti")
     places = [f"{row['file']}:{row['line']}" for row in lost.head(10).iter_rows(named=True)]
+    log.say(said)
     raise ValueError(
         f"expected {expected.height:,} documents from the toolkit, found {found.height:,}: "
-        f"{lost.height:,} lost ({', '.join(places)}), {gained.height:,} that were not asked for. "
-        f"It said:\n{said}"
+        f"{lost.height:,} lost ({', '.join(places)}), {gained.height:,} that were not asked for; "
+        "what it said stands above"
     )
 
 
