@@ -70,11 +70,13 @@ def main(arguments: Sequence[str]) -> int:
     from olmo.train.pending import NotFinite
     from olmo.train.saving import FailedElsewhere
 
-    def failed(error: object, only: bool = False) -> None:
-        """Say what ends this process, and leave it for the launcher: `only` where nobody has."""
+    def failed(error: object, known: bool = True) -> None:
+        """Say what ends this process, and leave it for the launcher: where nobody has, or where
+        the first process, which checks things for all, knows it.
+        """
         say(f"{who}error: {error}")
         cause = Path(arguments[0]).parent / CAUSE
-        if "OLMO_LAUNCHED" in os.environ and not (only and cause.exists()):
+        if "OLMO_LAUNCHED" in os.environ and ((known and not rank) or not cause.exists()):
             with contextlib.suppress(OSError):  # the disk may be full
                 draft = cause.with_suffix(f".{rank}")
                 draft.write_text(f"{who}{error}\n", encoding="utf-8")
@@ -84,7 +86,10 @@ def main(arguments: Sequence[str]) -> int:
         code = train(TrainConfig.load(arguments[0], overrides(arguments[1:])))
         return 0 if code == PAUSED and "OLMO_LAUNCHED" in os.environ else code
     except (ValueError, OSError) as error:
-        failed(reason(error), only=isinstance(error, FailedElsewhere))
+        if isinstance(error, FailedElsewhere):
+            say(f"{who}error: {error}")
+        else:
+            failed(reason(error))
         return 2
     except torch.OutOfMemoryError as error:
         failed(out_of_memory(error))
@@ -99,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
         # Another process is gone, most likely, and a thread of ours may wait for it: leave at once.
         traceback.print_exc()
         keep(traceback.format_exc())
-        failed(f"{type(error).__name__}: {error}".partition("\n")[0], only=True)
+        failed(f"{type(error).__name__}: {error}".partition("\n")[0], known=False)
         os._exit(1)
 
 
