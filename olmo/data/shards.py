@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -411,6 +412,10 @@ def order(
             f"bytes in {len(sizes)} shards, none as long as that"
         )
     global_order(order=order, instances=instances, seed=seed)
+    # OLMo's README maps it with mode="r+", which reads it only. Its owner may; should anything be
+    # written into it, its time is no more the store's, and what is wrong with it is found on use.
+    with suppress(PermissionError):  # another user's
+        order.chmod(0o644)
 
 
 @stage(version=1)
