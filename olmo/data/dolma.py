@@ -115,8 +115,7 @@ class Dolma:
         if answer.get("errno") in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(answer["errno"], answer["error"])
         if "error" in answer:
-            self.tell_tail()
-            raise ValueError(f"the toolkit failed: {answer['error']}; what it said stands above")
+            raise ValueError(self.above(f"the toolkit failed: {answer['error']}"))
         return self.tail()
 
     def start(self) -> None:
@@ -141,10 +140,7 @@ class Dolma:
         while not line.endswith(b"\n"):
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([self.process.stdout], [], [], left)[0]:
-                self.tell_tail()
-                raise ChildProcessError(
-                    "the toolkit did not end in time; what it said stands above"
-                )
+                raise ChildProcessError(self.above("the toolkit did not end in time"))
             block = os.read(self.process.stdout.fileno(), 1 << 16)
             if not block:
                 raise self.death()
@@ -156,16 +152,16 @@ class Dolma:
         """What to raise when the toolkit's process has ended. The next request starts another."""
         code = self.process.wait()
         self.process = None
-        self.tell_tail()
-        ended = describe_exit(code)
-        said = f"the toolkit's process ended early ({ended}); what it said stands above"
+        said = self.above(f"the toolkit's process ended early ({describe_exit(code)})")
         if code == -signal.SIGBUS:  # its files are mapped into memory, and there was no page left
             return OSError(errno.ENOSPC, said)
         return ChildProcessError(said)
 
-    def tell_tail(self) -> None:
+    def above(self, what: str) -> str:
+        """A sentence, after which nothing follows: what the toolkit said is told before it."""
         if tail := self.tail():
             say(tail)
+        return f"{what}; what it said stands above"
 
     def tail(self) -> str:
         """The last lines that the toolkit said, without its progress bars."""

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -428,6 +429,10 @@ def order(
             "documents.keep_one_in), or a smaller model.max_sequence_length"
         )
     global_order(order=order, instances=instances, seed=seed, epoch=epoch)
+    # OLMo's README maps it with mode="r+", which reads it only. Its owner may; should anything be
+    # written into it, its time is no more the store's, and what is wrong with it is found on use.
+    with suppress(PermissionError):  # another user's
+        order.chmod(0o644)
 
 
 @stage(version=1)

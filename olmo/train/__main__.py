@@ -75,14 +75,15 @@ def main(arguments: Sequence[str]) -> int:
     from olmo.train.saving import FailedElsewhere
     from olmo.urls import public
 
-    def failed(error: object, repeats: bool = True, only: bool = False) -> None:
-        """Say what ends this process, and leave it for the launcher: `only` where nobody has.
+    def failed(error: object, repeats: bool = True, known: bool = True) -> None:
+        """Say what ends this process, and leave it for the launcher: where nobody has, or where
+        the first process, which checks things for all, knows it.
 
         `repeats`: whether another start would end in the same way.
         """
         say(f"{who}error: {error}")
         cause = Path(arguments[0]).with_name(CAUSE)
-        if LAUNCHED in os.environ and not (only and cause.exists()):
+        if LAUNCHED in os.environ and ((known and not rank) or not cause.exists()):
             left = {"said": public(f"{who}{error}").rstrip(". "), "repeats": repeats}
             with suppress(OSError):  # a disk that is full is full for this too
                 sealed.write(cause, sealed.dumps(left))
@@ -92,7 +93,10 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if code == PAUSED and LAUNCHED in os.environ else code
     except (ValueError, OSError) as error:
         wrong = isinstance(error, (ValueError, *WRONG))  # else a disk, or a network
-        failed(reason(error), repeats=wrong, only=isinstance(error, FailedElsewhere))
+        if isinstance(error, FailedElsewhere):
+            say(f"{who}error: {error}")
+        else:
+            failed(reason(error), repeats=wrong)
         return 2
     except torch.OutOfMemoryError as error:
         failed(out_of_memory(error))
@@ -107,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
         # Another process is gone, most likely, and a thread of ours may wait for it: leave at once.
         traceback.print_exc()
         keep(traceback.format_exc())
-        failed(f"{type(error).__name__}: {error}".partition("\n")[0], only=True)
+        failed(f"{type(error).__name__}: {error}".partition("\n")[0], known=False)
         os._exit(1)
 
 

@@ -1,8 +1,16 @@
-"""An order is made only where there is memory for it."""
+"""An order is made only where there is memory for it, and can be read as OLMo's README does."""
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from olmo.data import order
+from olmo.data import order, shards
+from olmo.stage import here
 
 GIB = 2**30
 
@@ -49,3 +57,44 @@ def test_an_order_that_does_not_fit_is_refused_before_it_is_begun(monkeypatch):
         order.global_indices(1_000_000_001, seed=1)
     with pytest.raises(ValueError, match="holds up to 4294967294 instances"):
         order.global_indices(2**32 - 1, seed=1)
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that an ordinary user may look into, unlike pytest's."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("OLMO_STORE", raising=False)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_the_readmes_snippet_maps_the_order_of_an_ordinary_user(place: Path) -> None:
+    entry = shards.Entry("part-0", "tokens", "part-0.npy", "0" * 64, 2 * 8 * 100)
+    shards.write(Path("tokens.tsv"), [entry])
+    made = place / "checkpoints/small/global_indices.npy"
+    shards.order([Path("tokens.tsv")], made, sequence_length=8, seed=1)
+    expected = order.read(made)[:].tolist()
+    child = os.fork()
+    if not child:  # root may open everything
+        try:
+            if os.geteuid() == 0:
+                for path in (made.resolve(), made.parent):
+                    os.chown(path, 65534, 65534)
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            global_indices = np.memmap(made, mode="r+", dtype=np.uint32)
+            os._exit(0 if global_indices[0:100].tolist() == expected else 2)
+        except PermissionError:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    # To look is no change; what is written is noticed, and made again.
+    assert here().sound(here().digest(made))
+    mapped = np.memmap(made, mode="r+", dtype=np.uint32)
+    mapped[0] += 1
+    mapped.flush()
+    shards.order([Path("tokens.tsv")], made, sequence_length=8, seed=1)
+    assert order.read(made)[:].tolist() == expected
+    assert len(list(Path("store/quarantine").iterdir())) == 1
