@@ -172,9 +172,9 @@ def arrivals(
             except ValueError as error:
                 failures.append(str(error))
     if failures and not allow_missing:
-        one, *others = dict.fromkeys(failures)  # each reason once
-        more = "\n  and ".join(["", *others])
-        raise ValueError(f"{len(failures)} of {len(files)} sources: {one}{more}")
+        reasons = list(dict.fromkeys(failures))  # each once
+        apart = " " if len(reasons) == 1 else "\n  "
+        raise ValueError(apart.join([f"{len(failures)} of {len(files)} sources:", *reasons]))
     for failure in failures:
         log.warn(f"left out: {failure}")
     return entries

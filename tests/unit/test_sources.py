@@ -365,6 +365,8 @@ def test_the_others_come_although_one_fails(server, tmp_path):
     with pytest.raises(ValueError, match=r"^2 of 7 sources:\n  .*gone.*404.*\n  .*page.*a web p"):
         shards.sources(listing=listing, sources=places)
     assert not listing.exists()
+    with pytest.raises(ValueError, match=r"^1 of 6 sources: .*gone.*404"):  # in one line
+        shards.sources(listing=listing, sources=places[:-1])
     asked = len(server.requests)
     shards.sources(listing=listing, sources=places, allow_missing=True)
     assert len(server.requests) == asked + 2, "the five are in the store"
