@@ -11,6 +11,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -158,10 +159,12 @@ class Dolma:
         return ChildProcessError(said)
 
     def above(self, what: str) -> str:
-        """A sentence, after which nothing follows: what the toolkit said is told before it."""
-        if tail := self.tail():
-            say(tail)
-        return f"{what}; what it said stands above"
+        """A sentence with the cause, if the toolkit named one; all that it said is told before."""
+        if not (tail := self.tail()):
+            return what
+        say(tail)
+        causes = [line.strip() for line in tail.splitlines() if re.search(r"rror|ismatch", line)]
+        return f"{': '.join([what, *causes[-1:]])}; what it said stands above"
 
     def tail(self) -> str:
         """The last lines that the toolkit said, without its progress bars."""

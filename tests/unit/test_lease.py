@@ -200,7 +200,7 @@ socket.gethostname = lambda: sys.argv[2]
 import olmo.lease
 olmo.lease.BEAT_S = 0.2
 from olmo.workspace import alone
-alone()
+alone("store")
 print("holding", flush=True)
 sys.stdin.readline()
 """

@@ -234,7 +234,11 @@ def faulty(*, kind: str) -> None:
     ("kind", "said"),
     [
         ("ours", "a fault of olmo's own, KeyError: 'outputs'; the traceback is in {log}"),
-        ("disk", "/data/x: No space left on device; make room, then run the same command again"),
+        (
+            "disk",
+            "/data/x: No space left on device: the disk is full; make room, then run the same "
+            "command again",
+        ),
         (
             "place",
             "/proc/nowhere: No such file or directory, and none can be made there; name another "
