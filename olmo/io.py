@@ -71,8 +71,8 @@ def refuse_too_long(name: str, size: int, most: int | None, path: Path | None = 
         raise TooLong(name, most, size)
     if path is not None and size > (free := shutil.disk_usage(path.parent).free):
         raise NoRoom(
-            f"{name}: {size:,} bytes do not fit on the disk of {path.parent}, of which {free:,} "
-            "are free; make room, or use another disk (OLMO_STORE)"
+            f"{name}: the disk is full: {size:,} bytes do not fit on the disk of {path.parent}, of "
+            f"which {free:,} are free; make room, or use another disk (OLMO_STORE)"
         )
 
 

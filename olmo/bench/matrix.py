@@ -142,7 +142,7 @@ class Section(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("warmup", 0), ("steps", 1), ("rounds", 1), ("limit_s", 1)):
+        for name, least in (("warmup", 0), ("steps", 1), ("rounds", 1), ("limit_s", 0.1)):
             check_range(name, getattr(self, name), least)
 
     def cells(self) -> list[Cell]:

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 from urllib.parse import unquote
@@ -47,7 +48,7 @@ def sources(folder, surroundings, *places):
 
 def line_about(place, said):
     """The one line of an error that tells of a place."""
-    (line,) = [line for line in said.splitlines() if line.strip().startswith(place)]
+    (line,) = [line for line in said.splitlines() if re.match(rf"(.* sources:)? *{place}", line)]
     return line
 
 
