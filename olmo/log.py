@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from contextlib import suppress
 from typing import TextIO
 
 from olmo.urls import public
@@ -59,7 +60,7 @@ def line(text: str, stream: TextIO) -> None:
 def keep(text: str) -> None:
     """One line for the log file alone: what is on the terminal already."""
     if path := os.environ.get(LOG):
-        with open(path, "a", encoding="utf-8") as file:
+        with suppress(OSError), open(path, "a", encoding="utf-8") as file:  # a full disk
             file.write(public(text) + "\n")
 
 

@@ -1,7 +1,7 @@
 """Small files that steer everything: written whole, and read back only if no byte has changed.
 
-A sealed file ends with the sha256 of all that stands before it: JSON in a last field "seal", a
-table in a last line "seal<TAB>…". So a changed byte, a cut and a half of an older file are all
+A sealed file holds the sha256 of all the rest of it: JSON in a last field "seal", a table in one
+more word of its first row, "seal:…". So a changed byte, a cut and a half of an older file are all
 noticed, and the file says so whatever wrote it. It is no protection against an enemy, who can seal
 anew: what comes from elsewhere is checked by what it says.
 
@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-FIELD = '"seal": "'
+FIELD, SEAL = '"seal": "', "seal:"
 
 
 class Damaged(ValueError):
@@ -103,16 +103,19 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def dump_table(rows: Iterable[Iterable[str]]) -> str:
-    """Rows of words between tabs, the seal in a last line."""
+    """Rows of words between tabs; the first has the seal of all as one more word."""
     body = "".join("\t".join(row) + "\n" for row in rows)
-    return f"{body}seal\t{_digest(body)}\n"
+    first, end, rest = body.partition("\n")
+    return f"{first}\t{SEAL}{_digest(body)}{end}{rest}"
 
 
 def load_table(content: bytes, name: str | Path) -> list[list[str]]:
     """The rows that `dump_table` wrote. Raises Damaged."""
     text = _decoded(content, name)
-    body, _, seal = text.rpartition("seal\t")
-    if seal != f"{_digest(body)}\n":
+    first, end, rest = text.partition("\n")
+    first, _, seal = first.rpartition(f"\t{SEAL}")
+    body = f"{first}{end}{rest}"
+    if seal != _digest(body):
         raise _damaged(name)
     return [line.split("\t") for line in body.split("\n")[:-1]]
 

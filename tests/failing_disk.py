@@ -138,7 +138,8 @@ def one(command: Command, how: str, at: int, wanted: dict[str, str], folder: Pat
     last = (said.strip().splitlines() or [""])[-1]
     if how != "kill" and status not in (0, 1, 75):
         complaints.append(f"status {status}: {said[-1500:]}")
-    trace = "Traceback (most" in said and command.name != "train"  # torchrun shows its own
+    # torchrun and the toolkit show their own.
+    trace = "Traceback (most" in said and command.name not in ("train", "tokens")
     if how != "kill" and status and (trace or not last.startswith("olmo ")):
         complaints.append(f"no sentence at the end: {said[-1500:]}")
     if status and how == "kill" and status not in (-9, 137, 1):
