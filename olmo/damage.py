@@ -57,6 +57,8 @@ class Damage:
                 path.touch()
             return [str(path)] if path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            path.unlink()  # into a store: nothing is to be written there
         if not path.exists():
             path.touch()
             os.utime(path, (0, 0))  # older than anything made here

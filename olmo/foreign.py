@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 # The folders of a project that hold what the pipeline makes and the store names: the outputs of
 # the rules. Nothing that is run or imported lies in them.
 FOLDERS = ("data", "checkpoints", "eval", "hf", "bench-results")
+# Not what the pipeline itself writes there (listings, a journal, a run's folder); nothing hidden.
+OWN = r"data/[^/]+/(damage\.log|[^/]+/(\d+|all)\.tsv)|checkpoints/[^/]+/run(/.*)?"
+NAME = re.compile(rf"(?!({OWN})$)[^/]+(/[^./][^/]*)+")
+RECORD = "record.json"
 MOST_BYTES = 1 << 60  # of one file
 LONGEST = 200  # bytes of one part of a path; drafts have longer names, and 255 is what there is
 
@@ -58,7 +62,7 @@ def part(found: Any, whose: str) -> str:
 
 def name(found: Any, whose: str) -> str:
     """A human name: a path below one of the folders that the pipeline makes."""
-    if inner(found, whose).partition("/")[0] not in FOLDERS or "/" not in found:
+    if inner(found, whose).partition("/")[0] not in FOLDERS or not NAME.fullmatch(found):
         raise ValueError(
             f"{whose}: expected a name below {', '.join(FOLDERS)}, found {_show(found)}; nothing "
             "of it is taken. Name the paths that you want, 'checkpoints/*' for example"
@@ -106,10 +110,20 @@ def _members(made: Mapping[str, Any], where: str) -> list[Any]:
         return [made]
     inside, aside = _mapping(made["files"], where), _mapping(made.get("aside"), where)
     names = [inner(member, where) for member in (*inside, *aside)]
-    folders = {parent for one in names for parent in map(str, Path(one).parents)}
-    if twice := sorted(set(inside) & set(aside) | folders & set(names)):
+    refuse_twice(names, where)
+    if twice := sorted(set(inside) & set(aside)):
         raise ValueError(f"{where}: {_show(twice[0])} is there twice, as a file and as another")
+    if any(one.split("/")[0] == RECORD for one in names):
+        raise ValueError(f"{where}: expected no file {RECORD}, which the store makes; found one")
     return [*inside.values(), *aside.values()]
+
+
+def refuse_twice(names: Iterable[str], whose: str) -> None:
+    """Raises ValueError where a name is that of a file and of a folder at once."""
+    names = list(names)
+    folders = {parent for one in names for parent in map(str, Path(one).parents)}
+    if twice := sorted(folders & set(names)):
+        raise ValueError(f"{whose}: {_show(twice[0])} is there twice, as a file and as another")
 
 
 def _mapping(found: Any, where: str) -> Mapping[str, Any]:

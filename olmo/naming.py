@@ -135,7 +135,7 @@ def known_as(store: Store, path: Path) -> Name | None:
     except FileNotFoundError:
         return None
     except Damaged:
-        if (name := _again(store, path)) is None:
+        if (name := _again(store, path, _outputs(store))) is None:
             store.quarantine(file, f"the damaged name of {path}, where there is no link")
         return name
 
@@ -160,38 +160,58 @@ def _read(file: Path) -> Name:
         raise
 
 
-def _again(store: Store, path: Path) -> Name | None:
-    """Write a name down from its link, whose file was damaged; None where there is no link."""
-    is_folder = path.is_dir() and not path.is_symlink()
-    target = Path(os.path.realpath(path / "record.json" if is_folder else path))
-    if not target.is_relative_to(os.path.realpath(store.root)):
-        return None
+def _outputs(store: Store) -> dict[str, tuple[str, str]]:
+    """What a link leads to, a content's digest or a folder's key → (key, output)."""
+    found: dict[str, tuple[str, str]] = {}
     for record in store.records():
         for output, made in record["outputs"].items():
-            same = target.stem == record["key"] if is_folder else made.get("sha256") == target.name
-            if same and ("files" in made) == is_folder:
-                return _write(store, path, record["key"], output)
-    return None
+            found.setdefault(made.get("sha256", record["key"]), (record["key"], output))
+    return found
 
 
-def read_all(store: Store) -> tuple[dict[Path, Name], list[Path]]:
+def _again(store: Store, path: Path, outputs: Mapping[str, tuple[str, str]]) -> Name | None:
+    """Write a name down from its link; None where there is no link to what the store made."""
+    made = _made(store, path, outputs)
+    return None if made is None else _write(store, path, *made)
+
+
+def _made(
+    store: Store, path: Path, outputs: Mapping[str, tuple[str, str]]
+) -> tuple[str, str] | None:
+    """Which action's output a link, or a folder of links, leads to."""
+    is_folder = path.is_dir() and not path.is_symlink()
+    target = Path(os.path.realpath(path / "record.json" if is_folder else path))
+    inside = target.is_relative_to(os.path.realpath(store.root))
+    return outputs.get(target.stem) if inside else None
+
+
+def read_all(store: Store, all_links: bool = False) -> tuple[dict[Path, Name], list[Path]]:
     """Every name that was ever made, by the file that it is written down in.
 
-    Damaged ones of the project that we are in are written down anew, from their links. The second
-    list is of the files that were damaged and for which there is no link here.
+    Damaged ones of the project that we are in are written down anew, from their links, and with
+    `all_links` also those that are not written down at all. The second list is of the files that
+    were damaged and for which there is no link here.
     """
     found: dict[Path, Name] = {}
     damaged = set()
     for file in sorted((store.root / "links").glob("[0-9a-f]" * 32)):
         try:
             found[file] = _read(file)
+        except IsADirectoryError:  # nothing of ours
+            continue
         except Damaged:
             damaged.add(file)
-    for path in _links(store) if damaged else ():
-        if (file := _file(store, path)) in damaged and (name := _again(store, path)):
-            store.say(f"store: the name of {path} was damaged and is written down again")
+    if not (damaged or all_links):
+        return found, []
+    outputs = _outputs(store)
+    named = {(name["key"], name["output"]) for name in found.values()}
+    for path in _links(store):
+        file = _file(store, path)
+        lost = all_links and file not in found and _made(store, path, outputs) not in named
+        if (file in damaged or lost) and (name := _again(store, path, outputs)):
+            store.say(f"store: the name of {path} was damaged or gone and is written down again")
             found[file] = name
-            damaged.remove(file)
+            damaged.discard(file)
     return found, sorted(damaged)
 
 
@@ -200,9 +220,11 @@ def _links(store: Store) -> Iterator[Path]:
     for folder, folders, names in os.walk(Path.cwd()):
         here = Path(folder)
         if here != Path.cwd() and "record.json" in names:
+            folders.clear()
             yield here
-        folders[:] = [n for n in folders if not n.startswith(".") and here / n != store.root]
+            continue
         yield from (here / name for name in (*names, *folders) if (here / name).is_symlink())
+        folders[:] = [n for n in folders if not n.startswith(".") and here / n != store.root]
 
 
 def last(store: Store, path: Path) -> Record | None:

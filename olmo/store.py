@@ -2,6 +2,7 @@
 
     objects/<d2>/<sha256>     contents, read-only, never changed
     actions/<k2>/<key>.json   what was asked, what came out, how it went: the record, written last
+    actions/<k2>/<key>.copy   the same once more, for when a byte of the record has changed
     drafts/                   files on their way in from another store
     work/<key>/               a stage's own folder while it runs; a training run's checkpoints
     leases/                   who runs what right now
@@ -176,9 +177,10 @@ class Store:
         return self.root / "actions" / key[:2] / f"{key}.json"
 
     def record(self, key: str) -> Record | None:
-        """What is known of an action; None if it never ended, or its record was damaged.
+        """What is known of an action; None if it never ended, or nothing sound is left of it.
 
-        A damaged record goes to quarantine: the action runs again.
+        A damaged record goes to quarantine and is written anew from its copy; without one the
+        action runs again.
         """
         path = self.record_path(key)
         try:
@@ -191,7 +193,15 @@ class Store:
             return self.record(key)
         except Damaged:
             self.quarantine(path, "a damaged record")
+        try:
+            record = loads(self._copy_path(key).read_bytes(), key)
+        except (FileNotFoundError, Damaged):
             return None
+        self._write_record(record)
+        return record
+
+    def _copy_path(self, key: str) -> Path:
+        return self.record_path(key).with_suffix(".copy")
 
     def records(self) -> Iterator[Record]:
         for path in sorted((self.root / "actions").glob("??/*.json")):
@@ -347,7 +357,9 @@ class Store:
                 shutil.rmtree(folder)
 
     def _write_record(self, record: Record) -> None:
-        sealed.write(self.record_path(record["key"]), sealed.dumps(record, 1), read_only=True)
+        text, key = sealed.dumps(record, 1), record["key"]
+        sealed.write(self._copy_path(key), text, read_only=True)
+        sealed.write(self.record_path(key), text, read_only=True)
 
     def _waiting(self, action: Action) -> Callable[[dict[str, Any]], None]:
         return lambda holder: self.say(

@@ -24,7 +24,7 @@ def verify() -> None:
     objects = len(list((store.root / "objects").glob("??/*")))
     keys = [path.stem for path in (store.root / "actions").glob("??/*.json")]
     corrupt, broken = damaged(store), [key for key in sorted(keys) if store.record(key) is None]
-    found, unknown = naming.read_all(store)
+    found, unknown = naming.read_all(store, all_links=True)
     lost = [] if unknown else naming.lost(store)
     complaints = []
     if corrupt:
@@ -53,7 +53,7 @@ def damaged(store: Store) -> list[str]:
     """Hash every object; the digests of those that were not what their name says."""
     corrupt = []
     for path in sorted((store.root / "objects").glob("??/*")):
-        if sha256(path) != path.name:
+        if path.is_file() and sha256(path) != path.name:
             store.quarantine(path, "found by verify")
             corrupt.append(path.name)
     return corrupt
@@ -66,7 +66,8 @@ def gc(dry_run: bool = False, forget: Path | None = None) -> None:
     is gone for good, what only its paths pointed to goes as well.
     """
     store = here()
-    sizes = {p.name: p.stat().st_size for p in (store.root / "objects").glob("??/*")}
+    objects = (p for p in (store.root / "objects").glob("??/*") if p.is_file())
+    sizes = {p.name: p.stat().st_size for p in objects}
     left = {folder: weight(folder) for folder in finished_work(store)}
     removed = sweep(store, dry_run, forget)
     for line in named_so_far(store, removed):
@@ -98,6 +99,7 @@ def _sweep(store: Store, dry_run: bool, forget: Path | None) -> list[str]:
             f"expected a store at rest, found {len(running)} stages running, whose new objects "
             "have no name yet; run gc again when they are done"
         )
+    naming.read_all(store, all_links=True)  # a name that is not written down counts too
     forgotten = naming.of_project(store, forget) if forget else {}
     for project in naming.lost_projects(store):
         if forget is None or project != Path(os.path.abspath(forget)):
@@ -123,7 +125,7 @@ def _sweep(store: Store, dry_run: bool, forget: Path | None) -> list[str]:
     for key in keys | set(pinned(store)) | set(unnamed(store)):
         if (record := store.record(key)) is not None:
             keep |= {file["sha256"] for file in files(record)}
-    objects = sorted((store.root / "objects").glob("??/*"))
+    objects = sorted(p for p in (store.root / "objects").glob("??/*") if p.is_file())
     removed = [path for path in objects if path.name not in keep]
     if dry_run:
         return [path.name for path in removed]

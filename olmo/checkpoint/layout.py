@@ -26,7 +26,7 @@ from olmo.sealed import Damaged
 
 MANIFEST = "manifest.json"
 EPHEMERAL = "ephemeral"  # an empty file in a checkpoint that the next one replaces
-_STEP = re.compile(r"step(\d+)(-unsharded)?")
+_STEP = re.compile(r"step(\d{1,15})(-unsharded)?", re.ASCII)
 _PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
 
 
@@ -183,8 +183,11 @@ def listed(manifest: bytes, whose: str) -> dict[str, dict[str, Any]]:
             foreign.inner(name, whose)
             foreign.size(facts["bytes"], whose)
             foreign.digest(facts["sha256"], whose)
+        foreign.refuse_twice(files, whose)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{whose}: expected files with bytes and sha256, found none") from error
+    if not files:
+        raise ValueError(f"{whose}: expected the files of a checkpoint, found none")
     return files
 
 

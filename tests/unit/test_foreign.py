@@ -388,3 +388,48 @@ def test_a_source_has_a_name_that_a_file_can_have(tmp_path: Path) -> None:
     table.write_text(f"url\tbytes\tsha256\nhttp://h/a.gz\t{'9' * 5000}\t\n")
     with pytest.raises(ValueError, match="line 2: expected url, bytes"):
         source_table.read(table)
+
+
+@pytest.mark.parametrize("bad", ["record.json", "record.json/x"])
+def test_the_stores_own_name_is_no_member(theirs: Place, evil: Evil, bad: str) -> None:
+    def alter(record: dict[str, Any]) -> None:
+        file = record["outputs"]["out"]
+        record["outputs"]["out"] = {"files": {bad: file}, "aside": {}}
+
+    evil.change(alter)
+    assert "record.json" in refused(theirs, str(evil.root), "checkpoints/run/final")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "data/small/damage.log",
+        "data/small/tokens/000.tsv",
+        "data/small/attributes/all.tsv",
+        "checkpoints/small/run",
+        "checkpoints/small/run/step5/model.pt",
+        "checkpoints/.git/hooks",
+        "data/.hidden",
+    ],
+)
+def test_what_the_pipeline_writes_itself_is_no_name(theirs: Place, evil: Evil, bad: str) -> None:
+    evil.rename(bad)
+    assert ascii(bad) in refused(theirs, str(evil.root))
+
+
+@pytest.mark.parametrize("files", [{}, {"x": 1, "x/y": 1}])
+def test_a_mirrors_manifest_of_another_shape_is_passed_over(
+    tmp_path: Path, mirrored: Path, files: dict[str, Any]
+) -> None:
+    facts = {"bytes": 7, "sha256": "0" * 64}
+    manifest = mirrored / "step5-unsharded" / layout.MANIFEST
+    manifest.write_text(sealed.dumps({"files": {name: facts for name in files}}))
+    (tmp_path / "here").mkdir()
+    assert remote.newest_of_both(None, tmp_path / "here", str(mirrored)) is None
+
+
+def test_a_step_has_a_number_that_a_run_can_reach() -> None:
+    assert layout.is_name(Path("step999999999999-unsharded"))
+    assert not layout.is_name(Path(f"step{'9' * 30}-unsharded")) and not layout.is_name(
+        Path("step٣")
+    )

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from olmo import naming
 from olmo.action import Action
 from olmo.store import Record, Store
-from olmo.upkeep import gc, sweep
+from olmo.upkeep import damaged, gc, sweep
 
 ONE = Action("demo", 1)
 
@@ -209,3 +210,23 @@ def test_gc_says_what_it_took(project: Path, capsys: pytest.CaptureFixture[str])
         assert f"{verb} objects, 1 bytes" in said
         assert "1 finished actions worked in (a run's earlier checkpoints), 5 bytes" in said
     assert [path.name for path in (store.root / "work").iterdir()] == ["0" * 64]
+
+
+def test_gc_keeps_what_a_link_here_points_to_though_no_name_is_written_down(
+    store: Store, project: Path
+):
+    naming.link(store, made(store, "a"), "out", Path("out"))
+    naming.link(store, made(store, "b"), "final", Path("folder/final"))
+    made(store, "nobody's")
+    shutil.rmtree(store.root / "links")
+    assert len(sweep(store)) == 1
+    assert Path("out").read_text() == "a" and Path("folder/final/text").read_text() == "b"
+    assert naming.named(store, Path("folder/final"))["key"] == made(store, "b")["key"]
+
+
+def test_what_is_no_file_of_the_stores_is_passed_over(store: Store, project: Path):
+    naming.link(store, made(store, "a"), "out", Path("out"))
+    (store.root / "links" / ("a" * 32)).mkdir()
+    (store.root / "objects/ba/stray").mkdir(parents=True)
+    assert sweep(store) == [] and damaged(store) == []
+    assert naming.named(store, Path("out"))["key"] == made(store, "a")["key"]

@@ -362,3 +362,16 @@ def test_a_silent_holder_elsewhere_loses_its_lease(store: Store, monkeypatch):
     start = time.monotonic()
     store.run(ONE, write("hello"))
     assert time.monotonic() - start > 0.6
+
+
+def test_a_damaged_record_is_written_anew_from_its_copy(store: Store):
+    record = store.run(ONE, write("one"))
+    path = store.record_path(ONE.key)
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes().replace(b'"demo"', b'"d3mo"'))
+    assert store.record(ONE.key) == record == store.record(ONE.key)
+    copy = path.with_suffix(".copy")
+    copy.unlink()
+    path.unlink()
+    path.write_bytes(b"")
+    assert store.record(ONE.key) is None
