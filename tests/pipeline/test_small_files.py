@@ -36,14 +36,14 @@ def test_the_same_command_makes_good_what_was_damaged(finished: Project, tmp_pat
         path.unlink()
         path.write_bytes(changed)
     noticed = project.olmo("store", "verify")
-    assert noticed.status == 1 and "1 of " in noticed.output, noticed.output
+    assert "a damaged record" in noticed.output and "written down again" in noticed.output
     project.run(*RESULTS)
     assert project.content() == finished.content()
     sound = project.olmo("store", "verify").output.partition(":")[2]
     assert sound == finished.olmo("store", "verify").output.partition(":")[2]
 
 
-@pytest.mark.parametrize("pattern", ["links/*", "actions/*/*.json"])
+@pytest.mark.parametrize("pattern", ["links/*", "actions/*/*"])
 def test_gc_where_names_or_records_are_damaged_takes_nothing_that_is_in_use(
     finished: Project, tmp_path: Path, pattern: str
 ):
@@ -58,7 +58,7 @@ def test_gc_where_names_or_records_are_damaged_takes_nothing_that_is_in_use(
 
 def test_a_record_that_is_gone_is_made_again(finished: Project, tmp_path: Path):
     project = finished.copy(tmp_path / "damaged")
-    records = sorted((project.root / "store/actions").glob("*/*.json"))
+    records = sorted((project.root / "store/actions").glob("*/*"))
     for path in records:
         if b'"stage": "tokens"' in path.read_bytes() or b'"stage": "hugging' in path.read_bytes():
             path.unlink()
@@ -66,7 +66,7 @@ def test_a_record_that_is_gone_is_made_again(finished: Project, tmp_path: Path):
     assert project.olmo("store", "verify").status == 1
     project.run(*RESULTS)
     assert project.olmo("store", "verify").status == 0
-    assert sorted((project.root / "store/actions").glob("*/*.json")) == records
+    assert sorted((project.root / "store/actions").glob("*/*")) == records
 
 
 @pytest.mark.parametrize("pattern", ["[0-7]*", "[89a-f]*"])

@@ -430,6 +430,5 @@ def test_a_mirrors_manifest_of_another_shape_is_passed_over(
 
 def test_a_step_has_a_number_that_a_run_can_reach() -> None:
     assert layout.is_name(Path("step999999999999-unsharded"))
-    assert not layout.is_name(Path(f"step{'9' * 30}-unsharded")) and not layout.is_name(
-        Path("step٣")
-    )
+    for number in ("9" * 30, "٣"):
+        assert not layout.is_name(Path(f"step{number}-unsharded"))
