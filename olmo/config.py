@@ -67,7 +67,7 @@ def without_fork_keys(
         if off and plain.get(key) not in off:
             raise ValueError(
                 f"{where}{key}: expected false, found {plain[key]!r}: what this key of a fork of "
-                "OLMo asks for is not here (docs/deviations.md); take it out to train without"
+                "OLMo asks for is not supported (docs/deviations.md); remove it to train without"
             )
     return {key: value for key, value in plain.items() if key not in keys}
 

@@ -74,7 +74,10 @@ def interpreter(environment: Path) -> Path:
     try:
         path = environment.parent / json.loads(environment.read_text())["python"]
     except (ValueError, KeyError, TypeError):
-        path = environment.parent / "a place that the damaged file does not tell"
+        raise ValueError(
+            f"{environment} is damaged. Build the environment again: rm {environment}, then run "
+            "the same command"
+        ) from None
     if not path.exists():
         raise ValueError(
             f"{environment}: expected an interpreter at {path}, found none. Build it again: "

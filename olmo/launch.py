@@ -111,18 +111,18 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
         )
     # Of nodes that were lost meanwhile srun tells at the end, when the others have finished.
     if status and not (geometry.fewest < geometry.nodes and (folder / FINISHED).exists()):
-        kept = f"Its checkpoints are in {folder}"
+        saved = any(folder.glob("step*"))
+        carries_on = f". Its checkpoints are in {folder}: the same command carries on from the last"
         if (folder / CAUSE).exists():
             cause = sealed.read(folder / CAUSE)
-            mended = "with that mended, " if cause["repeats"] else ""
-            raise ChildProcessError(
-                f"training ended early: {cause['said']}. {kept}: {mended}the same command carries "
-                "on from the last"
-            )
+            if cause["repeats"]:  # mending it may take other settings
+                carries_on = (
+                    f". Its checkpoints are in {folder}; a run of other settings is another"
+                )
+            raise ChildProcessError(f"training ended early: {cause['said']}{carries_on * saved}")
         raise ChildProcessError(
-            f"training ended early ({describe_exit(status)}), and no process of it said why: one "
-            f"was killed, which `dmesg` tells if memory ran out, or crashed. {kept}: the same "
-            "command carries on from the last"
+            f"training ended early ({describe_exit(status)}) without an error message: a process "
+            f"crashed or was killed; see `dmesg` if memory may have run out{carries_on * saved}"
         )
 
 

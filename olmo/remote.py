@@ -234,7 +234,7 @@ def chosen(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str]]:
     for name in [name for name in names if name.partition("/")[0] not in foreign.FOLDERS]:
         if paths:
             foreign.name(name, str(project))
-        warn(f"{name} is not sent: nobody would take a name outside {', '.join(foreign.FOLDERS)}")
+        warn(f"{name} is not sent: names must lie below {', '.join(foreign.FOLDERS)}")
         del names[name]
     return names
 

@@ -70,9 +70,10 @@ def here() -> Store:
 def require_store() -> None:
     """Raises ValueError where there is no store: of one that is elsewhere nothing can be said."""
     root = here().root
-    if not root.is_dir():
+    if not any((root / name).is_dir() for name in ("objects", "actions", "leases")):
+        found = "another folder," if root.is_dir() else "no folder"
         raise ValueError(
-            f"expected a store, found no folder {root}; cd to the project's folder, or name its "
+            f"expected a store, found {found} {root}; cd to the project's folder, or name its "
             f"store: {STORE}=/path/to/store olmo store …"
         )
 

@@ -179,7 +179,9 @@ class Saver:
         Raises OSError always, or what this process's own save raised.
         """
         self._settle()
-        raise FailedElsewhere("another process could not save, and says why; this one ends with it")
+        raise FailedElsewhere(
+            "another process could not save the checkpoint and says why; this process stops"
+        )
 
     def _settle(self) -> None:
         if self._writing is not None:

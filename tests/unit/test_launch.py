@@ -351,7 +351,7 @@ LAUNCH = (
 def test_what_would_fail_again_is_said_and_no_more(tmp_path: Path) -> None:
     wrong = {"optimizer": {"learning_rate": 1e30}, "max_grad_norm": None}
     config = given(tmp_path, **wrong, scheduler={"name": "constant"}, evaluators=[])
-    said = r"^training ended early: step 2: the gradient is not finite .* with that mended"
+    said = r"^training ended early: step 2: the gradient is not finite .* is another$"
     with pytest.raises(ChildProcessError, match=said):
         launch(config, Geometry(1), threads=1)
     (config.parent / "metrics.jsonl").unlink()
@@ -389,7 +389,11 @@ def test_the_trainer_says_whether_another_start_would_fail_too(
     monkeypatch.setattr("olmo.launch.launcher", lambda *_: again)
     with pytest.raises(ChildProcessError, match=r"^training ended early: ") as raised:
         launch(config, Geometry(1), threads=1)
-    assert ("with that mended, the same" in str(raised.value)) is repeats
+    assert "carries on" not in str(raised.value), "there is no checkpoint"
+    (config.parent / "step5-unsharded").mkdir()
+    with pytest.raises(ChildProcessError, match=r"^training ended early: ") as raised:
+        launch(config, Geometry(1), threads=1)
+    assert ("the same command carries on" in str(raised.value)) is not repeats
 
 
 @pytest.mark.slow
@@ -410,7 +414,6 @@ def test_the_cause_is_in_the_launchers_sentence_and_in_the_log(
         ChildProcessError, match=rf"^training ended early: (rank 1: )?{said}"
     ) as failed:
         launch(config, Geometry(2), threads=1)
-    assert str(failed.value).endswith("the same command carries on from the last")
     log = (tmp_path / "train.log").read_text()
     cause = str(failed.value).removeprefix("training ended early: ").partition(". Its check")[0]
     assert f"error: {cause}" in log.replace("rank 1: error: ", "error: rank 1: ")
@@ -427,7 +430,7 @@ def test_a_trainer_that_dies_without_a_word(
     (tmp_path / "sitecustomize.py").write_text(kill)
     places = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
-    with pytest.raises(ChildProcessError, match=r"exit status 1\), and no process of it said why"):
+    with pytest.raises(ChildProcessError, match=r"exit status 1\) without an error message"):
         launch(config, Geometry(), threads=1)
 
 
