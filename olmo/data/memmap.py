@@ -281,7 +281,7 @@ def check_tokens(dataset: MemMapDataset, vocab_size: int, where: str = "data") -
             refuse_other_kind(path, size, dtype)
             raise ValueError(
                 f"{where}: {path} has {size} bytes, not a whole number of {dtype} tokens: it "
-                f"was cut off, or {where}.memmap_dtype is not its"
+                f"was cut off, or {where}.memmap_dtype is wrong"
             )
     for path, size, mask in zip(dataset.label_mask_paths or (), sizes, masks, strict=False):
         if mask != size // itemsize:
@@ -307,8 +307,8 @@ def check_tokens(dataset: MemMapDataset, vocab_size: int, where: str = "data") -
         if (wider := raw.wider_kind(tokens, vocab_size)) is not None:
             name, certain = wider
             said = (
-                f"{where}: {path} is read as {dtype} but looks like {name}: as that, too, all "
-                f"numbers are token ids; set --{where}.memmap_dtype={name}"
+                f"{where}: {path} is read as {dtype}, but it looks like {name} token ids; set "
+                f"--{where}.memmap_dtype={name}"
             )
             if certain:
                 raise ValueError(said)

@@ -38,8 +38,8 @@ def source_list(url: str, table: Output, licence: str = "") -> Facts:
         if public(one) != one:  # the table that is made of it is kept, and sent with the store
             raise ValueError(
                 f"{url}, line {number}: expected a URL without user, password and signature, found "
-                f"one with, of {public(one)}; save the list as a table of your own, sources: "
-                "{table: …}, which stays here"
+                f"credentials in the URL of {public(one)}; save the list as a table of your own "
+                "(sources: {table: …}), which stays here"
             )
     if not urls:
         raise ValueError(f"{url}: expected a list of URLs, found an empty file")
