@@ -129,7 +129,7 @@ def refuse_what_follows(path: Path, name: str) -> None:
     raise ValueError(
         f"{name}: expected the end of the file or another gzip member at byte {at:,}, found "
         f"{size - at:,} bytes of trailing garbage ({rest[:16]!r}…). Fetch the file again; if they "
-        f"are there again, cut them off by `{command}`, and name that in the recipe"
+        f"are there again, cut them off by `{command}`, and put that in its place"
     )
 
 
