@@ -47,7 +47,7 @@ def environment(requirements: Path, environment: Path) -> None:
         marker.write_text(json.dumps(made_from, indent=1))
     python = os.path.relpath(interpreter, environment.parent)
     text = json.dumps({"python": python, **made_from}, indent=1, sort_keys=True) + "\n"
-    sealed.write(environment, text)
+    sealed.write(environment, text, alone=True)
 
 
 def uv(*arguments: str) -> None:

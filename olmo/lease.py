@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 BEAT_S = 5.0  # the holder touches its lease this often
+LOOK = ".look-"  # begins the names of files that are there for a moment, to be seen
 PATIENCE_S = 60.0  # without a touch for this long it is dead
 
 Holder = dict[str, Any]  # {"host", "boot", "pids", "pid", "start"}
@@ -84,7 +85,7 @@ def see_anew(folder: Path) -> None:
     It keeps them, and that a name is not there, for as long as it believes the folder unchanged.
     """
     with contextlib.suppress(FileNotFoundError):
-        handle, path = tempfile.mkstemp(prefix=".look-", dir=folder)
+        handle, path = tempfile.mkstemp(prefix=LOOK, dir=folder)
         os.close(handle)
         os.unlink(path)
 

@@ -8,6 +8,7 @@ anew: what comes from elsewhere is checked by what it says.
 Imports nothing of ours.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -24,12 +25,17 @@ class Damaged(ValueError):
     """A small file whose bytes are not those that were written."""
 
 
-def write(path: Path, text: str, read_only: bool = False) -> None:
+def write(path: Path, text: str, read_only: bool = False, alone: bool = False) -> None:
     """Write a small file that is there whole or not at all, also when the power fails.
+
+    Args:
+        alone: nobody else writes this file now, so that drafts of it are of killed processes.
 
     Raises OSError where it cannot be written; a file of that name stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in drafts(path.parent, path.name) if alone else ():
+        left.unlink()
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with draft.open("w", encoding="utf-8") as file:
@@ -55,9 +61,9 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def drafts(folder: Path) -> list[Path]:
-    """What writers that were killed have left in a folder."""
-    return sorted(folder.glob(f".*.{'[0-9a-f]' * 8}"))
+def drafts(folder: Path, name: str = "") -> list[Path]:
+    """What writers, of one file or of all, that were killed have left in a folder."""
+    return sorted(folder.glob(f".{glob.escape(name) or '*'}.{'[0-9a-f]' * 8}"))
 
 
 def dumps(value: Mapping[str, Any], indent: int | None = None) -> str:

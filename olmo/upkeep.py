@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from olmo import naming, remote, sealed
-from olmo.lease import held, lease
+from olmo.lease import LOOK, held, lease
 from olmo.lineage import differences, nearest
 from olmo.lineage import trace as trace_lines
 from olmo.stage import here
@@ -21,7 +21,7 @@ def verify() -> None:
     the next run makes them anew.
     """
     store = here()
-    objects = len(list((store.root / "objects").glob("??/*")))
+    objects = len(list((store.root / "objects").glob("??/[0-9a-f]*")))
     keys = [path.stem for path in (store.root / "actions").glob("??/*.json")]
     corrupt, broken = damaged(store), [key for key in sorted(keys) if store.record(key) is None]
     found, unknown = naming.read_all(store, all_links=True)
@@ -53,7 +53,8 @@ def damaged(store: Store) -> list[str]:
     """Hash every object; the digests of those that were not what their name says."""
     corrupt = []
     for path in sorted((store.root / "objects").glob("??/*")):
-        if path.is_file() and sha256(path) != path.name:
+        is_object = path.is_file() and not path.name.startswith(".")
+        if is_object and sha256(path) != path.name:
             store.quarantine(path, "found by verify")
             corrupt.append(path.name)
     return corrupt
@@ -66,7 +67,7 @@ def gc(dry_run: bool = False, forget: Path | None = None) -> None:
     is gone for good, what only its paths pointed to goes as well.
     """
     store = here()
-    objects = (p for p in (store.root / "objects").glob("??/*") if p.is_file())
+    objects = (p for p in (store.root / "objects").glob("??/[0-9a-f]*") if p.is_file())
     sizes = {p.name: p.stat().st_size for p in objects}
     left = {folder: weight(folder) for folder in finished_work(store)}
     removed = sweep(store, dry_run, forget)
@@ -125,7 +126,7 @@ def _sweep(store: Store, dry_run: bool, forget: Path | None) -> list[str]:
     for key in keys | set(pinned(store)) | set(unnamed(store)):
         if (record := store.record(key)) is not None:
             keep |= {file["sha256"] for file in files(record)}
-    objects = sorted(p for p in (store.root / "objects").glob("??/*") if p.is_file())
+    objects = sorted(p for p in (store.root / "objects").glob("??/[0-9a-f]*") if p.is_file())
     removed = [path for path in objects if path.name not in keep]
     if dry_run:
         return [path.name for path in removed]
@@ -157,7 +158,8 @@ def unnamed(store: Store) -> list[str]:
 def drafts(store: Store) -> list[Path]:
     """What was killed while it wrote a record or a name has left."""
     folders = [store.root / "links", *(store.root / "actions").glob("??")]
-    return [path for folder in folders for path in sealed.drafts(folder)]
+    looks = store.root.glob(f"*/??/{LOOK}*")  # of those killed in see_anew
+    return [*looks, *(path for folder in folders for path in sealed.drafts(folder))]
 
 
 def weight(folder: Path) -> int:

@@ -87,7 +87,7 @@ def read(listings: Iterable[Path], output: str | None = None) -> list[Entry]:
 def write(listing: Path, entries: Iterable[Entry]) -> None:
     """Write a listing, whole or not at all."""
     rows = [HEADER, *((e.shard, e.output, e.path, e.sha256, str(e.bytes)) for e in entries)]
-    sealed.write(listing, sealed.dump_table(rows))
+    sealed.write(listing, sealed.dump_table(rows), alone=True)
 
 
 def run(

@@ -72,7 +72,7 @@ def complete(path: Path, arrived: dict[str, tuple[int, str]]) -> None:
         rows.append((url, str(size or ""), digest or "", source.licence))
     text = "".join("\t".join(row) + "\n" for row in rows)
     if text != before:
-        sealed.write(path, text)
+        sealed.write(path, text, alone=True)
 
 
 def local(patterns: Iterable[str], whose: Path, key: str = "sources.files") -> list[Source]:

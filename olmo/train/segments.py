@@ -73,7 +73,7 @@ def begin_segment(
     if resumed and (trained := last_trained(folder)) > step:
         here["again_to"] = trained
         tell(f"steps {step + 1} to {trained} were trained before; they are again, and that counts")
-    sealed.write(path, sealed.dump_lines([*kept, here]))
+    sealed.write(path, sealed.dump_lines([*kept, here]), alone=True)
 
 
 def data_facts(

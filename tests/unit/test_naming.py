@@ -230,3 +230,10 @@ def test_what_is_no_file_of_the_stores_is_passed_over(store: Store, project: Pat
     (store.root / "objects/ba/stray").mkdir(parents=True)
     assert sweep(store) == [] and damaged(store) == []
     assert naming.named(store, Path("out"))["key"] == made(store, "a")["key"]
+
+
+def test_what_a_killed_process_left_between_objects_is_none(store: Store, project: Path):
+    naming.link(store, made(store, "a"), "out", Path("out"))
+    look = Path("out").resolve().with_name(".look-abc")
+    look.touch()
+    assert damaged(store) == [] and sweep(store) == [] and not look.exists()

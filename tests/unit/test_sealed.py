@@ -72,3 +72,14 @@ def test_a_failed_write_leaves_no_draft(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="No space left"):
         sealed.write(tmp_path / "f.json", "text")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_writes_alone_takes_away_what_killed_writers_left(tmp_path: Path):
+    for name in (".f.tsv.01234567", ".g.tsv.01234567", ".f.tsv.draft"):
+        (tmp_path / name).touch()
+    sealed.write(tmp_path / "f.tsv", "text", alone=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".f.tsv.draft",
+        ".g.tsv.01234567",
+        "f.tsv",
+    ]
