@@ -106,7 +106,11 @@ class Damage:
         known = {source.name: source for source in self.plan.sources(dataset)}
         wrong = set()
         for listing in Path("data", dataset, "sources").glob("[0-9]*.tsv"):
-            for name, _, _, digest, size in _rows(listing):
+            try:
+                rows = _rows(listing)
+            except Damaged:
+                continue  # it is in `missing` already
+            for name, _, _, digest, size in rows:
                 source = known.get(name)
                 if source and not source.allows(int(size), digest):
                     wrong.add(f"{source.place} as {table} says now")
@@ -137,8 +141,8 @@ class Damage:
 
 def _is_dead(path: Path, store: Path) -> bool:
     """Whether a path is a link to what is gone from the store."""
-    target = Path(os.path.realpath(path))
-    return path.is_symlink() and not path.exists() and target.is_relative_to(store)
+    dead = path.is_symlink() and not path.exists()
+    return dead and Path(os.path.realpath(path)).is_relative_to(store)
 
 
 def _path(dataset: str) -> Path:

@@ -49,12 +49,12 @@ def write(path: Path, text: str, read_only: bool = False, alone: bool = False) -
         with suppress(OSError):
             draft.unlink()
         raise
-    sync_folder(path.parent)
+    to_disk(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def to_disk(path: Path) -> None:
+    """Bring a file's bytes, or the names in a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

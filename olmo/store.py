@@ -37,7 +37,7 @@ from typing import Any
 from olmo import foreign, sealed
 from olmo.action import Action, canonical
 from olmo.lease import lease, see_anew
-from olmo.sealed import Damaged, sync_folder
+from olmo.sealed import Damaged, to_disk
 
 # Objects up to this size are hashed again whenever they are used. Larger ones are, when their
 # size or time of change is not as the store left it; `olmo store verify` hashes them all.
@@ -110,7 +110,7 @@ class Store:
             path.chmod(0o444)
             os.utime(path, ns=(SEAL_NS, SEAL_NS))
             os.replace(path, target)
-            sync_folder(target.parent)
+            to_disk(target.parent)
         else:
             path.unlink()
         return {"sha256": digest, "size": size}
@@ -325,7 +325,7 @@ class Store:
         with self.writable():
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-            sync_folder(mark.parent)
+            to_disk(mark.parent)
         if self._let_gc_end():
             mark.touch()  # which it may have taken for a failed one's
         try:

@@ -97,7 +97,7 @@ def writing(folder: Path) -> Iterator[Path]:
                 "bytes": path.stat().st_size,
                 "sha256": sha256(path),
             }
-            _to_disk(path)
+            sealed.to_disk(path)
         sealed.write(partial / MANIFEST, sealed.dumps({"files": manifest}, 1))
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -122,7 +122,7 @@ def publish(partial: Path, folder: Path) -> None:
         shutil.rmtree(replaced)
     else:
         partial.rename(folder)
-    sealed.sync_folder(folder.parent)
+    sealed.to_disk(folder.parent)
 
 
 def put_back(save_folder: Path) -> None:
@@ -241,11 +241,3 @@ def verify(folder: Path) -> None:
 def sha256(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -92,3 +92,13 @@ def test_a_table_that_is_an_artifact_is_no_listing():
     """The standard library's own manifest lies beside the listings, and names no file of ours."""
     manifest = made("data/mine/stdlib/manifest.tsv", "module\tbytes\tsha256\nast\t17\tabc\n")
     assert not damage().missing("mine") and manifest.exists()
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_damaged_listing_is_made_again(dry: bool):
+    made("table.tsv", "url\tbytes\tsha256\tlicence\nhttps://x/a.json.gz\t12\t\todc-by\n")
+    row = ["a", "source", "sources/a.json.gz", "a" * 64, "12"]
+    made("data/mine/sources/a.json.gz")
+    listing = made("data/mine/sources/000.tsv", dump_table([HEADER, row])[:-2])
+    assert damage(dry, table="table.tsv").missing("mine") == {f"{listing}/damaged"}
+    assert listing.exists() is dry
