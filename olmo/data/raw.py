@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from olmo.data.magic import PAGES
+
 RAW, NUMPY = "raw numbers without a header", "a numpy file with a header"
 HEADS = {
     b"\x93NUMPY": NUMPY,
@@ -20,7 +22,6 @@ HEADS = {
     b"PAR1": "parquet",
     b"\x28\xb5\x2f\xfd": "zstd",
 }
-PAGES = (b"<!doctype", b"<html", b"<?xml")
 LEAST = 16  # numbers, before anything is concluded from them
 KINDS = 8  # different ones, likewise
 KNOWN = ("int64", "uint32", "uint16")  # in this order: where one fits, its parts may do so, too

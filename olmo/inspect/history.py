@@ -45,11 +45,20 @@ class Stretch:
 
     def __init__(self, segment: dict[str, Any], origin: Origin, before: Stretch | None) -> None:
         self.after: int = segment["after"]
-        self.world_size: int = segment["processes"]
         self.files: str | None = segment.get("files")
         self.again_to: int = segment.get("again_to", 0)
         self.source: str | None = segment.get("from")
         self._segment, self._origin, self._before = segment, origin, before
+
+    @property
+    def world_size(self) -> int:
+        """How many processes trained it. ValueError where segments.jsonl was damaged."""
+        if "processes" not in self._segment:
+            raise ValueError(
+                f"segments.jsonl was damaged, so how the steps after {self.after} were trained is "
+                "not known; name a step of a later start, or a checkpoint of another run"
+            )
+        return int(self._segment["processes"])
 
     @property
     def batch_size(self) -> int | None:
@@ -86,7 +95,7 @@ class Stretch:
         if self.after and not (self._origin.fixed and self._before):
             raise ValueError(
                 f"what the steps after {self.after} saw was not written down: an older version "
-                "trained them, maybe with another config than config.yaml"
+                "trained them, possibly with another config than config.yaml"
             )
         facts: dict[str, Any] = {
             "batch": cfg.global_train_batch_size,

@@ -361,3 +361,14 @@ def test_a_chain_is_told_link_by_link() -> None:
         history.of(6, told)
     with pytest.raises(ValueError, match="what the steps after 6 saw was not written down"):
         _ = history.of(7, told).seen
+
+
+def test_steps_whose_segments_were_damaged_are_refused_and_later_ones_told() -> None:
+    settings = {"batch": 8, "epoch": 0, "examples": 16, "seed": 6198, "drop_last": True}
+    later = {"after": 2, "processes": 1, "instances": N, **settings}
+    cfg = TrainConfig(global_train_batch_size=8, data=DataConfig(drop_last=True))
+    told = stretches([{"after": 0, "damaged": True}, later], Origin(cfg, N, None))
+    with pytest.raises(ValueError, match=r"segments.jsonl was damaged, so how the steps after 0"):
+        _ = history.of(2, told).seen
+    expected = order.global_indices(N, 6198, 0).tolist()[16:24]
+    assert history.of(3, told).seen.instances(3).tolist() == expected
