@@ -1,7 +1,9 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -12,7 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network that
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    yield
+    """Tests in any order: no process, variable or working folder goes from one to the next."""
+    with patch.dict(os.environ), chdir("."):
+        yield
     if project := sys.modules.get("project"):
         project.end_what_was_started()
 
