@@ -1,6 +1,7 @@
 /* A disk that fails: preloaded, it counts the calls that change files below $DISK_ROOT and, at call
    number $DISK_AT, kills its process ($DISK_HOW=kill), fails once (EIO), or is full from then on
-   (ENOSPC: what would need room fails). All processes of a run share the count, in $DISK_COUNT. */
+   (ENOSPC: what would need room fails). All processes of a run share the count, in $DISK_COUNT.
+   $DISK_LOG gets a line for each call: number, function, path. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -20,6 +21,7 @@
 
 static long *count;
 static long at;
+static int log_file = -1;
 static const char *root, *how;
 
 __attribute__((constructor)) static void begin(void) {
@@ -30,20 +32,24 @@ __attribute__((constructor)) static void begin(void) {
   int file = open(place, O_RDWR);
   if (file >= 0) count = mmap(0, sizeof(long), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
   if (count == MAP_FAILED) count = NULL;
+  const char *log = getenv("DISK_LOG");
+  if (log) log_file = open(log, O_WRONLY | O_APPEND | O_CREAT, 0600);
 }
 
 static int below(const char *path) { return !strncmp(path, root, strlen(root)); }
 
-static int is_ours(int folder, const char *path) {
-  char whole[PATH_MAX];
+static int is_ours(int folder, const char *path, char *whole) {
   if (!count) return 0;
-  if (path && path[0] == '/') return below(path);
+  if (path && path[0] == '/') {
+    snprintf(whole, PATH_MAX, "%s", path);
+    return below(path);
+  }
   if (folder == AT_FDCWD) {
-    if (!getcwd(whole, sizeof whole)) return 0;
+    if (!getcwd(whole, PATH_MAX)) return 0;
   } else {
     char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", folder);
-    ssize_t n = readlink(link, whole, sizeof whole - 1);
+    ssize_t n = readlink(link, whole, PATH_MAX - 1);
     if (n < 0) return 0;
     whole[n] = 0;
   }
@@ -51,12 +57,19 @@ static int is_ours(int folder, const char *path) {
 }
 
 /* Whether this call fails; needs_room: whether a full disk minds it. */
-static int fails(int folder, const char *path, int needs_room) {
+#define fails(folder, path, needs_room) fails_in(__func__, folder, path, needs_room)
+static int fails_in(const char *function, int folder, const char *path, int needs_room) {
+  char whole[PATH_MAX];
   int before = errno;
-  int ours = is_ours(folder, path);
+  int ours = is_ours(folder, path, whole);
   errno = before;
   if (!ours) return 0;
   long number = __sync_add_and_fetch(count, 1);
+  if (log_file >= 0) {
+    const char *rest = path && path[0] != '/' ? path : "";
+    dprintf(log_file, "%ld %s %s%s%s\n", number, function, whole, *rest ? "/" : "", rest);
+    errno = before;
+  }
   if (at <= 0 || number < at) return 0;
   if (!strcmp(how, "kill") && number == at) {
     kill(getpid(), SIGKILL);

@@ -1,6 +1,7 @@
 """A disk that fails under each command of the chain: at any write, rename and fsync, in three ways.
 
-    python tests/faults.py --writes          # every call of each command, which takes an hour
+    python tests/faults.py --writes          # every call of each command, which takes hours
+    python tests/faults.py --writes kinds    # of calls that differ only in a number or digest, one
     python tests/faults.py --writes 5        # five drawn ones of each command and way
 
 disk.c, preloaded, counts the calls that change files of a project and its store. At a drawn call it
@@ -15,7 +16,6 @@ import functools
 import random
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -27,6 +27,7 @@ from project import Project, documents, write_source
 from servers import slow_web_server
 
 HOW = ("kill", "ENOSPC", "EIO")
+ITS_OWN = r"(?<=look-)\w+|(?<=/tmp)\w+|(?<=dolma-)[\w-]+|[0-9a-f]*\d[0-9a-f]*|(?<=/)[a-f]{2}(?=/|$)"
 FINAL = "checkpoints/small/final"
 
 
@@ -47,12 +48,13 @@ class Command:
     words: tuple[str, ...]
     before: Project
 
-    def run(self, project: Project, how: str = "kill", at: int = 0) -> tuple[int, str, int]:
+    def run(self, project: Project, how: str = "kill", at: int = 0) -> tuple[int, str, list[str]]:
         """Run it, failing at call number `at` (0: at none): (status, what it said, calls)."""
-        count = project.root.with_suffix(".count")
+        count, log = (project.root.with_suffix(end) for end in (".count", ".log"))
         count.write_bytes(bytes(8))
+        log.write_text("")
         disk = {"LD_PRELOAD": str(library()), "DISK_COUNT": str(count), "DISK_HOW": how}
-        disk |= {"DISK_ROOT": str(project.root), "DISK_AT": str(at)}
+        disk |= {"DISK_ROOT": str(project.root), "DISK_AT": str(at), "DISK_LOG": str(log)}
         done = subprocess.run(
             [sys.executable, "-m", "olmo.cli", *self.words],
             cwd=project.root,
@@ -62,8 +64,8 @@ class Command:
             text=True,
             timeout=300,
         )
-        (calls,) = struct.unpack("l", count.read_bytes())
-        return done.returncode, done.stdout, calls
+        calls = sorted(log.read_text().splitlines(), key=lambda line: int(line.split()[0]))
+        return done.returncode, done.stdout, [call.partition(" ")[2] for call in calls]
 
 
 def commands(folder: Path) -> Iterator[Command]:
@@ -173,10 +175,21 @@ def left_over(project: Project) -> list[str]:
     return [str(path.relative_to(project.root)) for path in drafts]
 
 
+def chosen(calls: list[str], which: str) -> list[int]:
+    """The numbers, from 1, of the calls to fail: "every", "kinds", or how many drawn ones."""
+    numbers = range(1, len(calls) + 1)
+    if which == "every":
+        return list(numbers)
+    if which == "kinds":
+        kinds = {re.sub(ITS_OWN, "N", call): number for number, call in enumerate(calls, 1)}
+        return sorted(kinds.values())
+    return sorted(random.sample(numbers, min(int(which), len(calls))))
+
+
 def sweep(
-    folder: Path, calls_each: int | None, names: tuple[str, ...] = (), hows: tuple[str, ...] = HOW
+    folder: Path, which: str, names: tuple[str, ...] = (), hows: tuple[str, ...] = HOW
 ) -> Iterator[Failure]:
-    """Let each command fail: at all its calls, or at so many drawn ones, in each way."""
+    """Let each command fail in each way, at calls of the undisturbed one that are `chosen`."""
     for command in commands(folder):
         if names and command.name not in names:
             continue
@@ -185,7 +198,5 @@ def sweep(
         assert status == 0 and calls, said
         wanted = contents(undisturbed)
         for how in hows:
-            places = range(1, calls + 1)
-            drawn = places if calls_each is None else random.sample(places, min(calls_each, calls))
-            for at in sorted(drawn):
+            for at in chosen(calls, which):
                 yield one(command, how, at, wanted, folder)

@@ -201,13 +201,13 @@ def flip() -> bool:
     return failed
 
 
-def fail_at_writes(calls_each: int | None) -> bool:
+def fail_at_writes(which: str) -> bool:
     """Let each command's writes fail; whether any failure was not made good."""
     import failing_disk
 
     folder = Path(tempfile.mkdtemp(prefix="faults-writes-"))
     failed = False
-    for failure in failing_disk.sweep(folder, calls_each):
+    for failure in failing_disk.sweep(folder, which):
         what = f"{failure.command:10} {failure.how:6} at call {failure.at:4}"
         print(f"{what}: {'FAILED' if failure.complaints else 'made good'}", flush=True)
         for complaint in failure.complaints:
@@ -224,14 +224,14 @@ def main() -> None:
     parser.add_argument("--victim", choices=VICTIMS, action="append")
     parser.add_argument("--flip", action="store_true", help="flips.py, and no more")
     parser.add_argument(
-        "--writes", type=int, nargs="?", const=0, help="failing_disk.py: calls each, 0: all"
+        "--writes", nargs="?", const="every", help="failing_disk.py: every, kinds or a number"
     )
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
     random.seed(options.seed)
     print(f"seed {options.seed}")
     if options.flip or options.writes is not None:
-        sys.exit(flip() if options.flip else fail_at_writes(options.writes or None))
+        sys.exit(flip() if options.flip else fail_at_writes(options.writes))
     failed = False
     for name in options.victim or VICTIMS:
         folder = Path(tempfile.mkdtemp(prefix=f"faults-{name}-"))
