@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 from olmo import sealed
+from olmo.lease import lease
 
 
 def environment(requirements: Path, environment: Path) -> None:
@@ -22,8 +23,14 @@ def environment(requirements: Path, environment: Path) -> None:
 
     Raises ValueError when uv cannot install what is asked for.
     """
-    content = requirements.read_text()
     environment = Path(os.path.abspath(environment))
+    # Two projects may share the folder, by a link.
+    with lease(environment.parent / "leases", requirements.stem):
+        _build(requirements, environment)
+
+
+def _build(requirements: Path, environment: Path) -> None:
+    content = requirements.read_text()
     made_from = {
         "requirements": hashlib.sha256(content.encode()).hexdigest(),
         "python_version": platform.python_version(),
@@ -44,7 +51,7 @@ def environment(requirements: Path, environment: Path) -> None:
             "-r",
             os.path.abspath(requirements),
         )
-        marker.write_text(json.dumps(made_from, indent=1))
+        sealed.write(marker, json.dumps(made_from, indent=1), alone=True)
     python = os.path.relpath(interpreter, environment.parent)
     text = json.dumps({"python": python, **made_from}, indent=1, sort_keys=True) + "\n"
     sealed.write(environment, text, alone=True)

@@ -35,7 +35,7 @@ def write(path: Path, text: str, read_only: bool = False, alone: bool = False) -
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in drafts(path.parent, path.name) if alone else ():
-        left.unlink()
+        left.unlink(missing_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with draft.open("w", encoding="utf-8") as file:
