@@ -1,6 +1,6 @@
 """From a list of text files to a language-model checkpoint one can trust."""
 
-from olmo.lazy import lazy
+from olmo.runtime.lazy import lazy
 
 __getattr__, __all__ = lazy(
     __name__,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.io import NotThere, TooLong, refuse_too_long
-from olmo.urls import entrusted, public, refuse_secrets, whole
+from olmo.runtime.urls import entrusted, public, refuse_secrets, whole
 
 # Schemes that speak S3's protocol: R2_ENDPOINT_URL says where R2 is, R2_PROFILE whose keys count.
 # S3 itself goes by its own AWS_… variables, and S3_PROFILE.

@@ -23,10 +23,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from olmo.log import FAILED, LOG, reason
-from olmo.process import PAUSED, Paused, die_with_supervisor
+from olmo.runtime.log import FAILED, LOG, reason
+from olmo.runtime.process import PAUSED, Paused, die_with_supervisor
+from olmo.runtime.urls import entrusted, public
 from olmo.stage import Stage, require_store, role
-from olmo.urls import entrusted, public
 
 COMMANDS = {
     # the one way, in its order
@@ -244,7 +244,7 @@ class copied_to:
     """What this process and its children say goes to a log file as well as to the terminal.
 
     A `tee` of our own making would make the terminal a pipe and so take the progress bar away:
-    only the lines that olmo.log writes are copied, through $OLMO_LOG.
+    only the lines that olmo.runtime.log writes are copied, through $OLMO_LOG.
     """
 
     def __init__(self, log: Path | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from olmo.inspect.documents import digest_of, shards
 from olmo.inspect.run import Run
-from olmo.log import warn
+from olmo.runtime.log import warn
 from olmo.stage import here
 from olmo.tokenizer import Tokenizer, hub_name
 

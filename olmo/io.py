@@ -1,6 +1,6 @@
 """Bytes from elsewhere: resumable downloads, sizes, and the schemes that name places.
 
-A URL's secrets are put back here, where its server is asked, and nowhere else; see olmo.urls.
+A URL's secrets are put back here, where its server is asked, and nowhere else; see olmo.runtime.urls.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olmo import sealed
+from olmo.runtime.urls import entrusted, public, refuse_secrets, whole
 from olmo.sealed import Damaged
-from olmo.urls import entrusted, public, refuse_secrets, whole
 
 if TYPE_CHECKING:
     import requests

@@ -20,7 +20,7 @@ from typing import Any
 
 from olmo import sealed
 from olmo.lease import see_anew
-from olmo.process import (
+from olmo.runtime.process import (
     CAUSE,
     FINISHED,
     LAUNCHED,

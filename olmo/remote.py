@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from olmo import foreign, io, naming, sealed, urls
+from olmo import foreign, io, naming, sealed
 from olmo.action import Action
 from olmo.bucket import Bucket
 from olmo.io import NotThere
 from olmo.lineage import ancestors, makers
-from olmo.log import warn
+from olmo.runtime import urls
+from olmo.runtime.log import warn
 from olmo.sealed import Damaged
 from olmo.store import Record, Store, content, files, parse, sha256
 

@@ -38,10 +38,10 @@ from typing import Annotated, Any, TypeVar
 
 from olmo import naming
 from olmo.action import Action
-from olmo.energy import Joules
-from olmo.log import say
+from olmo.runtime.energy import Joules
+from olmo.runtime.log import say
+from olmo.runtime.urls import entrusted, public
 from olmo.store import Record, Store, now
-from olmo.urls import entrusted, public
 
 T = TypeVar("T")
 Input = Annotated[Path, "input"]

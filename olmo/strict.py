@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Self, Union
 
 import yaml
 
-from olmo.urls import entrusted
+from olmo.runtime.urls import entrusted
 
 Place = tuple[str | int, ...]  # keys and numbers that lead to a value in a config
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from olmo.config import read_yaml
 from olmo.lease import PATIENCE_S, lease
-from olmo.log import FAILED
 from olmo.pipeline import Plan, recipe_path
+from olmo.runtime.log import FAILED
 from olmo.store import Store, parse
 from olmo.terminal import at_the_end, brief
 

@@ -28,8 +28,8 @@ from omegaconf import OmegaConf
 from olmo.bench import __main__ as bench
 from olmo.bench.cell import surroundings
 from olmo.bench.matrix import Section
-from olmo.log import tell
-from olmo.process import describe_exit, supervised
+from olmo.runtime.log import tell
+from olmo.runtime.process import describe_exit, supervised
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 # In order of value, with their limits in seconds; what a part leaves of its own is for the rest.

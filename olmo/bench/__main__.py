@@ -23,7 +23,7 @@ import olmo
 from olmo.bench import pairs, table
 from olmo.bench.cell import surroundings
 from olmo.bench.matrix import Cell, Pair, Section, as_plain, load
-from olmo.log import tell
+from olmo.runtime.log import tell
 
 # What a step is made of: a change here makes every record old.
 CODE = ("model", "train", "precision", "bench/cell.py", "bench/side.py")

@@ -39,9 +39,9 @@ from olmo.bench.side import (
     timed,
 )
 from olmo.data.order import free_memory
-from olmo.energy import Joules
 from olmo.model import OLMo
 from olmo.precision import backends, msamp
+from olmo.runtime.energy import Joules
 from olmo.train.masters import Masters
 from olmo.train.meters import device_flops
 from olmo.train.optim import build_optimizer

@@ -27,7 +27,7 @@ from olmo.bench import side
 from olmo.bench.cell import speeds
 from olmo.bench.matrix import PEERS, Cell, Pair, Section, as_plain
 from olmo.data.order import free_memory
-from olmo.process import describe_exit, supervised
+from olmo.runtime.process import describe_exit, supervised
 
 PYTHON = "OLMO_PEER_PYTHON"  # names a Python that has the peers
 REMEDY = {

@@ -1,6 +1,6 @@
 """Checkpoints: OLMo's folder layout, written whole or not at all, and the pipeline's final one."""
 
-from olmo.lazy import lazy
+from olmo.runtime.lazy import lazy
 
 __getattr__, __all__ = lazy(
     __name__,

@@ -13,8 +13,8 @@ from olmo.checkpoint.read import load
 from olmo.checkpoint.remote import fetched
 from olmo.checkpoint.save import save_unsharded
 from olmo.io import refuse_links
-from olmo.log import tell
-from olmo.numbers import to_json
+from olmo.runtime.log import tell
+from olmo.runtime.numbers import to_json
 
 KINDS = ("unsharded", "sharded", "safetensors", "hf")
 

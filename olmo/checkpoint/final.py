@@ -19,8 +19,8 @@ from olmo import sealed
 from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load
 from olmo.config import to_yaml
-from olmo.numbers import to_json
-from olmo.process import FINISHED
+from olmo.runtime.numbers import to_json
+from olmo.runtime.process import FINISHED
 
 
 def export(save_folder: str | Path, out: str | Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from olmo.numbers import to_json
+from olmo.runtime.numbers import to_json
 from olmo.stage import Facts, Folder, Free, Inputs, Work, stage
 
 

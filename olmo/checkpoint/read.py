@@ -16,9 +16,9 @@ from olmo.checkpoint.encoded import decode, is_encoded
 from olmo.checkpoint.optim_state import State, by_name, load_by_name, placed
 from olmo.checkpoint.plain import Part
 from olmo.config import ModelConfig
-from olmo.log import warn
 from olmo.model.regroup import plain_name, regrouped
-from olmo.numbers import from_json
+from olmo.runtime.log import warn
+from olmo.runtime.numbers import from_json
 
 if TYPE_CHECKING:
     from olmo.checkpoint.sharded import Sharded

@@ -14,9 +14,9 @@ from olmo import foreign
 from olmo.bucket import Bucket
 from olmo.checkpoint import layout
 from olmo.io import fetch
-from olmo.log import tell, warn
+from olmo.runtime.log import tell, warn
+from olmo.runtime.urls import entrusted
 from olmo.sealed import Damaged
-from olmo.urls import entrusted
 
 SENDING = "sending.json"
 

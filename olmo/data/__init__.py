@@ -1,6 +1,6 @@
 """Text to batches: sources, documents, tokens, their order, and what training reads."""
 
-from olmo.lazy import lazy
+from olmo.runtime.lazy import lazy
 
 __getattr__, __all__ = lazy(
     __name__,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from olmo import log
+from olmo.runtime import log
 
 EVERY_S = 5.0
 SILENT_S = 60.0  # a job that left no word for so long is not there any more

@@ -21,11 +21,11 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo import log
 from olmo.data import bloom, gz
 from olmo.data.documents import MAX_LINE_BYTES, TRAIN, parse, size_in_utf8
 from olmo.data.dolma import Dolma, time_limit
 from olmo.data.order import free_memory
+from olmo.runtime import log
 from olmo.stage import Facts, Folder, Free, Inputs, Work, stage
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from olmo.data import order
 from olmo.data.collator import build_collator
 from olmo.data.custom_datasets import build_custom_dataset
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
-from olmo.log import warn
+from olmo.runtime.log import warn
 from olmo.torch_util import barrier, get_fs_local_rank, get_global_rank, get_world_size
 
 LOOKED_AT = 4096  # instances, where none has a label: seconds

@@ -16,8 +16,8 @@ from itertools import count, islice
 from math import ceil, isfinite
 from typing import Any
 
-from olmo import log
 from olmo.data import conversations, gz, magic
+from olmo.runtime import log
 from olmo.stage import Facts, Input, Output, stage
 
 # Why a line cannot become a document. These are the names that a recipe allows.

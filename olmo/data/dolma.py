@@ -27,8 +27,8 @@ from olmo.data import dolma_worker
 from olmo.data.documents import MAX_BYTES_PER_BYTE
 from olmo.data.tokens import Job
 from olmo.environments import version
-from olmo.log import say
-from olmo.process import describe_exit, supervised
+from olmo.runtime.log import say
+from olmo.runtime.process import describe_exit, supervised
 
 if TYPE_CHECKING:
     import numpy as np

@@ -78,7 +78,7 @@ def _range(url: str, start: int, stop: int) -> bytes:
     import urllib3
 
     from olmo.io import is_http, keyless
-    from olmo.urls import entrusted, whole
+    from olmo.runtime.urls import entrusted, whole
 
     url = entrusted(url)
     address = keyless(url)

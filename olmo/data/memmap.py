@@ -22,7 +22,7 @@ import torch
 from olmo.config import DataConfig, InstanceFilterConfig, TrainConfig
 from olmo.data import raw
 from olmo.data.files import Tokens, file_sizes, is_url
-from olmo.log import warn
+from olmo.runtime.log import warn
 
 
 class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from olmo import foreign, log, sealed
+from olmo import foreign, sealed
 from olmo.data import source_table
 from olmo.data.arrivals import Arrivals, Count
 from olmo.data.conversations import download_conversations, local_conversations
@@ -39,6 +39,7 @@ from olmo.data.tokens import tokens as tokens_stage
 from olmo.environments import interpreter
 from olmo.io import Progress, unseen
 from olmo.lease import lease
+from olmo.runtime import log
 from olmo.sealed import Damaged
 from olmo.stage import Facts, Input, Output, Stage, here, stage
 from olmo.store import Record

@@ -16,7 +16,7 @@ from urllib.parse import urlparse
 from olmo import foreign, sealed
 from olmo.data import magic
 from olmo.patterns import matching
-from olmo.urls import entrusted
+from olmo.runtime.urls import entrusted
 
 COLUMNS = ("url", "bytes", "sha256", "licence")
 RESULTS = ("eval", "hf")  # folders in which snakemake takes any file for an output of its own
@@ -38,7 +38,7 @@ class Source:
 
 
 def read(path: Path) -> list[Source]:
-    """The files of a table, in order, each named by its url, which is public (olmo.urls).
+    """The files of a table, in order, each named by its url, which is public (olmo.runtime.urls).
 
     Raises:
         ValueError: other columns; a number of bytes that is none; a sha256 that is none.

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from olmo import io, log
+from olmo import io
 from olmo.data import gz, magic
 from olmo.data.source_table import COLUMNS
+from olmo.runtime import log
+from olmo.runtime.urls import public
 from olmo.stage import Facts, Free, Input, Output, Work, here, stage
 from olmo.store import sha256 as digest_of
-from olmo.urls import public
 
 MOST_LIST = 256 * 2**20  # bytes of a list of URLs
 

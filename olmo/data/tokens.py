@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from olmo import log
 from olmo.data.documents import MAX_BYTES_PER_BYTE, MAX_TOKENS, TRAIN
+from olmo.runtime import log
 from olmo.stage import Facts, Free, Input, Output, stage
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from olmo.config import EvaluatorConfig, EvaluatorType, TokenizerConfig, TrainCo
 from olmo.evaluate.choices import LONGEST, Score, encoded, log_likelihoods, score
 from olmo.evaluate.perplexity import HeldOut
 from olmo.evaluate.tasks import Request, Task, requests, task_of
-from olmo.log import tell
+from olmo.runtime.log import tell
 from olmo.tokenizer import Tokenizer
 from olmo.train.parallel import World
 from olmo.train.step import autocast

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from olmo import numbers
 from olmo.checkpoint.read import load_model
 from olmo.config import DataConfig, EvaluatorConfig, EvaluatorType, TrainConfig
 from olmo.evaluate.choices import score
@@ -14,6 +13,7 @@ from olmo.evaluate.evaluators import Choices
 from olmo.evaluate.perplexity import PER_LABEL, HeldOut
 from olmo.evaluate.tasks import OF_TARGET, Task
 from olmo.model import OLMo
+from olmo.runtime import numbers
 from olmo.train.parallel import World, join_world
 
 LABEL = "heldout"

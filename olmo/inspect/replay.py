@@ -11,7 +11,7 @@ from olmo.checkpoint import layout
 from olmo.inspect.order import steps_of
 from olmo.inspect.run import Run
 from olmo.launch import Geometry, launch
-from olmo.log import tell
+from olmo.runtime.log import tell
 from olmo.stage import here
 from olmo.train.sinks import read_metrics
 

@@ -24,8 +24,8 @@ from olmo.data.files import is_url
 from olmo.inspect import history
 from olmo.inspect.history import Origin, Recorded, Stretch
 from olmo.inspect.order import Seen
-from olmo.log import warn
-from olmo.process import SEGMENTS
+from olmo.runtime.log import warn
+from olmo.runtime.process import SEGMENTS
 from olmo.stage import here
 from olmo.store import parse
 

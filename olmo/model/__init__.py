@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from olmo.lazy import lazy
+from olmo.runtime.lazy import lazy
 
 if TYPE_CHECKING:
     from olmo.model.olmo import OLMo as OLMo

@@ -11,8 +11,8 @@ from olmo.config import TrainConfig
 from olmo.inspect.documents import digest_of, shards
 from olmo.inspect.run import Run
 from olmo.io import refuse_links
-from olmo.log import warn
-from olmo.numbers import from_json
+from olmo.runtime.log import warn
+from olmo.runtime.numbers import from_json
 from olmo.stage import here
 
 LABEL = "heldout"

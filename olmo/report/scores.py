@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from olmo.io import refuse_links
-from olmo.numbers import from_json
 from olmo.report.card import table
+from olmo.runtime.numbers import from_json
 
 SCHEMA = {
     "scorer": str,

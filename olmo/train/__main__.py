@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from olmo import sealed
-from olmo.process import CAUSE, LAUNCHED, PAUSED
+from olmo.runtime.process import CAUSE, LAUNCHED, PAUSED
 
 # Of an OSError: what is not as it must be, and will not be at another start.
 WRONG = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -69,11 +69,11 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     from olmo.config import TrainConfig
-    from olmo.log import keep, reason, say
+    from olmo.runtime.log import keep, reason, say
+    from olmo.runtime.urls import public
     from olmo.train.loop import train
     from olmo.train.pending import NotFinite
     from olmo.train.saving import FailedElsewhere
-    from olmo.urls import public
 
     def failed(error: object, repeats: bool = True, known: bool = True) -> None:
         """Say what ends this process, and leave it for the launcher: where nobody has, or where

@@ -24,12 +24,12 @@ from olmo.checkpoint.read import put_state, put_weights
 from olmo.config import DistributedStrategy, SchedulerUnits, TrainConfig
 from olmo.data.batches import TrainLoader, build_train_dataloader
 from olmo.evaluate.evaluators import build_evaluators, evaluate
-from olmo.log import count, speak, tell
 from olmo.model import OLMo
 from olmo.precision import msamp
 from olmo.precision.backends import Backend as EightBits
 from olmo.precision.backends import prepare
-from olmo.process import FINISHED, MARKER
+from olmo.runtime.log import count, speak, tell
+from olmo.runtime.process import FINISHED, MARKER
 from olmo.train.clip import Optimizer
 from olmo.train.masters import Masters
 from olmo.train.meters import SpeedMeter, device_flops, memory_metrics

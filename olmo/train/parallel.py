@@ -28,7 +28,7 @@ from olmo.config import (
     TrainConfig,
 )
 from olmo.model import OLMo
-from olmo.process import die_with_parent
+from olmo.runtime.process import die_with_parent
 
 T = TypeVar("T")
 

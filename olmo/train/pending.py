@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmo.numbers import perplexity
-from olmo.process import LAUNCHED
+from olmo.runtime.numbers import perplexity
+from olmo.runtime.process import LAUNCHED
 from olmo.train.parallel import World
 from olmo.train.step import Losses
 

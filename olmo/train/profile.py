@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from olmo.config import TrainConfig
-from olmo.log import tell
+from olmo.runtime.log import tell
 
 # Steps of this start: past compilation and the allocator's first requests.
 FIRST, LAST = 6, 8

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from olmo.checkpoint import layout
 from olmo.checkpoint.save import save_unsharded
 from olmo.config import DistributedStrategy, TrainConfig, to_yaml
-from olmo.log import tell, warn
+from olmo.runtime.log import tell, warn
 from olmo.train.parallel import World, is_sharded
 from olmo.train.start import Position
 

@@ -27,8 +27,8 @@ from olmo import sealed
 from olmo.config import TrainConfig
 from olmo.data.batches import IterableDataset
 from olmo.data.memmap import MemMapDataset
-from olmo.log import tell, warn
-from olmo.process import SEGMENTS
+from olmo.runtime.log import tell, warn
+from olmo.runtime.process import SEGMENTS
 from olmo.sealed import Damaged
 from olmo.train.parallel import World
 from olmo.train.sinks import METRICS, read_metrics

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from olmo.process import PAUSED, STOP
+from olmo.runtime.process import PAUSED, STOP
 
 __all__ = ["PAUSED", "StopRequest"]
 

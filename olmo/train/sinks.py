@@ -14,8 +14,8 @@ from typing import Any, Protocol, TextIO
 
 from olmo import sealed
 from olmo.config import TrainConfig
-from olmo.log import count, duration, keep, warn
-from olmo.numbers import from_json, to_json
+from olmo.runtime.log import count, duration, keep, warn
+from olmo.runtime.numbers import from_json, to_json
 
 METRICS = "metrics.jsonl"
 

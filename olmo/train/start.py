@@ -18,10 +18,10 @@ from olmo.checkpoint.read import Checkpoint, look, newest
 from olmo.config import CustomDatasetCollatorConfig, EvaluatorType, TrainConfig
 from olmo.data.batches import check_labels
 from olmo.data.memmap import build_memmap_dataset, check_tokens
-from olmo.log import count, tell, warn
 from olmo.model import loss
 from olmo.model.kernels import Mask, choose
 from olmo.precision import backends, msamp
+from olmo.runtime.log import count, tell, warn
 from olmo.train import masters
 from olmo.train.parallel import World, is_sharded
 from olmo.train.unused import check_unused

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.log import tell
+from olmo.runtime.log import tell
 
 # Ignoring these changes nothing that was asked for. They are named once at the start if set.
 HARMLESS = {

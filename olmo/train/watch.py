@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from olmo.log import say
+from olmo.runtime.log import say
 from olmo.train.parallel import World
 
 # From speaking to ending, in seconds: the others, which began to wait a little later, speak too

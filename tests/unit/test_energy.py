@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from olmo import energy
 from olmo.bench import cell
+from olmo.runtime import energy
 from olmo.stage import measured
 
 RANGE = 262_143_328_850  # microjoules, of a package

@@ -23,7 +23,7 @@ from olmo.checkpoint import layout
 from olmo.checkpoint.read import newest
 from olmo.checkpoint.save import save_unsharded
 from olmo.checkpoint.sharded import save_sharded
-from olmo.process import SEGMENTS
+from olmo.runtime.process import SEGMENTS
 from olmo.train.segments import conditions, segments
 
 DIED = 9

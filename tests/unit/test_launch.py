@@ -27,9 +27,9 @@ from olmo.launch import (
     launcher,
     wait_in_the_queue_again,
 )
-from olmo.log import LOG
-from olmo.process import CAUSE, MARKER, SEGMENTS, Paused
 from olmo.recipe import Run
+from olmo.runtime.log import LOG
+from olmo.runtime.process import CAUSE, MARKER, SEGMENTS, Paused
 from olmo.train.__main__ import main as trainer
 from olmo.train.pending import NotFinite
 from olmo.train.segments import conditions, segments

@@ -11,19 +11,19 @@ import torch
 from small_run import run, settings
 from test_huggingface import OLMO2, checkpoint
 
-from olmo import numbers
 from olmo.checkpoint import convert
 from olmo.checkpoint.read import load
 from olmo.data.shards import Entry, write
 from olmo.evaluate.choices import score
 from olmo.evaluate.tasks import Request
 from olmo.evaluation import evaluation, heldout
-from olmo.numbers import as_words, from_json, perplexity, to_json
 from olmo.report.card import _evaluation
 from olmo.report.compare import draw, tokens_to
 from olmo.report.loss import plot
 from olmo.report.scores import better, results, scores
 from olmo.run import heldout_losses
+from olmo.runtime import numbers
+from olmo.runtime.numbers import as_words, from_json, perplexity, to_json
 from olmo.stage import here
 
 DIVERGED = {"init_fn": "normal", "init_std": 300.0}  # a loss of some 3,000 nats

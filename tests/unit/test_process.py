@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from olmo.process import alive, describe_exit, supervised
+from olmo.runtime.process import alive, describe_exit, supervised
 
 SLEEPER = "import sys, time; print('up', flush=True); time.sleep(60)"
 FAMILY = (
@@ -38,7 +38,7 @@ def test_the_group_ends_with_the_block():
 
 def test_the_group_ends_when_its_owner_is_killed():
     owner = (
-        "import subprocess, sys, time; from olmo.process import supervised\n"
+        "import subprocess, sys, time; from olmo.runtime.process import supervised\n"
         f"with supervised([sys.executable, '-c', {FAMILY!r}], stdout=subprocess.PIPE) as p:\n"
         "    print(p.pid, int(p.stdout.readline()), flush=True); time.sleep(60)"
     )
@@ -53,7 +53,7 @@ def test_the_group_ends_when_its_owner_is_killed():
 def test_a_stage_ends_with_its_snakemake():
     snakemake = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE)
     snakemake.stdout.readline()
-    script = f"from olmo.process import die_with_supervisor as d; d(); {SLEEPER}"
+    script = f"from olmo.runtime.process import die_with_supervisor as d; d(); {SLEEPER}"
     stage = subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
@@ -67,7 +67,7 @@ def test_a_stage_ends_with_its_snakemake():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal is Linux's")
 def test_a_rank_ends_with_its_launcher():
-    rank = f"from olmo.process import die_with_parent as d; d(); {SLEEPER}"
+    rank = f"from olmo.runtime.process import die_with_parent as d; d(); {SLEEPER}"
     launcher = (
         "import subprocess, sys, time;"
         f"p = subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=subprocess.PIPE);"

@@ -17,7 +17,7 @@ from small_run import metrics, run, same, settings, state
 from olmo.bucket import Bucket
 from olmo.checkpoint import layout, remote
 from olmo.config import TrainConfig
-from olmo.process import MARKER
+from olmo.runtime.process import MARKER
 from olmo.train import loop, parallel
 from olmo.train.signals import StopRequest
 

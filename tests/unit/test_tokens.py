@@ -19,7 +19,7 @@ from olmo.data.dolma import Dolma, toolkit
 from olmo.data.tokenizer import trained_tokenizer
 from olmo.data.tokens import tokens
 from olmo.environments import version
-from olmo.process import alive
+from olmo.runtime.process import alive
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "envs" / "dolma.txt"

@@ -14,7 +14,7 @@ import small_run
 from servers import guarded_web_server
 from test_remote import Place
 
-from olmo import cli, io, log, sealed
+from olmo import cli, io, sealed
 from olmo.bucket import Bucket
 from olmo.checkpoint import remote as checkpoints
 from olmo.config import TrainConfig
@@ -24,8 +24,9 @@ from olmo.data.sources import download, source_list
 from olmo.inspect.run import load
 from olmo.pipeline import Plan
 from olmo.remote import Remote, push
+from olmo.runtime import log
+from olmo.runtime.urls import entrusted, public, whole
 from olmo.stage import here
-from olmo.urls import entrusted, public, whole
 
 WORD, SIGNATURE = "hunter-two", "5ecre7519na7ure"
 USER = f"me:{WORD}@"
@@ -84,7 +85,7 @@ def test_secrets_are_found_again_for_their_host_and_their_url_alone() -> None:
     for other in ("http://g/a", "https://h/a", "http://h:81/a", "http://hh/a", "h/a"):
         assert whole(other) == other
     inherited = subprocess.run(
-        [sys.executable, "-c", "from olmo.urls import whole; print(whole('http://g/b'))"],
+        [sys.executable, "-c", "from olmo.runtime.urls import whole; print(whole('http://g/b'))"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert inherited.stdout == f"http://g/b?{AZURE}\n"

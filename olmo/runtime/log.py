@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
-from olmo.urls import public
+from olmo.runtime.urls import public
 
 # The log file of a stage, also for what it starts: `olmo <stage> --log FILE` sets it.
 LOG = "OLMO_LOG"

@@ -1,0 +1,1 @@
+"""What any process needs: its log, its end, numbers, energy, URLs."""
