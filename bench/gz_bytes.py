@@ -22,7 +22,7 @@ from pathlib import Path
 
 from isal import igzip
 
-from olmo.data import gz
+from olmo.io import gz
 
 LEVELS = (0, 1, 2, 3)
 

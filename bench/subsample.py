@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from olmo.data import gz
+from olmo.io import gz
 
 OURS = """
 import isal.igzip, msgspec, polars  # as every process of a batch has them already

@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from olmo import foreign, sealed
+from olmo.io import foreign, sealed
+from olmo.io.sealed import Damaged
 from olmo.pipeline import Plan
-from olmo.sealed import Damaged
 from olmo.store import now
 
 

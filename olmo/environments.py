@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from olmo import sealed
+from olmo.io import sealed
 from olmo.lease import lease
 
 

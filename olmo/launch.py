@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from olmo import sealed
+from olmo.io import sealed
 from olmo.lease import see_anew
 from olmo.runtime.process import (
     CAUSE,

@@ -19,9 +19,9 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from olmo import sealed
+from olmo.io import sealed
+from olmo.io.sealed import Damaged
 from olmo.lease import lease
-from olmo.sealed import Damaged
 from olmo.store import Record, Store, files
 
 Name = dict[str, str]  # {"path", "project", "key", "output"}

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from olmo.config import BaseConfig
 from olmo.data.documents import MAX_TEXT_BYTES
-from olmo.data.gz import LONGEST_LINE
+from olmo.io.gz import LONGEST_LINE
 from olmo.launch import Geometry
 from olmo.strict import check_range
 

@@ -6,8 +6,8 @@
                               {"key", "output", "ancestors": the actions that it came from}
     names.txt                 all of them, since a web server has no listing
 
-It is a folder, a mounted path, a bucket (s3, r2, weka, gs; see olmo.bucket) or, to pull from,
-http(s). Whoever writes to it may be anybody: what it names is checked (olmo.foreign) before
+It is a folder, a mounted path, a bucket (s3, r2, weka, gs; see olmo.io.bucket) or, to pull from,
+http(s). Whoever writes to it may be anybody: what it names is checked (olmo.io.foreign) before
 anything is done here, and one bad digest, name or size means that nothing at all is taken.
 """
 
@@ -24,14 +24,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from olmo import foreign, io, naming, sealed
+from olmo import naming
 from olmo.action import Action
-from olmo.bucket import Bucket
-from olmo.io import NotThere
+from olmo.io import downloads, foreign, sealed
+from olmo.io.bucket import Bucket
+from olmo.io.downloads import NotThere
+from olmo.io.sealed import Damaged
 from olmo.lineage import ancestors, makers
 from olmo.runtime import urls
 from olmo.runtime.log import warn
-from olmo.sealed import Damaged
 from olmo.store import Record, Store, content, files, parse, sha256
 
 AT_ONCE = 16  # transfers; a bucket answers slowly, but many at a time
@@ -72,7 +73,7 @@ class Remote(Bucket):
     """
 
     def __init__(self, url: str) -> None:
-        self.web = io.is_http(url)
+        self.web = downloads.is_http(url)
         if self.web:
             self.url = urls.entrusted(url).rstrip("/")
         else:
@@ -81,7 +82,7 @@ class Remote(Bucket):
     def get(self, name: str, path: Path, most: int | None = None) -> None:
         """Bring a file of `most` bytes at most here; NotThere where there is none."""
         if self.web:
-            io.fetch(f"{self.url}/{quote(name)}", path, path.with_suffix(".part"), most=most)
+            downloads.fetch(f"{self.url}/{quote(name)}", path, path.with_suffix(".part"), most=most)
         else:
             super().get(name, path, most)
 
@@ -278,7 +279,7 @@ def refuse_to_replace(store: Store, names: Sequence[str], whose: str) -> None:
         path = Path(foreign.name(name, whose))
         above = [parent for parent in path.parents if parent.name]
         within = [p for p in above if p.as_posix() in asked or naming.known_as(store, p)]
-        if within or io.in_store(path.parent / "any"):
+        if within or downloads.in_store(path.parent / "any"):
             raise ValueError(
                 f"{whose}: the name {name} lies in {within[0] if within else 'a store'}; expected "
                 "a place of its own"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.patterns import matching
+from olmo.io.patterns import matching
 
 STORE = "OLMO_STORE"  # what a foreign config may ask: final ones say by it where their data is
 # Of OmegaConf's own resolvers those that look at nothing but the config.
@@ -47,7 +47,7 @@ def resolvers(validate_paths: bool, foreign: bool) -> Iterator[tuple[set[str], s
 
     def path_last_checkpoint(folder: str) -> str:
         if "://" in folder:
-            from olmo.bucket import Bucket
+            from olmo.io.bucket import Bucket
 
             names = {name.split("/")[0] for name in Bucket(folder).sizes()}
         else:

@@ -34,10 +34,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from olmo import foreign, sealed
 from olmo.action import Action, canonical
+from olmo.io import foreign, sealed
+from olmo.io.sealed import Damaged, to_disk
 from olmo.lease import lease, see_anew
-from olmo.sealed import Damaged, to_disk
 
 # Objects up to this size are hashed again whenever they are used. Larger ones are, when their
 # size or time of change is not as the store left it; `olmo store verify` hashes them all.

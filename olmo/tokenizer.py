@@ -87,7 +87,7 @@ class Tokenizer:
     @classmethod
     def from_checkpoint(cls, checkpoint_dir: str | Path) -> Self:
         """What the config.yaml of a checkpoint, in a folder or at a URL, names."""
-        from olmo.io import fetch
+        from olmo.io.downloads import fetch
 
         place = f"{str(checkpoint_dir).rstrip('/')}/config.yaml"
         with TemporaryDirectory() as folder:

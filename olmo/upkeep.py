@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from olmo import naming, remote, sealed
+from olmo import naming, remote
+from olmo.io import sealed
 from olmo.lease import LOOK, held, lease
 from olmo.lineage import differences, nearest
 from olmo.lineage import trace as trace_lines

@@ -77,13 +77,13 @@ def segments(project: Project, path: Path) -> Any:
 
 
 def marker(project: Project, path: Path) -> Any:
-    from olmo import sealed
+    from olmo.io import sealed
 
     return sealed.read(path)
 
 
 def told(project: Project, path: Path) -> Any:
-    from olmo.io import Download, unseen
+    from olmo.io.downloads import Download, unseen
 
     return Download("http://127.0.0.1/x", path.parent, unseen).told or None
 
@@ -123,7 +123,7 @@ KINDS = [
 
 def more_small_files(project: Project) -> None:
     """Those that a finished project has no more, or has elsewhere."""
-    from olmo import sealed
+    from olmo.io import sealed
 
     folder = project.root / "small-files"
     left = {"step": 3, "by": "SIGTERM", "checkpoint": "step3-unsharded"}

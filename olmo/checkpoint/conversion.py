@@ -12,7 +12,7 @@ from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load
 from olmo.checkpoint.remote import fetched
 from olmo.checkpoint.save import save_unsharded
-from olmo.io import refuse_links
+from olmo.io.downloads import refuse_links
 from olmo.runtime.log import tell
 from olmo.runtime.numbers import to_json
 

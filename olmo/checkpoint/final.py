@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from olmo import sealed
 from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load
 from olmo.config import to_yaml
+from olmo.io import sealed
 from olmo.runtime.numbers import to_json
 from olmo.runtime.process import FINISHED
 

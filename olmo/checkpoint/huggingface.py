@@ -23,9 +23,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from olmo import foreign
 from olmo.checkpoint.final import save
 from olmo.config import BlockType, LayerNormType, ModelConfig, TrainConfig, to_yaml
+from olmo.io import foreign
 from olmo.model.regroup import regrouped
 
 # What each class computes, whatever its config.json says: our key, the values that it can be

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo import foreign, sealed
-from olmo.sealed import Damaged
+from olmo.io import foreign, sealed
+from olmo.io.sealed import Damaged
 
 MANIFEST = "manifest.json"
 EPHEMERAL = "ephemeral"  # an empty file in a checkpoint that the next one replaces

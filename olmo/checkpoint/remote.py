@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from olmo import foreign
-from olmo.bucket import Bucket
 from olmo.checkpoint import layout
-from olmo.io import fetch
+from olmo.io import foreign
+from olmo.io.bucket import Bucket
+from olmo.io.downloads import fetch
+from olmo.io.sealed import Damaged
 from olmo.runtime.log import tell, warn
 from olmo.runtime.urls import entrusted
-from olmo.sealed import Damaged
 
 SENDING = "sending.json"
 

@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from olmo import foreign
 from olmo.checkpoint import layout, plain
 from olmo.checkpoint.optim_state import State, by_name
 from olmo.checkpoint.plain import Part
+from olmo.io import foreign
 from olmo.model.regroup import plain_name
 
 FOLDER = "model_and_optim"

@@ -13,9 +13,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from olmo import io
-from olmo.data import gz, magic
 from olmo.data.sources import check_known, fetched
+from olmo.io import downloads, file_kinds, gz
 from olmo.stage import Facts, Free, Input, Output, Work, stage
 
 ROLES = ("system", "user", "assistant")
@@ -118,7 +117,7 @@ def download_conversations(
     sha256: str | None = None,
     bytes: Free[int | None] = None,
     mirrors: Free[tuple[str, ...]] = (),
-    progress: Free[io.Progress] = io.unseen,
+    progress: Free[downloads.Progress] = downloads.unseen,
 ) -> Facts:
     """Fetch such a file, as `olmo.data.sources.download` does; `sha256` is that of what is sent."""
     arrived = source.with_name("arrived")
@@ -149,8 +148,8 @@ def as_lines(file: Path, source: Path, name: str) -> int:
         with open(file, "rb") as text, gz.writing(source) as lines:
             shutil.copyfileobj(text, lines)
     else:
-        found, command = magic.kind_of(beginning)
-        made = f"Make gz of it by `{magic.into_gz(name, command)}`" if command else ""
+        found, command = file_kinds.kind_of(beginning)
+        made = f"Make gz of it by `{file_kinds.into_gz(name, command)}`" if command else ""
         raise ValueError(
             f"{name}: expected conversations (JSON lines, gz or plain, or parquet), found {found}. "
             + (made or "Check its place and fetch it again")

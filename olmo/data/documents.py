@@ -16,7 +16,8 @@ from itertools import count, islice
 from math import ceil, isfinite
 from typing import Any
 
-from olmo.data import conversations, gz, magic
+from olmo.data import conversations
+from olmo.io import file_kinds, gz
 from olmo.runtime import log
 from olmo.stage import Facts, Input, Output, stage
 
@@ -125,7 +126,7 @@ def documents(
                     if reason is not None:
                         if copy == 0:
                             reasons[reason] += 1
-                            if not hint and (found := magic.hint(line)):
+                            if not hint and (found := file_kinds.hint(line)):
                                 hint = f"  {name}:{at}: {found}"
                             table_rows.append((at, identity, DROPPED, None, size, reason))
                         continue

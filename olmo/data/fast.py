@@ -13,11 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo.data import gz
 from olmo.data.documents import parse
 from olmo.data.dolma import Dolma, scratch_beside
 from olmo.data.encoding import encoder
 from olmo.data.tokens import Job
+from olmo.io import gz
 
 if TYPE_CHECKING:
     import polars

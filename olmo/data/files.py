@@ -26,7 +26,7 @@ def file_sizes(paths: Sequence[str | Path]) -> list[int]:
     """Bytes of each file, in order; FileNotFoundError for one that is not there."""
     from_urls: dict[str, int | None] = {}
     if urls := sorted({str(path) for path in paths if is_url(path)}):
-        from olmo.io import sizes
+        from olmo.io.downloads import sizes
 
         from_urls = dict(zip(urls, sizes(urls), strict=True))
     found = []
@@ -77,7 +77,7 @@ def _range(url: str, start: int, stop: int) -> bytes:
     import requests
     import urllib3
 
-    from olmo.io import is_http, keyless
+    from olmo.io.downloads import is_http, keyless
     from olmo.runtime.urls import entrusted, whole
 
     url = entrusted(url)

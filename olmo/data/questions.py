@@ -18,8 +18,8 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from olmo.data import gz
 from olmo.data.stdlib import source_files
+from olmo.io import gz
 from olmo.stage import Facts, Folder, stage
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

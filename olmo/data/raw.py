@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from olmo.data.magic import PAGES
+from olmo.io.file_kinds import PAGES
 
 RAW, NUMPY = "raw numbers without a header", "a numpy file with a header"
 HEADS = {

@@ -16,11 +16,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo.data import gz
 from olmo.data.conversations import Message, said
 from olmo.data.documents import HELDOUT, TRAIN
 from olmo.data.shards import read, run, write
 from olmo.data.tokens import PARQUET, vocabulary
+from olmo.io import gz
 from olmo.runtime import log
 from olmo.stage import Facts, Input, Output, stage
 

@@ -17,9 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from olmo import foreign, sealed
 from olmo.data import source_table
-from olmo.data.arrivals import Arrivals, Count
 from olmo.data.conversations import download_conversations, local_conversations
 from olmo.data.documents import HELDOUT, MAX_LINE_BYTES, MAX_TEXT_BYTES, TEXT, TRAIN
 from olmo.data.documents import documents as documents_stage
@@ -37,10 +35,12 @@ from olmo.data.tokenizer import given_tokenizer, local_tokenizer, trained_tokeni
 from olmo.data.tokens import AS_SPECIAL
 from olmo.data.tokens import tokens as tokens_stage
 from olmo.environments import interpreter
-from olmo.io import Progress, unseen
+from olmo.io import foreign, sealed
+from olmo.io.downloads import Progress, unseen
+from olmo.io.progress import Arrivals, Count
+from olmo.io.sealed import Damaged
 from olmo.lease import lease
 from olmo.runtime import log
-from olmo.sealed import Damaged
 from olmo.stage import Facts, Input, Output, Stage, here, stage
 from olmo.store import Record
 

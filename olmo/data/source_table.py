@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlparse
 
-from olmo import foreign, sealed
-from olmo.data import magic
-from olmo.patterns import matching
+from olmo.io import file_kinds, foreign, sealed
+from olmo.io.patterns import matching
 from olmo.runtime.urls import entrusted
 
 COLUMNS = ("url", "bytes", "sha256", "licence")
@@ -43,7 +42,7 @@ def read(path: Path) -> list[Source]:
     Raises:
         ValueError: other columns; a number of bytes that is none; a sha256 that is none.
     """
-    lines = magic.text_of(path, str(path)).splitlines()
+    lines = file_kinds.text_of(path, str(path)).splitlines()
     header, *rows = [line.split("\t") for line in lines or [""]]
     if tuple(header) not in (COLUMNS, COLUMNS[:3]):
         raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}; found {header}")
@@ -76,7 +75,7 @@ def complete(path: Path, arrived: dict[str, tuple[int, str]]) -> None:
 
 
 def local(patterns: Iterable[str], whose: Path, key: str = "sources.files") -> list[Source]:
-    """The files of this machine that patterns name (olmo.patterns), each pattern's in order.
+    """The files of this machine that patterns name (olmo.io.patterns), each pattern's in order.
 
     `whose` is the recipe that names them, under `key`.
     """

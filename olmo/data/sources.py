@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from olmo import io
-from olmo.data import gz, magic
 from olmo.data.source_table import COLUMNS
+from olmo.io import downloads, file_kinds, gz
 from olmo.runtime import log
 from olmo.runtime.urls import public
 from olmo.stage import Facts, Free, Input, Output, Work, here, stage
@@ -27,8 +26,8 @@ def source_list(url: str, table: Output, licence: str = "") -> Facts:
     """
     part = table.with_name("part")
     listed = table.with_name("listed")
-    io.fetch(url, listed, part, most=MOST_LIST)
-    text = magic.text_of(listed, url)
+    downloads.fetch(url, listed, part, most=MOST_LIST)
+    text = file_kinds.text_of(listed, url)
     shutil.rmtree(part)
     listed.unlink()
     urls = [line.strip() for line in text.splitlines() if line.strip()]
@@ -44,7 +43,7 @@ def source_list(url: str, table: Output, licence: str = "") -> Facts:
             )
     if not urls:
         raise ValueError(f"{url}: expected a list of URLs, found an empty file")
-    found = io.sizes(urls)
+    found = downloads.sizes(urls)
     known = [size for size in found if size is not None]
     unknown = f", and {len(urls) - len(known)} files of unknown size" * (len(known) < len(urls))
     log.tell(f"{len(urls):,} files, {sum(known):,} bytes ({sum(known) / 1e9:,.1f} GB){unknown}")
@@ -67,7 +66,7 @@ def download(
     sha256: str | None = None,
     bytes: Free[int | None] = None,
     mirrors: Free[tuple[str, ...]] = (),
-    progress: Free[io.Progress] = io.unseen,
+    progress: Free[downloads.Progress] = downloads.unseen,
 ) -> Facts:
     """Fetch one gz file and check it: its length, its own checksum to the end, its sha256.
 
@@ -95,7 +94,7 @@ def download_tokens(
     part: Work,
     dtype: str = "uint16",
     mirrors: Free[tuple[str, ...]] = (),
-    progress: Free[io.Progress] = io.unseen,
+    progress: Free[downloads.Progress] = downloads.unseen,
 ) -> Facts:
     """Fetch a file of tokens that somebody else made: raw little-endian `dtype`, no header.
 
@@ -116,7 +115,7 @@ def fetched(
     path: Path,
     part: Path,
     check: Callable[[str], int],
-    progress: io.Progress,
+    progress: downloads.Progress,
     bytes: int | None = None,
 ) -> dict[str, Any]:
     """Fetch from the first of `url` and its mirrors whose file passes `check`; facts of it.
@@ -126,15 +125,17 @@ def fetched(
     failures = []
     for number, place in enumerate((url, *mirrors)):
         try:
-            facts = io.fetch(place, path, part / str(number), progress, bytes)
+            facts = downloads.fetch(place, path, part / str(number), progress, bytes)
             try:
                 checked = check(place)
             except ValueError:
                 if not facts.get("resumed"):
                     raise
-                facts = io.fetch(place, path, part / str(number), progress, bytes)  # of one piece
+                facts = downloads.fetch(
+                    place, path, part / str(number), progress, bytes
+                )  # of one piece
                 checked = check(place)
-        except io.TooLong as error:
+        except downloads.TooLong as error:
             failures.append(other_size(place, error.most, error.found))
             continue
         except ValueError as error:

@@ -17,7 +17,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from olmo.data import gz
+from olmo.io import gz
 from olmo.stage import Facts, Folder, stage
 
 # Tests, demonstrations, character tables and files that differ between two builds of one Python.

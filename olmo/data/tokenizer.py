@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.data import gz, magic
 from olmo.data.documents import parse
+from olmo.io import file_kinds, gz
 from olmo.stage import Facts, Input, Inputs, Output, stage
 from olmo.store import sha256 as digest_of
 
@@ -125,7 +125,7 @@ def write_portable(source: Path, name: str, output: Path) -> dict[str, Any]:
     """Check a given tokenizer and write it in the form that the toolkit reads; facts of it."""
     from tokenizers import Tokenizer
 
-    content = magic.text_of(source, name)
+    content = file_kinds.text_of(source, name)
     try:
         vocab_size = Tokenizer.from_str(content).get_vocab_size()
         settings = json.loads(content)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo import foreign
+from olmo.io import foreign
 
 # Where the hub keeps every data set as parquet, made by its own machines: no code of it runs here.
 PARQUET = "refs/convert/parquet"

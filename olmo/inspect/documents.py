@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from olmo.data import gz
+from olmo.io import gz
 from olmo.lineage import makers
 from olmo.store import Record, Store
 

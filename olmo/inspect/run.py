@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from olmo import io
 from olmo.checkpoint import layout
 from olmo.config import TrainConfig
 from olmo.data.files import is_url
 from olmo.inspect import history
 from olmo.inspect.history import Origin, Recorded, Stretch
 from olmo.inspect.order import Seen
+from olmo.io import downloads
 from olmo.runtime.log import warn
 from olmo.runtime.process import SEGMENTS
 from olmo.stage import here
@@ -108,11 +108,11 @@ class Run:
             return segments(self.home)
         url, _, name = self.folder.rpartition("/")
         place = url if layout.is_name(Path(name)) else self.folder
-        if self._order or not io.is_http(io.keyless(place)):
+        if self._order or not downloads.is_http(downloads.keyless(place)):
             return []
-        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(io.NotThere):
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(downloads.NotThere):
             file, part = Path(folder, SEGMENTS), Path(folder, "part")
-            io.fetch(f"{place}/{SEGMENTS}", file, part, most=MOST_CONFIG)
+            downloads.fetch(f"{place}/{SEGMENTS}", file, part, most=MOST_CONFIG)
             return segments(Path(folder))
         return []
 
@@ -285,5 +285,5 @@ def load(place: str) -> TrainConfig:
         return TrainConfig.load(place, validate_paths=False, foreign=not ours)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.yaml")
-        io.fetch(place, path, Path(folder, "part"), most=MOST_CONFIG)
+        downloads.fetch(place, path, Path(folder, "part"), most=MOST_CONFIG)
         return TrainConfig.load(path, foreign=True)

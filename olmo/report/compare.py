@@ -10,7 +10,7 @@ from typing import Any
 from olmo.config import TrainConfig
 from olmo.inspect.documents import digest_of, shards
 from olmo.inspect.run import Run
-from olmo.io import refuse_links
+from olmo.io.downloads import refuse_links
 from olmo.runtime.log import warn
 from olmo.runtime.numbers import from_json
 from olmo.stage import here

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from olmo.io import refuse_links
+from olmo.io.downloads import refuse_links
 from olmo.report.card import table
 from olmo.runtime.numbers import from_json
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from olmo import sealed
+from olmo.io import sealed
 from olmo.runtime.process import CAUSE, LAUNCHED, PAUSED
 
 # Of an OSError: what is not as it must be, and will not be at another start.

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from olmo import sealed
 from olmo.checkpoint import layout
 from olmo.checkpoint.read import put_state, put_weights
 from olmo.config import DistributedStrategy, SchedulerUnits, TrainConfig
 from olmo.data.batches import TrainLoader, build_train_dataloader
 from olmo.evaluate.evaluators import build_evaluators, evaluate
+from olmo.io import sealed
 from olmo.model import OLMo
 from olmo.precision import msamp
 from olmo.precision.backends import Backend as EightBits

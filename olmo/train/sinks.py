@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from olmo import sealed
 from olmo.config import TrainConfig
+from olmo.io import sealed
 from olmo.runtime.log import count, duration, keep, warn
 from olmo.runtime.numbers import from_json, to_json
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 import olmo
-from olmo.data import gz
+from olmo.io import gz
 from olmo.stage import Stage
 from olmo.store import content
 

@@ -15,11 +15,11 @@ import polars
 import pytest
 from servers import serving
 
-from olmo import bucket, io
-from olmo.data import attributes, gz, sources
+from olmo.data import attributes, sources
 from olmo.data.documents import REASONS, documents
 from olmo.data.files import Tokens
 from olmo.data.sources import download, source_list
+from olmo.io import bucket, downloads, gz
 from olmo.recipe import DocumentsConfig
 from olmo.remote import Remote
 
@@ -67,7 +67,7 @@ class Endless(http.server.BaseHTTPRequestHandler):
 def endless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(io, "FRUITLESS", 1)
+    monkeypatch.setattr(downloads, "FRUITLESS", 1)
     Endless.sent = 0
     with serving(Endless) as address:
         yield address
@@ -101,9 +101,9 @@ def test_what_has_no_length_leaves_room(
 
     def almost_full(path: Path) -> Any:
         used = kept(tmp_path) - before
-        return whole._replace(free=min(io.MARGIN, whole.total // 100) + 4_000_000 - used)
+        return whole._replace(free=min(downloads.MARGIN, whole.total // 100) + 4_000_000 - used)
 
-    monkeypatch.setattr(io.shutil, "disk_usage", almost_full)
+    monkeypatch.setattr(downloads.shutil, "disk_usage", almost_full)
     with pytest.raises(ValueError, match="is almost full, and the server does not tell where"):
         download(url=f"{endless}/a", source=Path("a.gz"))
     assert kept(tmp_path) < 10_000 and Endless.sent < 100e6
@@ -112,7 +112,7 @@ def test_what_has_no_length_leaves_room(
 def test_an_object_of_a_second_store_has_its_records_size(
     endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(io.TooLong, match="expected 1,000 bytes at most"):
+    with pytest.raises(downloads.TooLong, match="expected 1,000 bytes at most"):
         Remote(endless).get("objects/ab/abc", tmp_path / "x", 1000)
     monkeypatch.setattr(sources, "MOST_LIST", 1 << 20)
     with pytest.raises(ValueError, match="expected 1,048,576 bytes at most"):
@@ -123,7 +123,7 @@ def test_an_object_of_a_second_store_has_its_records_size(
 def test_a_rest_is_no_longer_than_the_whole_was_told(
     endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(io, "FRUITLESS", 2)
+    monkeypatch.setattr(downloads, "FRUITLESS", 2)
     with pytest.raises(ValueError, match="gave up after 2 attempts"):
         download(url=f"{endless}/liar", source=Path("a.gz"))
     assert kept(tmp_path) < 200_000 and Endless.sent < 100e6
@@ -140,20 +140,20 @@ def test_a_length_that_is_none(endless: str) -> None:
 
     for length in ("many", "-1", "²", "9" * 5000, ""):
         Answer.headers = {"Content-Length": length}
-        assert io.length_of(Answer()) is None  # type: ignore[arg-type]
+        assert downloads.length_of(Answer()) is None  # type: ignore[arg-type]
 
 
 def test_a_bucket_sends_no_more_than_it_told(tmp_path: Path) -> None:
     watch = bucket._bounded("s3://b/a", 10)
     watch.set_size(10)
     watch.relative_update(10)
-    with pytest.raises(io.TooLong, match="s3://b/a: expected 10 bytes at most, found 11"):
+    with pytest.raises(downloads.TooLong, match="s3://b/a: expected 10 bytes at most, found 11"):
         watch.relative_update(1)
-    with pytest.raises(io.TooLong):
+    with pytest.raises(downloads.TooLong):
         bucket._bounded("s3://b/a", 10).set_size(11)
     (tmp_path / "a").write_bytes(bytes(100))
     for fetch in (lambda b: b.get("a", tmp_path / "x", 99), lambda b: b.read("a", 99)):
-        with pytest.raises(io.TooLong, match="expected 99 bytes at most, found 100"):
+        with pytest.raises(downloads.TooLong, match="expected 99 bytes at most, found 100"):
             fetch(bucket.Bucket(str(tmp_path)))
     assert not (tmp_path / "x").exists()
 

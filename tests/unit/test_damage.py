@@ -7,8 +7,8 @@ import yaml
 
 from olmo.damage import Damage
 from olmo.data.source_table import complete
+from olmo.io.sealed import dump_table
 from olmo.pipeline import Plan
-from olmo.sealed import dump_table
 
 HEADER = ["shard", "output", "path", "sha256", "bytes"]
 

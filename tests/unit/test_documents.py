@@ -12,9 +12,9 @@ import polars
 import pytest
 import yaml
 
-from olmo.data import gz
 from olmo.data.documents import REASONS, documents, parse
 from olmo.data.stdlib import definitions, stdlib
+from olmo.io import gz
 from olmo.recipe import Recipe
 
 

@@ -13,9 +13,9 @@ import pytest
 from servers import web_server
 from test_remote import Place
 
-from olmo import foreign, sealed
 from olmo.checkpoint import huggingface, layout, remote
 from olmo.data import shards, source_table
+from olmo.io import foreign, sealed
 from olmo.remote import Remote, pull, push
 from olmo.store import content
 
@@ -33,7 +33,14 @@ OUTSIDE = [
     "a\0b",
 ]
 OUTSIDE += ["a\nb", "a\ud800", "x" * 201, None, 7, ["a"], {"a": 1}]
-NO_NAMES = [*OUTSIDE, "torch.py", "olmo/io.py", "config/config.yaml", "data", "data/../torch.py"]
+NO_NAMES = [
+    *OUTSIDE,
+    "torch.py",
+    "olmo/io/downloads.py",
+    "config/config.yaml",
+    "data",
+    "data/../torch.py",
+]
 NO_DIGESTS = [*OUTSIDE, "0" * 63, "0" * 65, "G" * 64, "A" * 64, "../" + "0" * 61, "0" * 64 + "\n"]
 
 

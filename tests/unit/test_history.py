@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from servers import web_server
 from small_run import LENGTH, config, metrics, run, settings
 
-from olmo import sealed
 from olmo.config import DataConfig, TrainConfig
 from olmo.data import order
 from olmo.data.batches import IterableDataset, TrainLoader
@@ -24,6 +23,7 @@ from olmo.inspect.commands import inspect
 from olmo.inspect.history import Origin, Recorded, segments_of, stretches
 from olmo.inspect.replay import replay
 from olmo.inspect.run import Run
+from olmo.io import sealed
 from olmo.train.segments import conditions, segments
 from olmo.train.signals import PAUSED
 from olmo.train.start import Position, duration

@@ -12,7 +12,6 @@ import pytest
 import torch
 from servers import web_server
 
-from olmo import sealed
 from olmo.action import Action
 from olmo.checkpoint import convert, huggingface, load_model
 from olmo.checkpoint.final import write_safetensors
@@ -20,6 +19,7 @@ from olmo.checkpoint.given import fetched_checkpoint, local_checkpoint
 from olmo.config import ModelConfig, TrainConfig, to_yaml
 from olmo.data.conversations import download_conversations, local_conversations
 from olmo.data.questions import stdlib_questions
+from olmo.io import sealed
 from olmo.model import OLMo
 from olmo.report.card import card
 from olmo.store import Store, files

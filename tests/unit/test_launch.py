@@ -18,8 +18,8 @@ import pytest
 import torch
 from small_run import given, metrics, until
 
-from olmo import sealed
 from olmo.config import TrainConfig
+from olmo.io import sealed
 from olmo.launch import (
     Geometry,
     asking_it_to_stop,

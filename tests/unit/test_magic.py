@@ -17,12 +17,12 @@ from pathlib import Path
 import polars
 import pytest
 
-from olmo.data import gz, magic
 from olmo.data.conversations import local_conversations
 from olmo.data.documents import documents
 from olmo.data.source_table import read
 from olmo.data.sources import check, local_source
 from olmo.data.tokenizer import local_tokenizer
+from olmo.io import file_kinds, gz
 
 ROWS = [{"id": f"ä{n}", "text": f"Text {n}, naïve.\n字"} for n in range(300)]
 TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -143,8 +143,8 @@ def test_what_no_command_makes_gz_of_is_named(tmp_path: Path, content: bytes, fo
 
 
 def test_plain_text_may_be_cut_within_a_character():
-    assert magic.kind_of(("字" * 200).encode()[:512])[0].startswith("plain text")
-    assert magic.kind_of("naïve".encode())[0].startswith("plain text")
+    assert file_kinds.kind_of(("字" * 200).encode()[:512])[0].startswith("plain text")
+    assert file_kinds.kind_of("naïve".encode())[0].startswith("plain text")
 
 
 @pytest.mark.parametrize("kind", ["zst", "utf16", "bom", "json"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from olmo.patterns import matching
+from olmo.io.patterns import matching
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(
 
 
 def test_a_locale_changes_nothing(corpus: Path):
-    program = "from olmo.patterns import matching; print(ascii(matching('corpus/**/*.json.gz')))"
+    program = "from olmo.io.patterns import matching; print(ascii(matching('corpus/**/*.json.gz')))"
     for locale in ("C", "POSIX", "en_US.UTF-8", "et_EE.UTF-8"):
         env = {**os.environ, "LC_ALL": locale, "PYTHONPATH": str(Path(__file__).parents[2])}
         said = subprocess.run([sys.executable, "-c", program], capture_output=True, env=env)

@@ -14,9 +14,9 @@ from ranks import on_ranks
 from servers import s3_server
 from small_run import metrics, run, same, settings, state
 
-from olmo.bucket import Bucket
 from olmo.checkpoint import layout, remote
 from olmo.config import TrainConfig
+from olmo.io.bucket import Bucket
 from olmo.runtime.process import MARKER
 from olmo.train import loop, parallel
 from olmo.train.signals import StopRequest

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from olmo import sealed
+from olmo.io import sealed
 
 VALUE = {"b": 1.5, "a": [1, None], "text": 'é \u2028 "seal": "', "nested": {"seal": "x"}}
 ROWS = [["shard", "sha256"], ["a", ""], ["seal", "b"]]

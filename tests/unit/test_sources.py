@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from olmo import io
-from olmo.data import arrivals, shards
-from olmo.data.arrivals import Arrivals, Count
+from olmo.data import shards
 from olmo.data.sources import check, download, download_tokens, local_source, source_list
+from olmo.io import downloads, progress
+from olmo.io.progress import Arrivals, Count
 
 TEXT = b"".join(
     json.dumps({"id": str(n), "text": random.Random(n).randbytes(60).hex()}).encode() + b"\n"
@@ -183,11 +183,11 @@ def test_retry_after_may_be_a_date_and_is_never_for_ever(server, tmp_path, quick
         handler.answer(503, b"", Retry_After=when) if n < 3 else handler.file()
 
     get(server("a.gz", busy), tmp_path / "a")
-    assert quick[0] == io.LONGEST_WAIT_S and quick[1] < 5
+    assert quick[0] == downloads.LONGEST_WAIT_S and quick[1] < 5
 
 
 def test_a_server_that_stalls_is_asked_again(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(io, "STALL_S", 0.2)
+    monkeypatch.setattr(downloads, "STALL_S", 0.2)
     woken = threading.Event()
 
     def stalls(handler, n):
@@ -307,7 +307,7 @@ def test_a_download_that_was_killed_goes_on_in_the_next_process(server, tmp_path
     url, part = server("a.gz", slow), tmp_path / "a" / "part" / "0"
     part.parent.mkdir(parents=True)
     program = (
-        "import sys; from pathlib import Path; from olmo import io; io.BLOCK = 1000;"
+        "import sys; from pathlib import Path; from olmo import io; downloads.BLOCK = 1000;"
         "io.fetch(sys.argv[1], Path('never'), Path(sys.argv[2]))"
     )
     process = subprocess.Popen(
@@ -336,7 +336,7 @@ def test_two_hundred_files_from_a_bad_server_cost_little_more_than_their_bytes(s
         return handler.file()
 
     for n in range(200):
-        io.fetch(server(f"{n}.gz", bad), tmp_path / f"{n}.gz", tmp_path / "part")
+        downloads.fetch(server(f"{n}.gz", bad), tmp_path / f"{n}.gz", tmp_path / "part")
         assert (tmp_path / f"{n}.gz").read_bytes() == FILE
     assert server.sent <= 1.05 * 200 * len(FILE)
 
@@ -382,14 +382,14 @@ def test_the_arrival_of_a_whole_data_set_is_one_display(tmp_path, capsys, monkey
     def told():
         return capsys.readouterr().out.splitlines()
 
-    monkeypatch.setattr(arrivals, "EVERY_S", 100)
+    monkeypatch.setattr(progress, "EVERY_S", 100)
     with job() as first, job() as second:
         first.add(1_000_000)
         assert told()[0].startswith("2 of 9 files, 1.5MB of 4MB, ")
         second.finish()
         second.add(2_000_000)
         assert not told(), "the other job has told it a moment ago"
-        monkeypatch.setattr(arrivals, "EVERY_S", 0)
+        monkeypatch.setattr(progress, "EVERY_S", 0)
         first.add(250_000)
         (line,) = told()
         assert line.startswith("3 of 9 files, 3.75MB of 4MB, ") and line.endswith("0:00 left")
@@ -454,8 +454,8 @@ def test_what_cannot_be_raw_tokens_is_refused(server, tmp_path, content, message
 
 
 def test_r2_buckets_that_are_public_are_asked_by_https():
-    assert io.keyless("r2://olmo-data/a/b.npy") == "https://olmo-data.org/a/b.npy"
-    assert io.keyless("r2://mine/a/b.npy") == "r2://mine/a/b.npy"
+    assert downloads.keyless("r2://olmo-data/a/b.npy") == "https://olmo-data.org/a/b.npy"
+    assert downloads.keyless("r2://mine/a/b.npy") == "r2://mine/a/b.npy"
 
 
 def test_a_local_file_is_checked_as_a_download_is(tmp_path):

@@ -16,10 +16,10 @@ import torch
 from ranks import forked
 from small_run import LENGTH, config, metrics, read_until, run, same, settings, start, state
 
-from olmo import sealed
 from olmo.checkpoint import layout
 from olmo.config import TrainConfig
 from olmo.data import order
+from olmo.io import sealed
 from olmo.model import OLMo
 from olmo.train.__main__ import main, overrides
 from olmo.train.pending import NotFinite

@@ -14,14 +14,15 @@ import small_run
 from servers import guarded_web_server
 from test_remote import Place
 
-from olmo import cli, io, sealed
-from olmo.bucket import Bucket
+from olmo import cli
 from olmo.checkpoint import remote as checkpoints
 from olmo.config import TrainConfig
 from olmo.data import shards, source_table
 from olmo.data.files import Tokens
 from olmo.data.sources import download, source_list
 from olmo.inspect.run import load
+from olmo.io import downloads, sealed
+from olmo.io.bucket import Bucket
 from olmo.pipeline import Plan
 from olmo.remote import Remote, push
 from olmo.runtime import log
@@ -123,7 +124,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("OLMO_STORE", str(folder / "store"))
-    monkeypatch.setattr(io, "FRUITLESS", 1)
+    monkeypatch.setattr(downloads, "FRUITLESS", 1)
     return folder
 
 
@@ -161,7 +162,7 @@ def test_what_is_refused_is_told_without_it(guarded: str, project: Path, capfd) 
             cli.main(["sources", "--listing", "data/a/sources/000.tsv", "--sources", f"a={url}"])
         assert f"http://{guarded}/a.json.gz: the server answered 403" in str(end.value)
         with pytest.raises(ValueError, match="answered 403") as error:
-            io.fetch(url, project / "x", project / "part")
+            downloads.fetch(url, project / "x", project / "part")
         assert WORD not in str(end.value) + str(error.value)
     for url in (
         f"http://me:{WORD}/x@h/a",
@@ -169,7 +170,7 @@ def test_what_is_refused_is_told_without_it(guarded: str, project: Path, capfd) 
         f"s3://me:{WORD}@b/a",
     ):
         with pytest.raises(ValueError) as error:
-            io.fetch(url, project / "x", project / "part")
+            downloads.fetch(url, project / "x", project / "part")
         assert WORD not in str(error.value)
     with pytest.raises(ValueError) as error:
         Bucket(f"nope://me:{WORD}@b/a")
@@ -184,7 +185,7 @@ def test_credentials_come_from_netrc(guarded: str, project: Path, monkeypatch) -
     netrc = project / "netrc"
     netrc.write_text(f"machine 127.0.0.1 login me password {WORD}\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    assert io.fetch(f"http://{guarded}/a.json.gz", project / "x", project / "part")["bytes"]
+    assert downloads.fetch(f"http://{guarded}/a.json.gz", project / "x", project / "part")["bytes"]
 
 
 def test_every_way_to_ask_a_server_has_the_secret(
@@ -192,7 +193,7 @@ def test_every_way_to_ask_a_server_has_the_secret(
 ) -> None:
     plain, signed = f"http://{USER}{guarded}/a.json.gz", f"http://{guarded}/a.json.gz?{AZURE}"
     size = (tmp_path / "there/a.json.gz").stat().st_size
-    assert io.sizes([plain, signed]) == [size, size]
+    assert downloads.sizes([plain, signed]) == [size, size]
     (tmp_path / "there/config.yaml").write_text("run_name: theirs\n")
     assert load(f"http://{USER}{guarded}/config.yaml").run_name == "theirs"
     with pytest.raises(ValueError, match="expected a part of the file"):  # not 403

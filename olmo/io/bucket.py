@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.io import NotThere, TooLong, refuse_too_long
+from olmo.io.downloads import NotThere, TooLong, refuse_too_long
 from olmo.runtime.urls import entrusted, public, refuse_secrets, whole
 
 # Schemes that speak S3's protocol: R2_ENDPOINT_URL says where R2 is, R2_PROFILE whose keys count.

@@ -16,9 +16,9 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo import sealed
+from olmo.io import sealed
+from olmo.io.sealed import Damaged
 from olmo.runtime.urls import entrusted, public, refuse_secrets, whole
-from olmo.sealed import Damaged
 
 if TYPE_CHECKING:
     import requests

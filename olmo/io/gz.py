@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlparse
 
-from olmo.data import magic
+from olmo.io import file_kinds
 
 LEVEL = 1  # isal's level 1: near the size of gzip -3, at many times its speed
 BUFFER = 1 << 20
 BLOCK = 1 << 18  # what is decompressed at a time: it stays in the processor's cache
 END = 1 << 12  # of a block: most often a line ends in it
-MAGIC = magic.GZIP
+MAGIC = file_kinds.GZIP
 LONGEST_LINE = 1 << 30  # bytes; documents.max_line_bytes is no more, so the pipeline writes none
 
 
@@ -139,18 +139,18 @@ def refuse_other_content(path: Path, name: str) -> None:
         start = file.read(512)
     if start.startswith(MAGIC):
         return
-    found, command = magic.kind_of(start)
+    found, command = file_kinds.kind_of(start)
     if "://" in name or not Path(name).exists():
         remedy = "Check its URL and fetch it again"
         if command:
-            made = magic.into_gz(urlparse(name).path.rpartition("/")[2] or "FILE", command)
+            made = file_kinds.into_gz(urlparse(name).path.rpartition("/")[2] or "FILE", command)
             remedy = f"Download it, make gz of it by `{made}`, and name that in the recipe"
         raise ValueError(f"{name}: expected gzip, found {found}. {remedy}.")
     if not command and found.startswith("plain text"):
-        command = f"{magic.AS_DOCUMENTS} {shlex.quote(name)}"
+        command = f"{file_kinds.AS_DOCUMENTS} {shlex.quote(name)}"
         remedy = f" Make a document of the whole file by `{command}`"
     else:
-        remedy = f" Make one by `{magic.into_gz(name, command)}`" if command else ""
+        remedy = f" Make one by `{file_kinds.into_gz(name, command)}`" if command else ""
     named = ", and name that in the recipe" if remedy and not name.endswith(".gz") else ""
     raise ValueError(
         f'{name}: expected a gz file of JSON lines with "id" and "text", found {found}.'
