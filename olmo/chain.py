@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from olmo.config import SchedulerType, SchedulerUnits, TrainConfig
-from olmo.identity import identity
+from olmo.config.identity import identity
 
 # What of a final checkpoint, or of a link, a run can go on from.
 STATE = ("model.safetensors", "optim.safetensors", "train.json")
@@ -55,7 +55,7 @@ def cuts(cfg: TrainConfig, at: list[int], every: int | None) -> list[int]:
 
 
 def beginning(cfg: TrainConfig, until: int) -> dict[str, Any]:
-    """What decides the bytes of a run up to step `until`, as `olmo.identity.identity` gives it.
+    """What decides the bytes of a run up to step `until`, as `olmo.config.identity.identity` gives it.
 
     How long the run is, and how its learning rate falls at the end, is left out where nothing of
     it is felt before `until`.

@@ -15,10 +15,10 @@ from typing import Any
 
 from olmo.chain import cuts
 from olmo.config import BaseConfig, TrainConfig
+from olmo.config.identity import identity
 from olmo.data import source_table
 from olmo.data.documents import MESSAGES
 from olmo.data.source_table import Source, quoted
-from olmo.identity import identity
 from olmo.recipe import EvaluationConfig, Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
 from olmo.tokenizer import hub_name
 from olmo.unheeded import refuse_unheeded

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 from olmo.config import BaseConfig
+from olmo.config.strict import check_range
 from olmo.data.documents import MAX_TEXT_BYTES
 from olmo.io.gz import LONGEST_LINE
 from olmo.launch import Geometry
-from olmo.strict import check_range
 
 
 @dataclass

@@ -10,9 +10,9 @@ from typing import Any
 
 from olmo.chain import STATE, beginning
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
+from olmo.config.identity import identity
 from olmo.data.shards import read
 from olmo.data.tokenizer import check_tokenizer
-from olmo.identity import identity
 from olmo.launch import Geometry, launch
 from olmo.runtime.numbers import as_words, to_json
 from olmo.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage

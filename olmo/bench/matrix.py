@@ -11,8 +11,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from olmo.config import BaseConfig, FP8Backend, TrainConfig
+from olmo.config.strict import check_range
 from olmo.model.attention import Backend
-from olmo.strict import check_range
 
 EAGER, NONE, MSAMP, OURS = "eager", "none", "msamp", "ours"
 # Whose step ours is held against, and by what it may compute attention.

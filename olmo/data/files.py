@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from olmo.kinds import TokenType
+from olmo.config.enums import TokenType
 
 TRIES = 5  # of one range, the wait doubling from half a second
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from olmo.kinds import AttentionBackend
+from olmo.config.enums import AttentionBackend
 
 Backend = AttentionBackend
 

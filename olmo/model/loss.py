@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmo.config import TrainConfig
-from olmo.kinds import CrossEntropy as CrossEntropy
+from olmo.config.enums import CrossEntropy as CrossEntropy
 from olmo.model.product import by_onednn
 
 IGNORE = -100

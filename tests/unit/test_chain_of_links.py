@@ -10,8 +10,8 @@ from small_run import config, run
 import olmo.run
 from olmo.chain import STATE, beginning, cuts, felt
 from olmo.config import TrainConfig
+from olmo.config.identity import identity
 from olmo.data import order
-from olmo.identity import identity
 from olmo.launch import Geometry
 from olmo.run import training
 from olmo.train.loop import train

@@ -23,7 +23,7 @@ from olmo.checkpoint import layout
 from olmo.checkpoint.read import newest
 from olmo.cli import main
 from olmo.config import TrainConfig
-from olmo.identity import identity
+from olmo.config.identity import identity
 from olmo.model import OLMo
 
 

@@ -16,7 +16,7 @@ from olmo.config import (
     SingleGPUConfig,
     TrainConfig,
 )
-from olmo.identity import FREE, identity
+from olmo.config.identity import FREE, identity
 
 
 def write(folder: Path, text: str) -> Path:

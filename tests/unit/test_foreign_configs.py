@@ -11,7 +11,7 @@ from small_run import run, settings
 from olmo.checkpoint.conversion import convert
 from olmo.checkpoint.read import load_model
 from olmo.config import TrainConfig
-from olmo.identity import identity
+from olmo.config.identity import identity
 from olmo.inspect.run import Run
 from olmo.pipeline import Plan
 from olmo.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.strict import as_plain, default_of
+from olmo.config.strict import as_plain, default_of
 
 # Fields that do not decide the bytes of what is trained: where things lie, what is told, when it
 # is saved, what is measured on the way, and how fast data is fetched. All others do.

@@ -11,37 +11,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import StrEnum as StrEnum
 from typing import Any
 
-from olmo.kinds import ActivationCheckpointingStrategy as ActivationCheckpointingStrategy
-from olmo.kinds import ActivationType as ActivationType
-from olmo.kinds import AttentionBackend as AttentionBackend
-from olmo.kinds import BlockType as BlockType
-from olmo.kinds import CheckpointType as CheckpointType
-from olmo.kinds import CrossEntropy as CrossEntropy
-from olmo.kinds import DDPGradSyncMode as DDPGradSyncMode
-from olmo.kinds import DistributedStrategy as DistributedStrategy
-from olmo.kinds import EvaluatorType as EvaluatorType
-from olmo.kinds import FP8Backend as FP8Backend
-from olmo.kinds import FP8Recipe as FP8Recipe
-from olmo.kinds import FP8Scaling as FP8Scaling
-from olmo.kinds import FSDPPrecision as FSDPPrecision
-from olmo.kinds import FSDPWrapStrategy as FSDPWrapStrategy
-from olmo.kinds import InitFnType as InitFnType
-from olmo.kinds import LayerNormType as LayerNormType
-from olmo.kinds import OptimizerType as OptimizerType
-from olmo.kinds import PaddingDirection as PaddingDirection
-from olmo.kinds import SchedulerType as SchedulerType
-from olmo.kinds import SchedulerUnits as SchedulerUnits
-from olmo.kinds import ShardedCheckpointerType as ShardedCheckpointerType
-from olmo.kinds import ShardingStrategy as ShardingStrategy
-from olmo.kinds import TokenType as TokenType
-from olmo.kinds import TruncationDirection as TruncationDirection
-from olmo.strict import BaseConfig as BaseConfig
-from olmo.strict import check_range, ours
-from olmo.strict import read_yaml as read_yaml
-from olmo.strict import to_yaml as to_yaml
+from olmo.config.enums import (
+    ActivationCheckpointingStrategy,
+    ActivationType,
+    AttentionBackend,
+    BlockType,
+    CrossEntropy,
+    DDPGradSyncMode,
+    DistributedStrategy,
+    EvaluatorType,
+    FP8Backend,
+    FP8Recipe,
+    FP8Scaling,
+    FSDPPrecision,
+    FSDPWrapStrategy,
+    InitFnType,
+    LayerNormType,
+    OptimizerType,
+    PaddingDirection,
+    SchedulerType,
+    SchedulerUnits,
+    ShardedCheckpointerType,
+    ShardingStrategy,
+    TokenType,
+    TruncationDirection,
+)
+from olmo.config.strict import BaseConfig, check_range, ours
 
 # Keys of forks of OLMo that ours has no use for, with the values at which they change nothing (none
 # named: any, as they act with another key only).

@@ -217,7 +217,7 @@ def _resolve(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from olmo.resolvers import resolvers
+    from olmo.config.resolvers import resolvers
 
     waiting: dict[str, list[Any]] = {}
     count = 0
