@@ -10,8 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from olmo.stage import Facts, Input, Output, stage
-from olmo.store import sha256
+from olmo.store.stage import Facts, Input, Output, stage
+from olmo.store.store import sha256
 
 ACTIONS = 200
 

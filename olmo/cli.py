@@ -26,7 +26,7 @@ from typing import Any
 from olmo.runtime.log import FAILED, LOG, reason
 from olmo.runtime.process import PAUSED, Paused, die_with_supervisor
 from olmo.runtime.urls import entrusted, public
-from olmo.stage import Stage, require_store, role
+from olmo.store.stage import Stage, require_store, role
 
 COMMANDS = {
     # the one way, in its order
@@ -60,14 +60,14 @@ COMMANDS = {
     "scores": "olmo.report.scores:scores",
     "checkpoint convert": "olmo.checkpoint.conversion:convert",
     "environment": "olmo.environments:environment",
-    "store verify": "olmo.upkeep:verify",
-    "store gc": "olmo.upkeep:gc",
-    "store checkout": "olmo.upkeep:checkout",
-    "store why": "olmo.upkeep:why",
-    "store trace": "olmo.upkeep:trace",
-    "store pin": "olmo.upkeep:pin",
-    "store push": "olmo.upkeep:push",
-    "store pull": "olmo.upkeep:pull",
+    "store verify": "olmo.store.commands:verify",
+    "store gc": "olmo.store.commands:gc",
+    "store checkout": "olmo.store.commands:checkout",
+    "store why": "olmo.store.commands:why",
+    "store trace": "olmo.store.commands:trace",
+    "store pin": "olmo.store.commands:pin",
+    "store push": "olmo.store.commands:push",
+    "store pull": "olmo.store.commands:pull",
 }
 
 

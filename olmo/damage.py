@@ -16,7 +16,7 @@ from pathlib import Path
 from olmo.io import foreign, sealed
 from olmo.io.sealed import Damaged
 from olmo.pipeline import Plan
-from olmo.store import now
+from olmo.store.store import now
 
 
 class Damage:

@@ -11,7 +11,7 @@ import sysconfig
 from pathlib import Path
 
 from olmo.io import sealed
-from olmo.lease import lease
+from olmo.store.lease import lease
 
 
 def environment(requirements: Path, environment: Path) -> None:

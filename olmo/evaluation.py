@@ -16,7 +16,7 @@ from olmo.data.shards import read
 from olmo.data.stdlib import library_digest
 from olmo.inspect.documents import digest_of, shards
 from olmo.runtime.numbers import as_words, from_json, to_json
-from olmo.stage import Facts, Folder, Free, Input, Inputs, Output, here, stage
+from olmo.store.stage import Facts, Folder, Free, Input, Inputs, Output, here, stage
 
 OURS, HARNESS = "ours", "lm-eval"  # who asked
 

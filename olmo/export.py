@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from olmo.stage import Facts, Folder, Free, Input, here, stage
+from olmo.store.stage import Facts, Folder, Free, Input, here, stage
 
 
 def hf(checkpoint: Path, tokenizer: Path, folder: Path, name: str) -> None:

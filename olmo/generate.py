@@ -10,7 +10,7 @@ from typing import Any
 from olmo.inspect.documents import digest_of, shards
 from olmo.inspect.run import Run
 from olmo.runtime.log import warn
-from olmo.stage import here
+from olmo.store.stage import here
 from olmo.tokenizer import Tokenizer, hub_name
 
 HOLDS = ("model.safetensors", "model.pt", "model_and_optim")  # what a checkpoint folder has

@@ -19,7 +19,6 @@ from types import FrameType
 from typing import Any
 
 from olmo.io import sealed
-from olmo.lease import see_anew
 from olmo.runtime.process import (
     CAUSE,
     FINISHED,
@@ -31,6 +30,7 @@ from olmo.runtime.process import (
     describe_exit,
     supervised,
 )
+from olmo.store.lease import see_anew
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from olmo.data.shards import read
 from olmo.data.tokenizer import check_tokenizer
 from olmo.launch import Geometry, launch
 from olmo.runtime.numbers import as_words, to_json
-from olmo.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage
+from olmo.store.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
 PER_LABEL = "CrossEntropyLossPerLabel"  # olmo.evaluate.perplexity's, where labels are masked

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import read_yaml
-from olmo.lease import PATIENCE_S, lease
 from olmo.pipeline import Plan, recipe_path
 from olmo.runtime.log import FAILED
-from olmo.store import Store, parse
+from olmo.store.lease import PATIENCE_S, lease
+from olmo.store.store import Store, parse
 from olmo.terminal import at_the_end, brief
 
 STARTED = time.time()

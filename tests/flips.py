@@ -41,14 +41,14 @@ class Kind:
 
 
 def record(project: Project, path: Path) -> Any:
-    from olmo.store import Store
+    from olmo.store.store import Store
 
     return Store(project.store).record(path.stem)
 
 
 def name(project: Project, path: Path) -> Any:
-    from olmo import naming
-    from olmo.store import Store
+    from olmo.store import naming
+    from olmo.store.store import Store
 
     store = Store(project.store)
     found, lost = naming.read_all(store)

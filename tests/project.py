@@ -293,7 +293,7 @@ def when_seen(run: "Run") -> dict[tuple[str, int], set[tuple[int, int, int]]]:
     Found by going through all steps, which `olmo seen` does the other way round.
     """
     from olmo.inspect.documents import shards
-    from olmo.stage import here
+    from olmo.store.stage import here
 
     known = shards(here())
     saw: dict[tuple[str, int], set[tuple[int, int, int]]] = {}

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from olmo.runtime.numbers import to_json
-from olmo.stage import Facts, Folder, Free, Inputs, Work, stage
+from olmo.store.stage import Facts, Folder, Free, Inputs, Work, stage
 
 
 def start(place: str, checkpoint: Path, optimizer: bool = False) -> None:

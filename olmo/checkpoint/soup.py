@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import ModelConfig
-from olmo.stage import Facts, Folder, Free, Input, Inputs, stage
+from olmo.store.stage import Facts, Folder, Free, Input, Inputs, stage
 
 
 def soup(checkpoints: list[Path], final: Path) -> None:

@@ -27,7 +27,7 @@ from olmo.data.dolma import Dolma, time_limit
 from olmo.data.order import free_memory
 from olmo.io import gz
 from olmo.runtime import log
-from olmo.stage import Facts, Folder, Free, Inputs, Work, stage
+from olmo.store.stage import Facts, Folder, Free, Inputs, Work, stage
 
 if TYPE_CHECKING:
     import polars

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from olmo.data.sources import check_known, fetched
 from olmo.io import downloads, file_kinds, gz
-from olmo.stage import Facts, Free, Input, Output, Work, stage
+from olmo.store.stage import Facts, Free, Input, Output, Work, stage
 
 ROLES = ("system", "user", "assistant")
 Message = tuple[str, str]  # role, content

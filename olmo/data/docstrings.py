@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from olmo.data.stdlib import TOPICS, source_files
-from olmo.stage import Facts, Folder, stage
+from olmo.store.stage import Facts, Folder, stage
 
 DATASET, SPLIT = "stdlib_docstrings", "test"
 OPTIONS = 4

@@ -19,7 +19,7 @@ from typing import Any
 from olmo.data import conversations
 from olmo.io import file_kinds, gz
 from olmo.runtime import log
-from olmo.stage import Facts, Input, Output, stage
+from olmo.store.stage import Facts, Input, Output, stage
 
 # Why a line cannot become a document. These are the names that a recipe allows.
 REASONS = {

@@ -19,7 +19,7 @@ from olmo.data.dolma import Dolma, scratch_beside, time_limit
 from olmo.data.tokens import PARQUET
 from olmo.io import gz
 from olmo.runtime import log
-from olmo.stage import Facts, Free, Input, Output, stage
+from olmo.store.stage import Facts, Free, Input, Output, stage
 
 if TYPE_CHECKING:
     import polars

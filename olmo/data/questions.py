@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from olmo.data.stdlib import source_files
 from olmo.io import gz
-from olmo.stage import Facts, Folder, stage
+from olmo.store.stage import Facts, Folder, stage
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 

@@ -22,7 +22,7 @@ from olmo.data.shards import read, run, write
 from olmo.data.tokens import PARQUET, vocabulary
 from olmo.io import gz
 from olmo.runtime import log
-from olmo.stage import Facts, Input, Output, stage
+from olmo.store.stage import Facts, Input, Output, stage
 
 if TYPE_CHECKING:
     from olmo.tokenizer import Tokenizer

@@ -39,10 +39,10 @@ from olmo.io import foreign, sealed
 from olmo.io.downloads import Progress, unseen
 from olmo.io.progress import Arrivals, Count
 from olmo.io.sealed import Damaged
-from olmo.lease import lease
 from olmo.runtime import log
-from olmo.stage import Facts, Input, Output, Stage, here, stage
-from olmo.store import Record
+from olmo.store.lease import lease
+from olmo.store.stage import Facts, Input, Output, Stage, here, stage
+from olmo.store.store import Record
 
 HEADER = ("shard", "output", "path", "sha256", "bytes")
 

@@ -11,8 +11,8 @@ from olmo.data.source_table import COLUMNS
 from olmo.io import downloads, file_kinds, gz
 from olmo.runtime import log
 from olmo.runtime.urls import public
-from olmo.stage import Facts, Free, Input, Output, Work, here, stage
-from olmo.store import sha256 as digest_of
+from olmo.store.stage import Facts, Free, Input, Output, Work, here, stage
+from olmo.store.store import sha256 as digest_of
 
 MOST_LIST = 256 * 2**20  # bytes of a list of URLs
 

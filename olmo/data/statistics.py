@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from olmo.data.documents import DROPPED, HELDOUT, TRAIN
 from olmo.data.tokens import PARQUET
-from olmo.stage import Facts, Inputs, Output, stage
+from olmo.store.stage import Facts, Inputs, Output, stage
 
 if TYPE_CHECKING:
     import polars

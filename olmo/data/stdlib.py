@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from olmo.io import gz
-from olmo.stage import Facts, Folder, stage
+from olmo.store.stage import Facts, Folder, stage
 
 # Tests, demonstrations, character tables and files that differ between two builds of one Python.
 LEFT_OUT = {

@@ -10,8 +10,8 @@ from typing import Any
 
 from olmo.data.documents import parse
 from olmo.io import file_kinds, gz
-from olmo.stage import Facts, Input, Inputs, Output, stage
-from olmo.store import sha256 as digest_of
+from olmo.store.stage import Facts, Input, Inputs, Output, stage
+from olmo.store.store import sha256 as digest_of
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")  # ids 0 and 1
 # How the tokenizers in use name the token that ends a text, and the one that fills a batch.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from olmo.data.documents import MAX_BYTES_PER_BYTE, MAX_TOKENS, TRAIN
 from olmo.runtime import log
-from olmo.stage import Facts, Free, Input, Output, stage
+from olmo.store.stage import Facts, Free, Input, Output, stage
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,7 @@ import numpy as np
 from olmo.inspect.documents import Document, Shard, digest_of, shards
 from olmo.inspect.run import Instance, Run
 from olmo.runtime.log import warn
-from olmo.stage import here
+from olmo.store.stage import here
 from olmo.tokenizer import hub_name
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from olmo.io import gz
-from olmo.lineage import makers
-from olmo.store import Record, Store
+from olmo.store.lineage import makers
+from olmo.store.store import Record, Store
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from olmo import remote as second
 from olmo.config import TrainConfig
 from olmo.inspect import history
 from olmo.inspect.history import Origin
-from olmo.lineage import ancestors
-from olmo.naming import named
-from olmo.remote import Moved, Remote
-from olmo.store import Store, files
+from olmo.store import remote as second
+from olmo.store.lineage import ancestors
+from olmo.store.naming import named
+from olmo.store.remote import Moved, Remote
+from olmo.store.store import Store, files
 
 
 def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> Moved:

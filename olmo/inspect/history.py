@@ -24,8 +24,8 @@ from olmo.config import TrainConfig
 from olmo.data.files import Tokens, file_sizes
 from olmo.data.order import ORDER_DTYPE, global_indices
 from olmo.inspect.order import Seen
-from olmo.lineage import makers
-from olmo.store import Record, Store
+from olmo.store.lineage import makers
+from olmo.store.store import Record, Store
 from olmo.train.sinks import lines_upto
 
 

@@ -12,7 +12,7 @@ from olmo.inspect.order import steps_of
 from olmo.inspect.run import Run
 from olmo.launch import Geometry, launch
 from olmo.runtime.log import tell
-from olmo.stage import here
+from olmo.store.stage import here
 from olmo.train.sinks import read_metrics
 
 LOSS, NORM = "train/CrossEntropyLoss", "optim/total_grad_norm"

@@ -26,8 +26,8 @@ from olmo.inspect.order import Seen
 from olmo.io import downloads
 from olmo.runtime.log import warn
 from olmo.runtime.process import SEGMENTS
-from olmo.stage import here
-from olmo.store import parse
+from olmo.store.stage import here
+from olmo.store.store import parse
 
 MOST_CONFIG = 64 * 2**20  # bytes
 

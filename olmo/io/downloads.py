@@ -92,7 +92,7 @@ def refuse_links(*places: Path) -> None:
 
 
 def in_store(path: Path) -> bool:
-    """Whether a path leads into a store, which is known by its folders; see olmo.store."""
+    """Whether a path leads into a store, which is known by its folders; see olmo.store.store."""
     parents = Path(os.path.realpath(path)).parents
     return any((p / "objects").is_dir() and (p / "actions").is_dir() for p in parents)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.lineage import ancestors
-from olmo.store import Record, Store, parse
+from olmo.store.lineage import ancestors
+from olmo.store.store import Record, Store, parse
 
 LIBRARY = ("stdlib", "stdlib_questions")
 CHECKPOINTS = ("local_checkpoint", "fetched_checkpoint")

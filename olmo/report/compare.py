@@ -13,7 +13,7 @@ from olmo.inspect.run import Run
 from olmo.io.downloads import refuse_links
 from olmo.runtime.log import warn
 from olmo.runtime.numbers import from_json
-from olmo.stage import here
+from olmo.store.stage import here
 
 LABEL = "heldout"
 

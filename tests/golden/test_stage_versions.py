@@ -22,8 +22,8 @@ import pytest
 
 import olmo
 from olmo.io import gz
-from olmo.stage import Stage
-from olmo.store import content
+from olmo.store.stage import Stage
+from olmo.store.store import content
 
 GOLDEN = Path(__file__).parent / "stages.json"
 LIBRARY = {

@@ -194,7 +194,7 @@ def test_what_was_pushed_and_pulled_is_not_made_again(finished: Project, tmp_pat
 def test_inspect_and_seen_are_inverse(finished: Project, monkeypatch: pytest.MonkeyPatch):
     from olmo.inspect.commands import sightings
     from olmo.inspect.run import Run
-    from olmo.stage import here
+    from olmo.store.stage import here
 
     finished.run()
     monkeypatch.chdir(finished.root)

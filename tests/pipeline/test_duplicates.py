@@ -11,7 +11,7 @@ from project import Project, read_source, write_source
 from olmo.data.documents import is_held_out
 from olmo.data.tokenizer import trained_tokenizer
 from olmo.inspect.documents import shards
-from olmo.store import Store
+from olmo.store.store import Store
 
 pytestmark = pytest.mark.slow
 HELDOUT_SHARE = 0.1

@@ -82,7 +82,7 @@ def actions(made: Project) -> dict[str, list[str]]:
 
     A content is that of the outputs without what is not part of it (times, logs).
     """
-    from olmo.store import Store
+    from olmo.store.store import Store
 
     found: dict[str, list[str]] = {}
     for path in (made.store / "actions").glob("*/*.json"):

@@ -8,7 +8,7 @@ from project import Project, documents, when_seen, write_source
 
 from olmo.inspect.commands import sightings
 from olmo.inspect.run import Run
-from olmo.stage import here
+from olmo.store.stage import here
 
 
 def test_inspect_and_seen_are_inverse_on_a_thousand_random_documents(

@@ -12,14 +12,14 @@ import polars
 import pytest
 import yaml
 
-from olmo.action import Action
 from olmo.bench import __main__ as runner
 from olmo.bench import table
 from olmo.bench.matrix import Cell, load
 from olmo.config import TrainConfig
 from olmo.report.bench import bench
 from olmo.report.compare import compare
-from olmo.stage import here
+from olmo.store.action import Action
+from olmo.store.stage import here
 
 ROOT = Path(__file__).parents[2]
 MODEL = {

@@ -21,7 +21,7 @@ from olmo.data.files import Tokens
 from olmo.data.sources import download, source_list
 from olmo.io import bucket, downloads, gz
 from olmo.recipe import DocumentsConfig
-from olmo.remote import Remote
+from olmo.store.remote import Remote
 
 BLOCK = bytes(1 << 16)
 

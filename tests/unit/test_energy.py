@@ -8,7 +8,7 @@ import torch
 
 from olmo.bench import cell
 from olmo.runtime import energy
-from olmo.stage import measured
+from olmo.store.stage import measured
 
 RANGE = 262_143_328_850  # microjoules, of a package
 

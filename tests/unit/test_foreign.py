@@ -16,8 +16,8 @@ from test_remote import Place
 from olmo.checkpoint import huggingface, layout, remote
 from olmo.data import shards, source_table
 from olmo.io import foreign, sealed
-from olmo.remote import Remote, pull, push
-from olmo.store import content
+from olmo.store.remote import Remote, pull, push
+from olmo.store.store import content
 
 OUTSIDE = [
     "",

@@ -18,8 +18,8 @@ from olmo.data.fast import Fast
 from olmo.data.sources import download
 from olmo.data.tokenizer import trained_tokenizer
 from olmo.data.tokens import tokens
-from olmo.store import Store
-from olmo.upkeep import damaged
+from olmo.store.commands import damaged
+from olmo.store.store import Store
 
 DISK = 24 << 20
 LINES = [

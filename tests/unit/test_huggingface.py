@@ -12,7 +12,6 @@ import pytest
 import torch
 from servers import web_server
 
-from olmo.action import Action
 from olmo.checkpoint import convert, huggingface, load_model
 from olmo.checkpoint.final import write_safetensors
 from olmo.checkpoint.given import fetched_checkpoint, local_checkpoint
@@ -22,7 +21,8 @@ from olmo.data.questions import stdlib_questions
 from olmo.io import sealed
 from olmo.model import OLMo
 from olmo.report.card import card
-from olmo.store import Store, files
+from olmo.store.action import Action
+from olmo.store.store import Store, files
 
 OLMO1: dict[str, Any] = {
     "d_model": 32,

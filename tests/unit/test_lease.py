@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-import olmo.lease
-import olmo.store
-from olmo.lease import held, lease
-from olmo.store import Store
+import olmo.store.lease
+import olmo.store.store
+from olmo.store.lease import held, lease
+from olmo.store.store import Store
 
 HOLDER = """
 import os, socket, sys, time
@@ -29,9 +29,9 @@ folder, host, behind = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 socket.gethostname = lambda: host
 touch = os.utime
 os.utime = lambda path: touch(path, (time.time() - behind,) * 2)  # this machine's clock
-import olmo.lease
-from olmo.lease import lease
-olmo.lease.BEAT_S, olmo.lease.PATIENCE_S = 0.1, 1.5
+import olmo.store.lease
+from olmo.store.lease import lease
+olmo.store.lease.BEAT_S, olmo.store.lease.PATIENCE_S = 0.1, 1.5
 with lease(folder, "action"):
     print("holding", flush=True)
     sys.stdin.readline()
@@ -92,8 +92,8 @@ def test_who_was_away_too_long_ends(tmp_path: Path) -> None:
 
 def test_a_container_of_this_machine_is_elsewhere(tmp_path: Path, monkeypatch: Any) -> None:
     """Its process numbers are others, though host and boot are ours."""
-    monkeypatch.setattr(olmo.lease, "PATIENCE_S", 1.0)
-    holder = olmo.lease._me() | {"pids": "pid:[1]", "start": "another"}
+    monkeypatch.setattr(olmo.store.lease, "PATIENCE_S", 1.0)
+    holder = olmo.store.lease._me() | {"pids": "pid:[1]", "start": "another"}
     (tmp_path / "action.0").write_text(json.dumps(holder))
     begun = time.monotonic()
     with lease(tmp_path, "action"):
@@ -134,7 +134,7 @@ def test_an_old_listing_gives_nobody_a_second_lease(
     elsewhere = on("a", tmp_path)
     holds(elsewhere)
     os.rename(tmp_path / "action.0", tmp_path / "action.1")
-    monkeypatch.setattr(olmo.lease, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(olmo.store.lease, "PATIENCE_S", 1.0)
     remembered = Remembered(monkeypatch)
     remembered.names[tmp_path / "action.*"] = [tmp_path / name for name in seen]
     with lease(tmp_path, "action", waiting=lambda holder: waited.append(holder["host"])):
@@ -161,7 +161,7 @@ def test_an_answer_that_got_lost(tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_a_lease_whose_bytes_a_power_failure_took(tmp_path: Path, monkeypatch: Any) -> None:
     """Nobody can say whose it was: it is waited for like one of another machine."""
-    monkeypatch.setattr(olmo.lease, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(olmo.store.lease, "PATIENCE_S", 1.0)
     (tmp_path / "action.0").touch()
     assert held(tmp_path) == ["action"]
     seen: list[Any] = []
@@ -189,7 +189,7 @@ def test_an_object_that_was_not_there_a_moment_ago(tmp_path: Path, monkeypatch: 
     path = store.object_path(digest)
     hidden = path.rename(path.with_suffix(".hidden"))
     assert not store.sound(digest)
-    monkeypatch.setattr(olmo.store, "see_anew", lambda folder: hidden.rename(path))
+    monkeypatch.setattr(olmo.store.store, "see_anew", lambda folder: hidden.rename(path))
     assert store.sound(digest)
 
 
@@ -197,8 +197,8 @@ ALONE = """
 import os, socket, sys
 os.chdir(sys.argv[1])
 socket.gethostname = lambda: sys.argv[2]
-import olmo.lease
-olmo.lease.BEAT_S = 0.2
+import olmo.store.lease
+olmo.store.lease.BEAT_S = 0.2
 from olmo.workspace import alone
 alone("store")
 print("holding", flush=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from olmo import naming
-from olmo.action import Action
-from olmo.store import Record, Store
-from olmo.upkeep import damaged, gc, sweep
+from olmo.store import naming
+from olmo.store.action import Action
+from olmo.store.commands import damaged, gc, sweep
+from olmo.store.store import Record, Store
 
 ONE = Action("demo", 1)
 
@@ -94,7 +94,7 @@ KILLED = """
 import os, shutil, sys
 from pathlib import Path
 from olmo import naming
-from olmo.store import Store
+from olmo.store.store import Store
 
 naming._write = lambda *_: None
 {where} = lambda *_: os.kill(os.getpid(), 9)
@@ -164,7 +164,7 @@ def test_a_folder_that_this_user_may_not_see_counts_as_there(store: Store, proje
         import os, sys
         from pathlib import Path
         from olmo import naming
-        from olmo.store import Store
+        from olmo.store.store import Store
         os.setuid(65534)
         store = Store(Path(sys.argv[1]))
         print(naming.named(store, Path("ours"))["key"], len(list(naming.names(store))))

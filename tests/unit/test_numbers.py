@@ -24,7 +24,7 @@ from olmo.report.scores import better, results, scores
 from olmo.run import heldout_losses
 from olmo.runtime import numbers
 from olmo.runtime.numbers import as_words, from_json, perplexity, to_json
-from olmo.stage import here
+from olmo.store.stage import here
 
 DIVERGED = {"init_fn": "normal", "init_std": 300.0}  # a loss of some 3,000 nats
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from olmo.data import order, shards
-from olmo.stage import here
+from olmo.store.stage import here
 
 GIB = 2**30
 

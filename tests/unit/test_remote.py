@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from servers import s3_server, web_server
 
-from olmo import naming
-from olmo.action import Action
-from olmo.remote import Remote, pull, push
-from olmo.store import Store, TwoContents
+from olmo.store import naming
+from olmo.store.action import Action
+from olmo.store.remote import Remote, pull, push
+from olmo.store.store import Store, TwoContents
 
 
 class Place:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from olmo import cli, upkeep
-from olmo.lease import lease
-from olmo.lineage import differences, trace
-from olmo.stage import Facts, Folder, Free, Input, Inputs, Output, Work, here, stage
-from olmo.store import GC
+from olmo import cli
+from olmo.store import commands
+from olmo.store.lease import lease
+from olmo.store.lineage import differences, trace
+from olmo.store.stage import Facts, Folder, Free, Input, Inputs, Output, Work, here, stage
+from olmo.store.store import GC
 from olmo.workspace import failures, tell_failures
 
 CALLS: list[dict] = []
@@ -335,11 +336,11 @@ def test_what_a_killed_process_made_and_did_not_name_is_kept_from_gc():
         f"import os\nfrom olmo import naming\nnaming.link = lambda *_: os.abort()\n{ASK}"
     )
     assert killed.wait(60) == -signal.SIGABRT
-    upkeep.gc()
+    commands.gc()
     call()
     assert CALLS == [], "it is found, and made by nobody again"
     Path("out/joined").unlink()
-    upkeep.gc()
+    commands.gc()
     call()
     assert len(CALLS) == 1, "what had a name and lost it is gone"
 

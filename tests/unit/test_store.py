@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from olmo import naming
-from olmo.action import Action, canonical
-from olmo.stage import here
-from olmo.store import Corrupt, Store, TwoContents
-from olmo.upkeep import damaged, keep, sweep
+from olmo.store import naming
+from olmo.store.action import Action, canonical
+from olmo.store.commands import damaged, keep, sweep
+from olmo.store.stage import here
+from olmo.store.store import Corrupt, Store, TwoContents
 
 
 @pytest.fixture
@@ -327,8 +327,8 @@ def test_a_killed_holder_is_replaced_at_once(tmp_path: Path):
         """
         import sys, time
         from pathlib import Path
-        from olmo.action import Action
-        from olmo.store import Store
+        from olmo.store.action import Action
+        from olmo.store.store import Store
 
         def build(work):
             print("holding", flush=True)
@@ -349,16 +349,16 @@ def test_a_killed_holder_is_replaced_at_once(tmp_path: Path):
 
 
 def test_a_silent_holder_elsewhere_loses_its_lease(store: Store, monkeypatch):
-    import olmo.lease
+    import olmo.store.lease
 
     folder = store.root / "leases"
     folder.mkdir(parents=True)
     elsewhere = {"host": "another", "boot": "x", "pid": 1, "start": "1"}
     (folder / f"{ONE.key}.0").write_text(json.dumps(elsewhere))
-    assert olmo.lease.held(folder) == [ONE.key]
+    assert olmo.store.lease.held(folder) == [ONE.key]
     with pytest.raises(ValueError, match="at rest"):
         sweep(store)
-    monkeypatch.setattr(olmo.lease, "PATIENCE_S", 0.6)
+    monkeypatch.setattr(olmo.store.lease, "PATIENCE_S", 0.6)
     start = time.monotonic()
     store.run(ONE, write("hello"))
     assert time.monotonic() - start > 0.6

@@ -24,10 +24,10 @@ from olmo.inspect.run import load
 from olmo.io import downloads, sealed
 from olmo.io.bucket import Bucket
 from olmo.pipeline import Plan
-from olmo.remote import Remote, push
 from olmo.runtime import log
 from olmo.runtime.urls import entrusted, public, whole
-from olmo.stage import here
+from olmo.store.remote import Remote, push
+from olmo.store.stage import here
 
 WORD, SIGNATURE = "hunter-two", "5ecre7519na7ure"
 USER = f"me:{WORD}@"
@@ -308,7 +308,7 @@ def test_a_record_from_before_is_not_pushed(
 
 
 def test_a_records_command_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from olmo.stage import surroundings
+    from olmo.store.stage import surroundings
 
     monkeypatch.setattr(sys, "argv", ["olmo", "start", f"--place=http://{USER}h/c?{AZURE}"])
     surroundings.cache_clear()

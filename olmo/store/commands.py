@@ -6,13 +6,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from olmo import naming, remote
 from olmo.io import sealed
-from olmo.lease import LOOK, held, lease
-from olmo.lineage import differences, nearest
-from olmo.lineage import trace as trace_lines
-from olmo.stage import here
-from olmo.store import GC, Store, files, sha256
+from olmo.store import naming, remote
+from olmo.store.lease import LOOK, held, lease
+from olmo.store.lineage import differences, nearest
+from olmo.store.lineage import trace as trace_lines
+from olmo.store.stage import here
+from olmo.store.store import GC, Store, files, sha256
 
 
 def verify() -> None:

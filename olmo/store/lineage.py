@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.naming import named
-from olmo.store import Record, Store, files
+from olmo.store.naming import named
+from olmo.store.store import Record, Store, files
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from olmo import naming
-from olmo.action import Action
 from olmo.io import downloads, foreign, sealed
 from olmo.io.bucket import Bucket
 from olmo.io.downloads import NotThere
 from olmo.io.sealed import Damaged
-from olmo.lineage import ancestors, makers
 from olmo.runtime import urls
 from olmo.runtime.log import warn
-from olmo.store import Record, Store, content, files, parse, sha256
+from olmo.store import naming
+from olmo.store.action import Action
+from olmo.store.lineage import ancestors, makers
+from olmo.store.store import Record, Store, content, files, parse, sha256
 
 AT_ONCE = 16  # transfers; a bucket answers slowly, but many at a time
 ATTEMPTS = 3  # at an object whose bytes arrive damaged

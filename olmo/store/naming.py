@@ -21,8 +21,8 @@ from pathlib import Path
 
 from olmo.io import sealed
 from olmo.io.sealed import Damaged
-from olmo.lease import lease
-from olmo.store import Record, Store, files
+from olmo.store.lease import lease
+from olmo.store.store import Record, Store, files
 
 Name = dict[str, str]  # {"path", "project", "key", "output"}
 UNKNOWN = (

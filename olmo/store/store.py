@@ -12,7 +12,7 @@
     unnamed/                  actions that are asked for and have no names yet: `gc` keeps them too
     quarantine/               contents that were not what their name says
 
-An action (see `olmo.action`) is what was asked, a content is what came out; `olmo.naming` gives
+An action (see `olmo.store.action`) is what was asked, a content is what came out; `olmo.store.naming` gives
 them the paths that people use. Consumers know an
 input by its content, not by the action that made it: where an edit upstream ends in equal bytes,
 everything after it is found again.
@@ -34,10 +34,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from olmo.action import Action, canonical
 from olmo.io import foreign, sealed
 from olmo.io.sealed import Damaged, to_disk
-from olmo.lease import lease, see_anew
+from olmo.store.action import Action, canonical
+from olmo.store.lease import lease, see_anew
 
 # Objects up to this size are hashed again whenever they are used. Larger ones are, when their
 # size or time of change is not as the store left it; `olmo store verify` hashes them all.

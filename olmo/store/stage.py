@@ -36,12 +36,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from olmo import naming
-from olmo.action import Action
 from olmo.runtime.energy import Joules
 from olmo.runtime.log import say
 from olmo.runtime.urls import entrusted, public
-from olmo.store import Record, Store, now
+from olmo.store import naming
+from olmo.store.action import Action
+from olmo.store.store import Record, Store, now
 
 T = TypeVar("T")
 Input = Annotated[Path, "input"]
@@ -186,7 +186,7 @@ def role(hint: Any) -> str:
 
 def explain(store: Store, action: Action, names: list[Path]) -> str:
     """Why an action runs: what differs from the one that these names stood for, field by field."""
-    from olmo.lineage import differences
+    from olmo.store.lineage import differences
 
     known = next(filter(None, (naming.last(store, name) for name in names)), None)
     if known is None:

@@ -1,0 +1,1 @@
+"""Artifacts by their content: actions, records, objects, names, leases, a second store."""
