@@ -75,7 +75,7 @@ def beginning(cfg: TrainConfig, until: int) -> dict[str, Any]:
 
 def felt(cfg: TrainConfig, until: int) -> bool:
     """Whether a learning rate up to step `until` depends on where the run ends."""
-    from olmo.train.schedule import build_scheduler
+    from olmo.optim.schedule import build_scheduler
 
     scheduler, peak = build_scheduler(cfg), cfg.optimizer.learning_rate
     unit = 1

@@ -20,9 +20,9 @@ from olmo.model import OLMo
 from olmo.model.attention import Backend
 from olmo.model.kernels import Mask, Setting, why_not
 from olmo.model.loss import CrossEntropy, losses
+from olmo.optim.master_weights import Masters
+from olmo.optim.optimizers import build_optimizer
 from olmo.precision.fp8 import Recipe, linear, scaled
-from olmo.train.masters import Masters
-from olmo.train.optim import build_optimizer
 from olmo.train.parallel import World, parallelize
 from olmo.train.step import clear_gradients, forward_backward
 

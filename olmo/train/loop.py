@@ -25,15 +25,16 @@ from olmo.data.batches import TrainLoader, build_train_dataloader
 from olmo.evaluate.evaluators import build_evaluators, evaluate
 from olmo.io import sealed
 from olmo.model import OLMo
+from olmo.optim.clipping import Optimizer
+from olmo.optim.master_weights import Masters
+from olmo.optim.optimizers import build_optimizer
+from olmo.optim.schedule import BoltOnWarmupScheduler, Scheduler, build_scheduler
 from olmo.precision import msamp
 from olmo.precision.backends import Backend as EightBits
 from olmo.precision.backends import prepare
 from olmo.runtime.log import count, speak, tell
 from olmo.runtime.process import FINISHED, MARKER
-from olmo.train.clip import Optimizer
-from olmo.train.masters import Masters
 from olmo.train.meters import SpeedMeter, device_flops, memory_metrics
-from olmo.train.optim import build_optimizer
 from olmo.train.parallel import (
     World,
     is_sharded,
@@ -45,7 +46,6 @@ from olmo.train.pending import Numbers
 from olmo.train.profile import Profilers
 from olmo.train.reduce import GradientMean
 from olmo.train.saving import Saver
-from olmo.train.schedule import BoltOnWarmupScheduler, Scheduler, build_scheduler
 from olmo.train.segments import begin_segment, data_facts
 from olmo.train.signals import PAUSED, StopRequest
 from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBiases

@@ -20,9 +20,9 @@ from olmo.data.batches import check_labels
 from olmo.data.memmap import build_memmap_dataset, check_tokens
 from olmo.model import loss
 from olmo.model.kernels import Mask, choose
+from olmo.optim import master_weights
 from olmo.precision import backends, msamp
 from olmo.runtime.log import count, tell, warn
-from olmo.train import masters
 from olmo.train.parallel import World, is_sharded
 from olmo.train.unused import check_unused
 
@@ -88,7 +88,7 @@ def check_device(cfg: TrainConfig, device: torch.device, sharded: bool) -> None:
     """
     if cfg.use_msamp and (reason := msamp.why_not(cfg)):
         raise ValueError(f"use_msamp: {reason}")
-    if cfg.master_weights and (reason := masters.why_not(cfg, sharded)):
+    if cfg.master_weights and (reason := master_weights.why_not(cfg, sharded)):
         raise ValueError(f"master_weights: {reason}")
     if cfg.cross_entropy is not None and (reason := loss.why_not(cfg)):
         raise ValueError(f"cross_entropy: {cfg.cross_entropy} is not available: {reason}")

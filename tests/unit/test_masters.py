@@ -10,7 +10,7 @@ from small_run import same
 
 from olmo.model import OLMo
 from olmo.optim import build_optimizer
-from olmo.train.masters import Masters
+from olmo.optim.master_weights import Masters
 from olmo.train.step import forward_backward
 
 

@@ -9,7 +9,7 @@ import torch
 from olmo.config import TrainConfig
 from olmo.model import OLMo
 from olmo.optim import build_optimizer
-from olmo.train.packed import KEPT, Packed, pack, unpack
+from olmo.optim.packed import KEPT, Packed, pack, unpack
 
 
 @pytest.mark.parametrize("dtype", KEPT.values(), ids=str)

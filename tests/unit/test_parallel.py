@@ -22,8 +22,8 @@ from olmo.checkpoint import convert
 from olmo.checkpoint.read import look, newest, put_state, put_weights
 from olmo.config import TrainConfig
 from olmo.model import OLMo
+from olmo.optim.optimizers import build_optimizer
 from olmo.train.loop import train
-from olmo.train.optim import build_optimizer
 from olmo.train.parallel import join_world, leave_world, parallelize
 from olmo.train.reduce import GradientMean
 from olmo.train.saving import _copied

@@ -20,7 +20,7 @@ from torch.optim.adamw import adamw
 from olmo.config import OptimizerType, TrainConfig
 from olmo.model.norm import LayerNormBase
 from olmo.model.regroup import plain_name
-from olmo.train.clip import Group, Optimizer, is_sharded, norms_of, vector, whole, with_grad
+from olmo.optim.clipping import Group, Optimizer, is_sharded, norms_of, vector, whole, with_grad
 
 
 class AdamW(Optimizer):
@@ -347,7 +347,7 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> Optimizer:
         )
     optimizer_class = Muon if kind is OptimizerType.muon else AdamW
     if config.packed_state:
-        from olmo.train.packed import PackedAdamW as optimizer_class
+        from olmo.optim.packed import PackedAdamW as optimizer_class
     return optimizer_class(groups, eps=config.eps, **shared)
 
 
