@@ -24,9 +24,9 @@ import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from olmo.config import TrainConfig
+from olmo.distributed.parallelize import join_world, leave_world
+from olmo.distributed.reduce import GradientMean, buckets
 from olmo.model import OLMo
-from olmo.train.parallel import join_world, leave_world
-from olmo.train.reduce import GradientMean, buckets
 from olmo.train.step import forward_backward
 
 CONFIG: dict[str, Any] = {

@@ -39,13 +39,13 @@ from olmo.bench.side import (
     timed,
 )
 from olmo.data.order import free_memory
+from olmo.distributed.parallelize import World, parallelize
 from olmo.model import OLMo
 from olmo.optim.master_weights import Masters
 from olmo.optim.optimizers import build_optimizer
 from olmo.precision import backends, msamp
 from olmo.runtime.energy import Joules
 from olmo.train.meters import device_flops
-from olmo.train.parallel import World, parallelize
 from olmo.train.start import check_device
 from olmo.train.step import clear_gradients, forward_backward, keep_freed_memory
 

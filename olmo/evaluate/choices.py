@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from olmo.distributed.parallelize import World
+from olmo.distributed.watchdog import progress
 from olmo.evaluate.tasks import Request
-from olmo.train.parallel import World
-from olmo.train.watch import progress
 
 # As OLMo has it, even where a model takes in more: the numbers of long prompts depend on it.
 LONGEST = 2048

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from olmo.config import EvaluatorConfig, EvaluatorType, TokenizerConfig, TrainConfig
+from olmo.distributed.parallelize import World
 from olmo.evaluate.choices import LONGEST, Score, encoded, log_likelihoods, score
 from olmo.evaluate.perplexity import HeldOut
 from olmo.evaluate.tasks import Request, Task, requests, task_of
 from olmo.runtime.log import tell
 from olmo.tokenizer import Tokenizer
-from olmo.train.parallel import World
 from olmo.train.step import autocast
 
 Evaluator = Callable[[nn.Module], dict[str, float]]

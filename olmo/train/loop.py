@@ -22,6 +22,15 @@ from olmo.checkpoint import layout
 from olmo.checkpoint.read import put_state, put_weights
 from olmo.config import DistributedStrategy, SchedulerUnits, TrainConfig
 from olmo.data.batches import TrainLoader, build_train_dataloader
+from olmo.distributed.parallelize import (
+    World,
+    is_sharded,
+    join_world,
+    leave_world,
+    parallelize,
+)
+from olmo.distributed.reduce import GradientMean
+from olmo.distributed.watchdog import Watchdog, progress
 from olmo.evaluate.evaluators import build_evaluators, evaluate
 from olmo.io import sealed
 from olmo.model import OLMo
@@ -35,16 +44,8 @@ from olmo.precision.backends import prepare
 from olmo.runtime.log import count, speak, tell
 from olmo.runtime.process import FINISHED, MARKER
 from olmo.train.meters import SpeedMeter, device_flops, memory_metrics
-from olmo.train.parallel import (
-    World,
-    is_sharded,
-    join_world,
-    leave_world,
-    parallelize,
-)
 from olmo.train.pending import Numbers
 from olmo.train.profile import Profilers
-from olmo.train.reduce import GradientMean
 from olmo.train.saving import Saver
 from olmo.train.segments import begin_segment, data_facts
 from olmo.train.signals import PAUSED, StopRequest
@@ -60,7 +61,6 @@ from olmo.train.start import (
 )
 from olmo.train.step import clear_gradients, forward_backward, keep_freed_memory
 from olmo.train.traces import traced
-from olmo.train.watch import Watchdog, progress
 
 # How long a run that has paused goes on sending its checkpoints, in seconds. Whoever asked for the
 # pause may give it no more; what is not sent then is sent by the next start.

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from olmo.distributed.parallelize import World
 from olmo.runtime.numbers import perplexity
 from olmo.runtime.process import LAUNCHED
-from olmo.train.parallel import World
 from olmo.train.step import Losses
 
 Row = tuple[int, dict[str, float]]

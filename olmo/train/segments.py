@@ -26,11 +26,11 @@ import torch
 from olmo.config import TrainConfig
 from olmo.data.batches import IterableDataset
 from olmo.data.memmap import MemMapDataset
+from olmo.distributed.parallelize import World
 from olmo.io import sealed
 from olmo.io.sealed import Damaged
 from olmo.runtime.log import tell, warn
 from olmo.runtime.process import SEGMENTS
-from olmo.train.parallel import World
 from olmo.train.sinks import METRICS, read_metrics
 from olmo.train.start import Position
 

@@ -18,12 +18,12 @@ from olmo.checkpoint.read import Checkpoint, look, newest
 from olmo.config import CustomDatasetCollatorConfig, EvaluatorType, TrainConfig
 from olmo.data.batches import check_labels
 from olmo.data.memmap import build_memmap_dataset, check_tokens
+from olmo.distributed.parallelize import World, is_sharded
 from olmo.model import loss
 from olmo.model.kernels import Mask, choose
 from olmo.optim import master_weights
 from olmo.precision import backends, msamp
 from olmo.runtime.log import count, tell, warn
-from olmo.train.parallel import World, is_sharded
 from olmo.train.unused import check_unused
 
 T = TypeVar("T")

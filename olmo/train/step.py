@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from olmo.config import TrainConfig
 from olmo.data.batches import labels_of, model_inputs
-from olmo.train.reduce import GradientMean
+from olmo.distributed.reduce import GradientMean
 
 
 @dataclass

@@ -14,10 +14,10 @@ import torch
 from peer_tasks import IDS, MEASURED, metrics_of, tiny_logits
 
 import olmo.evaluate.tasks
+from olmo.distributed.parallelize import World
 from olmo.evaluate.choices import LONGEST, Prompt, encoded, log_likelihoods, score
 from olmo.evaluate.rows import read_requests, read_rows
 from olmo.evaluate.tasks import requests, tasks
-from olmo.train.parallel import World
 
 PEER = os.environ.get("OLMO_PEER_PYTHON")
 pytestmark = [

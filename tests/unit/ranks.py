@@ -20,8 +20,8 @@ import torch.distributed.tensor
 
 import olmo.checkpoint.sharded  # noqa: F401
 from olmo.config import TrainConfig
+from olmo.distributed.parallelize import TIMEOUT
 from olmo.train.loop import train
-from olmo.train.parallel import TIMEOUT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ranks"])

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from olmo.config import CompilerConfig, FP8Backend, FP8Config, FP8Recipe, FP8Scaling
+from olmo.distributed.parallelize import World, parallelize
 from olmo.model import OLMo, loss
 from olmo.optim.master_weights import Masters
 from olmo.optim.optimizers import build_optimizer
 from olmo.precision import fp8
 from olmo.precision.backends import backend, prepare
 from olmo.precision.fp8 import Delayed, Recipe, emulated, linear, scaled
-from olmo.train.parallel import World, parallelize
 from olmo.train.start import check_device
 from olmo.train.step import clear_gradients, forward_backward
 

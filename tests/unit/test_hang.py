@@ -18,10 +18,10 @@ from small_run import given, metrics, run, settings, state, until
 
 import olmo.train.loop
 from olmo.config import TrainConfig
+from olmo.distributed import watchdog
+from olmo.distributed.parallelize import World
 from olmo.launch import Geometry, launch
-from olmo.train import watch
 from olmo.train.loop import train
-from olmo.train.parallel import World
 from olmo.train.segments import segments
 
 # Loading torch's parts in a first step takes seconds on a busy machine.
@@ -45,8 +45,8 @@ def test_what_is_a_hang(doing: str, status: int, capfd: pytest.CaptureFixture[st
     limit = 3.0
     pid = os.fork()
     if pid == 0:
-        watch.LINGER_S = 0.5
-        watchdog = watch.Watchdog(World(0, 0, 1, torch.device("cpu"), ""), limit)
+        watchdog.LINGER_S = 0.5
+        watchdog = watchdog.Watchdog(World(0, 0, 1, torch.device("cpu"), ""), limit)
         watchdog.start()
         with watchdog.resting() if doing == "saving" else nullcontext():
             if doing == "inside a library":  # which lets no thread of Python run
@@ -57,7 +57,7 @@ def test_what_is_a_hang(doing: str, status: int, capfd: pytest.CaptureFixture[st
             while time.monotonic() < end:
                 time.sleep(0.05)
                 if doing == "steps":
-                    watch.progress()
+                    watchdog.progress()
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
     said = capfd.readouterr()

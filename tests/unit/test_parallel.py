@@ -17,15 +17,15 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-import olmo.train.reduce
+import olmo.distributed.reduce
 from olmo.checkpoint import convert
 from olmo.checkpoint.read import look, newest, put_state, put_weights
 from olmo.config import TrainConfig
+from olmo.distributed.parallelize import join_world, leave_world, parallelize
+from olmo.distributed.reduce import GradientMean
 from olmo.model import OLMo
 from olmo.optim.optimizers import build_optimizer
 from olmo.train.loop import train
-from olmo.train.parallel import join_world, leave_world, parallelize
-from olmo.train.reduce import GradientMean
 from olmo.train.saving import _copied
 
 # What is computed, and how it is spread.
@@ -324,7 +324,7 @@ def test_a_sum_may_be_asked_for_again(tmp_path: Path) -> None:
 
 def means(overlapped: bool) -> list[Any]:
     """Gradients' means over processes: sums begun while backward computes, or all at its end."""
-    olmo.train.reduce.BUCKET_BYTES = 4 * 20  # a few parameters a bucket
+    olmo.distributed.reduce.BUCKET_BYTES = 4 * 20  # a few parameters a bucket
     world = join_world()
     torch.manual_seed(0)
     sizes = [5, 7, 3, 11, 2, 6]

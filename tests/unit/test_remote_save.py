@@ -16,9 +16,10 @@ from small_run import metrics, run, same, settings, state
 
 from olmo.checkpoint import layout, remote
 from olmo.config import TrainConfig
+from olmo.distributed import parallelize
 from olmo.io.bucket import Bucket
 from olmo.runtime.process import MARKER
-from olmo.train import loop, parallel
+from olmo.train import loop
 from olmo.train.signals import StopRequest
 
 NAMES = ["config.yaml", "manifest.json", "model.pt", "optim.pt", "train.pt"]
@@ -267,8 +268,8 @@ def ends_slowly(config: dict[str, Any]) -> int:
         put(self, path, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "TIMEOUT", timedelta(seconds=6))
-        patch.setattr(parallel, "AFTER_WATCHDOG", timedelta(0))
+        patch.setattr(parallelize, "TIMEOUT", timedelta(seconds=6))
+        patch.setattr(parallelize, "AFTER_WATCHDOG", timedelta(0))
         patch.setattr(Bucket, "put", slow)
         return loop.train(TrainConfig.new(**config))
 

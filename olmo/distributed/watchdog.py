@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from olmo.distributed.parallelize import World
 from olmo.runtime.log import say
-from olmo.train.parallel import World
 
 # From speaking to ending, in seconds: the others, which began to wait a little later, speak too
 # before the launcher ends them.

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 # How long a process waits for the others before it gives up. A dead one is noticed at once, by
 # its closed connection; this is for a machine that is gone without a word, and for one that hangs
-# where olmo.train.watch does not look: it looks first, and says more.
+# where olmo.distributed.watchdog does not look: it looks first, and says more.
 TIMEOUT = timedelta(minutes=10)
 AFTER_WATCHDOG = timedelta(minutes=1)
 
