@@ -8,9 +8,9 @@ from typing import Any
 
 from olmo.checkpoint import huggingface
 from olmo.checkpoint.final import write_safetensors
+from olmo.checkpoint.mirror import fetched
 from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load
-from olmo.checkpoint.remote import fetched
 from olmo.checkpoint.save import save_unsharded
 from olmo.io.downloads import refuse_links
 from olmo.runtime.log import tell

@@ -39,7 +39,7 @@ def local_checkpoint(
 @stage(version=1)
 def fetched_checkpoint(url: str, checkpoint: Folder, part: Work, optimizer: bool = False) -> Facts:
     """Fetch a checkpoint. What arrived before an attempt was cut off is used."""
-    from olmo.checkpoint.remote import fetched
+    from olmo.checkpoint.mirror import fetched
 
     folder = fetched(url, part, optimizer, trainer=optimizer)
     parameters = write(folder, checkpoint, optimizer)

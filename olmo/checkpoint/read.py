@@ -198,7 +198,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> OLMo:
     """The model of a checkpoint, a folder or a URL, in evaluation mode."""
     if "://" in str(folder):
-        from olmo.checkpoint.remote import fetched
+        from olmo.checkpoint.mirror import fetched
 
         with TemporaryDirectory() as place:
             found = fetched(str(folder), Path(place), optimizer=False, trainer=False)

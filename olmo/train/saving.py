@@ -212,7 +212,7 @@ class Saver:
 
         What could not be sent is sent after the next save, or else is an error at the end.
         """
-        from olmo.checkpoint.remote import mirror
+        from olmo.checkpoint.mirror import mirror
 
         if before is not None:
             before.join()

@@ -229,20 +229,20 @@ def _newest(cfg: TrainConfig, folder: Path) -> Path | None:
     own = newest(folder)
     if cfg.remote_save_folder is None:
         return own
-    from olmo.checkpoint.remote import newest_of_both
+    from olmo.checkpoint.mirror import newest_of_both
 
     return newest_of_both(own, folder, cfg.remote_save_folder)
 
 
 def _begin_there(cfg: TrainConfig, step: int) -> None:
     if cfg.remote_save_folder is not None and not cfg.dry_run:
-        from olmo.checkpoint.remote import begin
+        from olmo.checkpoint.mirror import begin
 
         begin(cfg.remote_save_folder, step, cfg.save_overwrite)
 
 
 def _fetched(url: str, into: Path, parts: dict[str, bool]) -> Path:
-    from olmo.checkpoint.remote import fetched
+    from olmo.checkpoint.mirror import fetched
 
     tell(f"fetching {url}")
     return fetched(url, into, **parts)

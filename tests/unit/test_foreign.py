@@ -13,7 +13,7 @@ import pytest
 from servers import web_server
 from test_remote import Place
 
-from olmo.checkpoint import huggingface, layout, remote
+from olmo.checkpoint import huggingface, layout, mirror
 from olmo.data import shards, source_table
 from olmo.io import foreign, sealed
 from olmo.store.remote import Remote, pull, push
@@ -289,7 +289,7 @@ def mirrored(tmp_path: Path) -> Iterator[Path]:
         (folder / "train").mkdir()
         (folder / "train/rank0.pt").write_bytes(b"state")
     place = tmp_path / "mirror"
-    remote.mirror(own, str(place))
+    mirror.mirror(own, str(place))
     yield place
 
 
@@ -311,7 +311,7 @@ def test_a_mirrors_manifest_writes_nothing_outside(
     here = tmp_path / "here/run"
     here.mkdir(parents=True)
     before = all_files(tmp_path)
-    assert remote.newest_of_both(None, here, str(mirrored)) is None
+    assert mirror.newest_of_both(None, here, str(mirrored)) is None
     said = capsys.readouterr().err
     assert f"{mirrored}/step5-unsharded/manifest.json: expected the name" in said
     assert ascii(bad) in said and all_files(tmp_path) == before
@@ -323,7 +323,7 @@ def test_a_mirrors_file_goes_through_no_link(mirrored: Path, tmp_path: Path, cap
     partial = tmp_path / "here/step5-unsharded.partial"
     partial.mkdir(parents=True)
     (partial / "train").symlink_to(outside)
-    assert remote.newest_of_both(None, tmp_path / "here", str(mirrored)) is None
+    assert mirror.newest_of_both(None, tmp_path / "here", str(mirrored)) is None
     assert "would be written through the link" in capsys.readouterr().err
     assert not list(outside.iterdir())
 
@@ -332,7 +332,7 @@ def test_a_mirrors_file_has_the_size_that_its_manifest_tells(
     mirrored: Path, tmp_path: Path, capsys
 ) -> None:
     (mirrored / "step5-unsharded/model.pt").write_bytes(bytes(10_000_000))
-    assert remote.newest_of_both(None, tmp_path / "here", str(mirrored)) is None
+    assert mirror.newest_of_both(None, tmp_path / "here", str(mirrored)) is None
     assert "expected 7 bytes at most, found 10,000,000" in capsys.readouterr().err
     assert not list((tmp_path / "here").rglob("model.pt"))
 
@@ -340,7 +340,7 @@ def test_a_mirrors_file_has_the_size_that_its_manifest_tells(
 def test_checkpoints_elsewhere_in_a_mirror_are_none(mirrored: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(mirrored / "step5-unsharded", mirrored / "deeper/step9-unsharded")
     (tmp_path / "here").mkdir()
-    found = remote.newest_of_both(None, tmp_path / "here", str(mirrored))
+    found = mirror.newest_of_both(None, tmp_path / "here", str(mirrored))
     assert found == tmp_path / "here/step5-unsharded"
     assert not capsys.readouterr().err, "nothing was passed over"
 
@@ -352,7 +352,7 @@ def test_a_manifest_sends_nothing_from_outside(tmp_path: Path) -> None:
     facts = {"bytes": 4, "sha256": layout.sha256(tmp_path / "secret")}
     (folder / layout.MANIFEST).write_text(sealed.dumps({"files": {"../../secret": facts}}))
     with pytest.raises(ValueError, match=r"found '\.\./\.\./secret'"):
-        remote.mirror(tmp_path / "run", str(tmp_path / "mirror"))
+        mirror.mirror(tmp_path / "run", str(tmp_path / "mirror"))
     with pytest.raises(ValueError, match=r"unreadable manifest.*found '\.\./\.\./secret'"):
         layout.verify(folder)
     assert not (tmp_path / "mirror/secret").exists()
@@ -432,7 +432,7 @@ def test_a_mirrors_manifest_of_another_shape_is_passed_over(
     manifest = mirrored / "step5-unsharded" / layout.MANIFEST
     manifest.write_text(sealed.dumps({"files": {name: facts for name in files}}))
     (tmp_path / "here").mkdir()
-    assert remote.newest_of_both(None, tmp_path / "here", str(mirrored)) is None
+    assert mirror.newest_of_both(None, tmp_path / "here", str(mirrored)) is None
 
 
 def test_a_step_has_a_number_that_a_run_can_reach() -> None:

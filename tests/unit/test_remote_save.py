@@ -14,7 +14,7 @@ from ranks import on_ranks
 from servers import s3_server
 from small_run import metrics, run, same, settings, state
 
-from olmo.checkpoint import layout, remote
+from olmo.checkpoint import layout, mirror
 from olmo.config import TrainConfig
 from olmo.distributed import parallelize
 from olmo.io.bucket import Bucket
@@ -53,7 +53,7 @@ def test_a_lost_disk_loses_nothing(
     assert "fetched step5-unsharded from s3://" in capsys.readouterr().out
     resumed = state(tmp_path / "run")
     assert same(straight["files"], resumed["files"]) and same(straight["train"], resumed["train"])
-    assert remote.whole_there(Bucket(place))[-1] == "step10-unsharded"
+    assert mirror.whole_there(Bucket(place))[-1] == "step10-unsharded"
     # Once more from a URL, as OLMo's users load.
     url = {"load_path": f"{place}/step8-unsharded", "save_folder": str(tmp_path / "url")}
     assert run(tmp_path, **url) == 0
@@ -86,8 +86,8 @@ def test_what_a_kill_left_unsent_is_sent(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Bucket, "put", killed)
     with pytest.raises(KeyboardInterrupt):
-        remote.mirror(tmp_path / "run", place)
-    assert remote.whole_there(Bucket(place)) == []
+        mirror.mirror(tmp_path / "run", place)
+    assert mirror.whole_there(Bucket(place)) == []
 
     again: list[str] = []
 
@@ -96,17 +96,17 @@ def test_what_a_kill_left_unsent_is_sent(tmp_path: Path, monkeypatch: pytest.Mon
         put(self, path, name)
 
     monkeypatch.setattr(Bucket, "put", noting)
-    remote.mirror(tmp_path / "run", place)
+    mirror.mirror(tmp_path / "run", place)
     step0 = [name for name in again if name.startswith("step0")]
     assert step0 == ["step0-unsharded/train.pt", "step0-unsharded/manifest.json"]
-    assert len(remote.whole_there(Bucket(place))) == 4
+    assert len(mirror.whole_there(Bucket(place))) == 4
     again.clear()
-    remote.mirror(tmp_path / "run", place)
+    mirror.mirror(tmp_path / "run", place)
     assert again == []
     # A checkpoint that was written anew is sent anew, though its files have the same sizes.
     shutil.rmtree(tmp_path / "run")
     run(tmp_path, seed=1)
-    remote.mirror(tmp_path / "run", place)
+    mirror.mirror(tmp_path / "run", place)
     assert sum(name.endswith("model.pt") for name in again) == 4
 
 
@@ -132,11 +132,11 @@ def test_another_run_there_is_not_written_over(tmp_path: Path) -> None:
         run(tmp_path, **other)
     assert run(tmp_path, stop_after=5, save_overwrite=True, **other) == 75
     # What the older run left there is not taken for the newest of this one.
-    assert remote.whole_there(Bucket(there))[-1] == "step5-unsharded"
+    assert mirror.whole_there(Bucket(there))[-1] == "step5-unsharded"
     # Nor what this one left there, when it goes back to an earlier step of its own.
     back = other | {"load_path": str(tmp_path / "other/step4-unsharded")}
     assert run(tmp_path, stop_after=2, save_overwrite=True, **back) == 75
-    assert remote.whole_there(Bucket(there))[-2:] == ["step4-unsharded", "step6-unsharded"]
+    assert mirror.whole_there(Bucket(there))[-2:] == ["step4-unsharded", "step6-unsharded"]
 
 
 def test_what_cannot_be_sent_is_said_and_sent_later(
@@ -159,7 +159,7 @@ def test_what_cannot_be_sent_is_said_and_sent_later(
     assert layout.checkpoints(tmp_path / "run")[-1].name == "step10-unsharded"
     monkeypatch.undo()
     assert run(tmp_path, remote_save_folder=there, try_load_latest_save=True) == 0
-    whole = remote.whole_there(Bucket(there))
+    whole = mirror.whole_there(Bucket(there))
     assert [layout.step_of(Path(name)) for name in whole] == [0, 4, 5, 8, 10]
 
 
@@ -189,8 +189,8 @@ def test_the_manifest_comes_last(tmp_path: Path) -> None:
             super().put(path, name)
 
     patched = pytest.MonkeyPatch()
-    patched.setattr(remote, "Bucket", Noting)
-    remote.mirror(tmp_path / "run", str(tmp_path / "there"))
+    patched.setattr(mirror, "Bucket", Noting)
+    mirror.mirror(tmp_path / "run", str(tmp_path / "there"))
     patched.undo()
     assert order[0] == "sending.json" and order[5] == "manifest.json"
     there = tmp_path / "there/step1-unsharded"
@@ -250,11 +250,11 @@ def test_neither_a_save_nor_a_pause_waits_for_sending(
     left = json.loads((folder / MARKER).read_text())
     assert left["step"] == 9 and f"not sent to {there} yet" in said.read_text()
     layout.verify(Path(left["checkpoint"]))
-    assert steps(remote.whole_there(Bucket(there))) == [0]
+    assert steps(mirror.whole_there(Bucket(there))) == [0]
     here = steps(layout.checkpoints(folder))
     assert set(here) >= {4, 8, 9}, "what is not sent yet has to stay"
     assert run(tmp_path, try_load_latest_save=True, **changes) == 0
-    assert set(steps(remote.whole_there(Bucket(there)))) == {*here, 0, 12}
+    assert set(steps(mirror.whole_there(Bucket(there)))) == {*here, 0, 12}
     assert {path.name for path in layout.checkpoints(folder)} == stay
 
 
@@ -279,4 +279,4 @@ def test_the_others_wait_while_the_first_sends(tmp_path: Path) -> None:
     there = str(tmp_path / "there")
     config = settings(tmp_path, remote_save_folder=there, evaluators=[], hang_timeout=None)
     assert on_ranks(2, [(ends_slowly, (config,))], tmp_path / "said.txt") == {0: [0], 1: [0]}
-    assert steps(remote.whole_there(Bucket(there)))[-1] == 10
+    assert steps(mirror.whole_there(Bucket(there)))[-1] == 10

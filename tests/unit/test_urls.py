@@ -15,7 +15,7 @@ from servers import guarded_web_server
 from test_remote import Place
 
 from olmo import cli
-from olmo.checkpoint import remote as checkpoints
+from olmo.checkpoint import mirror as checkpoints
 from olmo.config import TrainConfig
 from olmo.data import shards, source_table
 from olmo.data.files import Tokens
