@@ -91,8 +91,8 @@ def evaluate(
     Raises ValueError for a task that there is not, that has no answers, or whose data is not here
     and not to be had from the hub.
     """
-    from olmo.evaluate.rows import local_files
-    from olmo.evaluate.tasks import task_of, tasks
+    from olmo.eval.rows import local_files
+    from olmo.eval.tasks import task_of, tasks
 
     def place(label: str) -> tuple[Path | None, list[Path]]:
         task = task_of(label)
@@ -164,7 +164,7 @@ def heldout_perplexity(
 
     `checkpoint` is the folder that holds `model` and `config`; `labels` say which tokens count.
     """
-    from olmo.evaluate.final import perplexity
+    from olmo.eval.final import perplexity
 
     found = perplexity(checkpoint, heldout, labels)
     results.write_text(to_json(found, indent=1, sort_keys=True) + "\n")
@@ -189,8 +189,8 @@ def choice_task(
     `rows` are its documents' files in `data`; where they are none, the hub is asked, and what it
     answers is no part of the identity.
     """
-    from olmo.evaluate.final import choices
-    from olmo.evaluate.tasks import Task
+    from olmo.eval.final import choices
+    from olmo.eval.tasks import Task
 
     asked = Task(**task)
     scores, requests = choices(checkpoint, asked, tokenizer, data, batch_size, limit)
@@ -223,8 +223,8 @@ def harness_tasks(
     """
     import torch
 
-    from olmo.evaluate.harness import ask, write_task
-    from olmo.evaluate.tasks import Task
+    from olmo.eval.harness import ask, write_task
+    from olmo.eval.tasks import Task
 
     torch.set_num_threads(circumstances(checkpoint)["threads"])
     with TemporaryDirectory() as place:

@@ -406,7 +406,7 @@ class Plan:
 
     def evaluation_flags(self, run: str) -> str:
         """What a run is asked; ValueError for a choice task that there is not."""
-        from olmo.evaluate.tasks import task_of
+        from olmo.eval.tasks import task_of
 
         config = self.evaluation(run)
         for label in config.choices:

@@ -18,7 +18,7 @@ from olmo.runtime.numbers import as_words, to_json
 from olmo.store.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
-PER_LABEL = "CrossEntropyLossPerLabel"  # olmo.evaluate.perplexity's, where labels are masked
+PER_LABEL = "CrossEntropyLossPerLabel"  # olmo.eval.perplexity's, where labels are masked
 ASIDE = ["metrics.jsonl", "loss.svg"]  # timings and pictures: no part of the content
 
 

@@ -31,7 +31,7 @@ from olmo.distributed.parallelize import (
 )
 from olmo.distributed.reduce import GradientMean
 from olmo.distributed.watchdog import Watchdog, progress
-from olmo.evaluate.evaluators import build_evaluators, evaluate
+from olmo.eval.evaluators import build_evaluators, evaluate
 from olmo.io import sealed
 from olmo.model import OLMo
 from olmo.optim.clipping import Optimizer

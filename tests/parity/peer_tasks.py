@@ -38,8 +38,8 @@ def metrics_of(options: int) -> list[str]:
 
 def main() -> None:
     import importlib_resources
-    from olmo.eval import downstream
 
+    from olmo.eval import downstream
     from olmo.tokenizer import Tokenizer
 
     torch.set_num_threads(1)

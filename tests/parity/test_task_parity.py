@@ -13,11 +13,11 @@ import pytest
 import torch
 from peer_tasks import IDS, MEASURED, metrics_of, tiny_logits
 
-import olmo.evaluate.tasks
+import olmo.eval.tasks
 from olmo.distributed.parallelize import World
-from olmo.evaluate.choices import LONGEST, Prompt, encoded, log_likelihoods, score
-from olmo.evaluate.rows import read_requests, read_rows
-from olmo.evaluate.tasks import requests, tasks
+from olmo.eval.choices import LONGEST, Prompt, encoded, log_likelihoods, score
+from olmo.eval.rows import read_requests, read_rows
+from olmo.eval.tasks import requests, tasks
 
 PEER = os.environ.get("OLMO_PEER_PYTHON")
 pytestmark = [
@@ -57,9 +57,9 @@ def first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
         most = 5 if rest[2] == "dev" else 1 if "mmlu" in dataset else DOCUMENTS
         return islice(read_rows(label, dataset, *rest), most)
 
-    monkeypatch.setattr(olmo.evaluate.tasks, "read_rows", rows)
+    monkeypatch.setattr(olmo.eval.tasks, "read_rows", rows)
     monkeypatch.setattr(
-        olmo.evaluate.tasks, "read_requests", lambda *of: read_requests(*of)[: 4 * DOCUMENTS]
+        olmo.eval.tasks, "read_requests", lambda *of: read_requests(*of)[: 4 * DOCUMENTS]
     )
 
 

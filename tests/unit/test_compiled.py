@@ -7,7 +7,7 @@ import pytest
 import small_run
 import torch
 
-from olmo.evaluate.evaluators import evaluate
+from olmo.eval.evaluators import evaluate
 
 
 @pytest.mark.slow

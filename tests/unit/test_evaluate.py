@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from olmo.config import TrainConfig
 from olmo.distributed.parallelize import World
-from olmo.evaluate.choices import Prompt, encoded, log_likelihoods, score
-from olmo.evaluate.evaluators import build_evaluators, evaluate, task_of
-from olmo.evaluate.tasks import Request, requests, tasks
+from olmo.eval.choices import Prompt, encoded, log_likelihoods, score
+from olmo.eval.evaluators import build_evaluators, evaluate, task_of
+from olmo.eval.tasks import Request, requests, tasks
 from olmo.model import OLMo
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "")

@@ -17,9 +17,9 @@ from olmo.checkpoint import convert
 from olmo.config import TrainConfig
 from olmo.data.docstrings import DATASET, stdlib_docstrings
 from olmo.data.shards import Entry, write
-from olmo.evaluate.final import choices, perplexity
-from olmo.evaluate.harness import ask, write_task
-from olmo.evaluate.tasks import Task, requests, task_of
+from olmo.eval.final import choices, perplexity
+from olmo.eval.harness import ask, write_task
+from olmo.eval.tasks import Task, requests, task_of
 from olmo.evaluation import heldout
 from olmo.model import OLMo
 from olmo.pipeline import Plan

@@ -14,8 +14,8 @@ from test_huggingface import OLMO2, checkpoint
 from olmo.checkpoint import convert
 from olmo.checkpoint.read import load
 from olmo.data.shards import Entry, write
-from olmo.evaluate.choices import score
-from olmo.evaluate.tasks import Request
+from olmo.eval.choices import score
+from olmo.eval.tasks import Request
 from olmo.evaluation import evaluation, heldout
 from olmo.report.card import _evaluation
 from olmo.report.compare import draw, tokens_to

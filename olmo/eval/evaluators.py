@@ -15,9 +15,9 @@ from torch import nn
 
 from olmo.config import EvaluatorConfig, EvaluatorType, TokenizerConfig, TrainConfig
 from olmo.distributed.parallelize import World
-from olmo.evaluate.choices import LONGEST, Score, encoded, log_likelihoods, score
-from olmo.evaluate.perplexity import HeldOut
-from olmo.evaluate.tasks import Request, Task, requests, task_of
+from olmo.eval.choices import LONGEST, Score, encoded, log_likelihoods, score
+from olmo.eval.perplexity import HeldOut
+from olmo.eval.tasks import Request, Task, requests, task_of
 from olmo.runtime.log import tell
 from olmo.tokenizer import Tokenizer
 from olmo.train.step import autocast

@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from olmo.evaluate.final import number
-from olmo.evaluate.tasks import OF_TARGET, Task, requests
+from olmo.eval.final import number
+from olmo.eval.tasks import OF_TARGET, Task, requests
 
 
 def write_task(task: Task, data: Path, folder: Path) -> None:

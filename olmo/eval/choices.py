@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from olmo.distributed.parallelize import World
 from olmo.distributed.watchdog import progress
-from olmo.evaluate.tasks import Request
+from olmo.eval.tasks import Request
 
 # As OLMo has it, even where a model takes in more: the numbers of long prompts depend on it.
 LONGEST = 2048

@@ -9,10 +9,10 @@ import torch
 from olmo.checkpoint.read import load_model
 from olmo.config import DataConfig, EvaluatorConfig, EvaluatorType, TrainConfig
 from olmo.distributed.parallelize import World, join_world
-from olmo.evaluate.choices import score
-from olmo.evaluate.evaluators import Choices
-from olmo.evaluate.perplexity import PER_LABEL, HeldOut
-from olmo.evaluate.tasks import OF_TARGET, Task
+from olmo.eval.choices import score
+from olmo.eval.evaluators import Choices
+from olmo.eval.perplexity import PER_LABEL, HeldOut
+from olmo.eval.tasks import OF_TARGET, Task
 from olmo.model import OLMo
 from olmo.runtime import numbers
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from olmo.evaluate.rows import read_requests, read_rows
+from olmo.eval.rows import read_requests, read_rows
 
 # Metrics that look at the right option alone.
 OF_TARGET = ("ce_loss", "bpb")
