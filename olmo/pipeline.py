@@ -13,7 +13,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from olmo.chain import cuts
 from olmo.config import BaseConfig, TrainConfig
 from olmo.config.identity import identity
 from olmo.data import source_table
@@ -21,6 +20,7 @@ from olmo.data.documents import MESSAGES
 from olmo.data.source_table import Source, quoted
 from olmo.recipe import EvaluationConfig, Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
 from olmo.tokenizer import hub_name
+from olmo.train.chain import cuts
 from olmo.unheeded import refuse_unheeded
 
 

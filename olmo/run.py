@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from olmo.chain import STATE, beginning
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
 from olmo.config.identity import identity
 from olmo.data.shards import read
@@ -16,6 +15,7 @@ from olmo.data.tokenizer import check_tokenizer
 from olmo.launch import Geometry, launch
 from olmo.runtime.numbers import as_words, to_json
 from olmo.store.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage
+from olmo.train.chain import STATE, beginning
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
 PER_LABEL = "CrossEntropyLossPerLabel"  # olmo.eval.perplexity's, where labels are masked
@@ -40,7 +40,7 @@ def train(
     """Train as `config` says on the shards of `tokens`, or carry on where that was cut off.
 
     `start` is the folder of a final checkpoint whose weights, and unless the config resets it
-    optimizer state, the run begins with. Of a run that is a chain (see olmo.chain) `after` is the
+    optimizer state, the run begins with. Of a run that is a chain (see olmo.train.chain) `after` is the
     folder of the link to go on from, and `until` the step at which this link ends.
     `processes` are of each of `nodes`, which are those of the SLURM allocation that this runs in;
     it begins, and after a loss of nodes goes on, with as few as `min_nodes`. `overrides` are

@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from olmo.chain import STATE
 from olmo.checkpoint import layout
 from olmo.inspect.order import steps_of
 from olmo.inspect.run import Run
 from olmo.launch import Geometry, launch
 from olmo.runtime.log import tell
 from olmo.store.stage import here
+from olmo.train.chain import STATE
 from olmo.train.sinks import read_metrics
 
 LOSS, NORM = "train/CrossEntropyLoss", "optim/total_grad_norm"

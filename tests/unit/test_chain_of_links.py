@@ -8,12 +8,12 @@ import pytest
 from small_run import config, run
 
 import olmo.run
-from olmo.chain import STATE, beginning, cuts, felt
 from olmo.config import TrainConfig
 from olmo.config.identity import identity
 from olmo.data import order
 from olmo.launch import Geometry
 from olmo.run import training
+from olmo.train.chain import STATE, beginning, cuts, felt
 from olmo.train.loop import train
 
 WSD = {"name": "warmup_stable_decay", "t_warmup": 3, "t_decay": 4}
