@@ -17,11 +17,11 @@ from typing import Any
 
 from tokens import REQUIREMENTS, of, own, prepare
 
-from olmo.data.attributes import attributes
-from olmo.data.dolma import Dolma, toolkit
-from olmo.data.mixed import mixed
-from olmo.data.stdlib import stdlib
-from olmo.environments import interpreter
+from olmo.corpus.attributes import attributes
+from olmo.corpus.dolma import Dolma, toolkit
+from olmo.corpus.environments import interpreter
+from olmo.corpus.mixed import mixed
+from olmo.corpus.stdlib import stdlib
 
 KINDS: dict[str, dict[str, Any]] = {
     "exact": {"exact": True},

@@ -24,7 +24,7 @@ from olmo.io import gz
 OURS = """
 import isal.igzip, msgspec, polars  # as every process of a batch has them already
 from pathlib import Path
-from olmo.data.documents import documents
+from olmo.corpus.documents import documents
 import resource
 before = resource.getrusage(resource.RUSAGE_SELF)
 documents.build(source=Path(r"{source}"), documents=Path(r"{out}"), heldout=Path(r"{out}.h"),
@@ -43,7 +43,7 @@ import isal.igzip, msgspec
 from itertools import islice
 from pathlib import Path
 from olmo.data import gz
-from olmo.data.documents import parse
+from olmo.corpus.documents import parse
 import resource
 before = resource.getrusage(resource.RUSAGE_SELF)
 with gz.reading(Path(r"{source}")) as lines, gz.writing(Path(r"{out}")) as kept:
@@ -100,7 +100,7 @@ def main() -> None:
 
 def write_source(path: Path, copies: int) -> Path:
     """The standard library's documents in random order, so many times."""
-    from olmo.data.stdlib import stdlib
+    from olmo.corpus.stdlib import stdlib
 
     folder = path.parent / "stdlib"
     stdlib.build(folder=folder, shards=1)

@@ -20,13 +20,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from olmo.data.documents import documents
-from olmo.data.dolma import Dolma, toolkit
-from olmo.data.fast import Fast
-from olmo.data.stdlib import stdlib
-from olmo.data.tokenizer import trained_tokenizer
-from olmo.data.tokens import Engine, tokens
-from olmo.environments import interpreter
+from olmo.corpus.documents import documents
+from olmo.corpus.dolma import Dolma, toolkit
+from olmo.corpus.environments import interpreter
+from olmo.corpus.fast import Fast
+from olmo.corpus.stdlib import stdlib
+from olmo.corpus.tokens import Engine, tokens
+from olmo.corpus.train_tokenizer import trained_tokenizer
 
 REQUIREMENTS = Path(__file__).parent.parent / "envs" / "dolma.txt"
 

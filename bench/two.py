@@ -23,9 +23,9 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from olmo.data import shards
-from olmo.data.stdlib import stdlib
-from olmo.data.tokenizer import trained_tokenizer
+from olmo.corpus import shards
+from olmo.corpus.stdlib import stdlib
+from olmo.corpus.train_tokenizer import trained_tokenizer
 
 REQUIREMENTS = Path(__file__).parent.parent / "envs" / "dolma.txt"
 Cost = tuple[float, float]  # seconds of the clock, of the processors

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.data.docstrings import DATASET, stdlib_docstrings
-from olmo.data.shards import read
-from olmo.data.stdlib import library_digest
+from olmo.corpus.docstrings import DATASET, stdlib_docstrings
+from olmo.corpus.shards import read
+from olmo.corpus.stdlib import library_digest
 from olmo.inspect.documents import digest_of, shards
 from olmo.runtime.numbers import as_words, from_json, to_json
 from olmo.store.stage import Facts, Folder, Free, Input, Inputs, Output, here, stage

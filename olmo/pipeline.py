@@ -15,9 +15,9 @@ from typing import Any
 
 from olmo.config import BaseConfig, TrainConfig
 from olmo.config.identity import identity
-from olmo.data import source_table
-from olmo.data.documents import MESSAGES
-from olmo.data.source_table import Source, quoted
+from olmo.corpus import source_table
+from olmo.corpus.documents import MESSAGES
+from olmo.corpus.source_table import Source, quoted
 from olmo.recipe import EvaluationConfig, Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
 from olmo.tokenizer import hub_name
 from olmo.train.chain import cuts

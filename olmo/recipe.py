@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from olmo.config import BaseConfig
 from olmo.config.strict import check_range
-from olmo.data.documents import MAX_TEXT_BYTES
+from olmo.corpus.documents import MAX_TEXT_BYTES
 from olmo.io.gz import LONGEST_LINE
 from olmo.launch import Geometry
 
@@ -171,7 +171,7 @@ class TokensConfig(BaseConfig):
 
 @dataclass
 class InstructionsConfig(BaseConfig):
-    """How conversations become instances for fine-tuning (olmo.data.sft)."""
+    """How conversations become instances for fine-tuning (olmo.corpus.sft)."""
 
     sequence_length: int  # the model's max_sequence_length
     packed: bool = False  # as many conversations in an instance as fit; else one

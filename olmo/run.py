@@ -10,8 +10,8 @@ from typing import Any
 
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
 from olmo.config.identity import identity
-from olmo.data.shards import read
-from olmo.data.tokenizer import check_tokenizer
+from olmo.corpus.shards import read
+from olmo.corpus.train_tokenizer import check_tokenizer
 from olmo.launch import Geometry, launch
 from olmo.runtime.numbers import as_words, to_json
 from olmo.store.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage

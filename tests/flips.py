@@ -57,7 +57,7 @@ def name(project: Project, path: Path) -> Any:
 
 
 def listing(project: Project, path: Path) -> Any:
-    from olmo.data.shards import read
+    from olmo.corpus.shards import read
 
     return read([path])
 
@@ -95,13 +95,13 @@ def metrics(project: Project, path: Path) -> Any:
 
 
 def environment(project: Project, path: Path) -> Any:
-    from olmo.environments import interpreter
+    from olmo.corpus.environments import interpreter
 
     return interpreter(path)
 
 
 def source_table(project: Project, path: Path) -> Any:
-    from olmo.data.source_table import read
+    from olmo.corpus.source_table import read
 
     return read(path)
 

@@ -73,7 +73,7 @@ def source(folder: Path) -> Path:
 
 
 def tokenizer(folder: Path) -> Path:
-    from olmo.data.tokenizer import trained_tokenizer
+    from olmo.corpus.train_tokenizer import trained_tokenizer
 
     path = folder / "given.json"
     trained_tokenizer.build(documents=[source(folder)], tokenizer=path, vocab_size=300)
@@ -99,8 +99,8 @@ def talks(folder: Path) -> Path:
 
 
 def make_instances(stage: Stage, root: Path) -> None:
-    from olmo.data.conversations import local_conversations
-    from olmo.data.documents import documents
+    from olmo.corpus.conversations import local_conversations
+    from olmo.corpus.documents import documents
 
     local_conversations.build(file=talks(root), source=root / "talks.gz")
     names = {name: root / name for name in ("documents", "heldout", "table")}

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olmo.data.documents import documents
-from olmo.data.sft import instances
-from olmo.data.tokenizer import trained_tokenizer
+from olmo.corpus.documents import documents
+from olmo.corpus.sft import instances
+from olmo.corpus.train_tokenizer import trained_tokenizer
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,8 +8,8 @@ import polars
 import pytest
 from project import Project, read_source, write_source
 
-from olmo.data.documents import is_held_out
-from olmo.data.tokenizer import trained_tokenizer
+from olmo.corpus.documents import is_held_out
+from olmo.corpus.train_tokenizer import trained_tokenizer
 from olmo.inspect.documents import shards
 from olmo.store.store import Store
 

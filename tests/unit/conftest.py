@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from project import documents, write_source
 
-from olmo.data.dolma import Dolma, toolkit
-from olmo.environments import environment, interpreter
+from olmo.corpus.dolma import Dolma, toolkit
+from olmo.corpus.environments import environment, interpreter
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "envs" / "dolma.txt"
@@ -30,7 +30,7 @@ def dolma(python):
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer.json of 300 entries."""
-    from olmo.data.tokenizer import trained_tokenizer
+    from olmo.corpus.train_tokenizer import trained_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     write_source(folder / "documents.gz", documents(0))

@@ -15,10 +15,10 @@ import polars
 import pytest
 from servers import serving
 
-from olmo.data import attributes, sources
-from olmo.data.documents import REASONS, documents
+from olmo.corpus import attributes, sources
+from olmo.corpus.documents import REASONS, documents
+from olmo.corpus.sources import download, source_list
 from olmo.data.files import Tokens
-from olmo.data.sources import download, source_list
 from olmo.io import bucket, downloads, gz
 from olmo.recipe import DocumentsConfig
 from olmo.store.remote import Remote
@@ -227,7 +227,7 @@ def test_the_recipe_tells_the_limit_and_no_key_changes() -> None:
 BOMB = """
 import resource, sys
 from pathlib import Path
-from olmo.data.documents import documents
+from olmo.corpus.documents import documents
 out = {name: Path(sys.argv[2], name) for name in ("documents", "heldout", "table")}
 facts = documents.build(source=Path(sys.argv[1]), name="bomb", allow=("long-line",), **out)
 print(facts["lines"], facts["documents"], facts["drops"]["long-line"])

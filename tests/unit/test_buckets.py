@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 from servers import s3_server, serving
 
-from olmo.data import shards
+from olmo.corpus import shards
 
 pytestmark = pytest.mark.slow  # a server, and a process for every command
 

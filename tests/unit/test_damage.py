@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from olmo.corpus.source_table import complete
 from olmo.damage import Damage
-from olmo.data.source_table import complete
 from olmo.io.sealed import dump_table
 from olmo.pipeline import Plan
 

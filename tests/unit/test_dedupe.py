@@ -11,12 +11,12 @@ from pathlib import Path
 import polars
 import pytest
 
-from olmo.data import attributes as module
-from olmo.data import bloom
-from olmo.data.attributes import attributes, read
-from olmo.data.documents import documents
-from olmo.data.dolma import Dolma
-from olmo.data.mixed import mixed
+from olmo.corpus import attributes as module
+from olmo.corpus import bloom
+from olmo.corpus.attributes import attributes, read
+from olmo.corpus.documents import documents
+from olmo.corpus.dolma import Dolma
+from olmo.corpus.mixed import mixed
 
 WORDS = [f"word{number}" for number in range(200)]
 QUESTION = " ".join(WORDS[:20])  # of an evaluation set

@@ -12,8 +12,8 @@ import polars
 import pytest
 import yaml
 
-from olmo.data.documents import REASONS, documents, parse
-from olmo.data.stdlib import definitions, stdlib
+from olmo.corpus.documents import REASONS, documents, parse
+from olmo.corpus.stdlib import definitions, stdlib
 from olmo.io import gz
 from olmo.recipe import Recipe
 
@@ -231,7 +231,7 @@ def test_the_standard_library_as_a_source_is_the_same_whoever_asks(run, tmp_path
         [
             sys.executable,
             "-c",
-            "import sys; from pathlib import Path; from olmo.data.stdlib import stdlib;"
+            "import sys; from pathlib import Path; from olmo.corpus.stdlib import stdlib;"
             "stdlib.build(folder=Path(sys.argv[1]), shards=3)",
             str(tmp_path / "there"),
         ],

@@ -10,7 +10,9 @@ def test_two_who_build_the_same_at_once_have_it_once(tmp_path: Path):
     """As two projects do that share the folder."""
     requirements = tmp_path / "tool.txt"
     requirements.write_text("# nothing\n")
-    asked = "import sys; from pathlib import Path; from olmo.environments import environment;"
+    asked = (
+        "import sys; from pathlib import Path; from olmo.corpus.environments import environment;"
+    )
     asked += "environment(Path(sys.argv[1]), Path(sys.argv[2]))"
     made = tmp_path / "environments/tool.json"
     words = [sys.executable, "-c", asked, str(requirements), str(made)]

@@ -15,8 +15,8 @@ from test_huggingface import OLMO2, checkpoint
 
 from olmo.checkpoint import convert
 from olmo.config import TrainConfig
-from olmo.data.docstrings import DATASET, stdlib_docstrings
-from olmo.data.shards import Entry, write
+from olmo.corpus.docstrings import DATASET, stdlib_docstrings
+from olmo.corpus.shards import Entry, write
 from olmo.eval.final import choices, perplexity
 from olmo.eval.harness import ask, write_task
 from olmo.eval.tasks import Task, requests, task_of

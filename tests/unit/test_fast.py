@@ -11,12 +11,12 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers import pre_tokenizers as pre
 
-from olmo.data import fast
-from olmo.data.documents import documents
-from olmo.data.encoding import LONG_SPACE, NAMED_PATTERN, disqualifies, encoder, is_settled
-from olmo.data.fast import Fast
-from olmo.data.tokenizer import portable, trained_tokenizer
-from olmo.data.tokens import tokens
+from olmo.corpus import fast
+from olmo.corpus.documents import documents
+from olmo.corpus.encoding import LONG_SPACE, NAMED_PATTERN, disqualifies, encoder, is_settled
+from olmo.corpus.fast import Fast
+from olmo.corpus.tokens import tokens
+from olmo.corpus.train_tokenizer import portable, trained_tokenizer
 
 PROSE = [
     "The quick brown fox doesn't jump; it'll sleep, we're told. I'm 99.9% sure they've 1,234.",

@@ -14,7 +14,7 @@ from servers import web_server
 from test_remote import Place
 
 from olmo.checkpoint import huggingface, layout, mirror
-from olmo.data import shards, source_table
+from olmo.corpus import shards, source_table
 from olmo.io import foreign, sealed
 from olmo.store.remote import Remote, pull, push
 from olmo.store.store import content

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from servers import serving, web_server
 
-from olmo.data.documents import documents
-from olmo.data.fast import Fast
-from olmo.data.sources import download
-from olmo.data.tokenizer import trained_tokenizer
-from olmo.data.tokens import tokens
+from olmo.corpus.documents import documents
+from olmo.corpus.fast import Fast
+from olmo.corpus.sources import download
+from olmo.corpus.tokens import tokens
+from olmo.corpus.train_tokenizer import trained_tokenizer
 from olmo.store.commands import damaged
 from olmo.store.store import Store
 

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from olmo.config import TrainConfig
+from olmo.corpus.shards import Entry, write
+from olmo.corpus.shards import order as order_command
 from olmo.data import order
-from olmo.data.shards import Entry, write
-from olmo.data.shards import order as order_command
 from olmo.pipeline import Plan
 from olmo.run import link
 

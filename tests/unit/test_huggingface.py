@@ -16,8 +16,8 @@ from olmo.checkpoint import convert, huggingface, load_model
 from olmo.checkpoint.final import write_safetensors
 from olmo.checkpoint.given import fetched_checkpoint, local_checkpoint
 from olmo.config import ModelConfig, TrainConfig, to_yaml
-from olmo.data.conversations import download_conversations, local_conversations
-from olmo.data.questions import stdlib_questions
+from olmo.corpus.conversations import download_conversations, local_conversations
+from olmo.corpus.questions import stdlib_questions
 from olmo.io import sealed
 from olmo.model import OLMo
 from olmo.report.card import card

@@ -6,10 +6,10 @@ import json
 import polars
 import pytest
 
-from olmo.data.documents import REASONS, documents
-from olmo.data.fast import Fast
-from olmo.data.tokenizer import trained_tokenizer
-from olmo.data.tokens import tokens
+from olmo.corpus.documents import REASONS, documents
+from olmo.corpus.fast import Fast
+from olmo.corpus.tokens import tokens
+from olmo.corpus.train_tokenizer import trained_tokenizer
 
 GOOD = [
     json.dumps({"id": f"good-{n}", "text": text}).encode()

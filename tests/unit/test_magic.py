@@ -17,11 +17,11 @@ from pathlib import Path
 import polars
 import pytest
 
-from olmo.data.conversations import local_conversations
-from olmo.data.documents import documents
-from olmo.data.source_table import read
-from olmo.data.sources import check, local_source
-from olmo.data.tokenizer import local_tokenizer
+from olmo.corpus.conversations import local_conversations
+from olmo.corpus.documents import documents
+from olmo.corpus.source_table import read
+from olmo.corpus.sources import check, local_source
+from olmo.corpus.train_tokenizer import local_tokenizer
 from olmo.io import file_kinds, gz
 
 ROWS = [{"id": f"ä{n}", "text": f"Text {n}, naïve.\n字"} for n in range(300)]

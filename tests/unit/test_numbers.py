@@ -13,7 +13,7 @@ from test_huggingface import OLMO2, checkpoint
 
 from olmo.checkpoint import convert
 from olmo.checkpoint.read import load
-from olmo.data.shards import Entry, write
+from olmo.corpus.shards import Entry, write
 from olmo.eval.choices import score
 from olmo.eval.tasks import Request
 from olmo.evaluation import evaluation, heldout

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olmo.data import order, shards
+from olmo.corpus import shards
+from olmo.data import order
 from olmo.store.stage import here
 
 GIB = 2**30

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olmo.data.shards import Entry, asked, order, write
-from olmo.data.source_table import Source, complete, named, read, safe
+from olmo.corpus.shards import Entry, asked, order, write
+from olmo.corpus.source_table import Source, complete, named, read, safe
 from olmo.io import sealed
 from olmo.pipeline import Plan
 from olmo.workspace import next_steps

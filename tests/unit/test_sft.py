@@ -12,14 +12,14 @@ import torch
 from servers import web_server
 
 from olmo.config import ModelConfig
-from olmo.data import sft
+from olmo.corpus import sft
+from olmo.corpus.conversations import download_conversations, local_conversations, parse
+from olmo.corpus.documents import documents
+from olmo.corpus.questions import conversations_of, stdlib_questions
+from olmo.corpus.sft import instances
+from olmo.corpus.statistics import statistics
+from olmo.corpus.train_tokenizer import trained_tokenizer
 from olmo.data.batches import labels_of
-from olmo.data.conversations import download_conversations, local_conversations, parse
-from olmo.data.documents import documents
-from olmo.data.questions import conversations_of, stdlib_questions
-from olmo.data.sft import instances
-from olmo.data.statistics import statistics
-from olmo.data.tokenizer import trained_tokenizer
 from olmo.model import OLMo
 
 EOS, PAD, END = 0, 1, "<|endoftext|>"

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from olmo.data import shards
-from olmo.data.sources import check, download, download_tokens, local_source, source_list
+from olmo.corpus import shards
+from olmo.corpus.sources import check, download, download_tokens, local_source, source_list
 from olmo.io import downloads, progress
 from olmo.io.progress import Arrivals, Count
 

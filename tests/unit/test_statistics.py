@@ -3,7 +3,7 @@
 import polars
 import pytest
 
-from olmo.data.statistics import statistics
+from olmo.corpus.statistics import statistics
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import polars
 import pytest
 from tokenizers import Tokenizer
 
-from olmo.data.documents import documents
-from olmo.data.dolma import Dolma, toolkit
-from olmo.data.tokenizer import trained_tokenizer
-from olmo.data.tokens import tokens
-from olmo.environments import version
+from olmo.corpus.documents import documents
+from olmo.corpus.dolma import Dolma, toolkit
+from olmo.corpus.environments import version
+from olmo.corpus.tokens import tokens
+from olmo.corpus.train_tokenizer import trained_tokenizer
 from olmo.runtime.process import alive
 
 ROOT = Path(__file__).parents[2]

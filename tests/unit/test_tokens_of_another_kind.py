@@ -9,10 +9,10 @@ import pytest
 import small_run
 
 from olmo.config import InstanceFilterConfig
+from olmo.corpus.sources import check_raw
 from olmo.data import batches
 from olmo.data.batches import check_labels
 from olmo.data.memmap import MemMapDataset, check_tokens
-from olmo.data.sources import check_raw
 from olmo.train import loop
 
 VOCABULARY = 50_304

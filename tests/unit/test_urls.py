@@ -17,9 +17,9 @@ from test_remote import Place
 from olmo import cli
 from olmo.checkpoint import mirror as checkpoints
 from olmo.config import TrainConfig
-from olmo.data import shards, source_table
+from olmo.corpus import shards, source_table
+from olmo.corpus.sources import download, source_list
 from olmo.data.files import Tokens
-from olmo.data.sources import download, source_list
 from olmo.inspect.run import load
 from olmo.io import downloads, sealed
 from olmo.io.bucket import Bucket

@@ -16,10 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo.data.conversations import Message, said
-from olmo.data.documents import HELDOUT, TRAIN
-from olmo.data.shards import read, run, write
-from olmo.data.tokens import PARQUET, vocabulary
+from olmo.corpus.conversations import Message, said
+from olmo.corpus.documents import HELDOUT, TRAIN
+from olmo.corpus.shards import read, run, write
+from olmo.corpus.tokens import PARQUET, vocabulary
 from olmo.io import gz
 from olmo.runtime import log
 from olmo.store.stage import Facts, Input, Output, stage

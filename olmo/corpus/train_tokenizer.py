@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.data.documents import parse
+from olmo.corpus.documents import parse
 from olmo.io import file_kinds, gz
 from olmo.store.stage import Facts, Input, Inputs, Output, stage
 from olmo.store.store import sha256 as digest_of

@@ -17,24 +17,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from olmo.data import source_table
-from olmo.data.conversations import download_conversations, local_conversations
-from olmo.data.documents import HELDOUT, MAX_LINE_BYTES, MAX_TEXT_BYTES, TEXT, TRAIN
-from olmo.data.documents import documents as documents_stage
-from olmo.data.dolma import Dolma, toolkit
-from olmo.data.fast import Fast
+from olmo.corpus import source_table
+from olmo.corpus.conversations import download_conversations, local_conversations
+from olmo.corpus.documents import HELDOUT, MAX_LINE_BYTES, MAX_TEXT_BYTES, TEXT, TRAIN
+from olmo.corpus.documents import documents as documents_stage
+from olmo.corpus.dolma import Dolma, toolkit
+from olmo.corpus.environments import interpreter
+from olmo.corpus.fast import Fast
+from olmo.corpus.questions import stdlib_questions
+from olmo.corpus.sources import download, download_tokens, local_source, local_tokens
+from olmo.corpus.statistics import statistics as statistics_stage
+from olmo.corpus.stdlib import library_digest, stdlib
+from olmo.corpus.tokens import AS_SPECIAL
+from olmo.corpus.tokens import tokens as tokens_stage
+from olmo.corpus.train_tokenizer import given_tokenizer, local_tokenizer, trained_tokenizer
 from olmo.data.files import token_bytes
 from olmo.data.order import global_indices, inverse
 from olmo.data.order import read as read_order
 from olmo.data.order import write as write_order
-from olmo.data.questions import stdlib_questions
-from olmo.data.sources import download, download_tokens, local_source, local_tokens
-from olmo.data.statistics import statistics as statistics_stage
-from olmo.data.stdlib import library_digest, stdlib
-from olmo.data.tokenizer import given_tokenizer, local_tokenizer, trained_tokenizer
-from olmo.data.tokens import AS_SPECIAL
-from olmo.data.tokens import tokens as tokens_stage
-from olmo.environments import interpreter
 from olmo.io import foreign, sealed
 from olmo.io.downloads import Progress, unseen
 from olmo.io.progress import Arrivals, Count

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from olmo.data.documents import DROPPED, HELDOUT, TRAIN
-from olmo.data.tokens import PARQUET
+from olmo.corpus.documents import DROPPED, HELDOUT, TRAIN
+from olmo.corpus.tokens import PARQUET
 from olmo.store.stage import Facts, Inputs, Output, stage
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def count_drops(rows: polars.LazyFrame) -> polars.LazyFrame:
 def count_cut(rows: polars.LazyFrame) -> polars.LazyFrame:
     import polars
 
-    from olmo.data.attributes import PARAGRAPH, REASONS
+    from olmo.corpus.attributes import PARAGRAPH, REASONS
 
     return (
         rows.filter(polars.col("split") == TRAIN, polars.col("removed_paragraphs") > 0)

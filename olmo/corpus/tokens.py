@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from olmo.data.documents import MAX_BYTES_PER_BYTE, MAX_TOKENS, TRAIN
+from olmo.corpus.documents import MAX_BYTES_PER_BYTE, MAX_TOKENS, TRAIN
 from olmo.runtime import log
 from olmo.store.stage import Facts, Free, Input, Output, stage
 

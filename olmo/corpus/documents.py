@@ -16,7 +16,7 @@ from itertools import count, islice
 from math import ceil, isfinite
 from typing import Any
 
-from olmo.data import conversations
+from olmo.corpus import conversations
 from olmo.io import file_kinds, gz
 from olmo.runtime import log
 from olmo.store.stage import Facts, Input, Output, stage
@@ -72,7 +72,7 @@ def documents(
     them a third time, the copies after the whole. A document is held out, and then not repeated,
     if the hash of its id falls into `heldout_share`: it stays on its side for ever.
 
-    Lines of the kind `messages` are conversations (olmo.data.conversations), whose text is all that
+    Lines of the kind `messages` are conversations (olmo.corpus.conversations), whose text is all that
     is said.
 
     `table` (parquet) has one row per line written or dropped: file (`name`, as the recipe knows

@@ -21,9 +21,9 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from olmo.data import bloom
-from olmo.data.documents import MAX_LINE_BYTES, TRAIN, parse, size_in_utf8
-from olmo.data.dolma import Dolma, time_limit
+from olmo.corpus import bloom
+from olmo.corpus.documents import MAX_LINE_BYTES, TRAIN, parse, size_in_utf8
+from olmo.corpus.dolma import Dolma, time_limit
 from olmo.data.order import free_memory
 from olmo.io import gz
 from olmo.runtime import log

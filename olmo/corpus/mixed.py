@@ -13,10 +13,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo.data.attributes import DUPLICATE, OVERLAP, PARAGRAPH, REASONS, Spans, read
-from olmo.data.documents import DROPPED, TRAIN, parse, size_in_utf8
-from olmo.data.dolma import Dolma, scratch_beside, time_limit
-from olmo.data.tokens import PARQUET
+from olmo.corpus.attributes import DUPLICATE, OVERLAP, PARAGRAPH, REASONS, Spans, read
+from olmo.corpus.documents import DROPPED, TRAIN, parse, size_in_utf8
+from olmo.corpus.dolma import Dolma, scratch_beside, time_limit
+from olmo.corpus.tokens import PARQUET
 from olmo.io import gz
 from olmo.runtime import log
 from olmo.store.stage import Facts, Free, Input, Output, stage

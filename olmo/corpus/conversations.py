@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from olmo.data.sources import check_known, fetched
+from olmo.corpus.sources import check_known, fetched
 from olmo.io import downloads, file_kinds, gz
 from olmo.store.stage import Facts, Free, Input, Output, Work, stage
 
@@ -119,7 +119,7 @@ def download_conversations(
     mirrors: Free[tuple[str, ...]] = (),
     progress: Free[downloads.Progress] = downloads.unseen,
 ) -> Facts:
-    """Fetch such a file, as `olmo.data.sources.download` does; `sha256` is that of what is sent."""
+    """Fetch such a file, as `olmo.corpus.sources.download` does; `sha256` is that of what is sent."""
     arrived = source.with_name("arrived")
 
     def whole(place: str) -> int:

@@ -1,6 +1,6 @@
 """The engine `fast`: the toolkit's bytes at several times its speed.
 
-It encodes with olmo.data.encoding. A document of which that is not sure is tokenized by the
+It encodes with olmo.corpus.encoding. A document of which that is not sure is tokenized by the
 toolkit itself, and a share of the shards is tokenized by the toolkit as well, and compared.
 """
 
@@ -13,10 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo.data.documents import parse
-from olmo.data.dolma import Dolma, scratch_beside
-from olmo.data.encoding import encoder
-from olmo.data.tokens import Job
+from olmo.corpus.documents import parse
+from olmo.corpus.dolma import Dolma, scratch_beside
+from olmo.corpus.encoding import encoder
+from olmo.corpus.tokens import Job
 from olmo.io import gz
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
-from olmo.data import dolma_worker
-from olmo.data.documents import MAX_BYTES_PER_BYTE
-from olmo.data.tokens import Job
-from olmo.environments import version
+from olmo.corpus import dolma_worker
+from olmo.corpus.documents import MAX_BYTES_PER_BYTE
+from olmo.corpus.environments import version
+from olmo.corpus.tokens import Job
 from olmo.runtime.log import say
 from olmo.runtime.process import describe_exit, supervised
 
@@ -96,7 +96,7 @@ class Dolma:
             if found != self.toolkit:
                 folder = self.python.parent.parent
                 remedy = "Give it the versions of envs/dolma.txt"
-                if (folder / "made-from.json").exists():  # olmo.environments made it
+                if (folder / "made-from.json").exists():  # olmo.corpus.environments made it
                     remedy = (
                         f"Build it again: rm -r {folder} {folder.parent}/*.json, then run the same "
                         "command"

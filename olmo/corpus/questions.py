@@ -18,7 +18,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from olmo.data.stdlib import source_files
+from olmo.corpus.stdlib import source_files
 from olmo.io import gz
 from olmo.store.stage import Facts, Folder, stage
 
@@ -39,7 +39,7 @@ def stdlib_questions(folder: Folder, shards: int, library: str | None = None) ->
     """Write questions and answers about the running Python's standard library.
 
     The folder gets `questions-00.json.gz` and so on; a conversation goes by the hash of its id.
-    `library` is what `olmo.data.stdlib.library_digest` tells: it makes the sources, which are no
+    `library` is what `olmo.corpus.stdlib.library_digest` tells: it makes the sources, which are no
     file of ours, part of the action.
     """
     if not 1 <= shards <= 100:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from olmo.data.source_table import COLUMNS
+from olmo.corpus.source_table import COLUMNS
 from olmo.io import downloads, file_kinds, gz
 from olmo.runtime import log
 from olmo.runtime.urls import public

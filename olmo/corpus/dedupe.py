@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from olmo.data.attributes import attributes as attributes_stage
-from olmo.data.dolma import Dolma, toolkit
-from olmo.data.mixed import mixed as mixed_stage
-from olmo.data.shards import Entry, read, run, write
-from olmo.environments import interpreter
+from olmo.corpus.attributes import attributes as attributes_stage
+from olmo.corpus.dolma import Dolma, toolkit
+from olmo.corpus.environments import interpreter
+from olmo.corpus.mixed import mixed as mixed_stage
+from olmo.corpus.shards import Entry, read, run, write
 
 MIXED = {"mixed": "mixed/{}.json.gz", "mixed_table": "mixed/{}.parquet"}
 

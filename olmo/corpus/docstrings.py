@@ -16,7 +16,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from olmo.data.stdlib import TOPICS, source_files
+from olmo.corpus.stdlib import TOPICS, source_files
 from olmo.store.stage import Facts, Folder, stage
 
 DATASET, SPLIT = "stdlib_docstrings", "test"
@@ -31,7 +31,7 @@ def stdlib_docstrings(folder: Folder, questions: int = 200, library: str | None 
     hf_datasets/stdlib_docstrings/none/test/documents.jsonl: signature, options, answer (from 0),
     path. The options are the first lines of four functions' documentation. Which functions, and
     where the right line stands, goes by the sha256 of their names: the same on every machine.
-    `library` is what `olmo.data.stdlib.library_digest` tells.
+    `library` is what `olmo.corpus.stdlib.library_digest` tells.
 
     Raises ValueError where the library has too few documented functions.
     """
