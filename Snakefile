@@ -14,10 +14,10 @@ from snakemake.utils import min_version
 
 min_version("9.27")
 
-from olmo.damage import Damage
-from olmo.pipeline import Plan
+from olmo.pipeline.damage import Damage
+from olmo.pipeline.plan import Plan
 from olmo.plugin import mend
-from olmo.workspace import alone, next_steps, prepare, surround_jobs, tell_failures
+from olmo.pipeline.workspace import alone, next_steps, prepare, surround_jobs, tell_failures
 
 prepare("config/config.yaml")
 

@@ -20,7 +20,7 @@ from olmo.corpus.documents import REASONS, documents
 from olmo.corpus.sources import download, source_list
 from olmo.data.files import Tokens
 from olmo.io import bucket, downloads, gz
-from olmo.recipe import DocumentsConfig
+from olmo.pipeline.recipe import DocumentsConfig
 from olmo.store.remote import Remote
 
 BLOCK = bytes(1 << 16)

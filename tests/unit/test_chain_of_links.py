@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from small_run import config, run
 
-import olmo.run
+import olmo.pipeline.train
 from olmo.config import TrainConfig
 from olmo.config.identity import identity
 from olmo.data import order
 from olmo.launch import Geometry
-from olmo.run import training
+from olmo.pipeline.train import training
 from olmo.train.chain import STATE, beginning, cuts, felt
 from olmo.train.loop import train
 
@@ -31,7 +31,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ran.append(path.parent.parent.name)
         assert train(TrainConfig.load(path)) == 0
 
-    monkeypatch.setattr(olmo.run, "launch", here)
+    monkeypatch.setattr(olmo.pipeline.train, "launch", here)
 
     def piece(
         name: str, after: Path | None = None, until: int | None = None, **changes: Any
@@ -114,5 +114,5 @@ def test_where_a_run_is_cut(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_passes_over_nothing(tmp_path: Path) -> None:
     cfg = config(tmp_path, fast_forward_batches=2)
-    filled = olmo.run.filled_in(cfg, [], tmp_path / "order", [], tmp_path)
+    filled = olmo.pipeline.train.filled_in(cfg, [], tmp_path / "order", [], tmp_path)
     assert filled.try_load_latest_save and filled.fast_forward_batches is None

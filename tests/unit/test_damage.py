@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from olmo.corpus.source_table import complete
-from olmo.damage import Damage
 from olmo.io.sealed import dump_table
-from olmo.pipeline import Plan
+from olmo.pipeline.damage import Damage
+from olmo.pipeline.plan import Plan
 
 HEADER = ["shard", "output", "path", "sha256", "bytes"]
 

@@ -15,7 +15,7 @@ import yaml
 from olmo.corpus.documents import REASONS, documents, parse
 from olmo.corpus.stdlib import definitions, stdlib
 from olmo.io import gz
-from olmo.recipe import Recipe
+from olmo.pipeline.recipe import Recipe
 
 
 def line(number, **fields):

@@ -20,9 +20,9 @@ from olmo.corpus.shards import Entry, write
 from olmo.eval.final import choices, perplexity
 from olmo.eval.harness import ask, write_task
 from olmo.eval.tasks import Task, requests, task_of
-from olmo.evaluation import heldout
 from olmo.model import OLMo
-from olmo.pipeline import Plan
+from olmo.pipeline.evaluate import heldout
+from olmo.pipeline.plan import Plan
 from olmo.report.scores import heldout_scores, of_one, scores
 
 LABEL = "stdlib_docstrings"

@@ -8,12 +8,12 @@ import small_run
 import yaml
 from small_run import run, settings
 
-from olmo.checkpoint.conversion import convert
 from olmo.checkpoint.read import load_model
 from olmo.config import TrainConfig
 from olmo.config.identity import identity
 from olmo.inspect.run import Run
-from olmo.pipeline import Plan
+from olmo.pipeline.convert import convert
+from olmo.pipeline.plan import Plan
 from olmo.tokenizer import Tokenizer
 
 SECRET = "hunter2-of-this-machine"

@@ -12,8 +12,8 @@ from olmo.config import TrainConfig
 from olmo.corpus.shards import Entry, write
 from olmo.corpus.shards import order as order_command
 from olmo.data import order
-from olmo.pipeline import Plan
-from olmo.run import link
+from olmo.pipeline.plan import Plan
+from olmo.pipeline.train import link
 
 # Another value, and what of the plan differs by it: a stage's flags, or what it is refused with.
 HEEDED: dict[str, tuple[Any, str]] = {

@@ -27,7 +27,7 @@ from olmo.launch import (
     launcher,
     wait_in_the_queue_again,
 )
-from olmo.recipe import Run
+from olmo.pipeline.recipe import Run
 from olmo.runtime.log import LOG
 from olmo.runtime.process import CAUSE, MARKER, SEGMENTS, Paused
 from olmo.train.__main__ import main as trainer
@@ -339,7 +339,7 @@ def test_a_node_that_was_lost_fails_no_run_that_came_to_its_end(
 
 
 LAUNCH = (
-    "import sys; from pathlib import Path; from olmo.cli import main; import olmo.run as r;"
+    "import sys; from pathlib import Path; from olmo.cli import main; import olmo.pipeline.train as r;"
     "from olmo.launch import Geometry, launch;"
     "r.train = lambda config: launch(Path(config), Geometry({processes}), 1);"
     "r.train.__annotations__ = dict(config=str);"

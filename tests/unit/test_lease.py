@@ -199,7 +199,7 @@ os.chdir(sys.argv[1])
 socket.gethostname = lambda: sys.argv[2]
 import olmo.store.lease
 olmo.store.lease.BEAT_S = 0.2
-from olmo.workspace import alone
+from olmo.pipeline.workspace import alone
 alone("store")
 print("holding", flush=True)
 sys.stdin.readline()

@@ -16,12 +16,12 @@ from olmo.checkpoint.read import load
 from olmo.corpus.shards import Entry, write
 from olmo.eval.choices import score
 from olmo.eval.tasks import Request
-from olmo.evaluation import evaluation, heldout
+from olmo.pipeline.evaluate import evaluation, heldout
+from olmo.pipeline.train import heldout_losses
 from olmo.report.card import _evaluation
 from olmo.report.compare import draw, tokens_to
 from olmo.report.loss import plot
 from olmo.report.scores import better, results, scores
-from olmo.run import heldout_losses
 from olmo.runtime import numbers
 from olmo.runtime.numbers import as_words, from_json, perplexity, to_json
 from olmo.store.stage import here

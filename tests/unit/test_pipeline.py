@@ -12,8 +12,8 @@ import yaml
 from olmo.corpus.shards import Entry, asked, order, write
 from olmo.corpus.source_table import Source, complete, named, read, safe
 from olmo.io import sealed
-from olmo.pipeline import Plan
-from olmo.workspace import next_steps
+from olmo.pipeline.plan import Plan
+from olmo.pipeline.workspace import next_steps
 
 RECIPE = {
     "sources": {"files": ["in/*.json.gz"]},

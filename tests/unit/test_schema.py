@@ -6,14 +6,14 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from olmo.schema import FOLDER, ROOTS, schema, texts
+from olmo.pipeline.schema import FOLDER, ROOTS, schema, texts
 
 CONFIG = FOLDER.parent
 
 
 def test_the_files_are_in_step():
     for path, text in texts().items():
-        assert path.read_text() == text, "run: uv run python -m olmo.schema"
+        assert path.read_text() == text, "run: uv run python -m olmo.pipeline.schema"
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import torch
 
 from olmo.checkpoint.final import write_safetensors
 from olmo.checkpoint.read import load_model
-from olmo.checkpoint.soup import averaged, soup
 from olmo.config import ModelConfig, TrainConfig
 from olmo.model import OLMo
+from olmo.pipeline.soup import averaged, soup
 
 MODEL = {"d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 128, "embedding_size": 128,
          "rope": True, "include_bias": False, "eos_token_id": 0, "pad_token_id": 1}  # fmt: skip

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from olmo import cli
+from olmo.pipeline.workspace import failures, tell_failures
 from olmo.store import commands
 from olmo.store.lease import lease
 from olmo.store.lineage import differences, trace
 from olmo.store.stage import Facts, Folder, Free, Input, Inputs, Output, Work, here, stage
 from olmo.store.store import GC
-from olmo.workspace import failures, tell_failures
 
 CALLS: list[dict] = []
 
@@ -262,7 +262,7 @@ def test_a_failure_is_one_sentence_and_its_log_has_the_traceback(kind: str, said
 def test_a_job_that_left_no_word(capsys: pytest.CaptureFixture[str], monkeypatch):
     """Killed, or interrupted: what happens next is said, last."""
     told: list[str] = []
-    monkeypatch.setattr("olmo.workspace.at_the_end", told.append)
+    monkeypatch.setattr("olmo.pipeline.workspace.at_the_end", told.append)
     tell_failures()
     Path("logs").mkdir()
     Path("logs/it.log").write_text("failed: KeyboardInterrupt: \n")

@@ -23,7 +23,7 @@ from olmo.data.files import Tokens
 from olmo.inspect.run import load
 from olmo.io import downloads, sealed
 from olmo.io.bucket import Bucket
-from olmo.pipeline import Plan
+from olmo.pipeline.plan import Plan
 from olmo.runtime import log
 from olmo.runtime.urls import entrusted, public, whole
 from olmo.store.remote import Remote, push

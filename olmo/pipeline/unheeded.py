@@ -4,7 +4,7 @@ tests/unit/test_heeded.py lists all keys: heeded, refused or harmless.
 """
 
 from olmo.config import TrainConfig
-from olmo.recipe import Run
+from olmo.pipeline.recipe import Run
 
 
 def refuse_unheeded(name: str, run: Run, cfg: TrainConfig) -> None:

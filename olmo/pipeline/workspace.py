@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import read_yaml
-from olmo.pipeline import Plan, recipe_path
+from olmo.pipeline.plan import Plan, recipe_path
+from olmo.pipeline.terminal import at_the_end, brief
 from olmo.runtime.log import FAILED
 from olmo.store.lease import PATIENCE_S, lease
 from olmo.store.store import Store, parse
-from olmo.terminal import at_the_end, brief
 
 STARTED = time.time()
 STOPPED = (SystemExit.__name__, KeyboardInterrupt.__name__)  # what was told to stop did not fail

@@ -18,10 +18,17 @@ from olmo.config.identity import identity
 from olmo.corpus import source_table
 from olmo.corpus.documents import MESSAGES
 from olmo.corpus.source_table import Source, quoted
-from olmo.recipe import EvaluationConfig, Pipeline, Recipe, Run, SourcesConfig, TokenizerConfig
+from olmo.pipeline.recipe import (
+    EvaluationConfig,
+    Pipeline,
+    Recipe,
+    Run,
+    SourcesConfig,
+    TokenizerConfig,
+)
+from olmo.pipeline.unheeded import refuse_unheeded
 from olmo.tokenizer import hub_name
 from olmo.train.chain import cuts
-from olmo.unheeded import refuse_unheeded
 
 
 class Plan:

@@ -1,6 +1,6 @@
 """JSON schemas of the configuration files, made from the dataclasses: config/schema/*.json.
 
-    uv run python -m olmo.schema   # write them; tests/unit/test_schema.py says when
+    uv run python -m olmo.pipeline.schema   # write them; tests/unit/test_schema.py says when
 
 An editor that knows JSON schema then completes and checks the YAML as it is typed.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.recipe import EvaluationConfig, Pipeline, Recipe
+from olmo.pipeline.recipe import EvaluationConfig, Pipeline, Recipe
 
-FOLDER = Path(__file__).parent.parent / "config" / "schema"
+FOLDER = Path(__file__).parents[2] / "config" / "schema"
 ROOTS = {"config": Pipeline, "data": Recipe, "eval": EvaluationConfig, "train": TrainConfig}
 PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 

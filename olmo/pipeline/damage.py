@@ -15,7 +15,7 @@ from pathlib import Path
 
 from olmo.io import foreign, sealed
 from olmo.io.sealed import Damaged
-from olmo.pipeline import Plan
+from olmo.pipeline.plan import Plan
 from olmo.store.store import now
 
 

@@ -1,0 +1,1 @@
+"""What snakemake is to make of config/config.yaml, and the stages from training on."""
