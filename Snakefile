@@ -16,7 +16,7 @@ min_version("9.27")
 
 from olmo.pipeline.damage import Damage
 from olmo.pipeline.plan import Plan
-from olmo.plugin import mend
+from olmo.cluster.slurm_plugin import mend
 from olmo.pipeline.workspace import alone, next_steps, prepare, surround_jobs, tell_failures
 
 prepare("config/config.yaml")

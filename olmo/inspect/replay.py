@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from olmo.checkpoint import layout
+from olmo.cluster.launch import Geometry, launch
 from olmo.inspect.order import steps_of
 from olmo.inspect.run import Run
-from olmo.launch import Geometry, launch
 from olmo.runtime.log import tell
 from olmo.store.stage import here
 from olmo.train.chain import STATE

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from olmo.cluster.launch import Geometry
 from olmo.config import BaseConfig
 from olmo.config.strict import check_range
 from olmo.corpus.documents import MAX_TEXT_BYTES
 from olmo.io.gz import LONGEST_LINE
-from olmo.launch import Geometry
 
 
 @dataclass

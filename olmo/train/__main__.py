@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     # torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     who = f"rank {rank}: " if rank else ""
-    if LAUNCHED in os.environ:  # torchrun ignores it then (see olmo.node), we do not
+    if LAUNCHED in os.environ:  # torchrun ignores it then (see olmo.cluster.node), we do not
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import torch
 

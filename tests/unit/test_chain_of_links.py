@@ -8,10 +8,10 @@ import pytest
 from small_run import config, run
 
 import olmo.pipeline.train
+from olmo.cluster.launch import Geometry
 from olmo.config import TrainConfig
 from olmo.config.identity import identity
 from olmo.data import order
-from olmo.launch import Geometry
 from olmo.pipeline.train import training
 from olmo.train.chain import STATE, beginning, cuts, felt
 from olmo.train.loop import train

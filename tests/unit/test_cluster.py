@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yte
 
-from olmo.cluster import settings
+from olmo.cluster.site import settings
 
 PROFILE = Path(__file__).parents[2] / "profiles/slurm/config.yaml"
 

@@ -17,10 +17,10 @@ from ranks import on_ranks
 from small_run import given, metrics, run, settings, state, until
 
 import olmo.train.loop
+from olmo.cluster.launch import Geometry, launch
 from olmo.config import TrainConfig
 from olmo.distributed import watchdog
 from olmo.distributed.parallelize import World
-from olmo.launch import Geometry, launch
 from olmo.train.loop import train
 from olmo.train.segments import segments
 

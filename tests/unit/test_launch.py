@@ -18,15 +18,15 @@ import pytest
 import torch
 from small_run import given, metrics, until
 
-from olmo.config import TrainConfig
-from olmo.io import sealed
-from olmo.launch import (
+from olmo.cluster.launch import (
     Geometry,
     asking_it_to_stop,
     launch,
     launcher,
     wait_in_the_queue_again,
 )
+from olmo.config import TrainConfig
+from olmo.io import sealed
 from olmo.pipeline.recipe import Run
 from olmo.runtime.log import LOG
 from olmo.runtime.process import CAUSE, MARKER, SEGMENTS, Paused
@@ -75,7 +75,7 @@ def allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def prologue(words: list[str]) -> list[str]:
     """What stands in front of torchrun on each node."""
     start = words.index(sys.executable)
-    assert words[start + 1 : start + 3] == ["-m", "olmo.node"]
+    assert words[start + 1 : start + 3] == ["-m", "olmo.cluster.node"]
     return words[start : start + 4]
 
 
@@ -96,7 +96,7 @@ def test_torchrun_lives_through_what_a_scheduler_sends_to_every_process(
 
 
 def test_a_node_that_cannot_be_reached_is_told_at_once() -> None:
-    node = [sys.executable, "-m", "olmo.node", "127.0.0.1,no-such-node.invalid", "true"]
+    node = [sys.executable, "-m", "olmo.cluster.node", "127.0.0.1,no-such-node.invalid", "true"]
     environment = os.environ | {"SLURM_NODEID": "0"}
     said = subprocess.run(node, env=environment, capture_output=True, text=True)
     assert said.returncode == 1
@@ -340,7 +340,7 @@ def test_a_node_that_was_lost_fails_no_run_that_came_to_its_end(
 
 LAUNCH = (
     "import sys; from pathlib import Path; from olmo.cli import main; import olmo.pipeline.train as r;"
-    "from olmo.launch import Geometry, launch;"
+    "from olmo.cluster.launch import Geometry, launch;"
     "r.train = lambda config: launch(Path(config), Geometry({processes}), 1);"
     "r.train.__annotations__ = dict(config=str);"
     "main(['train', '--config', sys.argv[1]])"
@@ -386,7 +386,7 @@ def test_the_trainer_says_whether_another_start_would_fail_too(
     assert cause["repeats"] is repeats and str(error) in cause["said"]
     (tmp_path / "cause.json").write_text(sealed.dumps(cause))
     again = ["sh", "-c", f"cp {tmp_path}/cause.json {config.parent}; exit 1"]
-    monkeypatch.setattr("olmo.launch.launcher", lambda *_: again)
+    monkeypatch.setattr("olmo.cluster.launch.launcher", lambda *_: again)
     with pytest.raises(ChildProcessError, match=r"^training ended early: ") as raised:
         launch(config, Geometry(1), threads=1)
     assert "carries on" not in str(raised.value), "there is no checkpoint"
@@ -506,7 +506,7 @@ def test_a_job_that_is_back_at_once_takes_no_words_from_the_one_before(
     left = sealed.dumps({"step": 5, "by": "SIGUSR1", "checkpoint": "step5"})
     (tmp_path / SEGMENTS).write_text(sealed.dump_lines([{"after": 0}]))
     paused = ["sh", "-c", f"printf %s '{left}' >{tmp_path / MARKER}; exit 75"]
-    monkeypatch.setattr("olmo.launch.launcher", lambda *_: paused)
+    monkeypatch.setattr("olmo.cluster.launch.launcher", lambda *_: paused)
     with pytest.raises(Paused, match="at step 5 by SIGUSR1, saved to step5"):
         launch(tmp_path / "given.yaml", Geometry(), threads=1)
     assert not (tmp_path / MARKER).exists(), "it was asked to put the job back"

@@ -1,6 +1,6 @@
 """Snakemake and its executor plugin for SLURM, over stand-ins for SLURM's commands.
 
-Without what `olmo.plugin` mends snakemake waits for ever in most of them.
+Without what `olmo.cluster.slurm_plugin` mends snakemake waits for ever in most of them.
 """
 
 import importlib.util
@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from olmo import plugin
+from olmo.cluster import slurm_plugin
 
 REPOSITORY = Path(__file__).parents[2]
 STAND_IN = Path(__file__).with_name("stand_in_slurm.py")
 SNAKEFILE = """
-from olmo.plugin import mend
+from olmo.cluster.slurm_plugin import mend
 if workflow.is_main_process:
     mend()
 rule all:
@@ -147,6 +147,6 @@ def test_a_job_that_squeue_forgot_is_submitted_again(slurm: Slurm, age: int):
 def test_a_plugin_without_what_is_replaced_is_refused(monkeypatch: pytest.MonkeyPatch):
     other = SimpleNamespace(Executor=SimpleNamespace(run_jobs=1, check_active_jobs=1))
     monkeypatch.setitem(sys.modules, "snakemake_executor_plugin_slurm", other)
-    monkeypatch.setattr(plugin, "version", lambda name: "2.9.0")
+    monkeypatch.setattr(slurm_plugin, "version", lambda name: "2.9.0")
     with pytest.raises(ValueError, match=r"expected 2\.8\.0, .*pending_jobs.*, found 2\.9\.0"):
-        plugin.mend()
+        slurm_plugin.mend()

@@ -179,8 +179,8 @@ def launcher(geometry: Geometry, config: Path) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     torchrun += ["--nproc-per-node", str(geometry.processes)]
     torchrun += ["--max-restarts", str(geometry.max_restarts)]
-    torchrun += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]  # see olmo.node
-    node = [sys.executable, "-m", "olmo.node"]
+    torchrun += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]  # see olmo.cluster.node
+    node = [sys.executable, "-m", "olmo.cluster.node"]
     addresses = allocation(geometry) if geometry.nodes > 1 else []
     count = len(addresses)
     if count < 2:

@@ -39,7 +39,7 @@ def mend() -> None:
             place = getattr(place, part, None)
         if place is None:
             raise ValueError(
-                f"{NAME}: expected {VERSION}, whose {name} is mended by olmo/plugin.py, found "
+                f"{NAME}: expected {VERSION}, whose {name} is mended by olmo/cluster/slurm_plugin.py, found "
                 f"{version(NAME)}, which has none; uv sync --extra slurm"
             )
     # Of those that replace the same function the later one calls the earlier one: an answer is put

@@ -1,0 +1,1 @@
+"""Where processes run: torchrun, SLURM, several nodes."""
