@@ -53,7 +53,7 @@ COMMANDS = {
     "inspect": "olmo.inspect.commands:inspect",
     "seen": "olmo.inspect.commands:seen",
     "replay": "olmo.inspect.replay:replay",
-    "generate": "olmo.generate:generate",
+    "generate": "olmo.inspect.generate:generate",
     # beside it
     "bench": "olmo.report.bench:bench",
     "compare": "olmo.report.compare:compare",

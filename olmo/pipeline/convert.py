@@ -108,7 +108,7 @@ def _to_hf(source: Path, into: Path, tokenizer: Path | None) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     config_yaml = (source / "config.yaml").read_text()
     if tokenizer is None:
-        from olmo.generate import tokenizer_of
+        from olmo.inspect.generate import tokenizer_of
         from olmo.inspect.run import Run
 
         known = tokenizer_of(str(source), Run(str(source)), None).base_tokenizer

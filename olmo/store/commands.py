@@ -262,8 +262,8 @@ def pull(
     print(f"{source}: {len(pulled):,} names; {moved}")
     if steps is None:
         return
-    from olmo.inspect.fetch import shards
     from olmo.inspect.order import steps_of
+    from olmo.inspect.pull import shards
 
     for final in [Path(name) for name in pulled if Path(name, "config.yaml").exists()]:
         print(f"steps {steps} of {final}: {shards(here(), there, final, steps_of(steps))}")

@@ -13,7 +13,7 @@ from olmo.checkpoint.final import write_safetensors
 from olmo.checkpoint.read import load_model
 from olmo.config import TrainConfig
 from olmo.corpus.train_tokenizer import trained_tokenizer
-from olmo.generate import generate, pieces, place_of, prompt_ids
+from olmo.inspect.generate import generate, pieces, place_of, prompt_ids
 from olmo.model import OLMo
 from olmo.tokenizer import Tokenizer
 
