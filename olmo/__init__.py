@@ -1,6 +1,11 @@
 """From a list of text files to a language-model checkpoint one can trust."""
 
+from pathlib import Path
+
 from olmo.runtime.lazy import lazy
+
+# OLMo's module paths for what lives elsewhere here: `olmo.torch_util` is compat/torch_util.py.
+__path__.append(str(Path(__file__).with_name("compat")))
 
 __getattr__, __all__ = lazy(
     __name__,

@@ -14,6 +14,9 @@ import yaml
 import olmo
 from olmo import BlockType, LayerNorm, ModelConfig, OLMo, Tokenizer, TrainConfig
 from olmo.checkpoint import FullCheckpointer
+from olmo.compat.exceptions import OLMoConfigurationError
+from olmo.compat.initialization import init_normal
+from olmo.compat.torch_util import get_cumulative_document_lengths, get_world_size, seed_all
 from olmo.config import (
     BaseConfig,
     CustomDatasetCollatorConfig,
@@ -32,8 +35,6 @@ from olmo.data import (
 from olmo.data.collator import CustomDatasetDataCollator
 from olmo.data.custom_datasets import build_custom_dataset, extract_module_and_class
 from olmo.data.util import get_document_lengths
-from olmo.exceptions import OLMoConfigurationError
-from olmo.initialization import init_normal
 from olmo.model import (
     BufferCache,
     LayerNormBase,
@@ -48,7 +49,6 @@ from olmo.optim import (
     build_optimizer,
     build_scheduler,
 )
-from olmo.torch_util import get_cumulative_document_lengths, get_world_size, seed_all
 
 SMALL = {
     "d_model": 16,

@@ -1,0 +1,1 @@
+"""Import paths of OLMo for what lives elsewhere here; nothing of ours imports them."""
