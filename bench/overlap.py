@@ -24,8 +24,8 @@ import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from olmo.config import TrainConfig
-from olmo.distributed.parallelize import join_world, leave_world
 from olmo.distributed.reduce import GradientMean, buckets
+from olmo.distributed.world import join_world, leave_world
 from olmo.model import OLMo
 from olmo.train.step import forward_backward
 

@@ -10,6 +10,7 @@ __path__.append(str(Path(__file__).with_name("compat")))
 __getattr__, __all__ = lazy(
     __name__,
     {
+        "checkpoint.read": ["load_model"],
         "config": [
             "ActivationCheckpointingStrategy",
             "ActivationType",

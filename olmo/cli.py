@@ -67,7 +67,7 @@ COMMANDS = {
     "store trace": "olmo.store.commands:trace",
     "store pin": "olmo.store.commands:pin",
     "store push": "olmo.store.commands:push",
-    "store pull": "olmo.store.commands:pull",
+    "store pull": "olmo.inspect.pull:pull",
 }
 
 

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from olmo.config import CompilerConfig, ModelConfig, TrainConfig
-from olmo.distributed.parallelize import World, parallelize
+from olmo.distributed.parallelize import parallelize
+from olmo.distributed.world import World
 from olmo.model import OLMo
 from olmo.model.attention import Backend
 from olmo.model.kernels import Mask, Setting, why_not
 from olmo.model.loss import CrossEntropy, losses
+from olmo.optim.build import build_optimizer
 from olmo.optim.master_weights import Masters
-from olmo.optim.optimizers import build_optimizer
 from olmo.precision.fp8 import Recipe, linear, scaled
 from olmo.train.step import clear_gradients, forward_backward
 

@@ -39,10 +39,11 @@ from olmo.bench.side import (
     timed,
 )
 from olmo.data.order import free_memory
-from olmo.distributed.parallelize import World, parallelize
+from olmo.distributed.parallelize import parallelize
+from olmo.distributed.world import World
 from olmo.model import OLMo
+from olmo.optim.build import build_optimizer
 from olmo.optim.master_weights import Masters
-from olmo.optim.optimizers import build_optimizer
 from olmo.precision import backends, msamp
 from olmo.runtime.energy import Joules
 from olmo.train.meters import device_flops

@@ -8,7 +8,6 @@ __getattr__, __all__ = lazy(
         "save": ["save_unsharded"],
         "full": ["FullCheckpointer"],
         "read": ["Checkpoint", "load", "load_model"],
-        "conversion": ["convert"],
         "final": ["export"],
         "layout": ["checkpoints", "verify"],
     },

@@ -26,8 +26,9 @@ from olmo.runtime.process import FINISHED
 def export(save_folder: str | Path, out: str | Path, config: dict[str, Any]) -> dict[str, Any]:
     """Write the last checkpoint of a finished run as a final folder; what train.json holds.
 
-    `config` becomes config.yaml: `olmo.config.identity.identity(cfg)` with content addresses in the place
-    of paths. Nothing of time, place or host is written. `out` may exist and must be empty.
+    `config` becomes config.yaml: `olmo.config.identity.identity(cfg)` with content addresses in
+    the place of paths. Nothing of time, place or host is written. `out` may exist and must be
+    empty.
 
     Raises ValueError for a run that has not come to its end, and for a broken checkpoint.
     """

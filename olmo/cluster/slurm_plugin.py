@@ -39,8 +39,9 @@ def mend() -> None:
             place = getattr(place, part, None)
         if place is None:
             raise ValueError(
-                f"{NAME}: expected {VERSION}, whose {name} is mended by olmo/cluster/slurm_plugin.py, found "
-                f"{version(NAME)}, which has none; uv sync --extra slurm"
+                f"{NAME}: expected {VERSION}, whose {name} is mended by "
+                f"olmo/cluster/slurm_plugin.py, found {version(NAME)}, which has "
+                "none; uv sync --extra slurm"
             )
     # Of those that replace the same function the later one calls the earlier one: an answer is put
     # into the plugin's words first, and what is missing in it is looked at last.

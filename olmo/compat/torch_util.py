@@ -5,12 +5,17 @@ The trainer itself seeds what it draws, where it draws it, and knows its rank fr
 
 from __future__ import annotations
 
-import os
 import random
 
 import numpy as np
 import torch
-import torch.distributed as dist
+
+from olmo.distributed.world import barrier as barrier
+from olmo.distributed.world import get_fs_local_rank as get_fs_local_rank
+from olmo.distributed.world import get_global_rank as get_global_rank
+from olmo.distributed.world import get_local_rank as get_local_rank
+from olmo.distributed.world import get_world_size as get_world_size
+from olmo.distributed.world import is_distributed as is_distributed
 
 
 def seed_all(seed: int) -> None:
@@ -21,38 +26,6 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def get_world_size() -> int:
-    return dist.get_world_size() if is_distributed() else 1
-
-
-def get_global_rank() -> int:
-    return dist.get_rank() if is_distributed() else 0
-
-
-def get_local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK") or 0)
-
-
-def get_fs_local_rank() -> int:
-    """The rank among the processes that share a file system.
-
-    FS_LOCAL_RANK says it; otherwise each node has its own file system, unless OLMO_SHARED_FS says
-    that all share one.
-    """
-    shared = bool(os.environ.get("OLMO_SHARED_FS"))
-    rank = get_global_rank() if shared else get_local_rank()
-    return int(os.environ.get("FS_LOCAL_RANK") or rank)
-
-
-def barrier() -> None:
-    if is_distributed():
-        dist.barrier()
 
 
 def get_cumulative_document_lengths(doc_lens: torch.Tensor) -> torch.Tensor:

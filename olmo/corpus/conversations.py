@@ -119,7 +119,7 @@ def download_conversations(
     mirrors: Free[tuple[str, ...]] = (),
     progress: Free[downloads.Progress] = downloads.unseen,
 ) -> Facts:
-    """Fetch such a file, as `olmo.corpus.sources.download` does; `sha256` is that of what is sent."""
+    """Fetch such a file, as `olmo.corpus.sources.download`; `sha256` is that of what is sent."""
     arrived = source.with_name("arrived")
 
     def whole(place: str) -> int:

@@ -72,8 +72,8 @@ def documents(
     them a third time, the copies after the whole. A document is held out, and then not repeated,
     if the hash of its id falls into `heldout_share`: it stays on its side for ever.
 
-    Lines of the kind `messages` are conversations (olmo.corpus.conversations), whose text is all that
-    is said.
+    Lines of the kind `messages` are conversations (olmo.corpus.conversations), whose text is all
+    that is said.
 
     `table` (parquet) has one row per line written or dropped: file (`name`, as the recipe knows
     the source), line in the source, id, split (train, heldout or dropped), row (line in the file

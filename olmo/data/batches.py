@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from olmo.compat.torch_util import barrier, get_fs_local_rank, get_global_rank, get_world_size
 from olmo.config import DataConfig, TrainConfig
 from olmo.data import order
 from olmo.data.collator import build_collator
 from olmo.data.custom_datasets import build_custom_dataset
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
+from olmo.distributed.world import barrier, get_fs_local_rank, get_global_rank, get_world_size
 from olmo.runtime.log import warn
 
 LOOKED_AT = 4096  # instances, where none has a label: seconds

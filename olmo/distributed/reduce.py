@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from olmo.distributed.parallelize import World
+from olmo.distributed.world import World
 
 # Gradients travel together in pieces of about this many bytes.
 BUCKET_BYTES = 32 * 2**20

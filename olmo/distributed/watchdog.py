@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from olmo.distributed.parallelize import World
+from olmo.distributed.world import World
 from olmo.runtime.log import say
 
 # From speaking to ending, in seconds: the others, which began to wait a little later, speak too

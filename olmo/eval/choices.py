@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olmo.distributed.parallelize import World
 from olmo.distributed.watchdog import progress
+from olmo.distributed.world import World
 from olmo.eval.tasks import Request
 
 # As OLMo has it, even where a model takes in more: the numbers of long prompts depend on it.

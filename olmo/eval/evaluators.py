@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from olmo.config import EvaluatorConfig, EvaluatorType, TokenizerConfig, TrainConfig
-from olmo.distributed.parallelize import World
+from olmo.distributed.world import World
 from olmo.eval.choices import LONGEST, Score, encoded, log_likelihoods, score
 from olmo.eval.perplexity import HeldOut
 from olmo.eval.tasks import Request, Task, requests, task_of
+from olmo.precision.autocast import autocast
 from olmo.runtime.log import tell
 from olmo.tokenizer import Tokenizer
-from olmo.train.step import autocast
 
 Evaluator = Callable[[nn.Module], dict[str, float]]
 

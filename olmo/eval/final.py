@@ -8,7 +8,7 @@ import torch
 
 from olmo.checkpoint.read import load_model
 from olmo.config import DataConfig, EvaluatorConfig, EvaluatorType, TrainConfig
-from olmo.distributed.parallelize import World, join_world
+from olmo.distributed.world import World, join_world
 from olmo.eval.choices import score
 from olmo.eval.evaluators import Choices
 from olmo.eval.perplexity import PER_LABEL, HeldOut

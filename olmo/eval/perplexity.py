@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from olmo.config import EvaluatorConfig, TrainConfig
 from olmo.data.batches import build_eval_batches, labels_of, model_inputs
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
-from olmo.distributed.parallelize import World
 from olmo.distributed.watchdog import progress
+from olmo.distributed.world import World
+from olmo.precision.autocast import autocast
 from olmo.runtime.numbers import perplexity
-from olmo.train.step import autocast
 
 PER_LABEL = "CrossEntropyLossPerLabel"
 

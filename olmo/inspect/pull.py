@@ -1,4 +1,4 @@
-"""What of a run's data its steps need: a laptop takes that, and not the rest."""
+"""`olmo store pull`, and what of a run's data its steps need: a laptop takes that, not the rest."""
 
 from __future__ import annotations
 
@@ -11,11 +11,31 @@ import numpy as np
 from olmo.config import TrainConfig
 from olmo.inspect import history
 from olmo.inspect.history import Origin
+from olmo.inspect.order import steps_of
 from olmo.store import remote as second
 from olmo.store.lineage import ancestors
 from olmo.store.naming import named
 from olmo.store.remote import Moved, Remote
+from olmo.store.stage import here
 from olmo.store.store import Store, files
+
+
+def pull(
+    source: str, patterns: list[str], /, inputs: bool = False, steps: str | None = None
+) -> None:
+    """Take what PATTERNS name, or all names there, from a second store: also by http(s).
+
+    Each object is hashed as it arrives. With --inputs also the contents that they were made from,
+    so that snakemake finds everything done. With --steps 5..9, of a final checkpoint's data the
+    token shards that hold what these steps saw.
+    """
+    there = Remote(source)
+    pulled, moved = second.pull(here(), there, patterns, inputs)
+    print(f"{source}: {len(pulled):,} names; {moved}")
+    if steps is None:
+        return
+    for final in [Path(name) for name in pulled if Path(name, "config.yaml").exists()]:
+        print(f"steps {steps} of {final}: {shards(here(), there, final, steps_of(steps))}")
 
 
 def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> Moved:

@@ -1,6 +1,6 @@
 """Bytes from elsewhere: resumable downloads, sizes, and the schemes that name places.
 
-A URL's secrets are put back here, where its server is asked, and nowhere else; see olmo.runtime.urls.
+A URL's secrets are put back here, where its server is asked, and nowhere else: olmo.runtime.urls.
 """
 
 from __future__ import annotations

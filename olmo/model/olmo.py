@@ -6,7 +6,6 @@ S = past positions + T.
 
 from __future__ import annotations
 
-import importlib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -370,8 +369,9 @@ class OLMo(nn.Module):
         Whether it is sharded is found by looking; `checkpoint_type` is accepted as OLMo has it.
         Raises ValueError or FileNotFoundError for what is broken or not there.
         """
-        # Checkpoints know models, not models checkpoints: imported by who asks, when asked.
-        return importlib.import_module("olmo.checkpoint.read").load_model(checkpoint_dir, device)
+        import olmo  # the whole, which knows checkpoints; a model does not
+
+        return olmo.load_model(checkpoint_dir, device)
 
     def _make_state_dict_compatible(
         self, state_dict: dict[str, Tensor]

@@ -1,11 +1,11 @@
-"""OLMo's module path for what lives in `olmo.optim.optimizers` and `olmo.optim.schedule`."""
+"""Optimizers and schedules. OLMo's path `olmo.optim`."""
 
+from olmo.optim.adamw import AdamW as AdamW
+from olmo.optim.build import build_optimizer as build_optimizer
+from olmo.optim.build import get_param_groups as get_param_groups
 from olmo.optim.clipping import Optimizer as Optimizer
-from olmo.optim.optimizers import AdamW as AdamW
-from olmo.optim.optimizers import LionW as LionW
-from olmo.optim.optimizers import Muon as Muon
-from olmo.optim.optimizers import build_optimizer as build_optimizer
-from olmo.optim.optimizers import get_param_groups as get_param_groups
+from olmo.optim.lionw import LionW as LionW
+from olmo.optim.muon import Muon as Muon
 from olmo.optim.schedule import BoltOnWarmupScheduler as BoltOnWarmupScheduler
 from olmo.optim.schedule import ConstantScheduler as ConstantScheduler
 from olmo.optim.schedule import ConstantWithWarmupScheduler as ConstantWithWarmupScheduler

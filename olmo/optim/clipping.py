@@ -218,3 +218,11 @@ def vector(scalars: list[Tensor]) -> Tensor:
 def norms_of(tensors: list[Tensor]) -> Tensor:
     """The 2-norm of each tensor, in float32, as one vector."""
     return vector(list(torch._foreach_norm(tensors, 2, dtype=torch.float32)))
+
+
+def finite_grad(p: Tensor, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradient with NaN and infinity as 0; and 1.0, or 0.0 if nothing may move."""
+    grad = cast(Tensor, p.grad)
+    if found_inf is None:
+        return grad, torch.ones((), device=p.device)
+    return grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), 1.0 - found_inf

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from olmo.optim.adamw import AdamW
 from olmo.optim.clipping import Group, is_sharded, with_grad
-from olmo.optim.optimizers import AdamW
 
 KEPT = {"exp_avg": torch.float8_e4m3fn, "exp_avg_sq": torch.float16}
 

@@ -40,7 +40,7 @@ def train(
     """Train as `config` says on the shards of `tokens`, or carry on where that was cut off.
 
     `start` is the folder of a final checkpoint whose weights, and unless the config resets it
-    optimizer state, the run begins with. Of a run that is a chain (see olmo.train.chain) `after` is the
+    optimizer state, the run begins with. Of a run that is a chain (olmo.train.chain) `after` is the
     folder of the link to go on from, and `until` the step at which this link ends.
     `processes` are of each of `nodes`, which are those of the SLURM allocation that this runs in;
     it begins, and after a loss of nodes goes on, with as few as `min_nodes`. `overrides` are

@@ -246,24 +246,3 @@ def push(to: str, paths: list[Path], /, inputs: bool = False, verify: bool = Fal
     --verify, what is there is fetched and hashed, and replaced where it is damaged.
     """
     print(f"{to}: {remote.push(here(), remote.Remote(to), paths, inputs, verify)}")
-
-
-def pull(
-    source: str, patterns: list[str], /, inputs: bool = False, steps: str | None = None
-) -> None:
-    """Take what PATTERNS name, or all names there, from a second store: also by http(s).
-
-    Each object is hashed as it arrives. With --inputs also the contents that they were made from,
-    so that snakemake finds everything done. With --steps 5..9, of a final checkpoint's data the
-    token shards that hold what these steps saw.
-    """
-    there = remote.Remote(source)
-    pulled, moved = remote.pull(here(), there, patterns, inputs)
-    print(f"{source}: {len(pulled):,} names; {moved}")
-    if steps is None:
-        return
-    from olmo.inspect.order import steps_of
-    from olmo.inspect.pull import shards
-
-    for final in [Path(name) for name in pulled if Path(name, "config.yaml").exists()]:
-        print(f"steps {steps} of {final}: {shards(here(), there, final, steps_of(steps))}")

@@ -12,10 +12,9 @@
     unnamed/                  actions that are asked for and have no names yet: `gc` keeps them too
     quarantine/               contents that were not what their name says
 
-An action (see `olmo.store.action`) is what was asked, a content is what came out; `olmo.store.naming` gives
-them the paths that people use. Consumers know an
-input by its content, not by the action that made it: where an edit upstream ends in equal bytes,
-everything after it is found again.
+An action (`olmo.store.action`) is what was asked, a content is what came out; `olmo.store.naming`
+gives them the paths that people use. Consumers know an input by its content, not by the action
+that made it: where an edit upstream ends in equal bytes, everything after it is found again.
 
 Imports nothing of ours but `action`, `foreign`, `lease` and `sealed`.
 """

@@ -55,7 +55,7 @@ def cuts(cfg: TrainConfig, at: list[int], every: int | None) -> list[int]:
 
 
 def beginning(cfg: TrainConfig, until: int) -> dict[str, Any]:
-    """What decides the bytes of a run up to step `until`, as `olmo.config.identity.identity` gives it.
+    """What decides the bytes of a run up to step `until`, as `olmo.config.identity` gives it.
 
     How long the run is, and how its learning rate falls at the end, is left out where nothing of
     it is felt before `until`.

@@ -22,21 +22,16 @@ from olmo.checkpoint import layout
 from olmo.checkpoint.read import put_state, put_weights
 from olmo.config import DistributedStrategy, SchedulerUnits, TrainConfig
 from olmo.data.batches import TrainLoader, build_train_dataloader
-from olmo.distributed.parallelize import (
-    World,
-    is_sharded,
-    join_world,
-    leave_world,
-    parallelize,
-)
+from olmo.distributed.parallelize import is_sharded, parallelize
 from olmo.distributed.reduce import GradientMean
 from olmo.distributed.watchdog import Watchdog, progress
+from olmo.distributed.world import World, join_world, leave_world
 from olmo.eval.evaluators import build_evaluators, evaluate
 from olmo.io import sealed
 from olmo.model import OLMo
+from olmo.optim.build import build_optimizer
 from olmo.optim.clipping import Optimizer
 from olmo.optim.master_weights import Masters
-from olmo.optim.optimizers import build_optimizer
 from olmo.optim.schedule import BoltOnWarmupScheduler, Scheduler, build_scheduler
 from olmo.precision import msamp
 from olmo.precision.backends import Backend as EightBits

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from olmo.distributed.parallelize import World
+from olmo.distributed.world import World
 from olmo.runtime.numbers import perplexity
 from olmo.runtime.process import LAUNCHED
 from olmo.train.step import Losses

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from olmo.checkpoint import layout
 from olmo.checkpoint.save import save_unsharded
 from olmo.config import DistributedStrategy, TrainConfig, to_yaml
-from olmo.distributed.parallelize import World, is_sharded
+from olmo.distributed.parallelize import is_sharded
+from olmo.distributed.world import World
 from olmo.runtime.log import tell, warn
 from olmo.train.start import Position
 

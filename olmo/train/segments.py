@@ -26,7 +26,7 @@ import torch
 from olmo.config import TrainConfig
 from olmo.data.batches import IterableDataset
 from olmo.data.memmap import MemMapDataset
-from olmo.distributed.parallelize import World
+from olmo.distributed.world import World
 from olmo.io import sealed
 from olmo.io.sealed import Damaged
 from olmo.runtime.log import tell, warn

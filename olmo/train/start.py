@@ -18,7 +18,8 @@ from olmo.checkpoint.read import Checkpoint, look, newest
 from olmo.config import CustomDatasetCollatorConfig, EvaluatorType, TrainConfig
 from olmo.data.batches import check_labels
 from olmo.data.memmap import build_memmap_dataset, check_tokens
-from olmo.distributed.parallelize import World, is_sharded
+from olmo.distributed.parallelize import is_sharded
+from olmo.distributed.world import World
 from olmo.model import loss
 from olmo.model.kernels import Mask, choose
 from olmo.optim import master_weights

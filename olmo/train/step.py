@@ -9,7 +9,6 @@ Shapes: B instances of this process, M of a microbatch, T tokens, V rows of the 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from olmo.config import TrainConfig
 from olmo.data.batches import labels_of, model_inputs
 from olmo.distributed.reduce import GradientMean
+from olmo.precision.autocast import autocast
 
 
 @dataclass
@@ -44,14 +44,6 @@ def keep_freed_memory() -> None:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def autocast(cfg: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context that matrix products run in: bf16 or fp16 where configured, on a CPU too."""
-    dtype = cfg.autocast_precision
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
 
 
 # Modes of torch.compile that replay CUDA graphs.

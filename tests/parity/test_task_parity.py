@@ -14,7 +14,7 @@ import torch
 from peer_tasks import IDS, MEASURED, metrics_of, tiny_logits
 
 import olmo.eval.tasks
-from olmo.distributed.parallelize import World
+from olmo.distributed.world import World
 from olmo.eval.choices import LONGEST, Prompt, encoded, log_likelihoods, score
 from olmo.eval.rows import read_requests, read_rows
 from olmo.eval.tasks import requests, tasks

@@ -20,7 +20,7 @@ import torch.distributed.tensor
 
 import olmo.checkpoint.sharded  # noqa: F401
 from olmo.config import TrainConfig
-from olmo.distributed.parallelize import TIMEOUT
+from olmo.distributed.world import TIMEOUT
 from olmo.train.loop import train
 
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -25,6 +25,7 @@ from olmo.cli import main
 from olmo.config import TrainConfig
 from olmo.config.identity import identity
 from olmo.model import OLMo
+from olmo.pipeline.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +314,7 @@ def test_by_url(finished: Path, served: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot load http.*step8-unsharded: .*403 .*refused"):
         run(tmp_path, load_path=f"{served}/secret/step8-unsharded", save_overwrite=True)
     # Sharded, which names its files in its index.
-    checkpoint.convert(finished / "step8-unsharded", finished / "other", "sharded")
+    convert(finished / "step8-unsharded", finished / "other", "sharded")
     sharded = {"load_path": f"{served}/other/step8", "save_folder": str(tmp_path / "c")}
     assert run(tmp_path, **sharded) == 0
     assert same(state(tmp_path / "a"), state(tmp_path / "c"))
@@ -351,7 +352,7 @@ def test_the_command_converts(
 
 
 def test_a_model_by_olmos_own_name(finished: Path, served: str, tmp_path: Path) -> None:
-    sharded = checkpoint.convert(finished / "latest", tmp_path, "sharded")
+    sharded = convert(finished / "latest", tmp_path, "sharded")
     ids = torch.arange(2, 18)[None]
     places = [finished / "latest", str(sharded), f"{served}/step10-unsharded"]
     models = [OLMo.from_checkpoint(place) for place in places]
@@ -363,9 +364,9 @@ def test_a_model_by_olmos_own_name(finished: Path, served: str, tmp_path: Path) 
 def test_converted_there_and_back(finished: Path, tmp_path: Path) -> None:
     """A run goes on from each kind as from the original."""
     kinds = {"sharded": finished / "latest"}
-    kinds["safetensors"] = checkpoint.convert(kinds["sharded"], tmp_path / "sharded", "sharded")
-    kinds["unsharded"] = checkpoint.convert(kinds["safetensors"], tmp_path / "st", "safetensors")
-    back = checkpoint.convert(kinds["unsharded"], tmp_path / "back", "unsharded")
+    kinds["safetensors"] = convert(kinds["sharded"], tmp_path / "sharded", "sharded")
+    kinds["unsharded"] = convert(kinds["safetensors"], tmp_path / "st", "safetensors")
+    back = convert(kinds["unsharded"], tmp_path / "back", "unsharded")
     assert back.name == "step10-unsharded"
     original = checkpoint.load(finished / "latest")
     for folder in (*kinds.values(), back):
@@ -381,7 +382,7 @@ def test_converted_there_and_back(finished: Path, tmp_path: Path) -> None:
         assert run(tmp_path, load_path=str(folder), save_folder=save, **changes) == 0
     assert same(state(tmp_path / "run-a"), state(tmp_path / "run-b"))
     with pytest.raises(ValueError, match="expected one of unsharded, sharded, safetensors"):
-        checkpoint.convert(back, tmp_path / "x", "gguf")
+        convert(back, tmp_path / "x", "gguf")
 
 
 def test_a_trainer_state_of_olmos_is_written_as_json(copy: Path, tmp_path: Path) -> None:
@@ -392,11 +393,11 @@ def test_a_trainer_state_of_olmos_is_written_as_json(copy: Path, tmp_path: Path)
     generators = {"numpy": np.random.get_state(), "torch": torch.random.get_rng_state()}
     theirs = {"rng": generators, "checkpoints": [Path("/weka/step4")]}
     torch.save(train | theirs, folder / "train.pt")
-    checkpoint.convert(folder, tmp_path / "out", "safetensors")
+    convert(folder, tmp_path / "out", "safetensors")
     told = json.loads((tmp_path / "out/train.json").read_text())
     assert told.pop("optimizer")
     assert told == train | {"checkpoints": ["/weka/step4"]}
     torch.save(train | {"more": torch.zeros(3)}, folder / "train.pt")
     with pytest.raises(ValueError, match="trainer's state holds a Tensor"):
-        checkpoint.convert(folder, tmp_path / "none", "safetensors")
+        convert(folder, tmp_path / "none", "safetensors")
     assert not (tmp_path / "none").exists()

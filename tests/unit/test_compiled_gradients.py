@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from olmo.config import CompilerConfig, FP8Backend, FP8Config, FP8Recipe, FP8Scaling
-from olmo.distributed.parallelize import World, parallelize
+from olmo.distributed.parallelize import parallelize
+from olmo.distributed.world import World
 from olmo.model import OLMo, loss
+from olmo.optim.build import build_optimizer
 from olmo.optim.master_weights import Masters
-from olmo.optim.optimizers import build_optimizer
 from olmo.precision import fp8
 from olmo.precision.backends import backend, prepare
 from olmo.precision.fp8 import Delayed, Recipe, emulated, linear, scaled

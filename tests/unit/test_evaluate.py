@@ -15,7 +15,7 @@ from small_run import LENGTH, config, metrics, run, start
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from olmo.config import TrainConfig
-from olmo.distributed.parallelize import World
+from olmo.distributed.world import World
 from olmo.eval.choices import Prompt, encoded, log_likelihoods, score
 from olmo.eval.evaluators import build_evaluators, evaluate, task_of
 from olmo.eval.tasks import Request, requests, tasks

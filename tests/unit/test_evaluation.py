@@ -13,7 +13,6 @@ import torch
 from test_bench import shard
 from test_huggingface import OLMO2, checkpoint
 
-from olmo.checkpoint import convert
 from olmo.config import TrainConfig
 from olmo.corpus.docstrings import DATASET, stdlib_docstrings
 from olmo.corpus.shards import Entry, write
@@ -21,6 +20,7 @@ from olmo.eval.final import choices, perplexity
 from olmo.eval.harness import ask, write_task
 from olmo.eval.tasks import Task, requests, task_of
 from olmo.model import OLMo
+from olmo.pipeline.convert import convert
 from olmo.pipeline.evaluate import heldout
 from olmo.pipeline.plan import Plan
 from olmo.report.scores import heldout_scores, of_one, scores

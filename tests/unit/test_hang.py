@@ -20,7 +20,7 @@ import olmo.train.loop
 from olmo.cluster.launch import Geometry, launch
 from olmo.config import TrainConfig
 from olmo.distributed import watchdog
-from olmo.distributed.parallelize import World
+from olmo.distributed.world import World
 from olmo.train.loop import train
 from olmo.train.segments import segments
 
@@ -46,9 +46,9 @@ def test_what_is_a_hang(doing: str, status: int, capfd: pytest.CaptureFixture[st
     pid = os.fork()
     if pid == 0:
         watchdog.LINGER_S = 0.5
-        watchdog = watchdog.Watchdog(World(0, 0, 1, torch.device("cpu"), ""), limit)
-        watchdog.start()
-        with watchdog.resting() if doing == "saving" else nullcontext():
+        watch = watchdog.Watchdog(World(0, 0, 1, torch.device("cpu"), ""), limit)
+        watch.start()
+        with watch.resting() if doing == "saving" else nullcontext():
             if doing == "inside a library":  # which lets no thread of Python run
                 time.sleep(1)  # by then it watches
                 ctypes.PyDLL(None).sleep(int(3 * limit))
@@ -57,7 +57,7 @@ def test_what_is_a_hang(doing: str, status: int, capfd: pytest.CaptureFixture[st
             while time.monotonic() < end:
                 time.sleep(0.05)
                 if doing == "steps":
-                    watchdog.progress()
+                    watch.progress()
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
     said = capfd.readouterr()

@@ -12,13 +12,14 @@ import pytest
 import torch
 from servers import web_server
 
-from olmo.checkpoint import convert, huggingface, load_model
+from olmo.checkpoint import huggingface, load_model
 from olmo.checkpoint.final import write_safetensors
 from olmo.config import ModelConfig, TrainConfig, to_yaml
 from olmo.corpus.conversations import download_conversations, local_conversations
 from olmo.corpus.questions import stdlib_questions
 from olmo.io import sealed
 from olmo.model import OLMo
+from olmo.pipeline.convert import convert
 from olmo.pipeline.start import fetched_checkpoint, local_checkpoint
 from olmo.report.card import card
 from olmo.store.action import Action

@@ -339,7 +339,8 @@ def test_a_node_that_was_lost_fails_no_run_that_came_to_its_end(
 
 
 LAUNCH = (
-    "import sys; from pathlib import Path; from olmo.cli import main; import olmo.pipeline.train as r;"
+    "import sys; from pathlib import Path; from olmo.cli import main;"
+    "import olmo.pipeline.train as r;"
     "from olmo.cluster.launch import Geometry, launch;"
     "r.train = lambda config: launch(Path(config), Geometry({processes}), 1);"
     "r.train.__annotations__ = dict(config=str);"

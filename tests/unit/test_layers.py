@@ -10,79 +10,96 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "olmo"
 
-# Rooms that import nothing of ours, or only what is named.
-LEAVES: dict[str, set[str]] = {
-    "lazy": set(),
-    "kinds": set(),
-    "patterns": set(),
-    "numbers": set(),
-    "strict": {"resolvers", "urls"},
-    # A bucket, to look into one where a config asks for its last checkpoint.
-    "resolvers": {"bucket", "patterns"},
-    "config": {"kinds", "strict"},
-    "log": {"urls"},
-    "plugin": set(),
-    "process": set(),
-    "io": {"sealed", "urls"},
-    "bucket": {"io", "urls"},
-    "lease": set(),
-    "action": set(),
-    "foreign": set(),
-    "urls": set(),
-    "sealed": set(),
-    "store": {"action", "foreign", "lease", "sealed"},
-    "naming": {"store", "lease", "sealed"},
-}
-# Rooms, and the rooms further along the one way that they must not know.
-NEVER = {
-    "data": {"model", "train", "checkpoint", "evaluate", "report", "run", "export"},
-    "model": {
-        "data",
-        "train",
-        "checkpoint",
-        "evaluate",
-        "report",
-        "run",
-        "export",
-        "store",
-        "stage",
-    },
-    "precision": {"data", "model", "train", "checkpoint", "evaluate", "report", "run", "export"},
-    "checkpoint": {"evaluate", "report", "run", "export"},
-    "train": {"report", "run", "export", "store", "stage"},
-    "evaluate": {"report", "run", "export", "store", "stage"},
-}
+# Packages and modules of olmo/, from those that know nothing of the others to those that know all.
+# Each may import what is on a line above its own, and of its own line what stands before it.
+LAYERS = """
+runtime io config
+store cluster
+model precision optim distributed
+tokenizer data
+checkpoint eval
+train
+bench corpus inspect report
+pipeline
+cli
+"""
+RANK = {name: number for number, name in enumerate(LAYERS.split())}
+# OLMo's names for what lives elsewhere: nothing of ours imports them.
+FACADES = ("compat", "")
+# The trainer's side, which must not know that there is a store: it needs torch and numpy only.
+WITHOUT_STORE = (
+    "model",
+    "precision",
+    "optim",
+    "distributed",
+    "data",
+    "checkpoint",
+    "eval",
+    "train",
+)
 
 
-def imports(path: Path) -> set[str]:
-    """The rooms of ours that a module imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        found |= {name.split(".")[1] for name in names if name.startswith("olmo.")}
+def modules() -> dict[str, Path]:
+    """`data.order` → its file, of all modules; a package goes by its own name."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
     return found
 
 
-def files(room: str) -> list[Path]:
-    module = PACKAGE / f"{room}.py"
-    return [module] if module.exists() else sorted((PACKAGE / room).rglob("*.py"))
+def imports(path: Path) -> set[str]:
+    """The modules of ours that a module imports, wherever in it, by a string too: `data.order`."""
+    known, found = modules(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name.removeprefix("olmo.") in known else node.module for name in whole]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [one.value for one in node.args if isinstance(one, ast.Constant)]
+        else:
+            continue
+        found |= {name.removeprefix("olmo.") for name in names if name.startswith("olmo.")}
+    return found
 
 
-@pytest.mark.parametrize("room", LEAVES)
-def test_leaves_import_nothing_of_ours(room: str):
-    assert {name for file in files(room) for name in imports(file)} <= LEAVES[room]
+def package(module: str) -> str:
+    return module.split(".")[0]
 
 
-@pytest.mark.parametrize("room", NEVER)
-def test_imports_go_one_way(room: str):
-    assert files(room)
-    for file in files(room):
-        assert not imports(file) & NEVER[room], file
+def files(name: str) -> list[Path]:
+    return [path for module, path in modules().items() if package(module) == name]
+
+
+def test_every_package_has_its_place():
+    assert {package(module) for module in modules()} == RANK.keys() | set(FACADES)
+
+
+@pytest.mark.parametrize("name", RANK)
+def test_imports_go_one_way(name: str):
+    for file in files(name):
+        above = {other for other in imports(file) if RANK.get(package(other), 99) > RANK[name]}
+        assert not above, file
+
+
+def test_no_module_is_in_a_circle():
+    """Nor inside a package; what is imported when it is called counts, too."""
+    graph = {module: imports(path) & modules().keys() for module, path in modules().items()}
+    left = {module: set(others) - {module} for module, others in graph.items() if module}
+    while free := [module for module, others in left.items() if not others & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left, {module: sorted(others & left.keys()) for module, others in left.items()}
+
+
+@pytest.mark.parametrize("name", WITHOUT_STORE)
+def test_the_trainer_knows_no_store(name: str):
+    for file in files(name):
+        assert not [other for other in imports(file) if package(other) in ("store", "cluster")], (
+            file
+        )
 
 
 def test_the_model_has_no_word_of_how_it_is_spread():

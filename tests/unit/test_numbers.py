@@ -11,11 +11,11 @@ import torch
 from small_run import run, settings
 from test_huggingface import OLMO2, checkpoint
 
-from olmo.checkpoint import convert
 from olmo.checkpoint.read import load
 from olmo.corpus.shards import Entry, write
 from olmo.eval.choices import score
 from olmo.eval.tasks import Request
+from olmo.pipeline.convert import convert
 from olmo.pipeline.evaluate import evaluation, heldout
 from olmo.pipeline.train import heldout_losses
 from olmo.report.card import _evaluation

@@ -11,7 +11,7 @@ from torch import nn
 from olmo.config import TrainConfig
 from olmo.model import OLMo
 from olmo.optim import AdamW, LionW, Muon, Optimizer, build_optimizer
-from olmo.optim.optimizers import orthogonalize
+from olmo.optim.muon import orthogonalize
 
 MODEL = {
     "d_model": 32,

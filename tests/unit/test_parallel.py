@@ -18,13 +18,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import olmo.distributed.reduce
-from olmo.checkpoint import convert
 from olmo.checkpoint.read import look, newest, put_state, put_weights
 from olmo.config import TrainConfig
-from olmo.distributed.parallelize import join_world, leave_world, parallelize
+from olmo.distributed.parallelize import parallelize
 from olmo.distributed.reduce import GradientMean
+from olmo.distributed.world import join_world, leave_world
 from olmo.model import OLMo
-from olmo.optim.optimizers import build_optimizer
+from olmo.optim.build import build_optimizer
+from olmo.pipeline.convert import convert
 from olmo.train.loop import train
 from olmo.train.saving import _copied
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from olmo.distributed.parallelize import World
+from olmo.distributed.world import World
 from olmo.train import pending
 from olmo.train.pending import NotFinite, Numbers
 from olmo.train.step import Losses

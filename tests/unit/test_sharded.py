@@ -11,6 +11,7 @@ from small_run import run, same, state
 from olmo import checkpoint
 from olmo.checkpoint import layout
 from olmo.checkpoint.sharded import files_of
+from olmo.pipeline.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def lose_data(folder: Path) -> None:
 @pytest.mark.parametrize("damage", [cut_data, spoil_data, cut_index, lose_index, lose_data])
 def test_a_broken_sharded_one_is_refused(finished: Path, tmp_path: Path, damage: Any) -> None:
     """Without a manifest too, as OLMo writes them."""
-    folder = checkpoint.convert(finished / "latest", tmp_path, "sharded")
+    folder = convert(finished / "latest", tmp_path, "sharded")
     (folder / "manifest.json").unlink()
     damage(folder)
     with pytest.raises(ValueError, match=r"cannot read .*model_and_optim|has no \.metadata"):
@@ -120,7 +121,7 @@ def test_a_broken_sharded_one_is_refused(finished: Path, tmp_path: Path, damage:
 
 
 def test_another_models_sharded_one_is_refused(finished: Path, tmp_path: Path) -> None:
-    load = {"load_path": str(checkpoint.convert(finished / "latest", tmp_path, "sharded"))}
+    load = {"load_path": str(convert(finished / "latest", tmp_path, "sharded"))}
     with pytest.raises(ValueError, match=r"wte\.weight is \(128, 16\), the config's model has"):
         run(tmp_path, model={"d_model": 32}, reset_trainer_state=True, **load)
 
@@ -141,9 +142,7 @@ def test_an_index_with_code_does_not_run(tmp_path: Path) -> None:
 
 
 def test_an_index_names_files_of_its_folder_only(finished: Path, tmp_path: Path) -> None:
-    index = (
-        checkpoint.convert(finished / "latest", tmp_path, "sharded") / "model_and_optim/.metadata"
-    )
+    index = convert(finished / "latest", tmp_path, "sharded") / "model_and_optim/.metadata"
     assert files_of(index) == ["__0_0.distcp"]
     index.write_bytes(index.read_bytes().replace(b"__0_0.distcp", b"../../a/path"))
     with pytest.raises(ValueError, match=r"expected the name .* folder, found '\.\./\.\./a/path'"):

@@ -11,7 +11,7 @@ import torch
 from olmo.bench import cell as bench_cell
 from olmo.bench.matrix import Cell, load
 from olmo.config import ModelConfig, TokenizerConfig, TrainConfig
-from olmo.distributed.parallelize import World
+from olmo.distributed.world import World
 from olmo.train import loop
 from olmo.train.__main__ import main
 from olmo.train.start import check, check_ends, origin_of_threads, warn_of_other_tokenizer
