@@ -93,7 +93,7 @@ def test_a_folder_is_named_by_several_at_once(store: Store, tmp_path: Path):
 KILLED = """
 import os, shutil, sys
 from pathlib import Path
-from olmo import naming
+from olmo.store import naming
 from olmo.store.store import Store
 
 naming._write = lambda *_: None
@@ -163,7 +163,7 @@ def test_a_folder_that_this_user_may_not_see_counts_as_there(store: Store, proje
     other = """if True:
         import os, sys
         from pathlib import Path
-        from olmo import naming
+        from olmo.store import naming
         from olmo.store.store import Store
         os.setuid(65534)
         store = Store(Path(sys.argv[1]))

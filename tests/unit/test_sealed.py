@@ -54,7 +54,7 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path: Path):
     path = tmp_path / "folder/f.json"
     sealed.write(path, "first")
     program = (
-        "import os, sys; from pathlib import Path; from olmo import sealed\n"
+        "import os, sys; from pathlib import Path; from olmo.io import sealed\n"
         "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
         "sealed.write(Path(sys.argv[1]), 'second')"
     )

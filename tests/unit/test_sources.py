@@ -307,8 +307,8 @@ def test_a_download_that_was_killed_goes_on_in_the_next_process(server, tmp_path
     url, part = server("a.gz", slow), tmp_path / "a" / "part" / "0"
     part.parent.mkdir(parents=True)
     program = (
-        "import sys; from pathlib import Path; from olmo import io; downloads.BLOCK = 1000;"
-        "io.fetch(sys.argv[1], Path('never'), Path(sys.argv[2]))"
+        "import sys; from pathlib import Path; from olmo.io import downloads; "
+        "downloads.BLOCK = 1000; downloads.fetch(sys.argv[1], Path('never'), Path(sys.argv[2]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, url, str(part)],

@@ -333,7 +333,7 @@ ASK = "from test_stage import *\njoin(parts=[Path('a'), Path('b')], joined=Path(
 
 def test_what_a_killed_process_made_and_did_not_name_is_kept_from_gc():
     killed = begin(
-        f"import os\nfrom olmo import naming\nnaming.link = lambda *_: os.abort()\n{ASK}"
+        f"import os\nfrom olmo.store import naming\nnaming.link = lambda *_: os.abort()\n{ASK}"
     )
     assert killed.wait(60) == -signal.SIGABRT
     commands.gc()
