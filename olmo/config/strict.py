@@ -74,12 +74,18 @@ class BaseConfig:
             raw = raw[key]
         if not isinstance(raw, dict):
             raise ValueError(f"{path} must hold a mapping of keys, found {type(raw).__name__}")
+        plain: Any = {}
+        told: dict[Place, str] = {}
         try:
             plain, told = _resolve(cls, raw, overrides or (), validate_paths, foreign)
             config = _typed(cls.update_legacy_settings(plain), cls, "")
         except (ValueError, RecursionError) as error:
+            said = str(error)
+            for place, text in told.items():  # what the environment says may be a secret
+                value = str(_at(plain, place))
+                said = said.replace(value, text) if len(value) > 3 else said
             hint = "; a config from elsewhere reads nothing of this machine: write the value"
-            raise ValueError(f"{path}: {error}{hint * (foreign and '${' in str(error))}") from error
+            raise ValueError(f"{path}: {said}{hint * (foreign and '${' in said)}") from None
         whole = as_plain(config, everything=True)
         config.from_environment = {
             place: (text, value)

@@ -1,6 +1,7 @@
 """What a config that came with a checkpoint, or from a URL, may learn of this machine: nothing."""
 
 import json
+import traceback
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,22 @@ def test_a_config_of_this_project_is_resolved_when_it_is_looked_into(
     assert Run("config/train/mine.yaml").cfg.run_name == SECRET
     Path("mine.yaml").write_text(text)
     assert Run("mine.yaml").cfg.run_name == "${oc.env:SECRET_KEY}"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("seed: ${oc.env:SECRET_KEY}", "seed"),
+        ("model: {d_model: 'x${oc.env:SECRET_KEY}'}", "model.d_model"),
+        ("optimizer: {name: '${oc.env:SECRET_KEY}'}", "optimizer.name"),
+        ("data: {paths: {a: '${oc.env:SECRET_KEY}'}}", "data.paths"),
+        ("wandb: ${oc.env:SECRET_KEY}", "wandb"),
+    ],
+)
+def test_an_error_about_a_value_of_the_environment_does_not_tell_it(
+    text: str, key: str, tmp_path: Path
+) -> None:
+    """As where a variable of another name was meant."""
+    with pytest.raises(ValueError, match=rf"{key}.*expected .*found .*oc\.env:SECRET_KEY") as told:
+        TrainConfig.load(config(tmp_path, text))
+    assert SECRET not in "".join(traceback.format_exception(told.value))
