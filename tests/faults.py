@@ -61,7 +61,7 @@ VICTIMS = {
         Victim("documents", "olmo documents", 0.8, SOURCES, target=ORDER, copies=20),
         Victim("stage", "olmo tokens", 2.5, "data/small/tokenizer.json"),
         Victim("dolma", "dolma_worker.py", 2.0, "data/small/tokenizer.json"),
-        Victim("launcher", "torch.distributed.run", 6.0, ORDER),
+        Victim("launcher", "olmo.cluster.torchrun", 6.0, ORDER),
         Victim("trainer", "-m olmo.train", 4.0, ORDER),
         Victim("rank", "-m olmo.train", 5.0, ORDER, ranks=2),
     )
@@ -102,7 +102,7 @@ def find(mark: str, victim: Victim) -> Iterator[int]:
     """The pids of a run that are the victim's; under torchrun, the ranks and not the launcher."""
     for pid, command in processes(mark).items():
         if victim.command in command and (
-            victim.name not in ("trainer", "rank") or "torch.distributed.run" not in command
+            victim.name not in ("trainer", "rank") or "olmo.cluster.torchrun" not in command
         ):
             yield pid
 

@@ -176,7 +176,7 @@ def wait_in_the_queue_again(folder: Path, left: Mapping[str, Any]) -> None:
 
 def launcher(geometry: Geometry, config: Path) -> list[str]:
     """The command line up to the module that the processes run."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    torchrun = [sys.executable, "-m", "olmo.cluster.torchrun"]
     torchrun += ["--nproc-per-node", str(geometry.processes)]
     torchrun += ["--max-restarts", str(geometry.max_restarts)]
     torchrun += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]  # see olmo.cluster.node

@@ -6,6 +6,7 @@ side by side, and everything below it is real. The scheduler's own is in tests/s
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -139,7 +140,7 @@ def test_many_nodes_are_srun_and_torchrun(allocation: Path, monkeypatch: Any) ->
 @pytest.mark.slow
 def test_the_first_node_holds_the_rendezvous(allocation: Path) -> None:
     words = launcher(Geometry(nodes=2), Path("run/given.yaml"))
-    given = words[words.index("torch.distributed.run") + 1 :]
+    given = words[words.index("olmo.cluster.torchrun") + 1 :]
     asks = (
         "import sys; from torch.distributed.run import config_from_args, parse_args; "
         "config = config_from_args(parse_args(sys.argv[1:]))[0].rdzv_configs; "
@@ -407,7 +408,11 @@ def test_the_trainer_says_whether_another_start_would_fail_too(
     ],
 )
 def test_the_cause_is_in_the_launchers_sentence_and_in_the_log(
-    changes: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(LOG, str(tmp_path / "train.log"))
     config = given(tmp_path, evaluators=[], **changes)
@@ -418,6 +423,10 @@ def test_the_cause_is_in_the_launchers_sentence_and_in_the_log(
     log = (tmp_path / "train.log").read_text()
     cause = str(failed.value).removeprefix("training ended early: ").partition(". Its check")[0]
     assert f"error: {cause}" in log.replace("rank 1: error: ", "error: rank 1: ")
+    seen = capfd.readouterr().err
+    assert "Traceback" not in seen
+    *_, last = seen.splitlines()
+    assert re.fullmatch(r"torchrun: of the processes rank \d failed first, exit status \d", last)
 
 
 @pytest.mark.slow
