@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from project import REPOSITORY, Project, documents, write_source
 
-from olmo.corpus.train_tokenizer import trained_tokenizer
+from olmo.corpus.tokenizer import trained_tokenizer
 
 FINAL = "checkpoints/small/final"
 

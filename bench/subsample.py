@@ -24,11 +24,11 @@ from olmo.io import gz
 OURS = """
 import isal.igzip, msgspec, polars  # as every process of a batch has them already
 from pathlib import Path
-from olmo.corpus.documents import documents
+from olmo.corpus.documents import DocumentsSection, documents
 import resource
 before = resource.getrusage(resource.RUSAGE_SELF)
 documents.build(source=Path(r"{source}"), documents=Path(r"{out}"), heldout=Path(r"{out}.h"),
-                table=Path(r"{out}.t"), name="x", keep_one_in=10)
+                table=Path(r"{out}.t"), name="x", config=DocumentsSection(keep_one_in=10))
 """
 BARE = """
 from isal import igzip

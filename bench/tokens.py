@@ -25,8 +25,8 @@ from olmo.corpus.dolma import Dolma, toolkit
 from olmo.corpus.environments import interpreter
 from olmo.corpus.fast import Fast
 from olmo.corpus.stdlib import stdlib
+from olmo.corpus.tokenizer import trained_tokenizer
 from olmo.corpus.tokens import Engine, tokens
-from olmo.corpus.train_tokenizer import trained_tokenizer
 
 REQUIREMENTS = Path(__file__).parent.parent / "envs" / "dolma.txt"
 

@@ -23,9 +23,9 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from olmo.corpus import shards
+from olmo.corpus import arriving, documents
 from olmo.corpus.stdlib import stdlib
-from olmo.corpus.train_tokenizer import trained_tokenizer
+from olmo.corpus.tokenizer import trained_tokenizer
 
 REQUIREMENTS = Path(__file__).parent.parent / "envs" / "dolma.txt"
 Cost = tuple[float, float]  # seconds of the clock, of the processors
@@ -67,9 +67,11 @@ def prepare(root: Path, files: int, environment: Path) -> list[str]:
                 rename(root / "stdlib" / f"stdlib-{number % 4:02d}.json.gz", path, batch, number)
                 sources.append(f"{batch}-{number}={path}")
             listing = root / "data" / "sources" / f"{batch}.tsv"
-            shards.sources(listing=listing, sources=sources)
-            shards.documents(
-                sources=[listing], listing=root / "data" / "documents" / f"{batch}.tsv"
+            arriving.sources(listing=listing, sources=sources)
+            documents.batch(
+                sources=[listing],
+                listing=root / "data" / "documents" / f"{batch}.tsv",
+                config=documents.EVERY_LINE,
             )
     trained_tokenizer.build(
         documents=[root / "stdlib" / "stdlib-00.json.gz"],
@@ -77,8 +79,9 @@ def prepare(root: Path, files: int, environment: Path) -> list[str]:
         vocab_size=16_384,
     )
     words = ["--tokenizer", str(root / "tokenizer.json"), "--requirements", str(REQUIREMENTS)]
-    words += ["--environment", os.path.abspath(environment), "--engine", "fast"]
-    return [*words, "--audit-share", "0", "--eos-token-id", "0", "--pad-token-id", "1"]
+    words += ["--environment", os.path.abspath(environment), "--config"]
+    words.append('{"engine": "fast", "audit_share": 0}')
+    return [*words, "--eos-token-id", "0", "--pad-token-id", "1"]
 
 
 def rename(given: Path, path: Path, batch: str, number: int) -> None:

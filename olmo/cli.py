@@ -6,10 +6,14 @@ Commands are imported when they are called, so that `olmo order` does not wait f
 
 import argparse
 import ast
+import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
+import json
 import os
+import re
 import select
 import signal
 import sys
@@ -28,38 +32,22 @@ from olmo.runtime.process import PAUSED, Paused, die_with_supervisor
 from olmo.runtime.urls import entrusted, public
 from olmo.store.stage import Stage, require_store, role
 
-COMMANDS = {
-    # the one way, in its order
+# A verb is `batch`, or the function of its name, in the module of its name in one of these.
+PACKAGES = ("corpus", "pipeline", "inspect", "report")
+ELSEWHERE = {
     "source-list": "olmo.corpus.sources:source_list",
-    "sources": "olmo.corpus.shards:sources",
-    "given-tokens": "olmo.corpus.shards:given_tokens",
-    "documents": "olmo.corpus.shards:documents",
+    "sources": "olmo.corpus.arriving:sources",
+    "given-tokens": "olmo.corpus.arriving:given_tokens",
     "attributes": "olmo.corpus.dedupe:attributes",
     "mixed": "olmo.corpus.dedupe:mixed",
-    "tokenizer": "olmo.corpus.shards:tokenizer",
-    "tokens": "olmo.corpus.shards:tokens",
-    "instructions": "olmo.corpus.sft:instructions",
-    "statistics": "olmo.corpus.shards:statistics",
-    "order": "olmo.corpus.shards:order",
-    "positions": "olmo.corpus.shards:positions",
-    "start": "olmo.pipeline.start:start",
-    "train": "olmo.pipeline.train:train",
-    "soup": "olmo.pipeline.soup:soup",
+    "positions": "olmo.corpus.order:positions",
+    "environment": "olmo.corpus.environments:environment",
     "hf": "olmo.pipeline.export:hf",
     "heldout": "olmo.pipeline.evaluate:heldout",
     "docstrings": "olmo.pipeline.evaluate:docstrings",
-    "evaluate": "olmo.pipeline.evaluate:evaluate",
-    # looking into it
+    "checkpoint convert": "olmo.pipeline.convert:convert",
     "inspect": "olmo.inspect.commands:inspect",
     "seen": "olmo.inspect.commands:seen",
-    "replay": "olmo.inspect.replay:replay",
-    "generate": "olmo.inspect.generate:generate",
-    # beside it
-    "bench": "olmo.report.bench:bench",
-    "compare": "olmo.report.compare:compare",
-    "scores": "olmo.report.scores:scores",
-    "checkpoint convert": "olmo.pipeline.convert:convert",
-    "environment": "olmo.corpus.environments:environment",
     "store verify": "olmo.store.commands:verify",
     "store gc": "olmo.store.commands:gc",
     "store checkout": "olmo.store.commands:checkout",
@@ -69,15 +57,27 @@ COMMANDS = {
     "store push": "olmo.store.commands:push",
     "store pull": "olmo.inspect.pull:pull",
 }
-
-
-# What the commands are for, by the first of each group.
+# What the commands are for, by their packages.
 GROUPS = {
-    "source-list": "the one way, in its order",
+    "corpus": "from sources to tokens",
+    "pipeline": "from tokens to a checkpoint, and what it is worth",
     "inspect": "looking into it",
-    "bench": "beside it",
-    "store verify": "the store",
+    "report": "beside it",
+    "store": "the store",
 }
+
+
+@functools.cache
+def commands() -> dict[str, str]:
+    """verb → "module:function", of all commands; none is imported."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        for path in sorted(Path(__file__).parent.joinpath(package).glob("*.py")):
+            text, verb = path.read_text(encoding="utf-8"), path.stem.replace("_", "-")
+            for name in ("batch", path.stem):
+                if re.search(rf"^def {name}\(", text, re.MULTILINE) and verb not in ELSEWHERE:
+                    found.setdefault(verb, f"olmo.{package}.{path.stem}:{name}")
+    return found | ELSEWHERE
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     words = [word if " " in word else entrusted(word) for word in given]
     verb = words.pop(0) if words else ""
-    if words and f"{verb} {words[0]}" in COMMANDS:  # olmo store verify
+    if words and f"{verb} {words[0]}" in commands():  # olmo store verify
         verb = f"{verb} {words.pop(0)}"
     try:
         try:
@@ -124,18 +124,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(verb: str, words: Sequence[str]) -> None:
-    if verb not in COMMANDS and {"-h", "--help"} & {verb, *words[:1]}:
-        print(usage([name for name in COMMANDS if name.startswith(f"{verb} ")]))
+    if verb not in commands() and {"-h", "--help"} & {verb, *words[:1]}:
+        print(usage([name for name in commands() if name.startswith(f"{verb} ")]))
         return
     if verb == "--version":
         print(f"olmo {version('olmo')}")
         return
-    if verb not in COMMANDS:
+    if verb not in commands():
         sys.exit(unknown(verb, words))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so clean up
     # A scheduler's warning that time is up soon: training heeds it, the rest uses the time.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    module, name = COMMANDS[verb].split(":")
+    module, name = commands()[verb].split(":")
     command = getattr(importlib.import_module(module), name)
     die_with_supervisor()
     arguments = parse(verb, command, words)
@@ -157,12 +157,18 @@ def readers_left() -> bool:
 def usage(verbs: Sequence[str] = ()) -> str:
     """Commands with what they do, without importing any; all of them unless some are named."""
     lines = ["usage: olmo <command> [--help]"]
-    for verb, place in COMMANDS.items():
-        if verbs and verb not in verbs:
-            continue
-        if verb in GROUPS:
-            lines += ["", f"{GROUPS[verb]}:"]
-        lines.append(f"  {verb:20}{textwrap.shorten(purpose(place), 78, placeholder=' …')}")
+    for package, purpose_of in GROUPS.items():
+        inside = {
+            verb: place
+            for verb, place in sorted(commands().items())
+            if (verb.split()[0] if verb.startswith("store ") else place.split(".")[1]) == package
+            and (not verbs or verb in verbs)
+        }
+        lines += ["", f"{purpose_of}:"] if inside and not verbs else []
+        lines += [
+            f"  {verb:20}{textwrap.shorten(purpose(place), 78, placeholder=' …')}"
+            for verb, place in inside.items()
+        ]
     return "\n".join(lines)
 
 
@@ -179,11 +185,11 @@ def purpose(place: str) -> str:
 
 def unknown(verb: str, words: Sequence[str]) -> str:
     """What to say of a command that there is not."""
-    inner = [name for name in COMMANDS if name.startswith(f"{verb} ")]
+    inner = [name for name in commands() if name.startswith(f"{verb} ")]
     if not verb or (inner and not words):
         return usage(inner)
     asked = f"{verb} {words[0]}" if inner else verb
-    near = difflib.get_close_matches(asked, inner or COMMANDS, 1)
+    near = difflib.get_close_matches(asked, inner or commands(), 1)
     hint = f"; the nearest is '{near[0]}'" if near else ""
     return f"no command '{asked}'{hint}. All of them: olmo --help"
 
@@ -218,7 +224,10 @@ def add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter, 
     options: dict[str, Any] = {} if positional else {"required": required}
     options["default"] = None if required else parameter.default
     kind, many = kind_of(hint)
-    if kind is bool:
+    if dataclasses.is_dataclass(kind):
+        options["type"] = lambda text: kind.new(**json.loads(text))  # type: ignore[union-attr]
+        options["metavar"] = "JSON"
+    elif kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif many:
         options |= {"type": kind, "nargs": "*"}

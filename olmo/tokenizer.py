@@ -1,7 +1,7 @@
 """The tokenizer beside a model: text to ids, with the end-of-text token, and back.
 
 A wrapper of `tokenizers.Tokenizer` with OLMo's interface. Training reads token files and needs
-none of it; the tokenizer that makes those files is `olmo.corpus.train_tokenizer`'s.
+none of it; the tokenizer that makes those files is `olmo.corpus.tokenizer`'s.
 """
 
 from __future__ import annotations

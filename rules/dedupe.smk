@@ -17,8 +17,8 @@ rule attributes:
         "../envs/dolma.yaml"
     params:
         environment=environment_flag,
-        dedupe=lambda w: plan.flags(w.dataset, "dedupe"),
-        decontaminate=lambda w: plan.flags(w.dataset, "decontaminate"),
+        dedupe=lambda w: plan.section(w.dataset, "dedupe", "dedupe"),
+        decontaminate=lambda w: plan.section(w.dataset, "decontaminate", "decontaminate"),
     shell:
         "olmo attributes --documents {input.documents:q} --against {input.against:q}"
         " --requirements {input.requirements:q} {params.environment} {params.dedupe}"

@@ -10,6 +10,8 @@ rule documents:
     log:
         "logs/documents/{dataset}/{batch}.log",
     params:
-        recipe=lambda w: plan.flags(w.dataset, "documents"),
+        kind=lambda w: plan.kind_flags(w.dataset),
+        recipe=lambda w: plan.section(w.dataset, "documents"),
     shell:
-        "olmo documents --sources {input.sources:q} --listing {output:q} {params.recipe} --log {log:q}"
+        "olmo documents --sources {input.sources:q} --listing {output:q} {params.recipe} {params.kind}"
+        " --log {log:q}"

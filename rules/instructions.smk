@@ -18,7 +18,7 @@ rule instructions:
     params:
         eos=lambda w: plan.recipe(w.dataset).tokenizer.eos_token_id,
         pad=lambda w: plan.recipe(w.dataset).tokenizer.pad_token_id,
-        recipe=lambda w: plan.flags(w.dataset, "instructions"),
+        recipe=lambda w: plan.section(w.dataset, "instructions"),
     shell:
         "olmo instructions --documents {input.documents:q} --tokenizer {input.tokenizer:q}"
         " --eos-token-id {params.eos} --pad-token-id {params.pad} {params.recipe}"

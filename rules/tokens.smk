@@ -36,7 +36,7 @@ rule tokenizer:
     log:
         "logs/tokenizer/{dataset}.log",
     params:
-        recipe=lambda w: plan.flags(w.dataset, "tokenizer"),
+        recipe=lambda w: plan.section(w.dataset, "tokenizer"),
     shell:
         "olmo tokenizer --documents {input.documents:q} --tokenizer {output:q} {params.recipe}"
         " --log {log:q}"
@@ -59,7 +59,7 @@ rule tokens:
         environment=environment_flag,
         eos=lambda w: plan.recipe(w.dataset).tokenizer.eos_token_id,
         pad=lambda w: plan.recipe(w.dataset).tokenizer.pad_token_id,
-        recipe=lambda w: plan.flags(w.dataset, "tokens"),
+        recipe=lambda w: plan.section(w.dataset, "tokens"),
     shell:
         "olmo tokens --documents {input.documents:q} --tokenizer {input.tokenizer:q}"
         " --requirements {input.requirements:q} {params.environment} --eos-token-id {params.eos}"

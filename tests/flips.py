@@ -57,7 +57,7 @@ def name(project: Project, path: Path) -> Any:
 
 
 def listing(project: Project, path: Path) -> Any:
-    from olmo.corpus.shards import read
+    from olmo.corpus.listing import read
 
     return read([path])
 

@@ -147,6 +147,25 @@ def ours(default: Any = None) -> Any:
     return field(default=default, metadata={"ours": True})
 
 
+# Of a field of a stage's section that is no part of what an action is known by.
+UNHASHED = {"unhashed": True}
+
+
+def changed(config: BaseConfig) -> dict[str, Any]:
+    """The fields of a config that are not their defaults."""
+    return {
+        f.name: as_plain(value)
+        for f in dataclasses.fields(config)  # type: ignore[arg-type]
+        if (value := getattr(config, f.name)) != default_of(f)
+    }
+
+
+def hashed(config: BaseConfig) -> dict[str, Any]:
+    """Those of them that decide bytes, for an action."""
+    free = {f.name for f in dataclasses.fields(config) if f.metadata.get("unhashed")}  # type: ignore[arg-type]
+    return {name: value for name, value in changed(config).items() if name not in free}
+
+
 # Of a config. YAML's aliases make billions of values of a few lines.
 MOST_VALUES, MOST_LEVELS = 1_000_000, 50
 

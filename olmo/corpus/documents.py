@@ -11,12 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from itertools import count, islice
 from math import ceil, isfinite
+from pathlib import Path
 from typing import Any
 
+from olmo.config import BaseConfig
+from olmo.config.strict import UNHASHED, check_range
 from olmo.corpus import conversations
+from olmo.corpus.listing import read, run, write
 from olmo.io import file_kinds, gz
 from olmo.runtime import log
 from olmo.store.stage import Facts, Input, Output, stage
@@ -48,6 +54,90 @@ MAX_TEXT_BYTES = MAX_TOKENS // MAX_BYTES_PER_BYTE - 1
 MAX_LINE_BYTES = 256 * 2**20  # its end included. A line is held in memory, twice for a moment
 
 
+@dataclass
+class DocumentsSection(BaseConfig):
+    """What is kept of a source. `allow` names the reasons for which a line may be dropped."""
+
+    keep_one_in: int = 1
+    offset: int = 0
+    heldout_share: float = 0.0
+    # Parts and copies by the hash of the id, of sources by their names: "books-*=2.5". The first
+    # that fits counts; a source that none fits has weight 1.
+    weights: list[str] = field(default_factory=list, metadata=UNHASHED)
+    max_text_bytes: int = MAX_TEXT_BYTES
+    max_line_bytes: int = MAX_LINE_BYTES  # a longer line is a drop (long-line)
+    allow: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("documents.keep_one_in", self.keep_one_in, 1)
+        check_range("documents.max_text_bytes", self.max_text_bytes, 1)
+        check_range("documents.max_line_bytes", self.max_line_bytes, 1, gz.LONGEST_LINE)
+        if not 0 <= self.offset < self.keep_one_in:
+            raise ValueError(
+                f"documents.offset: expected from 0 to keep_one_in - 1, {self.keep_one_in - 1}; "
+                f"found {self.offset}"
+            )
+        if not 0 <= self.heldout_share < 1:
+            raise ValueError(
+                f"documents.heldout_share: expected from 0 to below 1, found {self.heldout_share}"
+            )
+
+        for weight in self.weights:
+            pattern, _, number = weight.partition("=")
+            try:
+                known = pattern and 0 < float(number) <= 1000
+            except ValueError:
+                known = False
+            if not known:
+                raise ValueError(
+                    "documents.weights: expected pattern=number, the number above 0 and at most "
+                    f"1000; found {weight!r}"
+                )
+
+    def repeats(self) -> bool:
+        """Whether a document is taken more than once."""
+        return any(float(weight.partition("=")[2]) > 1 for weight in self.weights)
+
+    def weight_of(self, source: str) -> float:
+        """What a source's documents count."""
+        for pattern, _, number in (weight.partition("=") for weight in self.weights):
+            if fnmatchcase(source, pattern):
+                return float(number)
+        return 1.0
+
+
+EVERY_LINE = DocumentsSection()
+
+
+def batch(
+    sources: list[Path],
+    listing: Path,
+    config: DocumentsSection,
+    kind: str = TEXT,
+) -> None:
+    """One line in N of each source of a batch, checked, the held-out ones split off."""
+    entries = []
+    for source in read(sources, "source"):
+        names = {
+            "documents": f"documents/{source.shard}.json.gz",
+            "heldout": f"heldout/{source.shard}.json.gz",
+            "table": f"documents/{source.shard}.parquet",
+        }
+        entries += run(
+            listing,
+            source.shard,
+            documents,
+            names,
+            source=source.object,
+            name=Path(source.path).name,
+            config=config,
+            weight=config.weight_of(source.shard),
+            kind=kind,
+        )
+    write(listing, entries)
+
+
 @stage(version=1, conditions=gz.conditions)
 def documents(
     source: Input,
@@ -55,14 +145,9 @@ def documents(
     heldout: Output,
     table: Output,
     name: str,
-    keep_one_in: int = 1,
-    offset: int = 0,
-    heldout_share: float = 0.0,
+    config: DocumentsSection = EVERY_LINE,
     weight: float = 1.0,
-    max_text_bytes: int = MAX_TEXT_BYTES,
-    allow: tuple[str, ...] = (),
     kind: str = TEXT,
-    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Facts:
     """Keep one line in N of a source, check each, and split off the held-out ones.
 
@@ -83,18 +168,12 @@ def documents(
     """
     import polars
 
-    if not 0 <= offset < keep_one_in:
-        raise ValueError(
-            f"expected 0 <= offset < keep_one_in, found offset={offset}, keep_one_in={keep_one_in}"
-        )
-    if not 0 <= heldout_share < 1:
-        raise ValueError(f"expected heldout_share from 0 up to 1, found {heldout_share}")
     if not (weight > 0 and isfinite(weight)):
         raise ValueError(f"expected a weight above 0, found {weight}")
     if kind not in (TEXT, MESSAGES):
         raise ValueError(f"kind: expected {TEXT} or {MESSAGES}, found {kind!r}")
     known = REASONS if kind == TEXT else conversations.REASONS
-    if unknown := sorted(set(allow) - set(known)):
+    if unknown := sorted(set(config.allow) - set(known)):
         raise ValueError(f"allow: unknown reason {unknown[0]!r}. Known: {', '.join(known)}")
 
     schema = {
@@ -113,12 +192,14 @@ def documents(
         write = {TRAIN: train_lines.write, HELDOUT: heldout_lines.write}
         for copy in range(ceil(weight)):
             number = count(1)
-            with gz.reading(source, name, max_line_bytes) as lines:
+            with gz.reading(source, name, config.max_line_bytes) as lines:
                 # islice and zip run in C: a line not kept costs little but its decompression.
-                for line, at in islice(zip(lines, number, strict=False), offset, None, keep_one_in):
-                    if kind == TEXT and len(line) <= max_line_bytes:
-                        identity, text, reason = parse(line, max_text_bytes)
-                    elif len(line) <= max_line_bytes:
+                for line, at in islice(
+                    zip(lines, number, strict=False), config.offset, None, config.keep_one_in
+                ):
+                    if kind == TEXT and len(line) <= config.max_line_bytes:
+                        identity, text, reason = parse(line, config.max_text_bytes)
+                    elif len(line) <= config.max_line_bytes:
                         identity, text, reason = conversations.parse(line)
                     else:
                         identity, text, reason = None, None, "long-line"
@@ -133,7 +214,7 @@ def documents(
                     assert identity is not None
                     if weight != 1 and copy >= copies(identity, weight):
                         continue
-                    split = HELDOUT if is_held_out(identity, heldout_share) else TRAIN
+                    split = HELDOUT if is_held_out(identity, config.heldout_share) else TRAIN
                     if split == HELDOUT and copy > 0:
                         continue  # a copy would only weigh on the evaluation
                     rows[split] += 1
@@ -144,10 +225,10 @@ def documents(
         raise ValueError(f"{name}: expected lines, found an empty source. Remove it or fetch it.")
 
     frame = polars.DataFrame(table_rows, schema, orient="row")
-    if forbidden := sorted(set(reasons) - set(allow)):
+    if forbidden := sorted(set(reasons) - set(config.allow)):
         raise ValueError(drops_message(name, frame, reasons, forbidden, known, hint))
     nameless = int((frame["id"] == "").sum())
-    if nameless > 1 and (heldout_share or weight != 1):
+    if nameless > 1 and (config.heldout_share or weight != 1):
         log.warn(
             f"{name}: {nameless:,} lines have the empty id and one fate: all are held out or none, "
             "all are repeated or none"

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from olmo.corpus import dolma_worker
 from olmo.corpus.documents import MAX_BYTES_PER_BYTE
-from olmo.corpus.environments import version
-from olmo.corpus.tokens import Job
+from olmo.corpus.engine import Job
+from olmo.corpus.environments import interpreter, version
 from olmo.runtime.log import say
 from olmo.runtime.process import describe_exit, supervised
 
@@ -172,6 +172,12 @@ class Dolma:
         text = self.said.read().decode(errors="replace")
         lines = [line for line in text.splitlines() if line.strip() and "/s]" not in line]
         return "\n".join(lines[-20:])
+
+
+def started(requirements: Path, environment: Path | None) -> Dolma:
+    """The toolkit in its environment, or of the `python` on PATH (`--sdm conda`)."""
+    python = interpreter(environment) if environment else Path(shutil.which("python") or "python")
+    return Dolma(python, toolkit(requirements))
 
 
 def time_limit(text_bytes: int) -> float:

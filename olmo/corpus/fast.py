@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from olmo.corpus.documents import parse
 from olmo.corpus.dolma import Dolma, scratch_beside
 from olmo.corpus.encoding import encoder
-from olmo.corpus.tokens import Job
+from olmo.corpus.engine import Job
 from olmo.io import gz
 
 if TYPE_CHECKING:

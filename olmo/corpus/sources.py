@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from olmo.config import BaseConfig
+from olmo.config.strict import check_range
 from olmo.corpus.source_table import COLUMNS
 from olmo.io import downloads, file_kinds, gz
 from olmo.runtime import log
@@ -15,6 +18,34 @@ from olmo.store.stage import Facts, Free, Input, Output, Work, here, stage
 from olmo.store.store import sha256 as digest_of
 
 MOST_LIST = 256 * 2**20  # bytes of a list of URLs
+
+
+@dataclass
+class SourcesSection(BaseConfig):
+    """Where text comes from; exactly one of the first five is given."""
+
+    stdlib: int | None = None  # the running Python's standard library, in so many files
+    stdlib_questions: int | None = None  # its documentation as conversations, likewise
+    files: list[str] = field(default_factory=list)  # local gz files of Dolma's schema; globs
+    table: str | None = None  # a TSV: url, bytes, sha256, licence
+    url_list: str | None = None  # a URL of a text file of URLs, as Dolma publishes them
+    # Where else the files are, tried in this order: "https://a.org/x/=https://b.org/y/".
+    mirrors: list[str] = field(default_factory=list)
+    allow_missing: bool = False  # go on without the files that cannot be had
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("stdlib", "stdlib_questions"):
+            check_range(f"sources.{name}", getattr(self, name), 1, 100)
+        kinds = ("stdlib", "stdlib_questions", "files", "table", "url_list")
+        given = [name for name in kinds if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(
+                f"sources: expected one of {', '.join(kinds)}; found "
+                + (" and ".join(given) or "none")
+            )
+        if wrong := [mirror for mirror in self.mirrors if mirror.count("=") != 1]:
+            raise ValueError(f"sources.mirrors: expected beginning=beginning, found {wrong[0]!r}")
 
 
 @stage(version=1)

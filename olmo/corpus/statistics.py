@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olmo.corpus.documents import DROPPED, HELDOUT, TRAIN
+from olmo.corpus.listing import read
 from olmo.corpus.tokens import PARQUET
+from olmo.runtime import log
 from olmo.store.stage import Facts, Inputs, Output, stage
 
 if TYPE_CHECKING:
@@ -13,6 +16,18 @@ if TYPE_CHECKING:
 
 ALL = "in all"
 CUT = "cut"  # documents that stay, and what was taken out of them
+
+
+def batch(documents: list[Path], tokens: list[Path], summary: Path, text: Path) -> None:
+    """What a data set holds, as a table for programs and one for people, which is told."""
+    statistics(
+        tables=[entry.object for entry in read(documents, "table")],
+        tokens=[entry.object for entry in read(tokens, "index")],
+        heldout=[entry.object for entry in read(tokens, "heldout-index")],
+        summary=summary,
+        text=text,
+    )
+    log.tell(text.read_text(encoding="utf-8").rstrip())
 
 
 @stage(version=1)

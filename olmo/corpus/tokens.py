@@ -6,12 +6,18 @@ counts only if every document that went in came out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from olmo.corpus.documents import MAX_BYTES_PER_BYTE, MAX_TOKENS, TRAIN
+from olmo.config import BaseConfig
+from olmo.config.strict import check_range
+from olmo.corpus.documents import HELDOUT, MAX_BYTES_PER_BYTE, MAX_TOKENS, TRAIN
+from olmo.corpus.dolma import started
+from olmo.corpus.engine import Engine, Job
+from olmo.corpus.fast import Fast
+from olmo.corpus.listing import read, run, write
 from olmo.runtime import log
 from olmo.store.stage import Facts, Free, Input, Output, stage
 
@@ -29,29 +35,72 @@ PARQUET: dict[str, Any] = {
 AS_SPECIAL, AS_TEXT = "as-special", "as-text"
 
 
-@dataclass(frozen=True)
-class Job:
-    """One file of documents to tokenize."""
+@dataclass
+class TokensSection(BaseConfig):
+    """How documents become tokens; both engines give the same bytes."""
 
-    documents: Path
-    tokenizer: Path
-    tokens: Path  # to be written: raw little-endian `dtype`
-    eos_token_id: int
-    pad_token_id: int
-    dtype: str
-    text_bytes: int
-    count: int  # of documents
-    max_size: int
-    special_as_text: bool
+    engine: str = "dolma"  # the toolkit itself, or `fast`
+    audit_share: float = 0.01  # of fast's files, tokenized by the toolkit as well and compared
+    special_tokens: str = AS_SPECIAL  # what looks like one in a text; or "as-text"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("tokens.audit_share", self.audit_share, 0, 1)
+        for name, known in {
+            "engine": ("dolma", "fast"),
+            "special_tokens": (AS_SPECIAL, AS_TEXT),
+        }.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"tokens.{name}: expected {' or '.join(known)}, found {getattr(self, name)!r}"
+                )
 
 
-class Engine(Protocol):
-    """What makes token shards. `toolkit` is part of their identity: names and versions."""
+def batch(
+    documents: list[Path],
+    tokenizer: Path,
+    listing: Path,
+    eos_token_id: int,
+    pad_token_id: int,
+    requirements: Path,
+    config: TokensSection,
+    environment: Path | None = None,
+) -> None:
+    """Token shards of a batch's documents and held-out documents, by one process of the toolkit.
 
-    toolkit: str
-
-    def tokenize(self, job: Job) -> tuple[polars.DataFrame, str]:
-        """Write the tokens; (row, id, start, end of each document, in order), and what was said."""
+    `environment` is what `olmo environment` made of `requirements`; without it, the toolkit is
+    that of the `python` on PATH (`--sdm conda`).
+    """
+    tables = {entry.shard: entry.object for entry in read(documents, "table")}
+    parts = {
+        TRAIN: ("documents", {"tokens": "tokens/{}.npy", "index": "tokens/{}.parquet"}),
+        HELDOUT: ("heldout", {"tokens": "heldout/{}.npy", "index": "heldout/{}.parquet"}),
+    }
+    entries = []
+    # The toolkit starts when the first shard is not in the store.
+    with started(requirements, environment) as dolma:
+        engine = Fast(dolma, config.audit_share) if config.engine == "fast" else dolma
+        for split, (output, paths) in parts.items():
+            for entry in read(documents, output):
+                made = run(
+                    listing,
+                    entry.shard,
+                    tokens,
+                    {name: path.format(entry.shard) for name, path in paths.items()},
+                    documents=entry.object,
+                    table=tables[entry.shard],
+                    tokenizer=tokenizer,
+                    eos_token_id=eos_token_id,
+                    pad_token_id=pad_token_id,
+                    toolkit=engine.toolkit,
+                    engine=engine,
+                    split=split,
+                    special_tokens=config.special_tokens,
+                )
+                # The listing tells the held-out shards from the others by the output's name.
+                prefix = "" if split == TRAIN else "heldout-"
+                entries += [replace(file, output=prefix + file.output) for file in made]
+    write(listing, entries)
 
 
 @stage(version=1)
@@ -85,11 +134,7 @@ def tokens(
     import numpy as np
     import polars
 
-    assert toolkit == engine.toolkit
-    if special_tokens not in (AS_SPECIAL, AS_TEXT):
-        raise ValueError(
-            f"special_tokens: expected {AS_SPECIAL} or {AS_TEXT}, found {special_tokens!r}"
-        )
+    assert toolkit == engine.toolkit and special_tokens in (AS_SPECIAL, AS_TEXT)
     expected = (
         polars.read_parquet(table)
         .filter(polars.col("split") == split)

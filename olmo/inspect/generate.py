@@ -145,8 +145,8 @@ def prompt_ids(
 ) -> list[int]:
     """The ids that the model goes on from.
 
-    With `chat` as `olmo.corpus.sft` makes a conversation, up to where the assistant speaks. A text
-    without a token begins where a document does, after the end of another.
+    With `chat` as `olmo.corpus.instructions` makes a conversation, up to where the assistant
+    speaks. A text without a token begins where a document does, after the end of another.
     """
     if chat:
         said = [] if system is None else [("system", system)]

@@ -12,9 +12,10 @@ from typing import Any
 
 from olmo.config import TrainConfig
 from olmo.corpus.docstrings import DATASET, stdlib_docstrings
-from olmo.corpus.shards import read
+from olmo.corpus.listing import read
 from olmo.corpus.stdlib import library_digest
 from olmo.inspect.documents import digest_of, shards
+from olmo.pipeline.recipe import EvaluationConfig
 from olmo.runtime.numbers import as_words, from_json, to_json
 from olmo.store.stage import Facts, Folder, Free, Input, Inputs, Output, here, stage
 
@@ -72,27 +73,25 @@ def evaluate(
     docstrings: Path,
     answers: Path,
     results: Path,
+    config: EvaluationConfig,
     heldout: Path | None = None,
     further: tuple[Path, ...] = (),
-    choices: tuple[str, ...] = (),
-    harness: tuple[str, ...] = (),
-    data: Path | None = None,
-    task_files: tuple[Path, ...] = (),
-    batch_size: int = 8,
-    limit: int | None = None,
 ) -> None:
-    """Ask a finished run the tasks `choices` by our scorer and `harness` by lm-eval; tabulate.
+    """Ask a finished run what `config` names; tabulate.
 
     `checkpoint` is a final folder, `hf` its export, `heldout` what `olmo heldout` found, if
     anything was held out, `further` what it found of other data sets (<data set>.json),
-    `docstrings` what `olmo docstrings` made; `data` holds further data sets, as
-    hf_datasets_cache_dir does. `answers` and `results` are the folders that are written.
+    `docstrings` what `olmo docstrings` made. `answers` and `results` are the folders that are
+    written.
 
     Raises ValueError for a task that there is not, that has no answers, or whose data is not here
     and not to be had from the hub.
     """
     from olmo.eval.rows import local_files
     from olmo.eval.tasks import task_of, tasks
+
+    data = None if config.data is None else Path(config.data)
+    task_files = [Path(path) for path in config.task_files]
 
     def place(label: str) -> tuple[Path | None, list[Path]]:
         task = task_of(label)
@@ -105,7 +104,7 @@ def evaluate(
         if not any(file.is_file() for file in path.rglob("*")):
             raise ValueError(f"task_files: expected a folder with files, found none in {path}")
     found = []
-    for label in choices:
+    for label in config.choices:
         folder, rows = place(label)
         choice_task(
             model=checkpoint / "model.safetensors",
@@ -116,12 +115,12 @@ def evaluate(
             answers=answers / OURS / label,
             checkpoint=checkpoint,
             data=folder,
-            batch_size=batch_size,
-            limit=limit,
+            batch_size=config.batch_size,
+            limit=config.limit,
         )
         found.append(answers / OURS / label)
-    if harness:
-        local = {label: place(label) for label in harness if label in tasks()}
+    if config.harness:
+        local = {label: place(label) for label in config.harness if label in tasks()}
         local = {label: (folder, rows) for label, (folder, rows) in local.items() if rows}
         harness_tasks(
             model=sorted(p for p in hf.iterdir() if p.suffix in (".json", ".safetensors"))
@@ -129,16 +128,16 @@ def evaluate(
             else [hf],
             rows=[row for _, rows in local.values() for row in rows],
             files=sorted(p for f in task_files for p in f.rglob("*") if p.is_file()),
-            names=sorted(set(harness)),
+            names=sorted(set(config.harness)),
             ours={label: dataclasses.asdict(task_of(label)) for label in local},
             versions={name: version(name) for name in ("lm-eval", "transformers")},
             answers=answers / HARNESS,
             checkpoint=checkpoint,
             hf=hf,
             data={label: folder for label, (folder, _) in local.items() if folder},
-            task_files=list(task_files),
-            batch_size=batch_size,
-            limit=limit,
+            task_files=task_files,
+            batch_size=config.batch_size,
+            limit=config.limit,
         )
         found.append(answers / HARNESS)
     evaluation(

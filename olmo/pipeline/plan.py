@@ -4,6 +4,7 @@ The Snakefile asks this module and nothing else for names; what is planned depen
 config/config.yaml, the recipes in config/data and, for a list of URLs, the list.
 """
 
+import json
 import os
 import re
 import shlex
@@ -15,16 +16,17 @@ from typing import Any
 
 from olmo.config import BaseConfig, TrainConfig
 from olmo.config.identity import identity
+from olmo.config.strict import changed
 from olmo.corpus import source_table
 from olmo.corpus.documents import MESSAGES
 from olmo.corpus.source_table import Source, quoted
+from olmo.corpus.sources import SourcesSection
+from olmo.corpus.tokenizer import TokenizerSection
 from olmo.pipeline.recipe import (
     EvaluationConfig,
     Pipeline,
     Recipe,
     Run,
-    SourcesConfig,
-    TokenizerConfig,
 )
 from olmo.pipeline.unheeded import refuse_unheeded
 from olmo.tokenizer import hub_name
@@ -87,7 +89,7 @@ class Plan:
             if (other := recipe.tokenizer.dataset) is not None:
                 self._borrowed[dataset] = other
                 ids = self.recipe(other).tokenizer
-                recipe.tokenizer = TokenizerConfig(
+                recipe.tokenizer = TokenizerSection(
                     file=f"data/{other}/tokenizer.json",
                     eos_token_id=ids.eos_token_id,
                     pad_token_id=ids.pad_token_id,
@@ -418,7 +420,7 @@ class Plan:
         config = self.evaluation(run)
         for label in config.choices:
             task_of(label)
-        return as_flags(config.update_with(heldout=[]))  # files are a rule's inputs
+        return as_flag("config", config.update_with(heldout=[]))  # files are a rule's inputs
 
     def evaluation(self, run: str) -> EvaluationConfig:
         path = self.run(run).evaluation
@@ -452,24 +454,18 @@ class Plan:
         """What is measured on the held-out documents of other data sets."""
         return [f"checkpoints/{run}/heldout/{name}.json" for name in self.evaluation(run).heldout]
 
-    def flags(self, dataset: str, part: str) -> str:
-        """A part of a recipe as flags of its stage's command."""
-        recipe = self.recipe(dataset)
-        conversations = part == "documents" and recipe.instructions is not None
-        return f"--kind {MESSAGES} " * conversations + as_flags(getattr(recipe, part))
+    def section(self, dataset: str, part: str, flag: str = "config") -> str:
+        """A section of a recipe as its stage's command takes it: what is not the default."""
+        found = getattr(self.recipe(dataset), part)
+        return "" if found is None else as_flag(flag, found)
+
+    def kind_flags(self, dataset: str) -> str:
+        """What a line of a data set's sources is, where that is no document."""
+        return f"--kind {MESSAGES}" if self.recipe(dataset).instructions is not None else ""
 
 
-def as_flags(config: BaseConfig | None) -> str:
-    """A config's fields as a command takes them; what is empty is left out."""
-    words: list[str] = []
-    for name, value in config.asdict().items() if config else ():
-        if value in (None, [], "") or value is False or name == "against":
-            continue  # files are a rule's inputs
-        words.append("--" + name.replace("_", "-"))
-        if value is True:
-            continue
-        words += map(str, value) if isinstance(value, list) else [str(value)]
-    return shlex.join(words)
+def as_flag(flag: str, config: BaseConfig) -> str:
+    return shlex.join([f"--{flag}", json.dumps(changed(config))])
 
 
 def only_places(
@@ -515,7 +511,7 @@ def recipe_of(run: Run) -> Recipe:
     only_places(cfg, train, ("",), ("data.", "tokenizer."))
     name = cfg.tokenizer.identifier
     here = Path(name).is_file()
-    tokenizer = TokenizerConfig(
+    tokenizer = TokenizerSection(
         file=name if here else None,
         hub=None if here else hub_name(name),
         eos_token_id=cfg.model.eos_token_id,
@@ -530,4 +526,4 @@ def recipe_of(run: Run) -> Recipe:
             f"{train}: expected files in data.paths, where ${{path.glob:…}} may match none, or "
             "`dataset` in config/config.yaml"
         )
-    return Recipe(sources=SourcesConfig(files=files), tokenizer=tokenizer)
+    return Recipe(sources=SourcesSection(files=files), tokenizer=tokenizer)

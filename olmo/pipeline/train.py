@@ -11,8 +11,8 @@ from typing import Any
 from olmo.cluster.launch import Geometry, launch
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
 from olmo.config.identity import identity
-from olmo.corpus.shards import read
-from olmo.corpus.train_tokenizer import check_tokenizer
+from olmo.corpus.listing import read
+from olmo.corpus.tokenizer import check_tokenizer
 from olmo.runtime.numbers import as_words, to_json
 from olmo.store.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage
 from olmo.train.chain import STATE, beginning

@@ -15,12 +15,14 @@ The types say what each parameter is to the action's identity:
     Work               a place that survives a failed attempt, given by the store; a caller who
                        names a path gets a link to it there: not in the identity
     Free[T]            changes no byte: threads, progress, a running toolkit
+    a dataclass        a recipe's section: its fields are parameters, but those that are `unhashed`
     anything else      a parameter that changes bytes
 
 A parameter equal to its default is left out of the identity, so that a new one re-keys nothing.
 A default that changes, or code that gives other bytes, is a new VERSION.
 """
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -36,6 +38,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from olmo.config.strict import hashed
 from olmo.runtime.energy import Joules
 from olmo.runtime.log import say
 from olmo.runtime.urls import entrusted, public
@@ -122,6 +125,8 @@ class Stage:
             for name, value in self.arguments(kwargs, "parameter").items()
             if value != parameters[name].default
         }
+        for section in self.arguments(kwargs, "section").values():
+            params |= hashed(section)
         return Action(self.name, self.version, params, inputs)
 
     def __call__(self, **kwargs: Any) -> Record:
@@ -176,12 +181,12 @@ def stage(
 
 
 def role(hint: Any) -> str:
-    """What a parameter of this type is to an action: input, output, work, free or parameter."""
+    """What a parameter of this type is to an action: input, output, work, free, section, …"""
     for candidate in (hint, *typing.get_args(hint)):  # Input | None is an input
         for mark in getattr(candidate, "__metadata__", ()):
             if mark in ("input", "output", "work", "free"):
                 return str(mark)
-    return "parameter"
+    return "section" if dataclasses.is_dataclass(hint) else "parameter"
 
 
 def explain(store: Store, action: Action, names: list[Path]) -> str:

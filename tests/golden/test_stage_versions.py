@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 
 import olmo
+from olmo.corpus.documents import DocumentsSection
+from olmo.corpus.instructions import InstructionsSection
 from olmo.io import gz
 from olmo.store.stage import Stage
 from olmo.store.store import content
@@ -73,7 +75,7 @@ def source(folder: Path) -> Path:
 
 
 def tokenizer(folder: Path) -> Path:
-    from olmo.corpus.train_tokenizer import trained_tokenizer
+    from olmo.corpus.tokenizer import trained_tokenizer
 
     path = folder / "given.json"
     trained_tokenizer.build(documents=[source(folder)], tokenizer=path, vocab_size=300)
@@ -111,10 +113,9 @@ def make_instances(stage: Stage, root: Path) -> None:
             **{name: names[name] for name in ("documents", "table")},
             tokenizer=tokenizer(root),
             **{name: folder(root) / f"{kind}-{name}" for name in ("tokens", "labels", "index")},
-            sequence_length=32,
+            config=InstructionsSection(sequence_length=32, packed=packed),
             eos_token_id=0,
             pad_token_id=1,
-            packed=packed,
         )
 
 
@@ -207,8 +208,7 @@ MAKE: dict[str, Callable[[Stage, Path], object]] = {
         heldout=folder(d) / "heldout",
         table=folder(d) / "table",
         name="source.json.gz",
-        keep_one_in=2,
-        heldout_share=0.1,
+        config=DocumentsSection(keep_one_in=2, heldout_share=0.1),
     ),
     "trained_tokenizer": lambda s, d: s.build(
         documents=[source(d)], tokenizer=d / "outputs", vocab_size=300

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from olmo.corpus.documents import documents
-from olmo.corpus.sft import instances
-from olmo.corpus.train_tokenizer import trained_tokenizer
+from olmo.corpus.instructions import InstructionsSection, instances
+from olmo.corpus.tokenizer import trained_tokenizer
 
 pytestmark = [
     pytest.mark.slow,
@@ -92,7 +92,8 @@ def test_ids_and_labels_are_olmo_s(theirs, tokenizer: Path, tmp_path: Path):
         out = {name: tmp_path / name for name in ("tokens", "labels", "index")}
         given = {name: names[name] for name in ("documents", "table")}
         facts = instances.build(
-            **given, **out, tokenizer=tokenizer, sequence_length=case["length"],
+            **given, **out, tokenizer=tokenizer,
+            config=InstructionsSection(sequence_length=case["length"]),
             eos_token_id=case["eos"], pad_token_id=case["pad"],
         )  # fmt: skip
         ids = np.fromfile(out["tokens"], np.uint16).reshape(-1, case["length"])

@@ -19,7 +19,7 @@ def project(tmp_path: Path) -> Project:
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of 512 entries for recipes that are given one."""
-    from olmo.corpus.train_tokenizer import trained_tokenizer
+    from olmo.corpus.tokenizer import trained_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     write_source(folder / "documents.gz", documents(0))

@@ -9,7 +9,7 @@ import pytest
 from project import Project, read_source, write_source
 
 from olmo.corpus.documents import is_held_out
-from olmo.corpus.train_tokenizer import trained_tokenizer
+from olmo.corpus.tokenizer import trained_tokenizer
 from olmo.inspect.documents import shards
 from olmo.store.store import Store
 

@@ -30,7 +30,7 @@ def dolma(python):
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer.json of 300 entries."""
-    from olmo.corpus.train_tokenizer import trained_tokenizer
+    from olmo.corpus.tokenizer import trained_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     write_source(folder / "documents.gz", documents(0))

@@ -16,11 +16,10 @@ import pytest
 from servers import serving
 
 from olmo.corpus import attributes, sources
-from olmo.corpus.documents import REASONS, documents
+from olmo.corpus.documents import REASONS, DocumentsSection, documents
 from olmo.corpus.sources import download, source_list
 from olmo.data.files import Tokens
 from olmo.io import bucket, downloads, gz
-from olmo.pipeline.recipe import DocumentsConfig
 from olmo.store.remote import Remote
 
 BLOCK = bytes(1 << 16)
@@ -169,7 +168,9 @@ def made(tmp_path: Path, source: bytes, **options: Any) -> tuple[Any, polars.Dat
     path = tmp_path / "a.json.gz"
     path.write_bytes(gzip.compress(source))
     out = {name: tmp_path / name for name in ("documents", "heldout", "table")}
-    facts = documents.build(source=path, name="a.json.gz", **out, **options)
+    facts = documents.build(
+        source=path, name="a.json.gz", config=DocumentsSection(**options), **out
+    )
     return facts, polars.read_parquet(out["table"]), gzip.decompress(out["documents"].read_bytes())
 
 
@@ -217,19 +218,20 @@ def test_a_long_line_is_a_drop_that_the_recipe_allows(tmp_path: Path) -> None:
 
 
 def test_the_recipe_tells_the_limit_and_no_key_changes() -> None:
-    assert DocumentsConfig().max_line_bytes is None and "long-line" in REASONS
+    assert DocumentsSection().max_line_bytes is None and "long-line" in REASONS
     with pytest.raises(
         ValueError, match=r"documents.max_line_bytes: expected from 1 to 1073741824"
     ):
-        DocumentsConfig(max_line_bytes=1 << 31)
+        DocumentsSection(max_line_bytes=1 << 31)
 
 
 BOMB = """
 import resource, sys
 from pathlib import Path
-from olmo.corpus.documents import documents
+from olmo.corpus.documents import DocumentsSection, documents
 out = {name: Path(sys.argv[2], name) for name in ("documents", "heldout", "table")}
-facts = documents.build(source=Path(sys.argv[1]), name="bomb", allow=("long-line",), **out)
+facts = documents.build(source=Path(sys.argv[1]), name="bomb",
+                        config=DocumentsSection(allow=["long-line"]), **out)
 print(facts["lines"], facts["documents"], facts["drops"]["long-line"])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

@@ -14,7 +14,7 @@ import pytest
 from olmo.corpus import attributes as module
 from olmo.corpus import bloom
 from olmo.corpus.attributes import attributes, read
-from olmo.corpus.documents import documents
+from olmo.corpus.documents import DocumentsSection, documents
 from olmo.corpus.dolma import Dolma
 from olmo.corpus.mixed import mixed
 
@@ -298,7 +298,12 @@ def test_a_line_that_only_dedupe_cannot_read_is_named(files, tmp_path, dolma, ca
     lines = ['{"id": "g", "text": "c"}', "broken", line, '{"id": "h", "text": "d"}']
     (tmp_path / "source.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     made = {kind: tmp_path / kind for kind in ("documents", "heldout", "table")}
-    documents.build(source=tmp_path / "source.gz", name="s.gz", allow=("bad-json",), **made)
+    documents.build(
+        source=tmp_path / "source.gz",
+        name="s.gz",
+        config=DocumentsSection(allow=["bad-json"]),
+        **made,
+    )
     said = f"^s.gz:3: expected a document that dolma dedupe can read, found {message}"
     with pytest.raises(ValueError, match=said):
         tell({**files, "pairs": [made, files["pairs"][1]]}, tmp_path / "one", dolma, exact=True)

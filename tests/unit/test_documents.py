@@ -12,7 +12,7 @@ import polars
 import pytest
 import yaml
 
-from olmo.corpus.documents import REASONS, documents, parse
+from olmo.corpus.documents import REASONS, DocumentsSection, documents, parse
 from olmo.corpus.stdlib import definitions, stdlib
 from olmo.io import gz
 from olmo.pipeline.recipe import Recipe
@@ -33,7 +33,9 @@ def run(tmp_path):
 
     def run(source, name="part.json.gz", **parameters):
         out = {kind: tmp_path / f"{kind}.out" for kind in ("documents", "heldout", "table")}
-        return documents.build(source=source, name=name, **out, **parameters), out
+        apart = {key: parameters.pop(key) for key in ("weight", "kind") if key in parameters}
+        config = DocumentsSection(**parameters)
+        return documents.build(source=source, name=name, config=config, **out, **apart), out
 
     return run
 
@@ -182,7 +184,7 @@ def test_windows_line_ends_and_characters_beyond_the_first_plane_are_documents()
 @pytest.mark.parametrize(
     "parameters, message",
     [
-        ({"keep_one_in": 10, "offset": 10}, "offset < keep_one_in"),
+        ({"keep_one_in": 10, "offset": 10}, "offset: expected from 0 to keep_one_in - 1, 9; found 10"),
         ({"keep_one_in": 0}, "keep_one_in"),
         ({"heldout_share": 1.0}, "heldout_share"),
         ({"weight": 0.0}, "expected a weight above 0"),

@@ -15,7 +15,7 @@ from test_huggingface import OLMO2, checkpoint
 
 from olmo.config import TrainConfig
 from olmo.corpus.docstrings import DATASET, stdlib_docstrings
-from olmo.corpus.shards import Entry, write
+from olmo.corpus.listing import Entry, write
 from olmo.eval.final import choices, perplexity
 from olmo.eval.harness import ask, write_task
 from olmo.eval.tasks import Task, requests, task_of
@@ -234,8 +234,10 @@ def test_a_plan_knows_its_runs_and_tasks(tmp_path: Path) -> None:
     file.write_text("choices: [piqa]\nharness: [sciq]\nlimit: 5\n")
     runs = {"one": {"train": "t.yaml", "evaluation": str(file)}, "two": {"train": "t.yaml"}}
     plan = Plan({"runs": runs})
-    assert plan.evaluation_flags("one") == "--choices piqa --harness sciq --batch-size 8 --limit 5"
-    assert plan.evaluation_flags("two") == "--batch-size 8"
+    assert plan.evaluation_flags("one") == (
+        """--config '{"choices": ["piqa"], "harness": ["sciq"], "limit": 5}'"""
+    )
+    assert plan.evaluation_flags("two") == "--config '{}'"
     with pytest.raises(ValueError, match=r"there is no run three in .*; there are one, two"):
         plan.dataset("three")
     file.write_text("choices: [piqqa]\n")

@@ -12,11 +12,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as pre
 
 from olmo.corpus import fast
-from olmo.corpus.documents import documents
+from olmo.corpus.documents import DocumentsSection, documents
 from olmo.corpus.encoding import LONG_SPACE, NAMED_PATTERN, disqualifies, encoder, is_settled
 from olmo.corpus.fast import Fast
+from olmo.corpus.tokenizer import portable, trained_tokenizer
 from olmo.corpus.tokens import tokens
-from olmo.corpus.train_tokenizer import portable, trained_tokenizer
 
 PROSE = [
     "The quick brown fox doesn't jump; it'll sleep, we're told. I'm 99.9% sure they've 1,234.",
@@ -117,7 +117,12 @@ def both(folder, written, tokenizer, dolma, **parameters):
     lines = [json.dumps({"id": f"doc-{n}", "text": text}) for n, text in enumerate(written)]
     (folder / "source.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     made = {kind: folder / f"{kind}.out" for kind in ("documents", "heldout", "table")}
-    documents.build(source=folder / "source.gz", name="source.gz", **made, allow=("empty-text",))
+    documents.build(
+        source=folder / "source.gz",
+        name="source.gz",
+        **made,
+        config=DocumentsSection(allow=["empty-text"]),
+    )
     for engine in dolma, Fast(dolma, audit_share=0):
         (folder / engine.toolkit).mkdir()
         facts = tokens.build(

@@ -14,7 +14,8 @@ from servers import web_server
 from test_remote import Place
 
 from olmo.checkpoint import huggingface, layout, mirror
-from olmo.corpus import shards, source_table
+from olmo.corpus import listing as listings
+from olmo.corpus import source_table
 from olmo.io import foreign, sealed
 from olmo.store.remote import Remote, pull, push
 from olmo.store.store import content
@@ -384,7 +385,7 @@ def test_a_listing_names_what_it_must(tmp_path: Path) -> None:
         values = row | {column: bad}
         listing.write_text(sealed.dump_table([values, values.values()]))
         with pytest.raises(ValueError, match=f"000.tsv: expected .*, found '{bad}'"):
-            shards.read([listing])
+            listings.read([listing])
 
 
 def test_a_source_has_a_name_that_a_file_can_have(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from servers import serving, web_server
 from olmo.corpus.documents import documents
 from olmo.corpus.fast import Fast
 from olmo.corpus.sources import download
+from olmo.corpus.tokenizer import trained_tokenizer
 from olmo.corpus.tokens import tokens
-from olmo.corpus.train_tokenizer import trained_tokenizer
 from olmo.store.commands import damaged
 from olmo.store.store import Store
 

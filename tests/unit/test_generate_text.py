@@ -12,7 +12,7 @@ from servers import web_server
 from olmo.checkpoint.final import write_safetensors
 from olmo.checkpoint.read import load_model
 from olmo.config import TrainConfig
-from olmo.corpus.train_tokenizer import trained_tokenizer
+from olmo.corpus.tokenizer import trained_tokenizer
 from olmo.inspect.generate import generate, pieces, place_of, prompt_ids
 from olmo.model import OLMo
 from olmo.tokenizer import Tokenizer
@@ -123,7 +123,7 @@ def test_stdin_and_too_long_a_text(say, monkeypatch: pytest.MonkeyPatch, capsys)
 
 
 def test_a_chat_s_prompt_is_a_conversation_up_to_the_answer(checkpoint: Path, say):
-    from olmo.corpus.sft import encoded
+    from olmo.corpus.instructions import encoded
 
     words = Tokenizer.from_file(checkpoint.parents[2] / "tokenizer.json", eos_token_id=0)
     talk = [("system", "Be brief."), ("user", " What is 1?\n"), ("assistant", "It is 1.")]

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from olmo.config import TrainConfig
-from olmo.corpus.shards import Entry, write
-from olmo.corpus.shards import order as order_command
+from olmo.corpus.listing import Entry, write
+from olmo.corpus.order import order as order_command
 from olmo.data import order
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.train import link

@@ -6,10 +6,10 @@ import json
 import polars
 import pytest
 
-from olmo.corpus.documents import REASONS, documents
+from olmo.corpus.documents import REASONS, DocumentsSection, documents
 from olmo.corpus.fast import Fast
+from olmo.corpus.tokenizer import trained_tokenizer
 from olmo.corpus.tokens import tokens
-from olmo.corpus.train_tokenizer import trained_tokenizer
 
 GOOD = [
     json.dumps({"id": f"good-{n}", "text": text}).encode()
@@ -55,10 +55,9 @@ def source(tmp_path_factory):
     facts = documents.build(
         source=folder / "source.gz",
         name="source.gz",
-        heldout_share=0.2,
-        max_text_bytes=2000,
-        max_line_bytes=4000,
-        allow=tuple(REASONS),
+        config=DocumentsSection(
+            heldout_share=0.2, max_text_bytes=2000, max_line_bytes=4000, allow=list(REASONS)
+        ),
         **made,
     )
     trained_tokenizer.build(

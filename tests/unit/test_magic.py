@@ -21,7 +21,7 @@ from olmo.corpus.conversations import local_conversations
 from olmo.corpus.documents import documents
 from olmo.corpus.source_table import read
 from olmo.corpus.sources import check, local_source
-from olmo.corpus.train_tokenizer import local_tokenizer
+from olmo.corpus.tokenizer import local_tokenizer
 from olmo.io import file_kinds, gz
 
 ROWS = [{"id": f"ä{n}", "text": f"Text {n}, naïve.\n字"} for n in range(300)]

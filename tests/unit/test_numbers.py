@@ -12,7 +12,7 @@ from small_run import run, settings
 from test_huggingface import OLMO2, checkpoint
 
 from olmo.checkpoint.read import load
-from olmo.corpus.shards import Entry, write
+from olmo.corpus.listing import Entry, write
 from olmo.eval.choices import score
 from olmo.eval.tasks import Request
 from olmo.pipeline.convert import convert

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olmo.corpus import shards
+from olmo.corpus import listing
+from olmo.corpus.order import order as order_command
 from olmo.data import order
 from olmo.store.stage import here
 
@@ -72,10 +73,10 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_the_readmes_snippet_maps_the_order_of_an_ordinary_user(place: Path) -> None:
-    entry = shards.Entry("part-0", "tokens", "part-0.npy", "0" * 64, 2 * 8 * 100)
-    shards.write(Path("tokens.tsv"), [entry])
+    entry = listing.Entry("part-0", "tokens", "part-0.npy", "0" * 64, 2 * 8 * 100)
+    listing.write(Path("tokens.tsv"), [entry])
     made = place / "checkpoints/small/global_indices.npy"
-    shards.order([Path("tokens.tsv")], made, sequence_length=8, seed=1)
+    order_command([Path("tokens.tsv")], made, sequence_length=8, seed=1)
     expected = order.read(made)[:].tolist()
     child = os.fork()
     if not child:  # root may open everything
@@ -96,6 +97,6 @@ def test_the_readmes_snippet_maps_the_order_of_an_ordinary_user(place: Path) -> 
     mapped = np.memmap(made, mode="r+", dtype=np.uint32)
     mapped[0] += 1
     mapped.flush()
-    shards.order([Path("tokens.tsv")], made, sequence_length=8, seed=1)
+    order_command([Path("tokens.tsv")], made, sequence_length=8, seed=1)
     assert order.read(made)[:].tolist() == expected
     assert len(list(Path("store/quarantine").iterdir())) == 1

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olmo.corpus.shards import Entry, asked, order, write
+from olmo.corpus.arriving import asked
+from olmo.corpus.listing import Entry, write
+from olmo.corpus.order import order
 from olmo.corpus.source_table import Source, complete, named, read, safe
 from olmo.io import sealed
 from olmo.pipeline.plan import Plan
@@ -46,8 +48,9 @@ def test_batches():
 
 
 def test_flags_quote_what_a_shell_minds():
-    assert plan().flags("mine", "documents").startswith("--keep-one-in 10 --offset 0")
-    assert "--allow no-id no-text" in plan().flags("mine", "documents")
+    flag, given = shlex.split(plan().section("mine", "documents"))
+    assert flag == "--config" and "offset" not in given, "which is the default"
+    assert '"keep_one_in": 10' in given and '"allow": ["no-id", "no-text"]' in given
     Path("in/a b; $(touch x).json.gz").touch()
     words = shlex.split(plan(sources={"files": ["in/a*"]}).source_flags("mine", "000"))
     assert words == ["--sources", "a_b____touch_x_=in/a b; $(touch x).json.gz"]
@@ -308,7 +311,7 @@ def test_exactly_one_kind_of_source():
 
 
 def test_documents_become_tokens_as_they_are_unless_the_recipe_takes_some_out():
-    assert plan().documents("mine") == "documents" and not plan().flags("mine", "dedupe")
+    assert plan().documents("mine") == "documents" and not plan().section("mine", "dedupe")
     Path("quiz.gz").touch()
     mixed = plan(
         documents={"heldout_share": 0.1},
@@ -316,8 +319,8 @@ def test_documents_become_tokens_as_they_are_unless_the_recipe_takes_some_out():
         decontaminate={"against": ["*.gz"], "ngram": 8},
     )
     assert mixed.documents("mine") == "mixed" and mixed.against("mine") == ["quiz.gz"]
-    assert mixed.flags("mine", "dedupe") == "--exact --false-positives 1e-06"
-    assert mixed.flags("mine", "decontaminate") == "--heldout --ngram 8 --overlap 0.0"
+    assert mixed.section("mine", "dedupe", "dedupe") == """--dedupe '{"exact": true}'"""
+    assert mixed.section("mine", "decontaminate").endswith(', "ngram": 8}\'')
     for wrong, message in (
         ({"dedupe": {}}, "expected exact or paragraphs to be true"),
         ({"dedupe": {"exact": True, "false_positives": 0}}, "false_positives: expected"),
@@ -381,8 +384,8 @@ def test_a_tuned_run_starts_from_another_or_from_a_checkpoint():
     assert plan.start("tuned") == ["checkpoints/base/final"]
     assert plan.train_config("tuned").reset_trainer_state
     assert plan.given_tokenizer("talks") == ["data/mine/tokenizer.json"]
-    assert plan.flags("talks", "documents").startswith("--kind messages ")
-    assert plan.flags("talks", "instructions") == "--sequence-length 64"
+    assert plan.kind_flags("talks") == "--kind messages"
+    assert plan.section("talks", "instructions") == """--config '{"sequence_length": 64}'"""
     words = "--sources stdlib-questions-00=stdlib-questions:0/2 "
     assert plan.source_flags("talks", "000").startswith(words)
     assert plan.source_flags("talks", "000").endswith(" --conversations")

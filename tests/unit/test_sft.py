@@ -14,11 +14,11 @@ from servers import web_server
 from olmo.config import ModelConfig
 from olmo.corpus import sft
 from olmo.corpus.conversations import download_conversations, local_conversations, parse
-from olmo.corpus.documents import documents
+from olmo.corpus.documents import DocumentsSection, documents
+from olmo.corpus.instructions import InstructionsSection, instances
 from olmo.corpus.questions import conversations_of, stdlib_questions
-from olmo.corpus.sft import instances
 from olmo.corpus.statistics import statistics
-from olmo.corpus.train_tokenizer import trained_tokenizer
+from olmo.corpus.tokenizer import trained_tokenizer
 from olmo.data.batches import labels_of
 from olmo.model import OLMo
 
@@ -60,15 +60,21 @@ class Made:
         local_conversations.build(file=folder / "talks.jsonl", source=folder / "talks.gz")
         names = {name: folder / name for name in ("documents", "heldout", "table")}
         checked = {k: options.pop(k) for k in ("allow", "heldout_share") if k in options}
+        self.length = options.get("sequence_length", 64)
+        sectioned = {k: options.pop(k) for k in ("sequence_length", "packed") if k in options}
         self.kept = documents.build(
-            source=folder / "talks.gz", name="talks.gz", kind="messages", **names, **checked
+            source=folder / "talks.gz",
+            name="talks.gz",
+            kind="messages",
+            **names,
+            config=DocumentsSection(**checked),
         )
         out = {name: folder / name for name in ("tokens", "labels", "index")}
         self.facts = instances.build(
             documents=names["documents"], table=names["table"], tokenizer=tokenizer, **out,
-            **{"sequence_length": 64, "eos_token_id": EOS, "pad_token_id": PAD} | options,
+            config=InstructionsSection(**{"sequence_length": 64} | sectioned),
+            **{"eos_token_id": EOS, "pad_token_id": PAD} | options,
         )  # fmt: skip
-        self.length = options.get("sequence_length", 64)
         self.ids = np.fromfile(folder / "tokens", self.facts["dtype"]).reshape(-1, self.length)
         self.labels = np.fromfile(folder / "labels", np.bool_).reshape(-1, self.length)
         self.index = polars.read_parquet(folder / "index")

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from olmo.corpus import shards
+from olmo.corpus import arriving
+from olmo.corpus import listing as listings
 from olmo.corpus.sources import check, download, download_tokens, local_source, source_list
 from olmo.io import downloads, progress
 from olmo.io.progress import Arrivals, Count
@@ -363,14 +364,14 @@ def test_the_others_come_although_one_fails(server, tmp_path):
     places = [f"{n}={place}" for n, place in enumerate([gone, *good, page])]
     listing = tmp_path / "data" / "sources" / "000.tsv"
     with pytest.raises(ValueError, match=r"^2 of 7 sources:\n  .*gone.*404.*\n  .*page.*a web p"):
-        shards.sources(listing=listing, sources=places)
+        arriving.sources(listing=listing, sources=places)
     assert not listing.exists()
     with pytest.raises(ValueError, match=r"^1 of 6 sources: .*gone.*404"):  # in one line
-        shards.sources(listing=listing, sources=places[:-1])
+        arriving.sources(listing=listing, sources=places[:-1])
     asked = len(server.requests)
-    shards.sources(listing=listing, sources=places, allow_missing=True)
+    arriving.sources(listing=listing, sources=places, allow_missing=True)
     assert len(server.requests) == asked + 2, "the five are in the store"
-    found = shards.read([listing], "source")
+    found = listings.read([listing], "source")
     assert [entry.shard for entry in found] == ["1", "2", "3", "4", "5"]
     assert all(entry.object.read_bytes() == FILE for entry in found)
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from tokenizers import Tokenizer
 
-from olmo.corpus.train_tokenizer import (
+from olmo.corpus.tokenizer import (
     check_tokenizer,
     local_tokenizer,
     portable,
@@ -42,7 +42,7 @@ def test_training_gives_the_same_bytes_on_any_number_of_threads(documents, train
         again = documents.with_name(f"again-{threads}.json")
         program = (
             "import sys; from pathlib import Path; a, b = map(Path, sys.argv[1:]);"
-            "from olmo.corpus.train_tokenizer import trained_tokenizer as t;"
+            "from olmo.corpus.tokenizer import trained_tokenizer as t;"
             "t.build(documents=[a], tokenizer=b, vocab_size=320)"
         )
         subprocess.run(

@@ -14,11 +14,11 @@ import polars
 import pytest
 from tokenizers import Tokenizer
 
-from olmo.corpus.documents import documents
+from olmo.corpus.documents import DocumentsSection, documents
 from olmo.corpus.dolma import Dolma, toolkit
 from olmo.corpus.environments import version
+from olmo.corpus.tokenizer import trained_tokenizer
 from olmo.corpus.tokens import tokens
-from olmo.corpus.train_tokenizer import trained_tokenizer
 from olmo.runtime.process import alive
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def make_documents(folder, lines, **parameters):
     source = folder / "source.gz"
     source.write_bytes(gzip.compress("\n".join(lines).encode()))
     made = {kind: folder / f"{kind}.out" for kind in ("documents", "heldout", "table")}
-    documents.build(source=source, name="source.gz", **made, **parameters)
+    documents.build(source=source, name="source.gz", config=DocumentsSection(**parameters), **made)
     return made
 
 

@@ -17,7 +17,7 @@ from test_remote import Place
 from olmo import cli
 from olmo.checkpoint import mirror as checkpoints
 from olmo.config import TrainConfig
-from olmo.corpus import shards, source_table
+from olmo.corpus import arriving, source_table
 from olmo.corpus.sources import download, source_list
 from olmo.data.files import Tokens
 from olmo.inspect.run import load
@@ -254,7 +254,7 @@ def test_a_table_keeps_its_lines_and_the_shell_line_does_not(project: Path) -> N
     assert words == ["a=http://h/a.json.gz#https://m/a.json.gz", "b=http://g/b.json.gz"]
     assert WORD not in line and SIGNATURE not in line
     assert plan.given_start("small") == "http://h/c"
-    first, second = shards.asked(words, Path("table.tsv"))
+    first, second = arriving.asked(words, Path("table.tsv"))
     assert whole(first.mirrors[0]) == f"https://{USER}m/a.json.gz"
     assert whole(second.place) == f"http://g/b.json.gz?{AZURE}"
     source_table.complete(Path("table.tsv"), {first.place: (3, "0" * 64)})

@@ -5,18 +5,64 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from olmo.config import BaseConfig
+from olmo.config.strict import check_range
 from olmo.corpus.documents import parse
+from olmo.corpus.listing import read
 from olmo.io import file_kinds, gz
-from olmo.store.stage import Facts, Input, Inputs, Output, stage
+from olmo.store.stage import Facts, Input, Inputs, Output, here, stage
 from olmo.store.store import sha256 as digest_of
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")  # ids 0 and 1
 # How the tokenizers in use name the token that ends a text, and the one that fills a batch.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 PADDING = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
+
+
+@dataclass
+class TokenizerSection(BaseConfig):
+    """A given tokenizer (a file, a name on the hub, another data set's) or one trained on the
+    documents.
+    """
+
+    file: str | None = None
+    hub: str | None = None
+    dataset: str | None = None  # whose tokenizer it is; the ids below are then that one's
+    sha256: str | None = None
+    train_vocab_size: int | None = None
+    eos_token_id: int = 0
+    pad_token_id: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [n for n in ("file", "hub", "dataset", "train_vocab_size") if getattr(self, n)]
+        if len(given) != 1:
+            raise ValueError(
+                "tokenizer: expected one of file, hub, dataset, train_vocab_size; found "
+                + (" and ".join(given) or "none")
+            )
+        for name in ("eos_token_id", "pad_token_id"):
+            check_range(f"tokenizer.{name}", getattr(self, name), 0)
+        check_range("tokenizer.train_vocab_size", self.train_vocab_size, 1)
+
+
+def batch(documents: list[Path], tokenizer: Path, config: TokenizerSection) -> None:
+    """The data set's tokenizer: trained on its documents, a file, or one from the hub."""
+    if config.train_vocab_size is not None:
+        shards = [entry.object for entry in read(documents, "documents")]
+        trained_tokenizer(documents=shards, tokenizer=tokenizer, vocab_size=config.train_vocab_size)
+    elif config.file is not None:
+        file, sha256 = Path(config.file), config.sha256
+        if sha256 is not None and (found := here().digest(file)) != sha256:
+            raise ValueError(f"{file}: expected sha256 {sha256}, found {found}")
+        local_tokenizer(source=file, tokenizer=tokenizer)
+    else:
+        name = f"hf://{config.hub}/tokenizer.json"
+        given_tokenizer(name=name, tokenizer=tokenizer, sha256=config.sha256)
 
 
 @stage(version=1)

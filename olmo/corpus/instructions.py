@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from olmo.config import BaseConfig
+from olmo.config.strict import check_range
 from olmo.corpus.conversations import Message, said
 from olmo.corpus.documents import HELDOUT, TRAIN
-from olmo.corpus.shards import read, run, write
+from olmo.corpus.listing import read, run, write
 from olmo.corpus.tokens import PARQUET, vocabulary
 from olmo.io import gz
 from olmo.runtime import log
@@ -34,14 +36,25 @@ AT_ONCE = 512  # conversations that are tokenized together
 Example = tuple[list[int], list[bool]]  # ids, which of them are learned
 
 
-def instructions(
+@dataclass
+class InstructionsSection(BaseConfig):
+    """How conversations become instances for fine-tuning."""
+
+    sequence_length: int  # the model's max_sequence_length
+    packed: bool = False  # as many conversations in an instance as fit; else one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("instructions.sequence_length", self.sequence_length, 2)
+
+
+def batch(
     documents: list[Path],
     tokenizer: Path,
     listing: Path,
-    sequence_length: int,
     eos_token_id: int,
     pad_token_id: int,
-    packed: bool = False,
+    config: InstructionsSection,
 ) -> None:
     """Instances for fine-tuning, of a batch's conversations and held-out conversations."""
     tables = {entry.shard: entry.object for entry in read(documents, "table")}
@@ -62,10 +75,9 @@ def instructions(
                 documents=entry.object,
                 table=tables[entry.shard],
                 tokenizer=tokenizer,
-                sequence_length=sequence_length,
+                config=config,
                 eos_token_id=eos_token_id,
                 pad_token_id=pad_token_id,
-                packed=packed,
                 split=split,
             )
             entries += [replace(file, output=prefix + file.output) for file in made]
@@ -80,10 +92,9 @@ def instances(
     tokens: Output,
     labels: Output,
     index: Output,
-    sequence_length: int,
     eos_token_id: int,
     pad_token_id: int,
-    packed: bool = False,
+    config: InstructionsSection,
     split: str = TRAIN,
 ) -> Facts:
     """Make instances of one file of conversations.
@@ -103,8 +114,7 @@ def instances(
 
     from olmo.tokenizer import Tokenizer
 
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length: expected at least 2, found {sequence_length}")
+    sequence_length = config.sequence_length
     rows = polars.read_parquet(table).filter(polars.col("split") == split).sort("row")
     vocab_size, special = vocabulary(tokenizer.read_bytes())
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
@@ -132,7 +142,7 @@ def instances(
             if not any(learned):
                 found.append((here, here, 0, whole, NO_LABEL))
                 continue
-            if not packed or len(kept) > room:
+            if not config.packed or len(kept) > room:
                 fill(room)
                 here, room = filled * sequence_length, sequence_length
                 filled += 1
