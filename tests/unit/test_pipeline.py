@@ -253,7 +253,7 @@ def test_numbers_that_cannot_be_are_told_when_it_is_planned():
         ("tokens", "audit_share", 1.5, "from 0 to 1"),
         ("tokenizer", "train_vocab_size", -1, "at least 1"),
         ("tokenizer", "pad_token_id", -1, "at least 0"),
-        ("instructions", "sequence_length", 0, "at least 1"),
+        ("instructions", "sequence_length", 0, "at least 2"),
         ("sources", "stdlib", 10**9, "from 1 to 100"),
         ("documents", "heldout_share", math.nan, "a number"),
         ("documents", "keep_one_in", -1, "at least 1"),
