@@ -184,7 +184,10 @@ def test_windows_line_ends_and_characters_beyond_the_first_plane_are_documents()
 @pytest.mark.parametrize(
     "parameters, message",
     [
-        ({"keep_one_in": 10, "offset": 10}, "offset: expected from 0 to keep_one_in - 1, 9; found 10"),
+        (
+            {"keep_one_in": 10, "offset": 10},
+            "offset: expected from 0 to .* - 1, 9; found 10",
+        ),
         ({"keep_one_in": 0}, "keep_one_in"),
         ({"heldout_share": 1.0}, "heldout_share"),
         ({"weight": 0.0}, "expected a weight above 0"),
