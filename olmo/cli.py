@@ -13,7 +13,6 @@ import importlib
 import inspect
 import json
 import os
-import re
 import select
 import signal
 import sys
@@ -32,22 +31,31 @@ from olmo.runtime.process import PAUSED, Paused, die_with_supervisor
 from olmo.runtime.urls import entrusted, public
 from olmo.store.stage import Stage, require_store, role
 
-# A verb is `batch`, or the function of its name, in the module of its name in one of these.
-PACKAGES = ("corpus", "pipeline", "inspect", "report")
+# Those of modules of olmo/corpus that have a function `batch` are called as the module is.
 ELSEWHERE = {
     "source-list": "olmo.corpus.sources:source_list",
     "sources": "olmo.corpus.arriving:sources",
     "given-tokens": "olmo.corpus.arriving:given_tokens",
     "attributes": "olmo.corpus.dedupe:attributes",
     "mixed": "olmo.corpus.dedupe:mixed",
+    "order": "olmo.corpus.order:order",
     "positions": "olmo.corpus.order:positions",
     "environment": "olmo.corpus.environments:environment",
+    "start": "olmo.pipeline.start:start",
+    "train": "olmo.pipeline.train:train",
+    "soup": "olmo.pipeline.soup:soup",
     "hf": "olmo.pipeline.export:hf",
     "heldout": "olmo.pipeline.evaluate:heldout",
     "docstrings": "olmo.pipeline.evaluate:docstrings",
+    "evaluate": "olmo.pipeline.evaluate:evaluate",
     "checkpoint convert": "olmo.pipeline.convert:convert",
     "inspect": "olmo.inspect.commands:inspect",
     "seen": "olmo.inspect.commands:seen",
+    "replay": "olmo.inspect.replay:replay",
+    "generate": "olmo.inspect.generate:generate",
+    "bench": "olmo.report.bench:bench",
+    "compare": "olmo.report.compare:compare",
+    "scores": "olmo.report.scores:scores",
     "store verify": "olmo.store.commands:verify",
     "store gc": "olmo.store.commands:gc",
     "store checkout": "olmo.store.commands:checkout",
@@ -70,13 +78,10 @@ GROUPS = {
 @functools.cache
 def commands() -> dict[str, str]:
     """verb → "module:function", of all commands; none is imported."""
-    found: dict[str, str] = {}
-    for package in PACKAGES:
-        for path in sorted(Path(__file__).parent.joinpath(package).glob("*.py")):
-            text, verb = path.read_text(encoding="utf-8"), path.stem.replace("_", "-")
-            for name in ("batch", path.stem):
-                if re.search(rf"^def {name}\(", text, re.MULTILINE) and verb not in ELSEWHERE:
-                    found.setdefault(verb, f"olmo.{package}.{path.stem}:{name}")
+    found = {}
+    for path in sorted(Path(__file__).parent.joinpath("corpus").glob("*.py")):
+        if "\ndef batch(" in path.read_text(encoding="utf-8"):
+            found[path.stem.replace("_", "-")] = f"olmo.corpus.{path.stem}:batch"
     return found | ELSEWHERE
 
 

@@ -15,6 +15,7 @@ import polars
 import pytest
 from servers import serving
 
+from olmo.config.strict import hashed
 from olmo.corpus import attributes, sources
 from olmo.corpus.documents import REASONS, DocumentsSection, documents
 from olmo.corpus.sources import download, source_list
@@ -168,9 +169,9 @@ def made(tmp_path: Path, source: bytes, **options: Any) -> tuple[Any, polars.Dat
     path = tmp_path / "a.json.gz"
     path.write_bytes(gzip.compress(source))
     out = {name: tmp_path / name for name in ("documents", "heldout", "table")}
-    facts = documents.build(
-        source=path, name="a.json.gz", config=DocumentsSection(**options), **out
-    )
+    apart = {name: options.pop(name) for name in ("weight", "kind") if name in options}
+    config = DocumentsSection(**options)
+    facts = documents.build(source=path, name="a.json.gz", config=config, **out, **apart)
     return facts, polars.read_parquet(out["table"]), gzip.decompress(out["documents"].read_bytes())
 
 
@@ -218,7 +219,8 @@ def test_a_long_line_is_a_drop_that_the_recipe_allows(tmp_path: Path) -> None:
 
 
 def test_the_recipe_tells_the_limit_and_no_key_changes() -> None:
-    assert DocumentsSection().max_line_bytes is None and "long-line" in REASONS
+    assert hashed(DocumentsSection()) == {} and "long-line" in REASONS
+    assert hashed(DocumentsSection(max_line_bytes=9)) == {"max_line_bytes": 9}
     with pytest.raises(
         ValueError, match=r"documents.max_line_bytes: expected from 1 to 1073741824"
     ):

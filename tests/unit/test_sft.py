@@ -12,7 +12,7 @@ import torch
 from servers import web_server
 
 from olmo.config import ModelConfig
-from olmo.corpus import sft
+from olmo.corpus import instructions
 from olmo.corpus.conversations import download_conversations, local_conversations, parse
 from olmo.corpus.documents import DocumentsSection, documents
 from olmo.corpus.instructions import InstructionsSection, instances
@@ -225,7 +225,7 @@ def test_many_token_ids_are_written_as_uint32(make, tokenizer: Path, tmp_path: P
 def test_how_many_are_tokenized_together_changes_nothing(make, monkeypatch: pytest.MonkeyPatch):
     talks = [talk(f"What is {i}?", *["It is."] * (i % 3), id=str(i)) for i in range(20)]
     at_once = make(*talks)
-    monkeypatch.setattr(sft, "AT_ONCE", 3)
+    monkeypatch.setattr(instructions, "AT_ONCE", 3)
     few = make(*talks)
     for name in ("tokens", "labels", "index"):
         assert (at_once.folder / name).read_bytes() == (few.folder / name).read_bytes()
