@@ -9,6 +9,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,24 +21,64 @@ from olmo.config.enums import AttentionBackend
 
 Backend = AttentionBackend
 
-SDPA = {
-    Backend.math: SDPBackend.MATH,
-    Backend.flash: SDPBackend.FLASH_ATTENTION,
-    Backend.efficient: SDPBackend.EFFICIENT_ATTENTION,
-    Backend.cudnn: SDPBackend.CUDNN_ATTENTION,
+
+@dataclass(frozen=True)
+class Kernel:
+    """What computes attention, and where it can; `olmo.model.kernels` asks, and tries it."""
+
+    sdpa: SDPBackend | None = None  # of F.scaled_dot_product_attention
+    # A module with flash_attn_func and flash_attn_varlen_func. Of their arguments those used here
+    # have the same names in all three (read in flash-attn 2.8.3, flash-attn-4 4.0.0b36 and
+    # FlashAttention 3's source): q, k, v as (B, T, H, D), causal, deterministic; for documents
+    # (B * T, H, D) and cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k. The third argument
+    # after q, k, v is not.
+    package: str | None = None
+    install: str = ""  # where the package comes from
+    cuda: bool = True  # it is for NVIDIA GPUs alone
+    capability: tuple[int, int] | None = None  # of these, lowest and highest major; then only
+    # in 16 bits, for head sizes that are multiples of 8 up to 256
+    documents: bool = True  # it takes a mask between documents
+    bias: bool = False  # it takes any mask or bias
+    dropout: bool = True  # it drops attention weights
+    flash: bool = False  # it is one of those that model.flash_attention=true may stand for
+
+
+ANY = 99  # the highest major
+KERNELS = {
+    Backend.sdpa: Kernel(cuda=False, bias=True),
+    Backend.math: Kernel(SDPBackend.MATH, cuda=False, bias=True),
+    Backend.efficient: Kernel(SDPBackend.EFFICIENT_ATTENTION, bias=True),
+    Backend.cudnn: Kernel(
+        SDPBackend.CUDNN_ATTENTION, capability=(8, ANY), documents=False, flash=True
+    ),
+    Backend.flash: Kernel(
+        SDPBackend.FLASH_ATTENTION, capability=(8, ANY), documents=False, flash=True
+    ),
+    Backend.fa2: Kernel(
+        package="flash_attn",
+        install="flash-attn 2 is missing: pip install flash-attn --no-build-isolation",
+        capability=(8, ANY),
+        flash=True,
+    ),
+    Backend.fa3: Kernel(
+        package="flash_attn_interface",
+        install="FlashAttention 3 is missing: python setup.py install in hopper/ of "
+        "github.com/Dao-AILab/flash-attention",
+        capability=(9, 9),
+        dropout=False,
+        flash=True,
+    ),
+    Backend.fa4: Kernel(
+        package="flash_attn.cute",
+        install="flash-attn-4 is missing: pip install --pre flash-attn-4",
+        capability=(9, ANY),
+        dropout=False,
+        flash=True,
+    ),
+    Backend.flex: Kernel(cuda=False, dropout=False),
 }
 # What a mask, or a head-by-head bias, is computed by where the chosen kernel takes none.
 _WITH_BIAS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-# Modules with flash_attn_func and flash_attn_varlen_func. Of their arguments those used here have
-# the same names in all three (read in flash-attn 2.8.3, flash-attn-4 4.0.0b36 and FlashAttention
-# 3's source): q, k, v as (B, T, H, D), causal, deterministic; for documents (B * T, H, D) and
-# cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k. The third argument after q, k, v is not.
-PACKAGES = {
-    Backend.fa2: "flash_attn",
-    Backend.fa3: "flash_attn_interface",
-    Backend.fa4: "flash_attn.cute",
-}
 _loaded: dict[Backend, Any] = {}
 
 
@@ -83,15 +124,17 @@ def attention(
     Returns:
         (B, H, T, D)
     """
-    if backend in PACKAGES and not isinstance(bias, Tensor):
+    kernel = KERNELS[backend]
+    if kernel.package and not isinstance(bias, Tensor):
         return _by_package(q, k, v, backend, bias, causal, dropout)
     if backend is Backend.flex and isinstance(bias, Documents):
         return _by_flex(q, k, v, bias)
     assert not isinstance(bias, Documents), f"{backend} takes document_mask"
     context: Callable[[], Any] = nullcontext
     if backend is not Backend.sdpa:
-        takes_it = backend is Backend.math or (bias is None and backend in SDPA)
-        context = functools.partial(sdpa_kernel, [SDPA[backend]] if takes_it else _WITH_BIAS)
+        takes_it = backend is Backend.math or bias is None
+        own = [kernel.sdpa] if kernel.sdpa and takes_it else _WITH_BIAS
+        context = functools.partial(sdpa_kernel, own)
     if (
         q.is_cuda
         and q.shape[1] != k.shape[1]
@@ -115,7 +158,9 @@ def attention(
 def load(backend: Backend) -> Any:
     """The module of a package's kernels; ImportError, or whatever its import raises."""
     if backend not in _loaded:
-        _loaded[backend] = importlib.import_module(PACKAGES[backend])
+        package = KERNELS[backend].package
+        assert package is not None
+        _loaded[backend] = importlib.import_module(package)
     return _loaded[backend]
 
 
@@ -131,7 +176,7 @@ def _by_package(
     module = load(backend)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, D)
     options: dict[str, Any] = {"deterministic": torch.are_deterministic_algorithms_enabled()}
-    if backend is Backend.fa2:  # the others drop nothing
+    if KERNELS[backend].dropout:
         options["dropout_p"] = dropout
     if documents is None:
         out = module.flash_attn_func(q, k, v, causal=causal, **options)
@@ -184,7 +229,7 @@ def documents(doc_lens: Tensor, length: int, backend: Backend | None) -> Bias:
         doc_lens: (B, most documents) lengths, each row padded with zeros. What lies beyond the
             last document counts as one more.
     """
-    if backend in PACKAGES:
+    if backend is not None and KERNELS[backend].package:
         rest = length - doc_lens.sum(dim=1, keepdim=True)
         every = torch.cat((doc_lens, rest), dim=1).flatten()
         return Documents(F.pad(every.cumsum(0), (1, 0)).to(torch.int32), None)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from olmo.config import ModelConfig
 from olmo.model.attention import (
-    PACKAGES,
+    KERNELS,
     Backend,
     Bias,
     attention,
@@ -61,20 +61,8 @@ class Choice(NamedTuple):
         return f"{self.backend}: {self.reason}"
 
 
-# Where the packages come from.
-INSTALL = {
-    Backend.fa2: "flash-attn 2 is missing: pip install flash-attn --no-build-isolation",
-    Backend.fa3: (
-        "FlashAttention 3 is missing: python setup.py install in hopper/ of "
-        "github.com/Dao-AILab/flash-attention"
-    ),
-    Backend.fa4: "flash-attn-4 is missing: pip install --pre flash-attn-4",
-}
 # The kinds of kernel that model.flash_attention=true may stand for.
-FLASH = (Backend.cudnn, Backend.flash, Backend.fa2, Backend.fa3, Backend.fa4)
-_WITHOUT_DROPOUT = (Backend.fa3, Backend.fa4, Backend.flex)
-_ON_ANY_DEVICE = (Backend.math, Backend.sdpa, Backend.flex)
-_IN_ANY_TYPE = (*_ON_ANY_DEVICE, Backend.efficient)
+FLASH = tuple(backend for backend, kernel in KERNELS.items() if kernel.flash)
 
 
 def choose(
@@ -129,7 +117,8 @@ def choose(
             return Choice(candidate, reason + _elsewhere(candidate, setting))
         passed.setdefault(problem, []).append(candidate)
     wish = "model.flash_attention=true" if config.flash_attention else "attention"
-    missing = [why.split(" is ")[0] for name, why in INSTALL.items() if not _is_there(name)]
+    packages = {name: kernel for name, kernel in KERNELS.items() if kernel.package}
+    missing = [p.install.split(" is ")[0] for name, p in packages.items() if not _is_there(name)]
     raise ValueError(
         f"{wish} is not available: {_listed(passed)} (missing packages: "
         f"{', '.join(missing) or 'none'}; GPU: {gpu(setting.device)}; head size: "
@@ -165,20 +154,20 @@ def why_not(backend: Backend, setting: Setting, tries: bool = True) -> str | Non
 def _known(backend: Backend, setting: Setting) -> str | None:
     """What speaks against a kernel before it is tried."""
     device, dtype, head_size = setting.device, setting.dtype, setting.head_size
-    if backend not in _ON_ANY_DEVICE and device.type != "cuda":
+    kernel = KERNELS[backend]
+    if kernel.cuda and device.type != "cuda":
         return f"it is a kernel for NVIDIA GPUs, and this runs on {device.type}"
-    if backend in PACKAGES and (problem := _package(backend)):
+    if kernel.package and (problem := _package(backend)):
         return problem
-    if backend not in _IN_ANY_TYPE:
+    if kernel.capability is not None:
         major, minor = capability(device)
         if dtype not in (torch.bfloat16, torch.float16):
             return f"it works in bfloat16 and float16, not in {dtype}; set precision: amp_bf16"
-        least, name = {Backend.fa3: (9, "a Hopper GPU"), Backend.fa4: (9, "a Hopper GPU")}.get(
-            backend, (8, "an Ampere GPU")
-        )
+        least, most = kernel.capability
         if major < least:
+            name = {8: "an Ampere GPU", 9: "a Hopper GPU"}[least]
             return f"it needs {name} ({least}.0) or newer, and {gpu(device)} is of {major}.{minor}"
-        if backend is Backend.fa3 and major > 9:
+        if major > most:
             return f"it is for Hopper GPUs (9.0), and {gpu(device)} is of {major}.{minor}"
         if head_size % 8:
             return f"it needs a head size that is a multiple of 8, not {head_size}"
@@ -189,11 +178,11 @@ def _known(backend: Backend, setting: Setting) -> str | None:
             )
         if head_size > 256:
             return f"it goes up to head size 256, and this is {head_size}; raise model.n_heads"
-    if setting.mask is Mask.documents and backend in (Backend.flash, Backend.cudnn):
+    if setting.mask is Mask.documents and not kernel.documents:
         return "it takes no mask between documents; fa2, fa3, fa4, flex and efficient do"
-    if setting.mask is Mask.any and backend not in (*_ON_ANY_DEVICE[:2], Backend.efficient):
+    if setting.mask is Mask.any and not kernel.bias:
         return "it takes no mask or bias of the data's or of ALiBi; efficient and math do"
-    if setting.dropout and backend in _WITHOUT_DROPOUT:
+    if setting.dropout and not kernel.dropout:
         return "it drops no attention weights; set model.attention_dropout: 0"
     return None
 
@@ -201,14 +190,14 @@ def _known(backend: Backend, setting: Setting) -> str | None:
 def _package(backend: Backend) -> str | None:
     """What is wrong with a kernel's package, with the remedy."""
     if not _is_there(backend):
-        return f"the package {INSTALL[backend]}"
+        return f"the package {KERNELS[backend].install}"
     try:
         load(backend).flash_attn_func  # noqa: B018
     except Exception as error:  # built for another torch or CUDA: anything may go wrong
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return (
-            f"its package {PACKAGES[backend]} cannot be used ({reason}); install it again, for "
-            f"torch {torch.__version__}"
+            f"its package {KERNELS[backend].package} cannot be used ({reason}); install it again, "
+            f"for torch {torch.__version__}"
         )
     return None
 
@@ -219,7 +208,7 @@ def _is_there(backend: Backend) -> bool:
     flash-attn 2 and flash-attn-4 share a folder, `flash_attn`, which is there with either: it has
     an __init__ of its own only with the former, and `cute` only with the latter.
     """
-    top, _, inner = PACKAGES[backend].partition(".")
+    top, _, inner = (KERNELS[backend].package or "").partition(".")
     spec = importlib.util.find_spec(top)
     if spec is None:
         return False

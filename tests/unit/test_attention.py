@@ -15,7 +15,7 @@ from torch import Tensor
 from olmo.config import ModelConfig
 from olmo.model import OLMo, kernels
 from olmo.model import attention as module
-from olmo.model.attention import PACKAGES, Backend, attention, document_mask, documents
+from olmo.model.attention import KERNELS, Backend, attention, document_mask, documents
 from olmo.model.kernels import Mask, Setting, choose, trial, why_not
 from olmo.train.start import masks
 
@@ -29,6 +29,7 @@ SETTINGS: dict[str, Any] = {
     "attention_dropout": 0.0,
 }
 ALL, FUSED = set(Backend), set(kernels.FLASH)
+PACKAGES = {name: k.package for name, k in KERNELS.items() if k.package}
 
 
 @pytest.fixture
@@ -100,8 +101,8 @@ def test_why_not_without_the_package(
     name = PACKAGES[backend]
     with monkeypatch.context() as patch:
         patch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
-        assert why_not(backend, GOOD) == f"the package {kernels.INSTALL[backend]}"
-        assert "missing: p" in kernels.INSTALL[backend]
+        assert why_not(backend, GOOD) == f"the package {KERNELS[backend].install}"
+        assert "missing: p" in KERNELS[backend].install
     # One that was built for another torch.
     place = tmp_path.joinpath(*name.split("."))
     place.mkdir(parents=True)
@@ -114,7 +115,7 @@ def test_why_not_without_the_package(
     )
     for other in (Backend.fa2, Backend.fa4):
         if other is not backend and backend is not Backend.fa3:  # they share a folder
-            assert why_not(other, GOOD) == f"the package {kernels.INSTALL[other]}"
+            assert why_not(other, GOOD) == f"the package {KERNELS[other].install}"
 
 
 def test_what_is_passed_over_is_told(hopper: pytest.MonkeyPatch):
@@ -145,7 +146,7 @@ def test_flash_attention_is_had_or_an_error(hopper: pytest.MonkeyPatch):
     config = ModelConfig(**SETTINGS, flash_attention=True)
     found = choose(config, CUDA, BF16)
     assert found.backend is Backend.cudnn and "model.flash_attention=true" in found.reason
-    hopper.setattr(kernels, "_package", lambda b: f"the package {kernels.INSTALL[b]}")
+    hopper.setattr(kernels, "_package", lambda b: f"the package {KERNELS[b].install}")
     with pytest.raises(ValueError) as error:
         choose(config, CUDA, BF16, mask=Mask.documents)
     for part in (
