@@ -9,7 +9,6 @@ value of another type. A config belongs to whoever loaded it: the trainer change
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +37,7 @@ from olmo.config.enums import (
     TokenType,
     TruncationDirection,
 )
-from olmo.config.strict import BaseConfig, check_range, ours
+from olmo.config.strict import BaseConfig, ours
 
 # Keys of forks of OLMo that ours has no use for, with the values at which they change nothing (none
 # named: any, as they act with another key only).
@@ -327,35 +326,6 @@ class FP8Config(BaseConfig):
     modules: list[str] = field(default_factory=lambda: ["ff_proj", "ff_out"])
 
 
-# The least and the most that a number may be where another would fail later, or train nonsense.
-RANGES = (
-    (
-        1,
-        math.inf,
-        "model.d_model model.n_heads model.mlp_ratio model.mlp_hidden_size model.block_group_size "
-        "model.rope_theta model.max_sequence_length model.vocab_size eval_interval save_interval "
-        "save_interval_unsharded save_interval_ephemeral global_train_batch_size "
-        "device_train_microbatch_size device_eval_batch_size console_log_interval "
-        "wandb.log_interval fsdp.hybrid_sharding_num_model_replicas fp8.history intra_op_threads",
-    ),
-    (
-        0,
-        math.inf,
-        "seed data.seed epoch fast_forward_batches model.n_layers model.n_kv_heads "
-        "model.embedding_size model.clip_qkv model.layer_norm_eps "
-        "optimizer.learning_rate optimizer.eps max_grad_norm max_grad_norm_ratio "
-        "speed_monitor.window_size",
-    ),
-    (0, 1, "model.attention_dropout model.residual_dropout model.embedding_dropout"),
-    (
-        0,
-        2**63,
-        "model.init_std model.emb_init_std model.init_cutoff_factor optimizer.weight_decay "
-        "scheduler.t_warmup scheduler.t_max scheduler.t_decay scheduler.grad_clip_warmup_steps",
-    ),
-)
-
-
 @dataclass
 class TrainConfig(BaseConfig):
     # What is trained.
@@ -449,18 +419,6 @@ class TrainConfig(BaseConfig):
     # Seconds without a step, or a batch of an evaluation, after which the run counts as hung and
     # is ended with the stacks of all processes: longer than the first step, which may compile.
     hang_timeout: float | None = ours(1200.0)  # None: never
-
-    def check_numbers(self) -> None:
-        """Raises ValueError for a number that no run can have: a batch of none, for one."""
-        for least, most, names in RANGES:
-            for name in names.split():
-                found: Any = self
-                for key in name.split("."):
-                    found = getattr(found, key, None)  # of a section that is not there: None
-                check_range(name, found, least, most)
-        for evaluator in self.evaluators:
-            name = f"evaluators.{evaluator.label}.device_eval_batch_size"
-            check_range(name, evaluator.device_eval_batch_size, 1)
 
     @property
     def data_seed(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Dropout
 
 from olmo.config import ActivationType, BlockType, ModelConfig
+from olmo.config.checks import check_model
 from olmo.model.attention import Backend, Bias, attention
 from olmo.model.init import Linear, Role, reset
 from olmo.model.kernels import choose
@@ -113,7 +114,7 @@ class OLMoBlock(nn.Module):
             if config.mlp_hidden_size is None
             else config.mlp_hidden_size
         )
-        _check(config, self.n_kv_heads, self.hidden_size)
+        check_model(config)
 
         self.dropout = Dropout(config.residual_dropout)
         self.k_norm: LayerNormBase | None = None
@@ -292,28 +293,3 @@ def _fit(bias: Tensor, dtype: torch.dtype) -> Tensor:
     if bias.dtype == torch.bool:
         return bias
     return bias.to(dtype).clamp(min=torch.finfo(dtype).min)
-
-
-def _check(config: ModelConfig, n_kv_heads: int, hidden_size: int) -> None:
-    if config.d_model % config.n_heads:
-        raise ValueError(
-            f"model.d_model must be a multiple of model.n_heads; found {config.d_model} and "
-            f"{config.n_heads}"
-        )
-    if config.n_heads % n_kv_heads:
-        raise ValueError(
-            f"model.n_heads must be a multiple of model.n_kv_heads; found {config.n_heads} and "
-            f"{n_kv_heads}"
-        )
-    if config.rope and (config.d_model // config.n_heads) % 2:
-        raise ValueError(
-            f"model.rope needs an even head size; model.d_model / model.n_heads is "
-            f"{config.d_model // config.n_heads}"
-        )
-    if config.clip_qkv is not None and config.clip_qkv <= 0:
-        raise ValueError(f"model.clip_qkv must be above 0 or null; found {config.clip_qkv}")
-    if config.activation_type == ActivationType.swiglu and hidden_size % 2:
-        raise ValueError(
-            f"swiglu halves the hidden size, which must be even; found {hidden_size}: "
-            "change model.mlp_hidden_size or model.mlp_ratio"
-        )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Dropout
 
 from olmo.config import ModelConfig
+from olmo.config.checks import check_model
 from olmo.model.attention import Backend, Bias, causal_bias, document_mask, documents
 from olmo.model.block import KeyValues, OLMoBlock, OLMoBlockGroup, Room
 from olmo.model.generate import OLMoGenerateOutput, generate
@@ -62,7 +63,8 @@ class OLMo(nn.Module):
 
     def __init__(self, config: ModelConfig, init_params: bool = True) -> None:
         super().__init__()
-        _check(config)
+        check_model(config)
+        _warn_of_slow_embedding(config)
         self.config = config
         self.cache = BufferCache()
         self._biases = BufferCache()  # apart, since most runs need none
@@ -380,29 +382,10 @@ class OLMo(nn.Module):
         return regrouped(state_dict, self.config.block_group_size)
 
 
-def _check(config: ModelConfig) -> None:
-    if config.alibi and config.flash_attention:
-        raise ValueError(
-            "model.alibi is a bias that flash attention does not take; "
-            "set model.flash_attention=false"
-        )
-    if config.alibi and config.rope:
-        raise ValueError("model.alibi and model.rope exclude each other; keep one of them")
-    if config.embedding_size is not None and config.embedding_size != config.vocab_size:
-        if config.embedding_size < config.vocab_size:
-            raise ValueError(
-                f"model.embedding_size must be at least model.vocab_size ({config.vocab_size}), "
-                f"found {config.embedding_size}"
-            )
-        if config.embedding_size % 128:
-            warnings.warn(
-                f"model.embedding_size={config.embedding_size} is no multiple of 128, which costs "
-                "speed on GPUs",
-                stacklevel=3,
-            )
-    size = config.block_group_size
-    if not 0 < size <= config.n_layers or config.n_layers % size:
-        raise ValueError(
-            f"model.n_layers must be a multiple of model.block_group_size; found "
-            f"{config.n_layers} and {size}"
+def _warn_of_slow_embedding(config: ModelConfig) -> None:
+    size = config.embedding_size
+    if size is not None and size != config.vocab_size and size % 128:
+        warnings.warn(
+            f"model.embedding_size={size} is no multiple of 128, which costs speed on GPUs",
+            stacklevel=3,
         )

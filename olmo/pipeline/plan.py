@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import BaseConfig, TrainConfig
+from olmo.config.checks import check
 from olmo.config.identity import identity
 from olmo.config.strict import changed
 from olmo.corpus import source_table
@@ -109,7 +110,7 @@ class Plan:
             expect_file(path, f"runs.{run}.train")
             cfg = TrainConfig.load(path, self.run(run).overrides, validate_paths=False)
             try:
-                cfg.check_numbers()
+                check(cfg)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
             refuse_unheeded(run, self.run(run), cfg)
@@ -147,12 +148,6 @@ class Plan:
                 f"{path}: model.vocab_size is {found}, but {recipe_path(dataset)} trains a "
                 f"tokenizer of train_vocab_size {size}; set model.vocab_size: {size} and a "
                 "model.embedding_size of no less"
-            )
-        rows = cfg.model.embedding_size or found
-        if rows < found:
-            raise ValueError(
-                f"{path}: model.embedding_size: expected no less than model.vocab_size, {found}; "
-                f"found {rows}"
             )
 
     def documents(self, dataset: str) -> str:

@@ -21,6 +21,7 @@ import torch
 from olmo.checkpoint import layout
 from olmo.checkpoint.read import put_state, put_weights
 from olmo.config import DistributedStrategy, SchedulerUnits, TrainConfig
+from olmo.config.checks import check as check_config
 from olmo.data.batches import TrainLoader, build_train_dataloader
 from olmo.distributed.parallelize import is_sharded, parallelize
 from olmo.distributed.reduce import GradientMean
@@ -82,7 +83,7 @@ def train(cfg: TrainConfig) -> int:
 
 
 def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
-    cfg.check_numbers()
+    check_config(cfg)
     # --- what we run on ---
     if cfg.intra_op_threads is not None:
         torch.set_num_threads(cfg.intra_op_threads)

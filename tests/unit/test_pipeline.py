@@ -153,7 +153,7 @@ def test_a_vocabulary_that_does_not_fit_is_told_before_anything_is_tokenized():
         ),
         (
             {"vocab_size": 512, "embedding_size": 500},
-            "no less than model.vocab_size, 512; found 500",
+            r"at least model.vocab_size \(512\), found 500",
         ),
     ):
         Path("t.yaml").write_text(yaml.safe_dump({"model": model | ends}))
@@ -276,8 +276,15 @@ def test_numbers_of_a_run_and_of_weights_are_told_when_it_is_planned():
         ({"eval_interval": 0}, "eval_interval: expected at least 1, found 0"),
         ({"max_grad_norm": math.nan}, "max_grad_norm: expected a number, found nan"),
         ({"scheduler": {"t_warmup": math.nan}}, "t_warmup: expected int or float, found nan"),
+        ({"optimizer": {"learning_rate": math.inf}}, "optimizer.learning_rate: expected .*inf"),
+        ({"model": {"d_model": 60, "n_heads": 7}}, "a multiple of model.n_heads; found 60 and 7"),
+        ({"model": {"n_heads": 12, "n_kv_heads": 5}}, "model.n_kv_heads; found 12 and 5"),
+        ({"model": {"alibi": True, "rope": True}}, "model.alibi and model.rope exclude"),
+        ({"model": {"block_group_size": 5}}, "a multiple of model.block_group_size"),
     ):
-        Path("t.yaml").write_text(yaml.safe_dump({"model": model, **config}))
+        Path("t.yaml").write_text(
+            yaml.safe_dump({**config, "model": {**model, **config.get("model", {})}})
+        )
         with pytest.raises(ValueError, match=f"^t.yaml: .*{message}"):
             plan().train_config("r")
     Path("t.yaml").write_text("global_train_batch_size: 1e9\nmodel: " + json.dumps(model))

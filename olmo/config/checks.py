@@ -1,0 +1,99 @@
+"""What no run can have, by its config alone: checked before anything is opened, built or read."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from olmo.config.enums import ActivationType
+from olmo.config.strict import check_range
+from olmo.config.train_config import ModelConfig, TrainConfig
+
+# The least and the most that a number may be where another would fail later, or train nonsense.
+RANGES = (
+    (
+        1,
+        math.inf,
+        "model.d_model model.n_heads model.mlp_ratio model.mlp_hidden_size model.block_group_size "
+        "model.rope_theta model.max_sequence_length model.vocab_size eval_interval save_interval "
+        "save_interval_unsharded save_interval_ephemeral global_train_batch_size "
+        "device_train_microbatch_size device_eval_batch_size console_log_interval "
+        "wandb.log_interval fsdp.hybrid_sharding_num_model_replicas fp8.history intra_op_threads",
+    ),
+    (
+        0,
+        math.inf,
+        "seed data.seed epoch fast_forward_batches model.n_layers model.n_kv_heads "
+        "model.embedding_size model.clip_qkv model.layer_norm_eps "
+        "max_grad_norm max_grad_norm_ratio speed_monitor.window_size",
+    ),
+    (0, sys.float_info.max, "optimizer.learning_rate optimizer.eps"),
+    (0, 1, "model.attention_dropout model.residual_dropout model.embedding_dropout"),
+    (
+        0,
+        2**63,
+        "model.init_std model.emb_init_std model.init_cutoff_factor optimizer.weight_decay "
+        "scheduler.t_warmup scheduler.t_max scheduler.t_decay scheduler.grad_clip_warmup_steps",
+    ),
+)
+
+
+def check(cfg: TrainConfig) -> None:
+    """Raises ValueError for a number that no run can have, and for a model that cannot be built."""
+    for least, most, names in RANGES:
+        for name in names.split():
+            found: Any = cfg
+            for key in name.split("."):
+                found = getattr(found, key, None)  # of a section that is not there: None
+            check_range(name, found, least, most)
+    for evaluator in cfg.evaluators:
+        name = f"evaluators.{evaluator.label}.device_eval_batch_size"
+        check_range(name, evaluator.device_eval_batch_size, 1)
+    check_model(cfg.model)
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raises ValueError for a model that cannot be built."""
+    heads = config.effective_n_kv_heads
+    head_size, rest = divmod(config.d_model, config.n_heads)
+    if rest:
+        raise ValueError(
+            f"model.d_model must be a multiple of model.n_heads; found {config.d_model} and "
+            f"{config.n_heads}"
+        )
+    if heads == 0 or config.n_heads % heads:
+        raise ValueError(
+            f"model.n_heads must be a multiple of model.n_kv_heads; found {config.n_heads} and "
+            f"{heads}"
+        )
+    if config.rope and head_size % 2:
+        raise ValueError(
+            f"model.rope needs an even head size; model.d_model / model.n_heads is {head_size}"
+        )
+    if config.alibi and config.flash_attention:
+        raise ValueError(
+            "model.alibi is a bias that flash attention does not take; "
+            "set model.flash_attention=false"
+        )
+    if config.alibi and config.rope:
+        raise ValueError("model.alibi and model.rope exclude each other; keep one of them")
+    if config.clip_qkv is not None and config.clip_qkv <= 0:
+        raise ValueError(f"model.clip_qkv must be above 0 or null; found {config.clip_qkv}")
+    hidden = config.mlp_hidden_size or config.mlp_ratio * config.d_model
+    if config.activation_type == ActivationType.swiglu and hidden % 2:
+        raise ValueError(
+            f"swiglu halves the hidden size, which must be even; found {hidden}: "
+            "change model.mlp_hidden_size or model.mlp_ratio"
+        )
+    if config.embedding_size is not None and config.embedding_size < config.vocab_size:
+        raise ValueError(
+            f"model.embedding_size must be at least model.vocab_size ({config.vocab_size}), "
+            f"found {config.embedding_size}"
+        )
+    size = config.block_group_size
+    if not 0 < size <= config.n_layers or config.n_layers % size:
+        raise ValueError(
+            f"model.n_layers must be a multiple of model.block_group_size; found "
+            f"{config.n_layers} and {size}"
+        )
