@@ -94,11 +94,11 @@ def rank(number: int, port: int, steps: int, found: Any) -> None:
     step(True)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for i in range(2 * steps):
-        world.wait()
+        world.barrier()
         begun = time.perf_counter()
         step(i % 2 == 0)
         seconds[i % 2 == 0].append(time.perf_counter() - begun)
-    world.wait()
+    world.barrier()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(steps):
             step(True)
@@ -116,7 +116,7 @@ def rank(number: int, port: int, steps: int, found: Any) -> None:
                 "without_s": statistics.median(seconds[False]),
             }
         )
-    world.wait()
+    world.barrier()
     leave_world(world)
 
 

@@ -63,12 +63,12 @@ class Tokenizer:
     @classmethod
     def from_file(cls, filename: str | Path, **options: Any) -> Self:
         """From a tokenizer.json; eos_token_id is its last id unless given."""
-        return cls._of(_library().from_file(str(filename)), options)
+        return cls._of(_tokenizer_class().from_file(str(filename)), options)
 
     @classmethod
     def from_pretrained(cls, identifier: str, **options: Any) -> Self:
         """From the Hugging Face hub; eos_token_id is the last id unless given."""
-        return cls._of(_library().from_pretrained(identifier), options)
+        return cls._of(_tokenizer_class().from_pretrained(identifier), options)
 
     @classmethod
     def _of(cls, base: Any, options: dict[str, Any]) -> Self:
@@ -157,7 +157,7 @@ class Tokenizer:
         return self.base_tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
-def _library() -> Any:
+def _tokenizer_class() -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:

@@ -60,6 +60,7 @@ def interface_of(address: str) -> str | None:
 
 
 def main(addresses: str, *command: str) -> None:
+    """Ignore a scheduler's signals, find the other nodes, and become `command` (exec)."""
     # A scheduler sends these to every process of a job. The ranks heed them; torchrun would die of
     # the one, and at the other give the ranks 30 seconds, whatever the scheduler gives.
     for number in (signal.SIGUSR1, signal.SIGTERM):

@@ -38,8 +38,8 @@ class World:
     why: str  # the GPU's name, or why it is the CPU
 
     @property
-    def first(self) -> bool:
-        """Whether this is the one that writes and speaks."""
+    def is_rank0(self) -> bool:
+        """Whether this is the process that writes and logs."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
@@ -58,7 +58,7 @@ class World:
         dist.all_reduce(total)
         return total
 
-    def tell_all(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first process's value, everywhere. For small plain objects."""
         if self.size == 1:
             return value
@@ -66,7 +66,7 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def first_of(self, value: T | None) -> T | None:
+    def gather_first(self, value: T | None) -> T | None:
         """The value of the first process that has one, everywhere. For small plain objects."""
         if self.size == 1:
             return value
@@ -74,7 +74,7 @@ class World:
         dist.all_gather_object(values, value)
         return next((found for found in values if found is not None), None)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes have come here."""
         if self.size > 1:
             dist.barrier()

@@ -380,7 +380,7 @@ def sizes(urls: Iterable[str], threads: int = 16) -> list[int | None]:
     """Bytes of each file as its server tells them, without fetching; None where it does not."""
     import requests
 
-    def size(url: str) -> int | None:
+    def ask_size(url: str) -> int | None:
         try:
             with session.head(
                 whole(keyless(entrusted(url))),
@@ -393,4 +393,4 @@ def sizes(urls: Iterable[str], threads: int = 16) -> list[int | None]:
             return None
 
     with requests.Session() as session, ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(size, urls))
+        return list(pool.map(ask_size, urls))

@@ -75,7 +75,7 @@ def train(cfg: TrainConfig) -> int:
     stop.listen(signal.SIGUSR1)
     single = cfg.distributed_strategy == DistributedStrategy.single
     world = join_world(cfg.hang_timeout, cfg.single if single else None)
-    speak(world.first)
+    speak(world.is_rank0)
     try:
         return _train(cfg, world, stop)
     finally:
@@ -187,7 +187,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     # --- where metrics and checkpoints go ---
     saver = Saver(cfg, world, model, optimizer, position)
     sinks: list[Sink] = []
-    if world.first:
+    if world.is_rank0:
         layout.sweep(folder)
         if cfg.save_overwrite and not cfg.dry_run:
             layout.remove_after(folder, position.global_step if resumed else -1, source)
@@ -244,7 +244,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     numbers = Numbers(world)
     lowest_loss = float("inf")
     batches = _endless(loader, position, batch_size)
-    profilers = Profilers(cfg, world.first)
+    profilers = Profilers(cfg, world.is_rank0)
     watchdog = Watchdog(world, cfg.hang_timeout)
     watchdog.start()
     model.train()
@@ -258,7 +258,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             indices.write(step, batch["index"].tolist())
 
             clear_gradients(optimizer, cfg)
-            watched = step in (cfg.module_outputs_save_steps or ()) and world.first
+            watched = step in (cfg.module_outputs_save_steps or ()) and world.is_rank0
             with traced(model, folder / f"traces/step{step}") if watched else nullcontext():
                 losses = forward_backward(model, batch, cfg, world.device, step, mean)
             if mean is not None:
@@ -316,13 +316,13 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             profilers.step()
             progress()
             # One question a step to all processes, so that none goes on without the others.
-            reason = reason or stop.reason(look=world.first)
+            reason = reason or stop.reason(look=world.is_rank0)
             if world.any(reason is not None or saver.failed or numbers.failed) and not last:
                 if world.any(saver.failed):
                     saver.give_up()
                 if world.any(numbers.failed):
                     numbers.fetch(write)  # raises
-                paused = world.first_of(reason) or "another process"
+                paused = world.gather_first(reason) or "another process"
         watchdog.stop()
         if paused is not None and position.global_step:
             for row in numbers.fetch(write):
@@ -331,7 +331,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             where = saver.pause()
             saver.finish()
             tell(f"paused at step {position.global_step} by {paused}, saved to {where}")
-            if world.first:
+            if world.is_rank0:
                 left = {"step": position.global_step, "by": paused, "checkpoint": str(where)}
                 sealed.write(folder / MARKER, sealed.dumps(left))
                 stop.met()
@@ -342,9 +342,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             reached = {"step": position.global_step, "checkpoint": saver.save().name}
             saver.finish()
             saver.send(needed=exit_code == 0)
-            if exit_code == 0 and world.first:
+            if exit_code == 0 and world.is_rank0:
                 sealed.write(folder / FINISHED, sealed.dumps(reached))
-        world.wait()
+        world.barrier()
         return exit_code
     finally:
         watchdog.stop()

@@ -117,7 +117,7 @@ class Saver:
         if kind == "unsharded":
             # Gathering shards takes every process, writing one.
             model, optim = _copied(model, whole=True), _copied(optim, whole=True)
-            if self._world.first:
+            if self._world.is_rank0:
                 keep = self._cfg.save_num_unsharded_checkpoints_to_keep or 1
                 shared |= {"model": model, "optim": optim, "keep": None}
                 write = partial(save_unsharded, self._folder, step, **shared)
@@ -133,7 +133,7 @@ class Saver:
                 step,
                 model=_copied(model, whole=False),
                 optim=_copied(optim, whole=False),
-                first=self._world.first,
+                first=self._world.is_rank0,
                 group=group,
                 wait=lambda: dist.barrier(group=group) if group is not None else None,
                 keep=None,
@@ -195,12 +195,12 @@ class Saver:
         folder = write()
         if self._mirrored:
             self._begin_to_send(partial(retire, folder))
-        elif self._world.first:
+        elif self._world.is_rank0:
             retire(folder)
         return folder
 
     def _begin_to_send(self, then: Callable[[], object] = lambda: None) -> None:
-        if self._mirrored and self._world.first:
+        if self._mirrored and self._world.is_rank0:
             work = (self._sending, then)
             self._sending = threading.Thread(target=self._send, args=work, daemon=True, name="send")
             self._sending.start()

@@ -62,7 +62,7 @@ def check(cfg: TrainConfig, world: World) -> None:
         )
     check_ends(cfg)
     check_device(cfg, world.device, is_sharded(cfg, world))
-    if not world.first:
+    if not world.is_rank0:
         return
     warn_of_other_tokenizer(cfg)
     vocabulary = cfg.model.embedding_size or cfg.model.vocab_size
@@ -252,12 +252,12 @@ def _fetched(url: str, into: Path, parts: dict[str, bool]) -> Path:
 def _of_the_first(world: World, work: Callable[[], T]) -> T:
     """What one process does for all: its result everywhere, and its error."""
     found: Any = None
-    if world.first:
+    if world.is_rank0:
         try:
             found = work()
         except (ValueError, OSError) as error:
             found = error
-    found = world.tell_all(found)
+    found = world.broadcast(found)
     if isinstance(found, Exception):
         raise found
     return found
