@@ -23,7 +23,7 @@ from olmo.model.attention import Backend
 from olmo.model.kernels import Mask, Setting, why_not
 from olmo.model.loss import CrossEntropy, losses
 from olmo.optim.build import build_optimizer
-from olmo.optim.master_weights import Masters
+from olmo.optim.master_weights import MasterWeights
 from olmo.precision.fp8 import Recipe, linear, scaled
 from olmo.train.step import clear_gradients, forward_backward
 
@@ -144,7 +144,7 @@ def steps(device: torch.device, kind: str) -> None:
         parallelize(cfg, model, World(0, 0, 1, device, ""))
         optimizer = build_optimizer(cfg, model)
         if masters:
-            Masters(model, optimizer)
+            MasterWeights(model, optimizer)
         for _ in range(3):  # a graph is captured at the second call, and replayed from then on
             clear_gradients(optimizer, cfg)
             ce = forward_backward(model, batch, cfg, device, 1).ce

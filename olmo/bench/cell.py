@@ -43,7 +43,7 @@ from olmo.distributed.parallelize import parallelize
 from olmo.distributed.world import World
 from olmo.model import OLMo
 from olmo.optim.build import build_optimizer
-from olmo.optim.master_weights import Masters
+from olmo.optim.master_weights import MasterWeights
 from olmo.precision import backends, msamp
 from olmo.runtime.energy import Joules
 from olmo.train.meters import device_flops
@@ -80,7 +80,7 @@ def prepare(section: Section, cell: Cell) -> Training:
     optimizer = build_optimizer(cfg, model)
     if cfg.use_msamp:
         _, optimizer = msamp.initialize(model, optimizer)
-    masters = Masters(model, optimizer) if cfg.master_weights else None
+    masters = MasterWeights(model, optimizer) if cfg.master_weights else None
     model.train()
     instances, length = cfg.global_train_batch_size, cfg.model.max_sequence_length
     index = torch.arange(instances)

@@ -99,7 +99,7 @@ def load(folder: str | Path, optimizer: bool = True, trainer: bool = True) -> Ch
 def look(
     folder: Path, optimizer: bool = True, trainer: bool = True, mapped: bool = True
 ) -> Checkpoint:
-    """The same of a folder that is verified already, for put_weights and put_state.
+    """The same of a folder that is verified already, for load_weights and load_optimizer_state.
 
     They read what this process needs: Parts of a sharded one, and of an unsharded one what lies
     in its files (`mapped`). In the place of a folder there may be a file, of weights alone.
@@ -209,11 +209,11 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> OLMo:
     checkpoint = load(folder, optimizer=False, trainer=False)
     config = ModelConfig.load(folder / "config.yaml", key="model", foreign=True)
     model = OLMo(config.update_with(init_device="cpu"), init_params=False)
-    put_weights(model, checkpoint)
+    load_weights(model, checkpoint)
     return model.to(device).eval()
 
 
-def put_weights(model: OLMo, checkpoint: Checkpoint) -> None:
+def load_weights(model: OLMo, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's weights into a model; ValueError naming the first that does not fit."""
     weights, _ = model._make_state_dict_compatible(checkpoint.model)
     own = model.state_dict()
@@ -232,7 +232,9 @@ def put_weights(model: OLMo, checkpoint: Checkpoint) -> None:
     checkpoint.fill((tensor, weights[name]) for name, tensor in own.items())
 
 
-def put_state(model: OLMo, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+def load_optimizer_state(
+    model: OLMo, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint
+) -> None:
     """Copy a checkpoint's optimizer state into an optimizer; ValueError where it does not fit."""
     assert checkpoint.optim is not None
     size = model.config.block_group_size

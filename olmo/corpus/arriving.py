@@ -16,7 +16,7 @@ from olmo.corpus.sources import download, download_tokens, local_source, local_t
 from olmo.corpus.stdlib import library_digest, stdlib
 from olmo.io import foreign
 from olmo.io.downloads import Progress, unseen
-from olmo.io.progress import Arrivals, Count
+from olmo.io.progress import Count, DownloadProgress
 from olmo.runtime import log
 from olmo.store.lease import lease
 from olmo.store.stage import here
@@ -83,7 +83,9 @@ def arrivals(
     failures: list[str] = []
     total = Count(len(whole), None if None in sizes else sum(size or 0 for size in sizes))
     with (
-        Arrivals(here().root / "arriving" / name_of(listing.parent), total, finished) as told,
+        DownloadProgress(
+            here().root / "arriving" / name_of(listing.parent), total, finished
+        ) as told,
         ThreadPoolExecutor(parallel) as pool,
     ):
         coming = {file: pool.submit(fetch, file) for file in files if file.remote}

@@ -24,7 +24,7 @@ class Count(NamedTuple):
     bytes: int | None
 
 
-class Arrivals:
+class DownloadProgress:
     """Counts what arrives in this job and tells, every few seconds, how the whole set gets on.
 
     The jobs of a data set run side by side, on several machines too, and know of each other by
@@ -45,7 +45,7 @@ class Arrivals:
         self.left_word = 0.0
         self.lock = threading.Lock()
 
-    def __enter__(self) -> Arrivals:
+    def __enter__(self) -> DownloadProgress:
         return self
 
     def __exit__(self, *_: object) -> None:

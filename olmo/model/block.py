@@ -26,7 +26,7 @@ KeyValues = tuple[Tensor, Tensor]
 """Keys, already rotated, and values of one block, each (B, H_kv, S, D)."""
 
 
-class Room:
+class KVCache:
     """Keys and values of one block with room for more: a new position is copied, and not all.
 
     What `past` is to a block, in its place. It grows where it is, so one continuation only may
@@ -88,7 +88,7 @@ class SwiGLU(Activation):
 
 class BlockOutput(NamedTuple):
     x: Tensor
-    cache: KeyValues | Room | None
+    cache: KeyValues | KVCache | None
 
 
 class OLMoBlock(nn.Module):
@@ -158,9 +158,9 @@ class OLMoBlock(nn.Module):
         self,
         x: Tensor,
         attention_bias: Bias | None,
-        layer_past: KeyValues | Room | None,
+        layer_past: KeyValues | KVCache | None,
         use_cache: bool,
-    ) -> tuple[Tensor, KeyValues | Room | None]:
+    ) -> tuple[Tensor, KeyValues | KVCache | None]:
         """Attention of x (B, T, d) to itself and the past, projected back to (B, T, d)."""
         B, T, _ = x.shape
         q, k, v = self.project(x)
@@ -173,7 +173,7 @@ class OLMoBlock(nn.Module):
         past = 0 if layer_past is None else layer_past[0].shape[-2]
         if self.rotary_emb is not None:
             q, k = self.rotary_emb(q, k, start=past)
-        if isinstance(layer_past, Room):
+        if isinstance(layer_past, KVCache):
             k, v = layer_past.add(k, v)  # (B, H_kv, S, D)
         elif layer_past is not None:
             k = torch.cat((layer_past[0], k), dim=-2)
@@ -190,7 +190,7 @@ class OLMoBlock(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
         )
         out = out.transpose(1, 2).reshape(B, T, -1)  # (B, T, d)
-        cache = layer_past if isinstance(layer_past, Room) else (k, v)
+        cache = layer_past if isinstance(layer_past, KVCache) else (k, v)
         return self.attn_out(out), cache if use_cache else None
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class OLMoBlock(nn.Module):
         self,
         x: Tensor,
         attention_bias: Bias | None = None,
-        layer_past: KeyValues | Room | None = None,
+        layer_past: KeyValues | KVCache | None = None,
         use_cache: bool = False,
     ) -> BlockOutput:
         """
@@ -275,11 +275,11 @@ class OLMoBlockGroup(nn.ModuleList):
         self,
         x: Tensor,
         attention_bias: Bias | None = None,
-        layers_past: list[KeyValues | Room] | None = None,
+        layers_past: list[KeyValues | KVCache] | None = None,
         use_cache: bool = False,
-    ) -> tuple[Tensor, list[KeyValues | Room] | None]:
+    ) -> tuple[Tensor, list[KeyValues | KVCache] | None]:
         """As a block, with one past and one cache for each block inside."""
-        caches: list[KeyValues | Room] = []
+        caches: list[KeyValues | KVCache] = []
         for i, block in enumerate(self):
             past = None if layers_past is None else layers_past[i]
             x, cache = block(x, attention_bias, past, use_cache)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from olmo.model.block import Room
+from olmo.model.block import KVCache
 
 
 class OLMoGenerateOutput(NamedTuple):
@@ -125,7 +125,7 @@ def steps(
             )
             if past is None:
                 capacity = input_ids.shape[1] + max_steps
-                past = [Room(one, capacity) for one in output.attn_key_values]
+                past = [KVCache(one, capacity) for one in output.attn_key_values]
             log_probs = output.logits[:, -1].float().log_softmax(dim=-1)  # (B, V)
             if step < min_steps:
                 log_probs[:, config.eos_token_id] = -torch.inf

@@ -20,7 +20,7 @@ from torch.nn import Dropout
 from olmo.config import ModelConfig
 from olmo.config.checks import check_model
 from olmo.model.attention import Backend, Bias, causal_bias, document_mask, documents
-from olmo.model.block import KeyValues, OLMoBlock, OLMoBlockGroup, Room
+from olmo.model.block import KeyValues, KVCache, OLMoBlock, OLMoBlockGroup
 from olmo.model.generate import OLMoGenerateOutput, generate
 from olmo.model.init import Embedding, Linear, Role, reset, unfilled
 from olmo.model.kernels import Choice, Mask, choose
@@ -36,7 +36,7 @@ class OLMoOutput(NamedTuple):
     """(B, T, V), or (B, 1, V) with last_logits_only: log-probabilities before normalisation.
     With labels, whose loss needs no logits, empty."""
 
-    attn_key_values: list[KeyValues | Room] | None
+    attn_key_values: list[KeyValues | KVCache] | None
     """With use_cache: keys and values of each block."""
 
     hidden_states: tuple[Tensor, ...] | None
@@ -174,7 +174,7 @@ class OLMo(nn.Module):
         input_embeddings: Tensor | None = None,
         attention_mask: Tensor | None = None,
         attention_bias: Tensor | None = None,
-        past_key_values: Sequence[KeyValues | Room] | None = None,
+        past_key_values: Sequence[KeyValues | KVCache] | None = None,
         use_cache: bool = False,
         last_logits_only: bool = False,
         output_hidden_states: bool | None = None,
@@ -211,7 +211,7 @@ class OLMo(nn.Module):
         bias = self._attention_bias(x, past, attention_mask, attention_bias, doc_lens)
 
         hidden: list[Tensor] = []
-        caches: list[KeyValues | Room] = []
+        caches: list[KeyValues | KVCache] = []
         size = self.config.block_group_size
         for i, part in enumerate(self.transformer["blocks" if size == 1 else "block_groups"]):
             if output_hidden_states:

@@ -37,7 +37,7 @@ def why_not(cfg: TrainConfig, sharded: bool) -> str | None:
     return None
 
 
-class Masters:
+class MasterWeights:
     """The masters of a model's matrices; call `publish` after each step of the optimizer."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

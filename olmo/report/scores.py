@@ -41,7 +41,7 @@ def heldout_scores(found: dict[str, Any], task: str) -> list[Row]:
     return rows
 
 
-def of_one(rows: Sequence[Row]) -> str:
+def table_of_one(rows: Sequence[Row]) -> str:
     """A run's table: each score with its standard error."""
     head = ("task", "scorer", "metric", "value", "documents")
     body = [

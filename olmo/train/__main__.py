@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     from olmo.runtime.log import keep, reason, say
     from olmo.runtime.urls import public
     from olmo.train.loop import train
-    from olmo.train.pending import NotFinite
+    from olmo.train.metrics_buffer import NotFinite
     from olmo.train.saving import FailedElsewhere
 
     def failed(error: object, repeats: bool = True, known: bool = True) -> None:

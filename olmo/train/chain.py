@@ -61,7 +61,7 @@ def beginning(cfg: TrainConfig, until: int) -> dict[str, Any]:
     it is felt before `until`.
     """
     settings = identity(cfg)
-    if not felt(cfg, until):
+    if not end_matters(cfg, until):
         for name in ("max_duration", "stop_at"):
             settings.pop(name, None)
         if cfg.scheduler.name == SchedulerType.warmup_stable_decay and cfg.scheduler.t_max is None:
@@ -73,7 +73,7 @@ def beginning(cfg: TrainConfig, until: int) -> dict[str, Any]:
     return settings
 
 
-def felt(cfg: TrainConfig, until: int) -> bool:
+def end_matters(cfg: TrainConfig, until: int) -> bool:
     """Whether a learning rate up to step `until` depends on where the run ends."""
     from olmo.optim.schedule import build_scheduler
 

@@ -1,6 +1,6 @@
 """Training, from a config to its last checkpoint: set-up, then the loop.
 
-The state of a run is its weights, its optimizer's state and four numbers (`Position`). Everything
+The state of a run is its weights, its optimizer's state and four numbers (`TrainState`). Everything
 else follows from the config and the step, so that a run which stopped anywhere goes on with the
 same bits.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from olmo.checkpoint import layout
-from olmo.checkpoint.read import put_state, put_weights
+from olmo.checkpoint.read import load_optimizer_state, load_weights
 from olmo.config import DistributedStrategy, SchedulerUnits, TrainConfig
 from olmo.config.checks import check as check_config
 from olmo.data.batches import TrainLoader, build_train_dataloader
@@ -32,22 +32,22 @@ from olmo.io import sealed
 from olmo.model import OLMo
 from olmo.optim.build import build_optimizer
 from olmo.optim.clipping import Optimizer
-from olmo.optim.master_weights import Masters
+from olmo.optim.master_weights import MasterWeights
 from olmo.optim.schedule import BoltOnWarmupScheduler, Scheduler, build_scheduler
 from olmo.precision import msamp
-from olmo.precision.backends import Backend as EightBits
+from olmo.precision.backends import Backend as Float8Backend
 from olmo.precision.backends import prepare
 from olmo.runtime.log import count, speak, tell
 from olmo.runtime.process import FINISHED, MARKER
 from olmo.train.meters import SpeedMeter, device_flops, memory_metrics
-from olmo.train.pending import Numbers
+from olmo.train.metrics_buffer import MetricsBuffer
 from olmo.train.profile import Profilers
 from olmo.train.saving import Saver
 from olmo.train.segments import begin_segment, data_facts
 from olmo.train.signals import PAUSED, StopRequest
 from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBiases
 from olmo.train.start import (
-    Position,
+    TrainState,
     check,
     duration,
     find_start,
@@ -142,14 +142,14 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         tell(f"cross-entropy: {cfg.cross_entropy}")
 
     model.to(world.device)
-    eight_bits: EightBits | None = None
+    eight_bits: Float8Backend | None = None
     if cfg.fp8 is not None:
         eight_bits, how = prepare(model, cfg.fp8, world.device)
         tell(f"fp8: {how}")
     tell(f"parallelism: {parallelize(cfg, model, world)}")
     optimizer = build_optimizer(cfg, model)
     if checkpoint is not None:  # after sharding: each process reads its own share
-        put_weights(model, checkpoint)
+        load_weights(model, checkpoint)
         tell(f"weights: from {checkpoint.folder}")
     if cfg.use_msamp:
         model, optimizer = msamp.initialize(model, optimizer)
@@ -160,13 +160,13 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     scheduler: Scheduler = build_scheduler(cfg)
     source = None if checkpoint is None else checkpoint.folder.absolute()
     if checkpoint is not None and checkpoint.optim is not None:
-        put_state(model, optimizer, checkpoint)
+        load_optimizer_state(model, optimizer, checkpoint)
     elif checkpoint is not None and position.global_step > 0:
         warm = position.global_step
         scheduler = BoltOnWarmupScheduler.wrap(scheduler, warm, warm + int(cfg.scheduler.t_warmup))
         tell(f"learning rate: a new warm-up from step {warm}, for the optimizer starts afresh")
     del checkpoint  # and its memory
-    masters = Masters(model, optimizer) if cfg.master_weights else None
+    masters = MasterWeights(model, optimizer) if cfg.master_weights else None
     loader.dataset.start_index = position.global_train_examples_seen_this_epoch
     if loader.dataset.epoch != position.epoch:
         loader.dataset.reshuffle(position.epoch)
@@ -241,7 +241,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     holders = None if masters is None else masters.instead_of(model.parameters())
     mean = None if alone else GradientMean(model.parameters(), world, holders)
     failed = torch.zeros((), device=world.device)  # 1 from the first step that was not finite on
-    numbers = Numbers(world)
+    numbers = MetricsBuffer(world)
     lowest_loss = float("inf")
     batches = _endless(loader, position, batch_size)
     profilers = Profilers(cfg, world.is_rank0)
@@ -357,7 +357,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
 
 
 def _endless(
-    loader: TrainLoader, position: Position, batch_size: int
+    loader: TrainLoader, position: TrainState, batch_size: int
 ) -> Generator[dict[str, Any], None, None]:
     """Whole batches from `position` on, epoch after epoch, each shuffled anew.
 
@@ -378,7 +378,7 @@ def _set_rates(
     cfg: TrainConfig,
     optimizer: Optimizer,
     scheduler: Scheduler,
-    position: Position,
+    position: TrainState,
     max_steps: int,
     max_tokens: int,
 ) -> None:

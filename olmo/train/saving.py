@@ -22,7 +22,7 @@ from olmo.config import DistributedStrategy, TrainConfig, to_yaml
 from olmo.distributed.parallelize import is_sharded
 from olmo.distributed.world import World
 from olmo.runtime.log import tell, warn
-from olmo.train.start import Position
+from olmo.train.start import TrainState
 
 
 class FailedElsewhere(OSError):
@@ -43,7 +43,7 @@ class Saver:
         world: World,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        position: Position,
+        position: TrainState,
     ) -> None:
         self._cfg, self._world, self._folder = cfg, world, Path(cfg.save_folder).absolute()
         self._model, self._optimizer, self._position = model, optimizer, position
@@ -226,7 +226,7 @@ class Saver:
         then()
 
 
-def train_state(position: Position, world_size: int) -> dict[str, Any]:
+def train_state(position: TrainState, world_size: int) -> dict[str, Any]:
     """What train.pt holds; OLMo wants the lists to be there."""
     lists: dict[str, list[str]] = {
         "checkpoints": [],

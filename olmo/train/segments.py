@@ -32,7 +32,7 @@ from olmo.io.sealed import Damaged
 from olmo.runtime.log import tell, warn
 from olmo.runtime.process import SEGMENTS
 from olmo.train.sinks import METRICS, read_metrics
-from olmo.train.start import Position
+from olmo.train.start import TrainState
 
 DECIDES_BITS = ("processes", "nodes", "device", "threads", "torch", "damaged")
 
@@ -77,7 +77,7 @@ def begin_segment(
 
 
 def data_facts(
-    cfg: TrainConfig, dataset: IterableDataset, position: Position, source: Path | None
+    cfg: TrainConfig, dataset: IterableDataset, position: TrainState, source: Path | None
 ) -> dict[str, Any]:
     """What decides which instances the steps from a position on see.
 

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Position:
+class TrainState:
     """Where a run is. The names are OLMo's."""
 
     global_step: int = 0
@@ -178,7 +178,7 @@ def warn_of_other_tokenizer(cfg: TrainConfig) -> None:
 
 def find_start(
     cfg: TrainConfig, world: World, folder: Path
-) -> tuple[Checkpoint | None, Position, bool]:
+) -> tuple[Checkpoint | None, TrainState, bool]:
     """What to start from, where that was, and whether it is this very run that goes on.
 
     Args:
@@ -201,7 +201,7 @@ def find_start(
         return checkpoint, position, True
     if cfg.load_path is None:
         _of_the_first(world, partial(_begin_there, cfg, -1))
-        return None, Position(epoch=cfg.epoch or 0), False
+        return None, TrainState(epoch=cfg.epoch or 0), False
     place = Path(cfg.load_path)
     parts = {
         "optimizer": not cfg.reset_optimizer_state,
@@ -211,11 +211,11 @@ def find_start(
         place = _of_the_first(world, partial(_fetched, cfg.load_path, folder / "loaded", parts))
     _of_the_first(world, partial(layout.verify, place))
     checkpoint = look(place, **parts)
-    position = Position(epoch=cfg.epoch or 0)
+    position = TrainState(epoch=cfg.epoch or 0)
     if checkpoint.train is not None:
         position = _position(checkpoint.train, cfg)
         if not cfg.restore_dataloader:
-            position = Position()
+            position = TrainState()
         elif cfg.epoch is not None:
             _enter(cfg.epoch, position)
         _skip(position, cfg)
@@ -263,13 +263,13 @@ def _of_the_first(world: World, work: Callable[[], T]) -> T:
     return found
 
 
-def _position(train: dict[str, Any], cfg: TrainConfig) -> Position:
+def _position(train: dict[str, Any], cfg: TrainConfig) -> TrainState:
     """From train.pt; older OLMo versions keep less there."""
     step = int(train["global_step"])
     data_step = train.get("global_data_step", step)
     examples = train.get("global_train_examples_seen", data_step * cfg.global_train_batch_size)
     tokens = data_step * cfg.global_train_batch_size * cfg.model.max_sequence_length
-    return Position(
+    return TrainState(
         global_step=step,
         epoch=int(train.get("epoch") or 0),
         global_train_examples_seen_this_epoch=int(
@@ -279,25 +279,25 @@ def _position(train: dict[str, Any], cfg: TrainConfig) -> Position:
     )
 
 
-def _enter(epoch: int, position: Position) -> None:
+def _enter(epoch: int, position: TrainState) -> None:
     if epoch != position.epoch:
         tell(f"epoch {epoch} is begun, in place of epoch {position.epoch}")
         position.epoch, position.global_train_examples_seen_this_epoch = epoch, 0
 
 
-def _skip(position: Position, cfg: TrainConfig) -> None:
+def _skip(position: TrainState, cfg: TrainConfig) -> None:
     if batches := cfg.fast_forward_batches:
         tell(f"fast_forward_batches: {batches} batches are passed over")
         position.global_train_examples_seen_this_epoch += batches * cfg.global_train_batch_size
 
 
-def whole_batches(total_size: int, position: Position, batch_size: int) -> int:
+def whole_batches(total_size: int, position: TrainState, batch_size: int) -> int:
     """How many batches an epoch of `total_size` instances still has, from a place in it on."""
     return max(total_size - position.global_train_examples_seen_this_epoch, 0) // batch_size
 
 
 def duration(
-    cfg: TrainConfig, position: Position, tokens_per_step: int, total_size: int
+    cfg: TrainConfig, position: TrainState, tokens_per_step: int, total_size: int
 ) -> tuple[int, int]:
     """The run's end, in steps and in tokens from its first on: max_duration, in either unit.
 

@@ -13,7 +13,7 @@ import yaml
 from peer_checkpoint import results, train_step
 
 from olmo import checkpoint
-from olmo.checkpoint.read import put_state
+from olmo.checkpoint.read import load_optimizer_state
 from olmo.config import TrainConfig
 from olmo.model import OLMo
 from olmo.optim import build_optimizer
@@ -77,7 +77,7 @@ def test_ours_reads_theirs(layout: str, theirs: tuple[Path, dict[str, np.ndarray
     cfg = TrainConfig.load(folder / "config.yaml")
     model = OLMo.from_checkpoint(folder / layout)
     optimizer = build_optimizer(cfg, model)
-    put_state(model, optimizer, loaded)
+    load_optimizer_state(model, optimizer, loaded)
     kind = "DistributedDataParallel" if layout.startswith("ddp") else "FullyShardedDataParallel"
     equal(results(model, optimizer), of(kind, expected))
     assert loaded.train is not None and loaded.train["global_step"] == 3
@@ -108,7 +108,7 @@ def test_theirs_reads_ours(tmp_path: Path) -> None:
     model = OLMo.from_checkpoint(folder)
     cfg = TrainConfig.load(folder / "config.yaml")
     optimizer = build_optimizer(cfg, model)
-    put_state(model, optimizer, checkpoint.load(folder))
+    load_optimizer_state(model, optimizer, checkpoint.load(folder))
     ours = results(model, optimizer)
 
     peer("read", folder, tmp_path / "results.npz")

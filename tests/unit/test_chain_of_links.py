@@ -13,7 +13,7 @@ from olmo.config import TrainConfig
 from olmo.config.identity import identity
 from olmo.data import order
 from olmo.pipeline.train import training
-from olmo.train.chain import STATE, beginning, cuts, felt
+from olmo.train.chain import STATE, beginning, cuts
 from olmo.train.loop import train
 
 WSD = {"name": "warmup_stable_decay", "t_warmup": 3, "t_decay": 4}
@@ -85,7 +85,7 @@ def test_runs_that_begin_alike_share_their_links(trained: Any) -> None:
 def test_what_is_felt_of_the_end(tmp_path: Path) -> None:
     def until(**scheduler: Any) -> list[bool]:
         cfg = config(tmp_path, max_duration=20, scheduler=scheduler)
-        return [felt(cfg, step) for step in (2, 10, 16, 17)]
+        return [end_matters(cfg, step) for step in (2, 10, 16, 17)]
 
     assert until(name="cosine_with_warmup", t_warmup=3) == [False, True, True, True]
     assert until(name="cosine_with_warmup", t_warmup=3, t_max=20) == [False] * 4

@@ -18,7 +18,7 @@ from olmo.distributed.parallelize import parallelize
 from olmo.distributed.world import World
 from olmo.model import OLMo, loss
 from olmo.optim.build import build_optimizer
-from olmo.optim.master_weights import Masters
+from olmo.optim.master_weights import MasterWeights
 from olmo.precision import fp8
 from olmo.precision.backends import backend, prepare
 from olmo.precision.fp8 import Delayed, Recipe, emulated, linear, scaled
@@ -182,7 +182,7 @@ def test_a_step_of_the_trainer(name: str, tmp_path: Any):
             prepare(model, cfg.fp8, CPU)
         parallelize(cfg, model, World(0, 0, 1, CPU, ""))
         optimizer = build_optimizer(cfg, model)
-        masters = Masters(model, optimizer) if cfg.master_weights else None
+        masters = MasterWeights(model, optimizer) if cfg.master_weights else None
         clear_gradients(optimizer, cfg)
         losses = forward_backward(model, batch, cfg, CPU, 1)
         gradients = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]

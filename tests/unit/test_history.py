@@ -26,7 +26,7 @@ from olmo.inspect.run import Run
 from olmo.io import sealed
 from olmo.train.segments import conditions, segments
 from olmo.train.signals import PAUSED
-from olmo.train.start import Position, duration
+from olmo.train.start import TrainState, duration
 
 N = 45  # instances: 5 steps of 8, 3 of 12
 
@@ -275,9 +275,9 @@ def test_all_processes_have_the_same_number_of_whole_batches(start: int, drop_la
 def test_epochs_end_where_the_data_does(place: Path, epoch: int, examples: int, steps: int) -> None:
     """Of 45 instances, in steps of 8, wherever another batch size led to."""
     cfg = config(place, max_duration="2ep")
-    position = Position(11, epoch, examples, 700)
+    position = TrainState(11, epoch, examples, 700)
     assert duration(cfg, position, 8 * LENGTH, N) == (11 + steps, 700 + steps * 8 * LENGTH)
-    later = Position(11, epoch + 1, examples, 700)
+    later = TrainState(11, epoch + 1, examples, 700)
     assert duration(cfg.update_with(epoch=1), later, 8 * LENGTH, N)[0] == 11 + steps
 
 

@@ -32,7 +32,7 @@ from olmo.pipeline.recipe import Run
 from olmo.runtime.log import LOG
 from olmo.runtime.process import CAUSE, MARKER, SEGMENTS, Paused
 from olmo.train.__main__ import main as trainer
-from olmo.train.pending import NotFinite
+from olmo.train.metrics_buffer import NotFinite
 from olmo.train.segments import conditions, segments
 
 SRUN = """#!/bin/sh

@@ -10,7 +10,7 @@ from small_run import same
 
 from olmo.model import OLMo
 from olmo.optim import build_optimizer
-from olmo.optim.master_weights import Masters
+from olmo.optim.master_weights import MasterWeights
 from olmo.train.step import forward_backward
 
 
@@ -76,7 +76,7 @@ def test_gradients_of_microbatches_add_up_in_float32(tmp_path: Path):
     model.use_attention()
     optimizer = build_optimizer(cfg, model)
     before = {name: w.clone() for name, w in model.state_dict().items()}
-    masters = Masters(model, optimizer)
+    masters = MasterWeights(model, optimizer)
     wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert wide == {n for n, p in model.named_parameters() if ".wte." in n or p.ndim == 1}
     batch = {"input_ids": torch.randint(2, 60, (8, 16)), "index": torch.arange(8)}
@@ -114,7 +114,7 @@ def test_a_frequent_tokens_gradient_is_a_sum_in_float32(tmp_path: Path):
         optimizer = build_optimizer(cfg, model)
         rows = model.transformer["wte"].weight
         if name == "masters":
-            (rows,) = Masters(model, optimizer).instead_of([rows])
+            (rows,) = MasterWeights(model, optimizer).instead_of([rows])
         seen: list[torch.dtype] = []
         model.transformer["blocks"][0].register_forward_pre_hook(
             lambda module, inputs, seen=seen: seen.append(inputs[0].dtype)

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import olmo.distributed.reduce
-from olmo.checkpoint.read import look, newest, put_state, put_weights
+from olmo.checkpoint.read import load_optimizer_state, load_weights, look, newest
 from olmo.config import TrainConfig
 from olmo.distributed.parallelize import parallelize
 from olmo.distributed.reduce import GradientMean
@@ -253,8 +253,8 @@ def bytes_loaded(case: dict[str, Any], folder: Path) -> int:
     optimizer = build_optimizer(cfg, model)
     before = bytes_read()
     checkpoint = look(folder)
-    put_weights(model, checkpoint)
-    put_state(model, optimizer, checkpoint)
+    load_weights(model, checkpoint)
+    load_optimizer_state(model, optimizer, checkpoint)
     read = bytes_read() - before
     leave_world(world)
     return read

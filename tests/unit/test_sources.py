@@ -21,7 +21,7 @@ from olmo.corpus import arriving
 from olmo.corpus import listing as listings
 from olmo.corpus.sources import check, download, download_tokens, local_source, source_list
 from olmo.io import downloads, progress
-from olmo.io.progress import Arrivals, Count
+from olmo.io.progress import Count, DownloadProgress
 
 TEXT = b"".join(
     json.dumps({"id": str(n), "text": random.Random(n).randbytes(60).hex()}).encode() + b"\n"
@@ -378,7 +378,7 @@ def test_the_others_come_although_one_fails(server, tmp_path):
 
 def test_the_arrival_of_a_whole_data_set_is_one_display(tmp_path, capsys, monkeypatch):
     def job():
-        return Arrivals(tmp_path, Count(9, 4_000_000), lambda: Count(2, 500_000))
+        return DownloadProgress(tmp_path, Count(9, 4_000_000), lambda: Count(2, 500_000))
 
     def told():
         return capsys.readouterr().out.splitlines()

@@ -22,7 +22,7 @@ from olmo.data import order
 from olmo.io import sealed
 from olmo.model import OLMo
 from olmo.train.__main__ import main, overrides
-from olmo.train.pending import NotFinite
+from olmo.train.metrics_buffer import NotFinite
 from olmo.train.signals import PAUSED
 from olmo.train.unused import HARMLESS
 

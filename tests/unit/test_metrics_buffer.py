@@ -7,7 +7,7 @@ import torch
 
 from olmo.distributed.world import World
 from olmo.train import pending
-from olmo.train.pending import NotFinite, Numbers
+from olmo.train.metrics_buffer import MetricsBuffer, NotFinite
 from olmo.train.step import Losses
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "")
@@ -40,7 +40,7 @@ class Device:
         monkeypatch.setattr(torch.cuda, "Event", lambda: Copy(self))
 
 
-def add(numbers: Numbers, step: int, failed: float = 0.0, loss: float = 2.0) -> None:
+def add(numbers: MetricsBuffer, step: int, failed: float = 0.0, loss: float = 2.0) -> None:
     optim = {"total_grad_norm": torch.tensor(0.5 * step)}
     losses = Losses(torch.tensor(loss), torch.tensor(0.25))
     known = {"throughput/total_tokens": 8.0 * step}
@@ -48,7 +48,7 @@ def add(numbers: Numbers, step: int, failed: float = 0.0, loss: float = 2.0) -> 
 
 
 def test_they_arrive_in_order_and_nobody_waits(monkeypatch: pytest.MonkeyPatch):
-    device, numbers = Device(monkeypatch), Numbers(ALONE)
+    device, numbers = Device(monkeypatch), MetricsBuffer(ALONE)
     for step in (1, 2, 3):
         add(numbers, step)
         assert numbers.arrived() == []
@@ -68,7 +68,7 @@ def test_they_arrive_in_order_and_nobody_waits(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_was_not_finite_is_known_once_it_has_arrived(monkeypatch: pytest.MonkeyPatch):
-    device, numbers = Device(monkeypatch), Numbers(ALONE)
+    device, numbers = Device(monkeypatch), MetricsBuffer(ALONE)
     add(numbers, 1)
     add(numbers, 2, failed=1.0, loss=float("nan"))
     add(numbers, 3, failed=1.0)
@@ -79,7 +79,7 @@ def test_what_was_not_finite_is_known_once_it_has_arrived(monkeypatch: pytest.Mo
     assert written == [1], "what came before it is not lost"
     assert numbers.failed and numbers.arrived() == []
 
-    device.done, numbers = 0, Numbers(ALONE)
+    device.done, numbers = 0, MetricsBuffer(ALONE)
     device.copies = 0
     add(numbers, 1, failed=1.0)
     assert numbers.arrived() == [] and not numbers.failed

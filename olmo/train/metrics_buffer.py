@@ -32,7 +32,7 @@ class NotFinite(RuntimeError):
 
 
 @dataclass
-class Pending:
+class PendingStep:
     """One step."""
 
     step: int
@@ -44,7 +44,7 @@ class Pending:
     instances: Tensor  # (B,) which this process computed
 
 
-class Numbers:
+class MetricsBuffer:
     """Steps whose numbers nobody has seen, the oldest first.
 
     All processes call `add` and `fetch` together. `arrived` depends on how far this process's
@@ -53,7 +53,7 @@ class Numbers:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._steps: deque[Pending] = deque()
+        self._steps: deque[PendingStep] = deque()
         self.failed = False
         """Whether a step has arrived here that was not finite: then `fetch` raises everywhere."""
 
@@ -84,7 +84,7 @@ class Numbers:
             copied.record()
         names = ["train/CrossEntropyLoss", "train/ZLoss"][: len(own)]
         names += ["failed", *(f"optim/{name}" for name in optim)]
-        self._steps.append(Pending(step, names, values, copied, known, losses.ce, instances))
+        self._steps.append(PendingStep(step, names, values, copied, known, losses.ce, instances))
 
     def arrived(self) -> list[Row]:
         """The steps that have arrived since the last time, up to one that was not finite."""
@@ -114,14 +114,14 @@ class Numbers:
             raise _not_finite(self._steps[0], self._world)
         return rows
 
-    def _row(self, pending: Pending) -> Row:
+    def _row(self, pending: PendingStep) -> Row:
         metrics = dict(zip(pending.names, pending.values.tolist(), strict=True))
         self.failed = bool(metrics.pop("failed"))
         metrics["train/Perplexity"] = perplexity(metrics["train/CrossEntropyLoss"])
         return pending.step, metrics | pending.known
 
 
-def _not_finite(pending: Pending, world: World) -> NotFinite:
+def _not_finite(pending: PendingStep, world: World) -> NotFinite:
     own = (float(pending.loss), pending.instances.tolist())
     everyone = [own]
     if world.size > 1:
