@@ -13,7 +13,7 @@ from olmo.config import TrainConfig
 from olmo.config.identity import identity
 from olmo.data import order
 from olmo.pipeline.train import training
-from olmo.train.chain import STATE, beginning, cuts
+from olmo.train.chain import STATE, beginning, cuts, end_matters
 from olmo.train.loop import train
 
 WSD = {"name": "warmup_stable_decay", "t_warmup": 3, "t_decay": 4}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from olmo.distributed.world import World
-from olmo.train import pending
+from olmo.train import metrics_buffer
 from olmo.train.metrics_buffer import MetricsBuffer, NotFinite
 from olmo.train.step import Losses
 
@@ -85,4 +85,4 @@ def test_what_was_not_finite_is_known_once_it_has_arrived(monkeypatch: pytest.Mo
     assert numbers.arrived() == [] and not numbers.failed
     device.done = 1
     assert numbers.arrived() == [] and numbers.failed, "told, and raised by fetch on every process"
-    assert pending.NotFinite is NotFinite
+    assert metrics_buffer.NotFinite is NotFinite
