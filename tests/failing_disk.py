@@ -15,6 +15,7 @@ kills its process, or the call fails with EIO, or the disk is full from then on.
 import functools
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,7 +82,9 @@ def commands(folder: Path) -> Iterator[Command]:
         begun.change("config/train/small.yaml", max_duration=6, eval_interval=6)
         planned = begun.copy(folder / "planned")
         said = planned.run(FINAL, cores=1).output
-        shell = [line.split() for line in re.findall(r"Shell command: (?:exec )?olmo (.*)", said)]
+        shell = [
+            shlex.split(line) for line in re.findall(r"Shell command: (?:exec )?olmo (.*)", said)
+        ]
         known = set()
         for number, words in enumerate(shell):
             name = words[0]
