@@ -57,7 +57,7 @@ def test_what_is_a_hang(doing: str, status: int, capfd: pytest.CaptureFixture[st
             while time.monotonic() < end:
                 time.sleep(0.05)
                 if doing == "steps":
-                    watch.progress()
+                    watchdog.progress()
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
     said = capfd.readouterr()

@@ -16,7 +16,7 @@ from small_run import metrics, run, same, settings, state
 
 from olmo.checkpoint import layout, mirror
 from olmo.config import TrainConfig
-from olmo.distributed import parallelize
+from olmo.distributed import world
 from olmo.io.bucket import Bucket
 from olmo.runtime.process import MARKER
 from olmo.train import loop
@@ -268,8 +268,8 @@ def ends_slowly(config: dict[str, Any]) -> int:
         put(self, path, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallelize, "TIMEOUT", timedelta(seconds=6))
-        patch.setattr(parallelize, "AFTER_WATCHDOG", timedelta(0))
+        patch.setattr(world, "TIMEOUT", timedelta(seconds=6))
+        patch.setattr(world, "AFTER_WATCHDOG", timedelta(0))
         patch.setattr(Bucket, "put", slow)
         return loop.train(TrainConfig.new(**config))
 
