@@ -31,7 +31,7 @@ from olmo.runtime.process import PAUSED, Paused, die_with_supervisor
 from olmo.runtime.urls import entrusted, public
 from olmo.store.stage import Stage, require_store, role
 
-# Those of modules of olmo/corpus that have a function `batch` are called as the module is.
+# A module of olmo/corpus with a function `batch` is a command of the module's name. The others:
 ELSEWHERE = {
     "source-list": "olmo.corpus.sources:source_list",
     "sources": "olmo.corpus.arriving:sources",
@@ -230,7 +230,7 @@ def add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter, 
     options["default"] = None if required else parameter.default
     kind, many = kind_of(hint)
     if dataclasses.is_dataclass(kind):
-        options["type"] = lambda text: kind.new(**json.loads(text))  # type: ignore[union-attr]
+        options["type"] = functools.partial(section, kind)
         options["metavar"] = "JSON"
     elif kind is bool:
         options["action"] = argparse.BooleanOptionalAction
@@ -241,6 +241,14 @@ def add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter, 
     else:
         options["type"] = kind
     parser.add_argument(flag, **options)
+
+
+def section(kind: Any, text: str) -> Any:
+    """A recipe's section from its JSON; argparse shows the reason of this kind of error alone."""
+    try:
+        return kind.new(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def kind_of(hint: Any) -> tuple[Any, bool]:

@@ -82,8 +82,9 @@ class BaseConfig:
         except (ValueError, RecursionError) as error:
             said = str(error)
             for place, text in told.items():  # what the environment says may be a secret
-                value = str(_at(plain, place))
-                said = said.replace(value, text) if len(value) > 3 else said
+                value = _at(plain, place)
+                if value is not None and len(str(value)) > 3:  # a shorter one is in every sentence
+                    said = said.replace(str(value), text)
             hint = "; a config from elsewhere reads nothing of this machine: write the value"
             raise ValueError(f"{path}: {said}{hint * (foreign and '${' in said)}") from None
         whole = as_plain(config, everything=True)

@@ -362,3 +362,20 @@ def test_a_copied_store_whose_times_are_others(tmp_path: Path):
     os.utime(target)  # as cp -r leaves it
     join(parts=[Path("out/joined")], joined=Path("again"))
     assert Path("again").read_text() == "AB"
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ('{"keep_one_in": 0}', "documents.keep_one_in: expected at least 1, found 0"),
+        ('{"keep_one": 2}', "keep_one: no such key in DocumentsSection; the nearest is"),
+        ("[1]", "must be a mapping"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_a_section_that_is_wrong_is_told(
+    section: str, reason: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        cli.main(["documents", "--sources", "a.tsv", "--listing", "b.tsv", "--config", section])
+    assert reason in capsys.readouterr().err
