@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from olmo.runtime.log import FAILED, LOG, reason
+from olmo.runtime.log import FAILED, LOG, describe
 from olmo.runtime.process import PAUSED, Paused, die_with_supervisor
 from olmo.runtime.urls import entrusted, public
 from olmo.store.stage import Stage, require_store, role
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             os.dup2(nowhere, stream.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
-        sys.exit(public(f"olmo {verb}: {reason(error)}"))
+        sys.exit(public(f"olmo {verb}: {describe(error)}"))
     except Exception as error:
         if LOG not in os.environ:
             raise
@@ -283,7 +283,7 @@ class copied_to:
             with suppress(OSError), self.log.open("a") as file:  # as may be what failed
                 if isinstance(error, Exception) and not isinstance(error, Paused):
                     file.writelines(map(public, traceback.format_exception(error)))
-                why = reason(error) if isinstance(error, Exception) else error
+                why = describe(error) if isinstance(error, Exception) else error
                 file.write(public(f"{FAILED}{kind.__name__}: {why}\n"))
 
 

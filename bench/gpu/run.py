@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from olmo.bench import __main__ as bench
 from olmo.bench.cell import surroundings
 from olmo.bench.matrix import Section
-from olmo.runtime.log import tell
+from olmo.runtime.log import log
 from olmo.runtime.process import describe_exit, supervised
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def program(part: str, request: dict[str, Any], limit_s: float, results: Results
             if line.startswith("{"):
                 record = json.loads(line)
                 results.add(f"{part}/{number:04}.json", record)
-                tell(f"{part}: {draw.in_words(record)}")
+                log.info(f"{part}: {draw.in_words(record)}")
         code = process.wait()
         clock.cancel()
     text = said.read_text()[-20_000:]
@@ -132,7 +132,7 @@ def cells(part: str, sections: list[Section], limit_s: float, results: Results, 
         for record, line in bench.timed(section, out, here, given, left):
             statuses[record["status"]] = statuses.get(record["status"], 0) + 1
             results.pack()
-            tell(line)
+            log.info(line)
     return ", ".join(f"{n} {status}" for status, n in statuses.items()) or "nothing fitted"
 
 
@@ -209,7 +209,7 @@ def main() -> None:
     peer = str(carried) if carried and carried.is_dir() else ""
     results = Results(options.out, about(["bash bench/gpu/run.sh", *sys.argv[1:]], options.layers))
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(results.folder.with_suffix(".inductor"))
-    tell(f"{results.about['device']}, torch {results.about['torch']}: {options.budget_s:g} s")
+    log.info(f"{results.about['device']}, torch {results.about['torch']}: {options.budget_s:g} s")
     try:
         for name in options.part or LIMITS:
             began = time.monotonic()
@@ -218,7 +218,7 @@ def main() -> None:
             if limit_s < LEAST_S:
                 how = f"left out, {max(limit_s, 0.0):.0f} s are left"
             else:
-                tell(f"== {name}: {limit_s:.0f} s at most")
+                log.info(f"== {name}: {limit_s:.0f} s at most")
                 try:
                     how = run(name, limit_s, results, peer)
                 except Exception as error:  # the next part may still run
@@ -226,12 +226,12 @@ def main() -> None:
             seconds = round(time.monotonic() - began, 1)
             results.about["parts"][name] = {"seconds": seconds, "how": how}
             results.add("about.json", results.about)
-            tell(f"== {name}: {how}, {seconds:.0f} s")
+            log.info(f"== {name}: {how}, {seconds:.0f} s")
         print(draw.page(results.folder))
     finally:
         shutil.rmtree(results.folder)
         shutil.rmtree(results.folder.with_suffix(".inductor"), ignore_errors=True)
-    tell(str(options.out))
+    log.info(str(options.out))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import olmo
 from olmo.bench import pairs, table
 from olmo.bench.cell import surroundings
 from olmo.bench.matrix import Cell, Pair, Section, as_plain, load
-from olmo.runtime.log import tell
+from olmo.runtime.log import log
 
 # What a step is made of: a change here makes every record old.
 CODE = ("model", "train", "precision", "bench/cell.py", "bench/side.py")
@@ -67,8 +67,8 @@ def bench(
         for record, line in timed(section, out, here, peer, budget_s):
             records.append(record)
             draw(records, section, out, command)
-            tell(line)
-    tell(f"{out}/table.md")
+            log.info(line)
+    log.info(f"{out}/table.md")
     return records, section
 
 
@@ -110,7 +110,9 @@ def timed(
         cells.close()
     if skipped:
         names = ", ".join(skipped)
-        tell(f"not timed, {budget_s:g} s are over: {names}. The same command goes on with these")
+        log.info(
+            f"not timed, {budget_s:g} s are over: {names}. The same command goes on with these"
+        )
 
 
 def newest(section: Section, out: Path) -> list[dict[str, Any]]:

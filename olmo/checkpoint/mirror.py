@@ -15,7 +15,7 @@ from olmo.io import foreign
 from olmo.io.bucket import Bucket
 from olmo.io.downloads import fetch
 from olmo.io.sealed import Damaged
-from olmo.runtime.log import tell, warn
+from olmo.runtime.log import log
 from olmo.runtime.urls import entrusted
 
 SENDING = "sending.json"
@@ -83,7 +83,7 @@ def mirror(save_folder: Path, remote: str) -> None:
         try:
             files = layout.listed(content, str(manifest))
         except Damaged as error:
-            warn(f"not sent: {error}")
+            log.warning(f"not sent: {error}")
             continue
         if done in sizes:
             if place.read(done) == content:
@@ -98,7 +98,7 @@ def mirror(save_folder: Path, remote: str) -> None:
                 place.put(folder / file, name)
         place.put(manifest, done)
         place.remove(sending)
-        tell(f"sent {folder.name} to {remote}")
+        log.info(f"sent {folder.name} to {remote}")
 
 
 def whole_there(place: Bucket) -> list[str]:
@@ -140,9 +140,9 @@ def newest_of_both(own: Path | None, save_folder: Path, remote: str) -> Path | N
         try:
             _bring(place, folder)
         except ValueError as error:
-            warn(f"passing over a broken checkpoint of {remote}: {error}")
+            log.warning(f"passing over a broken checkpoint of {remote}: {error}")
             continue
-        tell(f"fetched {name} from {remote}")
+        log.info(f"fetched {name} from {remote}")
         return folder
     return own
 

@@ -17,7 +17,7 @@ from olmo.checkpoint.optim_state import State, by_name, load_by_name, placed
 from olmo.checkpoint.plain import Part
 from olmo.config import ModelConfig
 from olmo.model.regroup import plain_name, regrouped
-from olmo.runtime.log import warn
+from olmo.runtime.log import log
 from olmo.runtime.numbers import from_json
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def newest(save_folder: str | Path) -> Path | None:
         try:
             layout.verify(folder)
         except ValueError as error:
-            warn(f"passing over a broken checkpoint: {error}")
+            log.warning(f"passing over a broken checkpoint: {error}")
             continue
         return folder
     return None

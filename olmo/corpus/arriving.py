@@ -17,7 +17,7 @@ from olmo.corpus.stdlib import library_digest, stdlib
 from olmo.io import foreign
 from olmo.io.downloads import Progress, unseen
 from olmo.io.progress import Count, DownloadProgress
-from olmo.runtime import log
+from olmo.runtime.log import log
 from olmo.store.lease import lease
 from olmo.store.stage import here
 from olmo.store.store import Record
@@ -99,7 +99,7 @@ def arrivals(
         apart = " " if len(reasons) == 1 else "\n  "
         raise ValueError(apart.join([f"{len(failures)} of {len(files)} sources:", *reasons]))
     for failure in failures:
-        log.warn(f"left out: {failure}")
+        log.warning(f"left out: {failure}")
     return entries
 
 

@@ -26,7 +26,7 @@ from olmo.corpus.documents import MAX_LINE_BYTES, TRAIN, parse, size_in_utf8
 from olmo.corpus.dolma import Dolma, time_limit
 from olmo.data.order import free_memory
 from olmo.io import gz
-from olmo.runtime import log
+from olmo.runtime.log import log
 from olmo.store.stage import Facts, Folder, Free, Inputs, Work, stage
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def attributes(
     filters = sizes(kinds, files, heldout, against, false_positives)
     refuse_too_large(filters)
     if filters.get(OVERLAP, (1, 0))[0] == 0:
-        log.warn(
+        log.warning(
             f"decontaminate: {len(against)} files to decontaminate against hold no text, so "
             "nothing is taken out"
         )
@@ -285,7 +285,7 @@ def fill(dolma: Dolma, scratch: Path, kind: str, documents: list[Path], kinds: K
     for path, name in zip(documents, names, strict=True):
         made = scratch / attributes_of(name, kind)
         if not made.exists() or count_lines(made) != count_lines(path):
-            log.say(said)
+            log.info(said)
             raise ValueError(f"the toolkit did not read all of {path}; what it said stands above")
     shutil.rmtree(scratch / "in")
     (scratch / "in" / "documents").mkdir(parents=True)
@@ -422,7 +422,7 @@ def add(
         pairs = zip_longest(ids, wanted)
         row = next(row for row, (one, other) in enumerate(pairs) if one != other)
         place = place_of(table, here[row]) if row < len(here) else table["file"][0]
-        log.say(said)
+        log.info(said)
         raise ValueError(
             f"{place}: expected attributes of {len(wanted):,} documents from the toolkit, in their "
             f"order, found {len(lines):,}; what it said stands above"

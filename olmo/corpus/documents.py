@@ -24,7 +24,7 @@ from olmo.config.strict import UNHASHED, check_range
 from olmo.corpus import conversations
 from olmo.corpus.listing import read, run, write
 from olmo.io import file_kinds, gz
-from olmo.runtime import log
+from olmo.runtime.log import log
 from olmo.store.stage import Facts, Input, Output, stage
 
 # Why a line cannot become a document. These are the names that a recipe allows.
@@ -229,7 +229,7 @@ def documents(
         raise ValueError(drops_message(name, frame, reasons, forbidden, known, hint))
     nameless = int((frame["id"] == "").sum())
     if nameless > 1 and (config.heldout_share or weight != 1):
-        log.warn(
+        log.warning(
             f"{name}: {nameless:,} lines have the empty id and one fate: all are held out or none, "
             "all are repeated or none"
         )

@@ -27,7 +27,7 @@ from olmo.corpus import dolma_worker
 from olmo.corpus.documents import MAX_BYTES_PER_BYTE
 from olmo.corpus.engine import Job
 from olmo.corpus.environments import interpreter, version
-from olmo.runtime.log import say
+from olmo.runtime.log import log
 from olmo.runtime.process import describe_exit, supervised
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Dolma:
         """A sentence with the cause, if the toolkit named one; all that it said is told before."""
         if not (tail := self.tail()):
             return what
-        say(tail)
+        log.error(tail)
         causes = [line.strip() for line in tail.splitlines() if re.search(r"rror|ismatch", line)]
         return f"{': '.join([what, *causes[-1:]])}; what it said stands above"
 

@@ -23,7 +23,7 @@ from olmo.corpus.documents import HELDOUT, TRAIN
 from olmo.corpus.listing import read, run, write
 from olmo.corpus.tokens import PARQUET, vocabulary
 from olmo.io import gz
-from olmo.runtime import log
+from olmo.runtime.log import log
 from olmo.store.stage import Facts, Input, Output, stage
 
 if TYPE_CHECKING:
@@ -168,12 +168,12 @@ def instances(
     names = ("start", "end", "id", "file", "line", "bytes", "labels", "length", "reason")
     made.select(names).write_parquet(index, **PARQUET)
     for name, count in sorted(in_text.items()):
-        log.warn(
+        log.warning(
             f"{name} stands in {count} messages and became that special token there; OLMo's "
             "preparation does the same"
         )
     if found and not filled:
-        log.warn(
+        log.warning(
             f"all {len(found)} conversations of {documents} are left out: none has an answer "
             f"(role {ANSWERS}) within sequence_length={sequence_length} tokens"
         )

@@ -18,7 +18,7 @@ from olmo.corpus.documents import DROPPED, TRAIN, parse, size_in_utf8
 from olmo.corpus.dolma import Dolma, scratch_beside, time_limit
 from olmo.corpus.tokens import PARQUET
 from olmo.io import gz
-from olmo.runtime import log
+from olmo.runtime.log import log
 from olmo.store.stage import Facts, Free, Input, Output, stage
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def mixed(
             )
             made = folder / "mixed" / "documents" / "documents.gz"
             if not made.exists():
-                log.say(said)
+                log.info(said)
                 raise ValueError("the toolkit mixed no documents; what it said stands above")
             places = [f"{file}:{line}" for file, line in train.select("file", "line").iter_rows()]
             changes = checked(documents, made, mixed, told, places)

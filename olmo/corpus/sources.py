@@ -12,7 +12,7 @@ from olmo.config import BaseConfig
 from olmo.config.strict import check_range
 from olmo.corpus.source_table import COLUMNS
 from olmo.io import downloads, file_kinds, gz
-from olmo.runtime import log
+from olmo.runtime.log import log
 from olmo.runtime.urls import public
 from olmo.store.stage import Facts, Free, Input, Output, Work, here, stage
 from olmo.store.store import sha256 as digest_of
@@ -77,7 +77,7 @@ def source_list(url: str, table: Output, licence: str = "") -> Facts:
     found = downloads.sizes(urls)
     known = [size for size in found if size is not None]
     unknown = f", and {len(urls) - len(known)} files of unknown size" * (len(known) < len(urls))
-    log.tell(f"{len(urls):,} files, {sum(known):,} bytes ({sum(known) / 1e9:,.1f} GB){unknown}")
+    log.info(f"{len(urls):,} files, {sum(known):,} bytes ({sum(known) / 1e9:,.1f} GB){unknown}")
     rows = [
         COLUMNS,
         *(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from olmo.corpus.documents import DROPPED, HELDOUT, TRAIN
 from olmo.corpus.listing import read
 from olmo.corpus.tokens import PARQUET
-from olmo.runtime import log
+from olmo.runtime.log import log
 from olmo.store.stage import Facts, Inputs, Output, stage
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def batch(documents: list[Path], tokens: list[Path], summary: Path, text: Path) 
         summary=summary,
         text=text,
     )
-    log.tell(text.read_text(encoding="utf-8").rstrip())
+    log.info(text.read_text(encoding="utf-8").rstrip())
 
 
 @stage(version=1)

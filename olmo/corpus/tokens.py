@@ -18,7 +18,7 @@ from olmo.corpus.dolma import started
 from olmo.corpus.engine import Engine, Job
 from olmo.corpus.fast import Fast
 from olmo.corpus.listing import read, run, write
-from olmo.runtime import log
+from olmo.runtime.log import log
 from olmo.store.stage import Facts, Free, Input, Output, stage
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def tokens(
     }
     special = {name: count for name, count in special.items() if count}
     for name, count in special.items():
-        log.warn(
+        log.warning(
             f"{found['file'][0]}: {name} stands {count} times in the text of documents and became "
             f"that special token; in the recipe tokens: {{special_tokens: {AS_TEXT}}} keeps it text"
         )
@@ -221,7 +221,7 @@ def refuse_losses(expected: polars.DataFrame, found: polars.DataFrame, said: str
     lost = expected.join(found, on=["row", "id"], how="anti")
     gained = found.join(expected, on=["row", "id"], how="anti")
     places = [f"{row['file']}:{row['line']}" for row in lost.head(10).iter_rows(named=True)]
-    log.say(said)
+    log.info(said)
     raise ValueError(
         f"expected {expected.height:,} documents from the toolkit, found {found.height:,}: "
         f"{lost.height:,} lost ({', '.join(places)}), {gained.height:,} that were not asked for; "

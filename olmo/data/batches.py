@@ -24,7 +24,7 @@ from olmo.data.collator import build_collator
 from olmo.data.custom_datasets import build_custom_dataset
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
 from olmo.distributed.world import barrier, get_fs_local_rank, get_global_rank, get_world_size
-from olmo.runtime.log import warn
+from olmo.runtime.log import log
 
 LOOKED_AT = 4096  # instances, where none has a label: seconds
 
@@ -72,7 +72,7 @@ def check_labels(dataset: MemMapDataset, where: str = "data", needed: bool = Tru
     )
     if needed and len(chosen) == n:
         raise ValueError(said)
-    warn(said)
+    log.warning(said)
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from olmo.config import DataConfig, InstanceFilterConfig, TrainConfig
 from olmo.data import raw
 from olmo.data.files import Tokens, file_sizes, is_url
-from olmo.runtime.log import warn
+from olmo.runtime.log import log
 
 
 class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -312,7 +312,7 @@ def check_tokens(dataset: MemMapDataset, vocab_size: int, where: str = "data") -
             )
             if certain:
                 raise ValueError(said)
-            warn(f"{said}, unless most of it is padding")
+            log.warning(f"{said}, unless most of it is padding")
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
             at = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
             fits = raw.fitting_kind(tokens, vocab_size)

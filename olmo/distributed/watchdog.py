@@ -25,7 +25,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from olmo.distributed.world import World
-from olmo.runtime.log import say
+from olmo.runtime.log import log
 
 # From speaking to ending, in seconds: the others, which began to wait a little later, speak too
 # before the launcher ends them.
@@ -85,7 +85,7 @@ class Watchdog:
             # interpreter's own alarm is not set anew and speaks in our place (on stderr alone).
             faulthandler.dump_traceback_later(self._limit + LINGER_S, exit=True, file=2)
             if time.monotonic() - _last > self._limit:
-                say(self._report())
+                log.error(self._report())
                 if not self._done.wait(LINGER_S):
                     os._exit(1)
         faulthandler.cancel_dump_traceback_later()

@@ -19,7 +19,7 @@ from olmo.eval.choices import LONGEST, Score, encoded, log_likelihoods, score
 from olmo.eval.perplexity import HeldOut
 from olmo.eval.tasks import Request, Task, requests, task_of
 from olmo.precision.autocast import autocast
-from olmo.runtime.log import tell
+from olmo.runtime.log import log
 from olmo.tokenizer import Tokenizer
 
 Evaluator = Callable[[nn.Module], dict[str, float]]
@@ -95,7 +95,7 @@ class Choices:
             pairs = [(r.unconditional, r.continuation) for r in self.requests]
             self.unconditional = encoded(pairs, tokenizer, length)
         documents = len({r.document for r in self.requests})
-        tell(f"evaluator: {task.label}, {documents} documents, {len(self.prompts)} options")
+        log.info(f"evaluator: {task.label}, {documents} documents, {len(self.prompts)} options")
 
     def score(self, model: nn.Module) -> Score:
         """The task's metric, the same on every process."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from olmo.inspect.documents import Document, Shard, digest_of, shards
 from olmo.inspect.run import Instance, Run
-from olmo.runtime.log import warn
+from olmo.runtime.log import log
 from olmo.store.stage import here
 from olmo.tokenizer import hub_name
 
@@ -56,7 +56,9 @@ def reader(run: Run, known: dict[str, Shard], tokenizer: str | None) -> Tokenize
             return Tokenizer.from_file(place)
         return Tokenizer.from_pretrained(hub_name(place))
     except Exception as error:  # the hub's client raises many kinds
-        warn(f"no text, only ids: the tokenizer {place} cannot be had ({error}); give --tokenizer")
+        log.warning(
+            f"no text, only ids: the tokenizer {place} cannot be had ({error}); give --tokenizer"
+        )
         return None
 
 

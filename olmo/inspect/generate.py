@@ -9,7 +9,7 @@ from typing import Any
 
 from olmo.inspect.documents import digest_of, shards
 from olmo.inspect.run import Run
-from olmo.runtime.log import warn
+from olmo.runtime.log import log
 from olmo.store.stage import here
 from olmo.tokenizer import Tokenizer, hub_name
 
@@ -65,7 +65,7 @@ def generate(
     if tokens is None:
         tokens = min(256, max(run.length - len(ids), 1))
     if len(ids) + tokens > run.length:
-        warn(
+        log.warning(
             f"{len(ids)} tokens and {tokens} more are longer than the {run.length} that the model "
             "was trained on"
         )

@@ -10,7 +10,7 @@ from olmo.checkpoint import layout
 from olmo.cluster.launch import Geometry, launch
 from olmo.inspect.order import steps_of
 from olmo.inspect.run import Run
-from olmo.runtime.log import tell
+from olmo.runtime.log import log
 from olmo.store.stage import here
 from olmo.train.chain import STATE
 from olmo.train.sinks import read_metrics
@@ -55,7 +55,7 @@ def replay(checkpoint: str, /, steps: str) -> None:
             wandb=None,
             **resumed,
         )
-        tell(f"steps {start + 1} to {asked[-1]}, from {begin or 'the start'}")
+        log.info(f"steps {start + 1} to {asked[-1]}, from {begin or 'the start'}")
         pieces = begun_alike(run.segments, start, asked[-1])
         ends = [*(piece["after"] for piece in pieces[1:]), asked[-1]]
         for piece, end in zip(pieces, ends, strict=True):
@@ -63,7 +63,7 @@ def replay(checkpoint: str, /, steps: str) -> None:
             alike = place.update_with(stop_at=end, try_load_latest_save=goes_on)
             alike.save(Path(folder, "given.yaml"))
             processes = piece["processes"]
-            tell(f"steps {piece['after'] + 1} to {end}: processes as then, {processes}")
+            log.info(f"steps {piece['after'] + 1} to {end}: processes as then, {processes}")
             launch(Path(folder, "given.yaml"), Geometry(processes), place.intra_op_threads)
         again = rows_of(Path(folder, "metrics.jsonl"))
         weights = gap_of_weights(run, Path(folder)) if asked[-1] == last_step else None
@@ -75,17 +75,17 @@ def replay(checkpoint: str, /, steps: str) -> None:
     ]
     for step in asked:
         mark = "  differs" if step in differing else ""
-        tell(f"step {step}: loss {recorded[step][LOSS]!r}, again {again[step][LOSS]!r}{mark}")
+        log.info(f"step {step}: loss {recorded[step][LOSS]!r}, again {again[step][LOSS]!r}{mark}")
     if weights is not None:
-        tell(f"weights: largest difference {weights:g}")
+        log.info(f"weights: largest difference {weights:g}")
     if not differing and not weights:
-        tell(f"{len(asked)} steps, equal to the bit")
+        log.info(f"{len(asked)} steps, equal to the bit")
         return
     what = f"step {differing[0]}" if differing else "the weights"
     gap = max((abs(recorded[s][LOSS] - again[s][LOSS]) for s in differing), default=0.0)
     if here != there:
-        tell(f"first difference: {what}; the losses' largest gap {gap:.3g}")
-        tell(f"the run's conditions were {there}, and these are {here}")
+        log.info(f"first difference: {what}; the losses' largest gap {gap:.3g}")
+        log.info(f"the run's conditions were {there}, and these are {here}")
         return
     raise ValueError(
         f"the first difference is {what} (losses differ by up to {gap:.3g}) under the run's own "

@@ -24,7 +24,7 @@ from olmo.inspect import history
 from olmo.inspect.history import Origin, Recorded, Stretch
 from olmo.inspect.order import Seen
 from olmo.io import downloads
-from olmo.runtime.log import warn
+from olmo.runtime.log import log
 from olmo.runtime.process import SEGMENTS
 from olmo.store.stage import here
 from olmo.store.store import parse
@@ -133,7 +133,7 @@ class Run:
         """The same with what their steps saw; [] where nobody wrote that down."""
         order = self._order or self.cfg.data.order_path
         if self._order and not any("order" in segment for segment in self.segments):
-            warn("--order is not needed: the run wrote down what decided its order")
+            log.warning("--order is not needed: the run wrote down what decided its order")
         origin = Origin(
             self.cfg, len(self.dataset), order, given=bool(self._order), fixed=bool(self.record)
         )
@@ -143,7 +143,7 @@ class Run:
     def by_config(self) -> Seen:
         """What its steps saw if it was trained from its start with this config and order."""
         if self.cfg.load_path and not self.cfg.reset_trainer_state:
-            warn(
+            log.warning(
                 f"{self.config_path} goes on from {self.cfg.load_path}: what is told of the steps "
                 "before holds if they had the same batch size, seed and data"
             )
@@ -193,7 +193,9 @@ class Run:
         stretch = history.of(step, self.stretches) if self.segments else None
         size = self.cfg.global_train_batch_size if stretch is None else stretch.batch_size
         if stretch is not None and step <= stretch.again_to:
-            warn(f"step {step} was trained more than once: the last time is told, which counts")
+            log.warning(
+                f"step {step} was trained more than once: the last time is told, which counts"
+            )
         if (batch := self.recorded.batch(step, size)) is None:
             seen = self.by_config if stretch is None else stretch.seen
             batch = seen.instances(step), seen.world_size
@@ -227,7 +229,9 @@ class Run:
             if self._has_files_of(stretch):
                 yield from stretch.seen.when(instances, last)
             else:
-                warn(f"steps {stretch.after + 1} to {last} had other token files, not looked at")
+                log.warning(
+                    f"steps {stretch.after + 1} to {last} had other token files, not looked at"
+                )
 
     def _has_files_of(self, stretch: Stretch) -> bool:
         from olmo.train.segments import fingerprint  # which imports torch

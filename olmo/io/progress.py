@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from olmo.runtime import log
+from olmo.runtime.log import format_count, format_duration, log
 
 EVERY_S = 5.0
 SILENT_S = 60.0  # a job that left no word for so long is not there any more
@@ -51,7 +51,7 @@ class DownloadProgress:
     def __exit__(self, *_: object) -> None:
         """The last word: this job's files are in its listing from now on."""
         if self.bytes:
-            self.tell()
+            self.report()
             self.word.unlink(missing_ok=True)
 
     def add(self, received: int) -> None:
@@ -60,8 +60,8 @@ class DownloadProgress:
             self.bytes += received
             if time.monotonic() - self.left_word >= EVERY_S:
                 self.leave_word()
-                if self.nobody_told():
-                    self.tell()
+                if self.nobody_reported():
+                    self.report()
 
     def finish(self) -> None:
         """A file is here, or will not come."""
@@ -76,18 +76,18 @@ class DownloadProgress:
         draft.write_text(json.dumps([self.files, self.bytes, rate]))
         os.replace(draft, self.word)
 
-    def nobody_told(self) -> bool:
-        """Whether it is for us to tell: nobody did for a while."""
-        told = self.folder / "told"
+    def nobody_reported(self) -> bool:
+        """Whether this job is to report: no other has for a while."""
+        reported = self.folder / "reported"
         try:
-            if time.time() - told.stat().st_mtime < EVERY_S:
+            if time.time() - reported.stat().st_mtime < EVERY_S:
                 return False
         except FileNotFoundError:
             pass
-        told.touch()
+        reported.touch()
         return True
 
-    def tell(self) -> None:
+    def report(self) -> None:
         self.leave_word()
         files, bytes = self.finished()
         here, rate = bytes or 0, 0.0
@@ -102,9 +102,9 @@ class DownloadProgress:
             files, here, rate = files + more, here + received, rate + speed
         of = left = ""
         if self.whole.bytes is not None:
-            of = f" of {log.count(self.whole.bytes)}B"
-            left = f", {log.duration(max(self.whole.bytes - here, 0) / max(rate, 1e-3))} left"
-        log.tell(
-            f"{files:,} of {self.whole.files:,} files, {log.count(here)}B{of}, "
-            f"{log.count(rate)}B/s{left * (files < self.whole.files)}"
+            of = f" of {format_count(self.whole.bytes)}B"
+            left = f", {format_duration(max(self.whole.bytes - here, 0) / max(rate, 1e-3))} left"
+        log.info(
+            f"{files:,} of {self.whole.files:,} files, {format_count(here)}B{of}, "
+            f"{format_count(rate)}B/s{left * (files < self.whole.files)}"
         )

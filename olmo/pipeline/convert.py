@@ -13,7 +13,7 @@ from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load
 from olmo.checkpoint.save import save_unsharded
 from olmo.io.downloads import refuse_links
-from olmo.runtime.log import tell
+from olmo.runtime.log import log
 from olmo.runtime.numbers import to_json
 
 KINDS = ("unsharded", "sharded", "safetensors", "hf")
@@ -65,7 +65,7 @@ def _convert(source: Path, into: Path, kind: str, tokenizer: Path | None) -> Pat
         (into / "config.yaml").write_text(config_yaml)
         write_safetensors(into, checkpoint.model, checkpoint.optim[0])
         (into / "train.json").write_text(text)
-        tell(f"written: {into}")
+        log.info(f"written: {into}")
         return into
     train = {k: v for k, v in checkpoint.train.items() if k != "optimizer"}
     parts: dict[str, Any] = {
@@ -82,7 +82,7 @@ def _convert(source: Path, into: Path, kind: str, tokenizer: Path | None) -> Pat
         from olmo.checkpoint.sharded import save_sharded
 
         folder = save_sharded(into, step, **parts)
-    tell(f"written: {folder}")
+    log.info(f"written: {folder}")
     return folder
 
 
@@ -115,7 +115,7 @@ def _to_hf(source: Path, into: Path, tokenizer: Path | None) -> Path:
         tokenizer = into / "tokenizer.json"
         known.save(str(tokenizer))
     huggingface.write(into, checkpoint.model, config_yaml, tokenizer)
-    tell(f"written: {into}")
+    log.info(f"written: {into}")
     return into
 
 
@@ -129,7 +129,7 @@ def _from_hf(source: Path, into: Path, kind: str) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     (into / "config.yaml").write_text(config_yaml)
     write_safetensors(into, weights)
-    tell(f"written: {into}")
+    log.info(f"written: {into}")
     return into
 
 

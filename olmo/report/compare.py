@@ -11,7 +11,7 @@ from olmo.config import TrainConfig
 from olmo.inspect.documents import digest_of, shards
 from olmo.inspect.run import Run
 from olmo.io.downloads import refuse_links
-from olmo.runtime.log import warn
+from olmo.runtime.log import log
 from olmo.runtime.numbers import from_json
 from olmo.store.stage import here
 
@@ -80,7 +80,9 @@ def check_alike(runs: list[Run], names: list[str], label: str) -> None:
                     "one `dataset` in config/config.yaml"
                 )
     if unknown := [name for name, tokens in zip(names, of_each, strict=True) if not tokens]:
-        warn(f"it is not known here what {', '.join(unknown)} was trained on: see that it is alike")
+        log.warning(
+            f"it is not known here what {', '.join(unknown)} was trained on: see that it is alike"
+        )
 
 
 def in_words(found: set[Any]) -> str:

@@ -1,12 +1,12 @@
-"""What a program tells: lines for people, one process speaking, and a copy in a log file."""
+"""The logger: what happens on stdout, what is wrong on stderr, and both in a stage's log file."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from contextlib import suppress
-from typing import TextIO
 
 from olmo.runtime.urls import public
 
@@ -23,51 +23,41 @@ REMEDIES = {
     errno.EPERM: "; name another place, or let this user use it",
 }
 
-_quiet = False
+
+class _Lines(logging.Handler):
+    """A line in one piece for each message: info on stdout, warnings and errors on stderr, and all
+    in the log file; debug messages there alone. Credentials in URLs are masked."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = public(record.getMessage())
+        if record.levelno >= logging.INFO:
+            stream = sys.stdout if record.levelno == logging.INFO else sys.stderr
+            mark = "WARNING: " if record.levelno == logging.WARNING else ""
+            text = f"{mark}{text}"
+            # `print` writes the line's end apart, and another process may write in between.
+            stream.write(f"{text}\n")
+            stream.flush()
+        if path := os.environ.get(LOG):
+            with suppress(OSError), open(path, "a", encoding="utf-8") as file:  # a full disk
+                file.write(f"{text}\n")
 
 
-def speak(aloud: bool) -> None:
-    """Let this process tell things, or hold its tongue (all ranks but the first do)."""
-    global _quiet
-    _quiet = not aloud
+log = logging.getLogger("olmo")
+log.setLevel(logging.DEBUG)
+log.propagate = False
+log.handlers[:] = [_Lines()]
 
 
-def tell(text: str) -> None:
-    """One line about what happens and why."""
-    if not _quiet:
-        line(text, sys.stdout)
-        keep(text)
+def log_on_rank0_only(is_rank0: bool) -> None:
+    """Leave what all ranks would say alike to rank 0; errors, and the log file, are for any."""
+    either = (logging.DEBUG, logging.ERROR)
+    log.filters[:] = [] if is_rank0 else [lambda record: record.levelno in either]
 
 
-def warn(text: str) -> None:
-    """One loud line about what is not as it should be, on stderr."""
-    if not _quiet:
-        say(f"WARNING: {text}")
+def describe(error: Exception) -> str:
+    """An error in a sentence; the system's own errors with the file and the remedy.
 
-
-def say(text: str) -> None:
-    """One line on stderr, from any process."""
-    line(text, sys.stderr)
-    keep(text)
-
-
-def line(text: str, stream: TextIO) -> None:
-    """Write a line in one piece: `print` writes its end apart, and another thread in between."""
-    stream.write(f"{public(text)}\n")
-    stream.flush()
-
-
-def keep(text: str) -> None:
-    """One line for the log file alone: what is on the terminal already."""
-    if path := os.environ.get(LOG):
-        with suppress(OSError), open(path, "a", encoding="utf-8") as file:  # a full disk
-            file.write(public(text) + "\n")
-
-
-def reason(error: Exception) -> str:
-    """An error in a sentence: what the system says of a file comes with what can be done.
-
-    >>> reason(FileNotFoundError(2, "No such file or directory", "/proc/x"))
+    >>> describe(FileNotFoundError(2, "No such file or directory", "/proc/x"))
     '/proc/x: No such file or directory, and none can be made there; name another place'
     """
     if not isinstance(error, OSError):
@@ -84,10 +74,10 @@ def reason(error: Exception) -> str:
     return f"{said}{REMEDIES.get(number, '')}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """3725 seconds are 1:02:05.
 
-    >>> duration(3725), duration(5)
+    >>> format_duration(3725), format_duration(5)
     ('1:02:05', '0:05')
     """
     minutes, seconds = divmod(int(seconds), 60)
@@ -95,10 +85,10 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def count(n: float) -> str:
+def format_count(n: float) -> str:
     """A number at a glance.
 
-    >>> count(950), count(21_460), count(3_100_000), count(7e9)
+    >>> format_count(950), format_count(21_460), format_count(3_100_000), format_count(7e9)
     ('950', '21.5k', '3.1M', '7B')
     """
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):

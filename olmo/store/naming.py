@@ -21,6 +21,7 @@ from pathlib import Path
 
 from olmo.io import sealed
 from olmo.io.sealed import Damaged
+from olmo.runtime.log import log
 from olmo.store.lease import lease
 from olmo.store.store import Record, Store, files
 
@@ -209,7 +210,7 @@ def read_all(store: Store, all_links: bool = False) -> tuple[dict[Path, Name], l
         file = _file(store, path)
         lost = all_links and file not in found and _made(store, path, outputs) not in named
         if (file in damaged or lost) and (name := _again(store, path, outputs)):
-            store.say(f"store: the name of {path} was damaged or gone and is written down again")
+            log.warning(f"store: the name of {path} was damaged or gone and is written down again")
             found[file] = name
             damaged.discard(file)
     return found, sorted(damaged)

@@ -29,7 +29,7 @@ from olmo.io.bucket import Bucket
 from olmo.io.downloads import NotThere
 from olmo.io.sealed import Damaged
 from olmo.runtime import urls
-from olmo.runtime.log import warn
+from olmo.runtime.log import log
 from olmo.store import naming
 from olmo.store.action import Action
 from olmo.store.lineage import ancestors, makers
@@ -236,7 +236,7 @@ def chosen(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str]]:
     for name in [name for name in names if name.partition("/")[0] not in foreign.FOLDERS]:
         if paths:
             foreign.name(name, str(project))
-        warn(f"{name} is not sent: names must lie below {', '.join(foreign.FOLDERS)}")
+        log.warning(f"{name} is not sent: names must lie below {', '.join(foreign.FOLDERS)}")
         del names[name]
     return names
 
@@ -365,7 +365,7 @@ def sound_object(remote: Remote, digest: str, size: int, folder: Path) -> Path:
             ) from None
         if sha256(draft) == digest:
             return draft
-        warn(f"{remote.url}: object {digest[:12]}… arrived damaged; it is fetched again")
+        log.warning(f"{remote.url}: object {digest[:12]}… arrived damaged; it is fetched again")
         draft.unlink()
     raise ValueError(
         f"{remote.url}/{object_name(digest)}: other bytes than its name says, {ATTEMPTS} times; "

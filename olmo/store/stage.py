@@ -40,7 +40,7 @@ from typing import Annotated, Any, TypeVar
 
 from olmo.config.strict import hashed
 from olmo.runtime.energy import Joules
-from olmo.runtime.log import say
+from olmo.runtime.log import log
 from olmo.runtime.urls import entrusted, public
 from olmo.store import naming
 from olmo.store.action import Action
@@ -67,7 +67,7 @@ def here() -> Store:
     root = Path(os.environ.get(STORE, "store"))
     if root.is_dir() and root.stat().st_mode & stat.S_IWGRP:
         os.umask(os.umask(0o077) & ~stat.S_IRWXG)
-    return Store(root, say)
+    return Store(root)
 
 
 def require_store() -> None:
@@ -144,7 +144,7 @@ class Stage:
         def build(work: Path) -> Facts:
             nonlocal ran
             ran = True
-            store.say(f"{self.name}: {explain(store, action, list(names.values()))}")
+            log.info(f"{self.name}: {explain(store, action, list(names.values()))}")
             made = {name: work / "outputs" / name for name in names}
             places = {name: work / name for name, kind in self.roles.items() if kind == "work"}
             for name, path in self.arguments(kwargs, "work").items():
@@ -165,7 +165,7 @@ class Stage:
             for name, path in names.items():
                 naming.link(store, record, name, path)
         if not ran:
-            store.say(f"{self.name}: found in the store ({action.key[:12]}…)")
+            log.info(f"{self.name}: found in the store ({action.key[:12]}…)")
         return record
 
 

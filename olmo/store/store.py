@@ -25,7 +25,6 @@ import json
 import os
 import shutil
 import stat
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +34,7 @@ from typing import Any
 
 from olmo.io import foreign, sealed
 from olmo.io.sealed import Damaged, to_disk
+from olmo.runtime.log import log
 from olmo.store.action import Action, canonical
 from olmo.store.lease import lease, see_anew
 
@@ -45,8 +45,6 @@ SEAL_NS = 1_000_000_000 * 10**9  # the mtime of every object: 2001-09-09, older 
 GC = "gc"  # the lease of who removes what has no name
 # The fields of a record that was written before records were sealed.
 UNSEALED = {"key", "action", "content", "outputs", "facts", "conditions", "run"}
-
-Say = Callable[[str], None]
 
 
 class Corrupt(ValueError):
@@ -71,12 +69,10 @@ class Store:
 
     Args:
         root: the folder; made when the first object is put.
-        say: where the store tells what it does, a line at a time.
     """
 
-    def __init__(self, root: Path, say: Say = lambda line: print(line, file=sys.stderr)) -> None:
+    def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))
-        self.say = say
 
     def make(self) -> None:
         """Make the store's folder. Raises ValueError where it cannot be written."""
@@ -168,7 +164,7 @@ class Store:
             os.replace(path, cell)
         except FileNotFoundError:  # another process has found it too
             return
-        self.say(f"store: {path.name[:12]}… is set aside: {reason}; moved to {cell}")
+        log.warning(f"store: {path.name[:12]}… is set aside: {reason}; moved to {cell}")
 
     # --- actions ----------------------------------------------------------------------------
 
@@ -285,7 +281,7 @@ class Store:
             return
         what = f"{record['action']['stage']} ({record['key'][:12]}…)"
         if known["conditions"] != record["conditions"]:
-            self.say(
+            log.warning(
                 f"store: {what} gave other bytes than before, under other conditions: "
                 f"{known['conditions']} then, {record['conditions']} now"
             )
@@ -340,7 +336,7 @@ class Store:
         """Wait for `gc`, if it runs. If it begins later, it sees our mark or lease."""
         if not any((self.root / "leases").glob(f"{GC}.*")):
             return False
-        with lease(self.root / "leases", GC, lambda _: self.say("store: gc runs; waiting")):
+        with lease(self.root / "leases", GC, lambda _: log.info("store: gc runs; waiting")):
             return True
 
     @contextmanager
@@ -361,7 +357,7 @@ class Store:
         sealed.write(self.record_path(key), text, read_only=True)
 
     def _waiting(self, action: Action) -> Callable[[dict[str, Any]], None]:
-        return lambda holder: self.say(
+        return lambda holder: log.info(
             f"store: {action.stage} ({action.key[:12]}…) is being made by process "
             f"{holder.get('pid')} on {holder.get('host')}; waiting"
         )

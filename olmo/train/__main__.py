@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     from olmo.config import TrainConfig
-    from olmo.runtime.log import keep, reason, say
+    from olmo.runtime.log import describe, log
     from olmo.runtime.urls import public
     from olmo.train.loop import train
     from olmo.train.metrics_buffer import NotFinite
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
 
         `repeats`: whether another start would end in the same way.
         """
-        say(f"{who}error: {error}")
+        log.error(f"{who}error: {error}")
         cause = Path(arguments[0]).with_name(CAUSE)
         if LAUNCHED in os.environ and ((known and not rank) or not cause.exists()):
             left = {"said": public(f"{who}{error}").rstrip(". "), "repeats": repeats}
@@ -94,9 +94,9 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         wrong = isinstance(error, (ValueError, *WRONG))  # else a disk, or a network
         if isinstance(error, FailedElsewhere):
-            say(f"{who}error: {error}")
+            log.error(f"{who}error: {error}")
         else:
-            failed(reason(error), repeats=wrong)
+            failed(describe(error), repeats=wrong)
         return 2
     except torch.OutOfMemoryError as error:
         failed(out_of_memory(error))
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str]) -> int:
             raise
         # Another process is gone, most likely, and a thread of ours may wait for it: leave at once.
         traceback.print_exc()
-        keep(traceback.format_exc())
+        log.debug(traceback.format_exc())
         failed(f"{type(error).__name__}: {error}".partition("\n")[0], known=False)
         os._exit(1)
 

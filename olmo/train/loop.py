@@ -37,7 +37,7 @@ from olmo.optim.schedule import BoltOnWarmupScheduler, Scheduler, build_schedule
 from olmo.precision import msamp
 from olmo.precision.backends import Backend as Float8Backend
 from olmo.precision.backends import prepare
-from olmo.runtime.log import count, speak, tell
+from olmo.runtime.log import format_count, log, log_on_rank0_only
 from olmo.runtime.process import FINISHED, MARKER
 from olmo.train.meters import SpeedMeter, device_flops, memory_metrics
 from olmo.train.metrics_buffer import MetricsBuffer
@@ -75,7 +75,7 @@ def train(cfg: TrainConfig) -> int:
     stop.listen(signal.SIGUSR1)
     single = cfg.distributed_strategy == DistributedStrategy.single
     world = join_world(cfg.hang_timeout, cfg.single if single else None)
-    speak(world.is_rank0)
+    log_on_rank0_only(world.is_rank0)
     try:
         return _train(cfg, world, stop)
     finally:
@@ -95,13 +95,13 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     if world.device.type == "cpu":
         keep_freed_memory()
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    tell(f"device: {world.device} ({world.why}), processes: {world.size}")
+    log.info(f"device: {world.device} ({world.why}), processes: {world.size}")
     threads, origin = torch.get_num_threads(), origin_of_threads(cfg)
-    tell(f"CPU threads per process: {threads} ({origin}), torch {torch.__version__}")
+    log.info(f"CPU threads per process: {threads} ({origin}), torch {torch.__version__}")
     precision = cfg.precision or "fp32"
     dtype = str(cfg.autocast_precision).removeprefix("torch.")
     kept = "weights in bfloat16, masters" if cfg.master_weights else "weights"
-    tell(f"precision: {precision}, matrix products in {dtype}, {kept} and optimizer in float32")
+    log.info(f"precision: {precision}, matrix products in {dtype}, {kept} and optimizer in float32")
 
     # --- the data ---
     batch_size, length = cfg.global_train_batch_size, cfg.model.max_sequence_length
@@ -116,10 +116,10 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             f"one step of global_train_batch_size={batch_size}"
         )
     instances = len(loader.dataset.dataset)
-    tell(f"data: {count(instances * length)} tokens, {instances} instances of {length}")
+    log.info(f"data: {format_count(instances * length)} tokens, {instances} instances of {length}")
     micro = min(cfg.device_train_microbatch_size, batch_size // world.size)
-    tell(
-        f"a step: {batch_size} instances = {count(tokens_per_step)} tokens, per process in "
+    log.info(
+        f"a step: {batch_size} instances = {format_count(tokens_per_step)} tokens, per process in "
         f"{-(-batch_size // world.size // micro)} microbatches of {micro}; "
         f"an epoch: {steps_per_epoch} steps"
     )
@@ -134,23 +134,23 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     torch.manual_seed(cfg.seed)
     model = OLMo(cfg.model.update_with(init_device="cpu"))
     attention = model.use_attention(world.device, cfg.autocast_precision, cfg.attention, masks(cfg))
-    inner = model.num_params(include_embedding=False)
-    tell(f"model: {count(model.num_params())} parameters, {count(inner)} outside embeddings")
-    tell(f"attention: {attention}")
+    size, inner = map(format_count, (model.num_params(), model.num_params(include_embedding=False)))
+    log.info(f"model: {size} parameters, {inner} outside embeddings")
+    log.info(f"attention: {attention}")
     if cfg.cross_entropy is not None:
         model.cross_entropy = cfg.cross_entropy
-        tell(f"cross-entropy: {cfg.cross_entropy}")
+        log.info(f"cross-entropy: {cfg.cross_entropy}")
 
     model.to(world.device)
     eight_bits: Float8Backend | None = None
     if cfg.fp8 is not None:
         eight_bits, how = prepare(model, cfg.fp8, world.device)
-        tell(f"fp8: {how}")
-    tell(f"parallelism: {parallelize(cfg, model, world)}")
+        log.info(f"fp8: {how}")
+    log.info(f"parallelism: {parallelize(cfg, model, world)}")
     optimizer = build_optimizer(cfg, model)
     if checkpoint is not None:  # after sharding: each process reads its own share
         load_weights(model, checkpoint)
-        tell(f"weights: from {checkpoint.folder}")
+        log.info(f"weights: from {checkpoint.folder}")
     if cfg.use_msamp:
         model, optimizer = msamp.initialize(model, optimizer)
         if checkpoint is not None and checkpoint.optim is not None:
@@ -164,7 +164,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     elif checkpoint is not None and position.global_step > 0:
         warm = position.global_step
         scheduler = BoltOnWarmupScheduler.wrap(scheduler, warm, warm + int(cfg.scheduler.t_warmup))
-        tell(f"learning rate: a new warm-up from step {warm}, for the optimizer starts afresh")
+        log.info(f"learning rate: a new warm-up from step {warm}, for the optimizer starts afresh")
     del checkpoint  # and its memory
     masters = MasterWeights(model, optimizer) if cfg.master_weights else None
     loader.dataset.start_index = position.global_train_examples_seen_this_epoch
@@ -179,9 +179,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     tokens_then = position.global_train_tokens_seen + to_go * tokens_per_step
     begun = position.global_train_examples_seen_this_epoch / batch_size
     epochs = max(position.epoch - (cfg.epoch or 0), 0) + (begun + to_go) / steps_per_epoch
-    tell(
+    log.info(
         f"duration: steps {position.global_step + 1} to {last_step} "
-        f"({count(tokens_then)} tokens, {epochs:.2f} epochs)"
+        f"({format_count(tokens_then)} tokens, {epochs:.2f} epochs)"
     )
 
     # --- where metrics and checkpoints go ---
@@ -228,7 +228,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         saver.finish()
         saver.send()  # a place that takes nothing is known of before training
     if cfg.dry_run:
-        tell("dry run: everything is in place, nothing is trained")
+        log.info("dry run: everything is in place, nothing is trained")
         return 0
 
     # --- the loop ---
@@ -330,7 +330,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             _flush(sinks, indices)
             where = saver.pause()
             saver.finish()
-            tell(f"paused at step {position.global_step} by {paused}, saved to {where}")
+            log.info(f"paused at step {position.global_step} by {paused}, saved to {where}")
             if world.is_rank0:
                 left = {"step": position.global_step, "by": paused, "checkpoint": str(where)}
                 sealed.write(folder / MARKER, sealed.dumps(left))
@@ -371,7 +371,7 @@ def _endless(
         position.global_train_examples_seen_this_epoch = 0
         loader.dataset.start_index = 0
         loader.dataset.reshuffle(position.epoch)
-        tell(f"epoch {position.epoch} begins, in a new order")
+        log.info(f"epoch {position.epoch} begins, in a new order")
 
 
 def _set_rates(

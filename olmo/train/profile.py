@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from olmo.config import TrainConfig
-from olmo.runtime.log import tell
+from olmo.runtime.log import log
 
 # Steps of this start: past compilation and the allocator's first requests.
 FIRST, LAST = 6, 8
@@ -46,7 +46,7 @@ class Profilers:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         table = found.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=32)
         (self._folder / "torch.txt").write_text(table)
-        tell(f"torch profile of steps {FIRST} to {LAST}: {self._folder}")
+        log.info(f"torch profile of steps {FIRST} to {LAST}: {self._folder}")
 
     def step(self) -> None:
         """A step ended."""
@@ -61,7 +61,7 @@ class Profilers:
             pstats.Stats(self._python, stream=text).sort_stats("cumulative").print_stats()
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / "python.txt").write_text(text.getvalue())
-            tell(f"Python profile of steps {FIRST} to {LAST}: {self._folder}")
+            log.info(f"Python profile of steps {FIRST} to {LAST}: {self._folder}")
 
     def close(self) -> None:
         if self._torch is not None:

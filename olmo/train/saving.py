@@ -21,7 +21,7 @@ from olmo.checkpoint.save import save_unsharded
 from olmo.config import DistributedStrategy, TrainConfig, to_yaml
 from olmo.distributed.parallelize import is_sharded
 from olmo.distributed.world import World
-from olmo.runtime.log import tell, warn
+from olmo.runtime.log import log
 from olmo.train.start import TrainState
 
 
@@ -172,7 +172,7 @@ class Saver:
         if needed and self._unsent is not None:
             raise self._unsent
         if self._is_sending():
-            tell(f"not sent to {self._cfg.remote_save_folder} yet: the next start does it")
+            log.info(f"not sent to {self._cfg.remote_save_folder} yet: the next start does it")
 
     def give_up(self) -> NoReturn:
         """End the run on every process, with what went wrong where that is known.
@@ -188,7 +188,7 @@ class Saver:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             if (folder := writing.result()) is not None:
-                tell(f"saved {folder}")
+                log.info(f"saved {folder}")
 
     def _write(self, write: Callable[[], Path], retire: Callable[[Path], object]) -> Path:
         """In the thread: write, then remove what that replaces: once it is sent, if it is to be."""
@@ -221,7 +221,7 @@ class Saver:
             mirror(self._folder, str(self._cfg.remote_save_folder))
             self._unsent = None
         except Exception as error:  # of whatever kind: nobody hears of what ends a thread
-            warn(f"not sent yet: {error}")
+            log.warning(f"not sent yet: {error}")
             self._unsent = error
         then()
 

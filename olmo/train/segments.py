@@ -29,7 +29,7 @@ from olmo.data.memmap import MemMapDataset
 from olmo.distributed.world import World
 from olmo.io import sealed
 from olmo.io.sealed import Damaged
-from olmo.runtime.log import tell, warn
+from olmo.runtime.log import log
 from olmo.runtime.process import SEGMENTS
 from olmo.train.sinks import METRICS, read_metrics
 from olmo.train.start import TrainState
@@ -66,13 +66,15 @@ def begin_segment(
     }
     if kept and (other := [n for n in ("files", "seed") if kept[-1].get(n, data[n]) != data[n]]):
         what = {"files": "the token files", "seed": "the seed of their order"}
-        warn(
+        log.warning(
             f"{' and '.join(what[n] for n in other)}: not those of the steps before; the run goes "
             f"on at instance {data['examples']} of their order all the same"
         )
     if resumed and (trained := last_trained(folder)) > step:
         here["again_to"] = trained
-        tell(f"steps {step + 1} to {trained} were trained before; they are again, and that counts")
+        log.info(
+            f"steps {step + 1} to {trained} were trained before; they are again, and that counts"
+        )
     sealed.write(path, sealed.dump_lines([*kept, here]), alone=True)
 
 
@@ -121,7 +123,7 @@ def segments(folder: Path) -> list[dict[str, Any]]:
     try:
         return sealed.load_lines(path.read_bytes(), path) if path.exists() else []
     except Damaged as error:
-        warn(f"{error}; what the run was computed on until now is not known")
+        log.warning(f"{error}; what the run was computed on until now is not known")
         return [{"after": 0, "damaged": True}]
 
 

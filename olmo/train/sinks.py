@@ -14,7 +14,7 @@ from typing import Any, Protocol, TextIO
 
 from olmo.config import TrainConfig
 from olmo.io import sealed
-from olmo.runtime.log import count, duration, keep, warn
+from olmo.runtime.log import format_count, format_duration, log
 from olmo.runtime.numbers import from_json, to_json
 
 METRICS = "metrics.jsonl"
@@ -67,7 +67,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().splitlines()
     rows = [row for line in lines if (row := _row(line))]
     if len(rows) < len(lines):
-        warn(f"{path}: {len(lines) - len(rows)} of {len(lines)} lines are damaged and left out")
+        log.warning(
+            f"{path}: {len(lines) - len(rows)} of {len(lines)} lines are damaged and left out"
+        )
     return rows
 
 
@@ -101,11 +103,11 @@ class Console:
         if due and not self._moving:
             self._out.write(text + "\n")
         if due:
-            keep(text)
+            log.debug(text)
         for name, value in evaluated.items():
             line = f"  step {step}: {name} {value:.4f}"
             self._out.write(line + "\n")
-            keep(line)
+            log.debug(line)
         self._out.flush()
 
     def _line(self, step: int, metrics: Mapping[str, float]) -> str:
@@ -117,13 +119,13 @@ class Console:
         if (rate := metrics.get("optim/learning_rate_group0")) is not None:
             parts.append(f"lr {rate:.2e}")
         if speed := metrics.get("throughput/device/tokens_per_second"):
-            parts.append(f"{count(speed)} tokens/s/device")
+            parts.append(f"{format_count(speed)} tokens/s/device")
         if mfu := metrics.get("throughput/device/mfu_palm"):
             parts.append(
                 f"MFU {mfu:.1%} (PaLM), {metrics['throughput/device/mfu_causal']:.1%} (causal)"
             )
         if pace := metrics.get("throughput/device/batches_per_second"):
-            parts.append(f"ETA {duration((self._last - step) / pace)}")
+            parts.append(f"ETA {format_duration((self._last - step) / pace)}")
         return "  ".join(parts)
 
     def close(self, exit_code: int) -> None:

@@ -24,7 +24,7 @@ from olmo.model import loss
 from olmo.model.kernels import Mask, choose
 from olmo.optim import master_weights
 from olmo.precision import backends, msamp
-from olmo.runtime.log import count, tell, warn
+from olmo.runtime.log import format_count, log
 from olmo.train.unused import check_unused
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def check(cfg: TrainConfig, world: World) -> None:
         dataset = build_memmap_dataset(cfg, evaluator.data)
         looked_at += check_tokens(dataset, vocabulary, where)
         check_labels(dataset, where, needed=False)
-    tell(f"checked: {count(looked_at)} tokens, all below {vocabulary}")
+    log.info(f"checked: {format_count(looked_at)} tokens, all below {vocabulary}")
 
 
 def check_device(cfg: TrainConfig, device: torch.device, sharded: bool) -> None:
@@ -130,7 +130,7 @@ def check_ends(cfg: TrainConfig) -> None:
                 f"{found}, and {' and '.join(needed)} needs it; they are of different tokenizers, "
                 f"give --model.{name}=… of the data's"
             )
-        warn(f"{found}: they are of different tokenizers. Nothing in this run needs it")
+        log.warning(f"{found}: they are of different tokenizers. Nothing in this run needs it")
 
 
 def masks(cfg: TrainConfig) -> Mask:
@@ -170,7 +170,7 @@ def warn_of_other_tokenizer(cfg: TrainConfig) -> None:
     else:
         ends = [end for name, end in KNOWN_ENDS.items() if name in identifier]
     if ends and cfg.model.eos_token_id not in ends:
-        warn(
+        log.warning(
             f"tokenizer.identifier names {identifier}, which ends a text with {ends[0]}, but "
             f"model.eos_token_id is {cfg.model.eos_token_id}: one of them is not what made the data"
         )
@@ -193,7 +193,7 @@ def find_start(
     if own is not None:
         checkpoint = look(own)
         assert checkpoint.train is not None
-        tell(f"going on from {own}")
+        log.info(f"going on from {own}")
         position = _position(checkpoint.train, cfg)
         # Never back: it may have left the epoch that it began in.
         _enter(max(cfg.epoch or 0, position.epoch), position)
@@ -245,7 +245,7 @@ def _begin_there(cfg: TrainConfig, step: int) -> None:
 def _fetched(url: str, into: Path, parts: dict[str, bool]) -> Path:
     from olmo.checkpoint.mirror import fetched
 
-    tell(f"fetching {url}")
+    log.info(f"fetching {url}")
     return fetched(url, into, **parts)
 
 
@@ -281,13 +281,13 @@ def _position(train: dict[str, Any], cfg: TrainConfig) -> TrainState:
 
 def _enter(epoch: int, position: TrainState) -> None:
     if epoch != position.epoch:
-        tell(f"epoch {epoch} is begun, in place of epoch {position.epoch}")
+        log.info(f"epoch {epoch} is begun, in place of epoch {position.epoch}")
         position.epoch, position.global_train_examples_seen_this_epoch = epoch, 0
 
 
 def _skip(position: TrainState, cfg: TrainConfig) -> None:
     if batches := cfg.fast_forward_batches:
-        tell(f"fast_forward_batches: {batches} batches are passed over")
+        log.info(f"fast_forward_batches: {batches} batches are passed over")
         position.global_train_examples_seen_this_epoch += batches * cfg.global_train_batch_size
 
 

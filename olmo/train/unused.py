@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.runtime.log import tell
+from olmo.runtime.log import log
 
 # Ignoring these changes nothing that was asked for. They are named once at the start if set.
 HARMLESS = {
@@ -35,7 +35,7 @@ HARMLESS = {
 def check_unused(cfg: TrainConfig) -> None:
     """Tell of set keys that are ignored."""
     if ignored := [f"{k} ({why})" for k, why in HARMLESS.items() if _is_set(cfg, k)]:
-        tell(f"not acted on: {', '.join(ignored)}")
+        log.info(f"not acted on: {', '.join(ignored)}")
 
 
 def _is_set(cfg: TrainConfig, key: str) -> bool:

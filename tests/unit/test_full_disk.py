@@ -80,7 +80,7 @@ def calls(given, out, dolma):
 @pytest.mark.parametrize("name", ["download", "documents", "dolma", "fast"])
 def test_a_full_disk_and_then_room(given, disk, dolma, name, tmp_path):
     call = calls(given, tmp_path / "out", dolma)[name]
-    ballast, store = disk / "ballast", Store(disk / "store", say=lambda line: None)
+    ballast, store = disk / "ballast", Store(disk / "store")
     failed = 0
     for room in (4_000, 60_000, 400_000, 1_200_000, 2_500_000, 5_000_000):
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize

@@ -183,7 +183,7 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: Any, numb
 
 
 def test_an_object_that_was_not_there_a_moment_ago(tmp_path: Path, monkeypatch: Any) -> None:
-    store = Store(tmp_path / "store", say=lambda line: None)
+    store = Store(tmp_path / "store")
     (tmp_path / "out").write_text("text")
     digest = store.put(tmp_path / "out")["sha256"]
     path = store.object_path(digest)

@@ -19,7 +19,7 @@ ONE = Action("demo", 1)
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store", say=lambda line: None)
+    return Store(tmp_path / "store")
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_folder_of_links_replaces_an_older_one_whole(store: Store, tmp_path: P
 
 
 def _name(root: Path, folder: Path, keys: list[str], barrier) -> None:
-    store = Store(root, say=lambda line: None)
+    store = Store(root)
     records = [store.record(key) for key in keys]
     barrier.wait()
     for number in range(60):
@@ -195,7 +195,7 @@ def test_gc_keeps_what_a_name_points_to_that_was_written_down_but_not_made(
 
 
 def test_gc_says_what_it_took(project: Path, capsys: pytest.CaptureFixture[str]):
-    store = Store(project / "store", say=lambda line: None)
+    store = Store(project / "store")
     record = made(store, "a")
     naming.link(store, record, "out", Path("out"))
     naming.link(store, made(store, "b"), "out", Path("kept"))

@@ -19,7 +19,7 @@ class Place:
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self.patch = root, monkeypatch
-        self.store = Store(root / "store", say=lambda line: None)
+        self.store = Store(root / "store")
         root.mkdir()
 
     def here(self) -> "Place":

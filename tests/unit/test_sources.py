@@ -397,7 +397,7 @@ def test_the_arrival_of_a_whole_data_set_is_one_display(tmp_path, capsys, monkey
         os.utime(second.word, (0, 0))  # killed long ago
         first.add(250_000)
         assert told()[0].startswith("2 of 9 files, 2MB of 4MB, ")
-    assert [path.name for path in tmp_path.iterdir()] == ["told"]
+    assert [path.name for path in tmp_path.iterdir()] == ["reported"]
 
 
 def test_a_list_becomes_a_table_with_sizes(server, tmp_path, capsys):

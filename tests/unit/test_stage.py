@@ -126,7 +126,7 @@ def test_the_record_tells_how_it_went():
 def test_a_second_run_tells_why(capsys: pytest.CaptureFixture[str]):
     call()
     call(glue="+")
-    assert "params.glue: default → +" in capsys.readouterr().err
+    assert "params.glue: default → +" in capsys.readouterr().out
 
 
 def test_differences_field_by_field():

@@ -25,7 +25,7 @@ from olmo.store.store import Corrupt, Store, TwoContents
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store", say=lambda line: None)
+    return Store(tmp_path / "store")
 
 
 def write(text: str, **extra):
@@ -280,7 +280,7 @@ def test_a_full_disk_says_so_and_carries_on_when_there_is_room(tmp_path: Path):
     if mounted.returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        store = Store(disk / "store", say=lambda line: None)
+        store = Store(disk / "store")
         ballast = disk / "ballast"
         ballast.write_bytes(bytes(900_000))
         with pytest.raises(ValueError, match=r"the disk is full.*make room"):
@@ -294,7 +294,7 @@ def test_a_full_disk_says_so_and_carries_on_when_there_is_room(tmp_path: Path):
 
 
 def _contend(root: Path, ran: Path, barrier) -> None:
-    store = Store(root, say=lambda line: None)
+    store = Store(root)
 
     def build(work: Path):
         with ran.open("a") as file:
@@ -344,7 +344,7 @@ def test_a_killed_holder_is_replaced_at_once(tmp_path: Path):
     holder.kill()
     holder.wait()
     assert list((tmp_path / "store" / "leases").iterdir())
-    Store(tmp_path / "store", say=lambda line: None).run(ONE, write("hello"))
+    Store(tmp_path / "store").run(ONE, write("hello"))
     assert not list((tmp_path / "store" / "leases").iterdir())
 
 

@@ -24,7 +24,7 @@ from olmo.inspect.run import load
 from olmo.io import downloads, sealed
 from olmo.io.bucket import Bucket
 from olmo.pipeline.plan import Plan
-from olmo.runtime import log
+from olmo.runtime.log import log
 from olmo.runtime.urls import entrusted, public, whole
 from olmo.store.remote import Remote, push
 from olmo.store.stage import here
@@ -175,7 +175,7 @@ def test_what_is_refused_is_told_without_it(guarded: str, project: Path, capfd) 
     with pytest.raises(ValueError) as error:
         Bucket(f"nope://me:{WORD}@b/a")
     assert WORD not in str(error.value)
-    log.warn(f"http://me:{WORD}@h/a is slow")
+    log.warning(f"http://me:{WORD}@h/a is slow")
     out, err = capfd.readouterr()
     assert "http://h/a is slow" in err and WORD not in out + err
     refuse_traces(project)
