@@ -325,7 +325,7 @@ def test_help_does_not_wait_for_torch():
 def begin(rest: str) -> subprocess.Popen[str]:
     """A process that asks for `join` of two files."""
     program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{rest}"
-    return subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
 
 
 ASK = "from test_stage import *\njoin(parts=[Path('a'), Path('b')], joined=Path('out/joined'))"
@@ -349,11 +349,11 @@ def test_a_stage_waits_for_gc():
     store = here()
     with lease(store.root / "leases", GC):
         asking = begin(ASK)
-        assert asking.stderr is not None
-        assert asking.stderr.readline() == "store: gc runs; waiting\n"
+        assert asking.stdout is not None
+        assert asking.stdout.readline() == "store: gc runs; waiting\n"
         assert asking.poll() is None and not Path("out").exists()
     assert asking.wait(60) == 0 and Path("out/joined").read_text() == "AB"
-    asking.stderr.close()
+    asking.stdout.close()
 
 
 def test_a_copied_store_whose_times_are_others(tmp_path: Path):
