@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from olmo.config import TrainConfig
-from olmo.distributed.reduce import GradientMean, buckets
+from olmo.distributed.reduce import GradientReducer, assign_buckets
 from olmo.distributed.world import join_world, leave_world
 from olmo.model import OLMo
 from olmo.train.step import forward_backward
@@ -81,15 +81,15 @@ def rank(number: int, port: int, steps: int, found: Any) -> None:
     torch.manual_seed(0)
     model = OLMo(cfg.model)
     parameters = list(model.parameters())
-    mean = GradientMean(parameters, world)
+    reducer = GradientReducer(parameters, world)
     ids = torch.randint(2, cfg.model.vocab_size, (1, cfg.model.max_sequence_length))
     batch = {"input_ids": ids, "index": torch.arange(1)}
 
     def step(overlapped: bool) -> None:
         model.zero_grad(set_to_none=True)
         with record_function("forward and backward"):
-            forward_backward(model, batch, cfg, world.device, 1, mean if overlapped else None)
-        mean.finish()
+            forward_backward(model, batch, cfg, world.device, 1, reducer if overlapped else None)
+        reducer.finish()
 
     step(True)
     seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -109,7 +109,7 @@ def rank(number: int, port: int, steps: int, found: Any) -> None:
         found.put(
             {
                 "parameters": sum(p.numel() for p in parameters),
-                "buckets": len(buckets(parameters)),
+                "buckets": len(assign_buckets(parameters)),
                 "sums_s": length(sums) / 1e6 / steps,
                 "overlapped": common(sums, backward) / length(sums),
                 "with_s": statistics.median(seconds[True]),

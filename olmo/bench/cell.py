@@ -73,14 +73,14 @@ def prepare(section: Section, cell: Cell) -> Training:
     fill(model)
     attention = model.use_attention(device, cfg.autocast_precision, cfg.attention)
     model.to(device)
-    eight_bits = backends.prepare(model, cfg.fp8, device)[0] if cfg.fp8 else None
+    float8 = backends.prepare(model, cfg.fp8, device)[0] if cfg.fp8 else None
     if cfg.cross_entropy is not None:
         model.cross_entropy = cfg.cross_entropy
     parallelize(cfg, model, World(0, 0, 1, device, ""))
     optimizer = build_optimizer(cfg, model)
     if cfg.use_msamp:
         _, optimizer = msamp.initialize(model, optimizer)
-    masters = MasterWeights(model, optimizer) if cfg.master_weights else None
+    master_weights = MasterWeights(model, optimizer) if cfg.master_weights else None
     model.train()
     instances, length = cfg.global_train_batch_size, cfg.model.max_sequence_length
     index = torch.arange(instances)
@@ -91,10 +91,10 @@ def prepare(section: Section, cell: Cell) -> Training:
         loss = forward_backward(model, batch, cfg, device, number).ce
         optimizer.clip_grads_and_collect_metrics(number, collect_param_metrics=False)
         optimizer.step()
-        if masters is not None:
-            masters.publish()
-        if eight_bits is not None:
-            eight_bits.after_step()
+        if master_weights is not None:
+            master_weights.copy_to_model()
+        if float8 is not None:
+            float8.after_step()
         return loss * (length / (length - 1))  # OLMo's is divided by tokens, this by labels
 
     facts = {

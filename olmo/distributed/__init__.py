@@ -1,1 +1,1 @@
-"""Processes that train together: the world, how a model is spread, a watchdog."""
+"""The process group, sharding, gradient averaging, and a watchdog for hangs."""

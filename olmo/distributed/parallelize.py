@@ -1,4 +1,8 @@
-"""How a model is spread over the processes: recomputed, sharded, compiled."""
+"""Activation checkpointing, sharding (FSDP2) and torch.compile, applied to a built model.
+
+The model itself contains no word of any of them. docs/architecture.md lists all code that changes
+the model from outside, in order.
+"""
 
 from __future__ import annotations
 
@@ -23,49 +27,50 @@ from olmo.model import OLMo
 
 
 def parallelize(cfg: TrainConfig, model: OLMo, world: World) -> str:
-    """Spread the model over the processes, in place; what was done, in words.
+    """Change the model in place; returns a description for the log.
 
-    The order matters: recompute inside a block first, then shard, block by block and the rest
-    last, then compile what came of it. Names of parameters stay as they are.
+    The order matters: first checkpointing inside each block, then sharding, block by block and the
+    root last, then compilation of the result. Names of parameters do not change.
     """
     done = []
     if cfg.activation_checkpointing is not None:
-        chosen = _recomputed(cfg.activation_checkpointing, cfg.model.n_layers)
+        checkpointed = _checkpointed_blocks(cfg.activation_checkpointing, cfg.model.n_layers)
         for i, block in enumerate(model.blocks()):
-            if i in chosen:
-                recompute = partial(checkpoint, block.forward, use_reentrant=False)
-                block.forward = recompute  # type: ignore[method-assign]
-        done.append(f"{len(chosen)} of {cfg.model.n_layers} blocks recomputed in backward")
+            if i in checkpointed:
+                # Not checkpoint_wrapper: a wrapper would change the parameters' names.
+                forward = partial(checkpoint, block.forward, use_reentrant=False)
+                block.forward = forward  # type: ignore[method-assign]
+        done.append(f"{len(checkpointed)} of {cfg.model.n_layers} blocks recomputed in backward")
     if world.size == 1:
         done.append("one process")
-    elif is_sharded(cfg, world):
+    elif is_fsdp(cfg, world):
         done.append(_shard(cfg, model, world))
     else:
         done.append(f"{world.size} replicas, gradients averaged (ddp)")
     if cfg.compile is not None:
-        tuned = cfg.compile.coordinate_descent_tuning
+        tuning = cfg.compile.coordinate_descent_tuning
         model.compile(
             mode=cfg.compile.mode,
             fullgraph=cfg.compile.fullgraph,
             backend=cfg.compile.backend,
-            # Sizes are known before the first step; a last microbatch that is smaller is compiled
-            # by itself. Kernels for any size, as torch makes when it meets a second, are slower.
+            # Static shapes: a smaller last microbatch is compiled separately. With torch's default
+            # (None) a second shape would make it recompile for any size, with slower kernels.
             dynamic=bool(cfg.compile.dynamic),
-            options={"coordinate_descent_tuning": True} if tuned else None,
+            options={"coordinate_descent_tuning": True} if tuning else None,
         )
         done.append(f"compiled ({cfg.compile.mode or 'default'} mode, {cfg.compile.backend})")
     return ", ".join(done)
 
 
-def is_sharded(cfg: TrainConfig, world: World) -> bool:
-    """Whether parameters are split over processes, rather than kept whole by each."""
+def is_fsdp(cfg: TrainConfig, world: World) -> bool:
+    """Whether parameters are sharded over processes, rather than replicated."""
     if world.size == 1 or cfg.distributed_strategy != DistributedStrategy.fsdp:
         return False
     return cfg.fsdp is None or cfg.fsdp.sharding_strategy != ShardingStrategy.NO_SHARD
 
 
-def _recomputed(strategy: ActivationCheckpointingStrategy, n_layers: int) -> set[int]:
-    """Blocks whose activations are computed again in backward instead of kept."""
+def _checkpointed_blocks(strategy: ActivationCheckpointingStrategy, n_layers: int) -> set[int]:
+    """Indices of the blocks whose activations are recomputed in backward instead of kept."""
     kinds = ActivationCheckpointingStrategy
     one_in = {kinds.one_in_two: 2, kinds.one_in_three: 3, kinds.one_in_four: 4,
               kinds.one_in_eight: 8}  # fmt: skip
@@ -78,7 +83,12 @@ def _recomputed(strategy: ActivationCheckpointingStrategy, n_layers: int) -> set
 
 
 def _shard(cfg: TrainConfig, model: OLMo, world: World) -> str:
-    """FSDP2, on a line of processes or (HSDP) a grid of replicas of the line."""
+    """Apply FSDP2 (Zhao et al. 2023, arXiv:2304.11277; `fully_shard`), or HSDP: replicas, each
+    sharded over its own processes. Returns a description for the log.
+
+    Raises:
+        ValueError: the number of replicas does not divide that of processes.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -96,30 +106,35 @@ def _shard(cfg: TrainConfig, model: OLMo, world: World) -> str:
     if replicas > 1:
         grid = (replicas, world.size // replicas)
         mesh = init_device_mesh(kind, grid, mesh_dim_names=("replicate", "shard"))
-        words = f"{replicas} replicas, each sharded over {grid[1]} processes (HSDP)"
+        description = f"{replicas} replicas, each sharded over {grid[1]} processes (HSDP)"
     else:
         mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
-        words = f"sharded over {world.size} processes (FSDP2)"
+        description = f"sharded over {world.size} processes (FSDP2)"
 
     policy = MixedPrecisionPolicy()
     if fsdp.precision is not None and cfg.autocast_precision != torch.float32:
         low = cfg.autocast_precision
         reduced = low if fsdp.precision == FSDPPrecision.pure else torch.float32
         policy = MixedPrecisionPolicy(low, reduced)
-        words += f", gathered in {low}, gradients reduced in {reduced}"
-    keeps = (ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy._HYBRID_SHARD_ZERO2)
-    reshard = fsdp.sharding_strategy not in keeps
-    for part in _wrapped(fsdp.wrapping_strategy, model):
+        description += f", gathered in {low}, gradients reduced in {reduced}"
+    # ZeRO-2: parameters stay gathered between forward and backward, which costs memory and saves an
+    # all-gather.
+    zero2 = (ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy._HYBRID_SHARD_ZERO2)
+    reshard = fsdp.sharding_strategy not in zero2
+    for part in _fsdp_units(fsdp.wrapping_strategy, model):
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    return words.replace("torch.", "")
+    return description.replace("torch.", "")
 
 
-def _wrapped(strategy: FSDPWrapStrategy | None, model: OLMo) -> list[nn.Module]:
-    """What is gathered on its own; everything else goes with the root.
+def _fsdp_units(strategy: FSDPWrapStrategy | None, model: OLMo) -> list[nn.Module]:
+    """Modules whose parameters are gathered on their own; the root gathers all others.
 
-    The head reads a tied embedding from outside it, so that embedding and head stay with the
-    root whatever the strategy says.
+    Embedding and head always stay with the root: a tied head reads the embedding's weight without
+    calling the embedding, so an embedding of its own would not be gathered then.
+
+    Raises:
+        ValueError: a strategy by block group, for a model without groups.
     """
     kinds = FSDPWrapStrategy
     blocks: list[nn.Module] = list(model.blocks())

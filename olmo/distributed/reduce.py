@@ -1,8 +1,12 @@
-"""How gradients meet: each becomes the mean over processes, while backward still computes.
+"""Data-parallel gradients: each becomes its mean over processes while backward still runs.
 
-Gradients travel in buckets. Backward makes them from the last layer to the first, so that the
-last bucket is on its way while the layers below it are computed. Where the sums happen decides
-their last bits: the buckets, and their order, follow from the parameters alone.
+Gradients are sent in buckets, as in DistributedDataParallel (Li et al. 2020, arXiv:2006.15704).
+Backward produces gradients from the last layer to the first, so the last bucket is on the network
+while earlier layers are still computed. A floating-point sum depends on its order, so the buckets
+and their order follow from the parameters alone: the same run gives the same bits.
+
+torch's DistributedDataParallel is not used: it would wrap the model, and it averages the gradients
+of the parameters themselves, while with master weights the gradients are those of the masters.
 """
 
 from __future__ import annotations
@@ -18,16 +22,17 @@ from torch import Tensor, nn
 
 from olmo.distributed.world import World
 
-# Gradients travel together in pieces of about this many bytes.
+# A bucket is full at this size. Larger buckets mean fewer all-reduces, and fewer of them overlap
+# with backward.
 BUCKET_BYTES = 32 * 2**20
 
 
-class GradientMean:
-    """Sums gradients over processes as they become ready.
+class GradientReducer:
+    """Averages gradients over processes as they become ready.
 
-    mean.expect()    # before the step's last backward
+    reducer.prepare_for_backward()  # before the step's last backward
     loss.backward()
-    mean.finish()    # from here on each .grad is the mean
+    reducer.finish()                # from here on each .grad is the mean
     """
 
     def __init__(
@@ -36,65 +41,69 @@ class GradientMean:
         world: World,
         holders: Iterable[Tensor] | None = None,
     ) -> None:
-        """`holders`: what has each parameter's gradient, where that is not itself (masters)."""
+        """`holders`: the tensor whose .grad is averaged, for each parameter; by default the
+        parameter itself, with master weights its master."""
         self._size = world.size
-        own = list(parameters)
-        pairs = zip(own, own if holders is None else holders, strict=True)
-        made_by = {holder: p for p, holder in pairs if p.requires_grad}
-        self._buckets = buckets(made_by)
-        # Buckets on their way: what was sent, the gradients in it, the request.
-        self._sent: deque[tuple[Tensor, list[Tensor], Any]] = deque()
-        self._missing: list[int] = []  # of each bucket, gradients that are not ready yet
-        self._next = -1  # the bucket to go next; the last one goes first
+        parameters = list(parameters)
+        pairs = zip(parameters, parameters if holders is None else holders, strict=True)
+        parameter_of = {holder: p for p, holder in pairs if p.requires_grad}
+        self._buckets = assign_buckets(parameter_of)
+        # Buckets on the network: the flat tensor, the gradients that it was made of, the request.
+        self._in_flight: deque[tuple[Tensor, list[Tensor], Any]] = deque()
+        self._n_missing: list[int] = []  # for each bucket: gradients that are not ready yet
+        self._next = -1  # the bucket to send next; from the last to the first
         for i, bucket in enumerate(self._buckets):
             for holder in bucket:
-                # After the hook that hands a gradient to its master, which is older.
-                made_by[holder].register_post_accumulate_grad_hook(self._counting(i))
+                # Hooks run in the order of their registration: MasterWeights registered its own
+                # before, so the master's gradient is complete when this hook runs.
+                parameter_of[holder].register_post_accumulate_grad_hook(self._make_hook(i))
 
-    def expect(self) -> None:
-        """The next backward is the last one of this step: what it is done with may go."""
-        self._missing = [len(bucket) for bucket in self._buckets]
+    def prepare_for_backward(self) -> None:
+        """Announce the step's last backward: gradients that it completes may be sent at once."""
+        self._n_missing = [len(bucket) for bucket in self._buckets]
         self._next = len(self._buckets) - 1
 
-    def _counting(self, bucket: int) -> Any:
-        # A hook that knew us would keep us, and the weights, alive for ever.
-        own = weakref.ref(self)
+    def _make_hook(self, bucket: int) -> Any:
+        # A strong reference to self would keep the reducer and the weights alive for ever: the
+        # garbage collector does not see cycles through autograd's hooks.
+        weak_self = weakref.ref(self)
 
-        def ready(_: Tensor) -> None:
-            if (mean := own()) is not None:
-                mean._ready(bucket)
+        def hook(_: Tensor) -> None:
+            if (reducer := weak_self()) is not None:
+                reducer._mark_ready(bucket)
 
-        return ready
+        return hook
 
-    def _ready(self, bucket: int) -> None:
-        if not self._missing:
-            return  # more will be added to it
-        self._missing[bucket] -= 1
-        while self._next >= 0 and not self._missing[self._next]:
+    def _mark_ready(self, bucket: int) -> None:
+        if not self._n_missing:
+            return  # not the last backward: a later microbatch adds to this gradient
+        self._n_missing[bucket] -= 1
+        while self._next >= 0 and not self._n_missing[self._next]:
             self._send()
 
     def _send(self) -> None:
         bucket = self._buckets[self._next]
         self._next -= 1
-        while self._sent and self._sent[0][2].is_completed():  # their memory is free again
-            self._settle()
+        while self._in_flight and self._in_flight[0][2].is_completed():  # frees their memory
+            self._receive()
         gradients = [p.grad for p in bucket if p.grad is not None]
         if gradients:
             flat = torch.cat([g.reshape(-1) for g in gradients])
-            self._sent.append((flat, gradients, dist.all_reduce(flat, async_op=True)))
+            self._in_flight.append((flat, gradients, dist.all_reduce(flat, async_op=True)))
 
     def finish(self) -> None:
-        """Wait until every gradient is the mean; sends first what nobody was told to expect."""
-        if not self._missing:
+        """Wait until every gradient is the mean. Sends all, if no backward was announced."""
+        if not self._n_missing:
             self._next = len(self._buckets) - 1
         while self._next >= 0:  # also buckets with a parameter that got no gradient
             self._send()
-        while self._sent:
-            self._settle()
-        self._missing = []
+        while self._in_flight:
+            self._receive()
+        self._n_missing = []
 
-    def _settle(self) -> None:
-        flat, gradients, request = self._sent.popleft()
+    def _receive(self) -> None:
+        """Wait for the oldest bucket, and copy its means into the gradients."""
+        flat, gradients, request = self._in_flight.popleft()
         request.wait()
         flat /= self._size
         parts = flat.split([g.numel() for g in gradients])
@@ -102,14 +111,14 @@ class GradientMean:
             gradient.copy_(part.view_as(gradient))
 
 
-def buckets(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters in their order, cut where BUCKET_BYTES are reached."""
-    found: list[list[Tensor]] = []
+def assign_buckets(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Split parameters, in their order, into buckets of at least BUCKET_BYTES, save the last."""
+    buckets: list[list[Tensor]] = []
     size = BUCKET_BYTES
     for parameter in parameters:
         if size >= BUCKET_BYTES:
-            found.append([])
+            buckets.append([])
             size = 0
-        found[-1].append(parameter)
+        buckets[-1].append(parameter)
         size += parameter.nbytes
-    return found
+    return buckets

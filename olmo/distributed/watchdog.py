@@ -1,12 +1,12 @@
-"""A run that hangs is ended, with the stacks of all its processes in the log.
+"""A watchdog: a run that hangs ends, with the stacks of all its processes in the log.
 
-A collective waits for a process that is stopped, looping or gone without a word, and would wait
-for ever. Each process therefore watches its own progress. When none has come for `hang_timeout`
-seconds it says where each of its threads is and what the other processes of its machine are
-doing, and ends; the launcher ends the rest. All processes stop making progress at about one
-moment, since they wait for each other, and have the same limit, so each gets to speak.
+A collective operation waits without limit for a process that is stopped, in an endless loop, or
+gone without closing its connection. So each process watches its own progress. After `hang_timeout`
+seconds without any, it logs the stack of each of its threads and the state of the other processes
+on its machine, and exits; the launcher then ends the rest. Processes wait for each other and have
+the same limit, so all notice at nearly the same time, and each logs its own stacks.
 
-A stopped process cannot; its state is told by its neighbours.
+A stopped process (SIGSTOP) cannot log; its neighbours report its state.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ import torch.distributed as dist
 from olmo.distributed.world import World
 from olmo.runtime.log import log
 
-# From speaking to ending, in seconds: the others, which began to wait a little later, speak too
-# before the launcher ends them.
+# Seconds between the report and the exit. The launcher ends all processes when the first one exits;
+# those that noticed a little later need this time to log their own report.
 LINGER_S = 3.0
 
-_last = time.monotonic()
+_last_progress = time.monotonic()
 
 
-def progress() -> None:
-    """Something has been done: a step, a batch of an evaluation."""
-    global _last
-    _last = time.monotonic()
+def report_progress() -> None:
+    """Call after each unit of work: a step, a batch of an evaluation."""
+    global _last_progress
+    _last_progress = time.monotonic()
 
 
 class Watchdog:
-    """Watches this process from `start` to `stop`; without a limit it does nothing."""
+    """Watches this process from `start` to `stop`. Without a limit it does nothing."""
 
     def __init__(self, world: World, limit: float | None) -> None:
         """`limit`: seconds without progress."""
         self._world, self._limit = world, limit
-        self._done, self._resting = threading.Event(), False
-        self._others: list[tuple[int, str, int]] = []
+        self._stopped, self._is_paused = threading.Event(), False
+        self._neighbours: list[tuple[int, str, int]] = []  # rank, host, pid
 
     def start(self) -> None:
-        """Begin to watch. Called by all processes."""
+        """Start watching. A collective call: all processes make it."""
         if self._limit is None:
             return
         own = (self._world.rank, platform.node(), os.getpid())
@@ -58,61 +58,63 @@ class Watchdog:
         if self._world.size > 1:
             everyone = [own] * self._world.size
             dist.all_gather_object(everyone, own)
-        self._others = [o for o in everyone if o[1] == own[1] and o[0] != own[0]]
-        progress()
+        self._neighbours = [o for o in everyone if o[1] == own[1] and o[0] != own[0]]
+        report_progress()
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def stop(self) -> None:
-        self._done.set()
+        self._stopped.set()
 
     @contextlib.contextmanager
-    def resting(self) -> Iterator[None]:
-        """A block that may take as long as the file system takes: nothing is said meanwhile."""
-        self._resting = True
+    def paused(self) -> Iterator[None]:
+        """No limit inside this block: saving takes as long as the file system takes."""
+        self._is_paused = True
         try:
             yield
         finally:
-            progress()
-            self._resting = False
+            report_progress()
+            self._is_paused = False
 
     def _watch(self) -> None:
         assert self._limit is not None
         tick = min(1.0, self._limit / 10)
-        while not self._done.wait(tick):
-            if self._resting:
-                progress()
-            # Where a library hangs and lets no thread of Python run, us neither, the
-            # interpreter's own alarm is not set anew and speaks in our place (on stderr alone).
+        while not self._stopped.wait(tick):
+            if self._is_paused:
+                report_progress()
+            # A library that hangs while it holds the GIL stops this thread as well. Then this
+            # timer, which runs without the GIL, is not reset: it dumps the stacks to stderr and
+            # exits in our place.
             faulthandler.dump_traceback_later(self._limit + LINGER_S, exit=True, file=2)
-            if time.monotonic() - _last > self._limit:
+            if time.monotonic() - _last_progress > self._limit:
                 log.error(self._report())
-                if not self._done.wait(LINGER_S):
+                if not self._stopped.wait(LINGER_S):
                     os._exit(1)
         faulthandler.cancel_dump_traceback_later()
 
     def _report(self) -> str:
         rank = self._world.rank
         lines = [
-            f"no progress for {time.monotonic() - _last:.0f} s (hang_timeout), so this process "
-            f"(pid {os.getpid()} on {platform.node()}) ends. Its threads:",
-            *stacks(),
-            *(f"beside it, rank {r} (pid {pid}): {state(pid)}" for r, _, pid in self._others),
-        ]
+            f"no progress for {time.monotonic() - _last_progress:.0f} s (hang_timeout), so this "
+            f"process (pid {os.getpid()} on {platform.node()}) exits. Its threads:",
+            *thread_stacks(),
+            *(f"neighbour rank {r} (pid {pid}): {process_state(pid)}" for r, _, pid in
+              self._neighbours),
+        ]  # fmt: skip
         return "\n".join(f"rank {rank}: {line}" for line in lines)
 
 
-def stacks() -> list[str]:
-    """Where each thread of this process is, the innermost call first."""
+def thread_stacks() -> list[str]:
+    """Lines with the stack of each thread of this process, the innermost call first."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         return file.read().splitlines()
 
 
-def state(pid: int) -> str:
-    """What the kernel says of a process: "T (stopped)", "S (sleeping) in futex_wait_queue"."""
+def process_state(pid: int) -> str:
+    """The kernel's state of a process: "T (stopped)", "S (sleeping) in futex_wait_queue"."""
     if not sys.platform.startswith("linux"):
-        return "unknown here"
+        return "unknown on this platform"
     try:
         fields = dict(
             line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -1,7 +1,7 @@
-"""Processes that train together, and who this one is among them.
+"""The processes that train together, and this process's rank among them.
 
-Sums over processes happen in an order that depends on nothing but their number, so that a run
-that was interrupted goes on with the same bits.
+The order of a sum over processes depends on their number alone, so that an interrupted run
+continues with the same bits.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from olmo.runtime.process import die_with_parent
 
 T = TypeVar("T")
 
-# How long a process waits for the others before it gives up. A dead one is noticed at once, by
-# its closed connection; this is for a machine that is gone without a word, and for one that hangs
-# where olmo.distributed.watchdog does not look: it looks first, and says more.
+# Limit of a collective operation. It is reached when a machine goes away without closing its
+# connections (a dead process is noticed at once, by its closed connection), or when a process hangs
+# outside the watchdog's view. The watchdog's report has the stacks, so its limit comes first.
 TIMEOUT = timedelta(minutes=10)
 AFTER_WATCHDOG = timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among those that train. All of them call its methods together."""
+    """This process's rank and device. Its methods are collective: all processes call them."""
 
-    rank: int  # among all, from 0 on
-    local_rank: int  # on this machine: the number of its GPU
-    size: int  # how many processes there are
+    rank: int  # among all processes, from 0
+    local_rank: int  # on this machine, from 0: the index of its GPU
+    size: int  # number of processes
     device: torch.device
-    why: str  # the GPU's name, or why it is the CPU
+    device_note: str  # the GPU's name, or why the device is the CPU
 
     @property
     def is_rank0(self) -> bool:
@@ -43,15 +43,15 @@ class World:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any process."""
+        """Whether `flag` is true on at least one process."""
         if self.size == 1:
             return flag
-        found = torch.tensor(int(flag))
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+        result = torch.tensor(int(flag))
+        dist.all_reduce(result, dist.ReduceOp.MAX)
+        return bool(result)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Over all processes; `value` stays as it is, so that it may be asked for again."""
+        """The sum over all processes; `value` itself is not changed."""
         if self.size == 1:
             return value
         total = value.clone()
@@ -59,7 +59,7 @@ class World:
         return total
 
     def broadcast(self, value: T) -> T:
-        """The first process's value, everywhere. For small plain objects."""
+        """Rank 0's value, on all processes. For small picklable objects."""
         if self.size == 1:
             return value
         box = [value]
@@ -67,55 +67,58 @@ class World:
         return box[0]
 
     def gather_first(self, value: T | None) -> T | None:
-        """The value of the first process that has one, everywhere. For small plain objects."""
+        """The value of the lowest rank that has one, on all processes. For small objects."""
         if self.size == 1:
             return value
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value)
-        return next((found for found in values if found is not None), None)
+        return next((v for v in values if v is not None), None)
 
     def barrier(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             dist.barrier()
 
 
 def join_world(hang_timeout: float | None = None, alone: SingleGPUConfig | None = None) -> World:
-    """This process's place: torchrun's, or alone. Opens the process group.
+    """Read this process's rank from torchrun's environment, and open the process group.
 
-    `hang_timeout`: the watchdog's, in seconds. `alone` says on which device one process trains.
+    Args:
+        hang_timeout: the watchdog's limit, in seconds.
+        alone: the device, where a single process trains.
 
-    Raises ValueError for a device that is not there.
+    Raises:
+        ValueError: the device does not exist.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-    asked = None if alone is None else alone.get_device()
-    if torch.cuda.is_available() and asked == torch.device("cpu"):
-        device, why = asked, "single.device says so"
+    configured = None if alone is None else alone.get_device()
+    if torch.cuda.is_available() and configured == torch.device("cpu"):
+        device, note = configured, "set by single.device"
     elif torch.cuda.is_available():
-        number = local_rank if asked is None or asked.index is None else asked.index
-        device, why = torch.device("cuda", number), torch.cuda.get_device_name(number)
+        number = local_rank if configured is None or configured.index is None else configured.index
+        device, note = torch.device("cuda", number), torch.cuda.get_device_name(number)
         torch.cuda.set_device(device)
     else:
-        device, why = torch.device("cpu"), "torch sees no CUDA device"
+        device, note = torch.device("cpu"), "torch sees no CUDA device"
     if size > 1:
-        # Small things between hosts go by gloo, which does not wait for the device.
+        # CPU tensors and objects are sent by gloo, which does not wait for the GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = TIMEOUT if hang_timeout is None else timedelta(seconds=hang_timeout)
         dist.init_process_group(backend, timeout=max(limit, TIMEOUT) + AFTER_WATCHDOG)
-    return World(rank, local_rank, size, device, why)
+    return World(rank, local_rank, size, device, note)
 
 
 def leave_world(world: World) -> None:
-    """Closes the process group."""
+    """Close the process group."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 
-# Before there is a World, and for OLMo's users, who ask torch_util for these.
+# OLMo's functions (olmo.torch_util): for its users, and for code that runs without a World.
 
 
 def is_distributed() -> bool:
@@ -137,8 +140,8 @@ def get_local_rank() -> int:
 def get_fs_local_rank() -> int:
     """The rank among the processes that share a file system.
 
-    FS_LOCAL_RANK says it; otherwise each node has its own file system, unless OLMO_SHARED_FS says
-    that all share one.
+    It is FS_LOCAL_RANK where that is set. Otherwise each node is taken to have a file system of its
+    own, or all one if OLMO_SHARED_FS is set.
     """
     shared = bool(os.environ.get("OLMO_SHARED_FS"))
     rank = get_global_rank() if shared else get_local_rank()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from olmo.distributed.watchdog import progress
+from olmo.distributed.watchdog import report_progress
 from olmo.distributed.world import World
 from olmo.eval.tasks import Request
 
@@ -87,7 +87,7 @@ def log_likelihoods(
             ids[: len(row_ids)] = torch.from_numpy(row_ids)
         with autocast:
             logits = model(input_ids.to(world.device)).logits  # (B, T, V)
-        progress()
+        report_progress()
         for row, row_ids, row_logits in zip(batch, inputs, logits, strict=False):
             longest = max(prompts[i].scored for i in row)
             known = row_logits[len(row_ids) - longest : len(row_ids)].float().log_softmax(dim=-1)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from olmo.config import EvaluatorConfig, TrainConfig
 from olmo.data.batches import build_eval_batches, labels_of, model_inputs
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
-from olmo.distributed.watchdog import progress
+from olmo.distributed.watchdog import report_progress
 from olmo.distributed.world import World
 from olmo.precision.autocast import autocast
 from olmo.runtime.numbers import perplexity
@@ -108,5 +108,5 @@ class HeldOut:
             with autocast(cfg, world.device):
                 values = instance_losses(model, batch)
             losses.add(batch, values)
-            progress()
+            report_progress()
         return losses

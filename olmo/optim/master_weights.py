@@ -38,7 +38,7 @@ def why_not(cfg: TrainConfig, sharded: bool) -> str | None:
 
 
 class MasterWeights:
-    """The masters of a model's matrices; call `publish` after each step of the optimizer."""
+    """The masters of a model's matrices; call `copy_to_model` after each step of the optimizer."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Takes weights, optimizer and its state as they are, in float32."""
@@ -58,17 +58,17 @@ class MasterWeights:
             if p in optimizer.state:
                 optimizer.state[master] = optimizer.state.pop(p)
         for group in optimizer.param_groups:
-            group["params"] = self.instead_of(group["params"])
+            group["params"] = self.get_masters(group["params"])
         # torch marks the hook, which a bound method does not let it do.
         model.register_state_dict_post_hook(lambda *given: self._name(*given))
         self._weights = [p.data for p in self._of]
         self._masters = [master.detach() for master in self._of.values()]
 
-    def instead_of(self, parameters: Iterable[Any]) -> list[Tensor]:
+    def get_masters(self, parameters: Iterable[Any]) -> list[Tensor]:
         """Each parameter's master, or itself where it has none."""
         return [self._of.get(p, p) for p in parameters]
 
-    def publish(self) -> None:
+    def copy_to_model(self) -> None:
         """The weights become what their masters are now."""
         torch._foreach_copy_(self._weights, self._masters)
 

@@ -23,9 +23,9 @@ from olmo.checkpoint.read import load_optimizer_state, load_weights
 from olmo.config import DistributedStrategy, SchedulerUnits, TrainConfig
 from olmo.config.checks import check as check_config
 from olmo.data.batches import TrainLoader, build_train_dataloader
-from olmo.distributed.parallelize import is_sharded, parallelize
-from olmo.distributed.reduce import GradientMean
-from olmo.distributed.watchdog import Watchdog, progress
+from olmo.distributed.parallelize import is_fsdp, parallelize
+from olmo.distributed.reduce import GradientReducer
+from olmo.distributed.watchdog import Watchdog, report_progress
 from olmo.distributed.world import World, join_world, leave_world
 from olmo.eval.evaluators import build_evaluators, evaluate
 from olmo.io import sealed
@@ -95,7 +95,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
     if world.device.type == "cpu":
         keep_freed_memory()
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    log.info(f"device: {world.device} ({world.why}), processes: {world.size}")
+    log.info(f"device: {world.device} ({world.device_note}), processes: {world.size}")
     threads, origin = torch.get_num_threads(), origin_of_threads(cfg)
     log.info(f"CPU threads per process: {threads} ({origin}), torch {torch.__version__}")
     precision = cfg.precision or "fp32"
@@ -142,9 +142,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         log.info(f"cross-entropy: {cfg.cross_entropy}")
 
     model.to(world.device)
-    eight_bits: Float8Backend | None = None
+    float8: Float8Backend | None = None
     if cfg.fp8 is not None:
-        eight_bits, how = prepare(model, cfg.fp8, world.device)
+        float8, how = prepare(model, cfg.fp8, world.device)
         log.info(f"fp8: {how}")
     log.info(f"parallelism: {parallelize(cfg, model, world)}")
     optimizer = build_optimizer(cfg, model)
@@ -166,7 +166,7 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         scheduler = BoltOnWarmupScheduler.wrap(scheduler, warm, warm + int(cfg.scheduler.t_warmup))
         log.info(f"learning rate: a new warm-up from step {warm}, for the optimizer starts afresh")
     del checkpoint  # and its memory
-    masters = MasterWeights(model, optimizer) if cfg.master_weights else None
+    master_weights = MasterWeights(model, optimizer) if cfg.master_weights else None
     loader.dataset.start_index = position.global_train_examples_seen_this_epoch
     if loader.dataset.epoch != position.epoch:
         loader.dataset.reshuffle(position.epoch)
@@ -237,9 +237,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         gc.disable()  # its pauses fall where we say, at the same step on every process
     paused: str | None = None
     exit_code = 1
-    alone = world.size == 1 or is_sharded(cfg, world)  # sharded: backward sums by itself
-    holders = None if masters is None else masters.instead_of(model.parameters())
-    mean = None if alone else GradientMean(model.parameters(), world, holders)
+    alone = world.size == 1 or is_fsdp(cfg, world)  # sharded: backward sums by itself
+    holders = None if master_weights is None else master_weights.get_masters(model.parameters())
+    reducer = None if alone else GradientReducer(model.parameters(), world, holders)
     failed = torch.zeros((), device=world.device)  # 1 from the first step that was not finite on
     numbers = MetricsBuffer(world)
     lowest_loss = float("inf")
@@ -260,9 +260,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             clear_gradients(optimizer, cfg)
             watched = step in (cfg.module_outputs_save_steps or ()) and world.is_rank0
             with traced(model, folder / f"traces/step{step}") if watched else nullcontext():
-                losses = forward_backward(model, batch, cfg, world.device, step, mean)
-            if mean is not None:
-                mean.finish()
+                losses = forward_backward(model, batch, cfg, world.device, step, reducer)
+            if reducer is not None:
+                reducer.finish()
             details = _wants_details(cfg, step)
             found = optimizer.clip_grads_and_collect_metrics(step, details)
             if not details and (cfg.wandb is None or step % cfg.wandb.log_interval):
@@ -275,11 +275,11 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
             optimizer.found_inf = failed
             _set_rates(cfg, optimizer, scheduler, position, max_steps, max_tokens)
             optimizer.step()
-            if masters is not None:
-                masters.publish()
+            if master_weights is not None:
+                master_weights.copy_to_model()
             found |= optimizer.get_post_step_metrics(model)
-            if eight_bits is not None:
-                eight_bits.after_step()
+            if float8 is not None:
+                float8.after_step()
 
             known = speed.work(position.global_train_tokens_seen)
             for i, group in enumerate(optimizer.param_groups):
@@ -307,14 +307,14 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
                     reason = f"early_stopping_factor: the loss {loss:.4f} is above {limit:.4f}"
             if saves:
                 _flush(sinks, indices)
-                with watchdog.resting():
+                with watchdog.paused():
                     saver.save(saves)
             if evaluates or saves:
                 speed.skip()
             if cfg.gen1_gc_interval and step % cfg.gen1_gc_interval == 0:
                 gc.collect(1)
             profilers.step()
-            progress()
+            report_progress()
             # One question a step to all processes, so that none goes on without the others.
             reason = reason or stop.reason(look=world.is_rank0)
             if world.any(reason is not None or saver.failed or numbers.failed) and not last:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from olmo.checkpoint import layout
 from olmo.checkpoint.save import save_unsharded
 from olmo.config import DistributedStrategy, TrainConfig, to_yaml
-from olmo.distributed.parallelize import is_sharded
+from olmo.distributed.parallelize import is_fsdp
 from olmo.distributed.world import World
 from olmo.runtime.log import log
 from olmo.train.start import TrainState
@@ -49,7 +49,7 @@ class Saver:
         self._model, self._optimizer, self._position = model, optimizer, position
         self.saved: Path | None = None  # the newest
         self._passing = False  # whether that one is ephemeral, and so goes with a later save
-        self._sharded = is_sharded(cfg, world)
+        self._sharded = is_fsdp(cfg, world)
         self._every = cfg.save_interval_unsharded  # that many steps an unsharded one
         single = cfg.distributed_strategy == DistributedStrategy.single
         if single and self._every is None and cfg.save_num_unsharded_checkpoints_to_keep:

@@ -52,7 +52,7 @@ def begin_segment(
     here = {
         "after": step,
         "processes": world.size,
-        "device": world.why if cuda else torch.backends.cpu.get_cpu_capability(),
+        "device": world.device_note if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         # NCCL sums along the paths that it finds between nodes; gloo by rank alone.

@@ -18,7 +18,7 @@ from olmo.checkpoint.read import Checkpoint, look, newest
 from olmo.config import CustomDatasetCollatorConfig, EvaluatorType, TrainConfig
 from olmo.data.batches import check_labels
 from olmo.data.memmap import build_memmap_dataset, check_tokens
-from olmo.distributed.parallelize import is_sharded
+from olmo.distributed.parallelize import is_fsdp
 from olmo.distributed.world import World
 from olmo.model import loss
 from olmo.model.kernels import Mask, choose
@@ -61,7 +61,7 @@ def check(cfg: TrainConfig, world: World) -> None:
             "processes; change one of them"
         )
     check_ends(cfg)
-    check_device(cfg, world.device, is_sharded(cfg, world))
+    check_device(cfg, world.device, is_fsdp(cfg, world))
     if not world.is_rank0:
         return
     warn_of_other_tokenizer(cfg)

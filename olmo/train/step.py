@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from olmo.config import TrainConfig
 from olmo.data.batches import labels_of, model_inputs
-from olmo.distributed.reduce import GradientMean
+from olmo.distributed.reduce import GradientReducer
 from olmo.precision.autocast import autocast
 
 
@@ -83,7 +83,7 @@ def forward_backward(
     cfg: TrainConfig,
     device: torch.device,
     step: int,
-    mean: GradientMean | None = None,
+    reducer: GradientReducer | None = None,
 ) -> Losses:
     """Gradients of this process's batch, added to the parameters' `.grad`: of the losses' sum over
     labels, divided by B*T.
@@ -92,7 +92,7 @@ def forward_backward(
         batch: `input_ids` (B, T), `index` (B,) and what else the loader gives, on the host.
         step: from 1 on; with the samples it decides what dropout drops.
 
-    With `mean` their mean over processes is under way when this returns: `mean.finish()`.
+    With `reducer` their averaging over processes has begun when this returns: `reducer.finish()`
     """
     z_multiplier = (cfg.auxiliary_loss_multiplier or 0.0) if cfg.softmax_auxiliary_loss else 0.0
     tokens = batch["input_ids"].numel()
@@ -100,8 +100,8 @@ def forward_backward(
     ce, z = torch.zeros((), device=device), torch.zeros((), device=device)
     parts = list(microbatches(batch, cfg.device_train_microbatch_size))
     for i, micro in enumerate(parts):
-        if mean is not None and i == len(parts) - 1:
-            mean.expect()
+        if reducer is not None and i == len(parts) - 1:
+            reducer.prepare_for_backward()
         if drops:
             # What is dropped depends on the run, the step and the sample alone: not on what was
             # computed before, and so not on where the run was interrupted.

@@ -182,14 +182,14 @@ def test_a_step_of_the_trainer(name: str, tmp_path: Any):
             prepare(model, cfg.fp8, CPU)
         parallelize(cfg, model, World(0, 0, 1, CPU, ""))
         optimizer = build_optimizer(cfg, model)
-        masters = MasterWeights(model, optimizer) if cfg.master_weights else None
+        master_weights = MasterWeights(model, optimizer) if cfg.master_weights else None
         clear_gradients(optimizer, cfg)
         losses = forward_backward(model, batch, cfg, CPU, 1)
         gradients = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
         optimizer.clip_grads_and_collect_metrics(1)
         optimizer.step()
-        if masters is not None:
-            masters.publish()
+        if master_weights is not None:
+            master_weights.copy_to_model()
         found.append([losses.ce, *gradients, *model.state_dict().values()])
     errors = list(map(off, found[1], found[0]))
     exact = cfg.precision == "fp32" and cfg.fp8 is None

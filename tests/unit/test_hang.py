@@ -31,7 +31,7 @@ LONG: dict[str, Any] = {"max_duration": 100_000, "save_interval_unsharded": None
 
 def test_each_step_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[None] = []
-    monkeypatch.setattr(olmo.train.loop, "progress", lambda: seen.append(None))
+    monkeypatch.setattr(olmo.train.loop, "report_progress", lambda: seen.append(None))
     assert run(tmp_path, max_duration=7) == 0
     assert len(seen) >= 7
 
@@ -48,7 +48,7 @@ def test_what_is_a_hang(doing: str, status: int, capfd: pytest.CaptureFixture[st
         watchdog.LINGER_S = 0.5
         watch = watchdog.Watchdog(World(0, 0, 1, torch.device("cpu"), ""), limit)
         watch.start()
-        with watch.resting() if doing == "saving" else nullcontext():
+        with watch.paused() if doing == "saving" else nullcontext():
             if doing == "inside a library":  # which lets no thread of Python run
                 time.sleep(1)  # by then it watches
                 ctypes.PyDLL(None).sleep(int(3 * limit))
@@ -57,7 +57,7 @@ def test_what_is_a_hang(doing: str, status: int, capfd: pytest.CaptureFixture[st
             while time.monotonic() < end:
                 time.sleep(0.05)
                 if doing == "steps":
-                    watchdog.progress()
+                    watchdog.report_progress()
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
     said = capfd.readouterr()
@@ -92,7 +92,7 @@ def test_stacks_of_all_are_in_the_log(tmp_path: Path) -> None:
         mine = [line for line in text.splitlines() if line.startswith(f"rank {rank}: ")]
         assert "no progress for 1" in mine[0] and "(hang_timeout)" in mine[0]
         assert any(where in line for line in mine), text
-        assert f"beside it, rank {1 - rank} (pid " in mine[-1]
+        assert f"neighbour rank {1 - rank} (pid " in mine[-1]
     assert " 4/100000" in text and " 5/100000" not in text
 
 
@@ -132,7 +132,7 @@ def test_a_stopped_process_ends_the_run_and_the_next_attempt_goes_on_with_what_i
     with pytest.raises(ChildProcessError, match="the same command carries on from the last"):
         launch(config, Geometry(2), threads=1)
     said = log.read_text()
-    assert f"rank 0: beside it, rank 1 (pid {stopped[1]}): T (stopped)" in said
+    assert f"rank 0: neighbour rank 1 (pid {stopped[1]}): T (stopped)" in said
     assert re.search("in (finish|all_reduce|barrier)$", said, re.M) and not ranks_of(folder)
 
     launch(config, Geometry(1), threads=1)

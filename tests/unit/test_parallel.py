@@ -21,7 +21,7 @@ import olmo.distributed.reduce
 from olmo.checkpoint.read import load_optimizer_state, load_weights, look, newest
 from olmo.config import TrainConfig
 from olmo.distributed.parallelize import parallelize
-from olmo.distributed.reduce import GradientMean
+from olmo.distributed.reduce import GradientReducer
 from olmo.distributed.world import join_world, leave_world
 from olmo.model import OLMo
 from olmo.optim.build import build_optimizer
@@ -332,16 +332,16 @@ def means(overlapped: bool) -> list[Any]:
     layers = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
     frozen, unused = layers[2].bias.requires_grad_(False), nn.Parameter(torch.zeros(9))
     parameters = [*layers[:2].parameters(), unused, *layers[2:].parameters()]
-    mean = GradientMean(parameters, world)
+    reducer = GradientReducer(parameters, world)
     for part in range(2):  # microbatches, other ones on each process
         if overlapped and part == 1:
-            mean.expect()
+            reducer.prepare_for_backward()
         inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(2 * world.rank + part))
         layers(inputs).square().sum().backward()
-    under_way = len(mean._sent)
-    mean.finish()
+    under_way = len(reducer._in_flight)
+    reducer.finish()
     leave_world(world)
-    assert bool(under_way) == overlapped and len(mean._buckets) > 3
+    assert bool(under_way) == overlapped and len(reducer._buckets) > 3
     assert frozen.grad is None and unused.grad is None
     return [p.grad.tolist() for p in layers.parameters() if p.grad is not None]
 

@@ -76,7 +76,7 @@ def test_gradients_of_microbatches_add_up_in_float32(tmp_path: Path):
     model.use_attention()
     optimizer = build_optimizer(cfg, model)
     before = {name: w.clone() for name, w in model.state_dict().items()}
-    masters = MasterWeights(model, optimizer)
+    master_weights = MasterWeights(model, optimizer)
     wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     assert wide == {n for n, p in model.named_parameters() if ".wte." in n or p.ndim == 1}
     batch = {"input_ids": torch.randint(2, 60, (8, 16)), "index": torch.arange(8)}
@@ -84,7 +84,7 @@ def test_gradients_of_microbatches_add_up_in_float32(tmp_path: Path):
     weight = next(model.blocks()).ff_proj.weight
     forward_backward(model, batch, cfg, torch.device("cpu"), 1)
     assert weight.grad is None
-    (master,) = masters.instead_of([weight])
+    (master,) = master_weights.get_masters([weight])
     together = master.grad.clone()
     for i in range(8):
         optimizer.zero_grad()
@@ -98,7 +98,7 @@ def test_gradients_of_microbatches_add_up_in_float32(tmp_path: Path):
     optimizer.clip_grads_and_collect_metrics(1)
     optimizer.step()
     assert not torch.equal(weight, master.bfloat16())
-    masters.publish()
+    master_weights.copy_to_model()
     for name, p in model.named_parameters():
         assert torch.equal(p, model.state_dict()[name].to(p.dtype))
 
@@ -114,7 +114,7 @@ def test_a_frequent_tokens_gradient_is_a_sum_in_float32(tmp_path: Path):
         optimizer = build_optimizer(cfg, model)
         rows = model.transformer["wte"].weight
         if name == "masters":
-            (rows,) = MasterWeights(model, optimizer).instead_of([rows])
+            (rows,) = MasterWeights(model, optimizer).get_masters([rows])
         seen: list[torch.dtype] = []
         model.transformer["blocks"][0].register_forward_pre_hook(
             lambda module, inputs, seen=seen: seen.append(inputs[0].dtype)
