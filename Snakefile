@@ -14,23 +14,29 @@ from snakemake.utils import min_version
 
 min_version("9.27")
 
+from olmo.cluster.slurm_plugin import patch_plugin
 from olmo.pipeline.damage import Damage
 from olmo.pipeline.plan import Plan
-from olmo.cluster.slurm_plugin import mend
-from olmo.pipeline.workspace import alone, next_steps, prepare, surround_jobs, tell_failures
+from olmo.pipeline.workspace import (
+    check_config_file,
+    lock_folder,
+    next_steps,
+    report_failures,
+    set_job_environment,
+)
 
-prepare("config/config.yaml")
+check_config_file("config/config.yaml")
 
 
 configfile: "config/config.yaml"
 
 
 plan = Plan(config)
-# A job on another machine reads this file again; it runs one rule and judges nothing.
-damage = Damage(plan, dry_run=lambda: workflow.dryrun, judges=workflow.is_main_process)
-surround_jobs(plan.store)
+# A job on another machine reads this file again; it runs one rule and looks for no damage.
+damage = Damage(plan, dry_run=lambda: workflow.dryrun, enabled=workflow.is_main_process)
+set_job_environment(plan.store)
 if workflow.is_main_process:
-    mend()
+    patch_plugin()
 
 
 wildcard_constraints:
@@ -42,7 +48,7 @@ wildcard_constraints:
 
 localrules:
     all,
-    environment,  # from the network, which a cluster's nodes may not have
+    environment,  # downloads packages; compute nodes may have no network
     source_list,
 
 
@@ -67,7 +73,7 @@ include: "rules/bench.smk"
 
 
 onstart:
-    alone(plan.store)
+    lock_folder(plan.store)
 
 
 onsuccess:
@@ -75,4 +81,4 @@ onsuccess:
 
 
 onerror:
-    tell_failures()
+    report_failures()

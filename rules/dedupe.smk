@@ -6,7 +6,7 @@ rule attributes:
     input:
         lambda w: damage.journal(w.dataset),
         documents=lambda w: listings(w.dataset, "documents"),
-        against=lambda w: plan.against(w.dataset),
+        against=lambda w: plan.decontamination_files(w.dataset),
         environment=dolma_environment,
         requirements="envs/dolma.txt",
     output:

@@ -10,7 +10,7 @@ rule documents:
     log:
         "logs/documents/{dataset}/{batch}.log",
     params:
-        kind=lambda w: plan.kind_flags(w.dataset),
+        kind=lambda w: plan.line_kind_flags(w.dataset),
         recipe=lambda w: plan.section(w.dataset, "documents"),
     shell:
         "olmo documents --sources {input.sources:q} --listing {output:q} {params.recipe} {params.kind}"

@@ -47,11 +47,11 @@ rule evaluate:
     input:
         final="checkpoints/{run}/final",
         hf="hf/{run}",
-        heldout=lambda w: plan.heldout(w.run),
+        heldout=lambda w: plan.heldout_results(w.run),
         tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",
         docstrings="data/docstrings",
         config=lambda w: plan.run(w.run).evaluation or [],
-        further=lambda w: plan.further_heldout(w.run),
+        further=lambda w: plan.further_heldout_results(w.run),
     output:
         directory("eval/{run}"),
     log:

@@ -14,7 +14,7 @@ rule instructions:
     log:
         "logs/tokens/{dataset}/{batch}.log",
     wildcard_constraints:
-        dataset="|".join(map(re.escape, plan.instructed())) or "(?!)",  # else none
+        dataset="|".join(map(re.escape, plan.instruction_datasets())) or "(?!)",  # else none
     params:
         eos=lambda w: plan.recipe(w.dataset).tokenizer.eos_token_id,
         pad=lambda w: plan.recipe(w.dataset).tokenizer.pad_token_id,

@@ -29,6 +29,6 @@ rule sources:
 
 def listings(dataset, stage):
     """The listings of a stage's batches; where the list of files is not at hand, it comes first."""
-    if plan.unlisted(dataset):
+    if plan.needs_source_list(dataset):
         checkpoints.source_list.get(dataset=dataset)
     return plan.listings(dataset, stage)

@@ -4,7 +4,7 @@
 rule statistics:
     input:
         lambda w: damage.journal(w.dataset),
-        documents=lambda w: listings(w.dataset, plan.documents(w.dataset)),
+        documents=lambda w: listings(w.dataset, plan.documents_stage(w.dataset)),
         tokens=lambda w: listings(w.dataset, "tokens"),
     output:
         summary="data/{dataset}/statistics.parquet",

@@ -14,7 +14,7 @@ rule given_tokens:
     log:
         "logs/tokens/{dataset}/{batch}.log",
     wildcard_constraints:
-        dataset="|".join(map(re.escape, plan.given)) or "(?!)",  # else none
+        dataset="|".join(map(re.escape, plan.tokenized_datasets)) or "(?!)",  # else none
     params:
         sources=lambda w: plan.source_flags(w.dataset, w.batch),
         dtype=lambda w: plan.train_config(w.dataset).data.memmap_dtype,
@@ -26,11 +26,11 @@ rule tokenizer:
     input:
         lambda w: damage.journal(w.dataset),
         documents=lambda w: (
-            listings(w.dataset, plan.documents(w.dataset))
+            listings(w.dataset, plan.documents_stage(w.dataset))
             if plan.trains_tokenizer(w.dataset)
             else []
         ),
-        given=lambda w: plan.given_tokenizer(w.dataset),
+        given=lambda w: plan.tokenizer_file(w.dataset),
     output:
         "data/{dataset}/tokenizer.json",
     log:
@@ -45,7 +45,7 @@ rule tokenizer:
 rule tokens:
     input:
         lambda w: damage.journal(w.dataset),
-        documents=lambda w: f"data/{w.dataset}/{plan.documents(w.dataset)}/{w.batch}.tsv",
+        documents=lambda w: f"data/{w.dataset}/{plan.documents_stage(w.dataset)}/{w.batch}.tsv",
         tokenizer="data/{dataset}/tokenizer.json",
         environment=dolma_environment,
         requirements="envs/dolma.txt",

@@ -4,13 +4,13 @@
 rule start:
     # The checkpoint, of a folder or a URL, that a run starts from.
     input:
-        lambda w: [] if "://" in plan.given_start(w.run) else plan.given_start(w.run),
+        lambda w: [] if "://" in plan.external_start(w.run) else plan.external_start(w.run),
     output:
         directory("checkpoints/{run}/start"),
     log:
         "logs/start/{run}.log",
     params:
-        place=lambda w: plan.given_start(w.run),
+        place=lambda w: plan.external_start(w.run),
         parts=lambda w: plan.start_flags(w.run),
     shell:
         "olmo start --place {params.place:q} --checkpoint {output:q} {params.parts} --log {log:q}"
@@ -23,8 +23,8 @@ rule train:
         order="checkpoints/{run}/global_indices.npy",
         tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",
         config=lambda w: plan.run(w.run).train,
-        start=lambda w: plan.start(w.run),
-        after=lambda w: plan.link_before(w.run, w.get("step")),
+        start=lambda w: plan.start_checkpoint(w.run),
+        after=lambda w: plan.previous_link(w.run, w.get("step")),
     output:
         directory("checkpoints/{run}/final"),
     log:
@@ -32,11 +32,11 @@ rule train:
     threads: workflow.cores
     resources:  # not params: another number of nodes is no reason to train again
         geometry=lambda w: plan.geometry_flags(w.run),
-        nodes=lambda w, attempt: plan.place(w.run, "nodes", attempt),
-        tasks=lambda w, attempt: plan.place(w.run, "tasks", attempt),
-        mpi=lambda w, attempt: plan.place(w.run, "mpi", attempt),
-        gres=lambda w: plan.place(w.run, "gres"),
-        tasks_per_gpu=lambda w: plan.place(w.run, "tasks_per_gpu"),
+        nodes=lambda w, attempt: plan.scheduler_resource(w.run, "nodes", attempt),
+        tasks=lambda w, attempt: plan.scheduler_resource(w.run, "tasks", attempt),
+        mpi=lambda w, attempt: plan.scheduler_resource(w.run, "mpi", attempt),
+        gres=lambda w: plan.scheduler_resource(w.run, "gres"),
+        tasks_per_gpu=lambda w: plan.scheduler_resource(w.run, "tasks_per_gpu"),
     params:
         overrides=lambda w: plan.override_flags(w.run),
         start=lambda w, input: f"--start {input.start}" if input.start else "",

@@ -24,7 +24,7 @@ REPLACED = (
 )
 
 
-def mend() -> None:
+def patch_plugin() -> None:
     """Mend the plugin, where snakemake runs with it.
 
     Raises:

@@ -1,16 +1,22 @@
-"""What config/config.yaml and the recipes in config/data can say: runs, data sets, their parts."""
+"""Schemas of config/config.yaml, of recipes (config/data) and of evaluations (config/eval)."""
 
+import contextlib
+import json
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from olmo.cluster.launch import Geometry
-from olmo.config import BaseConfig
-from olmo.config.strict import check_range
+from olmo.config import BaseConfig, TrainConfig
+from olmo.config.strict import changed, check_range
 from olmo.corpus.dedupe import DecontaminateSection, DedupeSection
 from olmo.corpus.documents import DocumentsSection
 from olmo.corpus.instructions import InstructionsSection
 from olmo.corpus.sources import SourcesSection
 from olmo.corpus.tokenizer import TokenizerSection
 from olmo.corpus.tokens import TokensSection
+from olmo.tokenizer import hub_name
 
 
 @dataclass
@@ -62,7 +68,7 @@ class EvaluationConfig(BaseConfig):
 
 
 @dataclass
-class Run(BaseConfig):
+class RunConfig(BaseConfig):
     """A training run: which settings, on which data set, by how many processes.
 
     Without a data set it is trained on the token files that its training config names.
@@ -100,10 +106,10 @@ class Run(BaseConfig):
 
 
 @dataclass
-class Pipeline(BaseConfig):
+class PipelineConfig(BaseConfig):
     """config/config.yaml."""
 
-    runs: dict[str, Run]
+    runs: dict[str, RunConfig]
     # Checkpoints that are the average of runs' final ones; each has its first run's data set.
     soups: dict[str, list[str]] = field(default_factory=dict)
     store: str = "store"
@@ -127,3 +133,78 @@ class Pipeline(BaseConfig):
                     f"soups.{name}: expected runs, found {', '.join(unknown) or 'none'}; there are "
                     + ", ".join(self.runs)
                 )
+
+
+def recipe_path(dataset: str) -> Path:
+    return Path(f"config/data/{dataset}.yaml")
+
+
+@contextlib.contextmanager
+def prefix_errors(prefix: str) -> Iterator[None]:
+    """Put the file, or the key, that a ValueError is about in front of its message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
+
+
+def json_flag(flag: str, config: BaseConfig) -> str:
+    """A config as a command takes it: its fields that differ from their defaults, as JSON."""
+    return shlex.join([f"--{flag}", json.dumps(changed(config))])
+
+
+def check_environment_values(
+    config: BaseConfig, path: Path | str, allowed: tuple[str, ...], of: tuple[str, ...] = ("",)
+) -> None:
+    """Allow values of environment variables only as local paths, in the keys that are `allowed`.
+
+    Any other value would be written into commands and records, and may be a secret.
+
+    Args:
+        of: beginnings of the keys that are checked.
+
+    Raises:
+        ValueError: another value comes from the environment.
+    """
+    for place, (text, value) in config.from_environment.items():
+        key = ".".join(map(str, place))
+        if key.startswith(of) and not (key.startswith(allowed) and "://" not in str(value)):
+            raise ValueError(
+                f"{path}: {key}: expected a value or a local path, found {text}, whose value "
+                "records would show; write the value. Credentials belong into ~/.netrc or AWS_…"
+            )
+
+
+def check_file_exists(path: str, named_by: str) -> None:
+    """Raises ValueError if a file that config/config.yaml names does not exist."""
+    if not Path(path).is_file():
+        raise ValueError(
+            f"config/config.yaml: {named_by} names {path}, which does not exist (looked in "
+            f"{Path.cwd()}); write the file, or name another"
+        )
+
+
+def recipe_from_train_config(run: RunConfig) -> Recipe:
+    """The recipe of a run without a data set: the token files and tokenizer of its config."""
+    train = run.train
+    check_file_exists(train, "train of a run")
+    cfg = TrainConfig.load(train, run.overrides, validate_paths=False)
+    check_environment_values(cfg, train, ("",), ("data.", "tokenizer."))
+    name = cfg.tokenizer.identifier
+    is_file = Path(name).is_file()
+    tokenizer = TokenizerSection(
+        file=name if is_file else None,
+        hub=None if is_file else hub_name(name),
+        eos_token_id=cfg.model.eos_token_id,
+        pad_token_id=cfg.model.pad_token_id,
+    )
+    datasets = cfg.data.datasets or {}
+    files = list(cfg.data.paths or [path for k in sorted(datasets) for path in datasets[k]])
+    if empty := next((k for k in sorted(datasets) if not datasets[k]), None):
+        raise ValueError(f"{train}: data.datasets.{empty}: expected files, found none")
+    if not files:
+        raise ValueError(
+            f"{train}: expected files in data.paths, found none (a ${{path.glob:…}} may match "
+            "none); name some, or give the run a `dataset` in config/config.yaml"
+        )
+    return Recipe(sources=SourcesSection(files=files), tokenizer=tokenizer)

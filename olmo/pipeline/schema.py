@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.pipeline.recipe import EvaluationConfig, Pipeline, Recipe
+from olmo.pipeline.recipe import EvaluationConfig, PipelineConfig, Recipe
 
 FOLDER = Path(__file__).parents[2] / "config" / "schema"
-ROOTS = {"config": Pipeline, "data": Recipe, "eval": EvaluationConfig, "train": TrainConfig}
+ROOTS = {"config": PipelineConfig, "data": Recipe, "eval": EvaluationConfig, "train": TrainConfig}
 PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 
 
@@ -35,13 +35,13 @@ def schema(hint: Any) -> dict[str, Any]:
     if origin is dict or hint is dict:
         return {"type": "object", "additionalProperties": schema(arguments[1]) if arguments else {}}
     if dataclasses.is_dataclass(hint):
-        return of_dataclass(hint)
+        return dataclass_schema(hint)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return {"enum": [member.value for member in hint]}
     raise TypeError(f"no schema for {hint!r}")
 
 
-def of_dataclass(cls: Any) -> dict[str, Any]:
+def dataclass_schema(cls: Any) -> dict[str, Any]:
     """Fields are properties; others are refused, as they are when the file is loaded.
 
     Strings stand for anything, since OmegaConf resolves "${…}" to values of every type.
@@ -63,7 +63,7 @@ def of_dataclass(cls: Any) -> dict[str, Any]:
     return found | ({"required": required} if required else {})
 
 
-def texts() -> dict[Path, str]:
+def schema_files() -> dict[Path, str]:
     """What each schema file holds."""
     made = {}
     for name, cls in ROOTS.items():
@@ -74,7 +74,7 @@ def texts() -> dict[Path, str]:
 
 
 def main() -> None:
-    for path, text in texts().items():
+    for path, text in schema_files().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 

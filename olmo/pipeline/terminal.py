@@ -1,7 +1,7 @@
-"""What snakemake's terminal shows of an error: a sentence, last. Its log keeps the rest.
+"""Errors on snakemake's terminal, shortened to one sentence; snakemake's log keeps the rest.
 
-A ValueError of the plan is a user's mistake with its remedy in it. Snakemake calls it an
-InputFunctionException, and puts wildcards and a traceback behind it.
+A ValueError of the plan is a user's mistake, and its message names the fix. Snakemake prints it as
+an InputFunctionException with wildcards and a traceback.
 """
 
 import atexit
@@ -9,23 +9,24 @@ import logging
 import re
 import sys
 
-USERS = r"(?:ValueError|FileNotFoundError|PermissionError)"  # what a user can mend
-SENTENCES = (
-    re.compile(rf"^InputFunctionException .*?\nError:\n  {USERS}: (.*?)\nWildcards:", re.DOTALL),
-    re.compile(rf"^{USERS} in file .*?, line \d+:\n(.*?)\n  File ", re.DOTALL),
+USER_TYPES = r"(?:ValueError|FileNotFoundError|PermissionError)"  # errors that a user can fix
+USER_ERRORS = (
+    re.compile(
+        rf"^InputFunctionException .*?\nError:\n  {USER_TYPES}: (.*?)\nWildcards:", re.DOTALL
+    ),
+    re.compile(rf"^{USER_TYPES} in file .*?, line \d+:\n(.*?)\n  File ", re.DOTALL),
 )
 NO_RULE = re.compile(r"^MissingRuleException:\nNo rule to produce (.*?) \(if you use")
-
 NO_FILE = re.compile(r"^MissingInputException .*\n +affected files:\n(.*)$", re.DOTALL)
 
 
-def sentence(text: str) -> str:
-    """What there is to say of an error; all of it where it is nobody's mistake but ours.
+def shorten_error(text: str) -> str:
+    """The message of a user's error; the full text of any other, which is a bug.
 
-    >>> sentence('ValueError in file "/x/Snakefile", line 3:\\nexpected a, found b\\n  File "y"')
+    >>> shorten_error('ValueError in file "/Snakefile", line 3:\\nexpected a, found b\\n  File "y"')
     'expected a, found b'
     """
-    for pattern in SENTENCES:
+    for pattern in USER_ERRORS:
         if found := pattern.search(text):
             return found[1]
     if found := NO_RULE.search(text):
@@ -41,30 +42,30 @@ def sentence(text: str) -> str:
     return text
 
 
-class Brief(logging.Formatter):
-    """Errors as `sentence` has them, the rest as before."""
+class ShortErrorFormatter(logging.Formatter):
+    """Formats errors by `shorten_error`, and everything else by the formatter it replaces."""
 
-    def __init__(self, whole: logging.Formatter) -> None:
+    def __init__(self, original: logging.Formatter) -> None:
         super().__init__()
-        self.whole = whole
+        self.original = original
 
     def format(self, record: logging.LogRecord) -> str:
-        text = self.whole.format(record)
-        return sentence(text) if getattr(record, "exception", None) else text
+        text = self.original.format(record)
+        return shorten_error(text) if getattr(record, "exception", None) else text
 
 
-def brief() -> None:
-    """Let snakemake's terminal be brief of users' mistakes."""
+def shorten_errors() -> None:
+    """Shorten the errors that snakemake prints to the terminal."""
     for handler in logging.getLogger("snakemake.logging").handlers:
         if handler.name == "DefaultStreamHandler" and handler.formatter is not None:
-            handler.setFormatter(Brief(handler.formatter))
+            handler.setFormatter(ShortErrorFormatter(handler.formatter))
 
 
-def at_the_end(text: str) -> None:
-    """Say something when all others have spoken."""
+def print_at_exit(text: str) -> None:
+    """Print to stderr when this process exits, after everything else that it prints."""
 
-    def last() -> None:
+    def flush_and_print() -> None:
         sys.stdout.flush()
         print(text, file=sys.stderr, flush=True)
 
-    atexit.register(last)
+    atexit.register(flush_and_print)

@@ -1,4 +1,4 @@
-"""The folder in which snakemake runs: one at a time in it, and what to do when it is done."""
+"""The folder in which snakemake runs: checked and locked at the start, summed up at the end."""
 
 import atexit
 import os
@@ -12,73 +12,73 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import read_yaml
-from olmo.pipeline.plan import Plan, recipe_path
-from olmo.pipeline.terminal import at_the_end, brief
+from olmo.pipeline.plan import Plan
+from olmo.pipeline.recipe import recipe_path
+from olmo.pipeline.terminal import print_at_exit, shorten_errors
 from olmo.runtime.log import FAILED
 from olmo.store.lease import PATIENCE_S, lease
 from olmo.store.store import Store, parse
 
 STARTED = time.time()
-STOPPED = (SystemExit.__name__, KeyboardInterrupt.__name__)  # what was told to stop did not fail
-_held = ExitStack()  # for as long as this process lives
+INTERRUPTED = (SystemExit.__name__, KeyboardInterrupt.__name__)  # ended by a signal: no failure
+_lease = ExitStack()  # held until this process ends
 
 
-def prepare(config: str) -> None:
-    """What comes before snakemake reads its config, of which it says less where it is none.
+def check_config_file(config: str) -> None:
+    """Raise a clear error for a missing or malformed config, before snakemake reads it.
 
-    Of two keys that are the same it would take one.
+    Snakemake's own message for a missing file is unclear, and it accepts repeated keys.
     """
-    brief()
+    shorten_errors()
     if not Path(config).is_file():
         raise ValueError(f"expected {config} in {Path.cwd()}; cd to the project's folder")
     read_yaml(config)
 
 
-def alone(store: str, folder: Path = Path(".snakemake")) -> None:
-    """Refuse to run where another snakemake runs, on this machine or on another that shares it, or
-    where there is no writing to the store.
+def lock_folder(store: str, folder: Path = Path(".snakemake")) -> None:
+    """Exit if another snakemake runs in this folder, on any machine, or the store is read-only.
 
-    Two of them in one folder would delete each other's outputs. (Snakemake's own lock is a file
-    that outlives a killed process; a lease does not, and needs no lock of a network file system.
-    Stages do not need either: the store has leases.)
+    Two in one folder would delete each other's outputs. Snakemake's own lock is a file that
+    outlives a killed process; a lease expires, and needs no locks of a network file system.
+    Stages need neither: the store has leases of its own.
     """
 
-    def name(holder: dict[str, Any]) -> str:
+    def format_holder(holder: dict[str, Any]) -> str:
         return f"pid {holder['pid']} on {holder['host']}"
 
     def refuse(holder: dict[str, Any]) -> None:
         sys.exit(
-            f"another snakemake ({name(holder)}) runs in {os.getcwd()}; wait for it, or use "
-            "another folder with the same store (OLMO_STORE)"
+            f"another snakemake ({format_holder(holder)}) runs in {os.getcwd()}; wait for it, or "
+            "use another folder with the same store (OLMO_STORE)"
         )
 
-    def look(holder: dict[str, Any]) -> None:
+    def report_wait(holder: dict[str, Any]) -> None:
         if holder["host"] != socket.gethostname():
             print(
-                f"a snakemake ({name(holder)}) was here; within {PATIENCE_S:.0f} s it is known "
-                "whether it still runs",
+                f"waiting up to {PATIENCE_S:.0f} s to see whether another snakemake "
+                f"({format_holder(holder)}) still runs in this folder",
                 file=sys.stderr,
             )
 
     try:
         Store(Path(store)).make()
-        _held.enter_context(lease(folder / "leases", "running", look, refuse))
+        _lease.enter_context(lease(folder / "leases", "running", report_wait, refuse))
     except ValueError as refused:
         sys.exit(str(refused))
-    atexit.register(_held.close)
+    atexit.register(_lease.close)
 
 
-def surround_jobs(store: str) -> None:
-    """What the jobs of this snakemake inherit."""
-    # A scheduler's warning that a job's time is up soon is for what the job runs.
+def set_job_environment(store: str) -> None:
+    """Set the environment that the jobs of this snakemake inherit."""
+    # SLURM sends SIGUSR1 before a job's time limit: the trainer handles it, snakemake must not.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     os.environ["OLMO_STORE"] = store
-    os.environ["OLMO_SUPERVISOR"] = str(os.getpid())  # what a job starts ends with this process
+    os.environ["OLMO_SUPERVISOR"] = str(os.getpid())  # processes of jobs end with this one
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def next_steps(plan: Plan) -> str:
-    """What a user may want to do with the checkpoints that this process finished."""
+    """Commands for a user to run next with the checkpoints that this process finished."""
     lines = []
     for run in plan.pipeline.runs:
         final = Path("checkpoints") / run / "final"
@@ -87,7 +87,7 @@ def next_steps(plan: Plan) -> str:
             continue
         facts = parse(record.read_bytes(), record)["facts"]
         losses = facts.get("heldout_loss", {})
-        fell = "".join(
+        loss_lines = "".join(
             "  {}: held-out loss {:.3f} → {:.3f} nats\n".format(
                 label, float(loss["first"]), float(loss["last"])
             )
@@ -95,7 +95,7 @@ def next_steps(plan: Plan) -> str:
         )
         lines.append(
             f"\n{final} is ready: {facts.get('steps'):,} steps, {facts.get('tokens'):,} tokens.\n"
-            f"{fell}"
+            f"{loss_lines}"
             f"  Look at the losses:        {final}/loss.svg\n"
             f"  How it was made:           uv run olmo store trace {final}\n"
             f"  Evaluate it:               uv run snakemake --cores 2 eval/{run}\n"
@@ -106,32 +106,36 @@ def next_steps(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def last_words(logs: Path = Path("logs")) -> Iterator[tuple[Path, str]]:
-    """What each job of this process that did not come to its end said last."""
+def failure_messages(logs: Path = Path("logs")) -> Iterator[tuple[Path, str]]:
+    """The log and the last error message of each job of this process that did not finish."""
     for path in sorted(logs.rglob("*.log")):
         if path.stat().st_mtime < STARTED - 1:
             continue
-        said = "\n" + path.read_text(encoding="utf-8", errors="replace")
-        _, failed, last = said.rpartition(f"\n{FAILED}")
+        text = "\n" + path.read_text(encoding="utf-8", errors="replace")
+        _, failed, last = text.rpartition(f"\n{FAILED}")
         if failed:
             yield path, last.rstrip()
 
 
-def failures(logs: Path = Path("logs")) -> str:
-    """What this process's jobs failed of, together: some of it scrolled by long ago."""
+def format_failures(logs: Path = Path("logs")) -> str:
+    """The errors of all failed jobs in one list: early ones have scrolled off the terminal."""
     lines = [
         f"{path}:\n  " + last.replace("\n", "\n  ")
-        for path, last in last_words(logs)
-        if not last.startswith(STOPPED)
+        for path, last in failure_messages(logs)
+        if not last.startswith(INTERRUPTED)
     ]
     return "\n".join(["", f"What failed ({len(lines)}):", *lines]) if lines else ""
 
 
-def tell_failures() -> None:
-    """The same, or why there is nothing to tell, when all that snakemake says has been said."""
-    stopped = any(True for _ in last_words())
-    at_the_end(
-        failures()
-        or ("\nInterrupted" if stopped else "\nA job was killed (`dmesg` tells if memory ran out)")
-        + ": the same command carries on"
+def report_failures() -> None:
+    """Print `format_failures` after snakemake's own output, or that jobs were stopped or killed."""
+    is_interrupted = any(True for _ in failure_messages())
+    print_at_exit(
+        format_failures()
+        or (
+            "\nInterrupted"
+            if is_interrupted
+            else "\nA job was killed (`dmesg` shows whether memory ran out)"
+        )
+        + ": the same command continues"
     )

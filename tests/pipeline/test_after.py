@@ -98,9 +98,13 @@ def test_runs_side_by_side(project: Project) -> None:
 
 def test_bad_input(project: Project) -> None:
     nobody = project.run("eval/nobody", ok=False)
-    assert "there is no run nobody in config/config.yaml; there are small, other" in nobody.output
+    assert (
+        "config/config.yaml: expected one of the runs small, other; found nobody" in nobody.output
+    )
     nobody = project.run("hf/nobody", ok=False)
-    assert "there is no run nobody in config/config.yaml" in nobody.output
+    assert (
+        "config/config.yaml: expected one of the runs small, other; found nobody" in nobody.output
+    )
     project.change("config/eval/small.yaml", choices=["stdlib_docstring"])
     wrong = project.run("eval/small", ok=False)
     assert "no downstream task 'stdlib_docstring'; did you mean stdlib_docstrings" in wrong.output

@@ -29,7 +29,7 @@ def test_an_unknown_key_names_the_nearest(project: Project):
 
 
 def test_what_is_not_there_is_named(project: Project):
-    refused(project, "there is no run nobody", "there are small", target="hf/nobody")
+    refused(project, "expected one of the runs small", "found nobody", target="hf/nobody")
     refused(project, "no rule makes some/thing", "<run>/final", target="some/thing")
     config = project.root / "config/config.yaml"
     text = config.read_text()
@@ -198,4 +198,4 @@ def test_names_that_a_shell_minds_are_only_names(project: Project, tmp_path: Pat
 
 def test_a_name_that_snakemake_minds_is_refused(project: Project):
     (project.root / "sources/part-{0}.json.gz").write_bytes(b"")
-    refused(project, "part-{0}.json.gz: snakemake takes braces for wildcards; rename the file")
+    refused(project, "part-{0}.json.gz: snakemake reads braces as wildcards; rename the file")

@@ -238,7 +238,7 @@ def test_a_plan_knows_its_runs_and_tasks(tmp_path: Path) -> None:
         """--config '{"choices": ["piqa"], "harness": ["sciq"], "limit": 5}'"""
     )
     assert plan.evaluation_flags("two") == "--config '{}'"
-    with pytest.raises(ValueError, match=r"there is no run three in .*; there are one, two"):
+    with pytest.raises(ValueError, match=r"expected one of the runs one, two; found three"):
         plan.dataset("three")
     file.write_text("choices: [piqqa]\n")
     with pytest.raises(ValueError, match="no downstream task 'piqqa'; did you mean piqa"):

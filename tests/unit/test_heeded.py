@@ -24,14 +24,14 @@ HEEDED: dict[str, tuple[Any, str]] = {
     "model.max_sequence_length": (64, "--sequence-length 64 --seed 6198 --dtype uint16"),
 }
 REFUSED: dict[str, tuple[Any, str]] = {
-    "data.custom_dataset": ({"name": "a.B"}, "alone"),
-    "data.order_path": ("order.npy", "alone"),
-    "data.label_mask_paths": (["m.npy"], "alone"),
-    "fast_forward_batches": (2, "alone"),
-    "dry_run": (True, "alone"),
+    "data.custom_dataset": ({"name": "a.B"}, "only; remove it"),
+    "data.order_path": ("order.npy", "only; remove it"),
+    "data.label_mask_paths": (["m.npy"], "only; remove it"),
+    "fast_forward_batches": (2, "only; remove it"),
+    "dry_run": (True, "only; remove it"),
     "load_path": ("step5", "start_from: step5"),
-    "data.paths": (["a.npy"], "keep one"),
-    "data.datasets": ({"a": ["a.npy"]}, "keep one"),
+    "data.paths": (["a.npy"], "remove data.paths and data.datasets, or the dataset"),
+    "data.datasets": ({"a": ["a.npy"]}, "remove data.paths and data.datasets, or the dataset"),
     "data.memmap_dtype": ("uint32", "expected uint16, .* found uint32"),
     "model.vocab_size": (500, "trains a tokenizer of train_vocab_size 512"),
     "model.embedding_size": (500, "at least model.vocab_size"),
@@ -74,9 +74,9 @@ HARMLESS = {
     "save_overwrite": "the pipeline's own",
     "try_load_latest_save": "the pipeline's own",
     "restore_dataloader": "a run with start_from is a new one, and an interrupted one goes on",
-    "reset_optimizer_state": "`start_flags` heeds it; without start_from there is none",
+    "reset_optimizer_state": "`start_flags` uses it; without start_from there is none",
     "reset_trainer_state": "checked where there is a start_from; without it there is none",
-    "tokenizer.identifier": "the recipe names the tokenizer; without one, `recipe_of` heeds it",
+    "tokenizer.identifier": "the recipe names the tokenizer; without one, `recipe_from_train_config` uses it",
     "tokenizer.truncate_direction": "token files are not truncated",
     "data.drop_last": "the trainer fits the stored order to its processes",
     "data.pad_direction": "instances of token files are whole, and instructions padded right",
@@ -140,7 +140,9 @@ def test_what_a_run_without_a_data_set_may_not_have_either() -> None:
     names = {"data": {"paths": ["a.npy"], "order_path": "order.npy"}}
     model = {"model": {"vocab_size": 512, "eos_token_id": 0, "pad_token_id": 1}}
     Path("t.yaml").write_text(yaml.safe_dump(names | model))
-    with pytest.raises(ValueError, match=r"^t.yaml: data.order_path is for `python -m olmo.train`"):
+    with pytest.raises(
+        ValueError, match=r"^t.yaml: data.order_path works with `python -m olmo.train`"
+    ):
         Plan({"runs": {"r": {"train": "t.yaml"}}}).train_config("r")
 
 

@@ -28,7 +28,7 @@ from olmo.cluster.launch import (
 )
 from olmo.config import TrainConfig
 from olmo.io import sealed
-from olmo.pipeline.recipe import Run
+from olmo.pipeline.recipe import RunConfig
 from olmo.runtime.log import LOG
 from olmo.runtime.process import CAUSE, MARKER, SEGMENTS, Paused
 from olmo.train.__main__ import main as trainer
@@ -287,8 +287,8 @@ def test_too_few_nodes(allocation: Path, monkeypatch: Any, nodes: str | None, sa
 )
 def test_a_geometry_that_cannot_be(settings: dict[str, int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Run.new(train="x.yaml", **settings)
-    assert Run.new(train="x.yaml", gpus_per_node=4).geometry.processes == 4
+        RunConfig.new(train="x.yaml", **settings)
+    assert RunConfig.new(train="x.yaml", gpus_per_node=4).geometry.processes == 4
 
 
 def test_conditions_of_a_run_that_was_taken_up() -> None:

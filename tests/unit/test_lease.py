@@ -199,8 +199,8 @@ os.chdir(sys.argv[1])
 socket.gethostname = lambda: sys.argv[2]
 import olmo.store.lease
 olmo.store.lease.BEAT_S = 0.2
-from olmo.pipeline.workspace import alone
-alone("store")
+from olmo.pipeline.workspace import lock_folder
+lock_folder("store")
 print("holding", flush=True)
 sys.stdin.readline()
 """

@@ -43,7 +43,7 @@ def plan(**changes) -> Plan:
 
 def test_batches():
     assert plan().batches("mine") == ["000", "001", "002"]
-    assert [source.name for source in plan().batch("mine", "002")] == ["part-4"]
+    assert [source.name for source in plan().batch_sources("mine", "002")] == ["part-4"]
     assert plan().listings("mine", "tokens")[0] == "data/mine/tokens/000.tsv"
 
 
@@ -73,7 +73,7 @@ def test_a_pattern_takes_all_that_it_says_and_tells_how_many(capsys: pytest.Capt
     )
     assert [source.name for source in every.sources("mine")] == ["c", "a", "b", "c"]
     found = ["corpus/c.json.gz", "corpus/web/a.json.gz", "corpus/web/deep/b.json.gz"]
-    assert every.against("mine") == every.against("mine") == found
+    assert every.decontamination_files("mine") == every.decontamination_files("mine") == found
     assert capsys.readouterr().err.splitlines() == [
         "mine: sources.files names 4 files, 1 of them again",
         "mine: decontaminate.against names 3 files",
@@ -92,7 +92,9 @@ def test_a_pattern_that_takes_nothing_or_too_much_is_refused():
         with pytest.raises(ValueError, match=f"^config/data/mine.yaml: sources.files.*{message}"):
             plan(sources={"files": files}).sources("mine")
     weights = {"weights": ["part-*=2", "parts-*=0.5"]}
-    with pytest.raises(ValueError, match=r"weights: parts-\* fits no source; they are part-0, par"):
+    with pytest.raises(
+        ValueError, match=r"weights: parts-\* matches no source; they are part-0, par"
+    ):
         plan(documents=weights).sources("mine")
 
 
@@ -209,24 +211,24 @@ def test_patterns_in_a_config_that_match_nothing():
 
 def test_a_run_is_asked_what_there_is_to_ask():
     held = plan(documents={"heldout_share": 0.1})
-    assert held.heldout("r") == ["checkpoints/r/heldout.json"]
+    assert held.heldout_results("r") == ["checkpoints/r/heldout.json"]
     with pytest.raises(ValueError, match=r"eval/r: expected .*config/data/mine.yaml"):
-        plan().heldout("r")
+        plan().heldout_results("r")
     Path("t.yaml").write_text(yaml.safe_dump({"data": {"paths": ["https://x/a.npy"]}}))
     given = Plan({"runs": {"r": {"train": "t.yaml"}}})
     with pytest.raises(ValueError, match=r"evaluation: config/eval/hub.yaml") as raised:
-        given.heldout("r")
+        given.heldout_results("r")
     assert "documents.heldout_share" not in str(raised.value), "it has no recipe"
     Path("e.yaml").write_text("choices: [piqa]\n")
     asked = Plan({"runs": {"r": {"train": "t.yaml", "evaluation": "e.yaml"}}})
-    assert asked.heldout("r") == []
+    assert asked.heldout_results("r") == []
 
 
 def test_what_a_plan_refuses():
     with pytest.raises(ValueError, match="shards_per_job: expected at least 1, found 0"):
         Plan({"runs": {}, "shards_per_job": 0})
     Path("t.yaml").write_text("data: {custom_dataset: {name: a.B}}\n")
-    with pytest.raises(ValueError, match=r"custom_dataset is for `python -m olmo.train` alone"):
+    with pytest.raises(ValueError, match=r"custom_dataset works with `python -m olmo.train` only"):
         plan().train_config("r")
     with pytest.raises(ValueError, match=r"^config/data/mine.yaml: documents.x: no such key"):
         plan(documents={"x": 1}).recipe("mine")
@@ -318,14 +320,16 @@ def test_exactly_one_kind_of_source():
 
 
 def test_documents_become_tokens_as_they_are_unless_the_recipe_takes_some_out():
-    assert plan().documents("mine") == "documents" and not plan().section("mine", "dedupe")
+    assert plan().documents_stage("mine") == "documents" and not plan().section("mine", "dedupe")
     Path("quiz.gz").touch()
     mixed = plan(
         documents={"heldout_share": 0.1},
         dedupe={"exact": True},
         decontaminate={"against": ["*.gz"], "ngram": 8},
     )
-    assert mixed.documents("mine") == "mixed" and mixed.against("mine") == ["quiz.gz"]
+    assert mixed.documents_stage("mine") == "mixed" and mixed.decontamination_files("mine") == [
+        "quiz.gz"
+    ]
     assert mixed.section("mine", "dedupe", "dedupe") == """--dedupe '{"exact": true}'"""
     assert mixed.section("mine", "decontaminate").endswith(', "ngram": 8}\'')
     for wrong, message in (
@@ -343,22 +347,22 @@ def test_documents_become_tokens_as_they_are_unless_the_recipe_takes_some_out():
             plan(**wrong).recipe("mine")
     gone = plan(decontaminate={"against": ["none/*.gz"]})
     with pytest.raises(ValueError, match=r"decontaminate.against names none/\*.gz"):
-        gone.against("mine")
+        gone.decontamination_files("mine")
 
 
 def test_a_recipe_that_is_not_there_names_those_that_are():
-    with pytest.raises(ValueError, match=r"recipe config/data/yours.yaml.*there are mine"):
+    with pytest.raises(ValueError, match=r"recipe config/data/yours.yaml.*known are mine"):
         plan().recipe("yours")
 
 
 def test_a_list_that_is_not_at_hand_says_what_follows(capsys: pytest.CaptureFixture[str]):
     lists = plan(sources={"url_list": "https://somewhere/urls.txt"})
-    assert lists.unlisted("mine") and lists.unlisted("mine")
+    assert lists.needs_source_list("mine") and lists.needs_source_list("mine")
     said = capsys.readouterr().err
     assert said.count("known after its list") == 1 and "sources → documents → tokens" in said
     Path("data/mine").mkdir(parents=True)
     Path("data/mine/sources.tsv").write_text(TABLE)
-    assert not lists.unlisted("mine")
+    assert not lists.needs_source_list("mine")
     words = "--sources a=https://x/a.json.gz --table data/mine/sources.tsv"
     assert lists.source_flags("mine", "000") == words
 
@@ -387,21 +391,21 @@ def tuning(**changes) -> Plan:
 
 def test_a_tuned_run_starts_from_another_or_from_a_checkpoint():
     plan = tuning()
-    assert plan.instructed() == ["talks"] and plan.start("base") == []
-    assert plan.start("tuned") == ["checkpoints/base/final"]
+    assert plan.instruction_datasets() == ["talks"] and plan.start_checkpoint("base") == []
+    assert plan.start_checkpoint("tuned") == ["checkpoints/base/final"]
     assert plan.train_config("tuned").reset_trainer_state
-    assert plan.given_tokenizer("talks") == ["data/mine/tokenizer.json"]
-    assert plan.kind_flags("talks") == "--kind messages"
+    assert plan.tokenizer_file("talks") == ["data/mine/tokenizer.json"]
+    assert plan.line_kind_flags("talks") == "--kind messages"
     assert plan.section("talks", "instructions") == """--config '{"sequence_length": 64}'"""
     words = "--sources stdlib-questions-00=stdlib-questions:0/2 "
     assert plan.source_flags("talks", "000").startswith(words)
     assert plan.source_flags("talks", "000").endswith(" --conversations")
     given = tuning(start_from="https://x/step5-unsharded", config={"reset_optimizer_state": True})
-    assert given.start("tuned") == ["checkpoints/tuned/start"]
-    assert given.given_start("tuned") == "https://x/step5-unsharded"
+    assert given.start_checkpoint("tuned") == ["checkpoints/tuned/start"]
+    assert given.external_start("tuned") == "https://x/step5-unsharded"
     assert given.start_flags("tuned") == "" and tuning().start_flags("tuned") == "--optimizer"
     with pytest.raises(ValueError, match="expected start_from with a checkpoint, found base"):
-        tuning().given_start("tuned")
+        tuning().external_start("tuned")
 
 
 def test_a_tuned_run_that_does_not_fit_is_refused():
@@ -422,14 +426,14 @@ def test_a_further_attempt_asks_for_nodes_that_share_a_batch():
         return Plan({**plan.pipeline.asdict(), "runs": runs})
 
     plan = elastic(4)
-    assert plan.link_before("big") == []
-    assert [plan.place("big", "nodes", attempt) for attempt in (1, 2, 3)] == [8, 4, 4]
+    assert plan.previous_link("big") == []
+    assert [plan.scheduler_resource("big", "nodes", attempt) for attempt in (1, 2, 3)] == [8, 4, 4]
     assert plan.geometry_flags("big") == "--processes 8 --nodes 8 --min-nodes 4"
     said = r"runs.big.min_nodes: .* 8 on each, share global_train_batch_size=2048 evenly; found 6. "
     with pytest.raises(ValueError, match=said + "Those that do, up to 8: 1, 2, 4, 8"):
-        elastic(6).link_before("big")
+        elastic(6).previous_link("big")
     with pytest.raises(ValueError, match=r"runs.big.nodes: .*found 7. .*, up to 7: 1, 2, 4"):
-        elastic(4, nodes=7).link_before("big")
+        elastic(4, nodes=7).previous_link("big")
 
 
 def test_a_soup_is_made_of_runs_and_evaluated_as_the_first():
@@ -437,7 +441,7 @@ def test_a_soup_is_made_of_runs_and_evaluated_as_the_first():
     runs["c"] = {"train": "t.yaml", "dataset": "mine", "start_from": "soup"}
     plan = Plan({"runs": runs, "soups": {"soup": ["b", "a"]}})
     assert plan.dataset("soup") == "other" and plan.run("soup").dataset == "other"
-    assert plan.start("c") == ["checkpoints/soup/final"]
+    assert plan.start_checkpoint("c") == ["checkpoints/soup/final"]
     with pytest.raises(ValueError, match=r"soups.soup: expected runs, found d; there are a, b"):
         Plan({"runs": runs, "soups": {"soup": ["a", "d"]}})
     with pytest.raises(ValueError, match="soups: a is a run as well"):

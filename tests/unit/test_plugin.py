@@ -17,9 +17,9 @@ from olmo.cluster import slurm_plugin
 REPOSITORY = Path(__file__).parents[2]
 STAND_IN = Path(__file__).with_name("stand_in_slurm.py")
 SNAKEFILE = """
-from olmo.cluster.slurm_plugin import mend
+from olmo.cluster.slurm_plugin import patch_plugin
 if workflow.is_main_process:
-    mend()
+    patch_plugin()
 rule all:
     input:
         expand("out/{n}", n=range(config["count"])),
@@ -149,4 +149,4 @@ def test_a_plugin_without_what_is_replaced_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "snakemake_executor_plugin_slurm", other)
     monkeypatch.setattr(slurm_plugin, "version", lambda name: "2.9.0")
     with pytest.raises(ValueError, match=r"expected 2\.8\.0, .*pending_jobs.*, found 2\.9\.0"):
-        slurm_plugin.mend()
+        slurm_plugin.patch_plugin()

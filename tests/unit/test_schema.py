@@ -6,13 +6,13 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from olmo.pipeline.schema import FOLDER, ROOTS, schema, texts
+from olmo.pipeline.schema import FOLDER, ROOTS, schema, schema_files
 
 CONFIG = FOLDER.parent
 
 
 def test_the_files_are_in_step():
-    for path, text in texts().items():
+    for path, text in schema_files().items():
         assert path.read_text() == text, "run: uv run python -m olmo.pipeline.schema"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from olmo import cli
-from olmo.pipeline.workspace import failures, tell_failures
+from olmo.pipeline.workspace import format_failures, report_failures
 from olmo.store import commands
 from olmo.store.lease import lease
 from olmo.store.lineage import differences, trace
@@ -217,9 +217,9 @@ def test_ctrl_c_is_one_line_and_no_failure():
     _, said = running.communicate(timeout=60)
     assert (running.returncode, said) == (130, "olmo interrupted: interrupted\n")
     assert Path("logs/it.log").read_text().startswith("failed: KeyboardInterrupt")
-    assert not failures()
+    assert not format_failures()
     Path("logs/other.log").write_text("failed: ValueError: expected x\n")
-    assert "What failed (1):\nlogs/other.log:\n  ValueError: expected x" in failures()
+    assert "What failed (1):\nlogs/other.log:\n  ValueError: expected x" in format_failures()
 
 
 def faulty(*, kind: str) -> None:
@@ -256,19 +256,19 @@ def test_a_failure_is_one_sentence_and_its_log_has_the_traceback(kind: str, said
     traceback, _, last = log.read_text().rpartition("\nfailed: ")
     assert traceback.startswith("Traceback (most recent") and "in faulty" in traceback
     assert last == "KeyError: 'outputs'\n" if kind == "ours" else said in last
-    assert failures().endswith(last.strip()) and "Traceback" not in failures()
+    assert format_failures().endswith(last.strip()) and "Traceback" not in format_failures()
 
 
 def test_a_job_that_left_no_word(capsys: pytest.CaptureFixture[str], monkeypatch):
     """Killed, or interrupted: what happens next is said, last."""
     told: list[str] = []
-    monkeypatch.setattr("olmo.pipeline.workspace.at_the_end", told.append)
-    tell_failures()
+    monkeypatch.setattr("olmo.pipeline.workspace.print_at_exit", told.append)
+    report_failures()
     Path("logs").mkdir()
     Path("logs/it.log").write_text("failed: KeyboardInterrupt: \n")
-    tell_failures()
+    report_failures()
     assert [line.partition(":")[0] for line in told] == [
-        "\nA job was killed (`dmesg` tells if memory ran out)",
+        "\nA job was killed (`dmesg` shows whether memory ran out)",
         "\nInterrupted",
     ]
 

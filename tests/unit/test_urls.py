@@ -253,7 +253,7 @@ def test_a_table_keeps_its_lines_and_the_shell_line_does_not(project: Path) -> N
     words = shlex.split(line)[1:3]
     assert words == ["a=http://h/a.json.gz#https://m/a.json.gz", "b=http://g/b.json.gz"]
     assert WORD not in line and SIGNATURE not in line
-    assert plan.given_start("small") == "http://h/c"
+    assert plan.external_start("small") == "http://h/c"
     first, second = arriving.asked(words, Path("table.tsv"))
     assert whole(first.mirrors[0]) == f"https://{USER}m/a.json.gz"
     assert whole(second.place) == f"http://g/b.json.gz?{AZURE}"
