@@ -76,7 +76,7 @@ HARMLESS = {
     "restore_dataloader": "a run with start_from is a new one, and an interrupted one goes on",
     "reset_optimizer_state": "`start_flags` uses it; without start_from there is none",
     "reset_trainer_state": "checked where there is a start_from; without it there is none",
-    "tokenizer.identifier": "the recipe names the tokenizer; without one, `recipe_from_train_config` uses it",
+    "tokenizer.identifier": "the recipe names the tokenizer; else `recipe_from_train_config` does",
     "tokenizer.truncate_direction": "token files are not truncated",
     "data.drop_last": "the trainer fits the stored order to its processes",
     "data.pad_direction": "instances of token files are whole, and instructions padded right",
