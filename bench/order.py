@@ -26,7 +26,9 @@ def main() -> None:
     before, imports = used()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        order.write(order.global_indices(count, seed=6198), Path(folder) / "global_indices.npy")
+        order.write_order(
+            order.global_indices(count, seed=6198), Path(folder) / "global_indices.npy"
+        )
     wall = time.monotonic() - began
     after, peak = used()
     print(f"{platform.machine()}, Python {platform.python_version()}, {count:,} instances")

@@ -38,7 +38,7 @@ from olmo.bench.side import (
     settle,
     timed,
 )
-from olmo.data.order import free_memory
+from olmo.data.order import available_memory
 from olmo.distributed.parallelize import parallelize
 from olmo.distributed.world import World
 from olmo.model import OLMo
@@ -252,7 +252,7 @@ def main() -> None:
         request = json.loads(line)
         section = Section.new(**request["section"])
         if not torch.cuda.is_available():
-            limit_memory(section.memory_bytes or free_memory())
+            limit_memory(section.memory_bytes or available_memory())
         answer(record_of(section, Cell(**request["cell"])))
 
 

@@ -26,7 +26,7 @@ import torch
 from olmo.bench import side
 from olmo.bench.cell import speeds
 from olmo.bench.matrix import PEERS, Cell, Pair, Section, as_plain
-from olmo.data.order import free_memory
+from olmo.data.order import available_memory
 from olmo.runtime.process import describe_exit, supervised
 
 PYTHON = "OLMO_PEER_PYTHON"  # names a Python that has the peers
@@ -284,7 +284,7 @@ def take_turns(
         "kind": kind,
         "threads": torch.get_num_threads(),
         # Both are there at once.
-        "memory_bytes": section.memory_bytes or (free_memory() or 0) // 2 or None,
+        "memory_bytes": section.memory_bytes or (available_memory() or 0) // 2 or None,
     }
     cell = pair.theirs
     settings = section.settings(cell) | {"model": section.train_config(pair.ours).model.asdict()}

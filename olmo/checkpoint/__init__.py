@@ -1,6 +1,11 @@
-"""Checkpoints: OLMo's folder layout, written whole or not at all, and the pipeline's final one."""
+"""Checkpoints: OLMo's folder layout, saved atomically, and the pipeline's final folder."""
+
+from pathlib import Path
 
 from olmo.runtime.lazy import lazy
+
+# OLMo's names that our trainer does not use: FullCheckpointer is in compat/checkpoint/full.py.
+__path__.append(str(Path(__file__).parents[1] / "compat/checkpoint"))
 
 __getattr__, __all__ = lazy(
     __name__,

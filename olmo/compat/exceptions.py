@@ -1,3 +1,3 @@
-"""OLMo's name for what a wrong config raises."""
+"""OLMo's name for the error that a wrong config raises."""
 
 OLMoConfigurationError = ValueError

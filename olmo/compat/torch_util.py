@@ -1,6 +1,6 @@
-"""OLMo's names for seeds, ranks and where documents end.
+"""OLMo's functions for seeds, ranks and document boundaries.
 
-The trainer itself seeds what it draws, where it draws it, and knows its rank from `World`.
+Our trainer seeds each generator where it uses it, and takes its rank from `World`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from olmo.distributed.world import is_distributed as is_distributed
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators, on all devices."""
+    """Seed the generators of Python, numpy and torch on all devices; ValueError beyond 32 bits."""
     seed = int(seed)
     if not 0 <= seed <= 2**32 - 1:
-        raise ValueError(f"a seed is a number from 0 to 2**32 - 1, found {seed}")
+        raise ValueError(f"expected a seed from 0 to 2**32 - 1, found {seed}")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def get_cumulative_document_lengths(doc_lens: torch.Tensor) -> torch.Tensor:
-    """Where documents begin and end in a batch laid end to end, (documents + 1,) int32.
+    """Document boundaries in a batch laid end to end, (documents + 1,) int32, from 0.
 
     `doc_lens` is (B, most documents), each row padded with zeros.
     """

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from olmo.corpus import bloom
 from olmo.corpus.documents import MAX_LINE_BYTES, TRAIN, parse, size_in_utf8
 from olmo.corpus.dolma import Dolma, time_limit
-from olmo.data.order import free_memory
+from olmo.data.order import available_memory
 from olmo.io import gz
 from olmo.runtime.log import log
 from olmo.store.stage import Facts, Folder, Free, Inputs, Work, stage
@@ -213,7 +213,7 @@ def count_paragraphs(path: Path) -> int:
 
 def refuse_too_large(filters: dict[str, tuple[int, float]]) -> None:
     """Raises ValueError where memory does not hold a filter: the toolkit takes one at a time."""
-    free = free_memory()
+    free = available_memory()
     for kind, (elements, rate) in filters.items():
         needed = 4 * bloom.dimensions(elements, rate)[0]
         if free is not None and needed > free:

@@ -4,10 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from olmo.corpus.listing import read
-from olmo.data.files import token_bytes
-from olmo.data.order import global_indices, inverse
-from olmo.data.order import read as read_order
-from olmo.data.order import write as write_order
+from olmo.data.files import bytes_per_token
+from olmo.data.order import global_indices, invert_order, read_order, write_order
 from olmo.store.stage import Facts, Input, Output, stage
 
 
@@ -23,7 +21,7 @@ def order(
 
     `epoch` is that in which the run begins; the trainer makes the orders of later ones.
     """
-    width = token_bytes(dtype)
+    width = bytes_per_token(dtype)
     sizes = [entry.bytes for entry in read(tokens, "tokens")]
     instances = sum(size // (width * sequence_length) for size in sizes)
     if instances == 0:
@@ -49,6 +47,6 @@ def global_order(order: Output, instances: int, seed: int, epoch: int = 0) -> Fa
 @stage(version=1)
 def positions(order: Input, positions: Output) -> Facts:
     """The inverse of an order: for each instance its position, raw uint32, as the order is."""
-    found = inverse(read_order(order))
+    found = invert_order(read_order(order))
     write_order(found, positions)
     return {"instances": len(found)}

@@ -222,16 +222,16 @@ def other_size(name: str, bytes: int, found: int) -> str:
 def check_raw(path: Path, name: str, dtype: str) -> int:
     """Raises ValueError unless a file can be raw tokens; how many there are."""
     from olmo.data import raw  # numpy is only for who has tokens
-    from olmo.data.files import Tokens, token_bytes
+    from olmo.data.files import TokenFile, bytes_per_token
 
-    width = token_bytes(dtype)
+    width = bytes_per_token(dtype)
     with open(path, "rb") as file:
-        raw.refuse_other_kind(name, file.read(64), dtype)
+        raw.check_is_raw(name, file.read(64), dtype)
     size = path.stat().st_size
     if size == 0 or size % width:
         raise ValueError(f"{name}: expected tokens of {width} bytes each, found {size:,} bytes")
-    start = Tokens(path, dtype).read(0, 1 << 16)
-    wider = raw.wider_kind(start, 1 << 8 * width)  # the vocabulary is the trainer's to know
+    start = TokenFile(path, dtype).read(0, 1 << 16)
+    wider = raw.guess_wider_dtype(start, 1 << 8 * width)  # the vocabulary is the trainer's to know
     if wider is not None and wider[1]:
         raise ValueError(f"{name}: expected {dtype}, found {wider[0]}; set data.memmap_dtype to it")
     return size // width

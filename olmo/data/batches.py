@@ -1,8 +1,8 @@
-"""From the order to batches: who gets which instance, and how instances become tensors.
+"""From the order to batches: which process reads which instance, and how they become tensors.
 
 With a global batch size G and a world size W, process r computes, of the order's instances
 s*G … (s+1)*G - 1 at step s, every W-th beginning with the r-th. Nothing else decides the data: a
-run may go on with another world size, and reading threads change nothing.
+run may continue with another world size, and prefetching changes nothing.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from olmo.data.memmap import MemMapDataset, build_memmap_dataset
 from olmo.distributed.world import barrier, get_fs_local_rank, get_global_rank, get_world_size
 from olmo.runtime.log import log
 
-LOOKED_AT = 4096  # instances, where none has a label: seconds
+MAX_INSTANCES_CHECKED = 4096  # where none has a label, reading so many takes seconds
 
 
-def labels_of(batch: dict[str, Any]) -> torch.Tensor:
-    """The token each position is to predict, (B, T) int64; -100 where none counts.
+def get_labels(batch: dict[str, Any]) -> torch.Tensor:
+    """The token that each position predicts, (B, T) int64; -100 where it is masked.
 
-    The last position predicts nothing; a label is masked by its own label_mask, attention_mask
-    (padding) or instance_mask.
+    The last position predicts nothing. label_mask, attention_mask (padding) and instance_mask
+    mask the label itself, not the position before it.
     """
     labels = batch["input_ids"].clone()
     if (label_mask := batch.get("label_mask")) is not None:
@@ -45,48 +45,47 @@ def labels_of(batch: dict[str, Any]) -> torch.Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
-def check_labels(dataset: MemMapDataset, where: str = "data", needed: bool = True) -> None:
-    """Refuse data of which nothing is learned: by its label masks, its padding or its filter.
+def check_labels(dataset: MemMapDataset, section: str = "data", required: bool = True) -> None:
+    """Check that label masks, padding and the instance filter leave something to learn.
 
-    Instances from all over it are looked at until one has a label. Where that is not all of them,
-    or they are not `needed`, it is a warning. `where` names the config's section in what is said.
-
-    Raises ValueError.
+    Reads up to MAX_INSTANCES_CHECKED instances, spread over the dataset, until one has a label.
+    If none has, it warns, or raises ValueError where that was all of them and labels are
+    `required`. `section` is the config's section, for the message.
     """
-    causes = {
+    options = {
         "label_mask_paths": dataset.label_mask_paths,
         "instance_filter": dataset.instance_filter_config,
         "generate_attention_mask": dataset.generate_attention_mask,
     }
-    named = [f"{where}.{name}" for name, value in causes.items() if value]
-    if not named:
+    keys = [f"{section}.{name}" for name, value in options.items() if value]
+    if not keys:
         return
-    n, at_once = len(dataset), 8
-    chosen = np.unique(np.linspace(0, n - 1, min(n, LOOKED_AT)).astype(np.int64))
-    for start in range(0, len(chosen), at_once):
-        if (labels_of(dataset.batch(chosen[start : start + at_once])) != -100).any():
+    n, batch_size = len(dataset), 8
+    sample = np.unique(np.linspace(0, n - 1, min(n, MAX_INSTANCES_CHECKED)).astype(np.int64))
+    for start in range(0, len(sample), batch_size):
+        if (get_labels(dataset.batch(sample[start : start + batch_size])) != -100).any():
             return
-    said = (
-        f"{where}: expected tokens to learn, found none in {len(chosen)} of {n} instances: all are "
-        f"masked; mend {' or '.join(named)}"
+    message = (
+        f"{section}: expected tokens to learn, found none in {len(sample)} of {n} instances: all "
+        f"are masked; change {' or '.join(keys)}"
     )
-    if needed and len(chosen) == n:
-        raise ValueError(said)
-    log.warning(said)
+    if required and len(sample) == n:
+        raise ValueError(message)
+    log.warning(message)
 
 
-def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """What of a batch the model looks at."""
+def select_model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a batch that the model's forward takes."""
     names = ("input_ids", "attention_mask", "attention_bias", "doc_lens", "max_doc_lens")
     return {name: batch[name] for name in names if name in batch}
 
 
-class IterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
-    """One process's share of a data set, in the run's order, from any instance on.
+class OrderedDataset:
+    """A dataset in the run's order, and this process's share of it.
 
     `start_index` and `max_examples` count over all processes and are multiples of
-    `global_batch_size`. With `work_dir`, the order is kept there as global_indices.npy; with
-    `order_path`, this epoch's order is read from there instead of being made.
+    `global_batch_size`. With `work_dir`, the order is saved there as global_indices.npy; with
+    `order_path`, the first epoch's order is read from that file instead of being made.
     """
 
     def __init__(
@@ -104,7 +103,6 @@ class IterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
         rank: int | None = None,
         fs_local_rank: int | None = None,
         work_dir: str | Path | None = None,
-        num_threads: int | None = None,  # OLMo's; reading ahead is the loader's here
         order_path: str | Path | None = None,
     ) -> None:
         self.dataset = dataset
@@ -124,11 +122,11 @@ class IterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.global_batch_size = global_batch_size
         self.device_batch_size = global_batch_size // self.world_size
         self.total_size = order.total_size(len(dataset), self.world_size, drop_last)
-        # One process per file system writes the order. Where several do, on a shared one, they
-        # write the same.
+        # One process per file system writes the order. On a shared one several do, and write the
+        # same bytes.
         self.fs_local_rank = get_fs_local_rank() if fs_local_rank is None else fs_local_rank
         self.work_dir = None if work_dir is None else Path(work_dir)
-        self._given = (order_path, epoch)
+        self._order_path, self._order_epoch = order_path, epoch
         self.global_indices_file: Path | None = None
         if self.work_dir is not None:
             self._save_global_indices()
@@ -139,15 +137,14 @@ class IterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
         if self.fs_local_rank == 0:
             self.work_dir.mkdir(parents=True, exist_ok=True)
             partial = self.work_dir / f".global_indices.{self.rank}.{os.getpid()}"
-            order.write(self._build_global_indices(), partial)
+            order.write_order(self._build_global_indices(), partial)
             partial.replace(self.global_indices_file)
         barrier()
 
     def _build_global_indices(self) -> np.ndarray:
         n = len(self.dataset)
-        path, epoch = self._given
-        if path is not None and epoch == self.epoch:
-            indices = order.read(path, n)
+        if self._order_path is not None and self._order_epoch == self.epoch:
+            indices = order.read_order(self._order_path, n)
         else:
             indices = order.global_indices(n, self.seed, self.epoch, self.shuffle)
         return order.fit_to_world_size(indices, self.world_size, self.drop_last)
@@ -155,56 +152,37 @@ class IterableDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
     def get_global_indices(self) -> np.ndarray:
         """The epoch's order over all processes, padded or cut to a multiple of them, uint32."""
         if self.global_indices_file is not None:
-            return order.read(self.global_indices_file)
+            return order.read_order(self.global_indices_file)
         return self._build_global_indices()
 
     def reshuffle(self, epoch: int) -> None:
-        """Go on with another epoch's order."""
+        """Switch to another epoch's order."""
         self.epoch = epoch
         if self.work_dir is not None:
             self._save_global_indices()
 
-    def left(self) -> np.ndarray:
-        """What all processes read from `start_index` on, in order."""
+    def remaining_indices(self) -> np.ndarray:
+        """What all processes together read from `start_index` on, in order."""
         return self.get_global_indices()[: self.max_examples][self.start_index :]
 
     def rank_indices(self) -> np.ndarray:
-        """What this process reads, in order."""
-        return self.left()[self.rank : self.total_size : self.world_size]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        indices = self.rank_indices()
-        worker = torch.utils.data.get_worker_info()
-        if worker is not None:
-            # torch's loader takes a whole batch from each worker in turn. Worker w therefore gets
-            # batches w, w + W, …, and of an unfinished last one every W-th instance.
-            size, w, workers = self.device_batch_size, worker.id, worker.num_workers
-            whole = len(indices) // size * size
-            indices = np.concatenate(
-                [
-                    indices[:whole].reshape(-1, size)[w::workers].reshape(-1),
-                    indices[whole + w :: workers],
-                ]
-            )
-        for index in indices:
-            item = self.dataset[int(index)]
-            item = item if isinstance(item, dict) else {"input_ids": item}
-            yield {**item, "index": int(index)}
+        """What this process reads from `start_index` on, in order."""
+        return self.remaining_indices()[self.rank : self.total_size : self.world_size]
 
 
 class TrainLoader:
-    """Batches of one process in order, read ahead by a thread.
+    """This process's batches in order, prefetched by a thread.
 
-    A batch has what `DataCollator` gives and the `index` of each instance. Changing
-    `dataset.start_index` moves the next iteration.
+    A batch has the fields of `DataCollator` and the `index` of each instance. Set
+    `dataset.start_index` to start the next iteration elsewhere.
     """
 
-    # Batches waiting to be computed. Reading is a copy from the page cache, so two are plenty.
-    AHEAD = 2
+    # Batches in the queue. Reading one is a copy from the page cache, so two keep the queue full.
+    PREFETCH = 2
 
     def __init__(
         self,
-        dataset: IterableDataset,
+        dataset: OrderedDataset,
         collator: Callable[[Any], dict[str, Any]],
         drop_last: bool,
         pin_memory: bool,
@@ -216,12 +194,12 @@ class TrainLoader:
         self.pin_memory = pin_memory
 
     def __len__(self) -> int:
-        """Batches to come; with drop_last the same number on all processes."""
+        """Batches left; with drop_last the same number on all processes."""
         if self.drop_last:  # where start_index is no multiple of them, their shares differ by one
-            return len(self.dataset.left()) // self.dataset.global_batch_size
+            return len(self.dataset.remaining_indices()) // self.dataset.global_batch_size
         return -(-len(self.dataset.rank_indices()) // self.batch_size)
 
-    def _read(self, indices: np.ndarray) -> dict[str, Any]:
+    def _load_batch(self, indices: np.ndarray) -> dict[str, Any]:
         source = self.dataset.dataset
         if isinstance(source, MemMapDataset):
             batch = source.batch(indices)
@@ -236,7 +214,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         indices, size = self.dataset.rank_indices(), self.batch_size
         steps = len(self)
-        batches: queue.Queue[Any] = queue.Queue(self.AHEAD)
+        batches: queue.Queue[Any] = queue.Queue(self.PREFETCH)
         stopped = threading.Event()
 
         def put(value: Any) -> None:
@@ -246,17 +224,17 @@ class TrainLoader:
                 except queue.Full:
                     continue
 
-        def read_ahead() -> None:
+        def prefetch() -> None:
             try:
                 for step in range(steps):
                     if stopped.is_set():
                         return
-                    put(self._read(indices[step * size : (step + 1) * size]))
-            except BaseException as error:
+                    put(self._load_batch(indices[step * size : (step + 1) * size]))
+            except BaseException as error:  # raised in the main thread
                 put(error)
 
-        reader = threading.Thread(target=read_ahead, name="batches", daemon=True)
-        reader.start()
+        thread = threading.Thread(target=prefetch, name="batches", daemon=True)
+        thread.start()
         try:
             for _ in range(steps):
                 batch = batches.get()
@@ -265,7 +243,7 @@ class TrainLoader:
                 yield batch
         finally:
             stopped.set()
-            reader.join()
+            thread.join()
 
 
 def build_train_dataloader(
@@ -276,10 +254,10 @@ def build_train_dataloader(
     fs_local_rank: int | None = None,
     include_instance_metadata: bool = False,
 ) -> TrainLoader:
-    """This process's batches of the run, whose order is written to <save_folder>/train_data.
+    """This process's batches of the run, whose order is saved in <save_folder>/train_data.
 
-    Raises ValueError where the folder already holds another run's order, unless the config says
-    save_overwrite or try_load_latest_save; and where the config names two kinds of data at once.
+    Raises ValueError if the folder already holds another run's order, unless save_overwrite or
+    try_load_latest_save is set, and if the config names both a custom dataset and token files.
     """
     data = train_config.data
     if data.custom_dataset and (data.paths or data.datasets):
@@ -297,7 +275,7 @@ def build_train_dataloader(
         if data.custom_dataset
         else build_memmap_dataset(train_config, data, include_instance_metadata)
     )
-    dataset = IterableDataset(
+    dataset = OrderedDataset(
         instances,
         train_config.global_train_batch_size,
         seed=train_config.data_seed,
@@ -309,7 +287,7 @@ def build_train_dataloader(
         work_dir=work_dir,
         order_path=data.order_path,
     )
-    # Whatever data.pin_memory says: a copy from other memory makes the host wait for the device.
+    # data.pin_memory is ignored: a copy from pageable memory makes the host wait for the device.
     pin = torch.cuda.is_available()
     return TrainLoader(dataset, build_collator(train_config), data.drop_last, pin)
 
@@ -317,15 +295,15 @@ def build_train_dataloader(
 def build_eval_batches(
     train_config: TrainConfig, data_config: DataConfig, batch_size: int, rank: int, world_size: int
 ) -> Iterator[dict[str, Any]]:
-    """An evaluation set's batches of one process, in stored order, the last one maybe smaller.
+    """One process's batches of an evaluation set, in stored order; the last may be smaller.
 
-    All processes get batches of the same shapes, for those that hold a model together must call
-    it together. Where the instances run out the first one fills in, and `counts` (B,) is False.
+    All processes get batches of the same shapes, since a sharded model must be called by all of
+    them together. Where the instances run out, instance 0 is repeated and `counts` (B,) is False.
     """
     dataset = build_memmap_dataset(train_config, data_config)
     n = len(dataset)
     indices = np.arange(order.total_size(n, world_size, drop_last=False))[rank::world_size]
     for start in range(0, len(indices), batch_size):
-        chosen = indices[start : start + batch_size]
-        counts = torch.from_numpy(chosen < n)
-        yield dataset.batch(np.where(chosen < n, chosen, 0)) | {"counts": counts}
+        batch = indices[start : start + batch_size]
+        counts = torch.from_numpy(batch < n)
+        yield dataset.batch(np.where(batch < n, batch, 0)) | {"counts": counts}

@@ -1,4 +1,4 @@
-"""Instances to one batch: padding, and the fields of a custom data set."""
+"""Collators: items of a custom dataset to one batch, padded. Token files need none."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from olmo.config import CustomDatasetCollatorConfig, PaddingDirection, TrainConfig
-from olmo.data.custom_datasets import extract_module_and_class, imported
+from olmo.data.custom_datasets import extract_module_and_class, import_object
 
 
 @dataclass
 class DataCollator:
-    """Items to one batch; shorter ones are padded to the longest."""
+    """Pads items to the longest and stacks them."""
 
     pad_direction: PaddingDirection
     pad_token_id: int
@@ -27,9 +27,9 @@ class DataCollator:
     def __call__(
         self, items: Sequence[dict[str, Any] | torch.Tensor | list[int]]
     ) -> dict[str, Any]:
-        """Each item is a dictionary with input_ids, or the ids alone.
+        """Collate items, each a dictionary with input_ids or the ids alone.
 
-        Gives input_ids (B, T) int64 and, where items have them, attention_mask (B, T) float,
+        Returns input_ids (B, T) int64 and, where items have them, attention_mask (B, T) float,
         attention_bias (B, 1, T, T), label_mask (B, T) bool, index (B,), instance_mask (B,),
         doc_lens (B, documents) with max_doc_lens, and metadata.
         """
@@ -40,8 +40,8 @@ class DataCollator:
         longest = max(len(row["input_ids"]) for row in rows)
 
         def padding(row: dict[str, Any]) -> tuple[int, int]:
-            short = longest - len(row["input_ids"])
-            return (short, 0) if self.pad_direction == PaddingDirection.left else (0, short)
+            missing = longest - len(row["input_ids"])
+            return (missing, 0) if self.pad_direction == PaddingDirection.left else (0, missing)
 
         def stack(name: str, dtype: torch.dtype, value: float) -> None:
             padded = [
@@ -60,8 +60,8 @@ class DataCollator:
             if (bias := row.get("attention_bias")) is not None:
                 bias = torch.as_tensor(bias)
                 bias = bias.reshape((1,) * (3 - bias.dim()) + bias.shape)  # (1, T, T)
-                nothing = False if bias.dtype == torch.bool else float("-inf")
-                biases.append(F.pad(bias, padding(row) * 2, value=nothing))
+                masked = False if bias.dtype == torch.bool else float("-inf")
+                biases.append(F.pad(bias, padding(row) * 2, value=masked))
         if biases:
             out["attention_bias"] = torch.stack(biases)
         stack("label_mask", torch.bool, False)
@@ -81,7 +81,7 @@ class DataCollator:
 
 @dataclass
 class CustomDatasetDataCollator(DataCollator):
-    """As `DataCollator`, of items whose fields have other names: CustomDatasetCollatorConfig's."""
+    """As `DataCollator`, for items whose fields have the names of CustomDatasetCollatorConfig."""
 
     input_id_field: str = "input_ids"
     attention_mask_field: str | None = None
@@ -108,20 +108,21 @@ class CustomDatasetDataCollator(DataCollator):
         out = {"input_ids": item[self.input_id_field]}
         for name in ("attention_mask", "attention_bias", "label_mask", "index",
                      "instance_mask", "doc_lens", "metadata"):  # fmt: skip
-            if (theirs := getattr(self, f"{name}_field")) is not None:
-                out[name] = item[theirs]
+            if (field := getattr(self, f"{name}_field")) is not None:
+                out[name] = item[field]
         return out
 
 
 def build_collator(train_config: TrainConfig) -> Callable[[Any], dict[str, Any]]:
-    """How items become batches: a custom data set's own function, its renamed fields, or padding.
+    """The collator of a config: a custom dataset's own function, or one of the classes above.
 
-    The function is looked for where its dotted name says, else in the data set's module.
+    A function name without a module is imported from the dataset's module.
     """
+
     custom = train_config.data.custom_dataset
     if custom is None:
         return DataCollator.from_train_config(train_config)
     if custom.collate_fn is None:
         return CustomDatasetDataCollator.from_train_config(train_config)
     module, name = extract_module_and_class(custom.collate_fn)
-    return imported(name, module or custom.module or extract_module_and_class(custom.name)[0])
+    return import_object(name, module or custom.module or extract_module_and_class(custom.name)[0])

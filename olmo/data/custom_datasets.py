@@ -1,4 +1,4 @@
-"""Training data made by the user's own code instead of read from token files."""
+"""Training data from the user's own code instead of token files."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from olmo.config import TrainConfig
 
 
 def build_custom_dataset(train_config: TrainConfig) -> Any:
-    """What data.custom_dataset makes: a sequence of items, the same at every call.
+    """The object that data.custom_dataset names: a sequence of items, the same at every call.
 
-    Raises ValueError where its code cannot be found.
+    Raises ValueError if its code cannot be imported.
     """
     custom = train_config.data.custom_dataset
     assert custom is not None
     module, name = custom.module, custom.name
     if module is None:
         module, name = extract_module_and_class(name)
-    return imported(name, module)(**(custom.args or {}))
+    return import_object(name, module)(**(custom.args or {}))
 
 
 def extract_module_and_class(name: str) -> tuple[str | None, str]:
-    """A dotted name's module, None where there is no dot, and its last part.
+    """Split a dotted name into its module, None where there is no dot, and its last part.
 
     >>> extract_module_and_class("reader.Chats")
     ('reader', 'Chats')
@@ -31,8 +31,9 @@ def extract_module_and_class(name: str) -> tuple[str | None, str]:
     return module or None, last
 
 
-def imported(name: str, module: str | None) -> Any:
-    """`module`'s `name`. Raises ValueError where there is none."""
+def import_object(name: str, module: str | None) -> Any:
+    """Import `name` from `module`. Raises ValueError if either is missing."""
+
     if module is None:
         raise ValueError(
             f"data.custom_dataset: '{name}' has no module; set data.custom_dataset.module, or "

@@ -1,7 +1,7 @@
 """Token files as OLMo reads them: raw arrays without a header, cut into instances of one length.
 
-Instances of a file = bytes // (bytes per token * chunk_size). The remainder of each file is
-dropped, an instance never spans files, and a file that is too short gives none.
+A file has bytes // (bytes per token * chunk_size) instances. The remainder of each file is dropped:
+an instance never spans two files.
 
 Shapes: B instances, T = chunk_size tokens.
 """
@@ -21,17 +21,17 @@ import torch
 
 from olmo.config import DataConfig, InstanceFilterConfig, TrainConfig
 from olmo.data import raw
-from olmo.data.files import Tokens, file_sizes, is_url
+from olmo.data.files import TokenFile, file_sizes, is_url
 from olmo.runtime.log import log
 
 
 class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Instances of `chunk_size` tokens out of raw token files, in the order of `paths`.
+    """Instances of `chunk_size` tokens from raw token files, in the order of `paths`.
 
-    Each item has input_ids, (T,) int64, and as asked for: label_mask, (T,) bool, from raw bool
-    files; attention_mask, (T,) int64, 0 at padding; doc_lens, (documents,) int32, the lengths
-    between end-of-document tokens, these included; instance_mask, False where there is more
-    repetition than `instance_filter_config` allows; metadata, that of the file.
+    An item has input_ids, (T,) int64, and by option: label_mask, (T,) bool, from raw bool files;
+    attention_mask, (T,) int64, 0 at padding; doc_lens, (documents,) int32, the tokens of each
+    document, its end token included; instance_mask, False where the instance repeats more than
+    `instance_filter_config` allows; metadata of the file.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.instance_filter_config = instance_filter_config
         self._remote = any(is_url(path) for path in paths)
         self._ends: list[int] | None = None  # of each file, in instances
-        self._opened: dict[tuple[int, bool], Tokens] = {}  # (file, is a mask)
+        self._files: dict[tuple[int, bool], TokenFile] = {}  # by (file, is a mask)
 
     @property
     def max_seq_len(self) -> int:
@@ -81,7 +81,7 @@ class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
-        """First instance of each file, and one past its last."""
+        """(first instance, one past the last) of each file."""
         if self._ends is None:
             width = np.dtype(self.dtype).itemsize * self.chunk_size
             lengths = [size // width for size in file_sizes(self.paths)]
@@ -101,7 +101,7 @@ class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return self.offsets[-1][1] if self._ends is None else self._ends[-1]
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """The file of an instance and its place in there."""
+        """The file of an instance, and its row in that file."""
         n = len(self)
         position = index if index >= 0 else n + index
         if not 0 <= position < n:
@@ -111,13 +111,13 @@ class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return file, position - (self._ends[file - 1] if file else 0)
 
     def _tokens(self, file: int, row: int, mask: bool = False) -> np.ndarray:
-        """(T,) as stored."""
-        tokens = self._opened.get((file, mask))
+        """An instance's tokens, or its label mask, as stored: (T,)."""
+        tokens = self._files.get((file, mask))
         if tokens is None:
             path = (
                 self.label_mask_paths[file] if mask and self.label_mask_paths else self.paths[file]
             )
-            tokens = self._opened[file, mask] = Tokens(path, np.bool_ if mask else self.dtype)
+            tokens = self._files[file, mask] = TokenFile(path, np.bool_ if mask else self.dtype)
         return tokens.read(row * self.chunk_size, (row + 1) * self.chunk_size)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return item
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, Any]:
-        """Instances as one batch, equal to collating them one by one but for their `index`.
+        """Some instances as one batch: what `DataCollator` makes of them, without `index`.
 
         input_ids (B, T) int64, attention_mask (B, T) float32, label_mask (B, T) bool,
         instance_mask (B,) bool, doc_lens (B, most documents) int32 padded with 0.
@@ -145,7 +145,7 @@ class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
         places = [self._locate(int(i)) for i in indices]
         ids = np.empty((len(places), self.chunk_size), np.int64)
         if self._remote:
-            # The network's answers take their time: ask for all at once.
+            # Each request waits for the network: send them together.
             with ThreadPoolExecutor(min(len(places), 32)) as threads:
                 ids[:] = list(threads.map(lambda place: self._tokens(*place), places))
         else:
@@ -156,11 +156,11 @@ class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
             out["attention_mask"] = (out["input_ids"] != self.pad_token_id).float()
         if self.label_mask_paths is not None:
             masks = np.stack([self._tokens(file, row, mask=True) for file, row in places])
-            # Whatever other bytes than 0 and 1 there are: what a bool of them does, nobody says.
+            # A numpy bool of another byte than 0 or 1 is undefined.
             out["label_mask"] = torch.from_numpy(masks.view(np.uint8) != 0)
         if self.instance_filter_config is not None:
-            kept = [not is_repetitive(row, self.instance_filter_config) for row in ids]
-            out["instance_mask"] = torch.tensor(kept)
+            mask = [not is_repetitive(row, self.instance_filter_config) for row in ids]
+            out["instance_mask"] = torch.tensor(mask)
         if self.generate_doc_lengths:
             assert self.eos_token_id is not None
             lengths = [get_document_lengths(row, self.eos_token_id) for row in out["input_ids"]]
@@ -205,10 +205,10 @@ def get_document_lengths(input_ids: torch.Tensor, eos_token_id: int) -> torch.Te
 
 
 def is_repetitive(ids: np.ndarray, limits: InstanceFilterConfig) -> bool:
-    """Whether an n-gram of a period within `limits` repeats at least `repetition_max_count` times.
+    """Whether an n-gram with a period within `limits` repeats `repetition_max_count` times or more.
 
-    Where ids[i] == ids[i - period] holds L times in a row, the n-gram is there (L + period) //
-    period times. Fewer than three times do not count as repetition.
+    Where ids[i] == ids[i - period] holds L times in a row, the n-gram occurs (L + period) // period
+    times. Fewer than three occurrences are no repetition.
     """
     longest = min(limits.repetition_max_period, len(ids) // 3)
     least = max(limits.repetition_max_count, 3)
@@ -226,7 +226,8 @@ def build_memmap_dataset(
 ) -> MemMapDataset:
     """The token files of a DataConfig, as instances of the model's max_sequence_length.
 
-    `data.paths` keep their order, `data.datasets` are taken by sorted label.
+    `data.paths` keep their order; `data.datasets` are sorted by label. Raises ValueError if both
+    are set, or neither.
     """
     metadata: list[dict[str, Any]]
     if data_config.paths and data_config.datasets:
@@ -240,9 +241,10 @@ def build_memmap_dataset(
         metadata = [{"label": label} for label, _ in labelled]
     else:
         raise ValueError(
-            "data.paths: expected token files, or data.datasets with some, found neither; name "
-            "them (--data.paths=[tokens.npy]), or train by the pipeline, which fills them in"
+            "data.paths: expected token files, or data.datasets with some, found neither; set "
+            "--data.paths=[tokens.npy], or train with the pipeline, which fills them in"
         )
+
     return MemMapDataset(
         *paths,
         chunk_size=train_config.model.max_sequence_length,
@@ -258,79 +260,80 @@ def build_memmap_dataset(
     )
 
 
-def check_tokens(dataset: MemMapDataset, vocab_size: int, where: str = "data") -> int:
-    """Refuse token files that training would trip over; gives the number of tokens looked at.
+def check_token_files(dataset: MemMapDataset, vocab_size: int, section: str = "data") -> int:
+    """Check sizes, format and ids of token files and label masks; returns the number of ids read.
 
-    Every token of small data is looked at, of large data the beginning of each file. `vocab_size`
-    is the number of embeddings; `where` names the config's section in what is said.
+    Reads all of small data, and the beginning of each file of large data. `vocab_size` is the
+    number of embeddings. `section` is the config's section, for the messages. Raises ValueError or
+    FileNotFoundError.
     """
     try:
         sizes = file_sizes(dataset.paths)
         masks = file_sizes(dataset.label_mask_paths or ())
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{where}: {error}; mend --{where}.paths=[…]") from None
+        raise FileNotFoundError(f"{section}: {error}; correct --{section}.paths=[…]") from None
     dtype, itemsize = np.dtype(dataset.dtype).name, np.dtype(dataset.dtype).itemsize
 
-    def refuse_other_kind(path: str | Path, size: int, expected: str) -> None:
-        """The true cause of a length that does not fit."""
-        start = Tokens(path, np.uint8).read(0, min(size, 64)).tobytes() if size else b""
-        raw.refuse_other_kind(str(path), start, expected, f"{where}: ")
+    def check_is_raw(path: str | Path, size: int, expected: str) -> None:
+        """Another format is the likely cause of a wrong length, and the better message."""
+        start = TokenFile(path, np.uint8).read(0, min(size, 64)).tobytes() if size else b""
+        raw.check_is_raw(str(path), start, expected, f"{section}: ")
 
     for path, size in zip(dataset.paths, sizes, strict=True):
         if size % itemsize:
-            refuse_other_kind(path, size, dtype)
+            check_is_raw(path, size, dtype)
             raise ValueError(
-                f"{where}: {path} has {size} bytes, not a whole number of {dtype} tokens: it "
-                f"was cut off, or {where}.memmap_dtype is wrong"
+                f"{section}: {path} has {size} bytes, not a whole number of {dtype} tokens: it is "
+                f"truncated, or {section}.memmap_dtype is wrong"
             )
     for path, size, mask in zip(dataset.label_mask_paths or (), sizes, masks, strict=False):
         if mask != size // itemsize:
-            refuse_other_kind(path, mask, "bool")
+            check_is_raw(path, mask, "bool")
             raise ValueError(
-                f"{where}: expected a label for each of {size // itemsize} tokens, found {mask} in "
-                f"{path}, of one byte each (numpy's bool); mend --{where}.label_mask_paths=[…]"
+                f"{section}: expected a label for each of {size // itemsize} tokens, found {mask} "
+                f"in {path}, one byte each (numpy's bool); correct --{section}.label_mask_paths=[…]"
             )
     if len(dataset) == 0:
         for path, size in zip(dataset.paths, sizes, strict=True):
-            refuse_other_kind(path, size, dtype)
+            check_is_raw(path, size, dtype)
         raise ValueError(
-            f"{where}: {sum(sizes) // itemsize} tokens in {len(sizes)} files give no instance of "
+            f"{section}: {sum(sizes) // itemsize} tokens in {len(sizes)} files give no instance of "
             f"{dataset.chunk_size}; give more data, or a smaller model.max_sequence_length"
         )
-    looked_at, budget = 0, 64_000_000 // len(sizes)
+    checked, budget = 0, 64_000_000 // len(sizes)
     for path, size in zip(dataset.paths, sizes, strict=True):
         if size == 0:
             continue
         most = 4096 if is_url(path) else max(budget, 4096)
-        tokens = Tokens(path, dataset.dtype).read(0, min(most, size // itemsize))
-        raw.refuse_other_kind(str(path), tokens[:64].tobytes(), dtype, f"{where}: ")
-        if (wider := raw.wider_kind(tokens, vocab_size)) is not None:
-            name, certain = wider
-            said = (
-                f"{where}: {path} is read as {dtype}, but it looks like {name} token ids; set "
-                f"--{where}.memmap_dtype={name}"
+        tokens = TokenFile(path, dataset.dtype).read(0, min(most, size // itemsize))
+        raw.check_is_raw(str(path), tokens[:64].tobytes(), dtype, f"{section}: ")
+        if (wider := raw.guess_wider_dtype(tokens, vocab_size)) is not None:
+            name, is_certain = wider
+            message = (
+                f"{section}: {path} is read as {dtype}, but it looks like {name} token ids; set "
+                f"--{section}.memmap_dtype={name}"
             )
-            if certain:
-                raise ValueError(said)
-            log.warning(f"{said}, unless most of it is padding")
+            if is_certain:
+                raise ValueError(message)
+            log.warning(f"{message}, unless most of it is padding")
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
             at = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
-            fits = raw.fitting_kind(tokens, vocab_size)
-            remedy = f"this is another tokenizer's file, or another {where}.memmap_dtype"
+            fits = raw.find_fitting_dtype(tokens, vocab_size)
+            remedy = f"the file is another tokenizer's, or {section}.memmap_dtype is wrong"
             if fits is not None:
-                remedy = f"as {fits} all would fit: set --{where}.memmap_dtype={fits}"
+                remedy = f"as {fits} all ids fit: set --{section}.memmap_dtype={fits}"
             raise ValueError(
-                f"{where}: token {at} of {path} is {tokens[at]} and the largest {tokens.max()}, "
+                f"{section}: token {at} of {path} is {tokens[at]} and the largest {tokens.max()}, "
                 f"but the model has {vocab_size} embeddings; {remedy}"
             )
-        looked_at += len(tokens)
+        checked += len(tokens)
     for path, size in zip(dataset.label_mask_paths or (), masks, strict=True):
         most = 4096 if is_url(path) else max(budget, 4096)
-        labels = Tokens(path, np.uint8).read(0, min(most, size))
+        labels = TokenFile(path, np.uint8).read(0, min(most, size))
         if size and (largest := labels.max()) > 1:
-            raw.refuse_other_kind(str(path), labels[:64].tobytes(), "bool", f"{where}: ")
+            raw.check_is_raw(str(path), labels[:64].tobytes(), "bool", f"{section}: ")
             raise ValueError(
-                f"{where}: {path}: expected a byte for each token, 1 where it is learned and else "
-                f"0 (numpy's bool), found {largest}; write them anew: (labels != 0).tofile(…)"
+                f"{section}: {path}: expected a byte for each token, 1 where it is learned and 0 "
+                f"elsewhere (numpy's bool), found {largest}; rewrite it: (labels != 0).tofile(…)"
             )
-    return looked_at
+    return checked

@@ -1,8 +1,8 @@
-"""The order in which a run sees its instances: OLMo's, to the bit.
+"""The order in which a run reads its instances: OLMo's, to the bit.
 
-The stored order is the shuffle alone, n numbers for n instances. What depends on the number of
-processes, padding to a multiple of it or cutting the tail, is derived when training
-(`fit_to_world_size`), so that one order serves every world size.
+The stored order is the shuffle alone, n numbers for n instances. Padding to a multiple of the world
+size, or cutting the tail, happens when training (`fit_to_world_size`), so that one stored order
+serves every world size.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ ORDER_DTYPE = np.dtype("<u4")
 def global_indices(n: int, seed: int, epoch: int = 0, shuffle: bool = True) -> np.ndarray:
     """The indices 0 … n-1 in the order of one epoch, (n,) uint32.
 
-    Each epoch shuffles anew, from PCG64(seed + epoch). It takes 4 bytes an instance.
+    Each epoch is shuffled by PCG64(seed + epoch). It takes 4 bytes an instance.
 
-    Raises ValueError when there are too many instances for uint32, or for this machine's memory.
+    Raises ValueError if there are too many instances for uint32, or for this machine's memory.
     """
     limit = np.iinfo(np.uint32).max
     if not 0 <= n < limit:
         raise ValueError(
-            f"an order is kept in uint32 and holds up to {limit - 1} instances, not {n}"
+            f"an order is stored as uint32 and holds up to {limit - 1} instances, not {n}"
         )
-    needed, free = n * ORDER_DTYPE.itemsize, free_memory()
+    needed, free = n * ORDER_DTYPE.itemsize, available_memory()
     if free is not None and needed > free:
         raise ValueError(
             f"the order of {n:,} instances needs {needed:,} bytes of memory, and {free:,} are free "
@@ -41,10 +41,12 @@ def global_indices(n: int, seed: int, epoch: int = 0, shuffle: bool = True) -> n
     return indices
 
 
-def free_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that a process can still have: the machine's, or what a container or a job is given.
+def available_memory(
+    proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """Bytes that a process can still allocate: the machine's, or less in a container or a job.
 
-    None where the kernel does not tell (not Linux). Memory that only caches files counts as free.
+    None where the kernel does not report it (not Linux). The page cache counts as free.
     """
     try:
         meminfo = dict(line.split(":") for line in (proc / "meminfo").read_text().splitlines())
@@ -53,19 +55,19 @@ def free_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup"
         return None
     with contextlib.suppress(OSError):
         own = cgroup / (proc / "self/cgroup").read_text().rpartition("::/")[2].strip()
-        for group in (own, *own.parents):  # a limit of a group holds for those in it
-            with contextlib.suppress(OSError, ValueError):  # "max": none
-                most, now = (
+        for group in (own, *own.parents):  # a group's limit holds for the groups in it
+            with contextlib.suppress(OSError, ValueError):  # "max" means no limit
+                limit, used = (
                     int((group / f"memory.{name}").read_text()) for name in ("max", "current")
                 )
                 lines = (group / "memory.stat").read_text().splitlines()
                 stat = dict(line.split() for line in lines)
-                free = min(free, most - now + int(stat.get("inactive_file", 0)))
+                free = min(free, limit - used + int(stat.get("inactive_file", 0)))
     return free
 
 
 def total_size(n: int, world_size: int, drop_last: bool) -> int:
-    """How many of n instances all processes see together, each the same number of them."""
+    """n padded, or cut with drop_last, so that every process reads equally many instances."""
     if drop_last and n % world_size:
         return math.ceil((n - world_size) / world_size) * world_size
     return math.ceil(n / world_size) * world_size
@@ -74,32 +76,35 @@ def total_size(n: int, world_size: int, drop_last: bool) -> int:
 def fit_to_world_size(indices: np.ndarray, world_size: int, drop_last: bool) -> np.ndarray:
     """Cut the tail, or repeat the order from its start, so that `world_size` divides the length.
 
-    Note that drop_last looks at the world size, not at the batch size.
+    drop_last cuts to a multiple of the world size, not of the batch size: so does OLMo.
     """
     total = total_size(len(indices), world_size, drop_last)
     return indices[:total] if total <= len(indices) else np.resize(indices, total)
 
 
-def inverse(indices: np.ndarray) -> np.ndarray:
-    """At which position of an order each instance stands, (n,) uint32: its inverse."""
+def invert_order(indices: np.ndarray) -> np.ndarray:
+    """The position of each instance in an order, (n,) uint32: the inverse permutation."""
     positions = np.empty(len(indices), ORDER_DTYPE)
     positions[indices] = np.arange(len(indices), dtype=ORDER_DTYPE)
     return positions
 
 
-def write(indices: np.ndarray, path: str | Path) -> None:
+def write_order(indices: np.ndarray, path: str | Path) -> None:
     """Write raw little-endian uint32."""
     indices.astype(ORDER_DTYPE, copy=False).tofile(path)
 
 
-def read(path: str | Path, n: int | None = None) -> np.ndarray:
-    """A stored order, memory-mapped; `n`, if given, is how many instances it must hold."""
+write = write_order  # the name by which tests/golden/test_stage_versions.py imports it
+
+
+def read_order(path: str | Path, n: int | None = None) -> np.ndarray:
+    """A stored order, memory-mapped, (n,) uint32. Raises ValueError if it has not `n` numbers."""
     size = Path(path).stat().st_size
     if size % ORDER_DTYPE.itemsize or (n is not None and size != n * ORDER_DTYPE.itemsize):
         expected = "a whole number of" if n is None else n
         raise ValueError(
-            f"{path}: expected {expected} uint32 numbers, found {size} bytes; "
-            "the order belongs to other data, or to another max_sequence_length"
+            f"{path}: expected {expected} uint32 numbers, found {size} bytes; the order belongs to "
+            "other data, or to another max_sequence_length; make it again, or give another one"
         )
     if size == 0:
         return np.empty(0, ORDER_DTYPE)

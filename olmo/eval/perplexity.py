@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmo.config import EvaluatorConfig, TrainConfig
-from olmo.data.batches import build_eval_batches, labels_of, model_inputs
+from olmo.data.batches import build_eval_batches, get_labels, select_model_inputs
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
 from olmo.distributed.watchdog import report_progress
 from olmo.distributed.world import World
@@ -29,10 +29,10 @@ PER_LABEL = "CrossEntropyLossPerLabel"
 
 def instance_losses(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Mean cross-entropy of each instance in nats, (B,) float32."""
-    logits = model(**model_inputs(batch)).logits  # (B, T, V)
+    logits = model(**select_model_inputs(batch)).logits  # (B, T, V)
     losses = F.cross_entropy(
         logits.float().flatten(0, 1),
-        labels_of(batch).flatten(),
+        get_labels(batch).flatten(),
         ignore_index=-100,
         reduction="none",
     )
@@ -57,7 +57,7 @@ class LossByLabel:
         losses = losses.double()
         counts = batch["counts"].double() if "counts" in batch else torch.ones_like(losses)
         summed = losses * counts
-        labels = (labels_of(batch) != -100).sum(dim=1) * counts
+        labels = (get_labels(batch) != -100).sum(dim=1) * counts
         of_labels = summed * (batch["input_ids"].shape[1] - 1)
         terms = [summed, losses.square() * counts, counts, of_labels, labels]
         self._sums.index_add_(1, where, torch.stack(terms))

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from olmo.config import TrainConfig
-from olmo.data.files import Tokens, file_sizes
+from olmo.data.files import TokenFile, file_sizes
 from olmo.data.order import ORDER_DTYPE, global_indices
 from olmo.inspect.order import Seen
 from olmo.store.lineage import makers
@@ -181,7 +181,7 @@ def _row(path: Path, step: int) -> list[int]:
 
 def opened(place: str) -> tuple[int, Any]:
     """How many numbers a stored order has, and what reads a part of it."""
-    return file_sizes([place])[0] // ORDER_DTYPE.itemsize, Tokens(place, ORDER_DTYPE).read
+    return file_sizes([place])[0] // ORDER_DTYPE.itemsize, TokenFile(place, ORDER_DTYPE).read
 
 
 def whole(n: int, seed: int, epoch: int) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from olmo.config import TrainConfig
-from olmo.data.batches import IterableDataset
+from olmo.data.batches import OrderedDataset
 from olmo.data.memmap import MemMapDataset
 from olmo.distributed.world import World
 from olmo.io import sealed
@@ -79,7 +79,7 @@ def begin_segment(
 
 
 def data_facts(
-    cfg: TrainConfig, dataset: IterableDataset, position: TrainState, source: Path | None
+    cfg: TrainConfig, dataset: OrderedDataset, position: TrainState, source: Path | None
 ) -> dict[str, Any]:
     """What decides which instances the steps from a position on see.
 

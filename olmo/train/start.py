@@ -17,7 +17,7 @@ from olmo.checkpoint import layout
 from olmo.checkpoint.read import Checkpoint, look, newest
 from olmo.config import CustomDatasetCollatorConfig, EvaluatorType, TrainConfig
 from olmo.data.batches import check_labels
-from olmo.data.memmap import build_memmap_dataset, check_tokens
+from olmo.data.memmap import build_memmap_dataset, check_token_files
 from olmo.distributed.parallelize import is_fsdp
 from olmo.distributed.world import World
 from olmo.model import loss
@@ -69,15 +69,15 @@ def check(cfg: TrainConfig, world: World) -> None:
     looked_at = 0
     if cfg.data.custom_dataset is None:
         dataset = build_memmap_dataset(cfg, cfg.data)
-        looked_at = check_tokens(dataset, vocabulary)
+        looked_at = check_token_files(dataset, vocabulary)
         check_labels(dataset)
     for evaluator in cfg.evaluators:
         if evaluator.type != EvaluatorType.lm:
             continue  # read when it is built
         where = f"evaluators.{evaluator.label}.data"
         dataset = build_memmap_dataset(cfg, evaluator.data)
-        looked_at += check_tokens(dataset, vocabulary, where)
-        check_labels(dataset, where, needed=False)
+        looked_at += check_token_files(dataset, vocabulary, where)
+        check_labels(dataset, where, required=False)
     log.info(f"checked: {format_count(looked_at)} tokens, all below {vocabulary}")
 
 

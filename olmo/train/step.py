@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olmo.config import TrainConfig
-from olmo.data.batches import labels_of, model_inputs
+from olmo.data.batches import get_labels, select_model_inputs
 from olmo.distributed.reduce import GradientReducer
 from olmo.precision.autocast import autocast
 
@@ -116,8 +116,10 @@ def forward_backward(
             micro["doc_lens"] = F.pad(micro["doc_lens"], (0, 1))  # two of them at least
             torch._dynamo.mark_dynamic(micro["doc_lens"], 1)
         with autocast(cfg, device):
-            labels = labels_of(micro)
-            loss = model(**model_inputs(micro), labels=labels, z_multiplier=z_multiplier).loss
+            labels = get_labels(micro)
+            loss = model(
+                **select_model_inputs(micro), labels=labels, z_multiplier=z_multiplier
+            ).loss
         (loss.total / tokens).backward()
         ce += loss.ce.detach() / tokens
         z += loss.z.detach() / tokens

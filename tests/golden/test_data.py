@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from olmo.config import DataConfig, InstanceFilterConfig, PaddingDirection, TrainConfig
-from olmo.data import order
-from olmo.data.batches import IterableDataset, build_train_dataloader
+from olmo.data import IterableDataset, order
+from olmo.data.batches import build_train_dataloader
 from olmo.data.collator import DataCollator
 from olmo.data.memmap import MemMapDataset
 
@@ -183,7 +183,7 @@ def test_collator(side: str) -> None:
 
 
 def test_the_loader_gives_what_torchs_would(tmp_path: Path) -> None:
-    """Every world size, start and tail: our reading-ahead loader and torch's over the items."""
+    """Every world size, start and tail: our loader, and torch's over OLMo's iterable dataset."""
     tokens = np.arange(21 * 8, dtype=np.uint16)
     tokens.tofile(tmp_path / "tokens.npy")
     for world_size, drop_last, start in [(1, False, 0), (2, True, 0), (2, False, 8), (4, True, 4)]:
@@ -198,8 +198,17 @@ def test_the_loader_gives_what_torchs_would(tmp_path: Path) -> None:
             )
             ours = build_train_dataloader(cfg, world_size=world_size, rank=rank, fs_local_rank=rank)
             ours.dataset.start_index = start
+            olmos = IterableDataset(
+                ours.dataset.dataset,
+                4,
+                seed=cfg.data_seed,
+                start_index=start,
+                drop_last=drop_last,
+                world_size=world_size,
+                rank=rank,
+            )
             torchs = torch.utils.data.DataLoader(
-                ours.dataset, ours.batch_size, drop_last=drop_last, collate_fn=ours.collate_fn
+                olmos, ours.batch_size, drop_last=drop_last, collate_fn=ours.collate_fn
             )
             expected = [(b["index"].tolist(), b["input_ids"].tolist()) for b in torchs]
             found = [(b["index"].tolist(), b["input_ids"].tolist()) for b in ours]
@@ -212,4 +221,4 @@ def test_the_loader_gives_what_torchs_would(tmp_path: Path) -> None:
 
 def test_the_inverse_says_where_each_instance_stands():
     shuffled = order.global_indices(1000, seed=7)
-    assert np.array_equal(shuffled[order.inverse(shuffled)], np.arange(1000))
+    assert np.array_equal(shuffled[order.invert_order(shuffled)], np.arange(1000))

@@ -19,7 +19,7 @@ from olmo.config.strict import hashed
 from olmo.corpus import attributes, sources
 from olmo.corpus.documents import REASONS, DocumentsSection, documents
 from olmo.corpus.sources import download, source_list
-from olmo.data.files import Tokens
+from olmo.data.files import TokenFile
 from olmo.io import bucket, downloads, gz
 from olmo.store.remote import Remote
 
@@ -131,7 +131,7 @@ def test_a_rest_is_no_longer_than_the_whole_was_told(
 
 def test_a_range_is_no_longer_than_asked(endless: str) -> None:
     with pytest.raises(ValueError, match="expected 8 bytes at most, found more"):
-        Tokens(f"{endless}/a", "uint16").read(0, 4)
+        TokenFile(f"{endless}/a", "uint16").read(0, 4)
 
 
 def test_a_length_that_is_none(endless: str) -> None:

@@ -23,7 +23,7 @@ WSD = {"name": "warmup_stable_decay", "t_warmup": 3, "t_decay": 4}
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Train a piece of a run through the store, in this process; its record, and who trained."""
     run(tmp_path, dry_run=True)  # makes the data, and puts this process's settings back
-    order.write(order.global_indices(203, 6198), tmp_path / "order.npy")
+    order.write_order(order.global_indices(203, 6198), tmp_path / "order.npy")
     monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
     ran: list[str] = []
 

@@ -346,7 +346,7 @@ def test_attributes_of_other_documents_are_refused(files, told, tmp_path, dolma)
 
 
 def test_memory_is_asked_for_before_anything_starts(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "free_memory", lambda: 20)
+    monkeypatch.setattr(module, "available_memory", lambda: 20)
     nobody = Dolma(Path("never started"), "")
     with pytest.raises(
         ValueError, match=r"duplicate holds up to 15 elements and needs 56 bytes.*20"

@@ -152,7 +152,7 @@ def test_the_order_is_that_of_the_epoch_in_which_the_run_begins() -> None:
     flags = {k[2:].replace("-", "_"): v for k, v in zip(words[::2], words[1::2], strict=True)}
     numbers = {k: v if k == "dtype" else int(v) for k, v in flags.items()}
     order_command([Path("000.tsv")], Path("order"), **numbers)
-    assert order.read("order").tolist() == order.global_indices(50, 6198, 2).tolist()
+    assert order.read_order("order").tolist() == order.global_indices(50, 6198, 2).tolist()
 
 
 def test_a_chain_counts_epochs_from_that_in_which_the_run_begins() -> None:

@@ -17,7 +17,7 @@ from small_run import LENGTH, config, metrics, run, settings
 
 from olmo.config import DataConfig, TrainConfig
 from olmo.data import order
-from olmo.data.batches import IterableDataset, TrainLoader
+from olmo.data.batches import OrderedDataset, TrainLoader
 from olmo.inspect import history
 from olmo.inspect.commands import inspect
 from olmo.inspect.history import Origin, Recorded, segments_of, stretches
@@ -196,7 +196,7 @@ def test_other_token_files_are_not_read_as_those_of_then(place: Path, capsys: An
 
 def test_an_order_that_was_given_is_that_of_its_epoch(place: Path, monkeypatch: Any) -> None:
     given = np.arange(N)[::-1]
-    order.write(given, place / "reversed")
+    order.write_order(given, place / "reversed")
     changes = {"epoch": 1, "data": {"order_path": str(place / "reversed")}, "max_duration": 7}
     assert train(place, **changes) == 0
     saw = written(place / "run")
@@ -220,7 +220,7 @@ def test_a_run_that_nobody_wrote_of(place: Path, monkeypatch: Any) -> None:
     by_hand = Run(str(folder / "config.yaml"), str(folder / "train_data/global_indices.npy"))
     assert by_hand.batch(1)[0].tolist() == saw[1], "what is written down is asked first"
     (folder / "segments.jsonl").unlink()
-    newest = order.read(folder / "train_data/global_indices.npy")
+    newest = order.read_order(folder / "train_data/global_indices.npy")
     assert newest.tolist() == order.global_indices(N, 6198, 1).tolist()
     for _ in "ab":
         assert {step: Run(str(folder)).batch(step)[0].tolist() for step in saw} == saw
@@ -260,7 +260,7 @@ def test_all_processes_have_the_same_number_of_whole_batches(start: int, drop_la
     """At any place, also one whose rest the processes cannot share evenly."""
     lengths = set()
     for rank in range(2):
-        dataset = IterableDataset(
+        dataset = OrderedDataset(
             list(range(16)), 4, world_size=2, rank=rank, start_index=start, drop_last=drop_last
         )
         loader = TrainLoader(dataset, lambda items: {}, drop_last, pin_memory=False)

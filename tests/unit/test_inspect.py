@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 
 from olmo.config import DataConfig, TrainConfig
 from olmo.data import order
-from olmo.data.batches import IterableDataset
+from olmo.data.batches import OrderedDataset
 from olmo.inspect.commands import inspect, seen
 from olmo.inspect.order import Seen, steps_of
 
@@ -33,7 +33,7 @@ def test_steps_are_what_the_loader_gives(n, batch_size, world_size, drop_last, f
         stored = order.fit_to_world_size(stored, world_size, drop_last)
     seen = Seen(cfg, n, len(stored), lambda a, b: stored[a:b], world_size)
     for rank in range(world_size):
-        dataset = IterableDataset(
+        dataset = OrderedDataset(
             range(n),
             batch_size,
             seed=11,
@@ -104,7 +104,7 @@ def published(tmp_path: Path) -> Path:
     for number, part in enumerate(np.split(tokens.astype(np.uint16), FILES)):
         part.tofile(tmp_path / f"part-{number}.npy")
     whole = order.global_indices(FILES * ROWS, 11)
-    order.write(order.fit_to_world_size(whole, 8, True), tmp_path / "global_indices.npy")
+    order.write_order(order.fit_to_world_size(whole, 8, True), tmp_path / "global_indices.npy")
     return tmp_path
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from olmo.config import CompilerConfig, CrossEntropy, ModelConfig, TrainConfig
-from olmo.data.batches import labels_of
+from olmo.data.batches import get_labels
 from olmo.model import OLMo
 from olmo.model.loss import _compute, _rows, linear_cross_entropy, losses, why_not
 
@@ -233,7 +233,7 @@ def test_the_trainer_takes_it_from_the_config(tmp_path: Path) -> None:
 def test_which_labels_count() -> None:
     """A position's label is the next token, masked by that token's masks and not by its own."""
     ids = torch.arange(1, 13).view(3, 4)
-    labels = labels_of(
+    labels = get_labels(
         {
             "input_ids": ids,
             "label_mask": torch.tensor([[True, False, True, True], [True] * 4, [True] * 4]),
@@ -242,7 +242,7 @@ def test_which_labels_count() -> None:
         }
     )
     assert labels.tolist() == [[-100, 3, 4, -100], [6, 7, -100, -100], [-100] * 4]
-    assert labels_of({"input_ids": ids}).tolist()[0] == [2, 3, 4, -100]
+    assert get_labels({"input_ids": ids}).tolist()[0] == [2, 3, 4, -100]
     assert ids.tolist()[2] == [9, 10, 11, 12], "what the model reads stays"
 
 

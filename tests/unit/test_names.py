@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 import olmo
 from olmo import BlockType, LayerNorm, ModelConfig, OLMo, Tokenizer, TrainConfig
 from olmo.checkpoint import FullCheckpointer
+from olmo.compat.data.util import get_document_lengths
 from olmo.compat.exceptions import OLMoConfigurationError
 from olmo.compat.initialization import init_normal
 from olmo.compat.torch_util import get_cumulative_document_lengths, get_world_size, seed_all
@@ -34,7 +36,6 @@ from olmo.data import (
 )
 from olmo.data.collator import CustomDatasetDataCollator
 from olmo.data.custom_datasets import build_custom_dataset, extract_module_and_class
-from olmo.data.util import get_document_lengths
 from olmo.model import (
     BufferCache,
     LayerNormBase,
@@ -81,6 +82,21 @@ def cfg(tmp_path: Path) -> TrainConfig:
 @pytest.mark.parametrize("name", olmo.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert inspect.isclass(getattr(olmo, name)) or name == "load_model"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "olmo.exceptions:OLMoConfigurationError",
+        "olmo.initialization:init_normal",
+        "olmo.torch_util:seed_all",
+        "olmo.data.iterable_dataset:IterableDataset",
+        "olmo.data.memmap_dataset:MemMapDataset",
+        "olmo.data.util:get_document_lengths",
+    ],
+)
+def test_olmos_import_paths(path: str) -> None:
+    assert pkgutil.resolve_name(path)
 
 
 def test_importing_costs_nothing() -> None:

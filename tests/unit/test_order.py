@@ -43,17 +43,17 @@ def machine(tmp_path, *, available, groups):
     ],
 )
 def test_what_is_free_is_the_least_of_the_machine_s_and_the_groups(tmp_path, groups, free):
-    assert order.free_memory(**machine(tmp_path, available=8 * GIB, groups=groups)) == free
+    assert order.available_memory(**machine(tmp_path, available=8 * GIB, groups=groups)) == free
 
 
 def test_where_the_kernel_does_not_tell_nothing_is_refused(tmp_path, monkeypatch):
-    assert order.free_memory(tmp_path, tmp_path) is None
-    monkeypatch.setattr(order, "free_memory", lambda: None)
+    assert order.available_memory(tmp_path, tmp_path) is None
+    monkeypatch.setattr(order, "available_memory", lambda: None)
     assert len(order.global_indices(10, seed=1)) == 10
 
 
 def test_an_order_that_does_not_fit_is_refused_before_it_is_begun(monkeypatch):
-    monkeypatch.setattr(order, "free_memory", lambda: 4_000_000_000)
+    monkeypatch.setattr(order, "available_memory", lambda: 4_000_000_000)
     expected = "needs 4,000,000,004 bytes of memory, and 4,000,000,000 are free"
     with pytest.raises(ValueError, match=expected):
         order.global_indices(1_000_000_001, seed=1)
@@ -77,7 +77,7 @@ def test_the_readmes_snippet_maps_the_order_of_an_ordinary_user(place: Path) -> 
     listing.write(Path("tokens.tsv"), [entry])
     made = place / "checkpoints/small/global_indices.npy"
     order_command([Path("tokens.tsv")], made, sequence_length=8, seed=1)
-    expected = order.read(made)[:].tolist()
+    expected = order.read_order(made)[:].tolist()
     child = os.fork()
     if not child:  # root may open everything
         try:
@@ -98,5 +98,5 @@ def test_the_readmes_snippet_maps_the_order_of_an_ordinary_user(place: Path) -> 
     mapped[0] += 1
     mapped.flush()
     order_command([Path("tokens.tsv")], made, sequence_length=8, seed=1)
-    assert order.read(made)[:].tolist() == expected
+    assert order.read_order(made)[:].tolist() == expected
     assert len(list(Path("store/quarantine").iterdir())) == 1

@@ -19,7 +19,7 @@ from olmo.corpus.instructions import InstructionsSection, instances
 from olmo.corpus.questions import conversations_of, stdlib_questions
 from olmo.corpus.statistics import statistics
 from olmo.corpus.tokenizer import trained_tokenizer
-from olmo.data.batches import labels_of
+from olmo.data.batches import get_labels
 from olmo.model import OLMo
 
 EOS, PAD, END = 0, 1, "<|endoftext|>"
@@ -388,7 +388,7 @@ def test_the_prompt_s_labels_change_neither_loss_nor_gradients(make):
 
     def step(labelled: torch.Tensor) -> list[torch.Tensor]:
         model.zero_grad()
-        labels = labels_of({"input_ids": labelled, "label_mask": mask})
+        labels = get_labels({"input_ids": labelled, "label_mask": mask})
         loss = model(ids, labels=labels).loss.total
         loss.backward()
         return [loss.detach(), *(p.grad.clone() for p in model.parameters())]

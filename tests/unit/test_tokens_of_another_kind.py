@@ -12,7 +12,7 @@ from olmo.config import InstanceFilterConfig
 from olmo.corpus.sources import check_raw
 from olmo.data import batches
 from olmo.data.batches import check_labels
-from olmo.data.memmap import MemMapDataset, check_tokens
+from olmo.data.memmap import MemMapDataset, check_token_files
 from olmo.train import loop
 
 VOCABULARY = 50_304
@@ -27,7 +27,7 @@ def ids(count: int = 4000, highest: int = VOCABULARY) -> np.ndarray:
 
 
 def check(path: Path, dtype: Any = np.uint16, vocabulary: int = VOCABULARY) -> int:
-    return check_tokens(MemMapDataset(path, chunk_size=8, memmap_dtype=dtype), vocabulary)
+    return check_token_files(MemMapDataset(path, chunk_size=8, memmap_dtype=dtype), vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -154,19 +154,19 @@ def test_labels_are_bytes_of_0_and_1(tmp_path: Path, largest: int) -> None:
     data = labelled(tmp_path, labels)
     found = labels.max()
     with pytest.raises(ValueError, match=rf"m\.npy: expected a byte for each .* found {found};"):
-        check_tokens(data, VOCABULARY)
+        check_token_files(data, VOCABULARY)
     assert data[0]["label_mask"].tolist() == (labels[:8] != 0).tolist(), "and no other bytes"
     data = labelled(tmp_path, labels != 0)
-    assert check_tokens(data, VOCABULARY) == 320
+    assert check_token_files(data, VOCABULARY) == 320
 
 
 def test_labels_with_a_header_or_of_another_type(tmp_path: Path) -> None:
     data = labelled(tmp_path, np.ones(320, np.int64))
-    with pytest.raises(ValueError, match=r"each of 320 tokens, found 2560 in .* of one byte each"):
-        check_tokens(data, VOCABULARY)
+    with pytest.raises(ValueError, match=r"each of 320 tokens, found 2560 in .*, one byte each"):
+        check_token_files(data, VOCABULARY)
     np.save(tmp_path / "m.npy", np.ones(320, np.bool_))
     with pytest.raises(ValueError, match=r"m\.npy: expected raw .* a numpy file .*'bool'"):
-        check_tokens(data, VOCABULARY)
+        check_token_files(data, VOCABULARY)
 
 
 def test_data_of_which_nothing_is_learned(
@@ -177,11 +177,11 @@ def test_data_of_which_nothing_is_learned(
     last[-1, -1] = True
     check_labels(labelled(tmp_path, last))
     for labels in (nothing, first):
-        with pytest.raises(ValueError, match=r"none in 40 of 40 .* mend data.label_mask_paths$"):
+        with pytest.raises(ValueError, match=r"none in 40 of 40 .* change data.label_mask_paths$"):
             check_labels(labelled(tmp_path, labels))
-    check_labels(labelled(tmp_path, nothing), "evaluators.x.data", needed=False)
-    assert "mend evaluators.x.data.label_mask_paths" in capsys.readouterr().err
-    monkeypatch.setattr(batches, "LOOKED_AT", 4)
+    check_labels(labelled(tmp_path, nothing), "evaluators.x.data", required=False)
+    assert "change evaluators.x.data.label_mask_paths" in capsys.readouterr().err
+    monkeypatch.setattr(batches, "MAX_INSTANCES_CHECKED", 4)
     check_labels(labelled(tmp_path, nothing))
     assert "WARNING: data: expected tokens to learn, found none in 4 of 40" in (
         capsys.readouterr().err
@@ -192,10 +192,10 @@ def test_a_filter_or_padding_that_leaves_nothing(tmp_path: Path) -> None:
     np.ones(320, np.uint16).tofile(tmp_path / "t.npy")
     limits = InstanceFilterConfig(repetition_max_count=3)
     data = MemMapDataset(tmp_path / "t.npy", chunk_size=80, instance_filter_config=limits)
-    with pytest.raises(ValueError, match=r"mend data.instance_filter$"):
+    with pytest.raises(ValueError, match=r"change data.instance_filter$"):
         check_labels(data)
     padded: dict[str, Any] = {"generate_attention_mask": True, "pad_token_id": 1}
-    with pytest.raises(ValueError, match=r"mend data.generate_attention_mask$"):
+    with pytest.raises(ValueError, match=r"change data.generate_attention_mask$"):
         check_labels(MemMapDataset(tmp_path / "t.npy", chunk_size=8, **padded))
     check_labels(MemMapDataset(tmp_path / "t.npy", chunk_size=8))
 

@@ -19,7 +19,7 @@ from olmo.checkpoint import mirror as checkpoints
 from olmo.config import TrainConfig
 from olmo.corpus import arriving, source_table
 from olmo.corpus.sources import download, source_list
-from olmo.data.files import Tokens
+from olmo.data.files import TokenFile
 from olmo.inspect.run import load
 from olmo.io import downloads, sealed
 from olmo.io.bucket import Bucket
@@ -197,7 +197,7 @@ def test_every_way_to_ask_a_server_has_the_secret(
     (tmp_path / "there/config.yaml").write_text("run_name: theirs\n")
     assert load(f"http://{USER}{guarded}/config.yaml").run_name == "theirs"
     with pytest.raises(ValueError, match="expected a part of the file"):  # not 403
-        Tokens(signed, "uint16").read(0, 4)
+        TokenFile(signed, "uint16").read(0, 4)
     assert AZURE in ASKED[-1]
     with pytest.raises(ValueError) as refused:
         checkpoints.fetched(f"http://{USER}{guarded}/step5", project)

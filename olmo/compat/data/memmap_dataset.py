@@ -1,3 +1,3 @@
-"""OLMo's name for `olmo.data.memmap`."""
+"""OLMo's module path for a class of `olmo.data.memmap`."""
 
 from olmo.data.memmap import MemMapDataset as MemMapDataset
