@@ -20,11 +20,11 @@ from olmo.distributed.parallelize import parallelize
 from olmo.distributed.world import World
 from olmo.model import OLMo
 from olmo.model.attention import Backend
-from olmo.model.kernels import Mask, Setting, why_not
+from olmo.model.kernels import Mask, Setting, find_kernel_problem
 from olmo.model.loss import CrossEntropy, losses
 from olmo.optim.build import build_optimizer
 from olmo.optim.master_weights import MasterWeights
-from olmo.precision.fp8 import Recipe, linear, scaled
+from olmo.precision.fp8 import ProductSettings, float8_linear, scaled_mm
 from olmo.train.step import clear_gradients, forward_backward
 
 BF16 = torch.bfloat16
@@ -59,7 +59,7 @@ def attention(device: torch.device, kind: str) -> None:
             for mask in (Mask.causal, Mask.documents) if head_size in (16, 128) else (Mask.causal,):
                 setting = Setting(device, dtype, 8, 8, head_size, mask)
                 what = f"attention by {backend}, head size {head_size}, mask {mask}"
-                reason = why_not(backend, setting)
+                reason = find_kernel_problem(backend, setting)
                 passed = (
                     None if reason and "off what the formula says" not in reason else not reason
                 )
@@ -106,7 +106,7 @@ def eight_bits(device: torch.device, kind: str) -> None:
 
     def layer(x: Tensor) -> Tensor:
         with torch.autocast(kind, BF16):
-            return linear(x, weight, None, Recipe(scaled))
+            return float8_linear(x, weight, None, ProductSettings(scaled_mm))
 
     def exact(x: Tensor) -> Tensor:
         return nn.functional.linear(x, weight)

@@ -73,7 +73,7 @@ def prepare(section: Section, cell: Cell) -> Training:
     fill(model)
     attention = model.use_attention(device, cfg.autocast_precision, cfg.attention)
     model.to(device)
-    float8 = backends.prepare(model, cfg.fp8, device)[0] if cfg.fp8 else None
+    float8 = backends.convert_to_float8(model, cfg.fp8, device)[0] if cfg.fp8 else None
     if cfg.cross_entropy is not None:
         model.cross_entropy = cfg.cross_entropy
     parallelize(cfg, model, World(0, 0, 1, device, ""))

@@ -18,7 +18,7 @@ from olmo.distributed.world import World
 from olmo.eval.choices import LONGEST, Score, encoded, log_likelihoods, score
 from olmo.eval.perplexity import HeldOut
 from olmo.eval.tasks import Request, Task, requests, task_of
-from olmo.precision.autocast import autocast
+from olmo.precision.autocast import autocast_context
 from olmo.runtime.log import log
 from olmo.tokenizer import Tokenizer
 
@@ -107,7 +107,7 @@ class Choices:
 
         def likelihoods(prompts: Sequence[Any]) -> torch.Tensor:
             size, pad = self._batch_size, cfg.model.pad_token_id
-            kind = autocast(cfg, world.device)
+            kind = autocast_context(cfg, world.device)
             return log_likelihoods(model, prompts, size, pad, world, kind)
 
         given = likelihoods(self.prompts)

@@ -21,7 +21,7 @@ from olmo.data.batches import build_eval_batches, get_labels, select_model_input
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
 from olmo.distributed.watchdog import report_progress
 from olmo.distributed.world import World
-from olmo.precision.autocast import autocast
+from olmo.precision.autocast import autocast_context
 from olmo.runtime.numbers import perplexity
 
 PER_LABEL = "CrossEntropyLossPerLabel"
@@ -105,7 +105,7 @@ class HeldOut:
         batches = build_eval_batches(cfg, self._data, self._batch_size, world.rank, world.size)
         for batch in islice(batches, self._batches if self._batches > 0 else None):
             batch = {k: v.to(world.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            with autocast(cfg, world.device):
+            with autocast_context(cfg, world.device):
                 values = instance_losses(model, batch)
             losses.add(batch, values)
             report_progress()

@@ -95,7 +95,7 @@ def choose(
     )
     if backend is not None:
         backend = Backend(backend)
-        if problem := why_not(backend, setting, tries):
+        if problem := find_kernel_problem(backend, setting, tries):
             raise ValueError(
                 f"attention backend {backend} is not available: {problem} ({setting}). "
                 "Leave `attention` out to have the fastest that works"
@@ -105,7 +105,7 @@ def choose(
     for candidate in order(setting):
         if config.flash_attention and candidate not in FLASH:
             continue
-        problem = why_not(candidate, setting, tries)
+        problem = find_kernel_problem(candidate, setting, tries)
         if problem is None:
             reason = f"the fastest for {setting}"
             if config.flash_attention:
@@ -145,7 +145,7 @@ def order(setting: Setting) -> list[Backend]:
     return [*fused, *masked, Backend.efficient, Backend.math]
 
 
-def why_not(backend: Backend, setting: Setting, tries: bool = True) -> str | None:
+def find_kernel_problem(backend: Backend, setting: Setting, tries: bool = True) -> str | None:
     """None where `backend` works, forward and backward, else one sentence with the remedy."""
     problem = _known(backend, setting)
     return trial(backend, setting) if problem is None and tries else problem

@@ -101,7 +101,7 @@ def losses(
         return linear_cross_entropy(x, weight, labels, bias, scale, z_multiplier)
     zero = torch.zeros((), device=x.device)
     if by is CrossEntropy.torch:
-        assert not z_multiplier, "refused by why_not"
+        assert not z_multiplier, "refused by find_loss_problem"
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         options = torch.nn.LinearCrossEntropyOptions(  # type: ignore[attr-defined]
@@ -135,7 +135,7 @@ def losses(
     return LossSums(ce + z, ce.detach(), z.detach())
 
 
-def why_not(cfg: TrainConfig) -> str | None:
+def find_loss_problem(cfg: TrainConfig) -> str | None:
     """None where cfg.cross_entropy can be had, else one sentence with the remedy."""
     if cfg.cross_entropy is not CrossEntropy.torch:
         return None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from olmo.config import TrainConfig
 
 
-def why_not(cfg: TrainConfig, sharded: bool) -> str | None:
+def find_master_weights_problem(cfg: TrainConfig, sharded: bool) -> str | None:
     """None where the run can have master weights, else one sentence with the remedy."""
     if cfg.precision != "amp_bf16":
         return f"it keeps weights in bfloat16, and precision is {cfg.precision}; set amp_bf16"

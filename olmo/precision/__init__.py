@@ -1,1 +1,1 @@
-"""Training below 16 bits."""
+"""Autocast, and training in 8 bits."""

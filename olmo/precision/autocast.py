@@ -1,8 +1,8 @@
-"""In which type matrix products run."""
+"""Mixed precision: the dtype that matrix products run in."""
 
 from __future__ import annotations
 
-import contextlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ import torch
 from olmo.config import TrainConfig
 
 
-def autocast(cfg: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context that matrix products run in: bf16 or fp16 where configured, on a CPU too."""
+def autocast_context(cfg: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The autocast context for cfg.precision: bfloat16 or float16, on a CPU too, or none (fp32)."""
     dtype = cfg.autocast_precision
     if dtype == torch.float32:
-        return contextlib.nullcontext()
+        return nullcontext()
     return torch.autocast(device.type, dtype=dtype)

@@ -1,10 +1,10 @@
 """MS-AMP (Peng et al. 2023, arXiv:2310.18313): 8-bit products, gradients and optimizer state.
 
-The adapter behind `use_msamp: true`. MS-AMP is on no package index (github.com/Azure/MS-AMP, v0.4),
-needs torch 2.1 and does not work with later ones; this trainer needs torch 2.11. So `why_not` has a
-reason wherever this runs today, envs/msamp.txt is an environment for what was written for MS-AMP,
-and what is below follows its source and has not been run beside it. What it offers is had without
-it: `fp8: {backend: native}` and `optimizer.packed_state: true`.
+The adapter behind `use_msamp: true`. MS-AMP v0.4 (github.com/Azure/MS-AMP, on no package index)
+needs torch 2.1 and fails with later versions; this trainer needs torch 2.11. So today
+`find_msamp_problem` finds one on every machine, and this code, which follows MS-AMP's source, has
+never run with it. `envs/msamp.txt` describes an environment for MS-AMP itself. The same features
+without it: `fp8: {backend: native}` and `optimizer.packed_state: true`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from olmo.config import OptimizerType, TrainConfig
 
-# O1: products and gradients in 8 bits; O2: the optimizer's first moment too, its second in 16.
+# O1: products and gradients in 8 bits. O2: also the first moment in 8 and the second in 16.
 OPT_LEVEL = "O2"
-# The first torch that MS-AMP does not work with (its issue 158).
+# The first torch version that MS-AMP fails with (its issue 158).
 TOO_NEW = (2, 2)
 
 
-def why_not(cfg: TrainConfig) -> str | None:
-    """None where MS-AMP can be used, else one sentence with the remedy."""
+def find_msamp_problem(cfg: TrainConfig) -> str | None:
+    """None where MS-AMP works, else one sentence with the remedy."""
     remedy = (
         "--use_msamp=false --precision=amp_bf16 trains without it, with fp8: {backend: native} and "
         "optimizer.packed_state: true in 8 bits as well"
@@ -45,8 +45,8 @@ def why_not(cfg: TrainConfig) -> str | None:
     return None
 
 
-class Cast:
-    """MS-AMP's optimizer with the methods that training asks of ours."""
+class MSAMPOptimizer:
+    """MS-AMP's optimizer, with the interface of olmo.optim.Optimizer."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -54,15 +54,15 @@ class Cast:
         self.found_inf: Tensor | None = None
 
     def clip_grads_and_collect_metrics(self, *_: Any, **__: Any) -> dict[str, Tensor]:
-        """By MS-AMP's own clipping, which knows 8-bit gradients; all of them together."""
+        """Clip by the global norm with MS-AMP's function, which handles 8-bit gradients."""
         parameters = [p for group in self.param_groups for p in group["params"]]
-        limit = self.param_groups[0].get("max_grad_norm") or 0.0  # 0: only measured
+        limit = self.param_groups[0].get("max_grad_norm") or 0.0  # 0: measure only
         norm = importlib.import_module("msamp").clip_grad_norm_(parameters, limit)
         self.found_inf = (~torch.isfinite(norm)).float()
         return {"total_grad_norm": norm}
 
     def step(self) -> None:
-        """Nothing moves if a gradient was not finite; that has to be asked of the device."""
+        """Update, unless a gradient was not finite. Reading that flag waits for the device."""
         if self.found_inf is None or not self.found_inf:
             self._optimizer.step()
 
@@ -73,35 +73,37 @@ class Cast:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's, in float32."""
+        """AdamW's state, in float32."""
         state = self._optimizer.state_dict()
-        plain = {number: {n: _plain(v) for n, v in kept.items()} for number, kept in
-                 state["state"].items()}  # fmt: skip
-        return {**state, "state": plain}
+        as_float32 = {
+            index: {name: _to_float32(value) for name, value in moments.items()}
+            for index, moments in state["state"].items()
+        }
+        return {**state, "state": as_float32}
 
 
 def initialize(model: Any, optimizer: Any) -> tuple[Any, Any]:
-    """The model and its optimizer with MS-AMP's linear layers and state in their place.
+    """Replace the model's linear layers and the optimizer by MS-AMP's; returns both.
 
-    To be called when weights are loaded. What the model saves stays float32.
+    Call after the weights are loaded. The model's state_dict stays float32.
     """
     msamp = importlib.import_module("msamp")
-    # It takes torch's own class only, and hands its settings on to AdamW's double.
+    # MS-AMP accepts torch's own class only, and builds its LBAdamW with the same settings.
     settings = {k: optimizer.defaults[k] for k in ("lr", "betas", "eps", "weight_decay")}
     groups = [{k: v for k, v in g.items() if k != "fused"} for g in optimizer.param_groups]
-    model, cast = msamp.initialize(
+    model, converted = msamp.initialize(
         model, torch.optim.AdamW(groups, **settings), opt_level=OPT_LEVEL
     )
-    model.register_state_dict_post_hook(lambda *given: _save_plain(given[1]))
-    return model, Cast(cast)
+    model.register_state_dict_post_hook(_convert_state_dict)
+    return model, MSAMPOptimizer(converted)
 
 
-def _save_plain(state: dict[str, Any]) -> None:
+def _convert_state_dict(_: Any, state: dict[str, Any], *__: Any) -> None:
     for name in list(state):
-        state[name] = _plain(state[name])
+        state[name] = _to_float32(state[name])
 
 
-def _plain(value: Any) -> Any:
-    """A tensor of MS-AMP's, which is none of torch's, as float32; anything else as it is."""
-    foreign = not isinstance(value, Tensor) and hasattr(value, "float")
-    return value.float() if foreign else value
+def _to_float32(value: Any) -> Any:
+    """A ScalingTensor of MS-AMP (no subclass of torch's Tensor) as float32; others unchanged."""
+    is_scaling_tensor = not isinstance(value, Tensor) and hasattr(value, "float")
+    return value.float() if is_scaling_tensor else value

@@ -35,8 +35,7 @@ from olmo.optim.clipping import Optimizer
 from olmo.optim.master_weights import MasterWeights
 from olmo.optim.schedule import BoltOnWarmupScheduler, Scheduler, build_scheduler
 from olmo.precision import msamp
-from olmo.precision.backends import Backend as Float8Backend
-from olmo.precision.backends import prepare
+from olmo.precision.backends import Float8Converter, convert_to_float8
 from olmo.runtime.log import format_count, log, log_on_rank0_only
 from olmo.runtime.process import FINISHED, MARKER
 from olmo.train.meters import SpeedMeter, device_flops, memory_metrics
@@ -142,9 +141,9 @@ def _train(cfg: TrainConfig, world: World, stop: StopRequest) -> int:
         log.info(f"cross-entropy: {cfg.cross_entropy}")
 
     model.to(world.device)
-    float8: Float8Backend | None = None
+    float8: Float8Converter | None = None
     if cfg.fp8 is not None:
-        float8, how = prepare(model, cfg.fp8, world.device)
+        float8, how = convert_to_float8(model, cfg.fp8, world.device)
         log.info(f"fp8: {how}")
     log.info(f"parallelism: {parallelize(cfg, model, world)}")
     optimizer = build_optimizer(cfg, model)

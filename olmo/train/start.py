@@ -87,11 +87,11 @@ def check_device(cfg: TrainConfig, device: torch.device, sharded: bool) -> None:
     Raises:
         ValueError: with the remedy.
     """
-    if cfg.use_msamp and (reason := msamp.why_not(cfg)):
+    if cfg.use_msamp and (reason := msamp.find_msamp_problem(cfg)):
         raise ValueError(f"use_msamp: {reason}")
-    if cfg.master_weights and (reason := master_weights.why_not(cfg, sharded)):
+    if cfg.master_weights and (reason := master_weights.find_master_weights_problem(cfg, sharded)):
         raise ValueError(f"master_weights: {reason}")
-    if cfg.cross_entropy is not None and (reason := loss.why_not(cfg)):
+    if cfg.cross_entropy is not None and (reason := loss.find_loss_problem(cfg)):
         raise ValueError(f"cross_entropy: {cfg.cross_entropy} is not available: {reason}")
     if cfg.compile and cfg.compile.coordinate_descent_tuning and cfg.compile.mode:
         raise ValueError(
@@ -99,7 +99,7 @@ def check_device(cfg: TrainConfig, device: torch.device, sharded: bool) -> None:
             f"{cfg.compile.mode}, which says by itself what is tuned; --compile.mode=null"
         )
     if cfg.fp8 is not None:
-        backends.available(cfg.fp8, device)
+        backends.get_converter(cfg.fp8, device)
     choose(cfg.model, device, cfg.autocast_precision, cfg.attention, masks(cfg))
 
 

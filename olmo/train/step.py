@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from olmo.config import TrainConfig
 from olmo.data.batches import get_labels, select_model_inputs
 from olmo.distributed.reduce import GradientReducer
-from olmo.precision.autocast import autocast
+from olmo.precision.autocast import autocast_context
 
 
 @dataclass
@@ -115,7 +115,7 @@ def forward_backward(
             # How many documents there are at most differs from batch to batch.
             micro["doc_lens"] = F.pad(micro["doc_lens"], (0, 1))  # two of them at least
             torch._dynamo.mark_dynamic(micro["doc_lens"], 1)
-        with autocast(cfg, device):
+        with autocast_context(cfg, device):
             labels = get_labels(micro)
             loss = model(
                 **select_model_inputs(micro), labels=labels, z_multiplier=z_multiplier

@@ -6,7 +6,7 @@ import torch
 from olmo.config import ModelConfig
 from olmo.model import OLMo
 from olmo.model.attention import Backend
-from olmo.model.kernels import Mask, Setting, trial, why_not
+from olmo.model.kernels import Mask, Setting, find_kernel_problem, trial
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -18,7 +18,7 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("backend", Backend)
 def test_beside_the_formula(backend: Backend, n_kv_heads: int, head_size: int, mask: Mask):
     setting = Setting(torch.device("cuda", 0), BF16, 8, n_kv_heads, head_size, mask)
-    if problem := why_not(backend, setting, tries=False):
+    if problem := find_kernel_problem(backend, setting, tries=False):
         pytest.skip(problem)
     assert trial(backend, setting) is None
 
@@ -46,7 +46,7 @@ def test_a_model_with_it(backend: Backend, lengths: list | None, compiled: bool)
         return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
     setting = Setting(torch.device("cuda", 0), BF16, 4, 4, 128, mask)
-    if problem := why_not(backend, setting):
+    if problem := find_kernel_problem(backend, setting):
         pytest.skip(problem)
     for found, exact in zip(run(backend, compiled), run(Backend.math, False), strict=True):
         assert (found - exact).norm() <= 0.03 * exact.norm()

@@ -16,7 +16,7 @@ from olmo.config import ModelConfig
 from olmo.model import OLMo, kernels
 from olmo.model import attention as module
 from olmo.model.attention import KERNELS, Backend, attention, document_mask, documents
-from olmo.model.kernels import Mask, Setting, choose, trial, why_not
+from olmo.model.kernels import Mask, Setting, choose, find_kernel_problem, trial
 from olmo.train.start import masks
 
 CUDA, CPU, BF16 = torch.device("cuda", 0), torch.device("cpu"), torch.bfloat16
@@ -63,7 +63,7 @@ REFUSALS = [
 def test_why_not(
     hopper: pytest.MonkeyPatch, backend: Backend, asked: dict, refusing: set, words: tuple
 ):
-    problem = why_not(backend, GOOD._replace(**asked))
+    problem = find_kernel_problem(backend, GOOD._replace(**asked))
     assert (problem is not None) == (backend in refusing), problem
     for word in words if problem else ():
         assert word in problem
@@ -78,7 +78,7 @@ def test_why_not_on_another_gpu(
     hopper: pytest.MonkeyPatch, backend: Backend, capability: tuple, refusing: set
 ):
     hopper.setattr(kernels, "capability", lambda device: capability)
-    problem = why_not(backend, GOOD)
+    problem = find_kernel_problem(backend, GOOD)
     assert (problem is not None) == (backend in refusing), problem
     if problem:
         assert "NVIDIA H200" in problem and f"{capability[0]}.{capability[1]}" in problem
@@ -88,8 +88,10 @@ def test_why_not_on_another_gpu(
 def test_cudnns_large_heads_are_for_hopper(hopper: pytest.MonkeyPatch, capability: tuple):
     """torch 2.11 and 2.13 refuse them elsewhere (check_cudnn_tensor_shapes in sdp_utils.cpp)."""
     hopper.setattr(kernels, "capability", lambda device: capability)
-    assert why_not(Backend.cudnn, GOOD) is None
-    assert "Hopper GPUs (9.0) only" in (why_not(Backend.cudnn, GOOD._replace(head_size=192)) or "")
+    assert find_kernel_problem(Backend.cudnn, GOOD) is None
+    assert "Hopper GPUs (9.0) only" in (
+        find_kernel_problem(Backend.cudnn, GOOD._replace(head_size=192)) or ""
+    )
 
 
 @pytest.mark.parametrize("backend", PACKAGES)
@@ -101,21 +103,21 @@ def test_why_not_without_the_package(
     name = PACKAGES[backend]
     with monkeypatch.context() as patch:
         patch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
-        assert why_not(backend, GOOD) == f"the package {KERNELS[backend].install}"
+        assert find_kernel_problem(backend, GOOD) == f"the package {KERNELS[backend].install}"
         assert "missing: p" in KERNELS[backend].install
     # One that was built for another torch.
     place = tmp_path.joinpath(*name.split("."))
     place.mkdir(parents=True)
     (place / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(tmp_path)
-    problem = why_not(backend, GOOD) or ""
+    problem = find_kernel_problem(backend, GOOD) or ""
     sys.modules.pop("flash_attn", None)  # the folder around flash_attn.cute
     assert "undefined symbol" in problem and f"install it again, for torch {torch.__version__}" in (
         problem
     )
     for other in (Backend.fa2, Backend.fa4):
         if other is not backend and backend is not Backend.fa3:  # they share a folder
-            assert why_not(other, GOOD) == f"the package {KERNELS[other].install}"
+            assert find_kernel_problem(other, GOOD) == f"the package {KERNELS[other].install}"
 
 
 def test_what_is_passed_over_is_told(hopper: pytest.MonkeyPatch):
@@ -244,7 +246,7 @@ def test_a_trial_finds_a_kernel_that_computes_something_else(monkeypatch: pytest
         trial.cache_clear()
         package = fake_package(Backend.fa2, [], causal_as_asked=honest)
         monkeypatch.setitem(module._loaded, Backend.fa2, package)
-        problem = why_not(Backend.fa2, setting)
+        problem = find_kernel_problem(Backend.fa2, setting)
         assert problem is None if honest else "off what the formula says" in problem
     trial.cache_clear()
 
@@ -253,7 +255,7 @@ def test_a_trial_finds_a_kernel_that_computes_something_else(monkeypatch: pytest
 
     monkeypatch.setitem(module._loaded, Backend.fa2, SimpleNamespace(flash_attn_func=broken))
     why = "a trial of it failed (no kernel image is available); leave it out"
-    assert why_not(Backend.fa2, setting) == why
+    assert find_kernel_problem(Backend.fa2, setting) == why
     config = ModelConfig(**SETTINGS | {"d_model": 64, "n_heads": 4, "n_kv_heads": 2})
     with pytest.raises(ValueError, match="backend fa2 is not available: a trial of it failed"):
         choose(config, CPU, backend="fa2")

@@ -20,8 +20,14 @@ from olmo.model import OLMo, loss
 from olmo.optim.build import build_optimizer
 from olmo.optim.master_weights import MasterWeights
 from olmo.precision import fp8
-from olmo.precision.backends import backend, prepare
-from olmo.precision.fp8 import Delayed, Recipe, emulated, linear, scaled
+from olmo.precision.backends import build_converter, convert_to_float8
+from olmo.precision.fp8 import (
+    DelayedScaling,
+    ProductSettings,
+    emulated_mm,
+    float8_linear,
+    scaled_mm,
+)
 from olmo.train.start import check_device
 from olmo.train.step import clear_gradients, forward_backward
 
@@ -53,31 +59,34 @@ def results(layer: Callable[[Tensor], Tensor], weights: nn.Module, x: Tensor) ->
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("recipe", FP8Recipe)
-@pytest.mark.parametrize("product", [scaled, emulated], ids=["native", "emulate"])
-def test_a_layer_in_8_bits(product: fp8.Product, recipe: FP8Recipe, autocast: bool):
-    name = FP8Backend.native if product is scaled else FP8Backend.emulate
-    if why := backend(name).why_not(CPU, FP8Config(backend=name, recipe=recipe)):
+@pytest.mark.parametrize("product", [scaled_mm, emulated_mm], ids=["native", "emulate"])
+def test_a_layer_in_8_bits(product: fp8.ScaledProduct, recipe: FP8Recipe, autocast: bool):
+    name = FP8Backend.native if product is scaled_mm else FP8Backend.emulate
+    if why := build_converter(name).find_problem(CPU, FP8Config(backend=name, recipe=recipe)):
         pytest.skip(why)
     torch.manual_seed(0)
     layer, x = nn.Linear(32, 48), torch.randn(64, 32)
-    by_rows = recipe is not FP8Recipe.tensorwise
-    how = Recipe(product, by_rows, recipe is FP8Recipe.rowwise_with_gw_hp)
-    for scaling in list(FP8Scaling)[: 1 if by_rows else 2]:
+    rowwise = recipe is not FP8Recipe.tensorwise
+    settings = ProductSettings(product, rowwise, recipe is FP8Recipe.rowwise_with_gw_hp)
+    for scaling in list(FP8Scaling)[: 1 if rowwise else 2]:
         states = [
-            Delayed(2, CPU) if scaling is FP8Scaling.delayed else None for _ in ("eager", "not")
+            DelayedScaling(2, CPU) if scaling is FP8Scaling.delayed else None
+            for _ in ("eager", "compiled")
         ]
 
-        def in_eight_bits(x: Tensor, delayed: Delayed | None) -> Tensor:
+        def in_float8(x: Tensor, delayed: DelayedScaling | None) -> Tensor:
             with torch.autocast("cpu", BF16, enabled=autocast):
-                return linear(x, layer.weight, layer.bias, how, delayed)
+                return float8_linear(x, layer.weight, layer.bias, settings, delayed)
 
-        compiled = torch.compile(in_eight_bits, fullgraph=True, backend=BACKEND)
-        eager = results(lambda x, s=states: in_eight_bits(x, s[0]), layer, x)
+        compiled = torch.compile(in_float8, fullgraph=True, backend=BACKEND)
+        eager = results(lambda x, s=states: in_float8(x, s[0]), layer, x)
         found = results(lambda x, s=states, c=compiled: c(x, s[1]), layer, x)
         errors = list(map(off, found, eager))
         assert max(errors) < (0.03 if autocast else 1e-5), errors
         if scaling is FP8Scaling.delayed:
-            torch.testing.assert_close(states[1].seen, states[0].seen, rtol=0.03, atol=0)
+            torch.testing.assert_close(
+                states[1].current_amax, states[0].current_amax, rtol=0.03, atol=0
+            )
 
 
 def test_what_is_quantized_is_what_a_product_would_take(monkeypatch: pytest.MonkeyPatch):
@@ -93,14 +102,16 @@ def test_what_is_quantized_is_what_a_product_would_take(monkeypatch: pytest.Monk
 
     def product(a: Tensor, sa: Tensor, b: Tensor, sb: Tensor, out: Any, is_fast: bool) -> Tensor:
         fast.append(is_fast)
-        return emulated(a, sa, b, sb, out)
+        return emulated_mm(a, sa, b, sb, out)
 
     monkeypatch.setattr(fp8, "quantize", noted)
     layer = nn.Linear(32, 48, bias=False)
-    for by_rows in (False, True):
+    for rowwise in (False, True):
         taken.clear(), fast.clear()
         with torch.autocast("cpu", BF16):
-            y = linear(torch.randn(64, 32), layer.weight, None, Recipe(product, by_rows))
+            y = float8_linear(
+                torch.randn(64, 32), layer.weight, None, ProductSettings(product, rowwise)
+            )
         assert taken == [BF16, torch.float32], "the input, the weight"
         y.float().sum().backward()
         # Fast accumulation in forward alone: gradients span more binary orders.
@@ -179,7 +190,7 @@ def test_a_step_of_the_trainer(name: str, tmp_path: Any):
         cfg.compile = compiler
         model = copy.deepcopy(fresh).train()
         if cfg.fp8 is not None:
-            prepare(model, cfg.fp8, CPU)
+            convert_to_float8(model, cfg.fp8, CPU)
         parallelize(cfg, model, World(0, 0, 1, CPU, ""))
         optimizer = build_optimizer(cfg, model)
         master_weights = MasterWeights(model, optimizer) if cfg.master_weights else None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from olmo.config import CompilerConfig, CrossEntropy, ModelConfig, TrainConfig
 from olmo.data.batches import get_labels
 from olmo.model import OLMo
-from olmo.model.loss import _compute, _rows, linear_cross_entropy, losses, why_not
+from olmo.model.loss import _compute, _rows, find_loss_problem, linear_cross_entropy, losses
 
 TINY = {
     "d_model": 32,
@@ -137,7 +137,7 @@ def test_no_tensor_holds_all_logits() -> None:
     [("chunked", 0.0), ("chunked", 0.01), ("plain", 0.0), ("plain", 0.01), ("torch", 0)],
 )
 def test_compiled_is_the_same(by: str, z: float) -> None:
-    if reason := why_not(TrainConfig(cross_entropy=CrossEntropy(by))):
+    if reason := find_loss_problem(TrainConfig(cross_entropy=CrossEntropy(by))):
         pytest.skip(reason)
     torch.manual_seed(0)
     model = OLMo(ModelConfig(**TINY | {"weight_tying": True}))
@@ -190,9 +190,9 @@ def test_the_head_takes_a_fifth_of_the_memory() -> None:
 
 def test_why_torchs_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refused(**changes: Any) -> str | None:
-        return why_not(TrainConfig(cross_entropy=CrossEntropy.torch, **changes))
+        return find_loss_problem(TrainConfig(cross_entropy=CrossEntropy.torch, **changes))
 
-    assert why_not(TrainConfig(softmax_auxiliary_loss=True)) is None
+    assert find_loss_problem(TrainConfig(softmax_auxiliary_loss=True)) is None
     with monkeypatch.context() as patch:
         patch.setattr(F, "linear_cross_entropy", lambda: None, raising=False)
         assert refused() is None and refused(compile=CompilerConfig(fullgraph=True)) is None

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from olmo.config import FP8Backend, FP8Config, FP8Recipe
 from olmo.precision import msamp
-from olmo.precision.backends import backend, prepare
-from olmo.precision.fp8 import E4M3, Delayed, quantize, scale_of
+from olmo.precision.backends import build_converter, convert_to_float8
+from olmo.precision.fp8 import E4M3, DelayedScaling, compute_scale, quantize
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -39,9 +39,9 @@ def run(config: FP8Config | None, x: Tensor, compiled: bool = False, **sizes: in
     torch.manual_seed(1)
     model = Two(**sizes)
     if config is not None:
-        if why := backend(config.backend).why_not(CPU, config):
+        if why := build_converter(config.backend).find_problem(CPU, config):
             pytest.skip(why)
-        prepare(model, config, CPU)
+        convert_to_float8(model, config, CPU)
     x = x.clone().requires_grad_()
     y = (torch.compile(model, fullgraph=True) if compiled else model)(x)
     y.pow(2).sum().backward()
@@ -125,7 +125,7 @@ def test_names_and_weights_stay_and_evaluation_is_exact(name: FP8Backend):
     plain, eight = Two(), Two()
     eight.load_state_dict(plain.state_dict())
     parameters = list(eight.parameters())
-    found = prepare(eight, FP8Config(backend=name), CPU)[1]
+    found = convert_to_float8(eight, FP8Config(backend=name), CPU)[1]
     assert found == f"2 linear layers (ff_proj, ff_out) in 8 bits by {name}, tensorwise, " + (
         "dynamic scaling"
     )
@@ -139,7 +139,7 @@ def test_names_and_weights_stay_and_evaluation_is_exact(name: FP8Backend):
 
 def test_under_autocast_the_result_has_its_type():
     model = Two()
-    prepare(model, FP8Config(), CPU)
+    convert_to_float8(model, FP8Config(), CPU)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = model(torch.randn(8, 64))
     assert y.dtype == torch.bfloat16
@@ -148,54 +148,58 @@ def test_under_autocast_the_result_has_its_type():
 
 
 def test_delayed_scaling_goes_by_earlier_steps():
-    delayed = Delayed(2, CPU)
+    delayed = DelayedScaling(2, CPU)
     one, four = torch.full((4,), 1.0), torch.full((4,), -4.0)
-    assert delayed.scale(0, one, E4M3) == scale_of(torch.tensor(1.0), E4M3), "nothing seen yet"
+    assert delayed.scale(0, one, E4M3) == compute_scale(torch.tensor(1.0), E4M3), "nothing seen yet"
     delayed.step()
     scale = delayed.scale(0, four, E4M3)
-    assert scale == scale_of(torch.tensor(1.0), E4M3)
+    assert scale == compute_scale(torch.tensor(1.0), E4M3)
     assert (quantize(four, scale, E4M3).float() * scale == -1.0).all(), "cut, not infinite"
     delayed.step()
-    assert delayed.scale(0, one, E4M3) == scale_of(torch.tensor(4.0), E4M3)
+    assert delayed.scale(0, one, E4M3) == compute_scale(torch.tensor(4.0), E4M3)
     delayed.step()
     delayed.step()
-    assert delayed.scale(0, four, E4M3) == scale_of(torch.tensor(1.0), E4M3), "two steps back"
+    assert delayed.scale(0, four, E4M3) == compute_scale(torch.tensor(1.0), E4M3), "two steps back"
     assert delayed.state_dict() == {}
 
 
 def test_only_the_layers_that_are_named():
     config = FP8Config(modules=["ff_out"])
     model = Two()
-    assert prepare(model, config, CPU)[1].startswith("1 linear layers (ff_out)")
+    assert convert_to_float8(model, config, CPU)[1].startswith("1 linear layers (ff_out)")
     x = torch.randn(8, 64)
     assert torch.equal(
         model.ff_proj(x), nn.functional.linear(x, model.ff_proj.weight, model.ff_proj.bias)
     )
     with pytest.raises(ValueError, match=r"expected some of ff_out, ff_proj, found attn_out"):
-        prepare(Two(), FP8Config(modules=["ff_out", "attn_out"]), CPU)
+        convert_to_float8(Two(), FP8Config(modules=["ff_out", "attn_out"]), CPU)
 
 
 def test_why_not(monkeypatch: pytest.MonkeyPatch):
     delayed = FP8Config(scaling="delayed")
     for name in BACKENDS:
-        assert backend(name).why_not(CPU, FP8Config(backend=name)) is None
+        assert build_converter(name).find_problem(CPU, FP8Config(backend=name)) is None
     rowwise = FP8Config(scaling="delayed", recipe="rowwise")
-    assert "recipe: tensorwise" in (backend(FP8Backend.native).why_not(CPU, rowwise) or "")
-    assert "scaling: dynamic" in (backend(FP8Backend.torchao).why_not(CPU, delayed) or "")
+    assert "recipe: tensorwise" in (
+        build_converter(FP8Backend.native).find_problem(CPU, rowwise) or ""
+    )
+    assert "scaling: dynamic" in (
+        build_converter(FP8Backend.torchao).find_problem(CPU, delayed) or ""
+    )
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("not built")
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "_scaled_mm", refuse)
-        why = backend(FP8Backend.native).why_not(CPU, FP8Config())
+        why = build_converter(FP8Backend.native).find_problem(CPU, FP8Config())
         assert why and "not built" in why and "emulate" in why
         with pytest.raises(
             ValueError, match=r"fp8.backend: native is not available: torch .*not built"
         ):
-            prepare(Two(), FP8Config(), CPU)
+            convert_to_float8(Two(), FP8Config(), CPU)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    why = backend(FP8Backend.torchao).why_not(CPU, FP8Config(backend="torchao"))
+    why = build_converter(FP8Backend.torchao).find_problem(CPU, FP8Config(backend="torchao"))
     assert why == "the package torchao is missing: pip install torchao"
 
 
@@ -203,7 +207,7 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch):
 def test_what_this_torch_has_not_the_trainer_refuses(tmp_path: Path, name: str):
     """In 2.11 torch's product with a scale for each row is for GPUs alone, in 2.13 it is not."""
     by_rows = {"backend": name, "recipe": "rowwise"}
-    why = backend(FP8Backend(name)).why_not(CPU, FP8Config(**by_rows))
+    why = build_converter(FP8Backend(name)).find_problem(CPU, FP8Config(**by_rows))
     if why is None:
         assert small_run.run(tmp_path, fp8=by_rows, max_duration=1) == 0
         return
@@ -244,17 +248,21 @@ def test_why_not_msamp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     adamw = small_run.config(tmp_path, use_msamp=True)
     lion = small_run.config(tmp_path, use_msamp=True, optimizer={"name": "lionw"})
     remedy = "optimizer.packed_state: true"
-    assert "AdamW only, not lionw" in (why := msamp.why_not(lion) or "") and remedy in why
-    assert "the package msamp" in (why := msamp.why_not(adamw) or "") and remedy in why
+    assert (
+        "AdamW only, not lionw" in (why := msamp.find_msamp_problem(lion) or "") and remedy in why
+    )
+    assert "the package msamp" in (why := msamp.find_msamp_problem(adamw) or "") and remedy in why
     assert (ROOT / "envs" / "msamp.txt").exists() and "envs/msamp.txt" in why
     with pytest.raises(ValueError, match="use_msamp: the package msamp"):
         small_run.run(tmp_path, use_msamp=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert f"needs torch 2.1, and this is torch {torch.__version__}" in (msamp.why_not(adamw) or "")
+    assert f"needs torch 2.1, and this is torch {torch.__version__}" in (
+        msamp.find_msamp_problem(adamw) or ""
+    )
     monkeypatch.setattr(torch, "__version__", "2.1.2")
-    assert "needs a CUDA GPU" in (msamp.why_not(adamw) or "")
+    assert "needs a CUDA GPU" in (msamp.find_msamp_problem(adamw) or "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert msamp.why_not(adamw) is None
+    assert msamp.find_msamp_problem(adamw) is None
 
 
 def test_how_msamp_is_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -271,7 +279,7 @@ def test_how_msamp_is_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
     stand_in = SimpleNamespace(initialize=initialize, clip_grad_norm_=clip_grad_norm_)
     monkeypatch.setitem(sys.modules, "msamp", stand_in)
-    monkeypatch.setattr(msamp, "why_not", lambda cfg: None)
+    monkeypatch.setattr(msamp, "find_msamp_problem", lambda cfg: None)
     for name in ("ours", "msamp"):
         where = {"save_folder": str(tmp_path / name), "use_msamp": name == "msamp"}
         assert small_run.run(tmp_path, max_grad_norm=1e9, **where) == 0
