@@ -1,7 +1,7 @@
-"""From one command to the processes that train: torchrun here, or srun and torchrun on many nodes.
+"""Start the processes that train: torchrun on this machine, or srun and torchrun on many nodes.
 
-How many nodes and processes there are is no part of what is trained. It stands in the record
-(`olmo.train.segments`) as what happened, each time the run was taken up again.
+The number of nodes and processes is not in a run's identity. Each start or resume records it as a
+segment (`olmo.train.segments`).
 """
 
 import contextlib
@@ -39,9 +39,9 @@ class Geometry:
 
     processes: int = 1  # on each node: one a GPU
     nodes: int = 1
-    min_nodes: int | None = None  # go on with as few as this when nodes are lost; None: with all
+    min_nodes: int | None = None  # continue with this many if nodes are lost; None: with all
     max_restarts: int = 0  # times torchrun starts the processes again before it gives up
-    batch: int | None = None  # instances of a step, where known: all processes share them evenly
+    batch: int | None = None  # instances of a step, if known: divided evenly among all processes
 
     def __post_init__(self) -> None:
         fewest = self.nodes if self.min_nodes is None else self.min_nodes
@@ -55,98 +55,99 @@ class Geometry:
                 raise ValueError(f"{name}: expected at least {least}, found {value}")
         if fewest > self.nodes:
             raise ValueError(f"min_nodes: expected at most nodes ({self.nodes}), found {fewest}")
-        fit = self.counts(1, self.nodes)
+        fit = self.valid_node_counts(1, self.nodes)
         for name, value in (("nodes", self.nodes), ("min_nodes", fewest)):
             if self.nodes > 1 and value not in fit:
                 raise ValueError(
                     f"{name}: expected a number of nodes whose processes, {self.processes} on "
                     f"each, share global_train_batch_size={self.batch} evenly; found {value}. "
-                    f"Those that do, up to {self.nodes}: {', '.join(map(str, fit)) or 'none'}"
+                    f"Valid, up to {self.nodes}: {', '.join(map(str, fit)) or 'none'}"
                 )
 
-    def counts(self, least: int, most: int) -> list[int]:
-        """The numbers of nodes in a range whose processes share a batch evenly."""
+    def valid_node_counts(self, least: int, most: int) -> list[int]:
+        """The numbers of nodes from `least` to `most` whose processes share a batch evenly."""
         batch = 0 if self.batch is None else self.batch
         return [n for n in range(least, most + 1) if batch % (n * self.processes) == 0]
 
     @property
-    def fewest(self) -> int:
-        """The number of nodes without which nothing is trained."""
+    def effective_min_nodes(self) -> int:
+        """The smallest number of nodes to train with."""
         return self.nodes if self.min_nodes is None else self.min_nodes
 
 
 def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
     """Run the trainer on `config` to its end, each process with `threads` CPU threads (None: 1).
 
-    SIGTERM and SIGUSR1 (what a scheduler sends before a time limit) ask it to save and leave; a
-    second one ends it at once.
+    SIGTERM and SIGUSR1 (sent by a scheduler before a time limit) make it save and exit; a second
+    one ends it at once.
 
     Raises:
-        Paused: it was asked to stop, by a signal or its time limit, and has saved. Before a SLURM
-            job's time is up the job is in the queue again by then.
-        ChildProcessError: it ended before its end: why, where the trainer could say it, and
-            whether the same command carries on.
-        ValueError: more nodes were asked for than there are.
+        Paused: it stopped on a signal or its time limit, and has saved. If a SLURM job's time
+            limit was near, the job has been requeued.
+        ChildProcessError: it failed, with the cause if the trainer reported one, and whether the
+            same command continues.
+        ValueError: the allocation has fewer nodes than the run needs.
     """
     folder = config.parent
     for name in (STOP, MARKER, CAUSE, FINISHED):
         (folder / name).unlink(missing_ok=True)
-    command = [*launcher(geometry, config), "-m", "olmo.train", str(config)]
-    # One where none is asked for, as torchrun has it for several processes: bits depend on it, and
-    # are not to depend on this machine's cores.
+    command = [*build_command(geometry, config), "-m", "olmo.train", str(config)]
+    # One thread by default, as torchrun sets for several processes: the bits of results depend on
+    # the number of threads, and must not depend on this machine's cores.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 1), LAUNCHED: "1"}
     with (
         supervised(command, env=environment, stdin=subprocess.DEVNULL) as process,
-        asking_it_to_stop(folder / STOP),
+        request_stop_on_signal(folder / STOP),
     ):
         status = process.wait()
-    see_anew(folder)  # the first process may be on another machine
+    see_anew(folder)  # rank 0 may have written from another machine
     if (folder / MARKER).exists():
-        # Read first: once it is back in the queue, the job may begin elsewhere and remove it.
-        left = sealed.read(folder / MARKER)
-        wait_in_the_queue_again(folder, left)
+        # Read before the requeue: the requeued job may start elsewhere and delete the file.
+        paused = sealed.read(folder / MARKER)
+        requeue_slurm_job(folder, paused)
         raise Paused(
-            f"training paused: at step {left['step']} by {left['by']}, saved to "
-            f"{left['checkpoint']}. Its checkpoints are in {folder}: the same command carries on"
+            f"training paused at step {paused['step']} by {paused['by']}, saved to "
+            f"{paused['checkpoint']}. Its checkpoints are in {folder}: the same command continues"
         )
-    # Of nodes that were lost meanwhile srun tells at the end, when the others have finished.
-    if status and not (geometry.fewest < geometry.nodes and (folder / FINISHED).exists()):
+    # srun also exits with an error if nodes were lost and the others finished the run.
+    if status and not (
+        geometry.effective_min_nodes < geometry.nodes and (folder / FINISHED).exists()
+    ):
         saved = any(folder.glob("step*"))
-        carries_on = f". Its checkpoints are in {folder}: the same command carries on from the last"
+        resume_hint = f". Its checkpoints are in {folder}: the same command continues from the last"
         if (folder / CAUSE).exists():
             cause = sealed.read(folder / CAUSE)
-            if cause["repeats"]:  # mending it may take other settings
-                carries_on = (
-                    f". Its checkpoints are in {folder}; a run of other settings is another"
-                )
-            raise ChildProcessError(f"training ended early: {cause['said']}{carries_on * saved}")
+            if cause["repeats"]:  # the same command fails again
+                resume_hint = f". Its checkpoints, for the same settings only, are in {folder}"
+            raise ChildProcessError(f"training ended early: {cause['said']}{resume_hint * saved}")
         raise ChildProcessError(
             f"training ended early ({describe_exit(status)}) without an error message: a process "
-            f"crashed or was killed; see `dmesg` if memory may have run out{carries_on * saved}"
+            f"crashed or was killed (`dmesg` shows whether memory ran out){resume_hint * saved}"
         )
 
 
 @contextlib.contextmanager
-def asking_it_to_stop(request: Path) -> Iterator[None]:
-    """In the block, SIGTERM and SIGUSR1 make the file `request`, at which the trainer looks.
+def request_stop_on_signal(request: Path) -> Iterator[None]:
+    """In the block, SIGTERM and SIGUSR1 create the file `request`, which the trainer polls.
 
-    A file and no signal: torchrun gives processes to which it passes a signal on 30 seconds to
-    live, srun ends a step that it is told to terminate, and neither can be told otherwise in all
-    versions. The trainer takes the time that its checkpoint takes.
+    A signal would not do: torchrun kills processes 30 seconds after it forwards one, srun ends a
+    step on SIGTERM, and neither is configurable in all versions. A checkpoint may take longer.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def heard(number: int, frame: FrameType | None) -> None:
+    def write_request(number: int, frame: FrameType | None) -> None:
         if request.exists():
             sys.exit(128 + number)
         request.write_text(f"{signal.Signals(number).name}\n")
 
-    before = {s: signal.signal(s, heard) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {s: signal.signal(s, write_request) for s in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
-    except KeyboardInterrupt:  # the trainer, not in our terminal's group, has a moment to save
+    except (
+        KeyboardInterrupt
+    ):  # Ctrl-C does not reach the trainer, which is in another process group
         request.write_text(f"{signal.SIGINT.name}\n")
         raise
     finally:
@@ -154,50 +155,51 @@ def asking_it_to_stop(request: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def wait_in_the_queue_again(folder: Path, left: Mapping[str, Any]) -> None:
-    """Have SLURM put this job back, of which a time limit is near: a pause, and no failed attempt.
+def requeue_slurm_job(folder: Path, paused: Mapping[str, Any]) -> None:
+    """Requeue this SLURM job if its time limit is near, which then is no failed attempt.
 
-    A job that made no step would do so for ever; it fails, and is submitted again with more time.
-    SIGTERM is left alone: who cancels a job does not want it back, who preempts it puts it back.
+    A job that has completed no step is not requeued, since it would repeat that for ever: it
+    fails, and is submitted again with more time. Nor is one that got SIGTERM: it was cancelled, or
+    SLURM requeues it after a preemption.
 
     Args:
-        left: what the trainer wrote when it paused, of which "by" and "step" count.
+        paused: what the trainer wrote when it paused; "by" and "step" are read.
     """
     job = os.environ.get("SLURM_JOB_ID")
     segments = folder / SEGMENTS
-    begun = sealed.load_lines(segments.read_bytes(), segments)[-1]
-    if job is None or left["by"] != signal.SIGUSR1.name or left["step"] <= begun["after"]:
+    segment = sealed.load_lines(segments.read_bytes(), segments)[-1]
+    if job is None or paused["by"] != signal.SIGUSR1.name or paused["step"] <= segment["after"]:
         return
     try:
         scontrol("requeue", job)
-    except ValueError as refused:  # the cluster does not; the job fails, and is submitted again
-        print(f"olmo train: {refused}", file=sys.stderr)
+    except ValueError as error:  # the cluster allows none: the job fails and is submitted again
+        print(f"olmo train: {error}", file=sys.stderr)
 
 
-def launcher(geometry: Geometry, config: Path) -> list[str]:
-    """The command line up to the module that the processes run."""
+def build_command(geometry: Geometry, config: Path) -> list[str]:
+    """The command line of srun and torchrun, up to the module that the processes run."""
     torchrun = [sys.executable, "-m", "olmo.cluster.torchrun"]
     torchrun += ["--nproc-per-node", str(geometry.processes)]
     torchrun += ["--max-restarts", str(geometry.max_restarts)]
     torchrun += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]  # see olmo.cluster.node
     node = [sys.executable, "-m", "olmo.cluster.node"]
-    addresses = allocation(geometry) if geometry.nodes > 1 else []
+    addresses = allocated_addresses(geometry) if geometry.nodes > 1 else []
     count = len(addresses)
     if count < 2:
-        # An address, since a machine may not know its own name; torchrun would wait for that.
+        # An address: torchrun would try to resolve the machine's name, which may fail slowly.
         return [*node, "", *torchrun, "--standalone", "--local-addr=127.0.0.1"]
     job = os.environ["SLURM_JOB_ID"]
-    # One number for all nodes, another for each job and run: two jobs may share a node.
+    # The same port on all nodes, but another for each job and run: two jobs may share a node.
     port = 20_000 + zlib.crc32(f"{job} {config}".encode()) % 10_000
-    # torchrun may go on with any number of nodes in a range: only so far down as each would do.
+    # torchrun accepts a range of nodes, in which every number must share the batch evenly.
     least = count
-    while least - 1 in geometry.counts(geometry.fewest, count):
+    while least - 1 in geometry.valid_node_counts(geometry.effective_min_nodes, count):
         least -= 1
     elastic = least < count
     srun = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap"]
-    # A launcher that fails ends the others, which would wait for it; unless they may go on.
+    # A failed torchrun ends the others, which would wait for it; unless the run is elastic.
     srun += ["--no-kill", "--kill-on-bad-exit=0"] if elastic else ["--kill-on-bad-exit=1"]
-    if cpus := told("SLURM_CPUS_PER_TASK", "CPUs/Task"):
+    if cpus := slurm_value("SLURM_CPUS_PER_TASK", "CPUs/Task"):
         srun.append(f"--cpus-per-task={cpus}")  # sbatch's is not inherited since SLURM 22.05
     nodes = f"{least}:{count}" if elastic else str(count)
     torchrun += [f"--nnodes={nodes}", "--rdzv-backend=c10d"]
@@ -205,39 +207,41 @@ def launcher(geometry: Geometry, config: Path) -> list[str]:
     return [*srun, *node, ",".join(addresses[:2]), *torchrun]
 
 
-def allocation(geometry: Geometry) -> list[str]:
-    """The addresses of the nodes of this SLURM allocation that are to be used.
+def allocated_addresses(geometry: Geometry) -> list[str]:
+    """The addresses of the nodes of this SLURM allocation that the run uses.
 
     Raises:
-        ValueError: there is no allocation, or it is too small.
+        ValueError: this process is not in an allocation, or it is too small.
     """
-    asked = f"nodes: {geometry.nodes}"
-    nodelist = told("SLURM_JOB_NODELIST", "NodeList")
+    setting = f"nodes: {geometry.nodes}"
+    nodelist = slurm_value("SLURM_JOB_NODELIST", "NodeList")
     if not nodelist:
         raise ValueError(
-            f"{asked} needs a SLURM allocation, and this process is in none (SLURM_JOB_ID is "
+            f"{setting} needs a SLURM allocation, and this process is in none (SLURM_JOB_ID is "
             "not set). Submit it: snakemake --workflow-profile profiles/slurm <target>; or "
             f"begin with salloc --nodes={geometry.nodes} --ntasks-per-node=1; or set nodes: 1 for "
             "the run in config/config.yaml"
         )
     names = scontrol("show", "hostnames", nodelist).split()
-    if len(names) < geometry.fewest:
+    if len(names) < geometry.effective_min_nodes:
         raise ValueError(
-            f"{asked} needs at least {geometry.fewest} nodes, and the allocation "
+            f"{setting} needs at least {geometry.effective_min_nodes} nodes, and the allocation "
             f"{os.environ['SLURM_JOB_ID']} has {len(names)}: {nodelist}. Ask for more with "
             f"--nodes={geometry.nodes}, or set nodes: {len(names)} for the run"
         )
-    usable = geometry.counts(geometry.fewest, min(len(names), geometry.nodes))
-    # The name of a node need not be one that the network knows; its address is.
+    usable = geometry.valid_node_counts(
+        geometry.effective_min_nodes, min(len(names), geometry.nodes)
+    )
+    # Addresses, since a node's name may not resolve in the network.
     shown = scontrol("--oneliner", "show", "node", ",".join(names))
     known = dict(re.findall(r"^NodeName=(\S+).*?\sNodeAddr=(\S+)", shown, re.MULTILINE))
     return [known.get(name, name) for name in names[: usable[-1]]]
 
 
-def told(variable: str, field: str) -> str | None:
-    """What SLURM tells a job of itself, by its environment or by a field of `scontrol show job`.
+def slurm_value(variable: str, field: str) -> str | None:
+    """A property of this SLURM job, from the environment or from `scontrol show job`.
 
-    snakemake's executor plugin leaves a job's number in the environment and takes out the rest.
+    snakemake's executor plugin removes all variables of a job but its id from the environment.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or variable in os.environ:
@@ -247,7 +251,7 @@ def told(variable: str, field: str) -> str | None:
 
 
 def scontrol(*words: str) -> str:
-    """What SLURM's own tool says; its words where it fails."""
+    """The output of scontrol; ValueError with its error message if it fails."""
     done = subprocess.run(["scontrol", *words], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"scontrol {' '.join(words)} failed: {done.stderr.strip()}")

@@ -1,6 +1,6 @@
-"""What a node does before torchrun starts on it: python -m olmo.cluster.node ADDRESSES COMMAND…
+"""Prepare a node for torchrun, then run it: python -m olmo.cluster.node ADDRESSES COMMAND…
 
-ADDRESSES are those of the allocation's first nodes, with commas between; "" where there is one.
+ADDRESSES are those of the allocation's first two nodes, comma-separated; "" for a single node.
 """
 
 import os
@@ -11,32 +11,32 @@ from collections.abc import Sequence
 
 import psutil
 
-# How long nodes wait for each other at the start, in seconds: they do not begin at one moment, and
-# the last may be importing torch from a slow file system.
+# Seconds that nodes wait for each other at the start: the last one may still be importing torch
+# from a slow file system.
 JOIN_S = 600
 
 
-def meeting(addresses: Sequence[str], number: int) -> dict[str, str]:
-    """The environment in which torchrun and gloo of node `number` (from 0) find the other nodes.
+def rendezvous_environment(addresses: Sequence[str], number: int) -> dict[str, str]:
+    """The environment by which torchrun and gloo of node `number` (from 0) find the other nodes.
 
-    Both would announce the machine's own name, which may be unknown to the others, or mean
-    127.0.1.1 here. An address by which one node reaches another is one by which it is reached.
+    Both would announce the machine's hostname, which may not resolve on other nodes, or resolve to
+    127.0.1.1 here. The address from which this node reaches another is used instead.
     """
-    # By itself each node would look whether the rendezvous' address is its own, which fails where a
-    # node has several, and is true of two that share one machine.
+    # is_host, since torchrun would compare the rendezvous address with its own: wrong on a node
+    # with several addresses, and true for both of two nodes on one machine.
     found = {"PET_RDZV_CONF": f"join_timeout={JOIN_S},is_host={int(number == 0)}"}
-    own = address_towards(addresses[1 if number == 0 else 0])
+    own = local_address(addresses[1 if number == 0 else 0])
     found["PET_LOCAL_ADDR"] = own
-    if (interface := interface_of(own)) is not None:
+    if (interface := find_interface(own)) is not None:
         found["GLOO_SOCKET_IFNAME"] = interface
     return found
 
 
-def address_towards(other: str) -> str:
-    """This machine's address on the way to another one. Nothing is sent.
+def local_address(other: str) -> str:
+    """This machine's address on the route to another one (a UDP socket; nothing is sent).
 
     Raises:
-        ValueError: there is no way there.
+        ValueError: there is no route.
     """
     try:
         kind, _, _, _, place = socket.getaddrinfo(other, 9, type=socket.SOCK_DGRAM)[0]
@@ -46,13 +46,13 @@ def address_towards(other: str) -> str:
             return own
     except OSError as error:
         raise ValueError(
-            f"{socket.gethostname()}: expected a way to the node {other}, found none ({error}); "
-            "`scontrol show node` tells its NodeAddr, which has to be an address or a known name"
+            f"{socket.gethostname()}: expected a route to the node {other}, found none ({error}); "
+            "its NodeAddr in `scontrol show node` must be an address or a name that resolves"
         ) from None
 
 
-def interface_of(address: str) -> str | None:
-    """The name of the network interface that has an address."""
+def find_interface(address: str) -> str | None:
+    """The name of the network interface with an address; None if there is none."""
     for name, found in psutil.net_if_addrs().items():
         if address in (one.address.split("%")[0] for one in found):
             return name
@@ -60,14 +60,14 @@ def interface_of(address: str) -> str | None:
 
 
 def main(addresses: str, *command: str) -> None:
-    """Ignore a scheduler's signals, find the other nodes, and become `command` (exec)."""
-    # A scheduler sends these to every process of a job. The ranks heed them; torchrun would die of
-    # the one, and at the other give the ranks 30 seconds, whatever the scheduler gives.
+    """Ignore a scheduler's signals, set the rendezvous environment, and exec `command`."""
+    # A scheduler sends these to every process of a job. The ranks handle them; torchrun would die
+    # of SIGUSR1, and kill the ranks 30 seconds after SIGTERM.
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    if addresses:  # what a site has set itself stays
+    if addresses:  # variables that the site has set stay
         try:
-            found = meeting(addresses.split(","), int(os.environ["SLURM_NODEID"]))
+            found = rendezvous_environment(addresses.split(","), int(os.environ["SLURM_NODEID"]))
         except ValueError as error:
             sys.exit(str(error))
         os.environ.update(found | os.environ)

@@ -1,7 +1,7 @@
-"""What a cluster is like: the settings on top of profiles/slurm/config.yaml, and a site's own.
+"""The settings of a cluster: the defaults of profiles/slurm/config.yaml, and a site's own values.
 
-The profile holds the settings and their defaults; a second file says what is different here. This
-module joins the two for the profile to fill in. SLURM does the scheduling.
+The profile lists all settings with their defaults; a site's file overrides some of them. The
+profile, a YTE template, calls the functions of this module to fill itself in.
 """
 
 import os
@@ -11,92 +11,96 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-SITE = "OLMO_SITE"  # names a site's file; the default lies beside the profile
-BESIDE = Path("profiles/slurm/site.yaml")
+SITE = "OLMO_SITE"  # the environment variable that names a site's file
+DEFAULT_SITE = Path("profiles/slurm/site.yaml")
 TRAINING = ("train", "link")
-ON_A_GPU = ("heldout", "heldout_of", "evaluate", "bench_tps")  # one; of training its run says more
+ON_ONE_GPU = ("heldout", "heldout_of", "evaluate", "bench_tps")  # training: see the run's config
 
 
-def settings(defaults: dict[str, Any]) -> Any:
-    """The settings of this site: `defaults`, and what $OLMO_SITE or site.yaml says otherwise.
+def load_settings(defaults: dict[str, Any]) -> Any:
+    """The settings of this site: `defaults`, overridden by the file $OLMO_SITE or site.yaml.
 
     Raises:
-        ValueError: the file is not there, or sets what there is no such setting for.
+        ValueError: $OLMO_SITE does not exist, or the file has an unknown setting.
     """
     merged: Any = OmegaConf.create(defaults)
-    path = Path(os.environ.get(SITE) or BESIDE)
+    path = Path(os.environ.get(SITE) or DEFAULT_SITE)
     if not path.exists():
         if os.environ.get(SITE):
-            raise ValueError(f"${SITE}: expected a file of a site's settings, found no {path}")
+            raise ValueError(f"${SITE}: expected a file of settings, found no {path}")
         return merged
-    OmegaConf.set_struct(merged, True)  # a setting that the profile does not know is an error
+    OmegaConf.set_struct(merged, True)  # an unknown setting is an error
     try:
         site = OmegaConf.load(path)
         if not isinstance(site, DictConfig):
             raise ValueError(f"{path}: expected `setting: value`, found a list")
-        joined: Any = OmegaConf.merge(merged, site)
+        settings: Any = OmegaConf.merge(merged, site)
         for name, value in defaults.items():
-            if isinstance(value, dict) and not isinstance(joined[name], DictConfig):
+            if isinstance(value, dict) and not isinstance(settings[name], DictConfig):
                 raise ValueError(f"{path}: {name}: expected {', '.join(value)}, each with settings")
-        check_jobs(joined, path)
-        return joined
+        check_jobs(settings, path)
+        return settings
     except OmegaConfBaseException as error:
         raise ValueError(
-            f"{path}: {str(error).splitlines()[0]}; the settings that there are stand on top of "
-            "profiles/slurm/config.yaml"
+            f"{path}: {str(error).splitlines()[0]}; profiles/slurm/config.yaml lists "
+            "all settings at its top"
         ) from error
 
 
 def check_jobs(site: Any, path: Path) -> None:
-    """Whether `arrays` and `together` name stages that there are, each once, and those fit.
+    """Check `arrays` and `together`: known stages, each once, whose requests to SLURM agree.
 
     Raises:
-        ValueError: they do not. Snakemake would pass over a stage that there is not; and over
-            stages that do not fit it breaks when the first one is submitted, and waits for ever.
+        ValueError: they are wrong. Snakemake would ignore an unknown stage; on stages with
+            different requests it fails when the first one is submitted, and then hangs.
     """
-    named = [*site.arrays, *(stage for stages in site.together for stage in stages)]
-    for stage in named:
+    listed = [*site.arrays, *(stage for stages in site.together for stage in stages)]
+    for stage in listed:
         if stage not in site.stages:
             raise ValueError(f"{path}: expected one of {', '.join(site.stages)}, found {stage}")
-        if named.count(stage) > 1:
-            raise ValueError(f"{path}: {stage} is named twice in `arrays` and `together`")
+        if listed.count(stage) > 1:
+            raise ValueError(
+                f"{path}: expected {stage} once in `arrays` and `together`, found it twice"
+            )
     for stages in site.together:
         for stage in stages[1:]:
-            if words(site, stage) != words(site, stages[0]):
+            if slurm_resources(site, stage) != slurm_resources(site, stages[0]):
                 raise ValueError(
-                    f"{path}: together: expected stages that ask the same of SLURM, found "
-                    f"{stages[0]} with {words(site, stages[0])} and {stage} with "
-                    f"{words(site, stage)}; leave one of them out"
+                    f"{path}: together: expected stages with the same SLURM resources, found "
+                    f"{stages[0]} with {slurm_resources(site, stages[0])} and {stage} with "
+                    f"{slurm_resources(site, stage)}; remove one of them"
                 )
 
 
-def words(site: Any, stage: str) -> dict[str, str]:
-    """What a stage's job asks of SLURM that is no number: partition, GPU, more words for sbatch.
+def slurm_resources(site: Any, stage: str) -> dict[str, str]:
+    """The resources of a stage's job that are text: partition, GPU, further options of sbatch.
 
-    Training whose run may go on with fewer nodes (min_nodes) outlives one (--no-kill); any other
-    ends by itself. It is warned before its time is up.
+    Training gets --no-kill, so that a run with min_nodes survives the loss of a node (any other
+    run ends by itself), and a signal before its time limit.
     """
     training = stage in TRAINING
-    extra = ["--no-kill", site.extra, warned(site.warning_seconds)] if training else [site.extra]
-    own = site.gpu_partition if training or stage in ON_A_GPU else None
-    found = {
-        "slurm_partition": own or site.partition,
-        "gres": f"{site.gpu}:1" if stage in ON_A_GPU and site.gpu else None,
+    extra = (
+        ["--no-kill", site.extra, signal_option(site.warning_seconds)] if training else [site.extra]
+    )
+    gpu_partition = site.gpu_partition if training or stage in ON_ONE_GPU else None
+    resources = {
+        "slurm_partition": gpu_partition or site.partition,
+        "gres": f"{site.gpu}:1" if stage in ON_ONE_GPU and site.gpu else None,
         "slurm_extra": " ".join(filter(None, extra)),
     }
-    return {resource: str(word) for resource, word in found.items() if word}
+    return {name: str(text) for name, text in resources.items() if text}
 
 
-def growing(first: int, most: int) -> str:
-    """A resource that grows with each attempt, in the words that snakemake evaluates."""
+def grow_with_attempt(first: int, most: int) -> str:
+    """A resource that grows with each attempt, as an expression that snakemake evaluates."""
     return f"min(attempt * {first}, {most})"
 
 
-def stages_of_a_job(site: Any, stage: str) -> int:
-    """How many stages share the job of this one, and so its minutes."""
+def stages_per_job(site: Any, stage: str) -> int:
+    """The number of stages that share the job of this one, and so its time limit."""
     return next((len(stages) for stages in site.together if stage in stages), 1)
 
 
-def warned(seconds: int) -> str:
-    """How sbatch is asked to send SIGUSR1 so long before a time limit; 0: not at all."""
+def signal_option(seconds: int) -> str:
+    """The option of sbatch that sends SIGUSR1 so many seconds before a time limit; 0: none."""
     return f"--signal=USR1@{seconds}" if seconds else ""

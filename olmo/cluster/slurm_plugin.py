@@ -1,7 +1,7 @@
-"""Where Snakemake's executor plugin for SLURM (2.8.0) waits for ever, and what it does instead.
+"""Patches of Snakemake's executor plugin for SLURM (2.8.0), each for a case in which it hangs.
 
-One function a defect. Each puts a function in the place of one of the plugin's, and calls that.
-What they have in common: Snakemake forgets a job that its executor neither reports nor hands back.
+Each patch wraps a function of the plugin. The common cause: Snakemake loses a job that its executor
+neither reports as finished nor yields back as active.
 """
 
 import math
@@ -25,180 +25,181 @@ REPLACED = (
 
 
 def patch_plugin() -> None:
-    """Mend the plugin, where snakemake runs with it.
+    """Patch the plugin, if snakemake has loaded it.
 
     Raises:
-        ValueError: it is another version, and has not what is replaced here.
+        ValueError: another version of the plugin, which lacks a function that is replaced here.
     """
     plugin: Any = sys.modules.get(NAME.replace("-", "_"))
     if plugin is None:
         return
     for name in REPLACED:
-        place: Any = plugin
+        found: Any = plugin
         for part in name.split("."):
-            place = getattr(place, part, None)
-        if place is None:
+            found = getattr(found, part, None)
+        if found is None:
             raise ValueError(
-                f"{NAME}: expected {VERSION}, whose {name} is mended by "
-                f"olmo/cluster/slurm_plugin.py, found {version(NAME)}, which has "
-                "none; uv sync --extra slurm"
+                f"{NAME}: expected {VERSION}, whose {name} olmo/cluster/slurm_plugin.py replaces; "
+                f"found {version(NAME)}, which has none; run uv sync --extra slurm"
             )
-    # Of those that replace the same function the later one calls the earlier one: an answer is put
-    # into the plugin's words first, and what is missing in it is looked at last.
-    defects: tuple[Callable[[Any], None], ...] = (
-        arrays_that_wait,
-        arrays_with_the_first_ones_memory,
-        tasks_of_an_array,
-        cancelled_by,
-        preempted_for_good,
-        forgotten_by_squeue,
-        no_answer,
+    # If two wrap the same function, the later one calls the earlier one: first the states are
+    # translated, then missing ones are filled in.
+    patches: tuple[Callable[[Any], None], ...] = (
+        submit_arrays_at_once,
+        split_arrays_by_attempt,
+        query_array_tasks,
+        parse_cancelled_state,
+        detect_final_preemption,
+        fail_jobs_unknown_to_squeue,
+        keep_jobs_after_failed_queries,
     )
-    for defect in defects:
-        defect(plugin)
+    for patch in patches:
+        patch(plugin)
 
 
-def arrays_that_wait(plugin: Any) -> None:
-    """Jobs of a rule in `arrays` were kept until all that are ready had come; now none is kept.
+def submit_arrays_at_once(plugin: Any) -> None:
+    """Submit jobs of a rule in `arrays` as they come; those that come together form an array.
 
-    Snakemake hands over what `jobs` allows, and hands over nothing twice. So those that were kept
-    counted as running and were never submitted. Those that come together are an array.
+    The plugin held them back until all ready jobs of the rule had come. But Snakemake passes on at
+    most `jobs` at a time, and each job once: held jobs counted as running and were never submitted.
     """
     plugin.pending_jobs_for_rule = lambda dag, rule: 0
 
 
-def arrays_with_the_first_ones_memory(plugin: Any) -> None:
-    """An array is asked for with its first job's resources: jobs of another attempt get their own.
+def split_arrays_by_attempt(plugin: Any) -> None:
+    """Submit one array for each attempt, since an array gets the resources of its first job.
 
-    Else one that failed for want of memory, in an array behind a new one, would have no more of it.
+    Else a job that ran out of memory would get no more, if its array begins with a new job.
     """
     run = plugin.Executor.run_jobs
 
-    def mended(self: Any, jobs: list[Any]) -> None:
+    def patched(self: Any, jobs: list[Any]) -> None:
         for attempt in sorted({job.attempt for job in jobs}):
             run(self, [job for job in jobs if job.attempt == attempt])
 
-    plugin.Executor.run_jobs = mended
+    plugin.Executor.run_jobs = patched
 
 
-def tasks_of_an_array(plugin: Any) -> None:
-    """Tasks of an array are looked for by `7_2`, and were asked for by other names.
+def query_array_tasks(plugin: Any) -> None:
+    """Query the tasks of an array by the names that the plugin looks for, as `7_2`.
 
-    sacct was to say raw numbers: the last task's is the array's, and it spoke for all. squeue puts
-    tasks that wait into one line, `7_[2-4]`; it also leaves out partitions that a site hides.
+    It queried sacct for raw ids, of which the last task's is the array's own, and so took that
+    task's state for all. squeue lists waiting tasks in one line, `7_[2-4]`, unless it gets --array;
+    without --all it omits partitions that a site hides.
     """
     sacct, squeue = plugin.query_job_status_sacct, plugin.query_job_status_squeue
     plugin.query_job_status_sacct = lambda run: sacct(run).replace("JobIdRaw", "JobID")
     plugin.query_job_status_squeue = lambda run: f"{squeue(run)} --array --all"
 
 
-def cancelled_by(plugin: Any) -> None:
-    """sacct says "CANCELLED by 1000", which is none of the words that the plugin knows."""
-    ask = plugin.query_job_status
+def parse_cancelled_state(plugin: Any) -> None:
+    """Shorten sacct's "CANCELLED by 1000" to the state that the plugin knows."""
+    query = plugin.query_job_status
 
-    async def mended(command: str, logger: Any) -> Any:
-        states, seconds = await ask(command, logger)
+    async def patched(command: str, logger: Any) -> Any:
+        states, seconds = await query(command, logger)
         if states is not None:
             states = {job: state.partition(" ")[0] for job, state in states.items()}
         return states, seconds
 
-    plugin.query_job_status = mended
+    plugin.query_job_status = patched
 
 
-def preempted_for_good(plugin: Any) -> None:
-    """Where PreemptMode is CANCEL nobody puts a preempted job back; the plugin waited for that.
+def detect_final_preemption(plugin: Any) -> None:
+    """Treat preempted jobs that SLURM does not requeue as cancelled (PreemptMode=CANCEL).
 
-    The controller (squeue) calls a job preempted only when that is its end: one that was put back
-    is pending. sacct's books may be behind, so squeue is asked about what sacct calls preempted.
+    The plugin waited for their requeue. squeue shows a job as preempted only if that is its end; a
+    requeued one is pending. sacct may be out of date, so its preempted jobs are checked by squeue.
     """
-    ask = plugin.query_job_status
-    told: set[str] = set()
+    query = plugin.query_job_status
+    reported: set[str] = set()
 
-    async def mended(command: str, logger: Any) -> Any:
-        states, seconds = await ask(command, logger)
+    async def patched(command: str, logger: Any) -> Any:
+        states, seconds = await query(command, logger)
         preempted = {job for job, state in (states or {}).items() if state == "PREEMPTED"}
         if not preempted:
             return states, seconds
         now = states
         if not command.startswith("squeue"):
             run = shlex.split(command)[-1]
-            now, _ = await ask(plugin.query_job_status_squeue(run), logger)
+            now, _ = await query(plugin.query_job_status_squeue(run), logger)
         for job in preempted:
-            over = now is not None and now.get(job, "PREEMPTED") == "PREEMPTED"
-            states[job] = "CANCELLED" if over else "PENDING"
-            if over and job not in told:
-                told.add(job)
+            is_final = now is not None and now.get(job, "PREEMPTED") == "PREEMPTED"
+            states[job] = "CANCELLED" if is_final else "PENDING"
+            if is_final and job not in reported:
+                reported.add(job)
                 logger.warning(f"SLURM preempted job {job} for good: it counts as cancelled.")
         return states, seconds
 
-    plugin.query_job_status = mended
+    plugin.query_job_status = patched
 
 
-def forgotten_by_squeue(plugin: Any) -> None:
-    """SLURM's controller forgets a job MinJobAge after its end; the plugin took it for running.
+def fail_jobs_unknown_to_squeue(plugin: Any) -> None:
+    """Report jobs that squeue no longer lists as failed, and query it often enough to see them end.
 
-    It looks less and less often, every three minutes in the end. Now that is never less often than
-    twice in MinJobAge; and a job that squeue still does not list, after an outage, has failed:
-    nothing says how it ended, and files may be left from before it. What it made is in the store.
+    SLURM's controller forgets a job MinJobAge after its end, and the plugin then took it for
+    running. It queries less and less often, at last every three minutes; now at least twice in
+    MinJobAge. After an outage a job may still be unlisted: it counts as failed, since its exit
+    state is unknown. If it did succeed, the next attempt finds its results in the store.
 
-    Where squeue is to be asked, sacct is not, which the plugin does if MinJobAge is short: there
-    are no accounts.
+    A plugin that is set to use squeue never switches to sacct, which it did for a short MinJobAge:
+    there may be no accounting.
     """
-    check, ask, age = (
+    check, query, age = (
         plugin.Executor.check_active_jobs,
         plugin.query_job_status,
         plugin.get_min_job_age,
     )
     expected: set[str] = set()
 
-    async def asked(command: str, logger: Any) -> Any:
-        states, seconds = await ask(command, logger)
+    async def query_and_fail_unlisted(command: str, logger: Any) -> Any:
+        states, seconds = await query(command, logger)
         if states is not None and command.startswith("squeue"):
             for job in sorted(expected - states.keys()):
                 logger.warning(f"squeue lists job {job} no longer: it counts as failed.")
                 states[job] = "FAILED"
         return states, seconds
 
-    async def checked(self: Any, jobs: list[Any]) -> AsyncIterator[Any]:
+    async def patched(self: Any, jobs: list[Any]) -> AsyncIterator[Any]:
         expected.clear()
         expected.update(job.external_jobid for job in jobs)
         async for job in check(self, jobs):
             yield job
-        # No answer: it was told at an earlier look. Zero: SLURM forgets nothing.
+        # `seconds` is falsy if scontrol failed, or if SLURM forgets no job (0).
         if self.get_status_command() == "squeue" and (seconds := age()):
-            wait = min(self.next_seconds_between_status_checks, max(seconds // 2, 1))
-            self.next_seconds_between_status_checks = wait
+            interval = min(self.next_seconds_between_status_checks, max(seconds // 2, 1))
+            self.next_seconds_between_status_checks = interval
 
-    plugin.Executor.check_active_jobs = checked
-    plugin.query_job_status = asked
+    plugin.Executor.check_active_jobs = patched
+    plugin.query_job_status = query_and_fail_unlisted
     plugin.get_min_job_age = lambda: math.inf
 
 
-def no_answer(plugin: Any) -> None:
-    """When squeue or sacct failed five times in a row, all jobs were forgotten; they are kept."""
-    check, ask = plugin.Executor.check_active_jobs, plugin.query_job_status
-    answered = True
+def keep_jobs_after_failed_queries(plugin: Any) -> None:
+    """Keep all jobs after squeue or sacct failed five times in a row; the plugin lost them."""
+    check, query = plugin.Executor.check_active_jobs, plugin.query_job_status
+    is_answered = True
 
-    async def asked(command: str, logger: Any) -> Any:
-        nonlocal answered
-        states, seconds = await ask(command, logger)
-        answered = states is not None
+    async def query_and_note(command: str, logger: Any) -> Any:
+        nonlocal is_answered
+        states, seconds = await query(command, logger)
+        is_answered = states is not None
         return states, seconds
 
-    async def checked(self: Any, jobs: list[Any]) -> AsyncIterator[Any]:
-        kept = []
+    async def patched(self: Any, jobs: list[Any]) -> AsyncIterator[Any]:
+        yielded = []
         async for job in check(self, jobs):
-            kept.append(job)
+            yielded.append(job)
             yield job
-        if jobs and not answered:
-            numbers = ", ".join(job.external_jobid for job in jobs)
+        if jobs and not is_answered:
+            ids = ", ".join(job.external_jobid for job in jobs)
             self.logger.warning(
-                f"{self.get_status_command()} does not answer: what became of {numbers} is asked "
-                f"again in {self.next_seconds_between_status_checks} seconds."
+                f"{self.get_status_command()} does not answer: the states of jobs {ids} are "
+                f"queried again in {self.next_seconds_between_status_checks} seconds."
             )
             for job in jobs:
-                if job not in kept:
+                if job not in yielded:
                     yield job
 
-    plugin.Executor.check_active_jobs = checked
-    plugin.query_job_status = asked
+    plugin.Executor.check_active_jobs = patched
+    plugin.query_job_status = query_and_note

@@ -1,6 +1,6 @@
-"""torchrun without its traceback, which would bury what the trainer said.
+"""torchrun without its traceback, which would hide the trainer's own error.
 
-python -m olmo.cluster.torchrun <torchrun's words>
+python -m olmo.cluster.torchrun <torchrun's options>
 """
 
 import sys
@@ -12,14 +12,12 @@ from olmo.runtime.process import describe_exit
 
 
 def main() -> None:
-    """Run torchrun; where processes failed, one line tells which was the first, and how."""
+    """Run torchrun; if processes fail, print one line: which failed first, and how."""
     try:
         torchrun()
     except ChildFailedError as failed:
         rank, first = failed.get_first_failure()
-        sys.exit(
-            f"torchrun: of the processes rank {rank} failed first, {describe_exit(first.exitcode)}"
-        )
+        sys.exit(f"torchrun: rank {rank} failed first, {describe_exit(first.exitcode)}")
 
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ class Plan:
         geometry = self.run(run).geometry
         words = ["--processes", geometry.processes]
         if geometry.nodes > 1:
-            words += ["--nodes", geometry.nodes, "--min-nodes", geometry.fewest]
+            words += ["--nodes", geometry.nodes, "--min-nodes", geometry.effective_min_nodes]
         if geometry.max_restarts:
             words += ["--max-restarts", geometry.max_restarts]
         return shlex.join(map(str, words))
@@ -330,7 +330,7 @@ class Plan:
         one node needs no srun; `mpi` tells the SLURM executor that the job calls srun itself.
         """
         geometry, gpus = self.run(run).geometry, self.run(run).gpus_per_node
-        nodes = geometry.nodes if attempt == 1 else geometry.fewest
+        nodes = geometry.nodes if attempt == 1 else geometry.effective_min_nodes
         resources: dict[str, int | str | None] = {
             "nodes": nodes if nodes > 1 else None,
             "tasks": nodes if nodes > 1 else None,

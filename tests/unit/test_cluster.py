@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yte
 
-from olmo.cluster.site import settings
+from olmo.cluster.site import load_settings
 
 PROFILE = Path(__file__).parents[2] / "profiles/slurm/config.yaml"
 
@@ -71,7 +71,7 @@ def test_stages_ask_for_what_is_theirs(site: Path):
 )
 def test_stages_that_share_a_job_ask_for_the_same(site: Path, text: str):
     site.write_text(text)
-    with pytest.raises(Exception, match="expected stages that ask the same of SLURM") as raised:
+    with pytest.raises(Exception, match="expected stages with the same SLURM resources") as raised:
         profile()
     assert str(site) in str(raised.value)
 
@@ -86,7 +86,7 @@ def test_a_gpu_partition_of_the_same_name_is_no_other(site: Path):
     [
         ("arrays: [token]", "found token"),
         ("together: [[sources, document]]", "found document"),
-        ("{arrays: [sources], together: [[sources, documents]]}", "named twice"),
+        ("{arrays: [sources], together: [[sources, documents]]}", "found it twice"),
     ],
 )
 def test_a_job_of_stages_that_there_are_not(site: Path, text: str, words: str):
@@ -96,7 +96,7 @@ def test_a_job_of_stages_that_there_are_not(site: Path, text: str, words: str):
     assert str(site) in str(raised.value)
 
 
-def test_the_stages_of_the_profile_are_the_rules_that_become_jobs():
+def test_the_stages_of_the_profile_are_rules_that_become_jobs_and_all_jobs_grow():
     root = PROFILE.parents[2]
     text = "".join(path.read_text() for path in [root / "Snakefile", *root.glob("rules/*.smk")])
     named = re.findall(r"^(?:rule|checkpoint) (\w+):|^use rule \w+ as (\w+) with:", text, re.M)
@@ -104,9 +104,12 @@ def test_the_stages_of_the_profile_are_the_rules_that_become_jobs():
     [local] = re.findall(r"^localrules:\n((?:    .+\n)+)", text, re.M)
     filled = profile()
     jobs = rules - set(re.findall(r"^    (\w+),", local, re.M))
-    assert jobs == set(filled["set-resources"]) == set(filled["set-threads"])
-    for stage, needs in filled["set-resources"].items():
-        assert all("attempt *" in needs[name] for name in ("mem_mb", "runtime")), stage
+    assert set(filled["set-resources"]) == set(filled["set-threads"]) <= jobs
+    for needs in (filled["default-resources"], *filled["set-resources"].values()):
+        assert all("attempt *" in needs[name] for name in ("mem_mb", "runtime")), needs
+    bodies = re.findall(r"^(?:rule|checkpoint) (\w+):\n((?:(?:    .*)?\n)+)", text, re.M)
+    threaded = {name for name, body in bodies if "    threads:" in body}
+    assert threaded <= set(filled["set-threads"]), "else they would ask for the profile's `cores`"
 
 
 @pytest.mark.parametrize(
@@ -121,10 +124,10 @@ def test_the_stages_of_the_profile_are_the_rules_that_become_jobs():
 def test_a_setting_that_there_is_not(site: Path, text: str, words: str):
     site.write_text(text)
     with pytest.raises(ValueError, match=words) as raised:
-        settings({"account": None, "stages": {"train": {"memory_mb": 1}}})
+        load_settings({"account": None, "stages": {"train": {"memory_mb": 1}}})
     assert str(site) in str(raised.value)
 
 
 def test_a_site_that_is_not_there(site: Path):
     with pytest.raises(ValueError, match="found no"):
-        settings({})
+        load_settings({})

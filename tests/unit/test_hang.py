@@ -129,7 +129,7 @@ def test_a_stopped_process_ends_the_run_and_the_next_attempt_goes_on_with_what_i
 
     stopped: dict[int, int] = {}
     threading.Thread(target=stop_one).start()
-    with pytest.raises(ChildProcessError, match="the same command carries on from the last"):
+    with pytest.raises(ChildProcessError, match="the same command continues from the last"):
         launch(config, Geometry(2), threads=1)
     said = log.read_text()
     assert f"rank 0: neighbour rank 1 (pid {stopped[1]}): T (stopped)" in said

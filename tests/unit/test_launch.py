@@ -21,10 +21,10 @@ from small_run import given, metrics, until
 
 from olmo.cluster.launch import (
     Geometry,
-    asking_it_to_stop,
+    build_command,
     launch,
-    launcher,
-    wait_in_the_queue_again,
+    request_stop_on_signal,
+    requeue_slurm_job,
 )
 from olmo.config import TrainConfig
 from olmo.io import sealed
@@ -85,7 +85,7 @@ def test_torchrun_lives_through_what_a_scheduler_sends_to_every_process(
     number: signal.Signals,
 ) -> None:
     """Ours heed it and save; torchrun would die of SIGUSR1, and at SIGTERM give them 30 seconds."""
-    words = launcher(Geometry(), Path("run/given.yaml"))
+    words = build_command(Geometry(), Path("run/given.yaml"))
     heard = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(number)})"]
     deaf = signal.signal(number, signal.SIG_DFL)  # a child begins with what we have
     try:
@@ -101,12 +101,12 @@ def test_a_node_that_cannot_be_reached_is_told_at_once() -> None:
     environment = os.environ | {"SLURM_NODEID": "0"}
     said = subprocess.run(node, env=environment, capture_output=True, text=True)
     assert said.returncode == 1
-    assert "expected a way to the node no-such-node.invalid, found none" in said.stderr
+    assert "expected a route to the node no-such-node.invalid, found none" in said.stderr
     assert "Traceback" not in said.stderr
 
 
 def test_one_node_needs_no_scheduler() -> None:
-    words = launcher(Geometry(processes=2, max_restarts=1), Path("run/given.yaml"))
+    words = build_command(Geometry(processes=2, max_restarts=1), Path("run/given.yaml"))
     assert "srun" not in words and "--standalone" in words
     assert words[words.index("--nproc-per-node") + 1] == "2"
     assert words[words.index("--max-restarts") + 1] == "1"
@@ -118,28 +118,28 @@ def test_a_machine_whose_own_name_nobody_knows_trains(tmp_path: Path) -> None:
     if subprocess.run([*named, "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("this process may not give its machine another name")
     (tmp_path / "meet.py").write_text("import os; print('rank', os.environ['RANK'])")
-    words = [*named, *launcher(Geometry(), tmp_path / "given.yaml"), tmp_path / "meet.py"]
+    words = [*named, *build_command(Geometry(), tmp_path / "given.yaml"), tmp_path / "meet.py"]
     said = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert said.stdout == "rank 0\n", said.stderr
 
 
 def test_many_nodes_are_srun_and_torchrun(allocation: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
-    words = launcher(Geometry(processes=4, nodes=2), Path("run/given.yaml"))
+    words = build_command(Geometry(processes=4, nodes=2), Path("run/given.yaml"))
     assert words[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
     assert {"--overlap", "--cpus-per-task=3", "--kill-on-bad-exit=1", "--nnodes=2"} <= set(words)
     (endpoint,) = [w for w in words if w.startswith("--rdzv-endpoint=")]
     assert endpoint.startswith("--rdzv-endpoint=127.0.0.1:"), "the address, not the name"
     (meeting,) = [w for w in words if w.startswith("--rdzv-id=")]
-    other = launcher(Geometry(processes=4, nodes=2), Path("another/given.yaml"))
+    other = build_command(Geometry(processes=4, nodes=2), Path("another/given.yaml"))
     assert endpoint not in other and meeting not in other, "two runs in one job meet apart"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert meeting not in launcher(Geometry(processes=4, nodes=2), Path("run/given.yaml"))
+    assert meeting not in build_command(Geometry(processes=4, nodes=2), Path("run/given.yaml"))
 
 
 @pytest.mark.slow
 def test_the_first_node_holds_the_rendezvous(allocation: Path) -> None:
-    words = launcher(Geometry(nodes=2), Path("run/given.yaml"))
+    words = build_command(Geometry(nodes=2), Path("run/given.yaml"))
     given = words[words.index("olmo.cluster.torchrun") + 1 :]
     asks = (
         "import sys; from torch.distributed.run import config_from_args, parse_args; "
@@ -199,7 +199,7 @@ def test_machines_that_know_each_other_by_address_only_meet(
     scontrol = (allocation / "scontrol").read_text().replace("127.0.0.", "10.9.8.")
     (allocation / "scontrol").write_text(scontrol)
     (tmp_path / "meet.py").write_text(MEET)
-    words = launcher(Geometry(nodes=2), tmp_path / "given.yaml")
+    words = build_command(Geometry(nodes=2), tmp_path / "given.yaml")
     words = [*words[words.index(sys.executable) :], str(tmp_path / "meet.py")]
     logs = [tmp_path / f"node{number}.log" for number in range(2)]
     nodes = [
@@ -224,22 +224,22 @@ def test_machines_that_know_each_other_by_address_only_meet(
 
 def test_of_a_larger_allocation_as_many_as_asked_for(allocation: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
-    words = launcher(Geometry(nodes=2), Path("run/given.yaml"))
+    words = build_command(Geometry(nodes=2), Path("run/given.yaml"))
     assert {"--nodes=2", "--ntasks=2", "--nnodes=2"} <= set(words)
 
 
 def test_a_job_that_knows_only_its_number_asks(allocation: Path, monkeypatch: Any) -> None:
     monkeypatch.delenv("SLURM_JOB_NODELIST")
-    words = launcher(Geometry(nodes=2), Path("run/given.yaml"))
+    words = build_command(Geometry(nodes=2), Path("run/given.yaml"))
     assert {"--nodes=2", "--cpus-per-task=3"} <= set(words)
 
 
 def test_elastic(allocation: Path, monkeypatch: Any) -> None:
     geometry = Geometry(nodes=4, min_nodes=1, max_restarts=3)
-    words = launcher(geometry, Path("run/given.yaml"))
+    words = build_command(geometry, Path("run/given.yaml"))
     assert {"--nodes=2", "--nnodes=1:2", "--no-kill", "--kill-on-bad-exit=0"} <= set(words)
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
-    words = launcher(geometry, Path("run/given.yaml"))
+    words = build_command(geometry, Path("run/given.yaml"))
     assert "srun" not in words and "--standalone" in words, "one node is left"
 
 
@@ -250,12 +250,12 @@ def test_no_number_of_nodes_that_a_batch_cannot_be_shared_by(
     (allocation / "scontrol").write_text(SCONTROL.replace("echo n1; echo n2; echo n3", nodes))
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
     geometry = Geometry(processes=8, nodes=4, min_nodes=2, batch=64)
-    words = launcher(geometry, Path("run/given.yaml"))
+    words = build_command(geometry, Path("run/given.yaml"))
     assert {"--nodes=4", "--nnodes=4", "--kill-on-bad-exit=1"} <= set(words), "3 would not do"
-    words = launcher(Geometry(8, nodes=4, min_nodes=2, batch=192), Path("run/given.yaml"))
+    words = build_command(Geometry(8, nodes=4, min_nodes=2, batch=192), Path("run/given.yaml"))
     assert {"--nodes=4", "--nnodes=2:4"} <= set(words)
     (allocation / "scontrol").write_text(SCONTROL)
-    words = launcher(geometry, Path("run/given.yaml"))
+    words = build_command(geometry, Path("run/given.yaml"))
     assert {"--nodes=2", "--nnodes=2"} <= set(words), "of three that are left, two"
 
 
@@ -274,7 +274,7 @@ def test_too_few_nodes(allocation: Path, monkeypatch: Any, nodes: str | None, sa
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_JOB_NODELIST", nodes)
     with pytest.raises(ValueError, match=said):
-        launcher(Geometry(nodes=2), Path("run/given.yaml"))
+        build_command(Geometry(nodes=2), Path("run/given.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_two_nodes_compute_what_two_processes_do(tmp_path: Path, allocation: Pat
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with asking_it_to_stop(tmp_path / "stop"):
+    with request_stop_on_signal(tmp_path / "stop"):
         signal.raise_signal(signal.SIGUSR1)
         assert (tmp_path / "stop").read_text() == "SIGUSR1\n"
         with pytest.raises(SystemExit) as ended:
@@ -388,14 +388,14 @@ def test_the_trainer_says_whether_another_start_would_fail_too(
     assert cause["repeats"] is repeats and str(error) in cause["said"]
     (tmp_path / "cause.json").write_text(sealed.dumps(cause))
     again = ["sh", "-c", f"cp {tmp_path}/cause.json {config.parent}; exit 1"]
-    monkeypatch.setattr("olmo.cluster.launch.launcher", lambda *_: again)
+    monkeypatch.setattr("olmo.cluster.launch.build_command", lambda *_: again)
     with pytest.raises(ChildProcessError, match=r"^training ended early: ") as raised:
         launch(config, Geometry(1), threads=1)
-    assert "carries on" not in str(raised.value), "there is no checkpoint"
+    assert "continues" not in str(raised.value), "there is no checkpoint"
     (config.parent / "step5-unsharded").mkdir()
     with pytest.raises(ChildProcessError, match=r"^training ended early: ") as raised:
         launch(config, Geometry(1), threads=1)
-    assert ("the same command carries on" in str(raised.value)) is not repeats
+    assert ("the same command continues" in str(raised.value)) is not repeats
 
 
 @pytest.mark.slow
@@ -426,7 +426,7 @@ def test_the_cause_is_in_the_launchers_sentence_and_in_the_log(
     seen = capfd.readouterr().err
     assert "Traceback" not in seen
     *_, last = seen.splitlines()
-    assert re.fullmatch(r"torchrun: of the processes rank \d failed first, exit status \d", last)
+    assert re.fullmatch(r"torchrun: rank \d failed first, exit status \d", last)
 
 
 @pytest.mark.slow
@@ -498,13 +498,13 @@ def test_before_its_time_is_up_a_job_waits_again(
     (allocation / "scontrol").write_text(f'#!/bin/sh\necho "$@" >{tmp_path / "asked"}\n')
     left = {"step": 5, "by": why, "checkpoint": f"{tmp_path}/step5"}
     (tmp_path / SEGMENTS).write_text(sealed.dump_lines([{"after": 0}, {"after": after}]))
-    wait_in_the_queue_again(tmp_path, left)
+    requeue_slurm_job(tmp_path, left)
     job = os.environ["SLURM_JOB_ID"]
     said = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
     assert said == f"requeue {job}\n" * asked
     monkeypatch.delenv("SLURM_JOB_ID")
     (tmp_path / "asked").unlink(missing_ok=True)
-    wait_in_the_queue_again(tmp_path, left)
+    requeue_slurm_job(tmp_path, left)
     assert not (tmp_path / "asked").exists(), "no job, no queue"
 
 
@@ -516,7 +516,7 @@ def test_a_job_that_is_back_at_once_takes_no_words_from_the_one_before(
     left = sealed.dumps({"step": 5, "by": "SIGUSR1", "checkpoint": "step5"})
     (tmp_path / SEGMENTS).write_text(sealed.dump_lines([{"after": 0}]))
     paused = ["sh", "-c", f"printf %s '{left}' >{tmp_path / MARKER}; exit 75"]
-    monkeypatch.setattr("olmo.cluster.launch.launcher", lambda *_: paused)
+    monkeypatch.setattr("olmo.cluster.launch.build_command", lambda *_: paused)
     with pytest.raises(Paused, match="at step 5 by SIGUSR1, saved to step5"):
         launch(tmp_path / "given.yaml", Geometry(), threads=1)
     assert not (tmp_path / MARKER).exists(), "it was asked to put the job back"
@@ -524,5 +524,5 @@ def test_a_job_that_is_back_at_once_takes_no_words_from_the_one_before(
 
 def test_a_cluster_that_puts_no_job_back(tmp_path: Path, allocation: Path, capsys: Any) -> None:
     (tmp_path / SEGMENTS).write_text(sealed.dump_lines([{"after": 0}]))
-    wait_in_the_queue_again(tmp_path, {"step": 5, "by": "SIGUSR1", "checkpoint": "step5"})
+    requeue_slurm_job(tmp_path, {"step": 5, "by": "SIGUSR1", "checkpoint": "step5"})
     assert "requeue" in capsys.readouterr().err

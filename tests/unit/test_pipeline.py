@@ -430,7 +430,7 @@ def test_a_further_attempt_asks_for_nodes_that_share_a_batch():
     assert [plan.scheduler_resource("big", "nodes", attempt) for attempt in (1, 2, 3)] == [8, 4, 4]
     assert plan.geometry_flags("big") == "--processes 8 --nodes 8 --min-nodes 4"
     said = r"runs.big.min_nodes: .* 8 on each, share global_train_batch_size=2048 evenly; found 6. "
-    with pytest.raises(ValueError, match=said + "Those that do, up to 8: 1, 2, 4, 8"):
+    with pytest.raises(ValueError, match=said + "Valid, up to 8: 1, 2, 4, 8"):
         elastic(6).previous_link("big")
     with pytest.raises(ValueError, match=r"runs.big.nodes: .*found 7. .*, up to 7: 1, 2, 4"):
         elastic(4, nodes=7).previous_link("big")

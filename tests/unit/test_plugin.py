@@ -1,6 +1,6 @@
 """Snakemake and its executor plugin for SLURM, over stand-ins for SLURM's commands.
 
-Without what `olmo.cluster.slurm_plugin` mends snakemake waits for ever in most of them.
+Without the patches of `olmo.cluster.slurm_plugin` snakemake hangs in most of them.
 """
 
 import importlib.util
@@ -91,7 +91,7 @@ def slurm(tmp_path: Path) -> Slurm:
 def test_an_outage_forgets_no_job(slurm: Slurm, command: str):
     slurm.says(silent="error\n" * 5)
     said = slurm.run(2, command=command)
-    assert f"{command} does not answer: what became of " in said
+    assert f"{command} does not answer: the states of jobs " in said
     assert len(slurm.submitted) == 2
 
 
