@@ -3,9 +3,9 @@
 from olmo.optim.adamw import AdamW as AdamW
 from olmo.optim.build import build_optimizer as build_optimizer
 from olmo.optim.build import get_param_groups as get_param_groups
-from olmo.optim.clipping import Optimizer as Optimizer
 from olmo.optim.lionw import LionW as LionW
 from olmo.optim.muon import Muon as Muon
+from olmo.optim.optimizer import Optimizer as Optimizer
 from olmo.optim.schedule import BoltOnWarmupScheduler as BoltOnWarmupScheduler
 from olmo.optim.schedule import ConstantScheduler as ConstantScheduler
 from olmo.optim.schedule import ConstantWithWarmupScheduler as ConstantWithWarmupScheduler

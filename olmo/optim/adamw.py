@@ -1,4 +1,4 @@
-"""AdamW."""
+"""AdamW, by torch's fused kernel."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from olmo.optim.clipping import Group, Optimizer, finite_grad, norms_of, vector, with_grad
+from olmo.optim.optimizer import (
+    Optimizer,
+    ParamGroup,
+    compute_norms,
+    finite_grad,
+    params_with_grad,
+    stack_scalars,
+)
 
 
 class AdamW(Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), by torch's fused kernel on CPU and CUDA.
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
-    With selective_updates a parameter's entries, and their state, stay as they are where the
-    gradient is exactly 0 (the embeddings of tokens that were not seen do not decay).
+    With selective_updates, entries of a parameter and of its state do not change where the
+    gradient is exactly 0: embeddings of tokens that are not in the batch do not decay.
     """
 
     def __init__(
@@ -42,9 +49,9 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update what has a gradient; nothing where clipping found one that is not finite.
+        """Update parameters that have a gradient; none if clipping found one that is not finite.
 
-        The fused kernel heeds the latter, so that it holds on CPU and CUDA.
+        The fused kernel checks `found_inf` on the device, so the host does not wait for it.
         """
         recording = self._record_update_metrics and self._collecting_metrics
         before = self._snapshot() if recording else []
@@ -53,12 +60,12 @@ class AdamW(Optimizer):
         if recording:
             self._record(before)
 
-    def _step_group(self, group: Group) -> None:
+    def _step_group(self, group: ParamGroup) -> None:
         if self._selective_updates:
             self._step_selectively(group)
             return
-        params = [p for _, p in with_grad(group)]
-        states = [self._state_of(p, group) for p in params]
+        params = [p for _, p in params_with_grad(group)]
+        states = [self._get_state(p, group) for p in params]
         beta1, beta2 = group["betas"]
         adamw(
             params,
@@ -78,21 +85,21 @@ class AdamW(Optimizer):
             maximize=False,
         )
 
-    def _state_of(self, p: Tensor, group: Group) -> dict[str, Any]:
+    def _get_state(self, p: Tensor, group: ParamGroup) -> dict[str, Any]:
         state = self.state[p]
         if "step" not in state:
-            # The fused kernel counts steps on the device, the others on the host.
+            # The fused kernel needs the step count on the parameter's device, others on the CPU.
             device = p.device if group["fused"] else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
         return state
 
-    def _step_selectively(self, group: Group) -> None:
+    def _step_selectively(self, group: ParamGroup) -> None:
         beta1, beta2 = group["betas"]
-        for _, p in with_grad(group):
+        for _, p in params_with_grad(group):
             grad, alive = finite_grad(p, self.found_inf)
-            state = self._state_of(p, group)
+            state = self._get_state(p, group)
             state["step"] += alive.to(state["step"].device)
             steps = state["step"].double().clamp(min=1)
             mask = (grad != 0) * alive
@@ -106,28 +113,28 @@ class AdamW(Optimizer):
             p.sub_(mask * step_size * state["exp_avg"] / denominator)
 
     def _snapshot(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Name, parameter, and where it would be after weight decay alone."""
+        """Name, parameter, and its value after weight decay alone. Costs a copy of all weights."""
 
-        def decayed(p: Tensor, group: Group) -> Tensor:
-            moving: Any = cast(Tensor, p.grad) != 0 if self._selective_updates else 1
-            return p * (1 - moving * (group["lr"] * group["weight_decay"]))
+        def decayed(p: Tensor, group: ParamGroup) -> Tensor:
+            is_updated: Any = cast(Tensor, p.grad) != 0 if self._selective_updates else 1
+            return p * (1 - is_updated * (group["lr"] * group["weight_decay"]))
 
         return [
             (name, p, decayed(p, group))
             for group in self.param_groups
-            for name, p in with_grad(group)
+            for name, p in params_with_grad(group)
         ]
 
     def _record(self, before: list[tuple[str, Tensor, Tensor]]) -> None:
         updates = [p - decayed for _, p, decayed in before]
-        largest = vector([u.abs().max().float() for u in updates])
-        for (name, _, _), norm, most in zip(before, norms_of(updates), largest, strict=True):
+        maxima = stack_scalars([u.abs().max().float() for u in updates])
+        for (name, _, _), norm, maximum in zip(before, compute_norms(updates), maxima, strict=True):
             self._update_metrics[f"step/{name}.norm"] = norm
-            self._update_metrics[f"step/{name}.max"] = most
+            self._update_metrics[f"step/{name}.max"] = maximum
 
     def get_post_step_metrics(
         self, module: nn.Module | None = None, process_group: Any = None
     ) -> dict[str, Tensor]:
-        """step/{name}.norm and .max: of the update without its weight decay."""
+        """step/{name}.norm and .max: of the update, without weight decay."""
         metrics, self._update_metrics = self._update_metrics, {}
         return metrics

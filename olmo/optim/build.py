@@ -1,10 +1,10 @@
-"""The optimizer of a config, and which of a model's parameters decay.
+"""Builds the optimizer of a config, and the parameter groups: which parameters decay.
 
     optim = build_optimizer(cfg, model)
     metrics = optim.clip_grads_and_collect_metrics(step)  # tensors, on the device
-    optim.step()                          # nothing moves if a gradient was not finite
+    optim.step()                          # changes nothing if a gradient was not finite
 
-Parameters may be sharded DTensors; norms are then those of the whole.
+Parameters may be sharded DTensors; norms are then those of the full tensors.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from olmo.config import OptimizerType, TrainConfig
 from olmo.model.norm import LayerNormBase
 from olmo.model.regroup import plain_name
 from olmo.optim.adamw import AdamW
-from olmo.optim.clipping import Group, Optimizer, is_sharded
 from olmo.optim.lionw import LionW
 from olmo.optim.muon import Muon
+from olmo.optim.optimizer import Optimizer, ParamGroup, is_dtensor
 from olmo.optim.packed import PackedAdamW
 
 
-def get_param_groups(cfg: TrainConfig, model: nn.Module) -> list[Group]:
+def get_param_groups(cfg: TrainConfig, model: nn.Module) -> list[ParamGroup]:
     """Parameters with weight decay, then those without, each sorted by name.
 
     Linear weights decay. Norms and biases do if optimizer.decay_norm_and_bias says so, embeddings
     (a tied one too) if optimizer.decay_embeddings does; where optimizer.no_decay_norm_and_bias is
-    given, it says both, negated. For Muon the matrices of the blocks are a
-    group of their own.
+    given, it sets both, negated. With Muon, the matrices of the blocks are a group of their own.
 
     Raises:
-        ValueError: a parameter of a module that no rule is known for.
+        ValueError: a parameter of a module type without a rule.
     """
     optimizer = cfg.optimizer
     norms_decay, embeddings_decay = optimizer.decay_norm_and_bias, optimizer.decay_embeddings
@@ -61,7 +60,7 @@ def get_param_groups(cfg: TrainConfig, model: nn.Module) -> list[Group]:
     def is_matrix_of_block(name: str) -> bool:
         return ".block" in name and decaying[name].ndim == 2
 
-    sets: list[tuple[dict[str, nn.Parameter], Group]]
+    sets: list[tuple[dict[str, nn.Parameter], ParamGroup]]
     if optimizer.name == OptimizerType.muon:
         matrices = {n: p for n, p in decaying.items() if is_matrix_of_block(n)}
         rest = {n: p for n, p in decaying.items() if n not in matrices}
@@ -76,7 +75,7 @@ def get_param_groups(cfg: TrainConfig, model: nn.Module) -> list[Group]:
         {
             "params": [params[name] for name in sorted(params)],
             "param_names": sorted(params),
-            "sharded": any(is_sharded(p) for p in params.values()),
+            "sharded": any(is_dtensor(p) for p in params.values()),
             "max_grad_norm": cfg.max_grad_norm,
             "max_grad_norm_ratio": cfg.max_grad_norm_ratio,
             **fields,

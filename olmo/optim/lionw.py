@@ -1,4 +1,4 @@
-"""LionW."""
+"""LionW: the sign of an interpolated momentum, with decoupled weight decay."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from olmo.optim.clipping import Optimizer, finite_grad, norms_of, vector, with_grad
+from olmo.optim.optimizer import (
+    Optimizer,
+    compute_norms,
+    finite_grad,
+    params_with_grad,
+    stack_scalars,
+)
 
 
 class LionW(Optimizer):
@@ -33,13 +39,14 @@ class LionW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update what has a gradient; nothing where clipping found one that is not finite."""
+        """Update parameters that have a gradient; none if clipping found one that is not finite."""
         recording = self._record_update_metrics and self._collecting_metrics
         products: list[Tensor] = []
-        norms: list[list[Tensor]] = [[], []]
+        updates: list[Tensor] = []
+        signs: list[Tensor] = []
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for _, p in with_grad(group):
+            for _, p in params_with_grad(group):
                 grad, alive = finite_grad(p, self.found_inf)
                 state = self.state[p]
                 if "exp_avg" not in state:
@@ -55,17 +62,17 @@ class LionW(Optimizer):
                     if self._selective_updates:
                         update, sign = update * moving, sign * moving
                     products.append((update * sign).sum())
-                    norms[0].append(update)
-                    norms[1].append(sign)
+                    updates.append(update)
+                    signs.append(sign)
         if recording:
-            dot = vector(products).sum()
-            lengths = [torch.linalg.vector_norm(norms_of(tensors)) for tensors in norms]
+            dot = stack_scalars(products).sum()
+            lengths = [torch.linalg.vector_norm(compute_norms(ts)) for ts in (updates, signs)]
             cosine = dot / (lengths[0] * lengths[1]).clamp(min=1e-8)
             self._update_metrics = {"update_cos_sim": cosine}
 
     def get_post_step_metrics(
         self, module: nn.Module | None = None, process_group: Any = None
     ) -> dict[str, Tensor]:
-        """update_cos_sim: how far the signed update points where the unsigned one does."""
+        """update_cos_sim: cosine similarity of the update and its sign, over all parameters."""
         metrics, self._update_metrics = self._update_metrics, {}
         return metrics

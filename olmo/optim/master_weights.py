@@ -1,15 +1,18 @@
-"""Matrices in bfloat16, each with a float32 master that the optimizer works on (Micikevicius et al.
-2018, arXiv:1710.03740).
+"""Master weights: matrices in bfloat16, each with a float32 copy (the master) that the optimizer
+updates (Micikevicius et al. 2018, arXiv:1710.03740).
 
-Autocast keeps weights in float32 and casts them for each microbatch; its embeddings, and so what
-is added up from block to block, are float32. With `master_weights` what an embedding gives is
-bfloat16, and everything from there on. Gradients of microbatches still add up in float32.
+Autocast alone keeps weights in float32 and casts them in each microbatch; the residual stream is
+float32, as embeddings are. With master weights an embedding's output is cast to bfloat16, and so
+the residual stream is bfloat16. Gradients of microbatches are still summed in float32.
 
 An embedding's own weight stays float32: its gradient is a sum over all positions of a token, and in
-bfloat16 a frequent token's loses all but the first few hundred of them (docs/lab.md).
+bfloat16 the sum of a frequent token stops growing after a few hundred terms (docs/lab.md).
 
-A master takes its weight's place in the optimizer and in the model's state_dict: what is saved is
-what is saved without it, and a run may go on with the other setting.
+The master replaces its weight in the optimizer and in the model's state_dict. So checkpoints are
+the same as without this option, and a run may resume with the other setting.
+
+Create it after the optimizer, whose state is loaded, and before GradientReducer, whose hooks read
+the masters' gradients.
 """
 
 from __future__ import annotations
@@ -24,68 +27,69 @@ from olmo.config import TrainConfig
 
 
 def find_master_weights_problem(cfg: TrainConfig, sharded: bool) -> str | None:
-    """None where the run can have master weights, else one sentence with the remedy."""
+    """None where master weights work, else one sentence with the remedy."""
     if cfg.precision != "amp_bf16":
         return f"it keeps weights in bfloat16, and precision is {cfg.precision}; set amp_bf16"
     if sharded:
         return (
-            "sharded weights have it already: they are gathered in bfloat16, the shards are "
-            "float32 (fsdp.precision); leave master_weights out"
+            "sharded weights have it already: FSDP gathers them in bfloat16 from float32 shards "
+            "(fsdp.precision); leave master_weights out"
         )
     if cfg.use_msamp:
-        return "MS-AMP keeps masters of its own; leave one of them out"
+        return "MS-AMP has master weights of its own; leave one of the two out"
     return None
 
 
 class MasterWeights:
-    """The masters of a model's matrices; call `copy_to_model` after each step of the optimizer."""
+    """The masters of a model's matrices. Call `copy_to_model` after each optimizer step."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Takes weights, optimizer and its state as they are, in float32."""
-        self._of: dict[nn.Parameter, Tensor] = {}
+        """Replace the weights in `optimizer` and in its state by masters, and cast the model's."""
+        self._master_of: dict[nn.Parameter, Tensor] = {}
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         for embedding in embeddings:
             embedding.register_forward_hook(lambda module, inputs, x: x.to(torch.bfloat16))
-        rows = {embedding.weight for embedding in embeddings}
+        embedding_weights = {embedding.weight for embedding in embeddings}
         for p in model.parameters():
-            if p.ndim < 2 or not p.requires_grad or p in rows:
-                continue  # norms and biases are small, and computed with in float32
+            if p.ndim < 2 or not p.requires_grad or p in embedding_weights:
+                continue  # norms and biases are small, and their layers compute in float32
             master = p.detach()
             master.requires_grad_()
-            self._of[p] = master
+            self._master_of[p] = master
             p.data = master.detach().to(torch.bfloat16)
-            p.register_post_accumulate_grad_hook(_collecting(master))
+            p.register_post_accumulate_grad_hook(_accumulate_into(master))
             if p in optimizer.state:
                 optimizer.state[master] = optimizer.state.pop(p)
         for group in optimizer.param_groups:
             group["params"] = self.get_masters(group["params"])
-        # torch marks the hook, which a bound method does not let it do.
-        model.register_state_dict_post_hook(lambda *given: self._name(*given))
-        self._weights = [p.data for p in self._of]
-        self._masters = [master.detach() for master in self._of.values()]
+        # A lambda: torch sets an attribute on the hook, which a bound method does not allow.
+        model.register_state_dict_post_hook(lambda *args: self._put_masters(*args))
+        self._weights = [p.data for p in self._master_of]
+        self._masters = [master.detach() for master in self._master_of.values()]
 
     def get_masters(self, parameters: Iterable[Any]) -> list[Tensor]:
         """Each parameter's master, or itself where it has none."""
-        return [self._of.get(p, p) for p in parameters]
+        return [self._master_of.get(p, p) for p in parameters]
 
     def copy_to_model(self) -> None:
-        """The weights become what their masters are now."""
+        """Copy the updated masters into the model's bfloat16 weights."""
         torch._foreach_copy_(self._weights, self._masters)
 
-    def _name(self, model: nn.Module, state: dict[str, Any], *_: Any) -> None:
-        """The masters under their weights' names: what is saved."""
+    def _put_masters(self, model: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        """Replace weights in a state_dict by their masters: this is what checkpoints hold."""
         for name, p in model.named_parameters():
-            if p in self._of:
-                state[name] = self._of[p].detach()
+            if p in self._master_of:
+                state[name] = self._master_of[p].detach()
 
 
-def _collecting(master: Tensor) -> Callable[[Tensor], None]:
-    """What happens to a weight's gradient after each microbatch: it is added to the master's.
+def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds a weight's gradient to its master's, after each microbatch.
 
-    A hook that knew its weight would keep both alive for ever: Python does not see such a circle.
+    It must not refer to the weight: Python's garbage collector does not see reference cycles
+    through autograd's hooks, so weight and hook would stay alive for ever.
     """
 
-    def collect(p: Tensor) -> None:
+    def hook(p: Tensor) -> None:
         assert p.grad is not None
         if master.grad is None:
             master.grad = p.grad.float()
@@ -93,4 +97,4 @@ def _collecting(master: Tensor) -> Callable[[Tensor], None]:
             master.grad += p.grad
         p.grad = None
 
-    return collect
+    return hook

@@ -1,4 +1,4 @@
-"""Muon."""
+"""Muon: momentum, orthogonalised, for matrices; AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from olmo.optim.adamw import AdamW
-from olmo.optim.clipping import Group, finite_grad, is_sharded, whole, with_grad
+from olmo.optim.optimizer import ParamGroup, finite_grad, full_tensor, is_dtensor, params_with_grad
 
 
 class Muon(AdamW):
@@ -26,32 +26,40 @@ class Muon(AdamW):
             return {"momentum": self.state[param]["momentum"]}
         return super().get_state_for_param(param)
 
-    def _step_group(self, group: Group) -> None:
+    def _step_group(self, group: ParamGroup) -> None:
         if not group["muon"]:
             super()._step_group(group)
             return
         beta = group["betas"][1]
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for _, p in with_grad(group):
+        for _, p in params_with_grad(group):
             grad, alive = finite_grad(p, self.found_inf)
             state = self.state[p]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(p)
             state["momentum"].lerp_(grad, alive * (1 - beta))
-            ahead = grad.lerp(state["momentum"], beta)
-            by_shape.setdefault(p.shape, []).append((p, ahead, alive))
+            nesterov = grad.lerp(state["momentum"], beta)
+            by_shape.setdefault(p.shape, []).append((p, nesterov, alive))
         for shape, matrices in by_shape.items():
-            stacked = torch.stack([whole(ahead) for _, ahead, _ in matrices])  # (n, rows, columns)
+            # One batched product for all matrices of a shape. Sharded ones are gathered whole: the
+            # iteration needs all rows and columns.
+            stacked = torch.stack(
+                [full_tensor(nesterov) for _, nesterov, _ in matrices]
+            )  # (n, rows, columns)
             updates = orthogonalize(stacked) * (0.2 * math.sqrt(max(shape)))
             for (p, _, alive), update in zip(matrices, updates.unbind(), strict=True):
                 p.mul_(1 - alive * (group["lr"] * group["weight_decay"]))
-                p.sub_(_like(update, p) * (alive * group["lr"]))
+                p.sub_(_shard_like(update, p) * (alive * group["lr"]))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearest matrices with all singular values about 1 (0.7 to 1.2), (n, rows, columns).
+    """Approximate U V^T of each matrix U S V^T: all singular values become about 1 (0.7 to 1.2).
 
     Five steps of a quintic Newton-Schulz iteration with Jordan's coefficients, in bfloat16 on GPUs.
+    The iteration runs on the wide orientation, where the Gram matrix is the smaller one.
+
+    Args:
+        matrices: (n, rows, columns), and so is the result.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices.float()
@@ -64,9 +72,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def _like(value: Tensor, p: Tensor) -> Tensor:
-    """`value`, sharded as `p` is."""
-    if not is_sharded(p):
+def _shard_like(value: Tensor, p: Tensor) -> Tensor:
+    """`value`, a full tensor, sharded as `p` is."""
+    if not is_dtensor(p):
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -1,6 +1,7 @@
-"""Learning rate and clipping threshold as functions of the step (or of tokens seen).
+"""Learning rate and clipping threshold as functions of the step (or of the tokens seen).
 
-All numbers of one schedule are in one unit, config.scheduler.units: steps or tokens.
+All numbers of a schedule have the same unit, config.scheduler.units: steps or tokens. The formulas
+are those of OLMo's olmo/optim.py.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ class Scheduler:
     """What all schedules share.
 
     Fields:
-        grad_clip_warmup_steps, grad_clip_warmup_factor: up to this step the clipping threshold
-            is this many times the configured one.
-        warmup_min_lr: where warm-up starts; None: a tenth of the peak.
+        grad_clip_warmup_steps, grad_clip_warmup_factor: up to this step, the clipping threshold
+            is the configured one times this factor.
+        warmup_min_lr: the learning rate where warm-up starts; None: a tenth of the peak.
     """
 
     grad_clip_warmup_steps: int | None
@@ -29,10 +30,10 @@ class Scheduler:
         """The learning rate at `step`, where the peak is `initial_lr`.
 
         Args:
-            step, max_steps: now, and the run's end, in the schedule's unit: steps or tokens.
+            step, max_steps: the current step and the run's last, in the schedule's unit.
 
         Raises:
-            ValueError: warm-up would start below 0, or not below the peak.
+            ValueError: warmup_min_lr is negative, or not below the peak.
         """
         raise NotImplementedError
 
@@ -43,13 +44,13 @@ class Scheduler:
         factor = self.grad_clip_warmup_factor
         if initial_max_grad_norm is None or self.grad_clip_warmup_steps is None or factor is None:
             return initial_max_grad_norm
-        warm = step <= self.grad_clip_warmup_steps
-        return factor * initial_max_grad_norm if warm else initial_max_grad_norm
+        in_warmup = step <= self.grad_clip_warmup_steps
+        return factor * initial_max_grad_norm if in_warmup else initial_max_grad_norm
 
     def get_max_grad_norm_ratio(
         self, initial_max_grad_norm_ratio: float | None, step: int, max_steps: int
     ) -> float | None:
-        """The same for adaptive clipping's ratio."""
+        """The ratio of adaptive clipping at `step`."""
         return self.get_max_grad_norm(initial_max_grad_norm_ratio, step, max_steps)
 
     def _warm_up(self, initial_lr: float, step: int, warmup_steps: int) -> float:
@@ -63,7 +64,7 @@ class Scheduler:
 
 
 @dataclass
-class _WarmedUp(Scheduler):
+class _WithWarmup(Scheduler):
     """Linear warm-up for `warmup_steps`, then `_after_warmup`."""
 
     warmup_steps: int
@@ -78,8 +79,8 @@ class _WarmedUp(Scheduler):
 
 
 @dataclass
-class _Decaying(_WarmedUp):
-    """From the peak after warm-up to alpha_f of it at t_max (None: the run's end), then flat."""
+class _WithDecay(_WithWarmup):
+    """Decay from the peak after warm-up to alpha_f of it at t_max (None: max_steps); then flat."""
 
     alpha_f: float = 0.1
     t_max: int | None = None
@@ -93,12 +94,12 @@ class _Decaying(_WarmedUp):
         return final + (initial_lr - final) * self._remaining(progress)
 
     def _remaining(self, progress: float) -> float:
-        """How much of the way down is left, 1 to 0, after `progress`, 0 to 1, of the time."""
+        """The share of the decay that remains, from 1 to 0, at `progress`, from 0 to 1."""
         raise NotImplementedError
 
 
 @dataclass
-class CosWithWarmup(_Decaying):
+class CosWithWarmup(_WithDecay):
     """Half a cosine (Loshchilov & Hutter 2017, arXiv:1608.03983)."""
 
     def _remaining(self, progress: float) -> float:
@@ -106,22 +107,22 @@ class CosWithWarmup(_Decaying):
 
 
 @dataclass
-class LinearWithWarmup(_Decaying):
+class LinearWithWarmup(_WithDecay):
     def _remaining(self, progress: float) -> float:
         return 1 - progress
 
 
 @dataclass
-class CosLinearEnvelope(_Decaying):
-    """The cosine times the line, for annealing."""
+class CosLinearEnvelope(_WithDecay):
+    """A cosine times a linear decay."""
 
     def _remaining(self, progress: float) -> float:
         return (1 - progress) * (1 + cos(pi * progress)) / 2
 
 
 @dataclass
-class InvSqrtWithWarmup(_WarmedUp):
-    """Falls as 1/sqrt(step). Without warm-up it falls from step 1 on, where OLMo divides by 0."""
+class InvSqrtWithWarmup(_WithWarmup):
+    """Decay as 1/sqrt(step). With warmup_steps = 0 it starts at step 1; OLMo divides by 0 there."""
 
     def _after_warmup(self, initial_lr: float, step: int, max_steps: int) -> float:
         warmup_steps = max(1, self.warmup_steps)
@@ -135,16 +136,16 @@ class ConstantScheduler(Scheduler):
 
 
 @dataclass
-class ConstantWithWarmupScheduler(_WarmedUp):
+class ConstantWithWarmupScheduler(_WithWarmup):
     def _after_warmup(self, initial_lr: float, step: int, max_steps: int) -> float:
         return initial_lr
 
 
 @dataclass
-class WarmupStableDecay(_WarmedUp):
-    """Constant after warm-up, and over the last `decay_steps` down a line to alpha_f of the peak.
+class WarmupStableDecay(_WithWarmup):
+    """Constant after warm-up, then a linear decay to alpha_f times the peak over `decay_steps`.
 
-    Hu et al. 2024 (MiniCPM, arXiv:2404.06395). None for `decay_steps`: a tenth of the run.
+    Hu et al. 2024 (MiniCPM, arXiv:2404.06395). `decay_steps` None: a tenth of the run.
     """
 
     alpha_f: float = 0.1
@@ -163,7 +164,7 @@ class WarmupStableDecay(_WarmedUp):
 
 @dataclass
 class MaxScheduler(Scheduler):
-    """The higher of two schedules."""
+    """The maximum of two schedules."""
 
     sched1: Scheduler
     sched2: Scheduler
@@ -174,7 +175,7 @@ class MaxScheduler(Scheduler):
 
 @dataclass
 class BoltOnWarmupScheduler(Scheduler):
-    """Another schedule with a warm-up from 0 put into it, for an optimizer that starts afresh."""
+    """Another schedule with a warm-up from 0 in it: for a run that resumes with a new optimizer."""
 
     inner: Scheduler
     warmup_start: int
@@ -184,7 +185,7 @@ class BoltOnWarmupScheduler(Scheduler):
     def wrap(
         cls, scheduler: Scheduler, warmup_start: int, warmup_end: int
     ) -> BoltOnWarmupScheduler:
-        """`scheduler`, but 0 up to warmup_start and rising to meet it at warmup_end."""
+        """`scheduler`, but 0 before warmup_start, then linear up to its value at warmup_end."""
         return cls(None, None, None, scheduler, warmup_start, warmup_end)
 
     def get_lr(self, initial_lr: float, step: int, max_steps: int) -> float:
@@ -206,15 +207,15 @@ def build_scheduler(cfg: TrainConfig, sched_cfg: SchedulerConfig | None = None) 
     config = cfg.scheduler if sched_cfg is None else sched_cfg
     kind = SchedulerType(config.name)
 
-    def whole(value: float | None) -> int | None:
+    def to_int(value: float | None) -> int | None:
         return None if value is None else int(value)
 
     shared = (
-        whole(config.grad_clip_warmup_steps),
+        to_int(config.grad_clip_warmup_steps),
         config.grad_clip_warmup_factor,
         config.warmup_min_lr,
     )
-    warmup, t_max = int(config.t_warmup), whole(config.t_max)
+    warmup, t_max = int(config.t_warmup), to_int(config.t_max)
     if kind is SchedulerType.constant:
         return ConstantScheduler(*shared)
     if kind is SchedulerType.constant_with_warmup:
@@ -222,7 +223,7 @@ def build_scheduler(cfg: TrainConfig, sched_cfg: SchedulerConfig | None = None) 
     if kind is SchedulerType.inverse_sqrt_with_warmup:
         return InvSqrtWithWarmup(*shared, warmup)
     if kind is SchedulerType.warmup_stable_decay:
-        decay = whole(config.t_decay)
+        decay = to_int(config.t_decay)
         return WarmupStableDecay(*shared, warmup, config.alpha_f, t_max, decay)
     if kind is SchedulerType.max_scheduler:
         parts = (SchedulerType.cosine_with_warmup, SchedulerType.inverse_sqrt_with_warmup)

@@ -31,8 +31,8 @@ from olmo.eval.evaluators import build_evaluators, evaluate
 from olmo.io import sealed
 from olmo.model import OLMo
 from olmo.optim.build import build_optimizer
-from olmo.optim.clipping import Optimizer
 from olmo.optim.master_weights import MasterWeights
+from olmo.optim.optimizer import Optimizer
 from olmo.optim.schedule import BoltOnWarmupScheduler, Scheduler, build_scheduler
 from olmo.precision import msamp
 from olmo.precision.backends import Float8Converter, convert_to_float8

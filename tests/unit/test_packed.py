@@ -9,10 +9,10 @@ import torch
 from olmo.config import TrainConfig
 from olmo.model import OLMo
 from olmo.optim import build_optimizer
-from olmo.optim.packed import KEPT, Packed, pack, unpack
+from olmo.optim.packed import MOMENT_DTYPES, PackedTensor, pack, unpack
 
 
-@pytest.mark.parametrize("dtype", KEPT.values(), ids=str)
+@pytest.mark.parametrize("dtype", MOMENT_DTYPES.values(), ids=str)
 def test_packing_what_was_unpacked_changes_nothing(dtype: torch.dtype):
     top = torch.finfo(dtype).max
     generator = torch.Generator().manual_seed(0)
@@ -57,7 +57,7 @@ def test_it_takes_less_than_half(tmp_path: Path):
     optimizer.step()
 
     def held(state: dict) -> int:
-        tensors = [t for v in state.values() for t in (v if isinstance(v, Packed) else [v])]
+        tensors = [t for v in state.values() for t in (v if isinstance(v, PackedTensor) else [v])]
         return sum(t.nbytes for t in tensors)
 
     kept = sum(map(held, optimizer.state.values()))

@@ -1,4 +1,8 @@
-"""What all optimizers share: clipping and metrics that never wait for the device."""
+"""The base class of all optimizers: clipping, metrics, and state that is loaded by name.
+
+Nothing here waits for the device: norms, the finite check and metrics are 0-d tensors there, and
+the trainer reads them later, in one transfer.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +14,29 @@ from torch import Tensor, nn
 
 from olmo.model.regroup import plain_name
 
-Group = dict[str, Any]
+ParamGroup = dict[str, Any]
 
 
 class Optimizer(torch.optim.Optimizer):
-    """What OLMo's optimizers share. Parameter groups have, beside torch's fields:
+    """Base class. Parameter groups have these fields besides torch's:
 
-    - param_names: plain names, in the order of params, sorted
+    - param_names: names without wrappers' prefixes, sorted, in the order of params
     - max_grad_norm: threshold for the norm of all gradients together, or None
     - max_grad_norm_ratio: threshold for each gradient's norm, in multiples of its running mean,
-      or None; it wins over max_grad_norm
+      or None; takes precedence over max_grad_norm
     - sharded: whether the parameters are DTensors
+
+    Parameters may be DTensors; norms and other metrics are then those of the full tensors.
     """
 
     _record_update_metrics = False
     _selective_updates = False
     _collecting_metrics = False
     found_inf: Tensor | None = None
-    """1.0 where the last clipping saw a gradient that is not finite, else 0.0. `step` reads it."""
+    """1.0 if the last clipping found a gradient that is not finite, else 0.0. `step` reads it."""
 
-    # torch marks these as not to be compiled, and imports its compiler to do so: more than half
-    # of the time until a small run's first step.
+    # The undecorated methods: torch's decorator (torch._disable_dynamo) imports the compiler at the
+    # first call, which takes more than half of the time until a small run's first step.
     _torch: Any = torch.optim.Optimizer
     add_param_group = _torch.add_param_group.__wrapped__
     zero_grad = _torch.zero_grad.__wrapped__
@@ -50,13 +56,13 @@ class Optimizer(torch.optim.Optimizer):
 
         Args:
             global_step: accepted as OLMo has it.
-            collect_param_metrics: also collect, for each parameter, min, max, avg and norm of
-                itself, its gradient and its state; expensive.
-            process_group, device: accepted as OLMo has them; tensors know both.
+            collect_param_metrics: also collect min, max, avg and norm of each parameter, its
+                gradient and its state. It reads all of them four times.
+            process_group, device: accepted as OLMo has them; not used.
 
         Returns:
-            0-d tensors on the device. Norms before clipping are always there: `total_grad_norm`
-            and grad/{name}.norm. With collect_param_metrics also
+            0-d tensors on the device. Always the norms before clipping, `total_grad_norm` and
+            grad/{name}.norm. With collect_param_metrics also
             {param,grad,exp_avg,…}/{name}.{min,max,avg,norm} (min and max of the absolute values),
             `clipping_rate`, `grad_norm_exp_avg/{name}`.
 
@@ -64,29 +70,29 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: no parameter has a gradient.
         """
         self._collecting_metrics = collect_param_metrics
-        named = [list(with_grad(group)) for group in self.param_groups]
-        grads = [[cast(Tensor, p.grad) for _, p in pairs] for pairs in named]
+        group_pairs = [list(params_with_grad(group)) for group in self.param_groups]
+        grads = [[cast(Tensor, p.grad) for _, p in pairs] for pairs in group_pairs]
         flat = [g for group_grads in grads for g in group_grads]
         if not flat:
             raise ValueError("no parameter has a gradient; call loss.backward() first")
-        norms = norms_of(flat)  # (parameters,)
+        norms = compute_norms(flat)  # (parameters,)
         total_norm = norms.square().sum().sqrt()
         self.found_inf = (~torch.isfinite(total_norm)).float()
 
-        names = [name for pairs in named for name, _ in pairs]
+        names = [name for pairs in group_pairs for name, _ in pairs]
         metrics = {"total_grad_norm": total_norm}
         metrics |= {f"grad/{n}.norm": norm for n, norm in zip(names, norms.unbind(), strict=True)}
         if collect_param_metrics:
-            metrics |= self._param_metrics([pair for pairs in named for pair in pairs])
+            metrics |= self._param_metrics([pair for pairs in group_pairs for pair in pairs])
         clipped, eligible = torch.zeros_like(total_norm), 0
-        group_norms = norms.split([len(pairs) for pairs in named])
-        for group, pairs, group_grads, its_norms in zip(
-            self.param_groups, named, grads, group_norms, strict=True
+        group_norms = norms.split([len(pairs) for pairs in group_pairs])
+        for group, pairs, group_grads, pair_norms in zip(
+            self.param_groups, group_pairs, grads, group_norms, strict=True
         ):
             if not pairs:
                 continue
             if (ratio := group.get("max_grad_norm_ratio")) is not None:
-                coefficients = self._clip_adaptively(group, ratio, pairs, its_norms, metrics)
+                coefficients = self._clip_adaptively(group, ratio, pairs, pair_norms, metrics)
             elif (max_norm := group.get("max_grad_norm")) is not None:
                 coefficient = (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
                 torch._foreach_mul_(group_grads, coefficient)
@@ -101,7 +107,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _clip_adaptively(
         self,
-        group: Group,
+        group: ParamGroup,
         ratio: float,
         pairs: Sequence[tuple[str, Tensor]],
         norms: Tensor,
@@ -109,11 +115,14 @@ class Optimizer(torch.optim.Optimizer):
     ) -> Tensor:
         """Clip each gradient to `ratio` times the running mean of its clipped norms.
 
-        The mean starts with the first norm that finds the optimizer's state made, that is at
-        the second step, as in OLMo.
+        The mean starts at the second step, as in OLMo: at the first, the optimizer has no state
+        yet to keep it in.
+
+        Args:
+            norms: (n,), n parameters of the group.
 
         Returns:
-            The coefficients, (parameters of the group,).
+            The factors that the gradients were multiplied by, (n,).
         """
         states = [self.state[p] for _, p in pairs]
         averages = []
@@ -140,60 +149,61 @@ class Optimizer(torch.optim.Optimizer):
         tensors: list[Tensor] = []
         for name, p in pairs:
             state = self.get_state_for_param(p)
-            shown = {"grad": p.grad, "param": p} | dict(sorted(state.items()))
-            for kind, tensor in shown.items():
+            measured = {"grad": p.grad, "param": p} | dict(sorted(state.items()))
+            for kind, tensor in measured.items():
                 if tensor is not None:
                     names.append(f"{kind}/{name}")
                     tensors.append(tensor.detach())
         columns = {
-            "min": vector([t.abs().min().float() for t in tensors]),
-            "max": vector([t.abs().max().float() for t in tensors]),
-            "avg": vector([t.float().mean() for t in tensors]),
-            "norm": norms_of(tensors),
+            "min": stack_scalars([t.abs().min().float() for t in tensors]),
+            "max": stack_scalars([t.abs().max().float() for t in tensors]),
+            "avg": stack_scalars([t.float().mean() for t in tensors]),
+            "norm": compute_norms(tensors),
         }
         return {
-            f"{name}.{what}": value
-            for what, column in columns.items()
+            f"{name}.{statistic}": value
+            for statistic, column in columns.items()
             for name, value in zip(names, column.unbind(), strict=True)
         }
 
     def get_state_for_param(self, param: Tensor) -> dict[str, Tensor | None]:
-        """The parts of the state that metrics are collected of."""
+        """The tensors of the state that metrics are collected of, by name."""
         return {}
 
     def get_post_step_metrics(
         self, module: nn.Module | None = None, process_group: Any = None
     ) -> dict[str, Tensor]:
-        """What the last step did, if record_update_metrics asks for it."""
+        """Metrics of the last update, if record_update_metrics is set."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """State comes from `state_dict`; settings stay those of the config.
+        """Load the state. Settings (lr, betas, …) stay those of the config.
 
         Raises:
-            ValueError: the parameters are others.
+            ValueError: the saved parameters differ from ours, or their order does.
         """
-        saved = state_dict["param_groups"]
+        saved_groups = state_dict["param_groups"]
         groups = []
-        for theirs, ours in zip(saved, self.param_groups, strict=False):
-            their_names = [plain_name(n) for n in theirs.get("param_names", ours["param_names"])]
-            if their_names != ours["param_names"]:
-                differing = sorted(set(their_names) ^ set(ours["param_names"]))
+        for saved, ours in zip(saved_groups, self.param_groups, strict=False):
+            saved_names = [plain_name(n) for n in saved.get("param_names", ours["param_names"])]
+            if saved_names != ours["param_names"]:
+                differing = sorted(set(saved_names) ^ set(ours["param_names"]))
                 raise ValueError(
                     "the optimizer's state is of other parameters, or in another order; "
                     f"they differ in {', '.join(differing[:5]) or 'their order'}. "
-                    "--reset_optimizer_state starts it afresh"
+                    "--reset_optimizer_state starts with a new state"
                 )
-            groups.append({**theirs, **{k: v for k, v in ours.items() if k != "params"}})
-        if len(saved) != len(self.param_groups):
+            groups.append({**saved, **{k: v for k, v in ours.items() if k != "params"}})
+        if len(saved_groups) != len(self.param_groups):
             raise ValueError(
-                f"the optimizer's state has {len(saved)} parameter groups, expected "
-                f"{len(self.param_groups)}. --reset_optimizer_state starts it afresh"
+                f"the optimizer's state has {len(saved_groups)} parameter groups, expected "
+                f"{len(self.param_groups)}. --reset_optimizer_state starts with a new state"
             )
         self._load_state_dict({**state_dict, "param_groups": groups})
 
 
-def with_grad(group: Group) -> Iterable[tuple[str, Tensor]]:
+def params_with_grad(group: ParamGroup) -> Iterable[tuple[str, Tensor]]:
+    """Names and parameters of those that have a gradient."""
     return (
         (name, p)
         for name, p in zip(group["param_names"], group["params"], strict=True)
@@ -201,27 +211,29 @@ def with_grad(group: Group) -> Iterable[tuple[str, Tensor]]:
     )
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
+    # isinstance would import torch.distributed.tensor, which takes a second, in every run.
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor."""
-    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A DTensor gathered from all its shards; another tensor as it is."""
+    return cast(Any, tensor).full_tensor() if is_dtensor(tensor) else tensor
 
 
-def vector(scalars: list[Tensor]) -> Tensor:
-    """0-d tensors, reduced over their shards, as one vector."""
-    return whole(torch.stack(scalars))
+def stack_scalars(scalars: list[Tensor]) -> Tensor:
+    """0-d tensors as one vector, (n,), reduced over their shards."""
+    return full_tensor(torch.stack(scalars))
 
 
-def norms_of(tensors: list[Tensor]) -> Tensor:
-    """The 2-norm of each tensor, in float32, as one vector."""
-    return vector(list(torch._foreach_norm(tensors, 2, dtype=torch.float32)))
+def compute_norms(tensors: list[Tensor]) -> Tensor:
+    """The 2-norm of each tensor, computed in float32: (n,)."""
+    return stack_scalars(list(torch._foreach_norm(tensors, 2, dtype=torch.float32)))
 
 
 def finite_grad(p: Tensor, found_inf: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The gradient with NaN and infinity as 0; and 1.0, or 0.0 if nothing may move."""
+    """The gradient with NaN and infinity replaced by 0; and 1.0, or 0.0 if the update must be
+    skipped, to multiply it with. So no branch waits for the device."""
     grad = cast(Tensor, p.grad)
     if found_inf is None:
         return grad, torch.ones((), device=p.device)
