@@ -1,6 +1,6 @@
-"""Where the time of a cell's step goes on a GPU: by family of kernels, and the twenty longest.
+"""Profiles a cell's step on a GPU: time by family of kernels, and the twenty longest kernels.
 
-On a CPU by torch's operations. One line of JSON.
+On a CPU: of torch's operations. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from olmo.bench.cell import prepare
+from olmo.bench.cell import build_workload
 from olmo.bench.matrix import Cell, Section
-from olmo.bench.side import settle
+from olmo.bench.timing import synchronize
 
 STEPS, WARMUP, LONGEST = 3, 4, 20
-# The first whose words a kernel's name has.
+# A kernel belongs to the first family that has a part of its name.
 FAMILIES = {
     "attention": ("cudnn_generated", "flash", "fmha", "sdpa", "attention"),
     "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk", "_mm"),
@@ -35,38 +35,35 @@ def family(name: str) -> str:
 
 def main() -> None:
     request = json.loads(sys.argv[1])
-    cell = Cell(**request["cell"])
-    training = prepare(Section.new(**request["section"]), cell)
-    device = training.device
-    batches = [training.ids(number) for number in range(WARMUP + STEPS)]
-    for number in range(WARMUP):
-        training.step(number, batches[number])
-    settle(device)
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as found:
-        for number in range(WARMUP, WARMUP + STEPS):
-            training.step(number, batches[number])
-        settle(device)
+    workload = build_workload(Section.new(**request["section"]), Cell(**request["cell"]))
+    device = workload.device
     on_gpu = device.type == "cuda"
-    totals: dict[str, tuple[float, int]] = {}
-    for event in found.key_averages():
+    batches = [workload.ids(number) for number in range(WARMUP + STEPS)]
+    for number in range(WARMUP):
+        workload.step(number, batches[number])
+    synchronize(device)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as profiler:
+        for number in range(WARMUP, WARMUP + STEPS):
+            workload.step(number, batches[number])
+        synchronize(device)
+    totals: dict[str, tuple[float, int]] = {}  # ms and calls of a step
+    for event in profiler.key_averages():
         time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         is_kernel = not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA
         if time and is_kernel:
             totals[event.key] = (time / 1e3 / STEPS, event.count // STEPS)
-    families: dict[str, list[float]] = {}
-    for name, (milliseconds, calls) in totals.items():
-        so_far = families.setdefault(family(name), [0.0, 0])
-        so_far[0] += milliseconds
-        so_far[1] += calls
+    families: dict[str, dict[str, float]] = {}
+    for name, (ms, calls) in totals.items():
+        total = families.setdefault(family(name), {"ms": 0.0, "calls": 0})
+        total["ms"] += ms
+        total["calls"] += calls
     longest = sorted(totals.items(), key=lambda item: -item[1][0])[:LONGEST]
     record: dict[str, Any] = {
         "cell": request["cell"],
         "steps": STEPS,
-        "ms": sum(milliseconds for milliseconds, _ in totals.values()),
-        "families": {n: {"ms": ms, "calls": calls} for n, (ms, calls) in families.items()},
+        "ms": sum(ms for ms, _ in totals.values()),
+        "families": families,
         "longest": [
             {"kernel": name[:160], "family": family(name), "ms": ms, "calls": calls}
             for name, (ms, calls) in longest

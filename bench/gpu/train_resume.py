@@ -1,6 +1,6 @@
-"""A run of olmo.train, straight, and the same killed with SIGKILL and resumed: losses compared.
+"""Compares the losses of a run of olmo.train with the same run killed by SIGKILL and resumed.
 
-One line of JSON for each run, and one for the comparison.
+Prints a line of JSON for each run, and one for the comparison.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ LOSS = "train/CrossEntropyLoss"
 STEPS, SAVED, KILLED = {"cuda": 200, "cpu": 24}, {"cuda": 50, "cpu": 6}, {"cuda": 120, "cpu": 15}
 
 
-def overrides(kind: str, layers: int | None, folder: Path, run: str) -> list[str]:
-    """What is otherwise than in config/train/olmo-250m.yaml."""
-    found = [
+def cli_overrides(kind: str, layers: int | None, folder: Path, run: str) -> list[str]:
+    """Options that change config/train/olmo-250m.yaml."""
+    options = [
         f"--data.paths=[{folder / 'tokens.npy'}]",
         f"--save_folder={folder / run}",
         f"--max_duration={STEPS[kind]}",
@@ -37,23 +37,23 @@ def overrides(kind: str, layers: int | None, folder: Path, run: str) -> list[str
         "--try_load_latest_save=true",
     ]
     if layers is not None:
-        found.append(f"--model.n_layers={layers}")
+        options.append(f"--model.n_layers={layers}")
     if kind == "cpu":
         small = {"d_model": 64, "n_heads": 2, "n_layers": 2, "max_sequence_length": 64}
         small |= {"vocab_size": 300, "embedding_size": 384, "eos_token_id": 0}
-        found += [f"--model.{name}={value}" for name, value in small.items()]
-        found += ["--precision=fp32", "--master_weights=false", "--intra_op_threads=1"]
-    return found
+        options += [f"--model.{name}={value}" for name, value in small.items()]
+        options += ["--precision=fp32", "--master_weights=false", "--intra_op_threads=1"]
+    return options
 
 
-def tokens(kind: str, path: Path) -> None:
-    """Ids that can be learnt: each a little above the one before."""
+def write_tokens(kind: str, path: Path) -> None:
+    """Ids that can be learnt: each is 0 to 2 above the one before."""
     vocabulary, n = (50_000, 4_000_000) if kind == "cuda" else (290, 40_000)
     steps = np.random.default_rng(0).integers(0, 3, n)
     (np.cumsum(steps) % vocabulary + 2).astype(np.uint16).tofile(path)
 
 
-class Training:
+class TrainingRun:
     """A process that trains."""
 
     def __init__(self, what: str, kind: str, layers: int | None, folder: Path, run: str) -> None:
@@ -61,11 +61,11 @@ class Training:
         config = ROOT / "config/train/olmo-250m.yaml"
         command = [sys.executable, "-W", "ignore", "-m", "olmo.train", str(config)]
         self.process = subprocess.Popen(
-            [*command, *overrides(kind, layers, folder, run)], stdout=sys.stderr
+            [*command, *cli_overrides(kind, layers, folder, run)], stdout=sys.stderr
         )
 
     def losses(self) -> dict[int, float]:
-        """A finished step's loss, by its number."""
+        """The losses of the finished steps, by step."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return {}
@@ -77,8 +77,8 @@ class Training:
             time.sleep(0.02)
         self.process.kill()
 
-    def end(self) -> dict[int, float]:
-        """Wait, and tell how it ended."""
+    def finish(self) -> dict[int, float]:
+        """Wait for the end of the process, print its record, return its losses."""
         code = self.process.wait()
         losses, seconds = self.losses(), round(time.monotonic() - self.began, 1)
         record: dict[str, Any] = {"what": self.what, "exit": code, "seconds": seconds}
@@ -94,12 +94,12 @@ def main() -> None:
     kind, layers = request["kind"], request["layers"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokens(kind, folder / "tokens.npy")
-        straight = Training("straight", kind, layers, folder, "straight").end()
-        killed = Training("killed", kind, layers, folder, "killed")
+        write_tokens(kind, folder / "tokens.npy")
+        straight = TrainingRun("straight", kind, layers, folder, "straight").finish()
+        killed = TrainingRun("killed", kind, layers, folder, "killed")
         killed.kill_after(KILLED[kind])
-        killed.end()
-        resumed = Training("resumed", kind, layers, folder, "killed").end()
+        killed.finish()
+        resumed = TrainingRun("resumed", kind, layers, folder, "killed").finish()
     both = straight.keys() & resumed.keys()
     gaps = [abs(straight[step] - resumed[step]) for step in both]
     record = {

@@ -1,13 +1,12 @@
-"""One cell: train as many steps as it says, in this process, and say what that took.
+"""Times one cell in this process: a step is the trainer's own, with its model, clipping, optimizer.
 
-    python -m olmo.bench.cell            a request a line, as JSON; each answered by its record
-    python -m olmo.bench.cell --turns    beside a peer (side.serve)
-
-The step is the trainer's own: its model, its microbatches, its clipping, its optimizer.
+python -m olmo.bench.cell            reads requests, a line of JSON each; replies with records
+python -m olmo.bench.cell --turns    takes turns with a peer (timing.serve_turns)
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -24,20 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olmo.bench import timing
 from olmo.bench.matrix import Cell, Section
-from olmo.bench.side import (
-    PeakMemory,
-    Training,
-    Unavailable,
-    answers,
-    fill,
-    ids_of,
-    limit_memory,
-    out_of_memory,
-    serve,
-    settle,
-    timed,
-)
+from olmo.bench.timing import Unavailable, Workload
 from olmo.data.order import available_memory
 from olmo.distributed.parallelize import parallelize
 from olmo.distributed.world import World
@@ -50,15 +38,15 @@ from olmo.train.meters import device_flops
 from olmo.train.start import check_device
 from olmo.train.step import clear_gradients, forward_backward, keep_freed_memory
 
-# What a cell may be made of; another version is another record.
+# A cell's speed may depend on these; a record is measured again when a version changes.
 PACKAGES = ("torchao", "flash-attn", "flash-attn-3", "flash-attn-4", "msamp", "triton")
 
 
-def prepare(section: Section, cell: Cell) -> Training:
-    """The trainer's step, with the settings of a cell.
+def build_workload(section: Section, cell: Cell) -> Workload:
+    """The trainer's step with a cell's settings.
 
     Raises:
-        Unavailable: a kernel or a package that is not there.
+        Unavailable: a kernel or a package is missing.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
@@ -70,7 +58,7 @@ def prepare(section: Section, cell: Cell) -> Training:
     if not cuda:
         keep_freed_memory()
     model = OLMo(cfg.model.update_with(init_device="cpu"), init_params=False)
-    fill(model)
+    timing.fill_weights(model)
     attention = model.use_attention(device, cfg.autocast_precision, cfg.attention)
     model.to(device)
     float8 = backends.convert_to_float8(model, cfg.fp8, device)[0] if cfg.fp8 else None
@@ -95,7 +83,11 @@ def prepare(section: Section, cell: Cell) -> Training:
             master_weights.copy_to_model()
         if float8 is not None:
             float8.after_step()
-        return loss * (length / (length - 1))  # OLMo's is divided by tokens, this by labels
+        return loss * (length / (length - 1))  # OLMo divides by tokens, this by labels
+
+    def ids(number: int) -> Tensor:
+        batch = timing.synthetic_ids(instances, length, cfg.model.vocab_size, number)
+        return batch.pin_memory() if cuda else batch
 
     facts = {
         "attention_used": str(attention.backend),
@@ -105,39 +97,37 @@ def prepare(section: Section, cell: Cell) -> Training:
         "device_flops": device_flops(device),
         "tokens_per_step": instances * length,
     }
-
-    def ids(number: int) -> Tensor:
-        found = ids_of(instances, length, cfg.model.vocab_size, number)
-        return found.pin_memory() if cuda else found
-
-    return Training(step, ids, device, facts)
+    return Workload(step, ids, device, facts)
 
 
-def measure(section: Section, cell: Cell) -> dict[str, Any]:
-    """Train `warmup` steps, then `steps` that count; what that took."""
-    training = prepare(section, cell)
-    device, facts = training.device, training.facts
+def time_cell(section: Section, cell: Cell) -> dict[str, Any]:
+    """Train `warmup` steps, then `steps` that are timed; the numbers of a record.
+
+    Raises:
+        Unavailable: a kernel or a package is missing.
+        FloatingPointError: a loss is not finite.
+    """
+    workload = build_workload(section, cell)
+    device, facts = workload.device, workload.facts
     losses: list[Tensor | float] = []
-
-    def step(number: int, ids: Tensor) -> None:
-        losses.append(training.step(number, ids))
-
     began = time.monotonic()
     for number in range(section.warmup):
-        step(number, training.ids(number))
+        losses.append(workload.step(number, workload.ids(number)))
         if number == 0:
-            settle(device)
+            timing.synchronize(device)
             first_step_s = time.monotonic() - began
-    settle(device)
+    timing.synchronize(device)
     numbers = range(section.warmup, section.warmup + section.steps)
-    batches = [training.ids(number) for number in numbers]
-    memory, joules, cpu = PeakMemory(device), energy(device), time.process_time()
-    seconds = timed(lambda i: step(numbers[i], batches[i]), section.steps, device)
+    batches = [workload.ids(number) for number in numbers]
+    memory, joules, cpu = timing.PeakMemory(device), energy_meter(device), time.process_time()
+    seconds = timing.time_steps(
+        lambda i: losses.append(workload.step(numbers[i], batches[i])), section.steps, device
+    )
     cpu = time.process_time() - cpu
     used = joules()
-    every = [float(loss) for loss in losses]
-    if not all(map(math.isfinite, every)):
-        raise FloatingPointError(f"the loss is not finite: {every}")
+    floats = [float(loss) for loss in losses]
+    if not all(map(math.isfinite, floats)):
+        raise FloatingPointError(f"expected finite losses, found {floats}")
     tokens = facts["tokens_per_step"]
     return facts | {
         "seconds": seconds,
@@ -145,45 +135,48 @@ def measure(section: Section, cell: Cell) -> dict[str, Any]:
         "peak_memory_bytes": memory.bytes(),
         "joules_per_token": None if used is None else used / section.steps / tokens,
         "first_step_s": first_step_s,
-        "first_loss": every[0],
-        "last_loss": every[-1],
-        "losses": every,
-        **speeds(facts, seconds),
+        "first_loss": floats[0],
+        "last_loss": floats[-1],
+        "losses": floats,
+        **throughput(facts, seconds),
     }
 
 
-def speeds(facts: Mapping[str, Any], seconds: list[float]) -> dict[str, float | None]:
-    """Median and spread of the steps, and the median in both conventions of MFU.
+def throughput(facts: Mapping[str, Any], seconds: list[float]) -> dict[str, float | None]:
+    """Median, 10th and 90th percentile of tokens per second, and the median as MFU.
 
-    `facts` are those of our model: what a token costs is counted alike for all.
+    Args:
+        facts: of our model, for a peer too: a token costs the same FLOPs on both sides.
+        seconds: of each step.
     """
-    found = sorted(facts["tokens_per_step"] / one for one in seconds)
-    median, peak = statistics.median(found), facts["device_flops"]
+    rates = sorted(facts["tokens_per_step"] / step for step in seconds)
+    median, peak = statistics.median(rates), facts["device_flops"]
     return {
         "tokens_per_second": median,
-        "tokens_per_second_p10": found[len(found) // 10],
-        "tokens_per_second_p90": found[-1 - len(found) // 10],
+        "tokens_per_second_p10": rates[len(rates) // 10],
+        "tokens_per_second_p90": rates[-1 - len(rates) // 10],
         "mfu_palm": median * facts["flops_per_token_palm"] / peak if peak else None,
         "mfu_causal": median * facts["flops_per_token_causal"] / peak if peak else None,
     }
 
 
-def energy(device: torch.device) -> Callable[[], float | None]:
-    """What says, called, how many joules the GPU or the processor used since; None: not known."""
+def energy_meter(device: torch.device) -> Callable[[], float | None]:
+    """A function that returns the joules that the GPU, or the processor, used since this call;
+    None where there is no meter."""
     if device.type != "cuda":
         return Joules().used
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    before = nvml_energy(uuid)
+    before = _read_nvml_joules(uuid)
 
     def used() -> float | None:
-        now = nvml_energy(uuid)
+        now = _read_nvml_joules(uuid)
         return None if now is None or before is None else now - before
 
     return used
 
 
-def nvml_energy(uuid: str) -> float | None:
-    """A GPU's, by the driver's own library (nvml.h), which is there without a Python package."""
+def _read_nvml_joules(uuid: str) -> float | None:
+    """A GPU's energy counter, from the driver's library (nvml.h), which needs no package."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -197,9 +190,13 @@ def nvml_energy(uuid: str) -> float | None:
     return None if failed else millijoules.value / 1000
 
 
-def surroundings() -> dict[str, Any]:
-    """What the speed depends on besides the cell."""
+def describe_machine() -> dict[str, Any]:
+    """What a cell's speed depends on besides its settings and the code."""
     cuda = torch.cuda.is_available()
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
         "device": torch.cuda.get_device_name() if cuda else cpu_name(),
         "kind": "cuda" if cuda else "cpu",
@@ -207,15 +204,8 @@ def surroundings() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := version(name))},
+        "packages": versions,
     }
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def cpu_name() -> str:
@@ -226,34 +216,38 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def record_of(section: Section, cell: Cell) -> dict[str, Any]:
-    """The record of a cell; raises what is no result."""
+def run_cell(section: Section, cell: Cell) -> dict[str, Any]:
+    """The record of a cell that was timed, is unavailable, or does not fit into memory. Other
+    errors are raised."""
     try:
-        return {"status": "ok", **measure(section, cell)}
+        return {"status": "ok", **time_cell(section, cell)}
     except Unavailable as error:
         return {"status": "unavailable", "why": str(error)}
     except (RuntimeError, MemoryError, OSError) as error:
-        if (why := out_of_memory(error)) is None:
+        if (why := timing.out_of_memory_reason(error)) is None:
             raise
         return {"status": "out of memory", "why": why}
-    finally:  # the next cell begins as if it were the first
+    finally:  # the next cell starts from a clean process
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
 
 
+def parse_request(request: Mapping[str, Any]) -> tuple[Section, Cell]:
+    return Section.new(**request["section"]), Cell(**request["cell"])
+
+
 def main() -> None:
     if sys.argv[1:] == ["--turns"]:
-        serve(lambda request: prepare(Section.new(**request["section"]), Cell(**request["cell"])))
+        timing.serve_turns(lambda request: build_workload(*parse_request(request)))
         return
-    answer = answers()
+    send = timing.open_reply_stream()
     for line in sys.stdin:
-        request = json.loads(line)
-        section = Section.new(**request["section"])
+        section, cell = parse_request(json.loads(line))
         if not torch.cuda.is_available():
-            limit_memory(section.memory_bytes or available_memory())
-        answer(record_of(section, Cell(**request["cell"])))
+            timing.limit_memory(section.memory_bytes or available_memory())
+        send(run_cell(section, cell))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The matrix: which settings are timed, from a YAML file."""
+"""The matrix of settings to time, read from a YAML file (config/bench)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from olmo.config.strict import check_range
 from olmo.model.attention import Backend
 
 EAGER, NONE, MSAMP, OURS = "eager", "none", "msamp", "ours"
-# Whose step ours is held against, and by what it may compute attention.
+# Other trainers, with the attention kernels that they can use.
 PEERS = {
     "ai2-olmo": ("sdpa", "flash-attn"),
     "transformers": ("sdpa", "math", "flash-attn"),
 }
-OWN = ("attention", "compile", "precision", "fp8", "switch")  # ours beside a peer
+OURS_FIELDS = ("attention", "compile", "precision", "fp8", "switch")  # may differ from the peer's
 COMPILE_MODES = (
     EAGER,
     "default",
@@ -32,10 +32,10 @@ COMPILE_MODES = (
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One setting."""
+    """One combination of settings."""
 
     shape: str
-    attention: str = "auto"  # a kernel of olmo.model.attention, or the trainer's own choice
+    attention: str = "auto"  # a kernel of olmo.model.attention; auto: the trainer chooses
     compile: str = EAGER  # or a mode of torch.compile
     microbatch: int = 1
     precision: str = "fp32"
@@ -45,21 +45,21 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For people and for files: olmo-250m.auto.default.mb8.amp_bf16.none"""
-        parts = (self.shape, self.attention, self.compile, f"mb{self.microbatch}")
-        whose = () if self.whose == OURS else (self.whose,)
-        switch = () if self.switch == NONE else (self.switch,)
-        return ".".join((*whose, *parts, self.precision, self.fp8, *switch))
+        """In reports and file names: olmo-250m.auto.default.mb8.amp_bf16.none"""
+        parts = [self.shape, self.attention, self.compile, f"mb{self.microbatch}"]
+        parts += [self.precision, self.fp8]
+        peer = [self.whose] * (self.whose != OURS)
+        return ".".join(peer + parts + [self.switch] * (self.switch != NONE))
 
     @property
     def extras(self) -> tuple[str, str]:
-        """fp8 and switch, empty where there are none."""
+        """fp8 and switch; empty strings for `none`."""
         return ("" if self.fp8 == NONE else self.fp8, "" if self.switch == NONE else self.switch)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Theirs and ours, timed in turns: the same shape, microbatch and data."""
+    """A peer's cell and ours, timed in turns with the same shape, microbatch and data."""
 
     theirs: Cell
     ours: Cell
@@ -71,7 +71,7 @@ class Pair:
 
 @dataclass
 class Group(BaseConfig):
-    """Cells: each value with each of the others."""
+    """Cells: the product of these values."""
 
     shape: list[str]
     attention: list[str] = field(default_factory=lambda: ["auto"])
@@ -82,13 +82,12 @@ class Group(BaseConfig):
     switch: list[str] = field(default_factory=lambda: [NONE])
 
     def cells(self) -> list[Cell]:
-        values = (self.shape, self.attention, self.compile, self.microbatch, self.precision)
-        return [Cell(*choice) for choice in product(*values, self.fp8, self.switch)]
+        return [Cell(*values) for values in product(*astuple(self))]
 
 
 @dataclass
-class Peers(BaseConfig):
-    """Pairs: each value with each of the others for them, one setting for us."""
+class PeerGroup(BaseConfig):
+    """Pairs: the product of the peers' values, each with one setting of ours."""
 
     shape: list[str]
     peer: list[str] = field(default_factory=lambda: list(PEERS))
@@ -96,48 +95,49 @@ class Peers(BaseConfig):
     compile: list[str] = field(default_factory=lambda: [EAGER])
     microbatch: list[int] = field(default_factory=lambda: [1])
     precision: list[str] = field(default_factory=lambda: ["fp32"])
-    ours: dict[str, str] = field(default_factory=dict)  # what is not as theirs is, see OWN
+    ours: dict[str, str] = field(default_factory=dict)  # OURS_FIELDS that differ from the peer's
 
     def pairs(self) -> list[Pair]:
+        """Raises ValueError for an unknown field in `ours`."""
+        if unknown := self.ours.keys() - set(OURS_FIELDS):
+            raise ValueError(
+                f"ours: expected {', '.join(OURS_FIELDS)}; found {', '.join(sorted(unknown))}. "
+                "Shape and microbatch are those of the peer"
+            )
+        changes: dict[str, Any] = {"attention": "auto", "whose": OURS} | self.ours
         values = (self.shape, self.attention, self.compile, self.microbatch, self.precision)
         theirs = [Cell(*choice, whose=peer) for peer in self.peer for choice in product(*values)]
-        return [Pair(cell, replace(cell, **self.of_ours())) for cell in theirs]
-
-    def of_ours(self) -> dict[str, Any]:
-        if unknown := self.ours.keys() - set(OWN):
-            raise ValueError(
-                f"ours: expected {', '.join(OWN)}; found {', '.join(sorted(unknown))}. Shape and "
-                "microbatch are those of the peer"
-            )
-        return {"attention": "auto", "whose": OURS} | self.ours
+        return [Pair(cell, replace(cell, **changes)) for cell in theirs]
 
 
 @dataclass
 class Reference(BaseConfig):
-    """A speed that somebody else measured, and with what."""
+    """A published speed, with its settings."""
 
     shape: str
     tokens_per_second: float
     what: str
-    attention: list[str] = field(default_factory=lambda: ["auto"])  # any of them
+    attention: list[str] = field(default_factory=lambda: ["auto"])  # one of these
     compile: str = EAGER
-    microbatch: int | None = None  # None: whatever it is
+    microbatch: int | None = None  # None: any
 
 
 @dataclass
 class Section(BaseConfig):
-    """What is timed on one kind of device."""
+    """What to time on one kind of device."""
 
-    model: dict[str, Any]  # what all shapes share
+    model: dict[str, Any]  # shared by all shapes
     shapes: dict[str, dict[str, Any]]
     groups: list[Group]
-    switches: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each changes
-    warmup: int = 5  # steps before those that count
+    switches: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # name → changes of a train config
+    warmup: int = 5  # steps before the timed ones
     steps: int = 20
-    limit_s: float = 600  # of one cell's process, and twice that of a pair's
-    memory_bytes: int | None = None  # of one process on a CPU; None: what is free
-    peers: list[Peers] = field(default_factory=list)
-    rounds: int = 5  # of a pair: theirs, ours; each time a share of the steps
+    limit_s: float = 600  # of one cell; a pair has twice that
+    memory_bytes: int | None = None  # of one process on a CPU; None: the free memory
+    peers: list[PeerGroup] = field(default_factory=list)
+    rounds: int = 5  # of a pair: a share of the steps by the peer, then by us
     references: list[Reference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -145,30 +145,37 @@ class Section(BaseConfig):
         for name, least in (("warmup", 0), ("steps", 1), ("rounds", 1), ("limit_s", 0.1)):
             check_range(name, getattr(self, name), least)
 
-    def cells(self) -> list[Cell]:
-        """Each cell once, in the order of the groups.
+    def restricted_to(self, shapes: Sequence[str]) -> Section:
+        """The section with these shapes alone, or all if none is named. Raises ValueError."""
+        if unknown := set(shapes) - self.shapes.keys():
+            raise ValueError(
+                f"shape: expected {', '.join(self.shapes)}; found {', '.join(sorted(unknown))}"
+            )
 
-        Raises:
-            ValueError: a value that there is not.
-        """
-        found = list(dict.fromkeys(cell for group in self.groups for cell in group.cells()))
-        for cell in found:
-            self.check(cell)
-        return found
+        def restricted(group: Any) -> Any:
+            return replace(group, shape=[s for s in group.shape if not shapes or s in shapes])
+
+        groups, peers = (list(map(restricted, some)) for some in (self.groups, self.peers))
+        return replace(self, groups=groups, peers=peers)
+
+    def cells(self) -> list[Cell]:
+        """Each cell once, in the order of the groups. Raises ValueError for an unknown value."""
+        return self._validated(cell for group in self.groups for cell in group.cells())
 
     def pairs(self) -> list[Pair]:
-        """Each pair once.
+        """Each pair once, in the order of the groups. Raises ValueError for an unknown value."""
+        pairs = list(dict.fromkeys(pair for group in self.peers for pair in group.pairs()))
+        self._validated(cell for pair in pairs for cell in (pair.theirs, pair.ours))
+        return pairs
 
-        Raises:
-            ValueError: a value that there is not.
-        """
-        found = list(dict.fromkeys(pair for group in self.peers for pair in group.pairs()))
-        for pair in found:
-            self.check(pair.theirs)
-            self.check(pair.ours)
-        return found
+    def _validated(self, cells: Iterable[Cell]) -> list[Cell]:
+        unique = list(dict.fromkeys(cells))
+        for cell in unique:
+            self.validate(cell)
+        return unique
 
-    def check(self, cell: Cell) -> None:
+    def validate(self, cell: Cell) -> None:
+        """Raises ValueError for an unknown value."""
         known: dict[str, Iterable[str]] = {
             "shape": self.shapes,
             "peer": [OURS, *PEERS],
@@ -181,8 +188,8 @@ class Section(BaseConfig):
             if (value := getattr(cell, "whose" if name == "peer" else name)) not in values:
                 raise ValueError(f"{name}: expected one of {', '.join(values)}; found {value!r}")
 
-    def settings(self, cell: Cell) -> dict[str, Any]:
-        """What any trainer is given for a cell, by OLMo's names; a step is one microbatch."""
+    def shared_config(self, cell: Cell) -> dict[str, Any]:
+        """The train config of a cell that ours and ai2-olmo share. A step is one microbatch."""
         return {
             "model": self.model | self.shapes[cell.shape],
             "precision": cell.precision,
@@ -201,12 +208,8 @@ class Section(BaseConfig):
         }
 
     def train_config(self, cell: Cell) -> TrainConfig:
-        """What our trainer is given for a cell.
-
-        Raises:
-            ValueError: a setting that there is not.
-        """
-        settings = self.settings(cell)
+        """The train config of a cell for our trainer. Raises ValueError for an unknown setting."""
+        settings = self.shared_config(cell)
         if cell.attention != "auto":
             settings["attention"] = cell.attention
         if cell.compile != EAGER:
@@ -217,8 +220,8 @@ class Section(BaseConfig):
         elif cell.fp8 != NONE:
             settings["fp8"] = {"backend": cell.fp8}
         switched = OmegaConf.merge(settings, self.switches.get(cell.switch, {}))
-        whole: Any = OmegaConf.to_container(switched)
-        return TrainConfig.new(**whole)
+        config: Any = OmegaConf.to_container(switched)
+        return TrainConfig.new(**config)
 
 
 @dataclass
@@ -229,18 +232,12 @@ class Matrix(BaseConfig):
     cuda: Section
 
 
-def load(path: Path, kind: str) -> Section:
-    """The section of a matrix file for a kind of device, cpu or cuda."""
+def load_section(path: Path, kind: str) -> Section:
+    """The section of a matrix file for a kind of device, cpu or cuda. Raises ValueError."""
     section: Section = getattr(Matrix.load(path), kind)
     try:
-        ours = [pair.ours for pair in section.pairs()]
-        for cell in [*section.cells(), *ours]:
+        for cell in [*section.cells(), *(pair.ours for pair in section.pairs())]:
             _ = section.train_config(cell).autocast_precision
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return section
-
-
-def as_plain(cell: Cell) -> dict[str, Any]:
-    """As a record has it."""
-    return asdict(cell)

@@ -1,6 +1,6 @@
-"""Theirs and ours in turns, A B A B, each in a process of its own; the ratio of every round.
+"""Times a peer and ours in turns, A B A B, in two processes; compares each round.
 
-Pairwise ratios are quoted, since what else a machine does falls on both sides of a round alike.
+The ratio is taken within a round: other load on the machine slows both of its sides alike.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from olmo.bench import side
-from olmo.bench.cell import speeds
-from olmo.bench.matrix import PEERS, Cell, Pair, Section, as_plain
+from olmo.bench.cell import throughput
+from olmo.bench.matrix import EAGER, PEERS, Cell, Pair, Section
 from olmo.data.order import available_memory
 from olmo.runtime.process import describe_exit, supervised
 
-PYTHON = "OLMO_PEER_PYTHON"  # names a Python that has the peers
+PYTHON = "OLMO_PEER_PYTHON"  # environment variable: a Python that has the peers installed
 REMEDY = {
     "ai2-olmo": f"name a Python that has it with --peer ai2-olmo=PYTHON or {PYTHON}=PYTHON, or its "
     "wheel or sources with --peer ai2-olmo=WHEEL (pip download --no-deps ai2-olmo)",
     "transformers": "pip install transformers, or name a Python that has it with --peer "
     f"transformers=PYTHON or {PYTHON}=PYTHON",
 }
-# Losses of the first step, from the same weights on the same ids, may differ by so much of them.
+# Relative tolerance of the first loss: both sides have the same weights and ids.
 SAME_LOSS = {"fp32": 1e-4, "amp_bf16": 1e-2, "amp_fp16": 1e-2}
 
 
@@ -46,57 +45,62 @@ class Peer:
 
     name: str
     python: str
-    path: str  # of its sources, where that Python does not have it installed
-    versions: dict[str, str]  # of what its speed depends on
+    path: str  # of its sources; empty where that Python has it installed
+    versions: dict[str, str]  # of the packages that its speed depends on
 
 
 @dataclass
-class Ended(Exception):
-    """A side that stopped before its last turn."""
+class WorkerError(Exception):
+    """A worker that ended early or cannot do what it was asked."""
 
     status: str
     why: str
 
 
-def find(given: Sequence[str]) -> dict[str, Peer | str]:
-    """Each peer, or why there is none. `given` are words NAME=WHERE: a Python, a wheel, a folder.
+def find_peers(options: Sequence[str]) -> dict[str, Peer | str]:
+    """Each peer, or the reason why it is missing.
+
+    Args:
+        options: NAME=WHERE, where WHERE is a Python, a wheel or a folder of sources.
 
     Raises:
-        ValueError: what was given is not that peer.
+        ValueError: an option is malformed, or there is no such peer at WHERE.
     """
-    where = dict(word.split("=", 1) for word in given if "=" in word)
-    if len(where) < len(given) or (where.keys() - PEERS.keys()):
+    where = dict(option.split("=", 1) for option in options if "=" in option)
+    if len(where) < len(options) or (where.keys() - PEERS.keys()):
         raise ValueError(
-            f"--peer: expected NAME=WHERE, NAME one of {', '.join(PEERS)}; found {' '.join(given)}"
+            f"--peer: expected NAME=WHERE, NAME one of {', '.join(PEERS)}; found "
+            f"{' '.join(options)}"
         )
-    found: dict[str, Peer | str] = {}
+    peers: dict[str, Peer | str] = {}
     for name in PEERS:
         if name in where:
-            found[name] = peer_at(name, where[name])
+            peers[name] = locate_peer(name, where[name])
             continue
-        found[name] = f"no {name} here: {REMEDY[name]}"
+        peers[name] = f"no {name} here: {REMEDY[name]}"
         for python in filter(None, (os.environ.get(PYTHON), sys.executable)):
             with contextlib.suppress(ValueError):
-                found[name] = peer_at(name, python)
+                peers[name] = locate_peer(name, python)
                 break
-    return found
+    return peers
 
 
-def peer_at(name: str, where: str) -> Peer:
+def locate_peer(name: str, where: str) -> Peer:
+    """The peer in a Python, a wheel or a folder of sources. Raises ValueError."""
     path = Path(where)
     if path.is_dir() or path.suffix == ".whl":
-        here = versions_in(sys.executable)
+        versions = _installed_versions(sys.executable)
         if name == "ai2-olmo":
-            return Peer(name, sys.executable, str(path.resolve()), here | {name: ai2_version(path)})
-        return Peer(name, sys.executable, str(path.resolve()), here)
-    has = versions_in(where)
-    if name not in has:
+            versions[name] = _ai2_version(path)
+        return Peer(name, sys.executable, str(path.resolve()), versions)
+    versions = _installed_versions(where)
+    if name not in versions:
         raise ValueError(f"--peer {name}: {where} has no {name}; {REMEDY[name]}")
-    return Peer(name, where, "", has)
+    return Peer(name, where, "", versions)
 
 
-def versions_in(python: str) -> dict[str, str]:
-    """Versions of what is installed there, of the packages that a peer's speed depends on."""
+def _installed_versions(python: str) -> dict[str, str]:
+    """Versions of the packages in that Python that a peer's speed depends on."""
     program = (
         "import importlib.metadata as m, json, platform, sys\n"
         "names = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
@@ -105,15 +109,17 @@ def versions_in(python: str) -> dict[str, str]:
     )
     command = [python, "-c", program, *PEERS, "torch", "flash-attn"]
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=120, env=bare())
-        found: dict[str, str] = json.loads(ran.stdout)
+        ran = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env=peer_environment()
+        )
+        versions: dict[str, str] = json.loads(ran.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"expected a Python at {python}: {error}") from error
-    return found
+    return versions
 
 
-def ai2_version(path: Path) -> str:
-    """Of AI2's sources: a folder or a wheel with olmo/version.py."""
+def _ai2_version(path: Path) -> str:
+    """The VERSION in olmo/version.py of AI2's sources or wheel."""
     try:
         if path.is_dir():
             return str(runpy.run_path(str(path / "olmo/version.py"))["VERSION"])
@@ -128,34 +134,26 @@ def ai2_version(path: Path) -> str:
         ) from error
 
 
-def bare() -> dict[str, str]:
-    """The environment without what would bring our modules along."""
+def peer_environment() -> dict[str, str]:
+    """The environment without PYTHONPATH, which may lead to our `olmo`."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-class Side:
-    """A process that trains when it is asked to."""
+class Worker:
+    """A process that replies to each line on its stdin with a line of JSON."""
 
-    def __init__(self, who: str, process: subprocess.Popen[str], said: Path) -> None:
-        self.who, self.process, self.said = who, process, said
+    def __init__(self, name: str, process: subprocess.Popen[str], stderr: Path) -> None:
+        self.name, self.process, self.stderr = name, process, stderr
 
-    def ask(self, line: str) -> dict[str, Any]:
-        """Its answer to a line.
+    def request(self, line: str) -> dict[str, Any]:
+        """The reply to a line. Raises WorkerError where the process ended, or replied why not."""
+        reply = self.send(line)
+        if "why" in reply:
+            raise WorkerError(reply["status"], f"{self.name}: {reply['why']}")
+        return reply
 
-        Raises:
-            Ended: it has none, or one that says why not.
-        """
-        answer = self.answer(line)
-        if "why" in answer:
-            raise Ended(answer["status"], f"{self.who}: {answer['why']}")
-        return answer
-
-    def answer(self, line: str) -> dict[str, Any]:
-        """Its answer to a line, whatever that is.
-
-        Raises:
-            Ended: the process ended.
-        """
+    def send(self, line: str) -> dict[str, Any]:
+        """The reply to a line, whatever its status. Raises WorkerError where the process ended."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             print(line, file=self.process.stdin, flush=True)
@@ -163,176 +161,166 @@ class Side:
         if not text:
             code = self.process.wait()
             if code == -9:
-                raise Ended("out of memory", f"{self.who}: the kernel ended the process")
-            last = (self.said.read_text().strip().splitlines() or [""])[-1]
-            raise Ended("failed", f"{self.who}: {describe_exit(code)}: {last}")
-        answer: dict[str, Any] = json.loads(text)
-        return answer
+                raise WorkerError("out of memory", f"{self.name}: the kernel ended the process")
+            last = (self.stderr.read_text().strip().splitlines() or [""])[-1]
+            raise WorkerError("failed", f"{self.name}: {describe_exit(code)}: {last}")
+        reply: dict[str, Any] = json.loads(text)
+        return reply
 
 
 @contextlib.contextmanager
-def side_of(who: str, command: Sequence[str], folder: Path) -> Iterator[Side]:
-    said = folder / who
+def start_worker(
+    name: str, command: Sequence[str], folder: Path, env: Mapping[str, str] | None = None
+) -> Iterator[Worker]:
+    stderr = folder / name
     with (
-        said.open("w") as errors,
+        stderr.open("w") as errors,
         supervised(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=bare() if who != "ours" else None,
+            env=env,
         ) as process,
     ):
-        yield Side(who, process, said)
+        yield Worker(name, process, stderr)
 
 
 @contextlib.contextmanager
-def within(limit_s: float, *sides: Side) -> Iterator[threading.Event]:
-    """End these processes when the limit is over; whether that was so."""
-    late = threading.Event()
+def kill_after(limit_s: float, *processes: subprocess.Popen[str]) -> Iterator[threading.Event]:
+    """Kill these processes after `limit_s`; the event says whether that happened."""
+    expired = threading.Event()
 
-    def end() -> None:
-        late.set()
-        for one in sides:
-            one.process.kill()
+    def kill() -> None:
+        expired.set()
+        for process in processes:
+            process.kill()
 
-    clock = threading.Timer(limit_s, end)
-    clock.start()
+    timer = threading.Timer(limit_s, kill)
+    timer.start()
     try:
-        yield late
+        yield expired
     finally:
-        clock.cancel()
+        timer.cancel()
 
 
-def ended(error: Ended, late: bool, limit_s: float) -> dict[str, Any]:
-    """What a record says of a process that stopped."""
-    if late:
+def failure_record(error: WorkerError, expired: bool, limit_s: float) -> dict[str, Any]:
+    if expired:
         why = f"it took longer than {limit_s:.3g} s"
         return {"status": "too slow", "why": why, "limit_s": limit_s}
     return {"status": error.status, "why": error.why}
 
 
-class Cells:
-    """Times cells, one after the other: on a GPU in one process, for as long as it lives; on a CPU
-    each in its own, since the memory that a process takes is never less than it once was."""
+class CellRunner:
+    """Times cells one after the other: on a GPU in one process while it lives; on a CPU each in its
+    own process, since a process does not return all of its memory."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
-        self._open = contextlib.ExitStack()
-        self._side: Side | None = None
+        self._stack = contextlib.ExitStack()
+        self._worker: Worker | None = None
 
     def time(self, section: Section, cell: Cell, limit_s: float) -> dict[str, Any]:
-        """The record of a cell, however it ends."""
-        if self._side is None:
-            folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
+        """The record of a cell, whatever its status."""
+        if self._worker is None:
+            folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
             command = [sys.executable, "-m", "olmo.bench.cell"]
-            self._side = self._open.enter_context(side_of("ours", command, folder))
-        request = {"section": section.asdict(), "cell": as_plain(cell)}
-        record: dict[str, Any] = {"cell": as_plain(cell)}
-        with within(limit_s, self._side) as late:
+            self._worker = self._stack.enter_context(start_worker("ours", command, folder))
+        record: dict[str, Any] = {"cell": asdict(cell)}
+        with kill_after(limit_s, self._worker.process) as expired:
             try:
-                record |= self._side.answer(json.dumps(request))
-            except Ended as error:
-                record |= ended(error, late.is_set(), limit_s)
+                record |= self._worker.send(json.dumps(record | {"section": section.asdict()}))
+            except WorkerError as error:
+                record |= failure_record(error, expired.is_set(), limit_s)
         if self._kind == "cpu" or record["status"] not in ("ok", "unavailable"):
             self.close()
         return record
 
     def close(self) -> None:
-        self._open.close()
-        self._side = None
+        self._stack.close()
+        self._worker = None
 
 
 def time_pair(
     section: Section, pair: Pair, peer: Peer | str, kind: str, limit_s: float
 ) -> dict[str, Any]:
-    """The record of a pair, however it ends."""
-    record: dict[str, Any] = {"cell": as_plain(pair.theirs), "beside": as_plain(pair.ours)}
+    """The record of a pair, whatever its status. A `peer` that is a string is missing."""
+    record: dict[str, Any] = {"cell": asdict(pair.theirs), "beside": asdict(pair.ours)}
     if isinstance(peer, str):
         return record | {"status": "unavailable", "why": peer}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        both(peer, Path(folder)) as sides,
-        within(limit_s, *sides) as late,
-    ):
+    script = str(Path(__file__).with_name("peer.py"))
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        workers = [
+            stack.enter_context(start_worker(name, command, folder, env))
+            for name, command, env in (
+                (peer.name, [peer.python, "-W", "ignore", script], peer_environment()),
+                ("ours", [sys.executable, "-m", "olmo.bench.cell", "--turns"], None),
+            )
+        ]
+        expired = stack.enter_context(kill_after(limit_s, *(w.process for w in workers)))
         try:
-            return record | {"status": "ok"} | take_turns(section, pair, peer, kind, *sides)
-        except Ended as error:
-            return record | ended(error, late.is_set(), limit_s)
-
-
-@contextlib.contextmanager
-def both(peer: Peer, folder: Path) -> Iterator[tuple[Side, Side]]:
-    script = Path(side.__file__).with_name("peer.py")
-    with (
-        side_of(peer.name, [peer.python, "-W", "ignore", str(script)], folder) as theirs,
-        side_of("ours", [sys.executable, "-m", "olmo.bench.cell", "--turns"], folder) as ours,
-    ):
-        yield theirs, ours
+            return record | {"status": "ok"} | take_turns(section, pair, peer, kind, *workers)
+        except WorkerError as error:
+            return record | failure_record(error, expired.is_set(), limit_s)
 
 
 def take_turns(
-    section: Section, pair: Pair, peer: Peer, kind: str, theirs: Side, ours: Side
+    section: Section, pair: Pair, peer: Peer, kind: str, theirs: Worker, ours: Worker
 ) -> dict[str, Any]:
-    """What each side took, and the ratios.
+    """Costs of each side and their ratios.
 
     Raises:
-        Ended: a side that stopped, or two that do not compute the same.
+        WorkerError: a side ended, or the first losses differ.
     """
     machine = {
         "kind": kind,
         "threads": torch.get_num_threads(),
-        # Both are there at once.
+        # Both processes are in memory at once.
         "memory_bytes": section.memory_bytes or (available_memory() or 0) // 2 or None,
     }
     cell = pair.theirs
-    settings = section.settings(cell) | {"model": section.train_config(pair.ours).model.asdict()}
-    mode = {"eager": None}.get(cell.compile, cell.compile)
-    asked = {"whose": peer.name, "path": peer.path, "attention": cell.attention, "compile": mode}
-    ready = theirs.ask(json.dumps(machine | asked | {"train": settings}))
-    of_ours = {"section": section.asdict(), "cell": as_plain(pair.ours)}
-    facts = ours.ask(json.dumps(machine | of_ours))
-    first = [one.ask(str(section.warmup)) for one in (theirs, ours)]
+    config = section.shared_config(cell)
+    config |= {"model": section.train_config(pair.ours).model.asdict()}
+    mode = None if cell.compile == EAGER else cell.compile
+    build = {"whose": peer.name, "path": peer.path, "attention": cell.attention, "compile": mode}
+    ready = theirs.request(json.dumps(machine | build | {"train": config}))
+    our_build = {"section": section.asdict(), "cell": asdict(pair.ours)}
+    facts = ours.request(json.dumps(machine | our_build))
+    first = [worker.request(str(section.warmup)) for worker in (theirs, ours)]
     a, b = (turn["losses"][0] for turn in first)
     if not math.isclose(a, b, rel_tol=SAME_LOSS.get(cell.precision, 1e-2)):
-        raise Ended("failed", f"not the same model: first losses {a:.6f} and {b:.6f}")
-    steps = math.ceil(section.steps / section.rounds)
-    turns = [[one.ask(str(steps)) for one in (theirs, ours)] for _ in range(section.rounds)]
-
-    def ratios(cost: Any) -> list[float]:
-        return [cost(theirs) / cost(ours) for theirs, ours in turns]
-
-    of_time = ratios(lambda turn: sum(turn["seconds"]))
-    of_cpu = ratios(lambda turn: turn["cpu"])
-    theirs_all, ours_all = (summary(facts, first[i], [turn[i] for turn in turns]) for i in range(2))
-    ours_all["attention_used"] = facts["attention_used"]
-    return theirs_all | {
+        raise WorkerError("failed", f"not the same model: first losses {a:.6f} and {b:.6f}")
+    steps = str(math.ceil(section.steps / section.rounds))
+    turns = [[w.request(steps) for w in (theirs, ours)] for _ in range(section.rounds)]
+    ratios = [sum(a["seconds"]) / sum(b["seconds"]) for a, b in turns]
+    sides = [_summarize(facts, first[i], [turn[i] for turn in turns]) for i in (0, 1)]
+    return sides[0] | {
         "peer": peer.versions | {"torch": ready["torch"], "python": ready["python"]},
-        "ours": ours_all,
-        "ratios": of_time,
-        "ratio": statistics.median(of_time),
-        "ratio_low": min(of_time),
-        "ratio_high": max(of_time),
-        "ratio_cpu": statistics.median(of_cpu),
+        "ours": sides[1] | {"attention_used": facts["attention_used"]},
+        "ratios": ratios,
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        "ratio_cpu": statistics.median(a["cpu"] / b["cpu"] for a, b in turns),
         "parameters": facts["parameters"],
     }
 
 
-def summary(
+def _summarize(
     facts: Mapping[str, Any], first: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """One side's turns as a record has them."""
-    seconds = [one for turn in turns for one in turn["seconds"]]
+    """One side's part of a record: `first` is its warm-up turn, `turns` are the timed ones."""
+    seconds = [step for turn in turns for step in turn["seconds"]]
+    cpu = sum(turn["cpu"] for turn in turns)
     return {
         "seconds": seconds,
-        "tokens_per_cpu_second": len(seconds)
-        * facts["tokens_per_step"]
-        / sum(turn["cpu"] for turn in turns),
+        "tokens_per_cpu_second": len(seconds) * facts["tokens_per_step"] / cpu,
         "peak_memory_bytes": statistics.median(turn["peak_memory_bytes"] for turn in turns),
         "joules_per_token": None,
         "first_step_s": first["seconds"][0],
         "first_loss": first["losses"][0],
         "last_loss": turns[-1]["losses"][-1],
-        **speeds(facts, seconds),
+        **throughput(facts, seconds),
     }

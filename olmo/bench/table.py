@@ -1,11 +1,11 @@
-"""Records as tables: Markdown for people, CSV for programs."""
+"""Tables of records, as Markdown and as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from olmo.bench.matrix import OURS, Cell, Section
@@ -44,116 +44,118 @@ COLUMNS = (
     "why",
 )
 NOTES = """\
-The steps that count come after {warmup} others, {steps} of them: tokens/s is their median ± half of
-the distance between the 10th and the 90th percentile. Per CPU-s: tokens per second of processor
-time, all threads together. MFU: in PaLM's convention, then with the causal half of attention; empty
-where the device's peak is not known, as for a CPU. Peak: of the GPU, or what a CPU's process takes
-in a step on top of weights and optimizer state. J/token: empty where nothing counts them. Loss: the
-mean over labels at the last step, on data that can be learnt and is the same for all."""
+{steps} steps are timed after {warmup} others: tokens/s is their median ± half of the distance from
+the 10th to the 90th percentile. Per CPU-s: tokens per second of processor time, of all threads.
+MFU: in PaLM's convention, then with the causal half of attention; empty where the device's peak is
+not known, as for a CPU. Peak: allocated on the GPU, or what a CPU's process takes in a step on top
+of weights and optimizer state. J/token: empty where there is no meter. Loss: the mean over labels
+at the last step, on synthetic data that can be learnt and is the same for all."""
 PAIR_NOTES = """\
-Theirs and ours trained in turns, {rounds} of each, from the same weights on the same ids, in a
-process each; the loss of the first step agreed. ours/theirs is the median of the rounds' ratios of
-time, the least and the largest of them in brackets. A step is forward, loss, backward, clipping,
-learning rate, update and what that side's own trainer reads in every step; its data come for free.
-ai2-olmo divides its loss by tokens, not labels, which is put right here; tokens cost what our count
-says, which includes a tied head that its own leaves out. It compiles block by block."""
+Theirs and ours train in turns, {rounds} each, in two processes, from the same weights on the same
+ids; the losses of the first step agree. ours/theirs is the median of the rounds' ratios of time,
+with the lowest and the highest in brackets. A step is forward, loss, backward, clipping, learning
+rate, update and what that side's own trainer reads in every step, without data loading. ai2-olmo
+divides its loss by tokens, not labels, which is corrected here. MFU uses our FLOPs per token, which
+include a tied head; ai2-olmo's do not. It compiles block by block."""
+Record = dict[str, Any]
 
 
-def row(record: dict[str, Any], section: Section) -> dict[str, Any]:
-    """A record without its single steps, and its cell's settings as columns."""
-    told = "; ".join(references(record, section))
+def record_row(record: Record, section: Section) -> Record:
+    """A row of COLUMNS: a record without its single steps, with its cell's settings."""
     ours = {"ours_tokens_per_second": record.get("ours", {}).get("tokens_per_second")}
-    flat = record | record["cell"] | ours | {"elsewhere": told or None}
+    elsewhere = {"elsewhere": published(record, section) or None}
+    flat = record | record["cell"] | ours | elsewhere
     return {name: flat.get(name) for name in COLUMNS}
 
 
-def references(record: dict[str, Any], section: Section) -> list[str]:
-    """What others measured with these settings."""
+def published(record: Record, section: Section) -> str:
+    """The speeds that the section's references have for these settings."""
     cell = record["cell"]
     used = record.get("attention_used", cell["attention"])
-    return [
+    return "; ".join(
         f"{r.tokens_per_second:,.0f}"
         for r in section.references
         if cell["whose"] == OURS
         and (r.shape, r.compile) == (cell["shape"], cell["compile"])
         and used in r.attention
         and r.microbatch in (None, cell["microbatch"])
-    ]
+    )
 
 
-def result(record: dict[str, Any]) -> str:
-    """In a few words."""
+def summary_line(record: Record) -> str:
+    """A record's result on one line, for the log."""
     if record["status"] != "ok":
         return f"{record['status']}: {record['why']}"
-    words = f"{speed(record)} tokens/s"
+    line = f"{format_speed(record)} tokens/s"
     if record["mfu_palm"]:
-        words += f", MFU {record['mfu_palm']:.1%} (PaLM), {record['mfu_causal']:.1%} (causal)"
-    words += f", peak {mebibytes(record)} MiB, loss {record['last_loss']:.3f}"
+        line += f", MFU {record['mfu_palm']:.1%} (PaLM), {record['mfu_causal']:.1%} (causal)"
+    line += f", peak {format_peak(record)} MiB, loss {record['last_loss']:.3f}"
     if "ratio" in record:
-        words += f"; ours {speed(record['ours'])}, {ratio(record)} times as fast"
-    return words
+        line += f"; ours {format_speed(record['ours'])}, {format_ratio(record)} times as fast"
+    return line
 
 
-def rate(record: dict[str, Any]) -> float:
-    """What settings are ranked by, 0 without a result. A CPU is shared: there it is its own time
-    that counts, and not what others left of it."""
+def ranking_speed(record: Record) -> float:
+    """Tokens per second, 0 without a result; of CPU time on a CPU, which others may use as well."""
     by = "tokens_per_cpu_second" if record["kind"] == "cpu" else "tokens_per_second"
     return float(record.get(by) or 0.0)
 
 
-def speed(side: dict[str, Any]) -> str:
+def format_speed(side: Record) -> str:
     spread = (side["tokens_per_second_p90"] - side["tokens_per_second_p10"]) / 2
     return f"{side['tokens_per_second']:,.0f} ± {spread:,.0f}"
 
 
-def mebibytes(side: dict[str, Any]) -> str:
+def format_peak(side: Record) -> str:
+    """Peak memory in MiB."""
     return f"{side['peak_memory_bytes'] / 2**20:,.0f}"
 
 
-def mfu(side: dict[str, Any]) -> str:
+def format_mfu(side: Record) -> str:
     return f"{side['mfu_palm']:.1%}, {side['mfu_causal']:.1%}" if side["mfu_palm"] else ""
 
 
-def ratio(record: dict[str, Any]) -> str:
+def format_ratio(record: Record) -> str:
     return f"{record['ratio']:.2f} ({record['ratio_low']:.2f}–{record['ratio_high']:.2f})"
 
 
-def csv_text(records: list[dict[str, Any]], section: Section) -> str:
+def csv_text(records: list[Record], section: Section) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row(record, section) for record in records)
+    writer.writerows(record_row(record, section) for record in records)
     return text.getvalue()
 
 
-def markdown(records: list[dict[str, Any]], section: Section, command: str) -> str:
-    """Each shape's tables, the fastest first; what is not available comes last, with the reason.
+def markdown(records: list[Record], section: Section, command: str) -> str:
+    """Tables of each shape, the fastest cell first, failed ones last with the reason.
 
-    `command` is what made them, but for the peers and threads, which the records have.
+    `command` made the records; the peers and threads are added here from the records.
     """
-    for whose in dict.fromkeys(r["cell"]["whose"] for r in records if "peer" in r):
-        command += f" --peer {whose}=PYTHON"
+    for peer in dict.fromkeys(r["cell"]["whose"] for r in records if "peer" in r):
+        command += f" --peer {peer}=PYTHON"
     threads = {record["threads"] for record in records if record["kind"] == "cpu"}
     if len(threads) == 1:
         command = f"OMP_NUM_THREADS={threads.pop()} {command}"
-    lines = ["# Tokens per second", "", *where(records), f"`{command}`"]
+    lines = ["# Tokens per second", "", *describe_machines(records), f"`{command}`"]
     for shape in section.shapes:
-        mine = [record for record in records if record["cell"]["shape"] == shape]
-        mine.sort(key=lambda r: -rate(r))
-        alone = [record for record in mine if "beside" not in record]
-        pairs = [record for record in mine if "beside" in record]
-        if mine:
-            lines += ["", f"## {shape}", "", describe(section, shape)]
-        if alone:
-            lines += ["", *table_of(ALONE, (of_cell(record, section) for record in alone))]
-            lines += unavailable(alone)
-        told = [r for r in section.references if r.shape == shape]
-        lines += [""] * bool(told) + [f"- {r.tokens_per_second:,.0f}: {r.what}" for r in told]
+        of_shape = [record for record in records if record["cell"]["shape"] == shape]
+        of_shape.sort(key=lambda record: -ranking_speed(record))
+        cells = [record for record in of_shape if "beside" not in record]
+        pairs = [record for record in of_shape if "beside" in record]
+        if of_shape:
+            lines += ["", f"## {shape}", "", describe_shape(section, shape)]
+        if cells:
+            lines += ["", *markdown_table([cell_row(record, section) for record in cells])]
+            lines += list_failures(cells)
+        references = [r for r in section.references if r.shape == shape]
+        lines += [""] * bool(references)
+        lines += [f"- {r.tokens_per_second:,.0f}: {r.what}" for r in references]
         if pairs:
             lines += ["", f"### {shape}, beside others", ""]
-            lines += table_of(PAIRS, (of_pair(record) for record in pairs))
+            lines += markdown_table([pair_row(record) for record in pairs])
             lines += ["", f"Ours: {'; '.join(our_settings(pairs))}."]
-            lines += beside_the_fastest(pairs) + unavailable(pairs)
+            lines += compare_with_fastest(pairs) + list_failures(pairs)
     notes = NOTES.format(warmup=section.warmup, steps=section.steps)
     lines += ["", "## How it was measured", "", notes]
     if section.peers:
@@ -161,7 +163,7 @@ def markdown(records: list[dict[str, Any]], section: Section, command: str) -> s
     return "\n".join(lines) + "\n"
 
 
-def where(records: list[dict[str, Any]]) -> list[str]:
+def describe_machines(records: list[Record]) -> list[str]:
     """Machine, versions and day."""
     machines = {
         f"{r['device']}, {r['threads']} CPU thread{'s' * (r['threads'] > 1)}; torch {r['torch']}, "
@@ -179,162 +181,127 @@ def where(records: list[dict[str, Any]]) -> list[str]:
     beside += [f"with torch {', '.join(sorted(torches))} for them"] * bool(torches)
     days = sorted({record["started"][:10] for record in records})
     day = " to ".join(dict.fromkeys(days[:1] + days[-1:]))
-    return [f"{'; '.join([*sorted(machines), *beside])}; {day}.", *busy(records), ""]
+    return [f"{'; '.join([*sorted(machines), *beside])}; {day}.", *load_warning(records), ""]
 
 
-def busy(records: list[dict[str, Any]]) -> list[str]:
-    """A warning where others used the processors that were to be measured."""
+def load_warning(records: list[Record]) -> list[str]:
+    """A warning where other processes used the CPU that was measured."""
     loads = [(r["load"], r["cores"]) for r in records if r["kind"] == "cpu" and "load" in r]
-    # What compiles has more processes than there are cores, for a while.
+    # Compiling has more processes than cores for a while.
     if not any(load > 2 * cores for load, cores in loads):
         return []
     (least, _), (most, cores) = min(loads), max(loads)
     return [
         "",
         f"**The machine was busy**: a load of {least:.0f} to {most:.0f} on {cores} cores. "
-        "Speeds of different settings do not compare then; those of a pair, timed in turns, do.",
+        "Do not compare speeds of different settings; those of a pair, timed in turns, compare.",
     ]
 
 
-def describe(section: Section, shape: str) -> str:
+def describe_shape(section: Section, shape: str) -> str:
     model = section.model | section.shapes[shape]
     names = ("d_model", "n_heads", "n_layers", "vocab_size", "max_sequence_length")
     return ", ".join(f"{name} {model[name]:,}" for name in names)
 
 
-ALONE = (
-    "attention",
-    "compile",
-    "microbatch",
-    "precision",
-    "fp8",
-    "switch",
-    "tokens/s",
-    "per CPU-s",
-    "MFU",
-    "peak MiB",
-    "J/token",
-    "loss",
-    "elsewhere",
-)
-PAIRS = (
-    "whose",
-    "attention",
-    "compile",
-    "microbatch",
-    "precision",
-    "tokens/s",
-    "ours",
-    "ours/theirs",
-    "in CPU time",
-    "MFU",
-    "our MFU",
-    "peak MiB",
-    "our peak",
-    "loss",
-    "our loss",
-)
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """Lines of Markdown. Columns are the rows' keys, in order, without those that are all empty."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    head = [key for key in keys if any(row.get(key, "") != "" for row in rows)]
+    lines = [head, ["---"] * len(head), *([str(row.get(key, "")) for key in head] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def table_of(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Markdown, without the columns that nobody fills."""
-    rows = list(rows)
-    filled = [i for i in range(len(head)) if any(line[i] for line in rows)]
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(line[i] for i in filled)} |" for line in lines]
-
-
-def settings(record: dict[str, Any]) -> list[str]:
-    """What the cell says, and for `auto` what it came to."""
+def settings_row(record: Record) -> dict[str, str]:
+    """A cell's settings; for `auto` also the kernel that was used."""
     cell = record["cell"]
     used = record.get("attention_used")
     attention = f"auto: {used}" if cell["attention"] == "auto" and used else cell["attention"]
-    return [attention, cell["compile"], str(cell["microbatch"]), cell["precision"]]
+    row = {"attention": attention, "compile": cell["compile"]}
+    return row | {"microbatch": str(cell["microbatch"]), "precision": cell["precision"]}
 
 
-def in_words(record: dict[str, Any]) -> str:
-    attention, compiled, microbatch, precision = settings(record)
-    words = [attention, compiled, f"microbatch {microbatch}", precision]
-    return ", ".join([*words, *extras_in_words(record)])
+def format_settings(record: Record) -> str:
+    attention, compiled, microbatch, precision = settings_row(record).values()
+    parts = [attention, compiled, f"microbatch {microbatch}", precision]
+    return ", ".join([*parts, *format_extras(record)])
 
 
-def extras_in_words(record: dict[str, Any]) -> list[str]:
+def format_extras(record: Record) -> list[str]:
     fp8, switch = Cell(**record["cell"]).extras
     return [f"fp8 {fp8}"] * bool(fp8) + [switch] * bool(switch)
 
 
-def of_cell(record: dict[str, Any], section: Section) -> list[str]:
-    start = [*settings(record), *Cell(**record["cell"]).extras]
-    told = "; ".join(references(record, section))
+def cell_row(record: Record, section: Section) -> dict[str, str]:
+    fp8, switch = Cell(**record["cell"]).extras
+    row = settings_row(record) | {"fp8": fp8, "switch": switch} | result_columns(record)
+    return row | {"elsewhere": published(record, section)}
+
+
+def result_columns(record: Record) -> dict[str, str]:
     if record["status"] != "ok":
-        return [*start, record["status"], *[""] * 5, told]
+        return {"tokens/s": record["status"]}
     joules = record["joules_per_token"]
-    return [
-        *start,
-        speed(record),
-        f"{record['tokens_per_cpu_second']:,.0f}",
-        mfu(record),
-        mebibytes(record),
-        "" if joules is None else f"{joules:.3g}",
-        f"{record['last_loss']:.3f}",
-        told,
-    ]
+    return {
+        "tokens/s": format_speed(record),
+        "per CPU-s": f"{record['tokens_per_cpu_second']:,.0f}",
+        "MFU": format_mfu(record),
+        "peak MiB": format_peak(record),
+        "J/token": "" if joules is None else f"{joules:.3g}",
+        "loss": f"{record['last_loss']:.3f}",
+    }
 
 
-def of_pair(record: dict[str, Any]) -> list[str]:
-    start = [record["cell"]["whose"], *settings(record)]
+def pair_row(record: Record) -> dict[str, str]:
+    row = {"whose": record["cell"]["whose"], **settings_row(record), "tokens/s": record["status"]}
     if record["status"] != "ok":
-        return [*start, record["status"], *[""] * 9]
+        return row
     ours = record["ours"]
-    return [
-        *start,
-        speed(record),
-        speed(ours),
-        ratio(record),
-        f"{record['ratio_cpu']:.2f}",
-        mfu(record),
-        mfu(ours),
-        mebibytes(record),
-        mebibytes(ours),
-        f"{record['last_loss']:.3f}",
-        f"{ours['last_loss']:.3f}",
-    ]
+    return row | {
+        "tokens/s": format_speed(record),
+        "ours": format_speed(ours),
+        "ours/theirs": format_ratio(record),
+        "in CPU time": f"{record['ratio_cpu']:.2f}",
+        "MFU": format_mfu(record),
+        "our MFU": format_mfu(ours),
+        "peak MiB": format_peak(record),
+        "our peak": format_peak(ours),
+        "loss": f"{record['last_loss']:.3f}",
+        "our loss": f"{ours['last_loss']:.3f}",
+    }
 
 
-def unavailable(records: list[dict[str, Any]]) -> list[str]:
-    """Each reason once, with whom it concerns."""
+def list_failures(records: list[Record]) -> list[str]:
+    """Each reason once, with the settings that it concerns."""
     reasons: dict[str, list[str]] = {}
     for record in records:
         if record["status"] != "ok":
             reason = " ".join(str(record["why"]).split())
-            whose = [record["cell"]["whose"]] if "beside" in record else []
-            who = " ".join([*whose, in_words(record)])
-            reasons.setdefault(f"{record['status']}: {reason}", []).append(who)
-    lines = [f"- {'; '.join(who)}: {reason}" for reason, who in reasons.items()]
+            peer = [record["cell"]["whose"]] if "beside" in record else []
+            settings = " ".join([*peer, format_settings(record)])
+            reasons.setdefault(f"{record['status']}: {reason}", []).append(settings)
+    lines = [f"- {'; '.join(settings)}: {reason}" for reason, settings in reasons.items()]
     return [""] * bool(lines) + lines
 
 
-def our_settings(pairs: list[dict[str, Any]]) -> list[str]:
-    found = []
+def our_settings(pairs: list[Record]) -> list[str]:
+    lines = []
     for record in [pair for pair in pairs if pair["status"] == "ok"] or pairs:
         used = record.get("ours", {}).get("attention_used")
-        attention, compiled, _, precision = settings(
-            {"cell": record["beside"], "attention_used": used}
-        )
-        found.append(f"attention {attention}, compile {compiled}, precision {precision}")
-    return list(dict.fromkeys(found))
+        row = settings_row({"cell": record["beside"], "attention_used": used})
+        del row["microbatch"]
+        lines.append(", ".join(f"{name} {value}" for name, value in row.items()))
+    return list(dict.fromkeys(lines))
 
 
-def beside_the_fastest(pairs: list[dict[str, Any]]) -> list[str]:
-    """Ours beside each peer's best setting; `pairs` are sorted, the fastest first."""
+def compare_with_fastest(pairs: list[Record]) -> list[str]:
+    """Ours beside each peer's fastest setting; `pairs` are sorted, the fastest first."""
     timed = [record for record in pairs if record["status"] == "ok"]
-    settings_of = Counter(record["cell"]["whose"] for record in timed)
-    best: dict[str, dict[str, Any]] = {}
-    for record in timed:
-        best.setdefault(record["cell"]["whose"], record)
+    count = Counter(record["cell"]["whose"] for record in timed)
+    fastest = {record["cell"]["whose"]: record for record in reversed(timed)}
     lines = [
-        f"- ours is {ratio(record)} times as fast as {whose}, fastest of {settings_of[whose]} "
-        f"timed ({in_words(record)}), {record['ratio_cpu']:.2f} times in CPU time"
-        for whose, record in best.items()
+        f"- ours is {format_ratio(record)} times as fast as {peer}, fastest of {count[peer]} "
+        f"timed ({format_settings(record)}), {record['ratio_cpu']:.2f} times in CPU time"
+        for peer, record in sorted(fastest.items(), key=lambda item: timed.index(item[1]))
     ]
     return [""] * bool(lines) + lines

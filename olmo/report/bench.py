@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.bench.matrix import COMPILE_MODES, Section
-from olmo.bench.table import extras_in_words, rate, row
+from olmo.bench.table import format_extras, ranking_speed, record_row
 
 
 def bench(
@@ -23,9 +23,9 @@ def bench(
     $OLMO_PEER_PYTHON does the same. --kind: cpu or cuda, by default what the machine has.
     --draw-only makes the files of the records that are there, from whatever machine.
     """
-    from olmo.bench.__main__ import bench as time_all
+    from olmo.bench.__main__ import run_matrix
 
-    records, section = time_all(matrix, out, peer or (), kind, draw_only)
+    records, section = run_matrix(matrix, out, peer or (), kind, draw_only)
     write_parquet(records, section, out / "table.parquet")
     draw(records, out / "heat.svg")
 
@@ -33,7 +33,7 @@ def bench(
 def write_parquet(records: list[dict[str, Any]], section: Section, path: Path) -> None:
     import polars
 
-    rows = [row(record, section) for record in records]
+    rows = [record_row(record, section) for record in records]
     polars.DataFrame(rows, infer_schema_length=None).write_parquet(path)
 
 
@@ -62,9 +62,9 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def drawn(record: dict[str, Any]) -> dict[str, Any]:
-    cell, speed = record["cell"], rate(record)
+    cell, speed = record["cell"], ranking_speed(record)
     whose = "" if cell["whose"] == "ours" else f"{cell['whose']}: "
-    kernel = [cell["attention"], cell["precision"], *extras_in_words(record)]
+    kernel = [cell["attention"], cell["precision"], *format_extras(record)]
     says = f"{speed:,.0f}" if speed else record["status"]
     if "ratio" in record:
         ratio = record["ratio_cpu" if record["kind"] == "cpu" else "ratio"]

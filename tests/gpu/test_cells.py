@@ -4,16 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from olmo.bench.matrix import Cell, load
-from olmo.bench.pairs import Cells
+from olmo.bench.matrix import Cell, load_section
+from olmo.bench.pairs import CellRunner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 MATRIX = Path(__file__).parents[2] / "config/bench/tps.yaml"
 
 
 def test_a_cell_has_speed_mfu_memory_and_energy():
-    section = load(MATRIX, "cuda")
-    record = Cells("cuda").time(section, Cell("olmo-250m", microbatch=2, precision="amp_bf16"), 300)
+    section = load_section(MATRIX, "cuda")
+    record = CellRunner("cuda").time(
+        section, Cell("olmo-250m", microbatch=2, precision="amp_bf16"), 300
+    )
     assert record["status"] == "ok", record
     assert len(record["seconds"]) == section.steps and record["tokens_per_second"] > 0
     assert record["peak_memory_bytes"] > 4 * record["parameters"]
@@ -25,8 +27,8 @@ def test_a_cell_has_speed_mfu_memory_and_energy():
 
 
 def test_what_the_memory_cannot_hold_is_a_result():
-    section = load(MATRIX, "cuda")
-    record = Cells("cuda").time(
+    section = load_section(MATRIX, "cuda")
+    record = CellRunner("cuda").time(
         section, Cell("olmo-250m", microbatch=20_000, precision="fp32"), 300
     )
     assert record["status"] == "out of memory" and "memory" in record["why"]

@@ -13,28 +13,29 @@ from typing import Any
 import nullgpu
 import torch
 
-from olmo.bench import cell as bench
-from olmo.bench.matrix import Cell, Section, load
+from olmo.bench import timing
+from olmo.bench.cell import build_workload
+from olmo.bench.matrix import Cell, Section, load_section
 
 
 def steps_of(section: Section, cell: Cell, steps: int) -> dict[str, Any]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch._dynamo.utils.clear_compilation_metrics()
-    training = bench.prepare(section, cell)
+    workload = build_workload(section, cell)
     found = []
     for number in range(steps):
-        ids = training.ids(number)
+        ids = workload.ids(number)
         counts = nullgpu.Counts()
-        training.step(number, ids)
+        workload.step(number, ids)
         found.append(counts.now())
-    return {"steps": found, **training.facts, **nullgpu.compilations()}
+    return {"steps": found, **workload.facts, **nullgpu.compilations()}
 
 
 def main() -> None:
     request = json.loads(sys.argv[1])
-    bench.fill = lambda model: None
-    section = load(Path("config/bench/tps.yaml"), "cuda")
+    timing.fill_weights = lambda model: None
+    section = load_section(Path("config/bench/tps.yaml"), "cuda")
     for shape in section.shapes.values():
         shape["n_layers"] = request["layers"]
     asked = [{"precision": "amp_bf16", "microbatch": 2} | cell for cell in request["cells"]]

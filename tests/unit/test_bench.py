@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import polars
@@ -14,7 +15,7 @@ import yaml
 
 from olmo.bench import __main__ as runner
 from olmo.bench import table
-from olmo.bench.matrix import Cell, load
+from olmo.bench.matrix import Cell, load_section
 from olmo.config import TrainConfig
 from olmo.report.bench import bench
 from olmo.report.compare import compare
@@ -61,7 +62,7 @@ def matrix(folder: Path, *groups: dict, **changes: object) -> Path:
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_the_projects_matrix_is_whole(kind: str):
-    section = load(ROOT / "config/bench/tps.yaml", kind)
+    section = load_section(ROOT / "config/bench/tps.yaml", kind)
     names = [cell.name for cell in section.cells()]
     assert len(names) == len(set(names)) > 10
     shapes = {cell.shape for cell in section.cells()}
@@ -84,7 +85,7 @@ def test_the_projects_matrix_is_whole(kind: str):
 
 
 def test_a_cell_stands_once_and_a_typo_is_refused(tmp_path: Path):
-    section = load(matrix(tmp_path, {"microbatch": [1, 2]}, {"microbatch": [2, 4]}), "cpu")
+    section = load_section(matrix(tmp_path, {"microbatch": [1, 2]}, {"microbatch": [2, 4]}), "cpu")
     assert [cell.microbatch for cell in section.cells()] == [1, 2, 4]
     for wrong in (
         {"shape": ["big"]},
@@ -96,7 +97,7 @@ def test_a_cell_stands_once_and_a_typo_is_refused(tmp_path: Path):
         {"mb": [1]},
     ):
         with pytest.raises(ValueError, match=r"matrix\.yaml"):
-            load(matrix(tmp_path, wrong), "cpu")
+            load_section(matrix(tmp_path, wrong), "cpu")
 
 
 @pytest.mark.slow
@@ -108,7 +109,7 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
         {"fp8": ["msamp"]},
     )
     out = tmp_path / "out"
-    records, _ = runner.bench(path, out, kind="cpu")
+    records, _ = runner.run_matrix(path, out, kind="cpu")
     by_name = {Cell(**record["cell"]).name: record for record in records}
     compiled = by_name["small.auto.default.mb1.fp32.none"]
     assert compiled["status"] == "ok" and len(compiled["seconds"]) == 3
@@ -126,7 +127,7 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
     assert len(files) == len(records) == 6
     lost = next(file for file in files if ".math.eager.mb2.fp32.none." in file.name)
     lost.unlink()
-    runner.bench(path, out, kind="cpu")
+    runner.run_matrix(path, out, kind="cpu")
     again = {file: file.stat().st_mtime_ns for file in (out / "records").iterdir()}
     assert {file for file in files if again[file] != files[file]} == {lost}
 
@@ -154,9 +155,9 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
 def test_a_busy_machine_is_told():
     quiet = {"kind": "cpu", "load": 1.0, "cores": 2}
     many = quiet | {"load": 5.0}
-    assert table.busy([quiet, {"kind": "cpu"}]) == [], "records from before have none"
-    assert "a load of 1 to 5 on 2 cores" in " ".join(table.busy([quiet, many]))
-    assert table.busy([many | {"kind": "cuda"}]) == []
+    assert table.load_warning([quiet, {"kind": "cpu"}]) == [], "records from before have none"
+    assert "a load of 1 to 5 on 2 cores" in " ".join(table.load_warning([quiet, many]))
+    assert table.load_warning([many | {"kind": "cuda"}]) == []
 
 
 @pytest.mark.slow
@@ -168,12 +169,12 @@ def test_a_switch_is_a_cell_of_its_own(tmp_path: Path):
         {"precision": ["fp32"], "switch": ["masters"]},
         steps=20,
     )
-    section = load(path, "cpu")
+    section = load_section(path, "cpu")
     learning_rates = {
         section.train_config(cell).optimizer.learning_rate for cell in section.cells()
     }
     assert learning_rates == {4e-4}, "a switch changes what it names, and nothing beside it"
-    records, _ = runner.bench(path, tmp_path / "out", kind="cpu")
+    records, _ = runner.run_matrix(path, tmp_path / "out", kind="cpu")
     of = {(r["cell"]["switch"], r["cell"]["precision"]): r for r in records}
     base = of["none", "amp_bf16"]
     for switch in SWITCHES:
@@ -191,12 +192,12 @@ def test_a_switch_is_a_cell_of_its_own(tmp_path: Path):
 
 @pytest.mark.slow
 def test_what_ends_badly_is_a_record_too(tmp_path: Path):
-    (late,), _ = runner.bench(matrix(tmp_path, {}, limit_s=0.2), tmp_path / "out", kind="cpu")
+    (late,), _ = runner.run_matrix(matrix(tmp_path, {}, limit_s=0.2), tmp_path / "out", kind="cpu")
     assert late["status"] == "too slow" and late["why"] == "it took longer than 0.2 s"
     shapes = {"large": {"d_model": 512, "n_heads": 2, "n_layers": 1,
                         "vocab_size": 300_000, "embedding_size": 300_000}}  # fmt: skip
     path = matrix(tmp_path, {"shape": ["large"]}, shapes=shapes, memory_bytes=1_200_000_000)
-    (full,), _ = runner.bench(path, tmp_path / "out", kind="cpu")
+    (full,), _ = runner.run_matrix(path, tmp_path / "out", kind="cpu")
     assert full["status"] == "out of memory" and "allocate memory" in full["why"]
 
 
@@ -204,33 +205,36 @@ def test_what_ends_badly_is_a_record_too(tmp_path: Path):
 def test_a_budget_is_kept_and_what_is_left_out_is_told(tmp_path: Path, capsys):
     path, out = matrix(tmp_path, {"microbatch": [1, 2, 3, 4]}), tmp_path / "out"
     drawn: list[int] = []
-    draw = runner.draw
+    write_tables = runner.write_tables
 
     def seen(records: list, *rest: object) -> None:
         drawn.append(len(records))
-        draw(records, *rest)
+        write_tables(records, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "draw", seen)
+        patch.setattr(runner, "write_tables", seen)
         began = time.monotonic()
-        first, _ = runner.bench(path, out, kind="cpu", budget_s=6.0)
+        first, _ = runner.run_matrix(path, out, kind="cpu", budget_s=6.0)
         assert time.monotonic() - began < 10
     assert 0 < len(first) < 4 and drawn == list(range(1, len(first) + 1)), "drawn after each"
     left = [f"small.auto.eager.mb{n}.fp32.none" for n in range(len(first) + 1, 5)]
-    assert f"not timed, 6 s are over: {', '.join(left)}. The same" in capsys.readouterr().out
-    again, _ = runner.bench(path, out, kind="cpu")
+    assert (
+        f"the budget of 6 s is over, not timed: {', '.join(left)}. Run the"
+        in capsys.readouterr().out
+    )
+    again, _ = runner.run_matrix(path, out, kind="cpu")
     assert again[: len(first)] == first and len(again) == 4
     # One cell cannot take it all.
     slow = matrix(tmp_path, {}, limit_s=600, steps=10**6)
     began = time.monotonic()
-    (late,), _ = runner.bench(slow, tmp_path / "slow", kind="cpu", budget_s=8.0)
+    (late,), _ = runner.run_matrix(slow, tmp_path / "slow", kind="cpu", budget_s=8.0)
     assert late["status"] == "too slow" and time.monotonic() - began < 12
 
 
 def test_a_record_stands_unless_trying_again_may_end_otherwise(tmp_path: Path):
     path = tmp_path / "record.json"
     task = runner.Task("cell", path, 10.0, ("cell",), dict)
-    assert runner.kept(task) is None
+    assert runner.read_record(task) is None
     for record, stands in (
         ({"status": "ok"}, True),
         ({"status": "unavailable"}, True),
@@ -239,8 +243,8 @@ def test_a_record_stands_unless_trying_again_may_end_otherwise(tmp_path: Path):
         ({"status": "too slow", "limit_s": 10.0}, True),
         ({"status": "too slow", "limit_s": 9.0}, False),
     ):
-        runner.write(path, record)
-        assert (runner.kept(task) == record) is stands, record
+        path.write_text(json.dumps(record))
+        assert (runner.read_record(task) == record) is stands, record
 
 
 PACKAGES_ASIDE = """
@@ -295,7 +299,7 @@ def test_the_table_names_references_and_sorts_by_speed(tmp_path: Path):
     references = [
         {"shape": "small", "attention": ["math"], "tokens_per_second": 16e3, "what": "log"}
     ]
-    section = load(matrix(tmp_path, {"microbatch": [1, 2]}, references=references), "cpu")
+    section = load_section(matrix(tmp_path, {"microbatch": [1, 2]}, references=references), "cpu")
 
     def record(cell: Cell, **more: object) -> dict:
         where = {
@@ -306,7 +310,7 @@ def test_the_table_names_references_and_sorts_by_speed(tmp_path: Path):
             "threads": 1,
             "started": "2026-01-02T00:00:00Z",
         }
-        return {"cell": runner.as_plain(cell), **where, **more}
+        return {"cell": asdict(cell), **where, **more}
 
     speeds = {"tokens_per_second_p10": 9.0, "tokens_per_second_p90": 11.0, "mfu_palm": 0.5,
               "mfu_causal": 0.4, "peak_memory_bytes": 2**21, "joules_per_token": None,
@@ -325,8 +329,10 @@ def test_the_table_names_references_and_sorts_by_speed(tmp_path: Path):
     assert lines[2].endswith("| 20 ± 1 | 7 | 50.0%, 40.0% | 2 | 3.000 | 16,000 |")
     assert lines[4].endswith("| unavailable |  |  |  |  |  |")
     assert "- cudnn, eager, microbatch 1, fp32: unavailable: no | card here" in text
-    assert "50.0% (PaLM)" in table.result(records[0])
-    assert json.loads(json.dumps(table.row(records[0], section)))["tokens_per_second"] == 10.0
+    assert "50.0% (PaLM)" in table.summary_line(records[0])
+    assert (
+        json.loads(json.dumps(table.record_row(records[0], section)))["tokens_per_second"] == 10.0
+    )
 
 
 def test_runs_are_compared_at_the_tokens_they_needed(tmp_path: Path):

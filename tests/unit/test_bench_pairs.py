@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from test_bench import matrix
 
 from olmo.bench import __main__ as runner
 from olmo.bench import pairs, table
-from olmo.bench.matrix import Section, load
-from olmo.bench.pairs import Peer, find, peer_at, time_pair
+from olmo.bench.matrix import Section, load_section
+from olmo.bench.pairs import Peer, find_peers, locate_peer, time_pair
 
 PEER = os.environ.get(pairs.PYTHON)
 BOTH = {"shape": ["small"], "microbatch": [2]}
@@ -28,13 +29,13 @@ HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 
 def section_of(folder: Path, *groups: dict, **changes: object) -> Section:
     peers = [{**BOTH, **group} for group in groups]
-    return load(matrix(folder, peers=peers, rounds=5, steps=20, **changes), "cpu")
+    return load_section(matrix(folder, peers=peers, rounds=5, steps=20, **changes), "cpu")
 
 
 def test_numbers_of_a_matrix(tmp_path: Path):
     for name, least in (("steps", 1), ("rounds", 1), ("warmup", 0)):
         with pytest.raises(ValueError, match=f"{name}: expected at least {least}, found -1"):
-            load(matrix(tmp_path, **{name: -1}), "cpu")
+            load_section(matrix(tmp_path, **{name: -1}), "cpu")
 
 
 def test_pairs_share_shape_and_microbatch(tmp_path: Path):
@@ -57,8 +58,8 @@ def test_pairs_share_shape_and_microbatch(tmp_path: Path):
 
 def test_a_peer_is_found_or_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(pairs.PYTHON, raising=False)
-    assert "--peer ai2-olmo=PYTHON" in str(find([])["ai2-olmo"])
-    assert isinstance(find([])["transformers"], Peer if HAS_TRANSFORMERS else str)
+    assert "--peer ai2-olmo=PYTHON" in str(find_peers([])["ai2-olmo"])
+    assert isinstance(find_peers([])["transformers"], Peer if HAS_TRANSFORMERS else str)
     for wrong, told in (
         ("ai2-olmo", "NAME=WHERE"),
         ("nanogpt=python", "NAME=WHERE"),
@@ -67,7 +68,7 @@ def test_a_peer_is_found_or_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
         ("ai2-olmo=/no/such/python", "expected a Python at"),
     ):
         with pytest.raises(ValueError, match=told):
-            find([wrong])
+            find_peers([wrong])
     sources = tmp_path / "sources"
     (sources / "olmo").mkdir(parents=True)
     (sources / "olmo/version.py").write_text('VERSION = "0.6.0"\n')
@@ -75,7 +76,7 @@ def test_a_peer_is_found_or_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
     with zipfile.ZipFile(wheel, "w") as file:
         file.writestr("olmo/version.py", '_MINOR = "6"\nVERSION = "0." + _MINOR + ".1"\n')
     for where, version in ((sources, "0.6.0"), (wheel, "0.6.1")):
-        found = peer_at("ai2-olmo", str(where))
+        found = locate_peer("ai2-olmo", str(where))
         assert found.versions["ai2-olmo"] == version and found.python == sys.executable
         assert "torch" in found.versions
 
@@ -86,7 +87,7 @@ def test_transformers_trains_the_same_model_in_turns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     section = section_of(tmp_path, {"peer": ["transformers"], "attention": ["math", "flash-attn"]})
-    peer = find([])["transformers"]
+    peer = find_peers([])["transformers"]
     one, flash = (time_pair(section, pair, peer, "cpu", 600) for pair in section.pairs())
     check(one, section)
     assert (
@@ -105,7 +106,7 @@ def test_transformers_trains_the_same_model_in_turns(
 def test_ai2_olmo_trains_the_same_model_in_turns(tmp_path: Path):
     """Its package, and its sources alone by our own Python, where what they import is not."""
     path = matrix(tmp_path, peers=[BOTH | {"peer": ["ai2-olmo"]}], rounds=5, steps=20)
-    (record,), section = runner.bench(path, tmp_path / "out", kind="cpu")
+    (record,), section = runner.run_matrix(path, tmp_path / "out", kind="cpu")
     check(record, section)
     assert (
         record["peer"]["ai2-olmo"] and "beside ai2-olmo" in (tmp_path / "out/table.md").read_text()
@@ -115,7 +116,7 @@ def test_ai2_olmo_trains_the_same_model_in_turns(tmp_path: Path):
     installed = subprocess.run(asked, capture_output=True, text=True, check=True, cwd=tmp_path)
     (tmp_path / "sources").mkdir()
     (tmp_path / "sources/olmo").symlink_to(installed.stdout.strip())
-    sources = peer_at("ai2-olmo", str(tmp_path / "sources"))
+    sources = locate_peer("ai2-olmo", str(tmp_path / "sources"))
     again = time_pair(section, section.pairs()[0], sources, "cpu", 600)
     check(again, section)
     assert again["last_loss"] == pytest.approx(record["last_loss"], rel=1e-5)
@@ -150,7 +151,7 @@ def test_the_table_has_theirs_ours_and_the_ratio(tmp_path: Path):
     for pair, speed in zip(section.pairs(), (10.0, 20.0), strict=True):
         ratios = {"ratio": 40 / speed, "ratio_low": 1.5, "ratio_high": 4.5, "ratio_cpu": 3.0}
         rates = {"tokens_per_second": speed, "tokens_per_cpu_second": speed / 2, "ours": ours}
-        cells = {"cell": runner.as_plain(pair.theirs), "beside": runner.as_plain(pair.ours)}
+        cells = {"cell": asdict(pair.theirs), "beside": asdict(pair.ours)}
         records.append(cells | here | speeds | rates | ratios | {"status": "ok"})
     text = table.markdown(records, section, "the command")
     assert "`OMP_NUM_THREADS=1 the command --peer ai2-olmo=PYTHON`" in text
@@ -164,6 +165,6 @@ def test_the_table_has_theirs_ours_and_the_ratio(tmp_path: Path):
         "- ours is 2.00 (1.50–4.50) times as fast as ai2-olmo, fastest of 2 timed "
         "(sdpa, default, microbatch 2, fp32), 3.00 times in CPU time" in text
     )
-    row = table.row(records[0], section)
+    row = table.record_row(records[0], section)
     assert (row["whose"], row["ratio"], row["ours_tokens_per_second"]) == ("ai2-olmo", 4.0, 40.0)
     assert json.dumps(row)

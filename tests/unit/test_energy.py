@@ -31,7 +31,7 @@ def show(meters: Path, *counts: int) -> None:
 
 def test_a_counter_that_came_round_once(meters: Path):
     with measured() as run:
-        in_bench = cell.energy(torch.device("cpu"))
+        in_bench = cell.energy_meter(torch.device("cpu"))
         show(meters, 1_000_000, 7_500_000)
     assert run["machine_energy_j"] == in_bench() == 2 + 2.5
 

@@ -9,7 +9,7 @@ import small_run
 import torch
 
 from olmo.bench import cell as bench_cell
-from olmo.bench.matrix import Cell, load
+from olmo.bench.matrix import Cell, load_section
 from olmo.config import ModelConfig, TokenizerConfig, TrainConfig
 from olmo.distributed.world import World
 from olmo.train import loop
@@ -120,13 +120,13 @@ def test_a_bench_cell_is_refused_before_its_model_is_built(monkeypatch: pytest.M
         raise AssertionError("a model was built first")
 
     monkeypatch.setattr(bench_cell, "OLMo", built)
-    section = load(Path(__file__).parents[2] / "config/bench/tps.yaml", "cpu")
+    section = load_section(Path(__file__).parents[2] / "config/bench/tps.yaml", "cpu")
     for asked, told in (
         ({"attention": "cudnn"}, "NVIDIA"),
         ({"fp8": "msamp"}, "msamp"),
         ({"switch": "master_weights"}, "amp_bf16"),
     ):
-        record = bench_cell.record_of(section, Cell("tiny", **asked))
+        record = bench_cell.run_cell(section, Cell("tiny", **asked))
         assert record["status"] == "unavailable" and told in record["why"]
 
 
