@@ -21,7 +21,7 @@ from step import SIZES, config_of
 
 from olmo.config import TrainConfig
 from olmo.train import loop
-from olmo.train.saving import Saver
+from olmo.train.saver import Saver
 
 
 class Watch:

@@ -35,8 +35,8 @@ from olmo.optim.master_weights import MasterWeights
 from olmo.precision import backends, msamp
 from olmo.runtime.energy import Joules
 from olmo.train.meters import device_flops
-from olmo.train.start import check_device
 from olmo.train.step import clear_gradients, forward_backward, keep_freed_memory
+from olmo.train.validate import check_device
 
 # A cell's speed may depend on these; a record is measured again when a version changes.
 PACKAGES = ("torchao", "flash-attn", "flash-attn-3", "flash-attn-4", "msamp", "triton")

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     from olmo.runtime.urls import public
     from olmo.train.loop import train
     from olmo.train.metrics_buffer import NotFinite
-    from olmo.train.saving import FailedElsewhere
+    from olmo.train.saver import FailedElsewhere
 
     def failed(error: object, repeats: bool = True, known: bool = True) -> None:
         """Say what ends this process, and leave it for the launcher: where nobody has, or where

@@ -32,7 +32,7 @@ from olmo.io.sealed import Damaged
 from olmo.runtime.log import log
 from olmo.runtime.process import SEGMENTS
 from olmo.train.sinks import METRICS, read_metrics
-from olmo.train.start import TrainState
+from olmo.train.state import TrainState
 
 DECIDES_BITS = ("processes", "nodes", "device", "threads", "torch", "damaged")
 

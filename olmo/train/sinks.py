@@ -140,15 +140,9 @@ class WeightsAndBiases:
     """
 
     def __init__(self, cfg: TrainConfig, resumed: bool) -> None:
-        """Raises ValueError where the package wandb is not installed."""
+        import wandb
+
         assert cfg.wandb is not None
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError(
-                "the config asks for Weights & Biases, which is not installed: "
-                "`pip install wandb`, or take it out with --wandb=null"
-            ) from error
         settings = cfg.wandb
         folder = Path(cfg.save_folder) / "wandb"
         folder.mkdir(parents=True, exist_ok=True)

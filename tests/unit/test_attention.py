@@ -17,7 +17,7 @@ from olmo.model import OLMo, kernels
 from olmo.model import attention as module
 from olmo.model.attention import KERNELS, Backend, attention, document_mask, documents
 from olmo.model.kernels import Mask, Setting, choose, find_kernel_problem, trial
-from olmo.train.start import masks
+from olmo.train.validate import attention_mask
 
 CUDA, CPU, BF16 = torch.device("cuda", 0), torch.device("cpu"), torch.bfloat16
 GOOD = Setting(CUDA, BF16, n_heads=8, n_kv_heads=8, head_size=128)
@@ -163,7 +163,7 @@ def test_flash_attention_is_had_or_an_error(hopper: pytest.MonkeyPatch):
 
 def test_what_the_data_asks_for(tmp_path: Path):
     def asked(**data: Any) -> Mask:
-        return masks(small_run.config(tmp_path, data=data))
+        return attention_mask(small_run.config(tmp_path, data=data))
 
     assert asked() is Mask.causal
     assert asked(generate_doc_lengths=True) is Mask.documents

@@ -28,8 +28,8 @@ from olmo.precision.fp8 import (
     float8_linear,
     scaled_mm,
 )
-from olmo.train.start import check_device
 from olmo.train.step import clear_gradients, forward_backward
+from olmo.train.validate import check_device
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 # Of Dynamo and AOTAutograd, which decide what a backward is; kernels are inductor's, and slow.

@@ -26,7 +26,7 @@ from olmo.inspect.run import Run
 from olmo.io import sealed
 from olmo.train.segments import conditions, segments
 from olmo.train.signals import PAUSED
-from olmo.train.start import TrainState, duration
+from olmo.train.state import TrainState, duration
 
 N = 45  # instances: 5 steps of 8, 3 of 12
 

@@ -27,7 +27,7 @@ from olmo.model import OLMo
 from olmo.optim.build import build_optimizer
 from olmo.pipeline.convert import convert
 from olmo.train.loop import train
-from olmo.train.saving import _copied
+from olmo.train.saver import _copied
 
 # What is computed, and how it is spread.
 OPTIMIZERS: dict[str, dict[str, Any]] = {

@@ -12,28 +12,31 @@ from olmo.bench import cell as bench_cell
 from olmo.bench.matrix import Cell, load_section
 from olmo.config import ModelConfig, TokenizerConfig, TrainConfig
 from olmo.distributed.world import World
-from olmo.train import loop
+from olmo.train import loop, setup
 from olmo.train.__main__ import main
-from olmo.train.start import check, check_ends, origin_of_threads, warn_of_other_tokenizer
+from olmo.train.setup import origin_of_threads
+from olmo.train.validate import check_special_tokens, validate, warn_of_other_tokenizer
 
 
 def test_a_world_that_does_not_divide_the_batch():
     world = World(0, 0, 3, torch.device("cpu"), "three")
     with pytest.raises(ValueError, match=r"batch_size=8 is not a multiple of the 3 processes"):
-        check(TrainConfig(global_train_batch_size=8), world)
+        validate(TrainConfig(global_train_batch_size=8), world)
 
 
 EVERY = {"eos_token_id": 50256, "pad_token_id": 50256, "vocab_size": 100, "embedding_size": 128}
 
 
 def test_ids_that_nothing_needs_may_be_of_another_tokenizer(capsys: pytest.CaptureFixture[str]):
-    check_ends(TrainConfig.new(model=EVERY))
+    check_special_tokens(TrainConfig.new(model=EVERY))
     said = capsys.readouterr().err
     assert "WARNING: model.eos_token_id=50256 is not below model.vocab_size=100" in said
     assert "WARNING: model.pad_token_id=50256 is not below" in said
     # Padding may be of the rows that the embedding has beyond the vocabulary.
     downstream = [{"label": "piqa", "type": "downstream"}]
-    check_ends(TrainConfig.new(model=EVERY | {"pad_token_id": 127}, evaluators=downstream))
+    check_special_tokens(
+        TrainConfig.new(model=EVERY | {"pad_token_id": 127}, evaluators=downstream)
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,7 +51,7 @@ def test_ids_that_nothing_needs_may_be_of_another_tokenizer(capsys: pytest.Captu
 )
 def test_ids_that_something_needs_are_of_the_vocabulary(needs: dict[str, Any], id: str):
     with pytest.raises(ValueError, match=rf"model.{id}_token_id=50256 is not below .* needs it"):
-        check_ends(TrainConfig.new(model=EVERY, **needs))
+        check_special_tokens(TrainConfig.new(model=EVERY, **needs))
 
 
 def test_who_says_how_many_threads(monkeypatch: pytest.MonkeyPatch):
@@ -110,7 +113,7 @@ def test_what_cannot_be_computed_is_refused_before_a_model_is_built(
     def built(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was built first")
 
-    monkeypatch.setattr(loop, "OLMo", built)
+    monkeypatch.setattr(setup, "OLMo", built)
     with pytest.raises((ValueError, OSError), match=told):
         small_run.run(tmp_path, **changes)
 

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +21,7 @@ from olmo.config import DistributedStrategy, TrainConfig, to_yaml
 from olmo.distributed.parallelize import is_fsdp
 from olmo.distributed.world import World
 from olmo.runtime.log import log
-from olmo.train.start import TrainState
+from olmo.train.state import TrainState, every
 
 
 class FailedElsewhere(OSError):
@@ -43,17 +42,21 @@ class Saver:
         world: World,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        position: TrainState,
+        state: TrainState,
     ) -> None:
         self._cfg, self._world, self._folder = cfg, world, Path(cfg.save_folder).absolute()
-        self._model, self._optimizer, self._position = model, optimizer, position
+        self._model, self._optimizer, self._state = model, optimizer, state
         self.saved: Path | None = None  # the newest
         self._passing = False  # whether that one is ephemeral, and so goes with a later save
         self._sharded = is_fsdp(cfg, world)
-        self._every = cfg.save_interval_unsharded  # that many steps an unsharded one
+        self._unsharded_interval = cfg.save_interval_unsharded  # that many steps an unsharded one
         single = cfg.distributed_strategy == DistributedStrategy.single
-        if single and self._every is None and cfg.save_num_unsharded_checkpoints_to_keep:
-            self._every = cfg.save_interval  # as in OLMo: there is nothing to shard
+        if (
+            single
+            and self._unsharded_interval is None
+            and cfg.save_num_unsharded_checkpoints_to_keep
+        ):
+            self._unsharded_interval = cfg.save_interval  # as in OLMo: there is nothing to shard
         # The writers of all processes meet in a group of their own, apart from training's sums.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -80,16 +83,16 @@ class Saver:
         if self._writing is not None and self._writing.done() and not self.failed:
             self._settle()
         cfg = self._cfg
-        if _hits(self._every, step):
+        if every(step, self._unsharded_interval):
             return "unsharded" if cfg.save_num_unsharded_checkpoints_to_keep else None
-        if _hits(cfg.save_interval, step):
+        if every(step, cfg.save_interval):
             return "sharded" if cfg.save_num_checkpoints_to_keep else None
-        return "ephemeral" if _hits(cfg.save_interval_ephemeral, step) else None
+        return "ephemeral" if every(step, cfg.save_interval_ephemeral) else None
 
     def pause(self) -> Path:
         """Begin to save now, unless this step is saved in any kind; the folder."""
         self._settle()
-        if self.saved is not None and layout.step_of(self.saved) == self._position.global_step:
+        if self.saved is not None and layout.step_of(self.saved) == self._state.global_step:
             return self.saved
         return self.save()
 
@@ -100,8 +103,8 @@ class Saver:
         whole model, or the config saves unsharded ones at all.
         """
         self._settle()
-        step = self._position.global_step
-        asked = self._every is not None
+        step = self._state.global_step
+        asked = self._unsharded_interval is not None
         if self._lasts(unsharded=kind == "unsharded" or (kind is None and asked)):
             assert self.saved is not None
             return self.saved
@@ -110,7 +113,7 @@ class Saver:
         folder = self._folder / layout.folder_name(step, unsharded=kind == "unsharded")
         shared: dict[str, Any] = {
             "config_yaml": to_yaml(self._cfg.as_written()),
-            "train": train_state(self._position, self._world.size),
+            "train": self._state.state_dict(self._world.size),
         }
         model, optim = dict(self._model.state_dict()), self._optimizer.state_dict()
         retire: Callable[[Path], object]
@@ -148,7 +151,7 @@ class Saver:
     def _lasts(self, unsharded: bool) -> bool:
         """Whether the newest is of this step and there to stay, and unsharded if it must be."""
         saved = self.saved
-        if saved is None or self._passing or layout.step_of(saved) != self._position.global_step:
+        if saved is None or self._passing or layout.step_of(saved) != self._state.global_step:
             return False
         return layout.is_unsharded(saved) or not unsharded
 
@@ -224,20 +227,6 @@ class Saver:
             log.warning(f"not sent yet: {error}")
             self._unsent = error
         then()
-
-
-def train_state(position: TrainState, world_size: int) -> dict[str, Any]:
-    """What train.pt holds; OLMo wants the lists to be there."""
-    lists: dict[str, list[str]] = {
-        "checkpoints": [],
-        "unsharded_checkpoints": [],
-        "ephemeral_checkpoints": [],
-    }
-    return {**asdict(position), "world_size": world_size, **lists}
-
-
-def _hits(interval: int | None, step: int) -> bool:
-    return interval is not None and step % interval == 0
 
 
 def _copied(value: Any, whole: bool) -> Any:
