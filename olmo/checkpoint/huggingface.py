@@ -389,7 +389,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], str]:
         cfg = TrainConfig().update_with(model=config)
         if tokenizer.exists():
             cfg = cfg.update_with(tokenizer=cfg.tokenizer.update_with(identifier=str(tokenizer)))
-        plain = cfg.as_written()
+        plain = cfg.asdict_for_saving()
         config_yaml = to_yaml({key: plain[key] for key in ("model", "tokenizer")})
     try:
         return imported(_weights(folder), config), config_yaml

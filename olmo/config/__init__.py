@@ -1,4 +1,4 @@
-"""What a run is, in dataclasses with OLMo's field names and defaults. OLMo's path `olmo.config`."""
+"""The config of a training run: dataclasses with OLMo's names and defaults, at OLMo's path."""
 
 from enum import StrEnum
 
@@ -28,7 +28,7 @@ from olmo.config.enums import (
     TokenType,
     TruncationDirection,
 )
-from olmo.config.strict import BaseConfig, read_yaml, to_yaml
+from olmo.config.strict import BaseConfig
 from olmo.config.train_config import (
     CompilerConfig,
     CustomDatasetCollatorConfig,
@@ -48,6 +48,7 @@ from olmo.config.train_config import (
     TrainConfig,
     WandbConfig,
 )
+from olmo.config.yaml_io import read_yaml, to_yaml
 
 __all__ = [
     "ActivationCheckpointingStrategy",

@@ -1,4 +1,4 @@
-"""What no run can have, by its config alone: checked before anything is opened, built or read."""
+"""Checks that need the config alone: they run before any file is read or model is built."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from olmo.config.enums import ActivationType
 from olmo.config.strict import check_range
 from olmo.config.train_config import ModelConfig, TrainConfig
 
-# The least and the most that a number may be where another would fail later, or train nonsense.
+# (minimum, maximum, keys): values outside would fail later, or train nonsense.
 RANGES = (
     (
         1,
@@ -39,13 +39,13 @@ RANGES = (
 )
 
 
-def check(cfg: TrainConfig) -> None:
-    """Raises ValueError for a number that no run can have, and for a model that cannot be built."""
+def check_train_config(cfg: TrainConfig) -> None:
+    """Raises ValueError for a number out of range, and for a model that cannot be built."""
     for least, most, names in RANGES:
         for name in names.split():
             found: Any = cfg
             for key in name.split("."):
-                found = getattr(found, key, None)  # of a section that is not there: None
+                found = getattr(found, key, None)  # None if the section is not set
             check_range(name, found, least, most)
     for evaluator in cfg.evaluators:
         name = f"evaluators.{evaluator.label}.device_eval_batch_size"
@@ -73,7 +73,7 @@ def check_model(config: ModelConfig) -> None:
         )
     if config.alibi and config.flash_attention:
         raise ValueError(
-            "model.alibi is a bias that flash attention does not take; "
+            "model.alibi needs an attention bias, which flash attention does not support; "
             "set model.flash_attention=false"
         )
     if config.alibi and config.rope:

@@ -1,4 +1,4 @@
-"""What a config can name: the kinds of blocks, norms, schedules, strategies and so on."""
+"""Enums of config values: types of blocks, norms, schedules, strategies and so on."""
 
 from __future__ import annotations
 
@@ -132,47 +132,47 @@ class ActivationCheckpointingStrategy(StrEnum):
 class FP8Backend(StrEnum):
     native = "native"  # torch's scaled product
     torchao = "torchao"
-    emulate = "emulate"  # float32 products of what the 8 bits stand for: slow, for tests
+    emulate = "emulate"  # float32 products of the dequantized values: slow, for tests
 
 
 class FP8Recipe(StrEnum):
-    tensorwise = "tensorwise"  # one scale a tensor: the fastest
-    rowwise = "rowwise"  # one for each row of a product: the most exact
-    rowwise_with_gw_hp = "rowwise_with_gw_hp"  # and weights' gradients in high precision
+    tensorwise = "tensorwise"  # one scale per tensor: the fastest
+    rowwise = "rowwise"  # one scale per row: the most exact
+    rowwise_with_gw_hp = "rowwise_with_gw_hp"  # rowwise, with weight gradients in high precision
 
 
 class FP8Scaling(StrEnum):
-    dynamic = "dynamic"  # from the tensor itself
-    delayed = "delayed"  # from what it was like in earlier steps
+    dynamic = "dynamic"  # scales from the tensor itself
+    delayed = "delayed"  # scales from the maxima of earlier steps
 
 
 class AttentionBackend(StrEnum):
-    """Who computes attention."""
+    """Kernels that compute attention."""
 
     # Kernels of F.scaled_dot_product_attention.
-    sdpa = "sdpa"  # PyTorch's own pick; on the CPU a tiled kernel that takes masks too
-    math = "math"  # plain products, every score in memory
+    sdpa = "sdpa"  # PyTorch's choice; on the CPU a tiled kernel that supports masks
+    math = "math"  # plain matrix products; all scores in memory
     flash = "flash"  # FlashAttention 2, CUDA
-    efficient = "efficient"  # xFormers' memory-efficient kernel, CUDA, float32 and masks too
+    efficient = "efficient"  # xFormers' memory-efficient kernel, CUDA; supports float32 and masks
     cudnn = "cudnn"  # cuDNN's fused kernel, FlashAttention 3's speed on Hopper
     # Kernels of packages.
     fa2 = "fa2"  # flash-attn 2
     fa3 = "fa3"  # FlashAttention 3, Hopper
     fa4 = "fa4"  # flash-attn-4, Hopper and Blackwell
-    # torch.nn.attention.flex_attention: skips what a mask between documents forbids.
+    # torch.nn.attention.flex_attention: skips blocks that a document mask excludes.
     flex = "flex"
 
 
 class CrossEntropy(StrEnum):
-    """Who computes the head and the loss."""
+    """Implementations of the head and the loss."""
 
-    chunked = "chunked"  # ours, a chunk of rows at a time
-    torch = "torch"  # F.linear_cross_entropy, from torch 2.13 on: also by chunks
+    chunked = "chunked"  # ours: one chunk of rows at a time
+    torch = "torch"  # F.linear_cross_entropy (torch ≥ 2.13), also chunked
     plain = "plain"  # all logits in memory
 
 
 class TokenType(StrEnum):
-    """numpy's whole numbers, as which raw token files are read."""
+    """numpy's integer types of raw token files."""
 
     uint16 = "uint16"  # vocabularies up to 65,536
     uint32 = "uint32"  # OLMo 2's

@@ -1,4 +1,4 @@
-"""What of a training config decides the bytes of its result: what the store knows a run by."""
+"""The identity of a run in the store: the fields of its config that determine its result."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.config.strict import as_plain, default_of
+from olmo.config.conversion import field_default, to_plain
 
-# Fields that do not decide the bytes of what is trained: where things lie, what is told, when it
-# is saved, what is measured on the way, and how fast data is fetched. All others do.
-FREE = frozenset(
+# Fields that do not determine the trained weights: paths, logging, when to save, evaluation, the
+# speed of data loading. All other fields do.
+NOT_IN_IDENTITY = frozenset(
     {
         "run_name",
         "dry_run",
@@ -69,38 +69,37 @@ FREE = frozenset(
 
 
 def identity(cfg: TrainConfig) -> dict[str, Any]:
-    """The fields that decide the bytes of the result and differ from their default.
+    """The fields that determine the result's bytes and differ from their default, as plain values.
 
-    Plain values, ready for JSON. A field added later has its default in older runs and so does
-    not change their identity. The data is not here: its files' digests are its identity, and the
-    tokens' digests already depend on the tokenizer.
+    A field that is added later has its default in older runs, and so does not change their
+    identity. Data and tokenizer are not included: the digests of the token files depend on both.
 
     Raises:
-        ValueError: the environment decides one of them. It is no part of what a run is known by,
-            and may be a secret.
+        ValueError: an environment variable sets one of them. Its value may be a secret, and is not
+            recorded.
     """
     for place, (text, _) in cfg.from_environment.items():
         keys = [str(key) for key in place]
-        if not FREE & {".".join(keys[: n + 1]) for n in range(len(keys))}:
+        if not NOT_IN_IDENTITY & {".".join(keys[: n + 1]) for n in range(len(keys))}:
             raise ValueError(
-                f"{'.'.join(keys)}: expected a value, since it decides what is trained; found "
-                f"{text}. Write the value, or give it in the run's overrides"
+                f"{'.'.join(keys)}: expected a value, since the trained weights depend on it; "
+                f"found {text}. Write the value, or give it in the run's overrides"
             )
 
-    def differing(config: Any, default: Any, where: str) -> dict[str, Any]:
+    def non_default(config: Any, default: Any, where: str) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for f in dataclasses.fields(config):
             value = getattr(config, f.name)
-            standard = default_of(f) if default is None else getattr(default, f.name)
+            standard = field_default(f) if default is None else getattr(default, f.name)
             place = where + f.name
-            if place in FREE or value == standard:
+            if place in NOT_IN_IDENTITY or value == standard:
                 continue
             if dataclasses.is_dataclass(value) and not isinstance(value, type):
-                inner = differing(value, standard, place + ".")
+                inner = non_default(value, standard, place + ".")
                 if inner or standard is None:
                     out[f.name] = inner
             else:
-                out[f.name] = as_plain(value)
+                out[f.name] = to_plain(value)
         return out
 
-    return differing(cfg, TrainConfig(), "")
+    return non_default(cfg, TrainConfig(), "")

@@ -1,10 +1,10 @@
-"""What a run is, in dataclasses with OLMo's field names and defaults.
+"""The config of a training run: dataclasses with OLMo's field names and defaults.
 
     cfg = TrainConfig.load("config/train/olmo-tiny.yaml", ["--optimizer.learning_rate=3e-4"])
 
-Loading is strict: a key that no dataclass has is an error that names the nearest one, and so is a
-value of another type. A config belongs to whoever loaded it: the trainer changes none, and
-`update_with` makes a changed copy. Fields that OLMo does not have are marked "ours".
+Loading is strict: an unknown key is an error that names the nearest one, and a value of another
+type is an error. The trainer never modifies a config; `update_with` makes a changed copy. Fields
+that OLMo lacks are marked `extension()`.
 """
 
 from __future__ import annotations
@@ -37,35 +37,8 @@ from olmo.config.enums import (
     TokenType,
     TruncationDirection,
 )
-from olmo.config.strict import BaseConfig, ours
-
-# Keys of forks of OLMo that ours has no use for, with the values at which they change nothing (none
-# named: any, as they act with another key only).
-OF_FORKS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "model": {
-        "use_liger": (False, None),
-        "use_mod": (False, None),
-        "mod_every": (),
-        "mod_capacity_factor": (),
-        "use_moe": (False, None),
-        "moe_num_experts": (),
-        "moe_top_k": (),
-    },
-    "": {"reset_scheduler_state": (False, None)},
-}
-
-
-def without_fork_keys(
-    plain: dict[str, Any], keys: dict[str, tuple[Any, ...]], where: str = ""
-) -> dict[str, Any]:
-    """A config without another fork's keys; ValueError where one asks for what ours has not."""
-    for key, off in keys.items():
-        if off and plain.get(key) not in off:
-            raise ValueError(
-                f"{where}{key}: expected false, found {plain[key]!r}: what this key of a fork of "
-                "OLMo asks for is not supported (docs/deviations.md); remove it to train without"
-            )
-    return {key: value for key, value in plain.items() if key not in keys}
+from olmo.config.fork_keys import FORK_KEYS, remove_fork_keys
+from olmo.config.strict import BaseConfig, extension
 
 
 @dataclass
@@ -76,7 +49,7 @@ class ModelConfig(BaseConfig):
     clip_qkv: float | None = None  # clamp q, k, v to ±this
     n_layers: int = 12
     mlp_ratio: int = 4  # width of ff_proj over d_model; swiglu's inner width is half of it
-    mlp_hidden_size: int | None = None  # width of ff_proj, over mlp_ratio
+    mlp_hidden_size: int | None = None  # width of ff_proj; overrides mlp_ratio
     activation_type: ActivationType = ActivationType.swiglu
     block_type: BlockType = BlockType.sequential
     block_group_size: int = 1
@@ -85,9 +58,9 @@ class ModelConfig(BaseConfig):
     rope: bool = False
     rope_full_precision: bool = True
     rope_theta: int = 10_000
-    flash_attention: bool = False  # true: a flash kernel or an error; which, is told at the start
+    flash_attention: bool = False  # true: a flash kernel or an error; the log names the kernel
     attention_dropout: float = 0.1
-    multi_query_attention: bool | None = None  # older spelling of n_kv_heads: 1
+    multi_query_attention: bool | None = None  # older key for n_kv_heads: 1
     attention_layer_norm: bool = False  # norm on queries and keys
     residual_dropout: float = 0.1
     embedding_dropout: float = 0.1
@@ -128,7 +101,7 @@ class ModelConfig(BaseConfig):
 
     @classmethod
     def update_legacy_settings(cls, plain: dict[str, Any]) -> dict[str, Any]:
-        return without_fork_keys(plain, OF_FORKS["model"], "model.")
+        return remove_fork_keys(plain, FORK_KEYS["model"], "model.")
 
 
 @dataclass
@@ -138,13 +111,13 @@ class OptimizerConfig(BaseConfig):
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-5
-    no_decay_norm_and_bias: bool | None = None  # older spelling of the two below, negated
-    selective_updates: bool = False  # leave parameter and state alone where the gradient is 0
+    no_decay_norm_and_bias: bool | None = None  # older key: the negation of the two below
+    selective_updates: bool = False  # no update of parameter and state where the gradient is 0
     decay_norm_and_bias: bool = False
     decay_embeddings: bool = False
     metrics_log_interval: int | None = None  # steps between per-parameter metrics
     record_update_metrics: bool = False
-    packed_state: bool = ours(False)  # adamw's moments in 8 and 16 bits
+    packed_state: bool = extension(False)  # adamw's moments in 8 and 16 bits
 
     @classmethod
     def update_legacy_settings(cls, plain: dict[str, Any]) -> dict[str, Any]:
@@ -156,19 +129,19 @@ class OptimizerConfig(BaseConfig):
 @dataclass
 class SchedulerConfig(BaseConfig):
     name: SchedulerType = SchedulerType.cosine_with_warmup
-    units: SchedulerUnits = SchedulerUnits.steps  # of the t_… below
+    units: SchedulerUnits = SchedulerUnits.steps  # of t_warmup, t_max, t_decay
     t_warmup: int | float = 100
     t_max: int | float | None = None  # None: the end of the run
-    alpha_f: float = 0.1  # final learning rate over the peak
+    alpha_f: float = 0.1  # final learning rate / peak learning rate
     grad_clip_warmup_steps: int | float | None = None
     grad_clip_warmup_factor: float | None = None
     warmup_min_lr: float | None = None  # None: a tenth of the peak
-    t_decay: int | float | None = ours()  # warmup_stable_decay: length of the decay
+    t_decay: int | float | None = extension()  # warmup_stable_decay: length of the decay
 
 
 @dataclass
 class InstanceFilterConfig(BaseConfig):
-    """Instances left out of the loss: an n-gram of a period in this range repeats too often."""
+    """Exclude instances from the loss if an n-gram of a period in this range repeats too often."""
 
     repetition_max_period: int = 13
     repetition_min_period: int = 1
@@ -177,7 +150,7 @@ class InstanceFilterConfig(BaseConfig):
 
 @dataclass
 class CustomDatasetCollatorConfig(BaseConfig):
-    """Which field of a custom dataset's items is what."""
+    """The field names of a custom dataset's items."""
 
     input_id_field: str = "input_ids"
     attention_mask_field: str | None = None
@@ -218,13 +191,13 @@ class DataConfig(BaseConfig):
     timeout: int = 0
     seed: int | None = None  # of the data order; None: the run's seed
     instance_filter: InstanceFilterConfig | None = None
-    custom_dataset: CustomDatasetConfig | None = ours()  # noqa: RUF009 (newer than its release)
-    # The order made beforehand: raw little-endian uint32, one number per instance, no padding.
-    order_path: str | None = ours()
+    custom_dataset: CustomDatasetConfig | None = extension()  # noqa: RUF009 (newer than its release)
+    # File with the precomputed order: raw little-endian uint32, one per instance, no padding.
+    order_path: str | None = extension()
 
     @property
     def effective_memmap_dtype(self) -> Any:
-        """The numpy type of the token files. Raises TypeError for a name that numpy has not."""
+        """The numpy type of the token files. Raises TypeError for an unknown name."""
         import numpy as np
 
         try:
@@ -277,8 +250,8 @@ class CompilerConfig(BaseConfig):
     fullgraph: bool = False
     backend: str = "inductor"
     dynamic: bool | None = None
-    # Try how to tile each kernel: minutes at the first step, for kernels a little faster.
-    coordinate_descent_tuning: bool = ours(False)
+    # Tune the tiling of each kernel: minutes at the first step, for slightly faster kernels.
+    coordinate_descent_tuning: bool = extension(False)
 
 
 @dataclass
@@ -289,20 +262,22 @@ class DDPConfig(BaseConfig):
 
 @dataclass
 class SingleGPUConfig(BaseConfig):
-    """Where one process trains, with distributed_strategy: single."""
+    """The device of distributed_strategy: single."""
 
-    device: str = "auto"  # cuda where there is one, else cpu
+    device: str = "auto"  # cuda if available, else cpu
 
     def get_device(self) -> Any:
-        """As torch has it; ValueError for a device that this machine, or this trainer, has not."""
+        """The torch.device. Raises ValueError for an unavailable or unsupported one."""
         import torch
 
-        there = torch.cuda.is_available()
-        if self.device.partition(":")[0] not in ("auto", "cpu", *["cuda"] * there):
-            has = "auto, cpu or cuda" if there else "auto or cpu, since torch sees no CUDA device"
-            raise ValueError(f"single.device: expected {has}; found {self.device!r}")
-        asked = ("cuda" if there else "cpu") if self.device == "auto" else self.device
-        return torch.device(asked)
+        has_cuda = torch.cuda.is_available()
+        if self.device.partition(":")[0] not in ("auto", "cpu", *["cuda"] * has_cuda):
+            expected = (
+                "auto, cpu or cuda" if has_cuda else "auto or cpu, since torch sees no CUDA device"
+            )
+            raise ValueError(f"single.device: expected {expected}; found {self.device!r}")
+        default = "cuda" if has_cuda else "cpu"
+        return torch.device(default if self.device == "auto" else self.device)
 
 
 @dataclass
@@ -316,19 +291,19 @@ class FSDPConfig(BaseConfig):
 
 @dataclass
 class FP8Config(BaseConfig):
-    """Which products run in 8-bit floating point, and how (not OLMo's)."""
+    """Which matrix products run in 8-bit floating point, and how (an extension)."""
 
     backend: FP8Backend = FP8Backend.native
     recipe: FP8Recipe = FP8Recipe.tensorwise
     scaling: FP8Scaling = FP8Scaling.dynamic
-    history: int = 16  # steps that delayed scaling looks back
-    # By the last part of a layer's name. The head stays out: its products decide the loss.
+    history: int = 16  # steps whose maxima delayed scaling uses
+    # Last parts of layer names. Without the head, whose precision affects the loss directly.
     modules: list[str] = field(default_factory=lambda: ["ff_proj", "ff_out"])
 
 
 @dataclass
 class TrainConfig(BaseConfig):
-    # What is trained.
+    # The run, its model and its data.
     run_name: str | None = None
     seed: int = 6198
     epoch: int | None = None
@@ -337,9 +312,9 @@ class TrainConfig(BaseConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    # Go on at load_path's step and place in the data; False: at step 0 and the data's start.
+    # Continue at load_path's step and position in the data; False: at step 0 and the data's start.
     restore_dataloader: bool = True
-    fast_forward_batches: int | None = None  # on resume skip this many batches more
+    fast_forward_batches: int | None = None  # on resume, skip this many further batches
     evaluators: list[EvaluatorConfig] = field(default_factory=list)
     eval_interval: int = 1000  # steps
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -350,7 +325,9 @@ class TrainConfig(BaseConfig):
     canceled_check_interval: int = 50
     save_interval: int | None = 1000  # steps between sharded checkpoints
     save_interval_unsharded: int | None = None
-    save_interval_ephemeral: int | None = None  # sharded, only the newest is kept
+    save_interval_ephemeral: int | None = (
+        None  # steps between sharded checkpoints of which only the newest is kept
+    )
     save_num_checkpoints_to_keep: int = -1  # -1: all
     save_num_unsharded_checkpoints_to_keep: int = -1
     save_overwrite: bool = False
@@ -358,7 +335,7 @@ class TrainConfig(BaseConfig):
     no_pre_train_checkpoint: bool = False  # do not save step 0
     load_path: str | None = None  # folder or URL of a checkpoint to start from
     load_path_sharded_checkpointer: ShardedCheckpointerType | None = None
-    try_load_latest_save: bool = False  # go on from save_folder's newest checkpoint, if it has one
+    try_load_latest_save: bool = False  # resume from save_folder's newest checkpoint, if any
     reset_optimizer_state: bool = False
     reset_trainer_state: bool = False
     sharded_checkpointer: ShardedCheckpointerType = ShardedCheckpointerType.torch_legacy
@@ -367,58 +344,58 @@ class TrainConfig(BaseConfig):
     # Duration and batches.
     max_duration: int | str = 10000  # steps, or "2e12T" tokens, or "1ep" epochs
     global_train_batch_size: int = 512  # instances per step over all processes
-    device_train_batch_size: int | None = None  # derived; what is given is ignored
+    device_train_batch_size: int | None = None  # derived; a given value is ignored
     device_train_microbatch_size: int = 16
     device_eval_batch_size: int = 16
     eval_subset_num_batches: int = -1  # -1: all
     eval_on_load: bool = False
-    device_train_grad_accum: int | None = None  # derived; what is given is ignored
+    device_train_grad_accum: int | None = None  # derived; a given value is ignored
     max_grad_norm: float | None = None
-    max_grad_norm_ratio: float | None = None  # of the running mean; over max_grad_norm
+    max_grad_norm_ratio: float | None = None  # of the running mean; overrides max_grad_norm
     precision: str | None = None  # amp_bf16, amp_fp16, fp32; None: fp32
 
-    # What is told.
+    # Logging.
     wandb: WandbConfig | None = None
     speed_monitor: SpeedMonitorConfig = field(default_factory=SpeedMonitorConfig)
     console_log_interval: int = 1
     gen1_gc_interval: int | None = 1
 
-    # How it is computed.
+    # How steps are computed.
     compile: CompilerConfig | None = None
     distributed_strategy: DistributedStrategy | None = DistributedStrategy.fsdp
     fsdp: FSDPConfig | None = field(default_factory=FSDPConfig)
     ddp: DDPConfig | None = None
     single: SingleGPUConfig = field(  # newer than OLMo's release
-        default_factory=SingleGPUConfig, metadata={"ours": True}
+        default_factory=SingleGPUConfig, metadata={"extension": True}
     )
     softmax_auxiliary_loss: bool = False  # z-loss
     auxiliary_loss_multiplier: float | None = 1e-4
-    time_limit: float | None = None  # seconds, then save and leave
+    time_limit: float | None = None  # seconds; then save and exit
     extra_steps_after_cancel: int = 10
     early_stopping_factor: float | None = None
     save_data_indices: bool = True  # data-indices/rank{r}.tsv.gz
     python_profiling: bool = False
     torch_profiling: bool = False
     stop_at: int | None = None  # step
-    stop_after: int | None = None  # steps of this start
+    stop_after: int | None = None  # steps after this start or resume
     activation_checkpointing: ActivationCheckpointingStrategy | None = None
     fused_loss: bool | None = None
     hf_datasets_cache_dir: str | None = None
     module_outputs_save_steps: list[int] | None = None
-    use_msamp: bool = ours(False)  # the seed's
-    fp8: FP8Config | None = ours()  # noqa: RUF009
-    # The kernel that computes attention; an error where it cannot. None: of those that work, the
-    # fastest, with model.flash_attention the fastest flash kernel.
-    attention: AttentionBackend | None = ours()  # noqa: RUF009
-    master_weights: bool = ours(False)  # matrices in bfloat16, with masters in float32
-    cross_entropy: CrossEntropy | None = ours()  # noqa: RUF009 (who computes the loss; chunked)
-    # CPU threads of one process. The order of sums, and so the bits, depend on it, which is why
-    # it belongs to the run and not to the machine. None: one under `olmo train`, as under torchrun
-    # with several processes; else OMP_NUM_THREADS, or what torch chooses.
-    intra_op_threads: int | None = ours()
-    # Seconds without a step, or a batch of an evaluation, after which the run counts as hung and
-    # is ended with the stacks of all processes: longer than the first step, which may compile.
-    hang_timeout: float | None = ours(1200.0)  # None: never
+    use_msamp: bool = extension(False)
+    fp8: FP8Config | None = extension()  # noqa: RUF009
+    # The attention kernel; an error if it does not work here. None: the fastest one that works, or
+    # with model.flash_attention the fastest flash kernel that works.
+    attention: AttentionBackend | None = extension()  # noqa: RUF009
+    master_weights: bool = extension(False)  # matrices in bfloat16, with float32 master weights
+    cross_entropy: CrossEntropy | None = extension()  # noqa: RUF009 (None: chunked)
+    # CPU threads of one process. They determine the order of sums, and so the bits of the result:
+    # a setting of the run, not of the machine. None: 1 under `olmo train`, as under torchrun with
+    # several processes; else OMP_NUM_THREADS, or torch's choice.
+    intra_op_threads: int | None = extension()
+    # Seconds without a step, or a batch of an evaluation, after which the watchdog ends the run and
+    # prints all stacks. Must exceed the time of the first step, which may compile.
+    hang_timeout: float | None = extension(1200.0)  # None: never
 
     @property
     def data_seed(self) -> int:
@@ -443,7 +420,7 @@ class TrainConfig(BaseConfig):
 
     @property
     def autocast_precision(self) -> Any:
-        """The torch type that matrix products run in."""
+        """The torch dtype that matrix products run in."""
         import torch
 
         types = {
@@ -467,4 +444,4 @@ class TrainConfig(BaseConfig):
             plain["optimizer"] = OptimizerConfig.update_legacy_settings(plain["optimizer"])
         if isinstance(plain.get("model"), dict):
             plain["model"] = ModelConfig.update_legacy_settings(plain["model"])
-        return without_fork_keys(plain, OF_FORKS[""])
+        return remove_fork_keys(plain, FORK_KEYS[""])

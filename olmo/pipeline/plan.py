@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.config.checks import check
+from olmo.config.checks import check_train_config
 from olmo.config.identity import identity
 from olmo.corpus import source_table
 from olmo.corpus.documents import MESSAGES
@@ -121,7 +121,7 @@ class Plan:
             check_file_exists(path, f"runs.{run}.train")
             cfg = TrainConfig.load(path, self.run(run).overrides, validate_paths=False)
             with prefix_errors(f"{path}: "):
-                check(cfg)
+                check_train_config(cfg)
             refuse_unsupported_keys(run, self.run(run), cfg)
             dataset = self.dataset(run)
             tokenizer = self.recipe(dataset).tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from olmo.cluster.launch import Geometry
 from olmo.config import BaseConfig, TrainConfig
-from olmo.config.strict import changed, check_range
+from olmo.config.strict import check_range, non_default_fields
 from olmo.corpus.dedupe import DecontaminateSection, DedupeSection
 from olmo.corpus.documents import DocumentsSection
 from olmo.corpus.instructions import InstructionsSection
@@ -150,7 +150,7 @@ def prefix_errors(prefix: str) -> Iterator[None]:
 
 def json_flag(flag: str, config: BaseConfig) -> str:
     """A config as a command takes it: its fields that differ from their defaults, as JSON."""
-    return shlex.join([f"--{flag}", json.dumps(changed(config))])
+    return shlex.join([f"--{flag}", json.dumps(non_default_fields(config))])
 
 
 def check_environment_values(

@@ -38,7 +38,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from olmo.config.strict import hashed
+from olmo.config.strict import hashed_fields
 from olmo.runtime.energy import Joules
 from olmo.runtime.log import log
 from olmo.runtime.urls import entrusted, public
@@ -126,7 +126,7 @@ class Stage:
             if value != parameters[name].default
         }
         for section in self.arguments(kwargs, "section").values():
-            params |= hashed(section)
+            params |= hashed_fields(section)
         return Action(self.name, self.version, params, inputs)
 
     def __call__(self, **kwargs: Any) -> Record:

@@ -112,7 +112,7 @@ class Saver:
         kind = kind or ("unsharded" if whole else "sharded")
         folder = self._folder / layout.folder_name(step, unsharded=kind == "unsharded")
         shared: dict[str, Any] = {
-            "config_yaml": to_yaml(self._cfg.as_written()),
+            "config_yaml": to_yaml(self._cfg.asdict_for_saving()),
             "train": self._state.state_dict(self._world.size),
         }
         model, optim = dict(self._model.state_dict()), self._optimizer.state_dict()

@@ -160,7 +160,7 @@ class WeightsAndBiases:
             group=settings.group,
             name=settings.name,
             tags=settings.tags,
-            config=cfg.as_written(exclude=["wandb"]),
+            config=cfg.asdict_for_saving(exclude=["wandb"]),
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

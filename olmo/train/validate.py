@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from olmo.config import CustomDatasetCollatorConfig, EvaluatorType, TrainConfig
-from olmo.config.checks import check as check_config
+from olmo.config.checks import check_train_config
 from olmo.data.batches import check_labels
 from olmo.data.memmap import build_memmap_dataset, check_token_files
 from olmo.distributed.parallelize import is_fsdp
@@ -40,7 +40,7 @@ def validate(cfg: TrainConfig, world: World) -> None:
             batch that does not divide by the world size, token ids beyond the embeddings, …
         OSError: token files that are missing or not readable.
     """
-    check_config(cfg)
+    check_train_config(cfg)
     check_unused(cfg)
     if "://" in cfg.save_folder:
         raise ValueError(

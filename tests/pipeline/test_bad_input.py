@@ -34,7 +34,7 @@ def test_what_is_not_there_is_named(project: Project):
     config = project.root / "config/config.yaml"
     text = config.read_text()
     config.write_text(text + "  small: {train: config/train/other.yaml}\n")
-    refused(project, "config/config.yaml", "key 'small' is there twice", "line 6")
+    refused(project, "config/config.yaml", "found the key 'small' twice", "line 6")
     config.write_text(text)
     project.change("config/config.yaml", runs__small__train="config/train/none.yaml")
     refused(project, "runs.small.train names config/train/none.yaml", "does not exist")

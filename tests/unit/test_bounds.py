@@ -15,7 +15,7 @@ import polars
 import pytest
 from servers import serving
 
-from olmo.config.strict import hashed
+from olmo.config.strict import hashed_fields
 from olmo.corpus import attributes, sources
 from olmo.corpus.documents import REASONS, DocumentsSection, documents
 from olmo.corpus.sources import download, source_list
@@ -219,8 +219,8 @@ def test_a_long_line_is_a_drop_that_the_recipe_allows(tmp_path: Path) -> None:
 
 
 def test_the_recipe_tells_the_limit_and_no_key_changes() -> None:
-    assert hashed(DocumentsSection()) == {} and "long-line" in REASONS
-    assert hashed(DocumentsSection(max_line_bytes=9)) == {"max_line_bytes": 9}
+    assert hashed_fields(DocumentsSection()) == {} and "long-line" in REASONS
+    assert hashed_fields(DocumentsSection(max_line_bytes=9)) == {"max_line_bytes": 9}
     with pytest.raises(
         ValueError, match=r"documents.max_line_bytes: expected from 1 to 1073741824"
     ):

@@ -1,0 +1,91 @@
+"""YAML read and written for configs: no repeated keys, a bounded size, 1e-4 as a number."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Limits of a config's size: YAML's aliases expand a few lines to billions of values.
+MAX_VALUES, MAX_DEPTH = 1_000_000, 50
+
+
+def check_count(found: int) -> None:
+    if found > MAX_VALUES:
+        raise ValueError(f"expected at most {MAX_VALUES:,} values, found more")
+
+
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML with 1e-4 read as a number, dates left as text, and a repeated key refused."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node.value, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "expected text as a key", key_node.start_mark
+                )
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"found the key '{key_node.value}' twice",
+                    key_node.start_mark,
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+    depth = 0
+
+    def descend_resolver(self, node: Any, index: Any) -> None:
+        self.depth += 1
+        if (
+            self.depth > MAX_DEPTH
+        ):  # libyaml's recursion would overflow the stack and kill the process
+            raise yaml.YAMLError(f"expected at most {MAX_DEPTH} levels, found more")
+        super().descend_resolver(node, index)
+
+    def ascend_resolver(self) -> None:
+        self.depth -= 1
+        super().ascend_resolver()
+
+    def flatten_mapping(self, node: Any) -> None:
+        super().flatten_mapping(node)
+        check_count(len(node.value))
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":float"))]
+    for first, rules in Loader.yaml_implicit_resolvers.items()
+}
+_FLOAT = r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d[\d_]*([eE][-+]?\d+)?"
+
+
+class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Quotes text that the loader would read as a number: '1e-4'."""
+
+
+for _class in (Loader, Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(rf"^({_FLOAT}|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$"),
+        list("-+0123456789."),
+    )
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The content of a YAML file; ValueError if it is unreadable or repeats a key."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no config file at {path}")
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return yaml.load(stream, Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = re.sub(r"\s+", " ", str(error))
+        raise ValueError(f"{path} is not readable as YAML: {reason}") from error
+
+
+def to_yaml(plain: dict[str, Any]) -> str:
+    return yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10_000)
