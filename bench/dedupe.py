@@ -18,8 +18,8 @@ from typing import Any
 from tokens import REQUIREMENTS, of, own, prepare
 
 from olmo.corpus.attributes import attributes
-from olmo.corpus.dolma import Dolma, toolkit
-from olmo.corpus.environments import interpreter
+from olmo.corpus.dolma import Dolma, pinned_toolkit
+from olmo.corpus.environments import interpreter_path
 from olmo.corpus.mixed import mixed
 from olmo.corpus.stdlib import stdlib
 
@@ -36,9 +36,14 @@ def main() -> None:
     parser.add_argument("--environment", type=Path, required=True)
     parser.add_argument("--copies", type=int, default=3)
     args = parser.parse_args()
-    python = interpreter(args.environment)
-    print(f"{platform.machine()}, Python {platform.python_version()}, {toolkit(REQUIREMENTS)}")
-    with tempfile.TemporaryDirectory() as folder, Dolma(python, toolkit(REQUIREMENTS)) as dolma:
+    python = interpreter_path(args.environment)
+    print(
+        f"{platform.machine()}, Python {platform.python_version()}, {pinned_toolkit(REQUIREMENTS)}"
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Dolma(python, pinned_toolkit(REQUIREMENTS)) as dolma,
+    ):
         root = Path(folder)
         tiny = root / "tiny.gz"
         tiny.write_bytes(gzip.compress(json.dumps({"id": "a", "text": "b"}).encode()))

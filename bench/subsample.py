@@ -43,7 +43,7 @@ import isal.igzip, msgspec
 from itertools import islice
 from pathlib import Path
 from olmo.data import gz
-from olmo.corpus.documents import parse
+from olmo.corpus.documents import parse_document
 import resource
 before = resource.getrusage(resource.RUSAGE_SELF)
 with gz.reading(Path(r"{source}")) as lines, gz.writing(Path(r"{out}")) as kept:

@@ -21,8 +21,8 @@ import tempfile
 from pathlib import Path
 
 from olmo.corpus.documents import documents
-from olmo.corpus.dolma import Dolma, toolkit
-from olmo.corpus.environments import interpreter
+from olmo.corpus.dolma import Dolma, pinned_toolkit
+from olmo.corpus.environments import interpreter_path
 from olmo.corpus.fast import Fast
 from olmo.corpus.stdlib import stdlib
 from olmo.corpus.tokenizer import trained_tokenizer
@@ -39,8 +39,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--copies", type=int, default=1)
     args = parser.parse_args()
-    python = interpreter(args.environment)
-    with tempfile.TemporaryDirectory() as folder, Dolma(python, toolkit(REQUIREMENTS)) as dolma:
+    python = interpreter_path(args.environment)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Dolma(python, pinned_toolkit(REQUIREMENTS)) as dolma,
+    ):
         root = Path(folder)
         stdlib.build(folder=root / "stdlib", shards=1)
         text = root / "text.gz"
@@ -68,7 +71,9 @@ def main() -> None:
                 made.add((big / "tokens").read_bytes() + (big / "index").read_bytes())
             assert len(made) == 1, "expected the engines to give the same bytes"
         megabytes = (big / "bytes").read_text()
-    print(f"{platform.machine()}, Python {platform.python_version()}, {toolkit(REQUIREMENTS)}")
+    print(
+        f"{platform.machine()}, Python {platform.python_version()}, {pinned_toolkit(REQUIREMENTS)}"
+    )
     cpu = {name: statistics.median(times) for name, times in seconds.items()}
     for name, time in cpu.items():
         rate = float(megabytes) / time

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from olmo.corpus import arriving, documents
+from olmo.corpus import documents, ingest
 from olmo.corpus.stdlib import stdlib
 from olmo.corpus.tokenizer import trained_tokenizer
 
@@ -67,7 +67,7 @@ def prepare(root: Path, files: int, environment: Path) -> list[str]:
                 rename(root / "stdlib" / f"stdlib-{number % 4:02d}.json.gz", path, batch, number)
                 sources.append(f"{batch}-{number}={path}")
             listing = root / "data" / "sources" / f"{batch}.tsv"
-            arriving.sources(listing=listing, sources=sources)
+            ingest.sources(listing=listing, sources=sources)
             documents.batch(
                 sources=[listing],
                 listing=root / "data" / "documents" / f"{batch}.tsv",

@@ -34,10 +34,8 @@ from olmo.store.stage import Stage, require_store, role
 # A module of olmo/corpus with a function `batch` is a command of the module's name. The others:
 ELSEWHERE = {
     "source-list": "olmo.corpus.sources:source_list",
-    "sources": "olmo.corpus.arriving:sources",
-    "given-tokens": "olmo.corpus.arriving:given_tokens",
-    "attributes": "olmo.corpus.dedupe:attributes",
-    "mixed": "olmo.corpus.dedupe:mixed",
+    "sources": "olmo.corpus.ingest:sources",
+    "given-tokens": "olmo.corpus.ingest:given_tokens",
     "order": "olmo.corpus.order:order",
     "positions": "olmo.corpus.order:positions",
     "environment": "olmo.corpus.environments:environment",

@@ -57,9 +57,9 @@ def name(project: Project, path: Path) -> Any:
 
 
 def listing(project: Project, path: Path) -> Any:
-    from olmo.corpus.listing import read
+    from olmo.corpus.listing import read_listing
 
-    return read([path])
+    return read_listing([path])
 
 
 def manifest(project: Project, path: Path) -> Any:
@@ -95,15 +95,15 @@ def metrics(project: Project, path: Path) -> Any:
 
 
 def environment(project: Project, path: Path) -> Any:
-    from olmo.corpus.environments import interpreter
+    from olmo.corpus.environments import interpreter_path
 
-    return interpreter(path)
+    return interpreter_path(path)
 
 
 def source_table(project: Project, path: Path) -> Any:
-    from olmo.corpus.source_table import read
+    from olmo.corpus.source_table import read_table
 
-    return read(path)
+    return read_table(path)
 
 
 KINDS = [

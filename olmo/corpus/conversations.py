@@ -1,8 +1,8 @@
-"""Conversations: instruction data in Tulu v2's format, and how they arrive.
+"""Conversations: instruction data in Tulu v2's format, and their sources.
 
-A line is {"id": …, "messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}. The
-id may be missing: what is said then stands for it. Files come as JSON lines, gz or plain, or as
-the hub's parquet, and travel as the other sources do: gz files of JSON lines.
+A line is {"id": …, "messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}. A
+missing id is replaced by a hash of the messages. Source files are JSON lines, gz or plain, or the
+hub's parquet; all become gz files of JSON lines, as other sources are.
 """
 
 from __future__ import annotations
@@ -13,40 +13,40 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from olmo.corpus.sources import check_known, fetched
+from olmo.corpus.sources import check_digest, fetch_any
 from olmo.io import downloads, file_kinds, gz
 from olmo.store.stage import Facts, Free, Input, Output, Work, stage
 
 ROLES = ("system", "user", "assistant")
 Message = tuple[str, str]  # role, content
 
-# Why a line cannot become a conversation. These are the names that a recipe allows.
+# Reasons for dropping a line; the recipe's `allow` takes these names.
 REASONS = {
     "long-line": "a line of more bytes than the recipe's documents.max_line_bytes",
     "not-utf8": "bytes that are not UTF-8",
     "bad-json": "not one JSON value",
     "not-object": "JSON, but not an object",
     "no-messages": "no messages, or null",
-    "bad-messages": "messages that are no list of objects with a role and a content, both strings",
+    "bad-messages": "messages other than a list of objects with the strings role and content",
     "empty-conversation": "a conversation without a message",
-    "unknown-role": f"a role that is none of {', '.join(ROLES)}",
+    "unknown-role": f"a role other than {', '.join(ROLES)}",
     "surrogate": "half a surrogate pair, which is no character",
 }
 PARQUET_MAGIC = b"PAR1"
 
 
-def parse(line: bytes) -> tuple[str | None, str | None, str | None]:
-    """(id, all that is said, reason) of one line. The reason is None if it is a conversation."""
-    identity, messages, reason = read(line)
-    said = "\n".join(content for _, content in messages)
+def parse_conversation(line: bytes) -> tuple[str | None, str | None, str | None]:
+    """(id, text of all messages, reason) of one line. The reason is None if it is valid."""
+    identity, messages, reason = decode_line(line)
+    text = "\n".join(content for _, content in messages)
     if reason is None and identity is None:
-        spoken = json.dumps(messages, ensure_ascii=False).encode()
-        identity = f"sha256:{hashlib.sha256(spoken).hexdigest()[:32]}"
-    return identity, None if reason else said, reason
+        content = json.dumps(messages, ensure_ascii=False).encode()
+        identity = f"sha256:{hashlib.sha256(content).hexdigest()[:32]}"
+    return identity, None if reason else text, reason
 
 
-def read(line: bytes) -> tuple[str | None, list[Message], str | None]:
-    """(id, messages, reason) of one line; no messages where there is a reason against it."""
+def decode_line(line: bytes) -> tuple[str | None, list[Message], str | None]:
+    """(id, messages, reason) of one line; no messages if there is a reason to drop it."""
     try:
         found = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -56,7 +56,7 @@ def read(line: bytes) -> tuple[str | None, list[Message], str | None]:
     if not isinstance(found, dict):
         return None, [], "not-object"
     identity = found.get("id") if isinstance(found.get("id"), str) else None
-    broken = identity is not None and is_broken(identity)
+    bad_id = identity is not None and has_surrogate(identity)
     messages = found.get("messages")
     reason, pairs = None, []
     if messages is None:
@@ -69,13 +69,13 @@ def read(line: bytes) -> tuple[str | None, list[Message], str | None]:
         pairs = [(message["role"], message["content"]) for message in messages]
         if any(role not in ROLES for role, _ in pairs):
             reason = "unknown-role"
-        elif broken or any(is_broken(content) for _, content in pairs):
+        elif bad_id or any(has_surrogate(content) for _, content in pairs):
             reason = "surrogate"
-    return None if broken else identity, [] if reason else pairs, reason
+    return None if bad_id else identity, [] if reason else pairs, reason
 
 
-def is_broken(text: str) -> bool:
-    """Whether half a surrogate pair is in a text: no encoding has it."""
+def has_surrogate(text: str) -> bool:
+    """Whether a text has half a surrogate pair, which no encoding can represent."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -84,29 +84,25 @@ def is_broken(text: str) -> bool:
 
 
 def is_message(found: object) -> bool:
-    """Whether a value has a role and a content; more keys change nothing."""
+    """Whether a value has a role and a content; other keys are ignored."""
     return isinstance(found, dict) and all(
         isinstance(found.get(name), str) for name in ("role", "content")
     )
 
 
-def said(line: bytes) -> Iterator[Message]:
-    """The messages of a line that is a conversation.
-
-    Raises:
-        ValueError: it is none.
-    """
-    _, messages, reason = read(line)
+def parse_messages(line: bytes) -> list[Message]:
+    """The messages of a line. Raises ValueError if it is not a valid conversation."""
+    _, messages, reason = decode_line(line)
     if reason is not None:
         raise ValueError(f"expected a conversation, found {reason}: {REASONS[reason]}")
-    yield from messages
+    return messages
 
 
 @stage(version=1, conditions=gz.conditions)
 def local_conversations(file: Input, source: Output, sha256: str | None = None) -> Facts:
-    """Take a file of this machine: JSON lines, gz or plain, or parquet."""
-    check_known(file, str(file), None, sha256)
-    return {"text_bytes": as_lines(file, source, str(file))}
+    """Convert a local file: JSON lines, gz or plain, or parquet."""
+    check_digest(file, str(file), None, sha256)
+    return {"text_bytes": convert_to_json_lines(file, source, str(file))}
 
 
 @stage(version=1, conditions=gz.conditions)
@@ -119,23 +115,26 @@ def download_conversations(
     mirrors: Free[tuple[str, ...]] = (),
     progress: Free[downloads.Progress] = downloads.unseen,
 ) -> Facts:
-    """Fetch such a file, as `olmo.corpus.sources.download`; `sha256` is that of what is sent."""
-    arrived = source.with_name("arrived")
+    """Download and convert such a file, as `olmo.corpus.sources.download`.
 
-    def whole(place: str) -> int:
-        check_known(arrived, place, bytes, sha256)
-        return as_lines(arrived, source, place)
+    `sha256` is that of the downloaded file, before the conversion.
+    """
+    downloaded = source.with_name("arrived")
 
-    found = fetched(url, mirrors, arrived, part, whole, progress, bytes)
-    arrived.unlink()
+    def convert(place: str) -> int:
+        check_digest(downloaded, place, bytes, sha256)
+        return convert_to_json_lines(downloaded, source, place)
+
+    found = fetch_any(url, mirrors, downloaded, part, convert, progress, bytes)
+    downloaded.unlink()
     return {"url": url, **found, "text_bytes": found.pop("checked")}
 
 
-def as_lines(file: Path, source: Path, name: str) -> int:
-    """Write a file of conversations as gz JSON lines; bytes of its text.
+def convert_to_json_lines(file: Path, source: Path, name: str) -> int:
+    """Write a file of conversations as gz JSON lines; the bytes of its text.
 
     Raises:
-        ValueError: it is broken, empty or something else, a web page for one.
+        ValueError: it is damaged, empty or of another kind, such as a web page.
     """
     with open(file, "rb") as start:
         beginning = start.read(512)
@@ -143,24 +142,24 @@ def as_lines(file: Path, source: Path, name: str) -> int:
         shutil.copyfile(file, source)
     elif beginning.startswith(PARQUET_MAGIC):
         with gz.writing(source) as lines:
-            lines.writelines(rows_of(file, name))
+            lines.writelines(read_parquet_rows(file, name))
     elif beginning.lstrip().startswith(b"{"):
         with open(file, "rb") as text, gz.writing(source) as lines:
             shutil.copyfileobj(text, lines)
     else:
         found, command = file_kinds.kind_of(beginning)
-        made = f"Make gz of it by `{file_kinds.into_gz(name, command)}`" if command else ""
+        remedy = f"Convert it to gz with `{file_kinds.into_gz(name, command)}`" if command else ""
         raise ValueError(
             f"{name}: expected conversations (JSON lines, gz or plain, or parquet), found {found}. "
-            + (made or "Check its place and fetch it again")
+            + (remedy or "Check its place and download it again")
         )
     size = gz.check(source, name)
     if size == 0:
-        raise ValueError(f"{name}: expected conversations, found none. Take it from the list")
+        raise ValueError(f"{name}: expected conversations, found none. Remove it from the list")
     return size
 
 
-def rows_of(file: Path, name: str) -> Iterator[bytes]:
+def read_parquet_rows(file: Path, name: str) -> Iterator[bytes]:
     """The rows of a parquet file as JSON lines."""
     import polars
 

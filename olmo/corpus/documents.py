@@ -1,9 +1,8 @@
-"""Documents: the lines of a source that are kept, each one checked, and where each one went.
+"""Documents: one line in N of a source, checked, and split into training and held-out documents.
 
-A source is a gz file of JSON lines in Dolma's schema. The subsample keeps one line in N. What it
-keeps goes, byte for byte, to one of two files: held out, for evaluation, or for training.
-Nothing is lost silently: a line that cannot become a document is a drop, with its line number and
-a reason, and a drop fails the stage unless the recipe allows its reason.
+A source is a gz file of JSON lines in Dolma's schema. Lines that are kept are copied byte for byte.
+No line is lost silently: a line that is not a valid document is a drop, with its line number and a
+reason, and a drop fails the stage unless the recipe allows its reason.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from typing import Any
 from olmo.config import BaseConfig
 from olmo.config.strict import UNHASHED, check_range
 from olmo.corpus import conversations
-from olmo.corpus.listing import read, run, write
+from olmo.corpus.listing import Entry, read_listing, run_shards, write_listing
 from olmo.io import file_kinds, gz
 from olmo.runtime.log import log
 from olmo.store.stage import Facts, Input, Output, stage
 
-# Why a line cannot become a document. These are the names that a recipe allows.
+# Reasons for dropping a line; the recipe's `allow` takes these names.
 REASONS = {
     "long-line": "a line of more bytes than the recipe's documents.max_line_bytes",
     "not-utf8": "bytes that are not UTF-8",
@@ -43,29 +42,29 @@ REASONS = {
     "carriage-return": "a carriage return, which the toolkit takes for a line's end",
 }
 TRAIN, HELDOUT, DROPPED = "train", "heldout", "dropped"
-TEXT, MESSAGES = "text", "messages"  # what a line holds: a document, or a conversation
+TEXT, MESSAGES = "text", "messages"  # kinds of lines: documents, conversations
 
-# dolma tokens writes files of fewer than 2^30 tokens and never splits a document. A byte-level
-# tokenizer makes at most one token of each byte; Unicode normalisation (NFC) may first make a
-# text three times as long; and one token ends it.
+# `dolma tokens` writes files of fewer than 2^30 tokens and never splits a document. A byte-level
+# tokenizer makes at most one token of each byte; Unicode normalisation (NFC) may make a text three
+# times as long before that; and each document ends with one more token.
 MAX_TOKENS = 2**30
 MAX_BYTES_PER_BYTE = 3
 MAX_TEXT_BYTES = MAX_TOKENS // MAX_BYTES_PER_BYTE - 1
-MAX_LINE_BYTES = 256 * 2**20  # its end included. A line is held in memory, twice for a moment
+MAX_LINE_BYTES = 256 * 2**20  # with its line end; memory holds a line twice for a moment
 
 
 @dataclass
 class DocumentsSection(BaseConfig):
-    """What is kept of a source. `allow` names the reasons for which a line may be dropped."""
+    """Which lines of a source become documents. `allow` lists reasons for which lines may drop."""
 
     keep_one_in: int = 1
     offset: int = 0
     heldout_share: float = 0.0
-    # Parts and copies by the hash of the id, of sources by their names: "books-*=2.5". The first
-    # that fits counts; a source that none fits has weight 1.
+    # How often a source's documents are taken, by its name: "books-*=2.5". The first pattern that
+    # matches counts; a source without a match has weight 1. Fractions go by the hash of the id.
     weights: list[str] = field(default_factory=list, metadata=UNHASHED)
     max_text_bytes: int = MAX_TEXT_BYTES
-    max_line_bytes: int = MAX_LINE_BYTES  # a longer line is a drop (long-line)
+    max_line_bytes: int = MAX_LINE_BYTES  # a longer line is dropped (long-line)
     allow: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -95,12 +94,12 @@ class DocumentsSection(BaseConfig):
                     f"1000; found {weight!r}"
                 )
 
-    def repeats(self) -> bool:
+    def has_repeats(self) -> bool:
         """Whether a document is taken more than once."""
         return any(float(weight.partition("=")[2]) > 1 for weight in self.weights)
 
-    def weight_of(self, source: str) -> float:
-        """What a source's documents count."""
+    def find_weight(self, source: str) -> float:
+        """How often the documents of a source are taken."""
         for pattern, _, number in (weight.partition("=") for weight in self.weights):
             if fnmatchcase(source, pattern):
                 return float(number)
@@ -116,26 +115,21 @@ def batch(
     config: DocumentsSection,
     kind: str = TEXT,
 ) -> None:
-    """One line in N of each source of a batch, checked, the held-out ones split off."""
-    entries = []
-    for source in read(sources, "source"):
-        names = {
-            "documents": f"documents/{source.shard}.json.gz",
-            "heldout": f"heldout/{source.shard}.json.gz",
-            "table": f"documents/{source.shard}.parquet",
-        }
-        entries += run(
-            listing,
-            source.shard,
-            documents,
-            names,
-            source=source.object,
-            name=Path(source.path).name,
-            config=config,
-            weight=config.weight_of(source.shard),
-            kind=kind,
-        )
-    write(listing, entries)
+    """Keep one line in N of each source of a batch, check each, split off the held-out ones."""
+
+    outputs = {
+        "documents": "documents/{}.json.gz",
+        "heldout": "heldout/{}.json.gz",
+        "table": "documents/{}.parquet",
+    }
+
+    def inputs(source: Entry) -> dict[str, Any]:
+        weight = config.find_weight(source.shard)
+        return {"source": source.object, "name": Path(source.path).name, "weight": weight}
+
+    found = read_listing(sources, "source")
+    entries = run_shards(documents, listing, found, outputs, inputs, config=config, kind=kind)
+    write_listing(listing, entries)
 
 
 @stage(version=1, conditions=gz.conditions)
@@ -151,18 +145,18 @@ def documents(
 ) -> Facts:
     """Keep one line in N of a source, check each, and split off the held-out ones.
 
-    Lines offset + 1, offset + 1 + N, … (counted from 1) are kept, so offset 0 is what
+    Keeps lines offset + 1, offset + 1 + N, … (counted from 1), so offset 0 keeps what
     `awk 'NR%N==1'` keeps. Of these, `weight` 0.3 takes three documents in ten, chosen by the hash
-    of their ids, so that the choice stands when files change; 2.5 takes each one twice and half of
-    them a third time, the copies after the whole. A document is held out, and then not repeated,
-    if the hash of its id falls into `heldout_share`: it stays on its side for ever.
+    of their ids, so that changed files do not change the choice; 2.5 takes each one twice and half
+    of them a third time, each copy after the whole source. A document is held out, and then not
+    repeated, if the hash of its id falls into `heldout_share`: its split never changes.
 
-    Lines of the kind `messages` are conversations (olmo.corpus.conversations), whose text is all
-    that is said.
+    Lines of the kind `messages` are conversations (olmo.corpus.conversations), whose text is the
+    contents of all messages.
 
-    `table` (parquet) has one row per line written or dropped: file (`name`, as the recipe knows
-    the source), line in the source, id, split (train, heldout or dropped), row (line in the file
-    of that split, from 1; null when dropped), bytes (of the text in UTF-8), reason (of a drop).
+    `table` (parquet) has one row per line written or dropped: file (`name`, the source's in the
+    recipe), line in the source, id, split (train, heldout or dropped), row (line in the file of
+    that split, from 1; null when dropped), bytes (of the text in UTF-8), reason (of a drop).
 
     Raises ValueError for a broken or empty source and for drops that `allow` does not name.
     """
@@ -193,14 +187,14 @@ def documents(
         for copy in range(ceil(weight)):
             number = count(1)
             with gz.reading(source, name, config.max_line_bytes) as lines:
-                # islice and zip run in C: a line not kept costs little but its decompression.
+                # islice and zip run in C: a line that is not kept costs little beyond gunzip.
                 for line, at in islice(
                     zip(lines, number, strict=False), config.offset, None, config.keep_one_in
                 ):
                     if kind == TEXT and len(line) <= config.max_line_bytes:
-                        identity, text, reason = parse(line, config.max_text_bytes)
+                        identity, text, reason = parse_document(line, config.max_text_bytes)
                     elif len(line) <= config.max_line_bytes:
-                        identity, text, reason = conversations.parse(line)
+                        identity, text, reason = conversations.parse_conversation(line)
                     else:
                         identity, text, reason = None, None, "long-line"
                     size = None if text is None else size_in_utf8(text)
@@ -212,26 +206,28 @@ def documents(
                             table_rows.append((at, identity, DROPPED, None, size, reason))
                         continue
                     assert identity is not None
-                    if weight != 1 and copy >= copies(identity, weight):
+                    if weight != 1 and copy >= count_copies(identity, weight):
                         continue
                     split = HELDOUT if is_held_out(identity, config.heldout_share) else TRAIN
                     if split == HELDOUT and copy > 0:
-                        continue  # a copy would only weigh on the evaluation
+                        continue  # a copy would only slow down the evaluation
                     rows[split] += 1
                     write[split](line if line.endswith(b"\n") else line + b"\n")
                     table_rows.append((at, identity, split, rows[split], size, None))
             total = next(number) - 1
     if total == 0:
-        raise ValueError(f"{name}: expected lines, found an empty source. Remove it or fetch it.")
+        raise ValueError(
+            f"{name}: expected lines, found an empty source. Remove it or download it."
+        )
 
     frame = polars.DataFrame(table_rows, schema, orient="row")
     if forbidden := sorted(set(reasons) - set(config.allow)):
-        raise ValueError(drops_message(name, frame, reasons, forbidden, known, hint))
-    nameless = int((frame["id"] == "").sum())
-    if nameless > 1 and (config.heldout_share or weight != 1):
+        raise ValueError(format_drops(name, frame, reasons, forbidden, known, hint))
+    empty_ids = int((frame["id"] == "").sum())
+    if empty_ids > 1 and (config.heldout_share or weight != 1):
         log.warning(
-            f"{name}: {nameless:,} lines have the empty id and one fate: all are held out or none, "
-            "all are repeated or none"
+            f"{name}: {empty_ids:,} lines have an empty id and so one hash: all of them are held "
+            "out or none, all are repeated or none"
         )
     frame.select(polars.lit(name).alias("file"), polars.all()).write_parquet(
         table, compression="zstd", compression_level=3, row_group_size=1 << 17
@@ -246,21 +242,21 @@ def documents(
     }
 
 
-def parse(
+def parse_document(
     line: bytes, max_text_bytes: int = MAX_TEXT_BYTES
 ) -> tuple[str | None, str | None, str | None]:
     """(id, text, reason) of one line. The reason is None if the line is a document.
 
-    The decoder is the one inside the toolkit, so that both agree on what a document is.
+    The decoder (msgspec) is the toolkit's, so that both accept the same lines.
     """
     import msgspec
 
     try:
         if not line.isascii():
-            line.decode()  # all of it: the decoder does not look into what it skips
-        found = decoder().decode(line)
+            line.decode()  # the decoder does not check the fields that it skips
+        found = document_decoder().decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None, None, reason_of(line)
+        return None, None, find_reason(line)
     if b"\r" in line and b"\r" in line.removesuffix(b"\n").removesuffix(b"\r"):
         return found.id, found.text, "carriage-return"
     if not found.text or found.text.isspace():
@@ -271,15 +267,15 @@ def parse(
 
 
 @cache
-def decoder() -> Any:
-    """The JSON decoder for the two fields that matter; the others are checked and left."""
+def document_decoder() -> Any:
+    """A JSON decoder for id and text; it checks the syntax of other fields and skips them."""
     import msgspec
 
     return msgspec.json.Decoder(msgspec.defstruct("Document", [("id", str), ("text", str)]))
 
 
-def reason_of(line: bytes) -> str:
-    """Why the decoder refused a line."""
+def find_reason(line: bytes) -> str:
+    """Why the decoder rejected a line."""
     try:
         found = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -298,7 +294,7 @@ def reason_of(line: bytes) -> str:
         return "bad-text"
     if any("\ud800" <= letter <= "\udfff" for letter in json.dumps(found, ensure_ascii=False)):
         return "surrogate"
-    return "bad-json"  # Python's own decoder is laxer: NaN, for one
+    return "bad-json"  # Python's own decoder accepts more, such as NaN
 
 
 def size_in_utf8(text: str) -> int:
@@ -306,21 +302,21 @@ def size_in_utf8(text: str) -> int:
 
 
 def is_held_out(identity: str, share: float) -> bool:
-    """Whether the document with this id is held out: the same on every machine, for ever."""
-    return share > 0 and fraction(identity) < share
+    """Whether the document with this id is held out: the same on every machine, always."""
+    return share > 0 and hash_fraction(identity) < share
 
 
-def copies(identity: str, weight: float) -> int:
+def count_copies(identity: str, weight: float) -> int:
     """How often the document with this id is taken: `weight` times, on average over the ids."""
-    return int(weight) + (fraction("copies of " + identity) < weight - int(weight))
+    return int(weight) + (hash_fraction("copies of " + identity) < weight - int(weight))
 
 
-def fraction(identity: str) -> float:
-    """A number from 0 up to 1 that depends on the id alone, spread evenly over ids."""
+def hash_fraction(identity: str) -> float:
+    """A uniform number from 0 up to 1, computed from the id alone."""
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
 
 
-def drops_message(
+def format_drops(
     name: str,
     table: Any,
     reasons: Counter[str],
@@ -328,14 +324,16 @@ def drops_message(
     known: dict[str, str],
     hint: str,
 ) -> str:
-    """The error for drops that the recipe does not allow: how many, which, and the remedy."""
+    """The error for drops that the recipe does not allow: how many, which ones, the remedy."""
     import polars
 
     listed = table.filter(polars.col("reason").is_in(forbidden)).head(10)
-    lines = [f"{name}: {sum(reasons[reason] for reason in forbidden)} lines cannot be documents:"]
+    lines = [
+        f"{name}: {sum(reasons[reason] for reason in forbidden)} lines are not valid documents:"
+    ]
     lines += [f"  {reasons[reason]:,} x {reason}: {known[reason]}" for reason in forbidden]
     lines += [f"  {name}:{row['line']}: {row['reason']}" for row in listed.iter_rows(named=True)]
     lines += [hint] if hint else []
     allowed = f"documents: {{allow: [{', '.join(forbidden)}]}}"
-    lines += [f"Mend the source, or allow them in the recipe: {allowed}"]
+    lines += [f"Correct the source, or allow them in the recipe: {allowed}"]
     return "\n".join(lines)

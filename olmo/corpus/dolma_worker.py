@@ -1,8 +1,8 @@
-"""Runs inside the toolkit's own environment: `dolma tokens`, `dedupe`, `mix`, one after another.
+"""Runs `dolma tokens`, `dedupe` and `mix` inside the toolkit's own environment.
 
-Imports nothing of ours. Started once for a batch, because importing dolma takes seconds. Reads a
-request a line from stdin, {"verb", "folder", "documents", …}, and answers a line, {} or
-{"error", "errno"}. What dolma says goes to stderr.
+Imports nothing of ours. One process serves a batch, since importing dolma takes seconds. It reads
+one request per line from stdin, {"verb", "folder", "documents", …}, and writes one reply per line
+to stdout, {} or {"error", "errno"}. dolma's own output goes to stderr.
 """
 
 import json
@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# `dedupe` and `mix` download what is not here into these; all of ours is.
+# `dedupe` and `mix` would download remote files into these folders; ours are local.
 WORK = {"work_dir": {"input": "work/input", "output": "work/output"}, "processes": 1}
-AS_NAMED = {"compression": {"input": None, "output": None}}  # by a file's ending
+BY_SUFFIX = {"compression": {"input": None, "output": None}}  # by the file name
 
 
 def tokenize(
@@ -27,7 +27,7 @@ def tokenize(
     dtype: str,
     max_size: int,
 ) -> None:
-    """`dolma tokens` on `documents`, which makes parts/part-*.npy and .csv.gz in this folder."""
+    """`dolma tokens` on `documents`; it writes parts/part-*.npy and .csv.gz in this folder."""
     from dolma.cli.tokenizer import TokenizationConfig, TokenizerCli, TokenizerConfig
 
     TokenizerCli.run(
@@ -45,7 +45,7 @@ def tokenize(
             processes=1,
             ring_size=1,
             batch_size=256,  # documents held in memory, as Python lists, and shuffled
-            debug=True,  # in this process: no pool, each of whose workers would import dolma again
+            debug=True,  # in this process: each worker of a pool would import dolma again
         )
     )
 
@@ -59,12 +59,12 @@ def dedupe(
     ngram: int = 0,
     least: float = 1.0,
 ) -> None:
-    """`dolma dedupe` on files <folder>/documents/…, which makes <folder>/attributes/`name`/….
+    """`dolma dedupe` on files <folder>/documents/…; it writes <folder>/attributes/`name`/….
 
-    An attribute `name` tells the spans, in characters, that were in the filter before. `by` text:
-    the whole document; by paragraphs: its lines; by ngrams: lines of which the share `least` of
-    the n-grams was there. What was not there is put into it, unless that is `read_only`. One
-    thread takes the files in order.
+    The attribute `name` has the spans, in characters, that the filter already had. `by` text: the
+    whole document; by paragraphs: its lines; by ngrams: lines of whose n-grams it had the share
+    `least`. New ones are added to the filter, unless it is `read_only`. One thread processes the
+    files in order.
     """
     from dolma import deduper
 
@@ -78,12 +78,12 @@ def dedupe(
             "skip_short_paragraphs": True,
         }
     whole = {"documents": {"attribute_name": name, "key": "$.text"}}
-    # min_words and min_length stay 0: with the first nothing is ever found, and the second
-    # looks at where a paragraph ends, not at how long it is.
+    # min_words and min_length stay 0: the first, if set, disables all matches; the second compares
+    # the position where a paragraph ends, not its length.
     deduper(
         {
             **WORK,
-            **AS_NAMED,
+            **BY_SUFFIX,
             "documents": documents,
             "dedupe": {
                 "name": name,
@@ -99,7 +99,7 @@ def dedupe(
             "bloom_filter": {
                 "file": bloom_filter,
                 "read_only": read_only,
-                # The file that is there says how large it is.
+                # The filter file exists, and its header has its size.
                 "size_in_bytes": 1,
                 "estimated_doc_count": 0,
                 "desired_false_positive_rate": 0.0,
@@ -110,16 +110,16 @@ def dedupe(
 
 
 def mix(documents: list[str], attributes: list[str], exclude: list[str], cut: list[str]) -> None:
-    """`dolma mix` on files <folder>/documents/…, which makes mixed/documents/… of the same names.
+    """`dolma mix` on files <folder>/documents/…; it writes mixed/documents/… of the same names.
 
-    A document that has an attribute of `exclude` is left out; the spans of attributes `cut` are
-    taken out of its text.
+    Drops documents with an attribute of `exclude`, and removes the spans of attributes `cut` from
+    the text of the others.
     """
     from dolma import mixer
 
     cut_out = {"min_score": 0, "replacement": "", "syntax": "jsonpath"}
     stream = {
-        **AS_NAMED,
+        **BY_SUFFIX,
         "name": "mixed",
         "documents": documents,
         "attributes": attributes,
@@ -131,33 +131,34 @@ def mix(documents: list[str], attributes: list[str], exclude: list[str], cut: li
         "span_replacement": [{**cut_out, "span": f"$.attributes.{name}"} for name in cut],
         "output": {"path": "mixed", "max_size_in_bytes": 1 << 60},
     }
-    mixer({**WORK, "streams": [stream], "shuffle": False})  # not shuffled: a file for each
+    mixer({**WORK, "streams": [stream], "shuffle": False})  # not shuffled: one output per file
 
 
 VERBS: dict[str, Any] = {"tokens": tokenize, "dedupe": dedupe, "mix": mix}
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)  # not inherited; what dolma prints goes to 2
+    # A copy of stdout that dolma's processes do not inherit; what dolma prints goes to stderr.
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     versions = {name: version(name) for name in ("dolma", "tokenizers")}
-    print(json.dumps(versions), file=answers)
+    print(json.dumps(versions), file=replies)
     for line in sys.stdin:
         request = json.loads(line)
         verb = VERBS[request.pop("verb")]
         os.chdir(request.pop("folder"))
         tempfile.tempdir = os.getcwd()
-        # dolma looks for nltk's data on import and tries to download what it never uses: an
-        # empty folder of that name answers the look.
+        # On import, dolma downloads nltk's data if their folder is missing, though it never uses
+        # them here. An empty folder prevents that.
         Path("nltk_data/tokenizers/punkt").mkdir(parents=True, exist_ok=True)
         os.environ["NLTK_DATA"] = os.path.abspath("nltk_data")
         try:
             verb(**request)
-            answer = {}
+            reply = {}
         except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            answer = {"error": said, "errno": getattr(error, "errno", None)}
-        print(json.dumps(answer), file=answers)
+            message = f"{type(error).__name__}: {error}"
+            reply = {"error": message, "errno": getattr(error, "errno", None)}
+        print(json.dumps(reply), file=replies)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""From a text to its token ids, as the tokenizing toolkit's own tokenizers gives them, but faster.
+"""Encodes texts with the same token ids as the toolkit's version of tokenizers, but faster.
 
-Where a tokenizer qualifies, tiktoken merges in place of Hugging Face's tokenizers. That the two
-agree rests on two things:
+For a tokenizer that qualifies, tiktoken replaces Hugging Face's tokenizers. Two conditions make the
+results equal:
 
-- Merging. Both merge, again and again, the adjacent pair that comes first in the order of the
-  merges. tiktoken looks a pair up by its concatenation, so it could merge one that is not in the
-  list. It cannot where every token, merged alone, becomes itself: a pair of tokens that fills a
-  token's span was made by merges inside that span, which are those that the span makes alone, and
-  alone it ends in the listed pair. `merges_differ` checks that for every token.
-- Splitting and normalising. Each library brings its own edition of Unicode. A document with a
-  character on which editions may differ (young marks and rare letters, characters not assigned
-  yet; see `is_settled`) is not encoded here. tests/unit/test_fast.py compares the others.
+- Merging. Both libraries repeatedly merge the adjacent pair that is first in the order of the
+  merges. tiktoken looks up a pair by its concatenation, so it could merge a pair that is not in the
+  list. It cannot if every token, encoded alone, gives itself: two tokens that together span a token
+  come from merges within that span, which are the same as when the span is encoded alone, and then
+  the last merge is the listed pair. `find_merge_mismatch` checks that for every token.
+- Splitting and normalising. Each library has its own version of Unicode. A document with a
+  character on which versions may differ (recent marks and rare letters, characters not assigned
+  yet; see `is_stable`) is not encoded here. tests/unit/test_fast.py compares all other characters.
 
-Any other tokenizer is encoded by the newest tokenizers, which no longer tracks where in the text
-each token stood; what it cannot do as the toolkit's does is refused.
+Any other tokenizer is encoded by the installed tokenizers, with a call that does not track
+offsets. Tokenizers whose result depends on more than the text are rejected.
 """
 
 from __future__ import annotations
@@ -26,83 +26,86 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-# GPT-2's, which byte-level pre-tokenizers use: contractions, words, numbers, the rest, spaces. What
-# looks not ahead is one group, which tiktoken's regular expressions then match in a single step.
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
-PATTERN = rf"(?:{WORDS})|\s+(?!\S)|\s+"
-# The same where each run of so many spaces is a token of its own, cut out before all else.
-PATTERN_WITH_RUNS = rf"(?: {{%d,%d}}|{WORDS})|(?:(?! {{%d}})\s)+(?!\S)|(?:(?! {{%d}})\s)+"
-# GPT-4's, which OLMo 2's tokenizer and Llama 3's name in so many words; grouped as above.
-NAMED_WORDS = (
+# GPT-2's pattern, of byte-level pre-tokenizers: contractions, words, numbers, the rest, spaces. The
+# alternatives without a lookahead form one group, which tiktoken then matches in a single step.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+GPT2_PATTERN = rf"(?:{GPT2_WORDS})|\s+(?!\S)|\s+"
+# The same where each run of m to n spaces is an added token, which is cut out first.
+GPT2_PATTERN_WITH_RUNS = rf"(?: {{%d,%d}}|{GPT2_WORDS})|(?:(?! {{%d}})\s)+(?!\S)|(?:(?! {{%d}})\s)+"
+# GPT-4's pattern, which the tokenizers of OLMo 2 and Llama 3 spell out; grouped as above.
+GPT4_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+"
 )
-NAMED_PATTERN = NAMED_WORDS + r"|\s+(?!\S)|\s+"
-# Runs of white space longer than this overflow the stack of tiktoken's regular expressions.
-LONG_SPACE = 50_000
+GPT4_PATTERN = GPT4_WORDS + r"|\s+(?!\S)|\s+"
+# Longer runs of white space overflow the stack of tiktoken's regular expression engine.
+MAX_SPACE_RUN = 50_000
 
 Encode = Callable[[str], "list[int] | None"]
 
 
 @cache
-def encoder(content: bytes, special_as_text: bool) -> Encode:
-    """A function from a text to its token ids, or to None where only the toolkit knows them.
+def make_encoder(content: bytes, special_as_text: bool) -> Encode:
+    """A function from a text to its token ids; None for a text that only the toolkit can encode.
 
     Raises ValueError, with the reason, for a tokenizer that cannot be reproduced.
     """
     tokenizer = json.loads(content)
-    if reason := irreproducible(tokenizer):
+    if reason := why_irreproducible(tokenizer):
         raise ValueError(
             f"the engine `fast` cannot reproduce this tokenizer: {reason}. Use the engine `dolma`"
         )
-    if disqualifies(tokenizer, content.decode()) is None:
-        return by_tiktoken(tokenizer, special_as_text)
-    return by_tokenizers(content, special_as_text)
+    if why_not_tiktoken(tokenizer, content.decode()) is None:
+        return tiktoken_encoder(tokenizer, special_as_text)
+    return tokenizers_encoder(content, special_as_text)
 
 
-def by_tokenizers(content: bytes, special_as_text: bool) -> Encode:
-    """Hugging Face's own encoder, without the offsets that nobody asks for; one thread."""
+def tokenizers_encoder(content: bytes, special_as_text: bool) -> Encode:
+    """Hugging Face's encoder, without offsets, on one thread."""
     from tokenizers import Tokenizer
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # files run side by side, not their documents
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # files run in parallel, their documents do not
     model = Tokenizer.from_buffer(content)
     model.encode_special_tokens = special_as_text
 
     def encode(text: str) -> list[int] | None:
-        if not text.isascii() and not all(map(is_settled, set(text))):
+        if not text.isascii() and not all(map(is_stable, set(text))):
             return None
         return model.encode_batch_fast([text], add_special_tokens=False)[0].ids or None
 
     return encode
 
 
-def by_tiktoken(tokenizer: dict[str, Any], special_as_text: bool) -> Encode:
+def tiktoken_encoder(tokenizer: dict[str, Any], special_as_text: bool) -> Encode:
+    """tiktoken's encoder, with added tokens and NFC handled here, as tokenizers does."""
     import tiktoken
 
     added = tokenizer["added_tokens"]
-    to_byte = alphabet()
-    outside = {token["id"] for token in added}
+    to_byte = byte_alphabet()
+    added_ids = {token["id"] for token in added}
     ranks = {
         bytes(map(to_byte.__getitem__, token)): id
         for token, id in tokenizer["model"]["vocab"].items()
-        if id not in outside
+        if id not in added_ids
     }
-    pattern = PATTERN if named_pattern(tokenizer) is None else NAMED_PATTERN
-    if pattern is PATTERN and (runs := runs_of_spaces(added)):
+    pattern = GPT2_PATTERN if split_pattern(tokenizer) is None else GPT4_PATTERN
+    if pattern is GPT2_PATTERN and (runs := find_space_runs(added)):
         least, most = min(runs), max(runs)
-        pattern = PATTERN_WITH_RUNS % (least, most, least, least)
-        # No merge ever sees such a run, so that its bytes can stand for the added token.
+        pattern = GPT2_PATTERN_WITH_RUNS % (least, most, least, least)
+        # No merge sees such a run, so its bytes can represent the added token.
         ranks |= {b" " * length: id for length, id in runs.items()}
         added = [token for token in added if token["id"] not in runs.values()]
     bpe = tiktoken.Encoding("given", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    raw = Splitter([token for token in added if not token["normalized"]], special_as_text)
-    normalized = Splitter([token for token in added if token["normalized"]], special_as_text)
+    raw, normalized = (
+        AddedTokenSplitter([t for t in added if t["normalized"] == wanted], special_as_text)
+        for wanted in (False, True)
+    )
     composes = tokenizer["normalizer"] is not None
 
     def encode(text: str) -> list[int] | None:
-        if not text.isascii() and not all(map(is_settled, set(text))):
+        if not text.isascii() and not all(map(is_stable, set(text))):
             return None
-        if len(text) > LONG_SPACE and long_space(text):
+        if len(text) > MAX_SPACE_RUN and has_long_space(text):
             return None
         found: list[int] = []
         for outer in raw.split(text):
@@ -121,8 +124,8 @@ def by_tiktoken(tokenizer: dict[str, Any], special_as_text: bool) -> Encode:
     return encode
 
 
-def irreproducible(tokenizer: dict[str, Any]) -> str | None:
-    """What about a tokenizer makes its ids depend on more than the text; None if nothing does."""
+def why_irreproducible(tokenizer: dict[str, Any]) -> str | None:
+    """Why a tokenizer's ids depend on more than the text; None if they do not."""
     if tokenizer["model"].get("dropout"):
         return "its model has dropout"
     if tokenizer.get("truncation") or tokenizer.get("padding"):
@@ -130,33 +133,33 @@ def irreproducible(tokenizer: dict[str, Any]) -> str | None:
     return None
 
 
-def named_pattern(tokenizer: dict[str, Any]) -> str | None:
-    """The regular expression by which a pre-tokenizer splits, if it does and then takes bytes."""
+def split_pattern(tokenizer: dict[str, Any]) -> str | None:
+    """The regex of a pre-tokenizer that splits, then maps to bytes; None for any other."""
     outer = tokenizer["pre_tokenizer"] or {}
     if outer.get("type") != "Sequence" or len(outer["pretokenizers"]) != 2:
         return None
-    split, letters = outer["pretokenizers"]
-    plain = {"behavior": "Isolated", "invert": False}
+    split, byte_level = outer["pretokenizers"]
+    isolated = {"behavior": "Isolated", "invert": False}
     bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    if split.get("type") != "Split" or not plain.items() <= split.items():
+    if split.get("type") != "Split" or not isolated.items() <= split.items():
         return None
     pattern: str | None = split["pattern"].get("Regex")
-    return pattern if bytes_only.items() <= letters.items() else None
+    return pattern if bytes_only.items() <= byte_level.items() else None
 
 
-def runs_of_spaces(added: list[dict[str, Any]]) -> dict[int, int]:
-    """Length → id of the added tokens that are runs of spaces, if they can join the pattern."""
+def find_space_runs(added: list[dict[str, Any]]) -> dict[int, int]:
+    """Length → id of the added tokens that are runs of spaces, if the pattern can match them."""
     runs = {len(token["content"]): token for token in added if not token["content"].strip(" ")}
     others = [token["content"] for token in added if token["content"].strip(" ")]
-    alike = all(token["normalized"] and not token["special"] for token in runs.values())
-    whole = sorted(runs) == list(range(2, 2 + len(runs)))
-    if not (runs and alike and whole) or any(" " in other for other in others):
+    is_plain = all(token["normalized"] and not token["special"] for token in runs.values())
+    is_range = sorted(runs) == list(range(2, 2 + len(runs)))
+    if not (runs and is_plain and is_range) or any(" " in other for other in others):
         return {}
     return {length: token["id"] for length, token in runs.items()}
 
 
-class Splitter:
-    """Cuts the added tokens out of a text before anything else: leftmost first, longest first."""
+class AddedTokenSplitter:
+    """Splits a text at its added tokens, which comes first; leftmost match, then longest."""
 
     def __init__(self, tokens: list[dict[str, Any]], special_as_text: bool) -> None:
         self.ids = {
@@ -164,12 +167,12 @@ class Splitter:
             for token in tokens
         }
         names = sorted(self.ids, key=len, reverse=True)
-        # Those that hold no other: where none of them stands, there is nothing to cut.
+        # Those that contain no other one: a text without any of them has no added token.
         self.smallest = [n for n in names if not any(o in n for o in names if o != n)]
         self.pattern = re.compile("|".join(map(re.escape, names)))
 
     def split(self, text: str) -> list[str | int]:
-        """The text's pieces: ids of added tokens, and what stands between them."""
+        """The text's pieces: ids of added tokens, and the texts between them."""
         if not any(name in text for name in self.smallest):
             return [text]
         pieces: list[str | int] = []
@@ -186,12 +189,12 @@ class Splitter:
 
 
 @cache
-def is_settled(letter: str) -> bool:
-    """Whether the editions of Unicode at work here split and normalise this character alike.
+def is_stable(letter: str) -> bool:
+    """Whether all libraries here split and normalise this character alike.
 
-    Those since 3.2 agree on what 3.2 has and on symbols (emoji, for one), which are neither
-    letters nor marks; those at work on letters and digits of the basic plane as well, to which
-    Unicode 15, the newest that a Python of ours knows, adds none.
+    All versions of Unicode since 3.2 agree on the characters of 3.2, and on symbols (emoji, for
+    one), which are neither letters nor marks. The versions here also agree on letters and digits of
+    the basic plane, to which Unicode 15, the newest in a supported Python, adds none.
     """
     kind = unicodedata.category(letter)[0]
     return (
@@ -201,16 +204,16 @@ def is_settled(letter: str) -> bool:
     )
 
 
-def long_space(text: str) -> bool:
-    return re.search(rf"\s{{{LONG_SPACE}}}", text) is not None
+def has_long_space(text: str) -> bool:
+    return re.search(rf"\s{{{MAX_SPACE_RUN}}}", text) is not None
 
 
-def disqualifies(tokenizer: dict[str, Any], content: str) -> str | None:
-    """Why tiktoken cannot stand in for a tokenizer; None if it can."""
+def why_not_tiktoken(tokenizer: dict[str, Any], content: str) -> str | None:
+    """Why tiktoken cannot replace a tokenizer; None if it can."""
     model = tokenizer["model"]
     if model.get("type") != "BPE":
         return f"its model is {model.get('type')}, not BPE"
-    # A model that ignores its merges for whole words does as tiktoken does.
+    # ignore_merges is no obstacle: tiktoken also looks up a whole word first.
     for option in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "unk_token"):
         if model.get(option):
             return f"its model has {option}"
@@ -218,44 +221,44 @@ def disqualifies(tokenizer: dict[str, Any], content: str) -> str | None:
         return f"its normalizer is {tokenizer['normalizer']}, not NFC"
     splitter = tokenizer["pre_tokenizer"] or {}
     byte_level = splitter.get("type") == "ByteLevel" and not splitter.get("add_prefix_space")
-    if named_pattern(tokenizer) != NAMED_PATTERN and not (
+    if split_pattern(tokenizer) != GPT4_PATTERN and not (
         byte_level and splitter.get("use_regex", True)
     ):
         return f"its pre-tokenizer is {splitter}, not ByteLevel without a prefix, nor GPT-4's"
     for token in tokenizer["added_tokens"]:
         if token["single_word"] or token["lstrip"] or token["rstrip"]:
-            return f"its added token {token['content']!r} takes in its surroundings"
-    return merges_differ(model, {token["id"] for token in tokenizer["added_tokens"]}, content)
+            return f"its added token {token['content']!r} takes in the characters around it"
+    return find_merge_mismatch(model, {token["id"] for token in tokenizer["added_tokens"]}, content)
 
 
-def merges_differ(model: dict[str, Any], outside: set[int], content: str) -> str | None:
-    """Why merging by rank is not merging by this list; None if it is."""
+def find_merge_mismatch(model: dict[str, Any], added_ids: set[int], content: str) -> str | None:
+    """Why merging by rank differs from merging by the model's list; None if it does not."""
     from tokenizers import Tokenizer
 
-    vocab = {token: id for token, id in model["vocab"].items() if id not in outside}
+    vocab = {token: id for token, id in model["vocab"].items() if id not in added_ids}
     made = []
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         if not {left, right, left + right} <= vocab.keys():
-            return f"its merge {left} {right} is of or to a token that is not there"
+            return f"its merge {left} {right} has a token that is not in the vocabulary"
         made.append(left + right)
     ranks = [vocab[token] for token in made]
     if ranks != sorted(set(ranks)):
         return "its ids do not follow the order of its merges"
-    never = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that no UTF-8 text holds
-    letters = {letter for letter, byte in alphabet().items() if byte not in never}
-    if not letters <= vocab.keys() - set(made) <= set(alphabet()):
-        return "its vocabulary is not the bytes and what its merges make"
+    unused = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that do not occur in UTF-8
+    letters = {letter for letter, byte in byte_alphabet().items() if byte not in unused}
+    if not letters <= vocab.keys() - set(made) <= set(byte_alphabet()):
+        return "its vocabulary is not the bytes and the results of its merges"
     merge_alone = Tokenizer.from_str(content).model.tokenize
     for token in made:
         if [piece.value for piece in merge_alone(token)] != [token]:
-            return f"its token {token} does not come out of its own letters"
+            return f"its token {token} is not what its own letters merge to"
     return None
 
 
 @cache
-def alphabet() -> dict[str, int]:
-    """The printable letter that stands for each byte in a byte-level vocabulary → the byte."""
+def byte_alphabet() -> dict[str, int]:
+    """The printable letter of a byte-level vocabulary → its byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     printable += range(ord("®"), ord("ÿ") + 1)
     others = [byte for byte in range(256) if byte not in printable]

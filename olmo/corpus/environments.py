@@ -1,4 +1,4 @@
-"""Environments of other programs' own, for what cannot live in ours: built once, by uv."""
+"""Virtual environments for programs whose dependencies conflict with ours, built once by uv."""
 
 import hashlib
 import json
@@ -18,18 +18,18 @@ def environment(requirements: Path, environment: Path) -> None:
     """Build the virtual environment that `requirements` pins, for the running Python's version.
 
     `environment` is a JSON file, written last: "python" (the interpreter's path, relative to this
-    file) and what the environment was made from. The environment itself lies beside it, in a
-    folder named by that, so that an unchanged one is found again and a half-built one is not.
+    file) and what the environment was built from. The environment is in a folder next to it, named
+    by a hash of that, so that a complete one is reused and a half-built one is not.
 
-    Raises ValueError when uv cannot install what is asked for.
+    Raises ValueError when uv cannot install the requirements.
     """
     environment = Path(os.path.abspath(environment))
-    # Two projects may share the folder, by a link.
+    # Two projects may share the folder through a link.
     with lease(environment.parent / "leases", requirements.stem):
-        _build(requirements, environment)
+        build_environment(requirements, environment)
 
 
-def _build(requirements: Path, environment: Path) -> None:
+def build_environment(requirements: Path, environment: Path) -> None:
     content = requirements.read_text()
     made_from = {
         "requirements": hashlib.sha256(content.encode()).hexdigest(),
@@ -40,50 +40,43 @@ def _build(requirements: Path, environment: Path) -> None:
     folder = environment.parent / f"{requirements.stem}-{key}"
     marker, interpreter = folder / "made-from.json", folder / "bin" / "python"
     if not (marker.exists() and interpreter.exists()):
-        shutil.rmtree(folder, ignore_errors=True)  # an attempt that was cut off
-        uv("venv", "--quiet", "--no-project", "--python", sys.executable, str(folder))
-        uv(
-            "pip",
-            "install",
-            "--quiet",
-            "--python",
-            str(folder),
-            "-r",
-            os.path.abspath(requirements),
-        )
+        shutil.rmtree(folder, ignore_errors=True)  # an interrupted attempt
+        run_uv("venv", "--quiet", "--no-project", "--python", sys.executable, str(folder))
+        target = ("--python", str(folder), "-r", os.path.abspath(requirements))
+        run_uv("pip", "install", "--quiet", *target)
         sealed.write(marker, json.dumps(made_from, indent=1), alone=True)
     python = os.path.relpath(interpreter, environment.parent)
     text = json.dumps({"python": python, **made_from}, indent=1, sort_keys=True) + "\n"
     sealed.write(environment, text, alone=True)
 
 
-def uv(*arguments: str) -> None:
-    """Run uv, one of our dependencies, out of reach of this project's own constraints.
+def run_uv(*arguments: str) -> None:
+    """Run uv (one of our dependencies) from `/`, where this project's settings do not apply.
 
-    Raises ValueError with what it said when it fails.
+    Raises ValueError with its messages when it fails.
     """
     from uv import find_uv_bin
 
     hidden = ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT", "PYTHONPATH")  # ours, not the new one's
-    surroundings = {name: value for name, value in os.environ.items() if name not in hidden}
+    variables = {name: value for name, value in os.environ.items() if name not in hidden}
     done = subprocess.run(
-        [find_uv_bin(), *arguments], cwd=os.sep, env=surroundings, capture_output=True, text=True
+        [find_uv_bin(), *arguments], cwd=os.sep, env=variables, capture_output=True, text=True
     )
     if done.returncode:
         raise ValueError(
-            f"uv {' '.join(arguments)} failed:\n{done.stderr.strip()}\nExpected the packages to be "
-            "installable: check the network and the free space, then run the same again"
+            f"uv {' '.join(arguments)} failed:\n{done.stderr.strip()}\nCheck the "
+            "network and the free space, then run the same command again"
         )
 
 
-def interpreter(environment: Path) -> Path:
-    """The Python of an environment, by its JSON file."""
+def interpreter_path(environment: Path) -> Path:
+    """The Python of an environment, from its JSON file."""
     try:
         path = environment.parent / json.loads(environment.read_text())["python"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{environment} is damaged. Build the environment again: rm {environment}, then run "
-            "the same command"
+            f"{environment}: expected JSON with the path of a Python, found something else. Build "
+            f"the environment again: rm {environment}, then run the same command"
         ) from None
     if not path.exists():
         raise ValueError(
@@ -93,7 +86,7 @@ def interpreter(environment: Path) -> Path:
     return path
 
 
-def version(requirements: Path, package: str) -> str:
+def pinned_version(requirements: Path, package: str) -> str:
     """The version of a package that a requirements file pins."""
     for line in requirements.read_text().splitlines():
         name, _, rest = line.partition("==")

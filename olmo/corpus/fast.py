@@ -1,7 +1,7 @@
 """The engine `fast`: the toolkit's bytes at several times its speed.
 
-It encodes with olmo.corpus.encoding. A document of which that is not sure is tokenized by the
-toolkit itself, and a share of the shards is tokenized by the toolkit as well, and compared.
+It encodes with olmo.corpus.encoding. The toolkit itself tokenizes the documents that encoding
+rejects, and a share of the shards once more, to compare.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo.corpus.documents import parse
+from olmo.corpus.documents import parse_document
 from olmo.corpus.dolma import Dolma, scratch_beside
-from olmo.corpus.encoding import encoder
-from olmo.corpus.engine import Job
+from olmo.corpus.encoding import make_encoder
+from olmo.corpus.engine import TokenizeJob, token_ranges
 from olmo.io import gz
 
 if TYPE_CHECKING:
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 
 
 class Fast:
-    """The engine. What it cannot vouch for, and what it audits, goes to the toolkit itself.
+    """The engine. Documents that it cannot reproduce, and files that it audits, go to the toolkit.
 
     Args:
-        dolma: the toolkit, started only when it is needed.
-        audit_share: of the files, chosen by their contents, are tokenized twice and compared.
+        dolma: the toolkit, which starts only when it is needed.
+        audit_share: the share of files, chosen by a hash of their contents, that the toolkit
+            tokenizes too, to compare.
     """
 
     def __init__(self, dolma: Dolma, audit_share: float = 0.01) -> None:
         self.dolma = dolma
         self.audit_share = audit_share
-        self.toolkit = f"fast==2 {installed()} beside {dolma.toolkit}"
+        self.toolkit = f"fast==2 {library_versions()} beside {dolma.toolkit}"
 
-    def tokenize(self, job: Job) -> tuple[polars.DataFrame, str]:
-        """Write a file's tokens; each document's row, id and range, and what there is to tell.
+    def tokenize(self, job: TokenizeJob) -> tuple[polars.DataFrame, str]:
+        """Write a file's tokens; the documents' ranges, and a message.
 
         Raises ValueError for a tokenizer that does not qualify, and for an audit that fails.
         """
         import numpy as np
-        import polars
 
-        encode = encoder(job.tokenizer.read_bytes(), job.special_as_text)
+        encode = make_encoder(job.tokenizer.read_bytes(), job.special_as_text)
         ids: list[str] = []
         lengths: list[int] = []
-        left: list[int] = []  # the documents that are left to the toolkit
+        left: list[int] = []  # the rows of documents that are left to the toolkit
         left_bytes = 0
         with scratch_beside(job.tokens) as folder:
             with (
@@ -56,7 +56,7 @@ class Fast:
                 open(folder / "tokens", "wb") as output,
             ):
                 for line in lines:
-                    identity, text, reason = parse(line)
+                    identity, text, reason = parse_document(line)
                     if reason is not None or identity is None or text is None:
                         raise ValueError(
                             f"line {len(ids) + 1}: expected a document, found {reason}"
@@ -80,26 +80,18 @@ class Fast:
                     text_bytes=left_bytes,
                     count=len(left),
                 )
-                ranges, said = self.dolma.tokenize(rest)
-                if ranges["id"].to_list() != [ids[row] for row in left]:
-                    raise ValueError(f"the toolkit lost documents of those left to it: {said}")
-                splice(
-                    job,
-                    folder,
-                    lengths,
-                    dict(zip(left, ranges["end"] - ranges["start"], strict=True)),
-                )
+                theirs, messages = self.dolma.tokenize(rest)
+                if theirs["id"].to_list() != [ids[row] for row in left]:
+                    raise ValueError(
+                        f"expected {len(left):,} documents from the toolkit, as it was given, "
+                        f"found {theirs.height:,}: {messages}"
+                    )
+                sizes = dict(zip(left, theirs["end"] - theirs["start"], strict=True))
+                insert_tokens(job, folder, lengths, sizes)
             else:
                 os.replace(folder / "tokens", job.tokens)
 
-        sizes = np.array(lengths, np.uint64)
-        ends = np.cumsum(sizes, dtype=np.uint64)
-        ranges = polars.DataFrame(
-            {"row": range(1, len(ids) + 1), "id": ids, "start": ends - sizes, "end": ends},
-            schema=dict(
-                row=polars.UInt64, id=polars.String, start=polars.UInt64, end=polars.UInt64
-            ),
-        )
+        ranges = token_ranges(range(1, len(ids) + 1), ids, lengths)
         audited = self.is_audited(job)
         if audited:
             self.audit(job, ranges)
@@ -107,14 +99,14 @@ class Fast:
             ", all audited" * audited
         )
 
-    def is_audited(self, job: Job) -> bool:
-        """Whether this file is among those that are tokenized twice: by its contents."""
+    def is_audited(self, job: TokenizeJob) -> bool:
+        """Whether the toolkit tokenizes this file too: by a hash of the file's beginning."""
         with open(job.documents, "rb") as file:
             digest = hashlib.sha256(file.read(gz.BUFFER)).digest()
         return int.from_bytes(digest[:8], "big") < self.audit_share * 2**64
 
-    def audit(self, job: Job, ranges: polars.DataFrame) -> None:
-        """Raises ValueError where the toolkit's tokens are others."""
+    def audit(self, job: TokenizeJob, ranges: polars.DataFrame) -> None:
+        """Raises ValueError if the toolkit gives other tokens."""
         import numpy as np
 
         with scratch_beside(job.tokens) as folder:
@@ -132,12 +124,12 @@ class Fast:
                     break
         raise ValueError(
             f"the engine `fast` failed its audit: document {mine['id']!r} has other tokens than "
-            "the toolkit gives it. Use the engine `dolma`, and tell us the document"
+            "from the toolkit. Use the engine `dolma`, and report the document to us"
         )
 
 
-def splice(job: Job, folder: Path, lengths: list[int], left: dict[int, int]) -> None:
-    """Put the toolkit's documents (row → length) between ours; `lengths` is completed."""
+def insert_tokens(job: TokenizeJob, folder: Path, lengths: list[int], left: dict[int, int]) -> None:
+    """Insert the toolkit's documents (row → length) between ours; updates `lengths`."""
     import numpy as np
 
     ours, theirs = (np.fromfile(folder / name, job.dtype) for name in ("tokens", "left"))
@@ -152,8 +144,8 @@ def splice(job: Job, folder: Path, lengths: list[int], left: dict[int, int]) -> 
             output.write(source[start : at[is_left]].tobytes())
 
 
-def installed() -> str:
-    """The versions of what encodes."""
+def library_versions() -> str:
+    """The versions of the libraries that encode."""
     names = ("tiktoken", "tokenizers")
     try:
         return " ".join(f"{name}=={version(name)}" for name in names)

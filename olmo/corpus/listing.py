@@ -1,19 +1,19 @@
-"""A data set's shards travel in batches: one job for many files, a store entry for each.
+"""Listings: which shards of a data set a batch's job made, and what each of them is.
 
-A batch's job leaves a listing, data/<dataset>/<stage>/<batch>.tsv: for each shard and output, its
-name, its path below data/<dataset> and what it is. The next stage reads the listing and takes the
-bytes from the store by their digests, so that a path is for people and for other programs.
+One job runs a stage for every shard of its batch, each with a store entry of its own. It leaves a
+listing, data/<dataset>/<stage>/<batch>.tsv, with a row for each shard and output: its name, its
+path below data/<dataset>, its sha256 and size. The next stage reads the listing and takes the
+bytes from the store by their sha256; the paths are for people and for other programs.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from olmo.io import foreign, sealed
 from olmo.io.sealed import Damaged
 from olmo.store.stage import Stage, here
-from olmo.store.store import Record
 
 HEADER = ("shard", "output", "path", "sha256", "bytes")
 
@@ -34,11 +34,11 @@ class Entry:
         return here().object_path(self.sha256)
 
 
-def read(listings: Iterable[Path], output: str | None = None) -> list[Entry]:
+def read_listing(listings: Iterable[Path], output: str | None = None) -> list[Entry]:
     """The entries of one output, or of all, over several listings, in order.
 
     Raises:
-        Damaged: a listing is not as it was written.
+        Damaged: a listing does not match its own checksum.
     """
     entries = []
     for listing in listings:
@@ -56,19 +56,52 @@ def read(listings: Iterable[Path], output: str | None = None) -> list[Entry]:
     return entries
 
 
-def write(listing: Path, entries: Iterable[Entry]) -> None:
-    """Write a listing, whole or not at all."""
+def read_objects(listings: Iterable[Path], output: str) -> list[Path]:
+    """The files in the store of one output, over several listings, in order."""
+    return [entry.object for entry in read_listing(listings, output)]
+
+
+def write_listing(listing: Path, entries: Iterable[Entry]) -> None:
+    """Write a listing atomically."""
     rows = [HEADER, *((e.shard, e.output, e.path, e.sha256, str(e.bytes)) for e in entries)]
     sealed.write(listing, sealed.dump_table(rows), alone=True)
 
 
-def run(
-    listing: Path, shard: str, stage: Stage, names: dict[str, str], **kwargs: Any
+def run_shard(
+    stage: Stage, listing: Path, shard: str, outputs: Mapping[str, str], /, **arguments: Any
 ) -> list[Entry]:
-    """Run one shard's stage. `names`: output → its path below data/<dataset>."""
+    """Run a stage for one shard; the entries of its outputs.
+
+    `outputs`: output → its path below data/<dataset>, in which {} is the shard's name.
+    """
     dataset = listing.parent.parent
-    record: Record = stage(**kwargs, **{name: dataset / path for name, path in names.items()})
+    paths = {name: path.format(shard) for name, path in outputs.items()}
+    record = stage(**arguments, **{name: dataset / path for name, path in paths.items()})
+    files = record["outputs"]
     return [
-        Entry(shard, name, path, record["outputs"][name]["sha256"], record["outputs"][name]["size"])
-        for name, path in names.items()
+        Entry(shard, name, path, files[name]["sha256"], files[name]["size"])
+        for name, path in paths.items()
+    ]
+
+
+def run_shards(
+    stage: Stage,
+    listing: Path,
+    entries: Iterable[Entry],
+    outputs: Mapping[str, str],
+    inputs: Callable[[Entry], Mapping[str, Any]],
+    listed_as: Mapping[str, str] | None = None,
+    /,
+    **arguments: Any,
+) -> list[Entry]:
+    """Run a stage for the shard of each entry; the entries of all outputs.
+
+    `outputs` as for `run_shard`; `inputs` returns the arguments that depend on the shard;
+    `listed_as`: output → its name in the listing, where that is another one.
+    """
+    names = listed_as or {}
+    return [
+        replace(file, output=names.get(file.output, file.output))
+        for entry in entries
+        for file in run_shard(stage, listing, entry.shard, outputs, **inputs(entry), **arguments)
     ]

@@ -1,8 +1,7 @@
-"""Mixed: documents without what their attributes say is there already, by `dolma mix`.
+"""Removes duplicates and overlaps from documents, as their attributes say, with `dolma mix`.
 
-The toolkit writes every document anew, with its keys sorted. So its word is taken for which
-documents stay and for the text of those that were shortened; one that stays as it was is written
-byte for byte.
+The toolkit rewrites every document, with its keys sorted. So its output decides which documents
+stay, and has the text of those that were shortened; unchanged documents are copied byte for byte.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo.corpus.attributes import DUPLICATE, OVERLAP, PARAGRAPH, REASONS, Spans, read
-from olmo.corpus.documents import DROPPED, TRAIN, parse, size_in_utf8
-from olmo.corpus.dolma import Dolma, scratch_beside, time_limit
+from olmo.corpus.attributes import read_attributes
+from olmo.corpus.dedupe import DUPLICATE, OVERLAP, PARAGRAPH, REASONS, Spans
+from olmo.corpus.documents import DROPPED, TRAIN, parse_document, size_in_utf8
+from olmo.corpus.dolma import Dolma, open_dolma, scratch_beside, time_limit
+from olmo.corpus.listing import read_listing, run_shards, write_listing
 from olmo.corpus.tokens import PARQUET
 from olmo.io import gz
 from olmo.runtime.log import log
@@ -25,8 +26,40 @@ if TYPE_CHECKING:
     import polars
 
 REMOVED = ("removed_paragraphs", "removed_bytes")
-# What becomes of a document: its new row, or why it goes; bytes; spans and bytes removed.
+# What happens to a document: its new row, or the reason of its drop; bytes left; spans and bytes
+# removed.
 Change = tuple[int | None, str | None, int, int, int]
+
+
+def batch(
+    documents: Path,
+    attributes: Path,
+    listing: Path,
+    requirements: Path,
+    environment: Path | None = None,
+) -> None:
+    """Remove from a batch's documents what the attributes mark; its held-out documents stay.
+
+    The listing has the same outputs as that of `olmo documents`. Otherwise as `olmo tokens`.
+    """
+    marks = {entry.shard: entry.object for entry in read_listing([attributes], "attributes")}
+    tables = {entry.shard: entry.object for entry in read_listing([documents], "table")}
+    with open_dolma(requirements, environment) as dolma:
+        entries = run_shards(
+            mixed,
+            listing,
+            read_listing([documents], "documents"),
+            {"mixed": "mixed/{}.json.gz", "mixed_table": "mixed/{}.parquet"},
+            lambda entry: {
+                "documents": entry.object,
+                "table": tables[entry.shard],
+                "attributes": marks[entry.shard],
+            },
+            {"mixed": "documents", "mixed_table": "table"},
+            toolkit=dolma.toolkit,
+            dolma=dolma,
+        )
+    write_listing(listing, [*entries, *read_listing([documents], "heldout")])
 
 
 @stage(version=1, conditions=gz.conditions)
@@ -39,25 +72,25 @@ def mixed(
     toolkit: str,
     dolma: Free[Dolma],
 ) -> Facts:
-    """Take out of one file of training documents what `attributes` (of that stage) tells.
+    """Remove from one file of training documents what `attributes` (of that stage) marks.
 
     `mixed_table` is `table` with these documents dropped, for the reasons overlap, duplicate and
     duplicate-paragraph (no line is left), and two more columns: removed_paragraphs (how many
     spans of lines) and removed_bytes of each document.
 
-    Raises ValueError where what the toolkit gives is not what the attributes say.
+    Raises ValueError where the toolkit's output does not agree with the attributes.
     """
     import polars
 
     before = polars.read_parquet(table)
     train = before.filter(polars.col("split") == TRAIN).sort("row")
-    told = list(read(attributes))
-    if len(told) != train.height:
+    marks = list(read_attributes(attributes))
+    if len(marks) != train.height:
         raise ValueError(
-            f"expected attributes of {train.height:,} documents, found {len(told):,}: make the "
+            f"expected attributes of {train.height:,} documents, found {len(marks):,}: make the "
             "attributes of these documents"
         )
-    if not any(told):
+    if not any(marks):
         shutil.copyfile(documents, mixed)
         sizes = train["bytes"].to_list()
         changes: list[Change] = [(row, None, size, 0, 0) for row, size in enumerate(sizes, 1)]
@@ -66,7 +99,7 @@ def mixed(
             for name, path in {"documents": documents, "attributes/dedupe": attributes}.items():
                 (folder / "in" / name).mkdir(parents=True)
                 os.symlink(os.path.realpath(path), folder / "in" / name / "documents.gz")
-            said = dolma.ask(
+            messages = dolma.request(
                 "mix",
                 time_limit(int(train["bytes"].sum())),
                 folder=str(folder),
@@ -75,13 +108,16 @@ def mixed(
                 exclude=[OVERLAP, DUPLICATE],
                 cut=[PARAGRAPH],
             )
-            made = folder / "mixed" / "documents" / "documents.gz"
-            if not made.exists():
-                log.info(said)
-                raise ValueError("the toolkit mixed no documents; what it said stands above")
+            rewritten = folder / "mixed" / "documents" / "documents.gz"
+            if not rewritten.exists():
+                log.info(messages)
+                raise ValueError(
+                    "expected mixed documents from the toolkit, found none; its messages stand "
+                    "above"
+                )
             places = [f"{file}:{line}" for file, line in train.select("file", "line").iter_rows()]
-            changes = checked(documents, made, mixed, told, places)
-    after = with_changes(before, changes)
+            changes = write_kept(documents, rewritten, mixed, marks, places)
+    after = apply_changes(before, changes)
     after.write_parquet(mixed_table, **PARQUET)
     kept = after.filter(polars.col("split") == TRAIN)
     reasons = Counter(change[1] for change in changes if change[1] is not None)
@@ -94,50 +130,58 @@ def mixed(
     }
 
 
-def checked(
-    documents: Path, made: Path, mixed: Path, told: list[dict[str, Spans]], places: list[str]
+def write_kept(
+    documents: Path, rewritten: Path, mixed: Path, marks: list[dict[str, Spans]], places: list[str]
 ) -> list[Change]:
-    """Write what stays, and tell what becomes of each document, which came from file:line.
+    """Write the documents that stay to `mixed`; what happened to each, in order.
 
-    Raises ValueError unless `made` has every document that stays, in order, each with its own
-    text or, of what the attributes cut, with what is left of it.
+    `rewritten` is the toolkit's output, `places` has file:line of each document.
+
+    Raises ValueError unless `rewritten` has every document that stays, in order, each with its own
+    text or, where the attributes cut it, with a text of the right length.
     """
     changes: list[Change] = []
-    stay = 0
-    with gz.reading(documents) as lines, gz.reading(made) as others, gz.writing(mixed) as output:
-        for number, (line, spans) in enumerate(zip(lines, told, strict=True), 1):
-            identity, text, _ = parse(line)
+    row = 0
+    with (
+        gz.reading(documents) as lines,
+        gz.reading(rewritten) as others,
+        gz.writing(mixed) as output,
+    ):
+        for place, line, spans in zip(places, lines, marks, strict=True):
+            identity, text, _ = parse_document(line)
             assert text is not None
             size = size_in_utf8(text)
             if reason := next((REASONS[k] for k in (OVERLAP, DUPLICATE) if k in spans), None):
                 changes.append((None, reason, size, 0, 0))
                 continue
             cuts = spans.get(PARAGRAPH, [])
-            gone = sum(min(int(end), len(text)) - int(start) for start, end, _ in cuts)
+            removed = sum(min(int(end), len(text)) - int(start) for start, end, _ in cuts)
             other = next(others, b"")
-            found, left, _ = parse(other)
-            wanted = len(text) - gone
-            right = left is not None and (len(left) == wanted if cuts else left == text)
-            if found != identity or not right:
+            found, left, _ = parse_document(other)
+            expected = len(text) - removed
+            is_right = left is not None and (len(left) == expected if cuts else left == text)
+            if found != identity or not is_right:
                 raise ValueError(
-                    f"{places[number - 1]} ({identity}): expected {wanted:,} characters of its "
-                    f"text from the toolkit, found {other[:200]!r}"
+                    f"{place} ({identity}): expected {expected:,} characters of its text from the "
+                    f"toolkit, found {other[:200]!r}"
                 )
             assert left is not None
-            less = size - size_in_utf8(left)
+            removed_bytes = size - size_in_utf8(left)
             if not left or left.isspace():
                 changes.append((None, REASONS[PARAGRAPH], size, len(cuts), size))
                 continue
-            stay += 1
+            row += 1
             output.write(other if cuts else line)
-            changes.append((stay, None, size - less, len(cuts), less))
+            changes.append((row, None, size - removed_bytes, len(cuts), removed_bytes))
         if more := next(others, b""):
-            raise ValueError(f"expected {stay:,} documents from the toolkit, then {more[:200]!r}")
+            raise ValueError(
+                f"expected {row:,} documents from the toolkit, found one more: {more[:200]!r}"
+            )
     return changes
 
 
-def with_changes(before: polars.DataFrame, changes: list[Change]) -> polars.DataFrame:
-    """A documents' table after what `checked` tells of its training documents, in their order."""
+def apply_changes(before: polars.DataFrame, changes: list[Change]) -> polars.DataFrame:
+    """A documents' table after the changes of its training documents, given in their order."""
     import polars
 
     number = polars.UInt64
@@ -146,10 +190,10 @@ def with_changes(before: polars.DataFrame, changes: list[Change]) -> polars.Data
     schema |= {name: number for name in REMOVED}
     changed = polars.DataFrame(rows, schema, orient="row").with_columns(split=polars.lit(TRAIN))
     joined = before.join(changed, on=["split", "row"], how="left", maintain_order="left")
-    goes, train = polars.col("why").is_not_null(), polars.col("split") == TRAIN
+    is_dropped, is_train = polars.col("why").is_not_null(), polars.col("split") == TRAIN
     return joined.with_columns(
-        split=polars.when(goes).then(polars.lit(DROPPED)).otherwise("split"),
-        row=polars.when(train).then("new").otherwise("row"),
-        bytes=polars.when(train).then("left").otherwise("bytes"),
-        reason=polars.when(goes).then("why").otherwise("reason"),
+        split=polars.when(is_dropped).then(polars.lit(DROPPED)).otherwise("split"),
+        row=polars.when(is_train).then("new").otherwise("row"),
+        bytes=polars.when(is_train).then("left").otherwise("bytes"),
+        reason=polars.when(is_dropped).then("why").otherwise("reason"),
     ).select(*before.columns, *(polars.col(name).fill_null(0) for name in REMOVED))

@@ -1,9 +1,9 @@
-"""The order in which a run sees its instances, and its inverse, as stages."""
+"""The order in which a run sees its instances, and the inverse of it, as stages."""
 
 from contextlib import suppress
 from pathlib import Path
 
-from olmo.corpus.listing import read
+from olmo.corpus.listing import read_listing
 from olmo.data.files import bytes_per_token
 from olmo.data.order import global_indices, invert_order, read_order, write_order
 from olmo.store.stage import Facts, Input, Output, stage
@@ -17,36 +17,36 @@ def order(
     dtype: str = "uint16",
     epoch: int = 0,
 ) -> None:
-    """The order in which a run sees its instances: a shuffle that depends on their number.
+    """Shuffle the instances that a run sees; the order depends on their number alone.
 
-    `epoch` is that in which the run begins; the trainer makes the orders of later ones.
+    `epoch` is the one in which the run begins; the trainer computes the orders of later epochs.
     """
     width = bytes_per_token(dtype)
-    sizes = [entry.bytes for entry in read(tokens, "tokens")]
+    sizes = [entry.bytes for entry in read_listing(tokens, "tokens")]
     instances = sum(size // (width * sequence_length) for size in sizes)
     if instances == 0:
         raise ValueError(
             f"expected at least one instance of {sequence_length} tokens, found {sum(sizes)} "
-            f"bytes in {len(sizes)} shards, none as long as that; give more documents (a smaller "
-            "documents.keep_one_in), or a smaller model.max_sequence_length"
+            f"bytes in {len(sizes)} shards, each shorter than that; use more documents (a smaller "
+            "documents.keep_one_in) or a smaller model.max_sequence_length"
         )
     global_order(order=order, instances=instances, seed=seed, epoch=epoch)
-    # OLMo's README maps it with mode="r+", which reads it only. Its owner may; should anything be
-    # written into it, its time is no more the store's, and what is wrong with it is found on use.
-    with suppress(PermissionError):  # another user's
+    # OLMo's README maps it with mode="r+", though it only reads it, so its owner may write. The
+    # store notices a written object by its time and checks it on the next use.
+    with suppress(PermissionError):  # another user owns it
         order.chmod(0o644)
 
 
 @stage(version=1)
 def global_order(order: Output, instances: int, seed: int, epoch: int = 0) -> Facts:
-    """global_indices.npy of one epoch, without what depends on the world size."""
+    """Write global_indices.npy of one epoch, before anything that depends on the world size."""
     write_order(global_indices(instances, seed, epoch), order)
     return {"instances": instances}
 
 
 @stage(version=1)
 def positions(order: Input, positions: Output) -> Facts:
-    """The inverse of an order: for each instance its position, raw uint32, as the order is."""
+    """Write the inverse of an order: each instance's position, raw uint32 like the order."""
     found = invert_order(read_order(order))
     write_order(found, positions)
     return {"instances": len(found)}

@@ -1,4 +1,4 @@
-"""What a data set holds: documents, bytes, tokens, lengths and drops, per source and in all."""
+"""Statistics of a data set: documents, bytes, tokens, lengths and drops, per source and in all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olmo.corpus.documents import DROPPED, HELDOUT, TRAIN
-from olmo.corpus.listing import read
+from olmo.corpus.listing import read_objects
 from olmo.corpus.tokens import PARQUET
 from olmo.runtime.log import log
 from olmo.store.stage import Facts, Inputs, Output, stage
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     import polars
 
 ALL = "in all"
-CUT = "cut"  # documents that stay, and what was taken out of them
+CUT = "cut"  # documents that stay, but without some of their lines
 
 
 def batch(documents: list[Path], tokens: list[Path], summary: Path, text: Path) -> None:
-    """What a data set holds, as a table for programs and one for people, which is told."""
+    """Write the statistics of a data set, as a parquet table and as text, which is logged."""
     statistics(
-        tables=[entry.object for entry in read(documents, "table")],
-        tokens=[entry.object for entry in read(tokens, "index")],
-        heldout=[entry.object for entry in read(tokens, "heldout-index")],
+        tables=read_objects(documents, "table"),
+        tokens=read_objects(tokens, "index"),
+        heldout=read_objects(tokens, "heldout-index"),
         summary=summary,
         text=text,
     )
@@ -38,11 +38,11 @@ def statistics(
 
     `summary` (parquet) has a row per file and split, and per file and reason of drops: documents,
     bytes (of text), tokens, bytes_per_token, and the shortest, median, 99th percentile and longest
-    document in tokens; then the same for the whole, under the file "in all". The split "cut" tells
-    how many documents lost lines that are duplicates, and so many bytes. `text` is the table as a
-    person reads it.
+    document in tokens; then the same for all files together, under the file "in all". The split
+    "cut" has how many documents lost duplicate lines, and how many bytes. `text` is the same table,
+    aligned.
 
-    Raises ValueError where documents and token shards do not tell of the same documents.
+    Raises ValueError where the documents' tables and the token shards have other documents.
     """
     import polars
 
@@ -51,19 +51,19 @@ def statistics(
         for split, paths in ((TRAIN, tokens), (HELDOUT, heldout))
         for path in paths
     ]
-    # Conversations may be left out when they are tokenized; documents are not.
-    indexed = polars.concat([with_reason(shard) for shard in shards])
+    # The stage `instructions` may drop conversations; `tokens` drops no document.
+    indexed = polars.concat([add_reason(shard) for shard in shards])
     left_out = indexed.filter(polars.col("reason").is_not_null())
     lengths = indexed.filter(polars.col("reason").is_null()).drop("reason")
     rows = polars.concat([polars.scan_parquet(path) for path in tables])
     lost = left_out.select("file", split=polars.lit(DROPPED), reason="reason")
-    whole = {"file": polars.lit(ALL)}
-    kept = polars.concat([count_kept(lengths), count_kept(lengths.with_columns(**whole))])
+    in_all = {"file": polars.lit(ALL)}
+    kept = polars.concat([count_kept(lengths), count_kept(lengths.with_columns(**in_all))])
     dropped = polars.concat([rows.select("file", "split", "reason"), lost])
-    drops = polars.concat([count_drops(dropped), count_drops(dropped.with_columns(**whole))])
+    drops = polars.concat([count_drops(dropped), count_drops(dropped.with_columns(**in_all))])
     parts = [kept, drops]
     if "removed_bytes" in rows.collect_schema().names():
-        parts += [count_cut(rows), count_cut(rows.with_columns(**whole))]
+        parts += [count_cut(rows), count_cut(rows.with_columns(**in_all))]
     found = polars.concat(parts, how="diagonal").sort(
         polars.col("file") == ALL, "file", "split", "reason", descending=[False, False, True, False]
     )
@@ -78,7 +78,7 @@ def statistics(
             f"found {counted['documents'].sum():,}: make statistics of all shards of one data set"
         )
     frame.write_parquet(summary, **PARQUET)
-    text.write_text(as_text(frame), encoding="utf-8")
+    text.write_text(format_table(frame), encoding="utf-8")
     return {"files": len(tables)} | {
         split: frame.filter(file=ALL, split=split)
         .select("documents", "bytes", "tokens")
@@ -102,12 +102,12 @@ COLUMNS = (
 )
 
 
-def with_reason(shard: polars.LazyFrame) -> polars.LazyFrame:
-    """file, split, bytes, tokens and reason of a shard's table; of documents none is dropped."""
+def add_reason(shard: polars.LazyFrame) -> polars.LazyFrame:
+    """The file, split, bytes, tokens and reason of a shard's table; null without that column."""
     import polars
 
-    here = "reason" in shard.collect_schema().names()
-    reason = polars.col("reason") if here else polars.lit(None, polars.String)
+    has_reason = "reason" in shard.collect_schema().names()
+    reason = polars.col("reason") if has_reason else polars.lit(None, polars.String)
     tokens = polars.col("end") - polars.col("start")
     return shard.select("file", "split", "bytes", tokens=tokens, reason=reason)
 
@@ -142,7 +142,7 @@ def count_drops(rows: polars.LazyFrame) -> polars.LazyFrame:
 def count_cut(rows: polars.LazyFrame) -> polars.LazyFrame:
     import polars
 
-    from olmo.corpus.attributes import PARAGRAPH, REASONS
+    from olmo.corpus.dedupe import PARAGRAPH, REASONS
 
     return (
         rows.filter(polars.col("split") == TRAIN, polars.col("removed_paragraphs") > 0)
@@ -156,8 +156,8 @@ def count_cut(rows: polars.LazyFrame) -> polars.LazyFrame:
     )
 
 
-def as_text(frame: polars.DataFrame) -> str:
-    """A table of aligned columns; numbers with thousands separated, nothing where nothing is."""
+def format_table(frame: polars.DataFrame) -> str:
+    """A table with aligned columns and thousands separators; null is blank."""
 
     def cell(value: object) -> str:
         if value is None:

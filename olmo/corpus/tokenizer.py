@@ -1,4 +1,4 @@
-"""The tokenizer: given, or trained on the documents; and its agreement with a training config."""
+"""A data set's tokenizer, given or trained; and whether a training config agrees with it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,25 @@ from typing import Any
 
 from olmo.config import BaseConfig
 from olmo.config.strict import check_range
-from olmo.corpus.documents import parse
-from olmo.corpus.listing import read
+from olmo.corpus.documents import parse_document
+from olmo.corpus.listing import read_objects
 from olmo.io import file_kinds, gz
 from olmo.store.stage import Facts, Input, Inputs, Output, here, stage
 from olmo.store.store import sha256 as digest_of
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")  # ids 0 and 1
-# How the tokenizers in use name the token that ends a text, and the one that fills a batch.
+# Names of the end-of-text token and of the padding token in common tokenizers.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 PADDING = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
 
 
 @dataclass
 class TokenizerSection(BaseConfig):
-    """A given tokenizer (a file, a name on the hub, another data set's) or one trained on the
-    documents.
-    """
+    """A given tokenizer (a file, from the hub, another data set's), or one trained on documents."""
 
     file: str | None = None
     hub: str | None = None
-    dataset: str | None = None  # whose tokenizer it is; the ids below are then that one's
+    dataset: str | None = None  # another data set, with the same two ids below
     sha256: str | None = None
     train_vocab_size: int | None = None
     eos_token_id: int = 0
@@ -51,9 +49,9 @@ class TokenizerSection(BaseConfig):
 
 
 def batch(documents: list[Path], tokenizer: Path, config: TokenizerSection) -> None:
-    """The data set's tokenizer: trained on its documents, a file, or one from the hub."""
+    """Make the data set's tokenizer: train it on documents, or take a file or one from the hub."""
     if config.train_vocab_size is not None:
-        shards = [entry.object for entry in read(documents, "documents")]
+        shards = read_objects(documents, "documents")
         trained_tokenizer(documents=shards, tokenizer=tokenizer, vocab_size=config.train_vocab_size)
     elif config.file is not None:
         file, sha256 = Path(config.file), config.sha256
@@ -67,7 +65,7 @@ def batch(documents: list[Path], tokenizer: Path, config: TokenizerSection) -> N
 
 @stage(version=1)
 def trained_tokenizer(documents: Inputs, tokenizer: Output, vocab_size: int) -> Facts:
-    """Train a byte-level BPE on documents, as GPT-NeoX's and OLMo's tokenizers were.
+    """Train a byte-level BPE tokenizer on documents, like GPT-NeoX's and OLMo's.
 
     The special tokens get the ids 0, 1, …; the 256 bytes follow, then the merges. Texts are
     normalised by NFC. The same documents in the same order give the same file.
@@ -97,23 +95,23 @@ def trained_tokenizer(documents: Inputs, tokenizer: Output, vocab_size: int) -> 
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.post_processor = processors.ByteLevel(trim_offsets=True)
     model.decoder = decoders.ByteLevel()
-    model.train_from_iterator(texts(documents), trainer)
+    model.train_from_iterator(read_texts(documents), trainer)
     if model.get_vocab_size() != vocab_size:
         raise ValueError(
             f"vocab_size: expected {vocab_size:,} tokens, found {model.get_vocab_size():,}: these "
-            "documents have no more pairs to merge. Give more documents, or a smaller "
+            "documents have no more pairs to merge. Use more documents, or a smaller "
             "tokenizer.train_vocab_size in the recipe and the same model.vocab_size in the config"
         )
-    tokenizer.write_text(portable(model.to_str()), encoding="utf-8")
+    tokenizer.write_text(to_portable(model.to_str()), encoding="utf-8")
     return {"vocab_size": vocab_size, "tokenizers": tokenizers.__version__}
 
 
 @stage(version=1)
 def given_tokenizer(name: str, tokenizer: Output, sha256: str | None = None) -> Facts:
-    """Take a tokenizer from a URL or the hub: hf://allenai/OLMo-7B/tokenizer.json, https://…
+    """Download a tokenizer by any URL of cached-path: hf://allenai/OLMo-7B/tokenizer.json, https://…
 
-    Whatever cached-path resolves. Raises ValueError if it is not what `sha256` says, or is no
-    tokenizer. It is rewritten in the form that the tokenizing toolkit reads.
+    Rewrites it in the form that the tokenizing toolkit reads. Raises ValueError if it has another
+    sha256, or is no tokenizer.
     """
     try:
         from cached_path import cached_path
@@ -125,7 +123,7 @@ def given_tokenizer(name: str, tokenizer: Output, sha256: str | None = None) -> 
     found = digest_of(path)
     if sha256 is not None and found != sha256:
         raise ValueError(
-            f"{name}: expected sha256 {sha256}, found {found}. If the new file is wanted, write "
+            f"{name}: expected sha256 {sha256}, found {found}. If you want the new file, write "
             "its sha256 into the recipe"
         )
     return {"name": name, "source_sha256": found, **write_portable(path, name, tokenizer)}
@@ -133,26 +131,26 @@ def given_tokenizer(name: str, tokenizer: Output, sha256: str | None = None) -> 
 
 @stage(version=1)
 def local_tokenizer(source: Input, tokenizer: Output) -> Facts:
-    """Take a tokenizer from a file; otherwise as from a URL."""
+    """Take a tokenizer from a local file; otherwise as from a URL."""
     return write_portable(source, str(source), tokenizer)
 
 
-def texts(documents: list[Path]) -> Iterator[str]:
-    """The texts of the documents' files, in order."""
+def read_texts(documents: list[Path]) -> Iterator[str]:
+    """The texts of files of documents, in order."""
     for path in documents:
         with gz.reading(path) as lines:
             for number, line in enumerate(lines, 1):
-                _, text, reason = parse(line)
+                _, text, reason = parse_document(line)
                 if reason is not None or text is None:
                     raise ValueError(f"{path}:{number}: expected a document, found {reason}")
                 yield text
 
 
-def portable(content: str) -> str:
-    """A tokenizer's JSON with each merge as one string, as tokenizers before 0.20 read it.
+def to_portable(content: str) -> str:
+    """A tokenizer's JSON with each merge as one string, the format before tokenizers 0.20.
 
-    The toolkit's own tokenizers is 0.19.1, which knows no merges as pairs. A pair can be a string
-    only where no token holds a space; in a byte-level vocabulary none does.
+    The toolkit's tokenizers 0.19.1 cannot read merges as pairs. One string can represent a pair
+    only if no token has a space in it; in a byte-level vocabulary none has.
     """
     tokenizer = json.loads(content)
     merges = tokenizer["model"].get("merges", [])
@@ -168,7 +166,7 @@ def portable(content: str) -> str:
 
 
 def write_portable(source: Path, name: str, output: Path) -> dict[str, Any]:
-    """Check a given tokenizer and write it in the form that the toolkit reads; facts of it."""
+    """Check a given tokenizer and write it in the form that the toolkit reads; facts about it."""
     from tokenizers import Tokenizer
 
     content = file_kinds.text_of(source, name)
@@ -190,7 +188,7 @@ def write_portable(source: Path, name: str, output: Path) -> dict[str, Any]:
             f"{name}: expected dropout: null, found {settings['model']['dropout']}: the same text "
             "would not give the same tokens. Set it to null in the file"
         )
-    text = portable(content)
+    text = to_portable(content)
     if text == content:
         shutil.copyfile(source, output)
     else:
@@ -198,7 +196,7 @@ def write_portable(source: Path, name: str, output: Path) -> dict[str, Any]:
     return {"vocab_size": vocab_size}
 
 
-def disagreements(
+def find_mismatches(
     tokenizer: Path,
     eos_token_id: int,
     pad_token_id: int,
@@ -206,13 +204,13 @@ def disagreements(
     embedding_size: int | None = None,
     dtype: str = "uint16",
 ) -> list[str]:
-    """Where a tokenizer and a training config do not fit, a sentence each."""
+    """The mismatches between a tokenizer and a training config, a sentence each."""
     import numpy as np
     from tokenizers import Tokenizer
 
     model = Tokenizer.from_file(str(tokenizer))
     size = model.get_vocab_size()
-    names = model.get_added_tokens_decoder()  # id → the token, for the added ones
+    added = model.get_added_tokens_decoder()  # id → token
     found = []
     if vocab_size != size:
         found.append(f"model.vocab_size: expected the tokenizer's {size:,}, found {vocab_size:,}")
@@ -223,21 +221,21 @@ def disagreements(
             f"found {rows:,}"
         )
     if largest > np.iinfo(dtype).max:
-        fits = "uint16" if largest < 2**16 else "uint32"  # as the tokens' stage writes them
+        fits = "uint16" if largest < 2**16 else "uint32"  # as the stage `tokens` writes them
         found.append(
             f"data.memmap_dtype: expected {fits}, in which ids to {largest:,} fit; found {dtype}"
         )
     expected = {"eos": END_OF_TEXT, "pad": PADDING}
     for kind, id in (("eos", eos_token_id), ("pad", pad_token_id)):
         known = [name for name in expected[kind] if model.token_to_id(name) is not None]
-        named = model.id_to_token(id)
-        if named in known or (kind == "pad" and id == eos_token_id):
+        token = model.id_to_token(id)
+        if token in known or (kind == "pad" and id == eos_token_id):
             continue
         if known:
             wanted = " or ".join(f"{model.token_to_id(name)} ({name})" for name in known)
-            found.append(f"model.{kind}_token_id: expected {wanted}, found {id} ({named})")
-        elif id not in names:
-            found.append(f"model.{kind}_token_id: expected a special token, found {id} ({named})")
+            found.append(f"model.{kind}_token_id: expected {wanted}, found {id} ({token})")
+        elif id not in added:
+            found.append(f"model.{kind}_token_id: expected a special token, found {id} ({token})")
     return found
 
 
@@ -249,11 +247,13 @@ def check_tokenizer(
     embedding_size: int | None = None,
     dtype: str = "uint16",
 ) -> None:
-    """Raises ValueError where the tokenizer and a training config do not fit: before training."""
-    found = disagreements(tokenizer, eos_token_id, pad_token_id, vocab_size, embedding_size, dtype)
+    """Raises ValueError if a tokenizer and a training config do not match; before training."""
+    found = find_mismatches(
+        tokenizer, eos_token_id, pad_token_id, vocab_size, embedding_size, dtype
+    )
     if found:
         raise ValueError(
-            f"the tokenizer {tokenizer} and the training config do not fit:\n  "
+            f"the tokenizer {tokenizer} and the training config do not match:\n  "
             + "\n  ".join(found)
-            + "\nMend the config, or name the tokenizer that it was written for"
+            + "\nCorrect the config, or use the tokenizer that it was written for"
         )

@@ -1,12 +1,12 @@
-"""Token shards: every document, in its place, with a table of which tokens are whose.
+"""Token shards: the documents as token ids, in order, with a table of each document's range.
 
-Two engines make them, with the same bytes: `dolma`, the toolkit itself, and `fast`. A shard
-counts only if every document that went in came out.
+Two engines make them, with the same bytes: `dolma`, the toolkit itself, and `fast`. A shard is
+accepted only if it has every document that went in.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from olmo.config import BaseConfig
 from olmo.config.strict import check_range
 from olmo.corpus.documents import HELDOUT, MAX_BYTES_PER_BYTE, MAX_TOKENS, TRAIN
-from olmo.corpus.dolma import started
-from olmo.corpus.engine import Engine, Job
+from olmo.corpus.dolma import open_dolma
+from olmo.corpus.engine import Engine, TokenizeJob
 from olmo.corpus.fast import Fast
-from olmo.corpus.listing import read, run, write
+from olmo.corpus.listing import read_listing, run_shards, write_listing
 from olmo.runtime.log import log
-from olmo.store.stage import Facts, Free, Input, Output, stage
+from olmo.store.stage import Facts, Free, Input, Output, Stage, stage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,26 +30,22 @@ PARQUET: dict[str, Any] = {
     "compression_level": 3,
     "row_group_size": 1 << 17,
 }
-
-
-AS_SPECIAL, AS_TEXT = "as-special", "as-text"
+ENGINES = DOLMA, FAST = "dolma", "fast"
+SPECIAL_TOKENS = AS_SPECIAL, AS_TEXT = "as-special", "as-text"
 
 
 @dataclass
 class TokensSection(BaseConfig):
     """How documents become tokens; both engines give the same bytes."""
 
-    engine: str = "dolma"  # the toolkit itself, or `fast`
-    audit_share: float = 0.01  # of fast's files, tokenized by the toolkit as well and compared
-    special_tokens: str = AS_SPECIAL  # what looks like one in a text; or "as-text"
+    engine: str = DOLMA  # the toolkit itself, or `fast`
+    audit_share: float = 0.01  # of fast's files, which the toolkit tokenizes too, to compare
+    special_tokens: str = AS_SPECIAL  # what becomes of their names in a text; or "as-text"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("tokens.audit_share", self.audit_share, 0, 1)
-        for name, known in {
-            "engine": ("dolma", "fast"),
-            "special_tokens": (AS_SPECIAL, AS_TEXT),
-        }.items():
+        for name, known in {"engine": ENGINES, "special_tokens": SPECIAL_TOKENS}.items():
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"tokens.{name}: expected {' or '.join(known)}, found {getattr(self, name)!r}"
@@ -66,41 +62,53 @@ def batch(
     config: TokensSection,
     environment: Path | None = None,
 ) -> None:
-    """Token shards of a batch's documents and held-out documents, by one process of the toolkit.
+    """Tokenize a batch's documents, training and held-out ones, with one process of the toolkit.
 
     `environment` is what `olmo environment` made of `requirements`; without it, the toolkit is
     that of the `python` on PATH (`--sdm conda`).
     """
-    tables = {entry.shard: entry.object for entry in read(documents, "table")}
-    parts = {
-        TRAIN: ("documents", {"tokens": "tokens/{}.npy", "index": "tokens/{}.parquet"}),
-        HELDOUT: ("heldout", {"tokens": "heldout/{}.npy", "index": "heldout/{}.parquet"}),
-    }
-    entries = []
     # The toolkit starts when the first shard is not in the store.
-    with started(requirements, environment) as dolma:
-        engine = Fast(dolma, config.audit_share) if config.engine == "fast" else dolma
-        for split, (output, paths) in parts.items():
-            for entry in read(documents, output):
-                made = run(
-                    listing,
-                    entry.shard,
-                    tokens,
-                    {name: path.format(entry.shard) for name, path in paths.items()},
-                    documents=entry.object,
-                    table=tables[entry.shard],
-                    tokenizer=tokenizer,
-                    eos_token_id=eos_token_id,
-                    pad_token_id=pad_token_id,
-                    toolkit=engine.toolkit,
-                    engine=engine,
-                    split=split,
-                    special_tokens=config.special_tokens,
-                )
-                # The listing tells the held-out shards from the others by the output's name.
-                prefix = "" if split == TRAIN else "heldout-"
-                entries += [replace(file, output=prefix + file.output) for file in made]
-    write(listing, entries)
+    with open_dolma(requirements, environment) as dolma:
+        engine = Fast(dolma, config.audit_share) if config.engine == FAST else dolma
+        run_splits(
+            tokens,
+            documents,
+            listing,
+            {"tokens": "{}.npy", "index": "{}.parquet"},
+            tokenizer=tokenizer,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            toolkit=engine.toolkit,
+            engine=engine,
+            special_tokens=config.special_tokens,
+        )
+
+
+def run_splits(
+    stage: Stage, documents: list[Path], listing: Path, files: dict[str, str], **arguments: Any
+) -> None:
+    """Run a stage on the training, then on the held-out documents of each shard; write a listing.
+
+    `files`: output → its path below tokens/ or heldout/, in which {} is the shard's name. The
+    listing has the held-out outputs under names that begin with "heldout-".
+    """
+    tables = {entry.shard: entry.object for entry in read_listing(documents, "table")}
+    entries = []
+    for split, source, folder, prefix in (
+        (TRAIN, "documents", "tokens", ""),
+        (HELDOUT, "heldout", "heldout", "heldout-"),
+    ):
+        entries += run_shards(
+            stage,
+            listing,
+            read_listing(documents, source),
+            {output: f"{folder}/{file}" for output, file in files.items()},
+            lambda entry: {"documents": entry.object, "table": tables[entry.shard]},
+            {output: prefix + output for output in files},
+            split=split,
+            **arguments,
+        )
+    write_listing(listing, entries)
 
 
 @stage(version=1)
@@ -120,37 +128,35 @@ def tokens(
 ) -> Facts:
     """Tokenize one file of documents.
 
-    `tokens` gets raw little-endian uint16 (uint32 for more than 65,536 token ids), documents one
-    after the other in their order, each ended by the eos token. `index` (parquet) has a row per
-    document: start, end (its token range), id, file, line (in the source), bytes (of its text).
-    `table` is the table that the documents' stage made, `split` the part of it in `documents`.
-    What looks like a special token in a text becomes that token (`as-special`, the toolkit's way)
-    or stays text (`as-text`). `toolkit` is the engine's: an engine that runs changes no byte, but
-    its versions may.
+    `tokens` gets raw little-endian uint16 (uint32 for more than 65,536 token ids): the documents in
+    order, each with the eos token at its end. `index` (parquet) has a row per document: start, end
+    (its token range), id, file, line (in the source), bytes (of its text). `table` is that of the
+    documents' stage, `split` the split of it that `documents` has. The name of a special token
+    in a text becomes that token (`as-special`, the toolkit's way) or stays text (`as-text`).
+    `toolkit` is `engine.toolkit`: the versions of an engine can change bytes, its process cannot.
 
-    Raises ValueError for a document too long for `max_size`, and when what came out is not what
-    went in; ChildProcessError when the toolkit's process dies or takes too long.
+    Raises ValueError for a document too long for `max_size`, and when the documents that came out
+    are not those that went in; ChildProcessError when the toolkit's process dies or takes too long.
     """
-    import numpy as np
     import polars
 
-    assert toolkit == engine.toolkit and special_tokens in (AS_SPECIAL, AS_TEXT)
+    assert toolkit == engine.toolkit and special_tokens in SPECIAL_TOKENS
     expected = (
         polars.read_parquet(table)
         .filter(polars.col("split") == split)
         .sort("row")
         .select("row", "id", "file", "line", "bytes")
     )
-    refuse_long(expected, max_size)
-    vocab_size, special_names = vocabulary(tokenizer.read_bytes())
-    dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+    check_lengths(expected, max_size)
+    vocab_size, special_names = read_vocabulary(tokenizer.read_bytes())
+    dtype = token_dtype(vocab_size)
 
     text_bytes = int(expected["bytes"].sum())
     if expected.height == 0:
         tokens.write_bytes(b"")
         ranges = expected.select("row", "id", start="row", end="row")
     else:
-        job = Job(
+        job = TokenizeJob(
             documents=documents,
             tokenizer=tokenizer,
             tokens=tokens,
@@ -162,11 +168,11 @@ def tokens(
             max_size=max_size,
             special_as_text=special_tokens == AS_TEXT,
         )
-        ranges, said = engine.tokenize(job)
-        refuse_losses(expected, ranges, said)
+        ranges, messages = engine.tokenize(job)
+        check_complete(expected, ranges, messages)
 
     found = expected.with_columns(ranges["start"], ranges["end"])
-    counts = check_tokens(tokens, dtype, found["end"].to_numpy(), eos_token_id, vocab_size)
+    counts = count_token_ids(tokens, dtype, found["end"].to_numpy(), eos_token_id, vocab_size)
     found.select("start", "end", "id", "file", "line", "bytes").write_parquet(index, **PARQUET)
     special = {
         name: int(counts[id] - (found.height if id == eos_token_id else 0))
@@ -175,8 +181,9 @@ def tokens(
     special = {name: count for name, count in special.items() if count}
     for name, count in special.items():
         log.warning(
-            f"{found['file'][0]}: {name} stands {count} times in the text of documents and became "
-            f"that special token; in the recipe tokens: {{special_tokens: {AS_TEXT}}} keeps it text"
+            f"{found['file'][0]}: {name} occurs {count} times in the text of documents and became "
+            f"that special token; to keep it as text, set tokens: {{special_tokens: {AS_TEXT}}} in "
+            "the recipe"
         )
     return {
         "documents": found.height,
@@ -188,8 +195,8 @@ def tokens(
 
 
 @cache
-def vocabulary(tokenizer: bytes) -> tuple[int, dict[int, str]]:
-    """A tokenizer file's number of tokens, and its special ones by their ids."""
+def read_vocabulary(tokenizer: bytes) -> tuple[int, dict[int, str]]:
+    """The number of tokens of a tokenizer file, and its special tokens by id."""
     from tokenizers import Tokenizer
 
     model = Tokenizer.from_buffer(tokenizer)
@@ -197,11 +204,18 @@ def vocabulary(tokenizer: bytes) -> tuple[int, dict[int, str]]:
     return model.get_vocab_size(), {id: token.content for id, token in added if token.special}
 
 
-def refuse_long(expected: polars.DataFrame, max_size: int) -> None:
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest dtype that holds all token ids."""
+    import numpy as np
+
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def check_lengths(expected: polars.DataFrame, max_size: int) -> None:
     """Raises ValueError for a document that may have `max_size` tokens or more.
 
-    The toolkit never splits a document, and writes empty files for ever looking for one in which
-    it has room.
+    The toolkit never splits a document. It would write empty files forever, looking for one with
+    enough room.
     """
     import polars
 
@@ -214,25 +228,25 @@ def refuse_long(expected: polars.DataFrame, max_size: int) -> None:
         )
 
 
-def refuse_losses(expected: polars.DataFrame, found: polars.DataFrame, said: str) -> None:
-    """Raises ValueError unless the toolkit gave every document, once, under its id."""
+def check_complete(expected: polars.DataFrame, found: polars.DataFrame, messages: str) -> None:
+    """Raises ValueError unless the toolkit returned every document, once, under its id."""
     if expected.select("row", "id").equals(found.select("row", "id")):
         return
     lost = expected.join(found, on=["row", "id"], how="anti")
     gained = found.join(expected, on=["row", "id"], how="anti")
     places = [f"{row['file']}:{row['line']}" for row in lost.head(10).iter_rows(named=True)]
-    log.info(said)
+    log.info(messages)
     raise ValueError(
         f"expected {expected.height:,} documents from the toolkit, found {found.height:,}: "
-        f"{lost.height:,} lost ({', '.join(places)}), {gained.height:,} that were not asked for; "
-        "what it said stands above"
+        f"{lost.height:,} lost ({', '.join(places)}), {gained.height:,} unexpected; its output is "
+        "above"
     )
 
 
-def check_tokens(
+def count_token_ids(
     tokens: Path, dtype: np.dtype, ends: np.ndarray, eos_token_id: int, vocab_size: int
 ) -> np.ndarray:
-    """How often each token id occurs. Raises ValueError for a shard that cannot be right."""
+    """How often each token id occurs, (vocab_size,). Raises ValueError for an invalid shard."""
     import numpy as np
 
     counts = np.zeros(vocab_size, np.int64)

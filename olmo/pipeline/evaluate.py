@@ -12,7 +12,7 @@ from typing import Any
 
 from olmo.config import TrainConfig
 from olmo.corpus.docstrings import DATASET, stdlib_docstrings
-from olmo.corpus.listing import read
+from olmo.corpus.listing import read_listing
 from olmo.corpus.stdlib import library_digest
 from olmo.inspect.documents import digest_of, shards
 from olmo.pipeline.recipe import EvaluationConfig
@@ -34,7 +34,7 @@ def heldout(
     known = shards(here())
     cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
     ours = map(digest_of, cfg.data.paths or [])
-    theirs = [entry.sha256 for entry in read(tokens, "heldout-tokens")]
+    theirs = [entry.sha256 for entry in read_listing(tokens, "heldout-tokens")]
     for digest in (known[name].tokenizer.name for name in (*ours, *theirs) if name in known):
         named.setdefault(digest, f"{digest[:12]}…")
     if len(named) > 1:
@@ -44,7 +44,7 @@ def heldout(
             + ". Give the recipe `tokenizer: {file: …}` of the run's, or take the data set out of "
             "`heldout`"
         )
-    heldout = [entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes]
+    heldout = [entry.object for entry in read_listing(tokens, "heldout-tokens") if entry.bytes]
     if not heldout:
         raise ValueError(
             f"expected held-out documents, found none in {len(tokens)} listings, as "
@@ -55,7 +55,8 @@ def heldout(
         model=checkpoint / "model.safetensors",
         config=checkpoint / "config.yaml",
         heldout=heldout,
-        labels=[entry.object for entry in read(tokens, "heldout-labels") if entry.bytes] or None,
+        labels=[entry.object for entry in read_listing(tokens, "heldout-labels") if entry.bytes]
+        or None,
         results=results,
         checkpoint=checkpoint,
     )

@@ -163,7 +163,9 @@ class Plan:
     def decontamination_files(self, dataset: str) -> list[str]:
         """The files that a data set is decontaminated against."""
         section, key = self.recipe(dataset).decontaminate, "decontaminate.against"
-        found = source_table.local(section.against if section else [], recipe_path(dataset), key)
+        found = source_table.find_local_files(
+            section.against if section else [], recipe_path(dataset), key
+        )
         self._report_files(dataset, key, found)
         return [source.place for source in found]
 

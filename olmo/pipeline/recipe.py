@@ -10,7 +10,7 @@ from pathlib import Path
 from olmo.cluster.launch import Geometry
 from olmo.config import BaseConfig, TrainConfig
 from olmo.config.strict import check_range, non_default_fields
-from olmo.corpus.dedupe import DecontaminateSection, DedupeSection
+from olmo.corpus.attributes import DecontaminateSection, DedupeSection
 from olmo.corpus.documents import DocumentsSection
 from olmo.corpus.instructions import InstructionsSection
 from olmo.corpus.sources import SourcesSection
@@ -35,7 +35,7 @@ class Recipe(BaseConfig):
         super().__post_init__()
         if self.instructions and (self.dedupe or self.decontaminate):
             raise ValueError("dedupe and decontaminate are for documents, not for instructions")
-        if self.dedupe and self.documents.repeats():
+        if self.dedupe and self.documents.has_repeats():
             raise ValueError(
                 "dedupe: documents.weights has one above 1, but every copy would be a duplicate; "
                 "take one of them out"

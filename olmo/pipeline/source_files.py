@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from olmo.corpus import source_table
-from olmo.corpus.source_table import Source, quoted
+from olmo.corpus.source_table import Source, quote
 from olmo.corpus.sources import SourcesSection
 from olmo.pipeline.recipe import Recipe, recipe_path
 
@@ -29,9 +29,9 @@ def find_sources(dataset: str, recipe: Recipe, is_tokenized: bool) -> list[Sourc
         if count:
             return [Source(f"{kind}-{i:02d}", f"{kind}:{i}/{count}") for i in range(count)]
     if is_tokenized:
-        return source_table.named([Source("", place) for place in sources.files])
+        return source_table.assign_names([Source("", place) for place in sources.files])
     if sources.files:
-        return source_table.local(sources.files, recipe_path(dataset), "sources.files")
+        return source_table.find_local_files(sources.files, recipe_path(dataset), "sources.files")
     table = source_table_path(dataset, sources)
     if not table.exists():
         if sources.table:
@@ -39,7 +39,7 @@ def find_sources(dataset: str, recipe: Recipe, is_tokenized: bool) -> list[Sourc
         raise ValueError(
             f"{dataset}: its list must be downloaded first: uv run snakemake --cores 2 {table}"
         )
-    return source_table.read(table)
+    return source_table.read_table(table)
 
 
 def check_weights(dataset: str, recipe: Recipe, sources: list[Source]) -> None:
@@ -77,7 +77,7 @@ def source_flags(dataset: str, recipe: Recipe, sources: list[Source]) -> str:
     for source in sources:
         place = source.place
         mirrors = [b + place.removeprefix(a) for a, b in beginnings if place.startswith(a)]
-        words.append("#".join([f"{source.name}={quoted(place)}", *map(quoted, mirrors)]))
+        words.append("#".join([f"{source.name}={quote(place)}", *map(quote, mirrors)]))
     if section.table or section.url_list:
         words += ["--table", str(source_table_path(dataset, section))]
     words += ["--allow-missing"] * section.allow_missing

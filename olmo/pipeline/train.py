@@ -11,7 +11,7 @@ from typing import Any
 from olmo.cluster.launch import Geometry, launch
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
 from olmo.config.identity import identity
-from olmo.corpus.listing import read
+from olmo.corpus.listing import read_listing
 from olmo.corpus.tokenizer import check_tokenizer
 from olmo.runtime.numbers import as_words, to_json
 from olmo.store.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage
@@ -57,8 +57,8 @@ def train(
         cfg.data.memmap_dtype,
     )
     training(
-        tokens=[entry.object for entry in read(tokens, "tokens")],
-        labels=[entry.object for entry in read(tokens, "labels")] or None,
+        tokens=[entry.object for entry in read_listing(tokens, "tokens")],
+        labels=[entry.object for entry in read_listing(tokens, "labels")] or None,
         order=order,
         start=None if start is None else parts_of(start, cfg),
         after=None if after is None else [after / name for name in STATE],
@@ -67,7 +67,7 @@ def train(
         final=final,
         attempt=final.parent / "run",
         cfg=cfg,
-        heldout=[entry.object for entry in read(tokens, "heldout-tokens") if entry.bytes],
+        heldout=[entry.object for entry in read_listing(tokens, "heldout-tokens") if entry.bytes],
         heldout_labels=heldout_labels(tokens),
         geometry=Geometry(processes, nodes, min_nodes, max_restarts, cfg.global_train_batch_size),
     )
@@ -75,7 +75,7 @@ def train(
 
 def heldout_labels(tokens: list[Path]) -> list[Path] | None:
     """Which tokens of the held-out shards are learned; None where all are."""
-    return [entry.object for entry in read(tokens, "heldout-labels") if entry.bytes] or None
+    return [entry.object for entry in read_listing(tokens, "heldout-labels") if entry.bytes] or None
 
 
 def parts_of(checkpoint: Path, cfg: TrainConfig) -> list[Path]:

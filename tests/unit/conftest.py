@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from project import documents, write_source
 
-from olmo.corpus.dolma import Dolma, toolkit
-from olmo.corpus.environments import environment, interpreter
+from olmo.corpus.dolma import Dolma, pinned_toolkit
+from olmo.corpus.environments import environment, interpreter_path
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "envs" / "dolma.txt"
@@ -18,12 +18,12 @@ def python():
     path = ROOT / "environments" / "dolma.json"
     path.parent.mkdir(exist_ok=True)
     environment(requirements=REQUIREMENTS, environment=path)
-    return interpreter(path)
+    return interpreter_path(path)
 
 
 @pytest.fixture(scope="session")
 def dolma(python):
-    with Dolma(python, toolkit(REQUIREMENTS)) as dolma:
+    with Dolma(python, pinned_toolkit(REQUIREMENTS)) as dolma:
         yield dolma
 
 

@@ -114,7 +114,7 @@ def test_an_object_of_a_second_store_has_its_records_size(
 ) -> None:
     with pytest.raises(downloads.TooLong, match="expected 1,000 bytes at most"):
         Remote(endless).get("objects/ab/abc", tmp_path / "x", 1000)
-    monkeypatch.setattr(sources, "MOST_LIST", 1 << 20)
+    monkeypatch.setattr(sources, "MAX_URL_LIST_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="expected 1,048,576 bytes at most"):
         source_list(url=f"{endless}/list", table=Path("sources.tsv"))
     assert kept(tmp_path) < 10_000

@@ -56,7 +56,7 @@ def test_a_file_comes_from_a_bucket(s3, tmp_path, monkeypatch):
     status, said, listing = sources(tmp_path, s3, "s3://lab/a b/good.json.gz")
     assert status == 0, said
     monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
-    (entry,) = listings.read([listing], "source")
+    (entry,) = listings.read_listing([listing], "source")
     assert entry.object.read_bytes() == FILE
 
 
@@ -186,5 +186,5 @@ def test_a_file_comes_from_google_or_a_line_says_why_not(google, tmp_path, monke
     status, said, listing = sources(tmp_path, google, good)
     assert status == 0, said
     monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
-    (entry,) = listings.read([listing], "source")
+    (entry,) = listings.read_listing([listing], "source")
     assert entry.object.read_bytes() == FILE

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olmo.corpus.source_table import complete
+from olmo.corpus.source_table import complete_table
 from olmo.io.sealed import dump_table
 from olmo.pipeline.damage import Damage
 from olmo.pipeline.plan import Plan
@@ -79,7 +79,7 @@ def test_a_table_that_says_something_else_now_is_damage():
     listing = made("data/mine/sources/000.tsv", dump_table([HEADER, row]))
     made("data/mine/sources/a.json.gz")
     assert damage(table="table.tsv").missing("mine") == set()
-    complete(table, {"https://x/a.json.gz": (12, "a" * 64)})
+    complete_table(table, {"https://x/a.json.gz": (12, "a" * 64)})
     assert damage(table="table.tsv").missing("mine") == set()
     table.write_text(table.read_text().replace("a" * 64, "b" * 64))
     assert damage(table="table.tsv").missing("mine") == {

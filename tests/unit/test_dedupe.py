@@ -12,8 +12,8 @@ import polars
 import pytest
 
 from olmo.corpus import attributes as module
-from olmo.corpus import bloom
-from olmo.corpus.attributes import attributes, read
+from olmo.corpus import bloom, dedupe
+from olmo.corpus.attributes import attributes, read_attributes
 from olmo.corpus.documents import DocumentsSection, documents
 from olmo.corpus.dolma import Dolma
 from olmo.corpus.mixed import mixed
@@ -82,7 +82,7 @@ def tell(files, folder, dolma, **asked):
     assert not (folder / "progress").exists()
     found = {}
     for number, texts in enumerate((FIRST, SECOND)):
-        spans = read(folder / "attributes" / f"{number:05d}.gz")
+        spans = read_attributes(folder / "attributes" / f"{number:05d}.gz")
         found |= dict(zip(texts, spans, strict=True))
     return facts, found
 
@@ -98,32 +98,32 @@ def gone(found, kind):
 
 
 def test_a_filter_file_is_the_smallest_for_its_rate(tmp_path):
-    words, hashes = bloom.dimensions(1_000_000, 1e-6)
+    words, hashes = bloom.filter_dimensions(1_000_000, 1e-6)
     assert (words * 4, hashes) == (3_594_400, 20)
     share = (1 - (1 - 1 / (32 * words)) ** (hashes * 1_000_000)) ** hashes
     assert 0.9e-6 < share < 1.1e-6
     for name in ("one", "two"):
-        bloom.write(tmp_path / name, 1000, 1e-6)
+        bloom.write_filter(tmp_path / name, 1000, 1e-6)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    assert bloom.dimensions(0, 1e-6) == (1, 20)
+    assert bloom.filter_dimensions(0, 1e-6) == (1, 20)
 
 
 def test_exact_duplicates_and_copies_of_what_is_held_out(files, tmp_path, dolma):
     facts, found = tell(files, tmp_path, dolma, exact=True)
-    assert set(gone(found, module.DUPLICATE)) == {
+    assert set(gone(found, dedupe.DUPLICATE)) == {
         "a again",
         "held copy",
         "a once more",
         "asks again",
         "long again",
     }
-    assert not any(set(spans) - {module.DUPLICATE} for spans in found.values())
+    assert not any(set(spans) - {dedupe.DUPLICATE} for spans in found.values())
     assert facts["documents"] == 13 and facts["duplicate"] == 5
 
 
 def test_paragraphs_are_lines_and_blank_ones_stay(files, tmp_path, dolma):
     _, found = tell(files, tmp_path, dolma, paragraphs=True)
-    assert gone(found, module.PARAGRAPH) == {
+    assert gone(found, dedupe.PARAGRAPH) == {
         "b": ["A line that many have.\n"],
         "a again": ["A text.\n", "A line of its own.\n", "A line that many have."],
         "later": ["Only asks and later have this.\n", "Größer als 字."],
@@ -139,11 +139,11 @@ def test_overlap_is_an_n_gram_of_one_line(files, tmp_path, dolma):
     (tmp_path / "any").mkdir()
     (tmp_path / "half").mkdir()
     _, found = tell(files, tmp_path / "any", dolma, ngram=13)
-    assert set(gone(found, module.OVERLAP)) == {"asks", "asks again"}
-    [(_, _, share)] = found["asks"][module.OVERLAP]
+    assert set(gone(found, dedupe.OVERLAP)) == {"asks", "asks again"}
+    [(_, _, share)] = found["asks"][dedupe.OVERLAP]
     assert share == pytest.approx(1 / 4)
     _, found = tell(files, tmp_path / "half", dolma, ngram=13, overlap=0.5)
-    assert not gone(found, module.OVERLAP)
+    assert not gone(found, dedupe.OVERLAP)
 
 
 ALL = {"exact": True, "paragraphs": True, "ngram": 13}
@@ -157,8 +157,8 @@ def told(files, tmp_path_factory, dolma):
 
 def test_lines_of_documents_that_go_do_not_count_as_seen(told):
     (_, found), _ = told
-    assert "asks" in gone(found, module.OVERLAP)
-    assert gone(found, module.PARAGRAPH)["later"] == ["Größer als 字."]
+    assert "asks" in gone(found, dedupe.OVERLAP)
+    assert gone(found, dedupe.PARAGRAPH)["later"] == ["Größer als 字."]
 
 
 def test_what_stays_and_what_was_cut(files, told, tmp_path, dolma):
@@ -238,15 +238,15 @@ def test_equal_bytes_again_by_small_steps_and_after_a_kill(files, told, tmp_path
     assert contents(tmp_path / "again/attributes") == contents(folder)
     # Killed in the second step, it goes on after the first.
     with Dolma(python, dolma.toolkit) as killed:
-        asked = killed.ask
+        send = killed.request
 
-        def ask(verb, limit, **request):
+        def request(verb, limit, **arguments):
             if (tmp_path / "cut/progress/done-1").exists():
                 threading.Timer(0.0, os.kill, (killed.process.pid, signal.SIGKILL)).start()
-                return killed.answer(time.monotonic() + 60)
-            return asked(verb, limit, **request)
+                return killed.read_reply(time.monotonic() + 60)
+            return send(verb, limit, **arguments)
 
-        killed.ask = ask
+        killed.request = request
         with pytest.raises(ChildProcessError, match="SIGKILL"):
             tell(files, tmp_path / "cut", killed, **ALL, step_bytes=1)
     first = tmp_path / "cut/progress/00000.gz"
@@ -286,8 +286,11 @@ def test_what_the_toolkit_does_not_tell_fails_the_stage(files, tmp_path, dolma, 
 
 NESTED = "[" * 127 + "]" * 127
 ODD = {  # what `dolma tokens` reads and `dolma dedupe` does not
-    "more": ('{"id": "a", "text": "b", "more": 1e400}', "a number that no float holds"),
-    "whole": (f'{{"id": "a", "text": "b", "more": -{"9" * 400}}}', "a number that no float holds"),
+    "more": ('{"id": "a", "text": "b", "more": 1e400}', "a number that does not fit"),
+    "whole": (
+        f'{{"id": "a", "text": "b", "more": -{"9" * 400}}}',
+        "a number that does not fit into a float",
+    ),
     "deep": (f'{{"id": "a", "text": "b [[", "more": {NESTED}}}', "more than 127 lists and objects"),
 }
 
@@ -318,9 +321,9 @@ def test_what_dedupe_reads_is_not_refused():
         b'{"a": "[[[{ 1e999 \\" [["}',
         NESTED[1:-1].encode(),
     ):
-        assert module.unreadable(line) is None
-    assert module.unreadable(f'{{"a": {NESTED[1:-1]}}}'.encode()) is None
-    assert module.unreadable(f'{{"a": {NESTED}}}'.encode())
+        assert dedupe.find_unreadable(line) is None
+    assert dedupe.find_unreadable(f'{{"a": {NESTED[1:-1]}}}'.encode()) is None
+    assert dedupe.find_unreadable(f'{{"a": {NESTED}}}'.encode())
 
 
 def test_attributes_of_other_documents_are_refused(files, told, tmp_path, dolma):
@@ -359,7 +362,7 @@ def test_an_evaluation_set_without_a_document_is_told(files, tmp_path, dolma, ca
     empty.write_bytes(gzip.compress(b""))
     facts, _ = tell({**files, "against": empty}, tmp_path, dolma, ngram=13)
     assert facts["overlap"] == 0 and facts["against"] == 1
-    assert "1 files to decontaminate against hold no text" in capsys.readouterr().err
+    assert "expected text in 1 files to decontaminate against" in capsys.readouterr().err
 
 
 def test_an_evaluation_set_is_documents(files, tmp_path):

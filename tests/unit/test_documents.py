@@ -12,7 +12,7 @@ import polars
 import pytest
 import yaml
 
-from olmo.corpus.documents import REASONS, DocumentsSection, documents, parse
+from olmo.corpus.documents import REASONS, DocumentsSection, documents, parse_document
 from olmo.corpus.stdlib import definitions, stdlib
 from olmo.io import gz
 from olmo.pipeline.recipe import Recipe
@@ -126,7 +126,7 @@ def test_many_documents_of_the_empty_id_are_told(run, tmp_path, capsys):
     lines = [json.dumps({"id": "", "text": f"text {n}"}).encode() for n in range(50)]
     facts, _ = run(pack(tmp_path / "a.gz", lines), heldout_share=0.5)
     assert sorted((facts["documents"], facts["heldout"])) == [0, 50]
-    assert "50 lines have the empty id and one fate" in capsys.readouterr().err
+    assert "50 lines have an empty id" in capsys.readouterr().err
     run(pack(tmp_path / "a.gz", lines))
     run(pack(tmp_path / "a.gz", [lines[0], line(1)]), heldout_share=0.5)
     assert "empty id" not in capsys.readouterr().err
@@ -169,16 +169,16 @@ def test_a_bad_line_fails_the_stage_unless_its_reason_is_allowed(run, tmp_path, 
     "other", [b"", b'{"id": "a", "text": "b", "more": NaN}', b'\xef\xbb\xbf{"id": "a"}']
 )
 def test_what_is_nearly_json_is_no_document(other):
-    assert parse(other)[2] == "bad-json"
+    assert parse_document(other)[2] == "bad-json"
 
 
 def test_a_field_that_is_not_read_counts_too():
-    assert parse(b'{"id": "a", "text": "b", "more": "\xff"}')[2] == "not-utf8"
-    assert parse(b'{"id": "a", "text": "b", "more": "\\ud800"}')[2] == "surrogate"
+    assert parse_document(b'{"id": "a", "text": "b", "more": "\xff"}')[2] == "not-utf8"
+    assert parse_document(b'{"id": "a", "text": "b", "more": "\\ud800"}')[2] == "surrogate"
 
 
 def test_windows_line_ends_and_characters_beyond_the_first_plane_are_documents():
-    assert parse(b'{"id": "a", "text": "\\ud83d\\ude00"}\r\n') == ("a", "😀", None)
+    assert parse_document(b'{"id": "a", "text": "\\ud83d\\ude00"}\r\n') == ("a", "😀", None)
 
 
 @pytest.mark.parametrize(

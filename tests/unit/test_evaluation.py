@@ -15,7 +15,7 @@ from test_huggingface import OLMO2, checkpoint
 
 from olmo.config import TrainConfig
 from olmo.corpus.docstrings import DATASET, stdlib_docstrings
-from olmo.corpus.listing import Entry, write
+from olmo.corpus.listing import Entry, write_listing
 from olmo.eval.final import choices, perplexity
 from olmo.eval.harness import ask, write_task
 from olmo.eval.tasks import Task, requests, task_of
@@ -168,7 +168,9 @@ def test_the_error_of_a_held_out_loss(final: Path) -> None:
 
 
 def test_nothing_was_held_out(final: Path, tmp_path: Path) -> None:
-    write(tmp_path / "000.tsv", [Entry("a", "heldout-tokens", "heldout/a.npy", "0" * 64, 0)])
+    write_listing(
+        tmp_path / "000.tsv", [Entry("a", "heldout-tokens", "heldout/a.npy", "0" * 64, 0)]
+    )
     with pytest.raises(ValueError, match=r"expected held-out documents, found none in 1 listings"):
         heldout(final, [tmp_path / "000.tsv"], tmp_path / "heldout.json")
 
@@ -184,7 +186,7 @@ def test_another_tokenizers_held_out_tokens_are_refused(
         (theirs, "one tokenizer for the run and for the held-out documents, found two"),
         (ours, "expected held-out documents, found none"),  # in this listing, of 0 bytes
     ):
-        write(tmp_path / "000.tsv", [Entry("a", "heldout-tokens", "a.npy", tokens, 0)])
+        write_listing(tmp_path / "000.tsv", [Entry("a", "heldout-tokens", "a.npy", tokens, 0)])
         with pytest.raises(ValueError, match=message):
             heldout(tmp_path, [tmp_path / "000.tsv"], tmp_path / "heldout.json")
 

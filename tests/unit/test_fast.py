@@ -13,9 +13,15 @@ from tokenizers import pre_tokenizers as pre
 
 from olmo.corpus import fast
 from olmo.corpus.documents import DocumentsSection, documents
-from olmo.corpus.encoding import LONG_SPACE, NAMED_PATTERN, disqualifies, encoder, is_settled
+from olmo.corpus.encoding import (
+    GPT4_PATTERN,
+    MAX_SPACE_RUN,
+    is_stable,
+    make_encoder,
+    why_not_tiktoken,
+)
 from olmo.corpus.fast import Fast
-from olmo.corpus.tokenizer import portable, trained_tokenizer
+from olmo.corpus.tokenizer import to_portable, trained_tokenizer
 from olmo.corpus.tokens import tokens
 
 PROSE = [
@@ -43,7 +49,7 @@ def of_other_kinds():
     """Tokenizers to be trained: GPT-4's splitting, Llama's letters, BERT's words, T5's unigrams."""
     gpt4 = Tokenizer(models.BPE())
     by_bytes = pre.ByteLevel(add_prefix_space=False, use_regex=False)
-    gpt4.pre_tokenizer = pre.Sequence([pre.Split(Regex(NAMED_PATTERN), "isolated"), by_bytes])
+    gpt4.pre_tokenizer = pre.Sequence([pre.Split(Regex(GPT4_PATTERN), "isolated"), by_bytes])
     yield (
         "gpt4",
         gpt4,
@@ -98,15 +104,15 @@ def tokenizers(tmp_path_factory):
     model = Tokenizer.from_file(str(plain))
     model.add_tokens([AddedToken(" " * n, normalized=True) for n in range(24, 1, -1)])
     model.add_tokens([AddedToken(name, normalized=True) for name in NAMES[2:]])
-    olmo.write_text(portable(model.to_str()))
+    olmo.write_text(to_portable(model.to_str()))
     model.normalizer = None
     model.add_tokens([AddedToken("a b", normalized=False)])  # spaces cannot join the pattern
-    raw.write_text(portable(model.to_str().replace('"normalizer":{"type":"NFC"}', "")))
+    raw.write_text(to_portable(model.to_str().replace('"normalizer":{"type":"NFC"}', "")))
     found = {"plain": plain, "olmo": olmo, "raw": raw}
     for name, model, trainer in of_other_kinds():
         model.train_from_iterator([*PROSE * 3, *texts(1, 100)], trainer)
         found[name] = folder / f"{name}.json"
-        made = json.loads(portable(model.to_str()))  # Llama's bytes are tokens like others
+        made = json.loads(to_portable(model.to_str()))  # Llama's bytes are tokens like others
         made["added_tokens"] = [t for t in made["added_tokens"] if t["content"][:3] != "<0x"]
         found[name].write_text(json.dumps(made))
     return found
@@ -152,9 +158,9 @@ def test_the_engines_agree_on_text_of_all_kinds(tmp_path, tokenizers, dolma, nam
     if name != "unigram":  # whose pieces are the names themselves, special or not
         assert (NAMES[0] in facts["special_tokens_in_text"]) == (special_tokens == "as-special")
     content = tokenizers[name].read_text()
-    encode = encoder(content.encode(), special_tokens == "as-text")
+    encode = make_encoder(content.encode(), special_tokens == "as-text")
     assert all(encode(text) is not None for text in written), "none was left to the toolkit"
-    assert (disqualifies(json.loads(content), content) is None) == (name in BY_TIKTOKEN)
+    assert (why_not_tiktoken(json.loads(content), content) is None) == (name in BY_TIKTOKEN)
 
 
 def test_characters_on_which_editions_of_unicode_differ_go_to_the_toolkit(
@@ -163,7 +169,7 @@ def test_characters_on_which_editions_of_unicode_differ_go_to_the_toolkit(
     young = ["\u1c89", "\U0001e030", "\u08cf", "\U00011f02", "\U0001faef", "\U000323af", "\u0378"]
     written = ["plain", *(f"a\u0345{c}\u0327b 1{c}1 {c} {c}" for c in young), "the last 👍"]
     both(tmp_path, written, tokenizers["olmo"], dolma)
-    encode = encoder(tokenizers["olmo"].read_bytes(), False)
+    encode = make_encoder(tokenizers["olmo"].read_bytes(), False)
     assert [encode(text) is None for text in written] == [False, *[True] * len(young), False]
 
 
@@ -171,7 +177,7 @@ def test_characters_on_which_editions_of_unicode_differ_go_to_the_toolkit(
 def settled():
     """Texts of every settled character below U+3000, and of each 29th above, in company."""
     letters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    settled = [c for c in letters if is_settled(c)]
+    settled = [c for c in letters if is_stable(c)]
     assert len(settled) > 200_000
     sample = settled[:0x3000] + settled[0x3000::29]
 
@@ -190,14 +196,14 @@ def test_settled_characters_are_split_and_composed_as_by_the_toolkit(
 
 
 def test_a_run_of_space_that_breaks_the_library_goes_to_the_toolkit(tmp_path, tokenizers, dolma):
-    written = ["a" + " " * (LONG_SPACE + 1) + "b", "a" + " \n" * LONG_SPACE + "b", "c"]
-    encode = encoder(tokenizers["plain"].read_bytes(), False)
+    written = ["a" + " " * (MAX_SPACE_RUN + 1) + "b", "a" + " \n" * MAX_SPACE_RUN + "b", "c"]
+    encode = make_encoder(tokenizers["plain"].read_bytes(), False)
     assert [encode(text) is None for text in written] == [True, True, False]
     both(tmp_path, written, tokenizers["plain"], dolma)
 
 
 def test_an_audit_finds_a_token_that_is_wrong(tmp_path, tokenizers, dolma, monkeypatch):
-    encode = encoder(tokenizers["plain"].read_bytes(), False)
+    encode = make_encoder(tokenizers["plain"].read_bytes(), False)
     assert Fast(dolma, 0).toolkit.startswith("fast==2 tiktoken==")
 
     def tokenize(share):
@@ -220,7 +226,7 @@ def test_an_audit_finds_a_token_that_is_wrong(tmp_path, tokenizers, dolma, monke
 
     tokenize(share=1)
     monkeypatch.setattr(
-        fast, "encoder", lambda *_: lambda t: [5, 6] if t == "text 7" else encode(t)
+        fast, "make_encoder", lambda *_: lambda t: [5, 6] if t == "text 7" else encode(t)
     )
     tokenize(share=0)
     with pytest.raises(ValueError, match="failed its audit: document 'doc-7'"):
@@ -250,10 +256,10 @@ def merge_by_a_way_that_is_never_taken(tokenizer):
         (lambda t: t.update(normalizer={"type": "NFKC"}), "its normalizer is"),
         (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "its pre-tokenizer is"),
         (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "its pre-tokenizer is"),
-        (lambda t: t["added_tokens"][0].update(lstrip=True), "takes in its surroundings"),
+        (lambda t: t["added_tokens"][0].update(lstrip=True), "takes in the characters"),
         (swap_two_merges, "do not follow the order of its merges|is not there"),
-        (add_a_token_out_of_nothing, "not the bytes and what its merges make"),
-        (merge_by_a_way_that_is_never_taken, "its token ÿþý does not come out"),
+        (add_a_token_out_of_nothing, "not the bytes and the results"),
+        (merge_by_a_way_that_is_never_taken, "its token ÿþý is not what its own"),
     ],
 )
 def test_where_tiktoken_would_do_otherwise_it_is_not_asked(
@@ -262,7 +268,7 @@ def test_where_tiktoken_would_do_otherwise_it_is_not_asked(
     tokenizer = json.loads(tokenizers["plain"].read_text())
     change(tokenizer)
     content = json.dumps(tokenizer)
-    assert re.search(reason, str(disqualifies(tokenizer, content)))
+    assert re.search(reason, str(why_not_tiktoken(tokenizer, content)))
     (tmp_path / "tokenizer.json").write_text(content)
     both(tmp_path, [*PROSE, *texts(3, 100), "ÿþý"], tmp_path / "tokenizer.json", dolma)
 
@@ -278,4 +284,4 @@ def test_a_tokenizer_that_cannot_be_reproduced_is_refused(tokenizers, change, re
     tokenizer = json.loads(tokenizers["plain"].read_text())
     change(tokenizer)
     with pytest.raises(ValueError, match=f"cannot reproduce this tokenizer: .*({reason})"):
-        encoder(json.dumps(tokenizer).encode(), False)
+        make_encoder(json.dumps(tokenizer).encode(), False)

@@ -123,12 +123,12 @@ def test_stdin_and_too_long_a_text(say, monkeypatch: pytest.MonkeyPatch, capsys)
 
 
 def test_a_chat_s_prompt_is_a_conversation_up_to_the_answer(checkpoint: Path, say):
-    from olmo.corpus.instructions import encoded
+    from olmo.corpus.instructions import encode_conversations
 
     words = Tokenizer.from_file(checkpoint.parents[2] / "tokenizer.json", eos_token_id=0)
     talk = [("system", "Be brief."), ("user", " What is 1?\n"), ("assistant", "It is 1.")]
     for messages in (talk, talk[1:]):
-        [(_, (ids, labels))] = list(encoded([messages], words))
+        [(_, (ids, labels))] = list(encode_conversations([messages], words))
         system = "Be brief." if len(messages) == 3 else None
         assert prompt_ids(" What is 1?\n", words, True, system) == ids[: labels.index(True)]
     ids = prompt_ids("What is", words, chat=True)

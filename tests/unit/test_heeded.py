@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from olmo.config import TrainConfig
-from olmo.corpus.listing import Entry, write
+from olmo.corpus.listing import Entry, write_listing
 from olmo.corpus.order import order as order_command
 from olmo.data import order
 from olmo.pipeline.plan import Plan
@@ -147,7 +147,7 @@ def test_what_a_run_without_a_data_set_may_not_have_either() -> None:
 
 
 def test_the_order_is_that_of_the_epoch_in_which_the_run_begins() -> None:
-    write(Path("000.tsv"), [Entry("a", "tokens", "tokens/a.npy", "0" * 64, 2 * 1024 * 50)])
+    write_listing(Path("000.tsv"), [Entry("a", "tokens", "tokens/a.npy", "0" * 64, 2 * 1024 * 50)])
     words = shlex.split(plan("epoch", 2).order_flags("r"))
     flags = {k[2:].replace("-", "_"): v for k, v in zip(words[::2], words[1::2], strict=True)}
     numbers = {k: v if k == "dtype" else int(v) for k, v in flags.items()}

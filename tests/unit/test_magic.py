@@ -19,8 +19,8 @@ import pytest
 
 from olmo.corpus.conversations import local_conversations
 from olmo.corpus.documents import documents
-from olmo.corpus.source_table import read
-from olmo.corpus.sources import check, local_source
+from olmo.corpus.source_table import read_table
+from olmo.corpus.sources import check_source, local_source
 from olmo.corpus.tokenizer import local_tokenizer
 from olmo.io import file_kinds, gz
 
@@ -107,7 +107,7 @@ def test_what_is_no_gz_is_named_and_mended_by_what_is_told(
     assert made == file or not named_gz
     lines = gzip.decompress(made.read_bytes()).decode().splitlines()
     assert [json.loads(line) for line in lines] == ROWS
-    assert check(made, str(made), None, None) > 0
+    assert check_source(made, str(made), None, None) > 0
     kept = Path(f"{file}.orig") if named_gz else file
     assert kept.read_bytes() == content, "nothing is lost, whether the command works or not"
 
@@ -117,7 +117,7 @@ def test_at_a_url_it_is_named_too(tmp_path: Path, kind: str):
     (tmp_path / "draft").write_bytes(KINDS[kind][1]())
     said = f"expected gzip, found {KINDS[kind][0]}. Download it, make gz of it by `.* part.{kind} "
     with pytest.raises(ValueError, match=said):
-        check(tmp_path / "draft", f"https://a.org/x/part.{kind}?download=1", None, None)
+        check_source(tmp_path / "draft", f"https://a.org/x/part.{kind}?download=1", None, None)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_what_no_command_makes_gz_of_is_named(tmp_path: Path, content: bytes, fo
     file = tmp_path / "a.gz"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=f"found {found}") as raised:
-        check(file, str(file), None, None)
+        check_source(file, str(file), None, None)
     assert "Make" not in str(raised.value)
 
 
@@ -151,7 +151,7 @@ def test_plain_text_may_be_cut_within_a_character():
 def test_conversations_of_another_kind(tmp_path: Path, kind: str):
     file = tmp_path / f"talks.{kind}"
     file.write_bytes(KINDS[kind][1]())
-    said = f"expected conversations .* found {KINDS[kind][0]}.* Make gz of it by"
+    said = f"expected conversations .* found {KINDS[kind][0]}.* Convert it to gz with"
     with pytest.raises(ValueError, match=said) as raised:
         local_conversations.build(file=file, source=tmp_path / "source")
     obey(str(raised.value))
@@ -168,11 +168,11 @@ def test_small_files_of_text_in_another_encoding(tmp_path: Path, encoding: str, 
     table = "url\tbytes\tsha256\tlicence\nhttps://x/ä.gz\t12\t\t\n"
     file.write_bytes(table.encode(encoding))
     with pytest.raises(ValueError, match=f"a.tsv: expected text in UTF-8, found {found}") as raised:
-        read(file)
+        read_table(file)
     (command,) = re.findall("`(.*?)`", str(raised.value))
     mended = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, check=True).stdout
     file.write_bytes(mended)
-    assert [(source.place, source.bytes) for source in read(file)] == [("https://x/ä.gz", 12)]
+    assert [(source.place, source.bytes) for source in read_table(file)] == [("https://x/ä.gz", 12)]
     file.write_bytes("{}".encode(encoding))
     with pytest.raises(ValueError, match=f"a.tsv: expected text in UTF-8, found {found}"):
         local_tokenizer.build(source=file, tokenizer=tmp_path / "out")

@@ -12,7 +12,7 @@ from small_run import run, settings
 from test_huggingface import OLMO2, checkpoint
 
 from olmo.checkpoint.read import load
-from olmo.corpus.listing import Entry, write
+from olmo.corpus.listing import Entry, write_listing
 from olmo.eval.choices import score
 from olmo.eval.tasks import Request
 from olmo.pipeline.convert import convert
@@ -87,7 +87,9 @@ def test_a_diverged_checkpoint_is_measured(tmp_path: Path, monkeypatch: pytest.M
     settings(tmp_path)
     listing = tmp_path / "data/x/tokens/000.tsv"
     held = here().put(tmp_path / "heldout.npy")
-    write(listing, [Entry("a", "heldout-tokens", "heldout/a.npy", held["sha256"], held["size"])])
+    write_listing(
+        listing, [Entry("a", "heldout-tokens", "heldout/a.npy", held["sha256"], held["size"])]
+    )
     found = tmp_path / "heldout.json"
     heldout(tmp_path / "final", [listing], found)
     strictly(found.read_text().replace("\n", " "))

@@ -74,7 +74,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_the_readmes_snippet_maps_the_order_of_an_ordinary_user(place: Path) -> None:
     entry = listing.Entry("part-0", "tokens", "part-0.npy", "0" * 64, 2 * 8 * 100)
-    listing.write(Path("tokens.tsv"), [entry])
+    listing.write_listing(Path("tokens.tsv"), [entry])
     made = place / "checkpoints/small/global_indices.npy"
     order_command([Path("tokens.tsv")], made, sequence_length=8, seed=1)
     expected = order.read_order(made)[:].tolist()

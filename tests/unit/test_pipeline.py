@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olmo.corpus.arriving import asked
-from olmo.corpus.listing import Entry, write
+from olmo.corpus.ingest import parse_sources
+from olmo.corpus.listing import Entry, write_listing
 from olmo.corpus.order import order
-from olmo.corpus.source_table import Source, complete, named, read, safe
+from olmo.corpus.source_table import Source, assign_names, complete_table, read_table, safe_name
 from olmo.io import sealed
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.workspace import next_steps
@@ -85,7 +85,7 @@ def test_a_pattern_that_takes_nothing_or_too_much_is_refused():
     Path("data/mine/sources/part-0.json.gz").touch()
     for files, message in (
         (["in/**/*.jsonl"], r"names in/\*\*/\*.jsonl, which does not exist"),
-        (["**/*.json.gz"], "names data/mine/sources/part-0.json.gz, but data/mine/ is for what"),
+        (["**/*.json.gz"], "names data/mine/sources/part-0.json.gz, but data/mine/ is for outputs"),
         (["in"], "expected files, found the folder in; end the pattern"),
         (["https://x/a.json.gz"], "found the URL https://x/a.json.gz; download it first"),
     ):
@@ -100,9 +100,9 @@ def test_a_pattern_that_takes_nothing_or_too_much_is_refused():
 
 def test_names_of_files_alike_in_many_folders():
     deep = "1/2/3/4/5/6/7/x.gz"
-    found = named([Source("", f"{top}/{deep}") for top in "ab"])
+    found = assign_names([Source("", f"{top}/{deep}") for top in "ab"])
     assert [source.name for source in found] == ["a-1-2-3-4-5-6-7-x", "b-1-2-3-4-5-6-7-x"]
-    assert named([]) == [] and named([Source("", "https://host")])[0].name == "_"
+    assert assign_names([]) == [] and assign_names([Source("", "https://host")])[0].name == "_"
 
 
 def test_a_place_and_its_mirrors_are_parted_again():
@@ -111,18 +111,18 @@ def test_a_place_and_its_mirrors_are_parted_again():
     sources = {"files": ["in/a*"], "mirrors": mirrors, "allow_missing": True}
     words = shlex.split(plan(sources=sources).source_flags("mine", "000"))
     assert words[0] == "--sources" and words[2:] == ["--allow-missing"]
-    [file] = asked(words[1:2])
+    [file] = parse_sources(words[1:2])
     assert file.place == "in/a#1 100%.json.gz" and file.mirrors == ("https://b/##1 100%.json.gz",)
     with pytest.raises(ValueError, match="expected beginning=beginning, found 'x'"):
         plan(sources={"files": ["in/a*"], "mirrors": ["x"]}).recipe("mine")
 
 
 def test_names_are_safe_and_unlike():
-    assert safe("-rf.json.gz") == "rf" and safe("a b\n.jsonl.gz") == "a_b_"
-    assert safe("part-0-00000.npy") == "part-0-00000"
+    assert safe_name("-rf.json.gz") == "rf" and safe_name("a b\n.jsonl.gz") == "a_b_"
+    assert safe_name("part-0-00000.npy") == "part-0-00000"
 
     def names(*places: str) -> list[str]:
-        return [source.name for source in named([Source("", place) for place in places])]
+        return [source.name for source in assign_names([Source("", place) for place in places])]
 
     assert names("x/part-0.gz", "y/part-0.gz") == ["x-part-0", "y-part-0"]
     assert names("x/part-0.gz", "x/part-0.gz") == ["part-0", "part-0"]  # to be seen twice
@@ -136,14 +136,16 @@ TABLE = "url\tbytes\tsha256\tlicence\nhttps://x/a.json.gz\t12\t\todc-by\n"
 def test_a_table_is_completed_by_what_arrived(tmp_path: Path):
     path = tmp_path / "table.tsv"
     path.write_text(TABLE + f"https://x/b.json.gz\t\t{'b' * 64}\t\n")
-    complete(path, {"https://x/a.json.gz": (12, "a" * 64), "https://x/b.json.gz": (9, "c" * 64)})
-    a, b = read(path)
+    complete_table(
+        path, {"https://x/a.json.gz": (12, "a" * 64), "https://x/b.json.gz": (9, "c" * 64)}
+    )
+    a, b = read_table(path)
     assert (a.bytes, a.sha256, a.licence) == (12, "a" * 64, "odc-by")
     assert (b.bytes, b.sha256) == (9, "b" * 64), "what was known stays"
     for wrong in ("https://x/a\t12\tabc\n", "https://x/a\tmany\n", "\t12\n", "u\t1\t\t\tmore\n"):
         path.write_text(TABLE + wrong)
         with pytest.raises(ValueError, match="line 3: expected url, bytes"):
-            read(path)
+            read_table(path)
 
 
 def test_a_vocabulary_that_does_not_fit_is_told_before_anything_is_tokenized():
@@ -236,7 +238,7 @@ def test_what_a_plan_refuses():
 
 def test_an_order_of_any_type_of_tokens(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OLMO_STORE", "store")
-    write(Path("000.tsv"), [Entry("a", "tokens", "tokens/a.npy", "0" * 64, 96)])
+    write_listing(Path("000.tsv"), [Entry("a", "tokens", "tokens/a.npy", "0" * 64, 96)])
     for dtype, instances in (("uint16", 12), ("int32", 6)):
         order([Path("000.tsv")], Path(dtype), sequence_length=4, seed=1, dtype=dtype)
         assert Path(dtype).stat().st_size == 4 * instances

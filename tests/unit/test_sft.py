@@ -13,7 +13,11 @@ from servers import web_server
 
 from olmo.config import ModelConfig
 from olmo.corpus import instructions
-from olmo.corpus.conversations import download_conversations, local_conversations, parse
+from olmo.corpus.conversations import (
+    download_conversations,
+    local_conversations,
+    parse_conversation,
+)
 from olmo.corpus.documents import DocumentsSection, documents
 from olmo.corpus.instructions import InstructionsSection, instances
 from olmo.corpus.questions import conversations_of, stdlib_questions
@@ -225,7 +229,7 @@ def test_many_token_ids_are_written_as_uint32(make, tokenizer: Path, tmp_path: P
 def test_how_many_are_tokenized_together_changes_nothing(make, monkeypatch: pytest.MonkeyPatch):
     talks = [talk(f"What is {i}?", *["It is."] * (i % 3), id=str(i)) for i in range(20)]
     at_once = make(*talks)
-    monkeypatch.setattr(instructions, "AT_ONCE", 3)
+    monkeypatch.setattr(instructions, "ENCODE_BATCH", 3)
     few = make(*talks)
     for name in ("tokens", "labels", "index"):
         assert (at_once.folder / name).read_bytes() == (few.folder / name).read_bytes()
@@ -257,7 +261,7 @@ BAD = {
 @pytest.mark.parametrize("reason", BAD)
 def test_a_malformed_conversation_is_named_and_dropped_where_allowed(make, reason: str):
     good = talk("What is 1?", "It is 1.")
-    with pytest.raises(ValueError, match=rf"talks.gz:2: {reason}\nMend the source, or allow"):
+    with pytest.raises(ValueError, match=rf"talks.gz:2: {reason}\nCorrect the source, or allow"):
         make(good, BAD[reason])
     made = make(good, BAD[reason], allow=(reason,))
     assert made.kept["drops"] == {reason: 1} and made.kept["lines"] == 2
@@ -270,7 +274,7 @@ def test_half_a_surrogate_pair_in_an_id(make, half: str, messages: str | None, r
     good = talk("What is 1?", "It is 1.")
     said = "null" if messages is None else json.dumps(good["messages"])
     bad = f'{{"id": "{half}", "messages": {said}}}'
-    with pytest.raises(ValueError, match=rf"talks.gz:2: {reason}\nMend the source, or allow"):
+    with pytest.raises(ValueError, match=rf"talks.gz:2: {reason}\nCorrect the source, or allow"):
         make(good, bad)
     made = make(good, bad, allow=(reason,), heldout_share=0.5)
     assert made.kept["drops"] == {reason: 1}
@@ -285,8 +289,10 @@ def test_half_a_surrogate_pair_in_an_id(make, half: str, messages: str | None, r
     ["hello", [1], ["hello"], {"role": "user"}, [{"role": "user"}], [{"content": "a"}]],
 )
 def test_what_are_no_messages(messages):
-    assert parse(json.dumps({"messages": messages}).encode())[2] == "bad-messages"
-    assert parse(b'{"messages": [{"role": "user", "content": "\xff"}]}')[2] == "not-utf8"
+    assert parse_conversation(json.dumps({"messages": messages}).encode())[2] == "bad-messages"
+    assert (
+        parse_conversation(b'{"messages": [{"role": "user", "content": "\xff"}]}')[2] == "not-utf8"
+    )
 
 
 def test_conversations_in_are_examples_out_and_drops(make, tmp_path: Path):
@@ -368,13 +374,13 @@ def test_documentation_becomes_questions_and_answers(tmp_path: Path):
     answers = [[m["content"] for m in t["messages"] if m["role"] == "assistant"] for t in found]
     assert answers == [["A module."], ["Two things.", "The first."], ["What f does.\n\n    code"]]
     for talk in found:
-        assert parse(json.dumps(talk).encode())[2] is None
+        assert parse_conversation(json.dumps(talk).encode())[2] is None
         assert any("`pack.mod" in m["content"] for m in talk["messages"] if m["role"] == "user")
     facts = stdlib_questions.build(folder=tmp_path / "q", shards=2)
     assert facts["conversations"] > 1000
     for file in ("questions-00.json.gz", "questions-01.json.gz"):
         lines = [json.dumps(line).encode() for line in lines_of(tmp_path / "q" / file)]
-        assert {parse(line)[2] for line in lines} == {None}
+        assert {parse_conversation(line)[2] for line in lines} == {None}
 
 
 def test_the_prompt_s_labels_change_neither_loss_nor_gradients(make):

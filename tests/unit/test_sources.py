@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from olmo.corpus import arriving
+from olmo.corpus import ingest
 from olmo.corpus import listing as listings
-from olmo.corpus.sources import check, download, download_tokens, local_source, source_list
+from olmo.corpus.sources import check_source, download, download_tokens, local_source, source_list
 from olmo.io import downloads, progress
 from olmo.io.progress import Count, DownloadProgress
 
@@ -364,14 +364,14 @@ def test_the_others_come_although_one_fails(server, tmp_path):
     places = [f"{n}={place}" for n, place in enumerate([gone, *good, page])]
     listing = tmp_path / "data" / "sources" / "000.tsv"
     with pytest.raises(ValueError, match=r"^2 of 7 sources:\n  .*gone.*404.*\n  .*page.*a web p"):
-        arriving.sources(listing=listing, sources=places)
+        ingest.sources(listing=listing, sources=places)
     assert not listing.exists()
     with pytest.raises(ValueError, match=r"^1 of 6 sources: .*gone.*404"):  # in one line
-        arriving.sources(listing=listing, sources=places[:-1])
+        ingest.sources(listing=listing, sources=places[:-1])
     asked = len(server.requests)
-    arriving.sources(listing=listing, sources=places, allow_missing=True)
+    ingest.sources(listing=listing, sources=places, allow_missing=True)
     assert len(server.requests) == asked + 2, "the five are in the store"
-    found = listings.read([listing], "source")
+    found = listings.read_listing([listing], "source")
     assert [entry.shard for entry in found] == ["1", "2", "3", "4", "5"]
     assert all(entry.object.read_bytes() == FILE for entry in found)
 
@@ -474,12 +474,12 @@ def test_a_local_file_that_is_not_gz_says_how_to_make_it_one(tmp_path):
     text = tmp_path / "it's a text.txt"
     text.write_text('Some "plain" text,\nof two lines: naïve.\n')
     with pytest.raises(ValueError, match=r'a gz file of JSON lines with "id" and "text"') as raised:
-        check(text, str(text), None, None)
+        check_source(text, str(text), None, None)
     (made,) = re.findall("`(.*?)`", str(raised.value), re.DOTALL)
     subprocess.run(["bash", "-c", made], check=True)
     document = json.loads(gzip.decompress(Path(f"{text}.json.gz").read_bytes()))
     assert document == {"id": str(text), "text": text.read_text()}
-    assert check(Path(f"{text}.json.gz"), "", None, None) > 0
+    assert check_source(Path(f"{text}.json.gz"), "", None, None) > 0
     (tmp_path / "draft").write_text("x")
     with pytest.raises(ValueError, match=r"expected gzip, found .* Check its URL"):
-        check(tmp_path / "draft", "https://a.org/x.gz", None, None)
+        check_source(tmp_path / "draft", "https://a.org/x.gz", None, None)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from olmo.corpus.tokenizer import (
     check_tokenizer,
     local_tokenizer,
-    portable,
+    to_portable,
     trained_tokenizer,
 )
 
@@ -65,7 +65,7 @@ def test_the_special_tokens_come_first_and_texts_come_back(trained):
 def test_merges_are_strings(trained):
     saved = json.loads(trained.read_text())
     assert saved["model"]["merges"] and all(isinstance(m, str) for m in saved["model"]["merges"])
-    assert portable(trained.read_text()) == trained.read_text()
+    assert to_portable(trained.read_text()) == trained.read_text()
 
 
 def test_too_few_documents_and_too_small_a_vocabulary_are_refused(documents, tmp_path):

@@ -15,15 +15,15 @@ import pytest
 from tokenizers import Tokenizer
 
 from olmo.corpus.documents import DocumentsSection, documents
-from olmo.corpus.dolma import Dolma, toolkit
-from olmo.corpus.environments import version
+from olmo.corpus.dolma import Dolma, pinned_toolkit
+from olmo.corpus.environments import pinned_version
 from olmo.corpus.tokenizer import trained_tokenizer
 from olmo.corpus.tokens import tokens
 from olmo.runtime.process import alive
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "envs" / "dolma.txt"
-TOOLKIT = toolkit(REQUIREMENTS)
+TOOLKIT = pinned_toolkit(REQUIREMENTS)
 EOS = 0
 TEXTS = [
     f"  def f_{n}(x):\n    return x ** {n}  # größer als {n} 字 \u2028\n" * (n % 7 + 1)
@@ -133,7 +133,7 @@ def test_a_special_token_in_a_text_is_counted_and_warned_of(shard, tmp_path, dol
     facts, array, _ = tokenize({**shard, **made}, tmp_path / "out", dolma)
     assert facts["special_tokens_in_text"] == {"<|endoftext|>": 1, "<|padding|>": 1}
     assert np.count_nonzero(array == EOS) == 5
-    assert "<|endoftext|> stands 1 times in the text" in capsys.readouterr().err
+    assert "<|endoftext|> occurs 1 times in the text" in capsys.readouterr().err
 
 
 def test_many_token_ids_are_written_as_uint32(shard, tmp_path, dolma):
@@ -154,8 +154,8 @@ def test_many_token_ids_are_written_as_uint32(shard, tmp_path, dolma):
     [
         (lambda lines: [*lines[:100], b'{"id": "x"}', *lines[101:]], r"lost \(source.gz:\d+\)"),
         (lambda lines: lines[:-3], "3 lost"),
-        (lambda lines: [*lines[:7], lines[8], lines[7], *lines[9:]], "2 lost .* 2 that were not"),
-        (lambda lines: [*lines, lines[0]], "0 lost .* 1 that were not asked for"),
+        (lambda lines: [*lines[:7], lines[8], lines[7], *lines[9:]], "2 lost .* 2 unexpected"),
+        (lambda lines: [*lines, lines[0]], "0 lost .* 1 unexpected"),
         (lambda lines: [b"\xff" + lines[0], *lines[1:]], "found 0: "),
     ],
     ids=["no text", "missing", "swapped", "doubled", "not UTF-8"],
@@ -193,7 +193,7 @@ def test_the_toolkit_s_own_error_is_told(shard, tmp_path, dolma):
 def test_a_killed_toolkit_is_an_error_at_once_and_leaves_no_process(shard, tmp_path, python):
     with Dolma(python, TOOLKIT) as dolma:
         dolma.start()
-        versions = dolma.answer(time.monotonic() + 60)
+        versions = dolma.read_reply(time.monotonic() + 60)
         assert versions["dolma"] == "1.2.1"
         pid = dolma.process.pid
         threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()  # while it imports dolma
@@ -207,9 +207,9 @@ def test_a_toolkit_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch, 
     program = tmp_path / "hangs"
     program.write_text("#!/bin/sh\necho never mind >&2\nsleep 1000 & echo $! > pid; wait\n")
     program.chmod(0o755)
-    expected = "did not end in time; what it said stands above"
+    expected = "exceeded its time limit; its output is above"
     with pytest.raises(ChildProcessError, match=expected), Dolma(program, TOOLKIT) as dolma:
-        dolma.ask("tokens", time_limit_s=0.5)
+        dolma.request("tokens", time_limit_s=0.5)
     assert "never mind" in capsys.readouterr().err
     child = (tmp_path / "pid").read_text().strip()
     state = subprocess.run(["ps", "-o", "stat=", "-p", child], capture_output=True).stdout
@@ -222,11 +222,11 @@ def test_an_environment_of_other_versions_says_how_to_build_it_again(tmp_path):
     program.write_text('#!/bin/sh\necho \'{"dolma": "0.1", "tokenizers": "0.2"}\'; cat >&2\n')
     program.chmod(0o755)
     with Dolma(program, TOOLKIT) as dolma, pytest.raises(ValueError, match=r"of envs/dolma.txt"):
-        dolma.ask("tokens", time_limit_s=20)
+        dolma.request("tokens", time_limit_s=20)
     for made in ("environments/dolma-0/made-from.json", "environments/dolma.json"):
         (tmp_path / made).touch()
     with Dolma(program, TOOLKIT) as dolma, pytest.raises(ValueError, match="found dolma") as e:
-        dolma.ask("tokens", time_limit_s=20)
+        dolma.request("tokens", time_limit_s=20)
     command = str(e.value).partition("Build it again: ")[2].partition(", then")[0]
     subprocess.run(["bash", "-c", command], check=True)
     assert not list((tmp_path / "environments").iterdir()), "so the next run makes both"
@@ -240,4 +240,4 @@ def test_both_forms_of_the_environment_pin_the_same_versions():
     conda = yaml.safe_load((ROOT / "envs" / "dolma.yaml").read_text())
     assert conda["dependencies"][-1] == {"pip": plain}
     assert all("==" in line for line in plain) and len(plain) > 50
-    assert version(REQUIREMENTS, "dolma") == "1.2.1"
+    assert pinned_version(REQUIREMENTS, "dolma") == "1.2.1"

@@ -9,7 +9,7 @@ import pytest
 import small_run
 
 from olmo.config import InstanceFilterConfig
-from olmo.corpus.sources import check_raw
+from olmo.corpus.sources import check_token_file
 from olmo.data import batches
 from olmo.data.batches import check_labels
 from olmo.data.memmap import MemMapDataset, check_token_files
@@ -80,7 +80,7 @@ def test_what_may_be_tokens_is_taken(
     values = PLAUSIBLE[name].astype(dtype)
     values.tofile(path)
     assert check(path, np.dtype(dtype).type) == len(values)
-    assert check_raw(path, "t.npy", dtype) == len(values)
+    assert check_token_file(path, "t.npy", dtype) == len(values)
     said = capsys.readouterr().err
     assert "looks like" not in said or name == "two kinds", said
 
@@ -109,7 +109,7 @@ def test_a_numpy_header_is_told_with_what_then_works(tmp_path: Path, stored: str
     with pytest.raises(ValueError, match="found a numpy file with a header; ") as error:
         check(path)
     with pytest.raises(ValueError, match="found a numpy file with a header; "):
-        check_raw(path, str(path), "uint16")
+        check_token_file(path, str(path), "uint16")
     remedy = re.search(r"numpy\.load.*tofile\('raw.npy'\)", str(error.value))
     assert remedy
     written = remedy[0].replace("'raw.npy'", f"'{tmp_path}/raw.npy'")
@@ -222,5 +222,5 @@ def test_the_pipeline_refuses_wider_numbers_too(tmp_path: Path, stored: str) -> 
     path = tmp_path / "t.npy"
     ids().astype(stored).tofile(path)
     with pytest.raises(ValueError, match=r"^given: expected uint16, found u?int(64|32); set"):
-        check_raw(path, "given", "uint16")
-    assert check_raw(path, "given", stored) == 4000
+        check_token_file(path, "given", "uint16")
+    assert check_token_file(path, "given", stored) == 4000

@@ -17,7 +17,7 @@ from test_remote import Place
 from olmo import cli
 from olmo.checkpoint import mirror as checkpoints
 from olmo.config import TrainConfig
-from olmo.corpus import arriving, source_table
+from olmo.corpus import ingest, source_table
 from olmo.corpus.sources import download, source_list
 from olmo.data.files import TokenFile
 from olmo.inspect.run import load
@@ -97,7 +97,7 @@ def test_two_that_differ_in_their_secrets_alone_are_refused(tmp_path: Path) -> N
     table = tmp_path / "table.tsv"
     table.write_text("url\tbytes\tsha256\nhttp://h/a?token=1\t\t\nhttp://h/a?token=2\t\t\n")
     with pytest.raises(ValueError, match="differ in their secrets alone: http://h/a;"):
-        source_table.read(table)
+        source_table.read_table(table)
 
 
 # --- over the net -------------------------------------------------------------------------------
@@ -254,10 +254,10 @@ def test_a_table_keeps_its_lines_and_the_shell_line_does_not(project: Path) -> N
     assert words == ["a=http://h/a.json.gz#https://m/a.json.gz", "b=http://g/b.json.gz"]
     assert WORD not in line and SIGNATURE not in line
     assert plan.external_start("small") == "http://h/c"
-    first, second = arriving.asked(words, Path("table.tsv"))
+    first, second = ingest.parse_sources(words, Path("table.tsv"))
     assert whole(first.mirrors[0]) == f"https://{USER}m/a.json.gz"
     assert whole(second.place) == f"http://g/b.json.gz?{AZURE}"
-    source_table.complete(Path("table.tsv"), {first.place: (3, "0" * 64)})
+    source_table.complete_table(Path("table.tsv"), {first.place: (3, "0" * 64)})
     assert Path("table.tsv").read_text().splitlines()[1:] == [
         f"http://{USER}h/a.json.gz\t3\t{'0' * 64}\t", rows[1],
     ]  # fmt: skip

@@ -1,0 +1,187 @@
+"""Ingests batches of sources and of token files: several downloads at once, each file checked."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from olmo.corpus import source_table
+from olmo.corpus.conversations import download_conversations, local_conversations
+from olmo.corpus.listing import Entry, read_listing, run_shard, write_listing
+from olmo.corpus.questions import stdlib_questions
+from olmo.corpus.sources import download, download_tokens, local_source, local_tokens
+from olmo.corpus.stdlib import library_digest, stdlib
+from olmo.io import foreign
+from olmo.io.downloads import Progress, unseen
+from olmo.io.progress import Count, DownloadProgress
+from olmo.runtime.log import log
+from olmo.store.lease import lease
+from olmo.store.stage import here
+from olmo.store.store import Record
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a batch: its name, its place and mirrors, and what the source table says of it."""
+
+    name: str
+    place: str
+    mirrors: tuple[str, ...] = ()
+    bytes: int | None = None
+    sha256: str | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.place
+
+
+def parse_sources(words: list[str], table: Path | None = None) -> list[SourceFile]:
+    """Parse name=place or name=place#mirror#mirror; sizes and sha256s come from the table."""
+    known = {row.place: row for row in source_table.read_table(table)} if table else {}
+    files = []
+    for word in words:
+        name, _, places = word.partition("=")
+        place, *mirrors = map(source_table.unquote, places.split("#"))
+        foreign.part(name, "--sources")
+        row = known.get(place)
+        size, digest = (row.bytes, row.sha256) if row else (None, None)
+        files.append(SourceFile(name, place, tuple(mirrors), size, digest))
+    return files
+
+
+def ingest_files(
+    listing: Path,
+    files: list[SourceFile],
+    ingest: Callable[[SourceFile, Progress], list[Entry]],
+    parallel: int,
+    allow_missing: bool,
+    table: Path | None = None,
+) -> list[Entry]:
+    """The entries of every file of a batch; downloads `parallel` files at once.
+
+    A file that fails does not stop the others. Failures are reported at the end: as an error, or,
+    with `allow_missing`, as warnings. `table` is that of the whole data set.
+    """
+    dataset = source_table.read_table(table) if table else files
+    sizes = [file.bytes for file in dataset]
+
+    def count_finished() -> Count:
+        others = [path for path in listing.parent.glob("[0-9]*.tsv") if path != listing and table]
+        rows = read_listing(others)
+        return Count(len(rows), sum(entry.bytes for entry in rows))
+
+    def ingest_remote(file: SourceFile) -> list[Entry]:
+        try:
+            return ingest(file, progress.add)
+        finally:
+            progress.finish()
+
+    entries: list[Entry] = []
+    failures: list[str] = []
+    total = Count(len(dataset), None if None in sizes else sum(size or 0 for size in sizes))
+    folder = here().root / "arriving" / path_key(listing.parent)
+    with (
+        DownloadProgress(folder, total, count_finished) as progress,
+        ThreadPoolExecutor(parallel) as pool,
+    ):
+        downloads = {file: pool.submit(ingest_remote, file) for file in files if file.is_remote}
+        for file in files:
+            try:
+                entries += downloads[file].result() if file in downloads else ingest(file, unseen)
+            except ValueError as error:
+                failures.append(str(error))
+    if failures and not allow_missing:
+        reasons = list(dict.fromkeys(failures))  # each once
+        separator = " " if len(reasons) == 1 else "\n  "
+        raise ValueError(separator.join([f"{len(failures)} of {len(files)} sources:", *reasons]))
+    for failure in failures:
+        log.warning(f"left out: {failure}")
+    return entries
+
+
+def sources(
+    listing: Path,
+    sources: list[str],
+    table: Path | None = None,
+    parallel: int = 4,
+    allow_missing: bool = False,
+    conversations: bool = False,
+) -> None:
+    """Get a batch of sources, each given as name=place, or name=place#mirror#mirror.
+
+    `parallel` files are downloaded at once; one that fails does not stop the others. Failures are
+    reported at the end and fail the batch, unless missing files are allowed: then they are left
+    out. Sizes and sha256s in the table are checked; missing ones are added to it. Documents come
+    as gz files; `conversations` also as plain JSON lines and parquet.
+    """
+    local = local_conversations if conversations else local_source
+    remote = download_conversations if conversations else download
+    outputs = {"source": "sources/{}.json.gz"}
+
+    def ingest(file: SourceFile, progress: Progress) -> list[Entry]:
+        if file.is_remote:
+            known = {"bytes": file.bytes, "sha256": file.sha256, "mirrors": file.mirrors}
+            fetch = {"url": file.place, "progress": progress, **known}
+            return run_shard(remote, listing, file.name, outputs, **fetch)
+        kind, _, shard = file.place.partition(":")
+        if kind in LIBRARY:
+            return [stdlib_entry(listing, kind, file.name, *map(int, shard.split("/")))]
+        where = {"file": Path(file.place), "sha256": file.sha256}
+        return run_shard(local, listing, file.name, outputs, **where)
+
+    files = parse_sources(sources, table)
+    entries = ingest_files(listing, files, ingest, parallel, allow_missing, table)
+    # Conversations may be converted, so that their size and sha256 are not those of the download.
+    if table is not None and not conversations:
+        places = {file.name: file.place for file in files}
+        found = {places[entry.shard]: (entry.bytes, entry.sha256) for entry in entries}
+        with lease(here().root / "leases", f"table-{path_key(table)}"):
+            source_table.complete_table(table, found)
+    write_listing(listing, entries)
+
+
+def path_key(path: Path) -> str:
+    """A name, in the store, for something that belongs to this path."""
+    return hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]
+
+
+def given_tokens(
+    listing: Path,
+    sources: list[str],
+    dtype: str = "uint16",
+    parallel: int = 4,
+    allow_missing: bool = False,
+) -> None:
+    """Get a batch of token files made elsewhere; otherwise as `olmo sources`."""
+    outputs = {"tokens": "tokens/{}.npy"}
+
+    def ingest(file: SourceFile, progress: Progress) -> list[Entry]:
+        if file.is_remote:
+            fetch = {"url": file.place, "mirrors": file.mirrors, "progress": progress}
+            return run_shard(download_tokens, listing, file.name, outputs, dtype=dtype, **fetch)
+        path = Path(file.place)
+        return run_shard(local_tokens, listing, file.name, outputs, file=path, dtype=dtype)
+
+    files = parse_sources(sources)
+    write_listing(listing, ingest_files(listing, files, ingest, parallel, allow_missing))
+
+
+# The stages that make sources from the standard library, by the place's prefix; their file names.
+LIBRARY = {"stdlib": (stdlib, "stdlib"), "stdlib-questions": (stdlib_questions, "questions")}
+
+
+def stdlib_entry(listing: Path, kind: str, name: str, number: int, shards: int) -> Entry:
+    """The entry of one file of the standard library's; one action makes all of them."""
+    record = run_stdlib(listing.parent.parent / "stdlib", kind, shards)
+    path = f"{LIBRARY[kind][1]}-{number:02d}.json.gz"
+    file = record["outputs"]["folder"]["files"][path]
+    return Entry(name, "source", f"stdlib/{path}", file["sha256"], file["size"])
+
+
+@cache
+def run_stdlib(folder: Path, kind: str, shards: int) -> Record:
+    record: Record = LIBRARY[kind][0](folder=folder, shards=shards, library=library_digest())
+    return record
