@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from olmo.checkpoint.huggingface import config_json, exported
+from olmo.checkpoint.huggingface import build_config_json, to_hf_weights
 from olmo.config import ModelConfig
 from olmo.model import OLMo
 from olmo.model.product import by_columns, linear
@@ -51,9 +51,9 @@ def models(size: str) -> tuple[OLMo, Any]:
     )  # fmt: skip
     torch.manual_seed(0)
     ours = OLMo(config).eval()
-    settings = transformers.OlmoConfig(**config_json(config))
+    settings = transformers.OlmoConfig(**build_config_json(config))
     theirs = transformers.OlmoForCausalLM(settings).eval()
-    theirs.load_state_dict(exported(ours.state_dict(), config), strict=True)
+    theirs.load_state_dict(to_hf_weights(ours.state_dict(), config), strict=True)
     ours.use_attention()
     by_columns(ours)
     theirs.generation_config.eos_token_id = None  # the same number of tokens, whatever they are

@@ -65,8 +65,8 @@ def listing(project: Project, path: Path) -> Any:
 def manifest(project: Project, path: Path) -> Any:
     from olmo.checkpoint import layout
 
-    layout.verify(path.parent)
-    return layout.listed(path.read_bytes(), layout.MANIFEST)
+    layout.verify_checkpoint(path.parent)
+    return layout.parse_manifest(path.read_bytes(), layout.MANIFEST)
 
 
 def segments(project: Project, path: Path) -> Any:

@@ -12,8 +12,8 @@ __getattr__, __all__ = lazy(
     {
         "save": ["save_unsharded"],
         "full": ["FullCheckpointer"],
-        "read": ["Checkpoint", "load", "load_model"],
-        "final": ["export"],
-        "layout": ["checkpoints", "verify"],
+        "read": ["Checkpoint", "load_checkpoint", "load_model"],
+        "final": ["export_final"],
+        "layout": ["list_checkpoints", "verify_checkpoint"],
     },
 )

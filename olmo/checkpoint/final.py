@@ -1,6 +1,6 @@
 """The pipeline's final folder: plain names, plain values, and the same bytes for the same run.
 
-config.yaml         what decided these bytes
+config.yaml         the settings that decide these bytes
 model.safetensors   weights by parameter name
 optim.safetensors   optimizer state as `part/parameter name`
 train.json          step, tokens, epoch, the optimizer's group settings
@@ -16,27 +16,28 @@ from typing import Any
 from torch import Tensor
 
 from olmo.checkpoint.optim_state import State
-from olmo.checkpoint.read import load
+from olmo.checkpoint.read import load_checkpoint
 from olmo.config import to_yaml
 from olmo.io import sealed
 from olmo.runtime.numbers import to_json
 from olmo.runtime.process import FINISHED
 
 
-def export(save_folder: str | Path, out: str | Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Write the last checkpoint of a finished run as a final folder; what train.json holds.
+def export_final(
+    save_folder: str | Path, out: str | Path, config: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the last checkpoint of a finished run as a final folder; returns train.json's content.
 
-    `config` becomes config.yaml: `olmo.config.identity.identity(cfg)` with content addresses in
-    the place of paths. Nothing of time, place or host is written. `out` may exist and must be
-    empty.
+    `config` becomes config.yaml: `olmo.config.identity.identity(cfg)` with content addresses
+    instead of paths. No time, path or host is written. `out` may exist, but must be empty.
 
-    Raises ValueError for a run that has not come to its end, and for a broken checkpoint.
+    Raises ValueError for a run that has not finished, and for a broken checkpoint.
     """
     save_folder, out = Path(save_folder), Path(out)
     marker = save_folder / FINISHED
     if not marker.exists():
-        raise ValueError(f"the run in {save_folder} has not come to its end; train it further")
-    checkpoint = load(save_folder / sealed.read(marker)["checkpoint"])
+        raise ValueError(f"the run in {save_folder} has not finished; train it further")
+    checkpoint = load_checkpoint(save_folder / sealed.read(marker)["checkpoint"])
     assert checkpoint.optim is not None and checkpoint.train is not None
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
@@ -60,24 +61,24 @@ def export(save_folder: str | Path, out: str | Path, config: dict[str, Any]) -> 
 
 
 def write_safetensors(folder: Path, weights: dict[str, Tensor], state: State | None = None) -> None:
-    """model.safetensors and, given a state, optim.safetensors; equal bytes for equal tensors."""
-    save(weights, folder / "model.safetensors")
+    """Write model.safetensors and, given a state, optim.safetensors; equal input, equal bytes."""
+    save_tensors(weights, folder / "model.safetensors")
     if state is None:
         return
     parts = {
         f"{part}/{name}": tensor
-        for name, kept in sorted(state.items())
-        for part, tensor in sorted(kept.items())
+        for name, values in sorted(state.items())
+        for part, tensor in sorted(values.items())
     }
-    save(parts, folder / "optim.safetensors")
+    save_tensors(parts, folder / "optim.safetensors")
 
 
-def save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors by name, in their names' order, readable by whom the umask says."""
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors sorted by name, with the file mode of the umask."""
     from safetensors.torch import save_file
 
-    named = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     # One metadata entry only: safetensors writes several in no fixed order.
-    save_file(named, path, metadata={"format": "pt"})
-    os.umask(mask := os.umask(0o077))  # there is no way to read it but to set it
-    path.chmod(0o666 & ~mask)  # safetensors leaves it to its owner alone
+    save_file(ordered, path, metadata={"format": "pt"})
+    os.umask(mask := os.umask(0o077))  # the umask can only be read by setting it
+    path.chmod(0o666 & ~mask)  # safetensors creates it with 0600

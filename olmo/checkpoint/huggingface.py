@@ -1,12 +1,12 @@
-"""A checkpoint as transformers' Olmo or Olmo2 class has it, and back.
+"""Converts a checkpoint to the format of transformers' Olmo or Olmo2 class, and back.
 
-    config.json             the architecture, in transformers' words
-    generation_config.json  the ids that end and fill a text
-    model.safetensors       the same numbers under other names; fused projections are cut apart
-    tokenizer.json          as it is; tokenizer_config.json beside it names its special tokens
-    config.yaml             the checkpoint's own, from which the way back is exact
+    config.json             the architecture, with transformers' keys
+    generation_config.json  the ids of the end-of-text and padding tokens
+    model.safetensors       the same weights by other names; fused projections are split
+    tokenizer.json          unchanged; tokenizer_config.json names its special tokens
+    config.yaml             the checkpoint's own, which makes the conversion back exact
 
-Nothing here imports transformers: what is written is judged by it, in the tests and by lm-eval.
+Nothing here imports transformers. The tests and lm-eval load what it writes with transformers.
 
 Shapes: d d_model, V rows of the embedding, K = H_kv * D keys, F inner width of the feed-forward.
 """
@@ -23,23 +23,23 @@ import torch
 import yaml
 from torch import Tensor
 
-from olmo.checkpoint.final import save
+from olmo.checkpoint.final import save_tensors
 from olmo.config import BlockType, LayerNormType, ModelConfig, TrainConfig, to_yaml
 from olmo.io import foreign
 from olmo.model.regroup import regrouped
 
-# What each class computes, whatever its config.json says: our key, the values that it can be
-# exported with, and why no other.
-BOTH: dict[str, tuple[tuple[Any, ...], str]] = {
-    "rope": ((True,), "they know rotary positions only"),
-    "alibi": ((False,), "they know rotary positions only"),
+# What each class computes, whatever its config.json says: our key, its values that can be exported,
+# and the reason.
+COMMON_REQUIREMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "rope": ((True,), "they have rotary positions only"),
+    "alibi": ((False,), "they have rotary positions only"),
     "activation_type": (("swiglu",), "their feed-forward is gated by silu"),
     "include_bias": ((False,), "their feed-forward and head have no biases"),
     "embedding_layer_norm": ((False,), "they have no norm after the embedding"),
     "scale_logits": ((False,), "they do not scale the logits"),
 }
-CLASSES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
-    "olmo": BOTH
+REQUIREMENTS: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
+    "olmo": COMMON_REQUIREMENTS
     | {
         "norm_after": ((False,), "it norms what goes into attention and feed-forward"),
         "attention_layer_norm": ((False,), "it has no norm of queries and keys"),
@@ -47,7 +47,7 @@ CLASSES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "layer_norm_with_affine": ((False,), "its norms have no weights"),
         "layer_norm_eps": ((1e-5,), "its epsilon is fixed"),
     },
-    "olmo2": BOTH
+    "olmo2": COMMON_REQUIREMENTS
     | {
         "norm_after": ((True,), "it norms what comes out of attention and feed-forward"),
         "attention_layer_norm": ((True,), "it norms queries and keys"),
@@ -58,7 +58,7 @@ CLASSES: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
         "clip_qkv": ((None,), "it does not clip"),
     },
 }
-NEEDED = (
+REQUIRED_KEYS = (
     "hidden_size",
     "intermediate_size",
     "max_position_embeddings",
@@ -66,18 +66,18 @@ NEEDED = (
     "num_hidden_layers",
     "vocab_size",
 )
-NAMES = {"olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM"}
-# A block's two norms, which Olmo has without weights.
-NORMS = {
+ARCHITECTURES = {"olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM"}
+# Norms of a block by their names in Olmo2; those of Olmo have no weights.
+NORM_NAMES = {
     "attn_norm": "post_attention_layernorm",
     "ff_norm": "post_feedforward_layernorm",
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
 }
 
-# How a conversation becomes a text, as OLMo's fine-tuning data (Tulu) has it: the end-of-text token
-# before it and after each answer, each message under its role, without white space around it.
-CHAT = (
+# A conversation as a text, as in OLMo's fine-tuning data (Tulu): the end-of-text token before it
+# and after each answer, each message below its role and stripped of white space.
+CHAT_TEMPLATE = (
     "{{ eos_token }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'].strip() }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
@@ -85,10 +85,10 @@ CHAT = (
 )
 
 
-def class_of(config: ModelConfig) -> str:
-    """ "olmo" or "olmo2": the class that computes what this model computes.
+def choose_architecture(config: ModelConfig) -> str:
+    """The class that computes what this model computes: "olmo" or "olmo2".
 
-    Raises ValueError naming each key that stands in the way of the nearer one.
+    Raises ValueError if there is none, with each key that differs from the nearest one.
     """
     wrong = {
         name: {
@@ -96,29 +96,29 @@ def class_of(config: ModelConfig) -> str:
             for key, (allowed, reason) in wanted.items()
             if getattr(config, key) not in allowed
         }
-        for name, wanted in CLASSES.items()
+        for name, wanted in REQUIREMENTS.items()
     }
-    nearest = min(CLASSES, key=lambda name: len(wrong[name]))
+    nearest = min(REQUIREMENTS, key=lambda name: len(wrong[name]))
     if wrong[nearest]:
         reasons = "; ".join(
             f"model.{key}={getattr(config, key)} (expected "
-            f"{' or '.join(map(str, CLASSES[nearest][key][0]))}: {reason})"
+            f"{' or '.join(map(str, REQUIREMENTS[nearest][key][0]))}: {reason})"
             for key, reason in wrong[nearest].items()
         )
         raise ValueError(
-            f"transformers cannot express this model. {NAMES[nearest]} is nearest, but for "
-            f"{reasons}. Our own scorer and `olmo.OLMo` take the checkpoint as it is"
+            f"transformers cannot express this model. {ARCHITECTURES[nearest]} is nearest, except "
+            f"for {reasons}. Our own scorer and `olmo.OLMo` load the checkpoint as it is"
         )
     return nearest
 
 
-def config_json(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """What config.json says of a model; ValueError for what transformers cannot express."""
-    kind = class_of(config)
+def build_config_json(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The content of config.json. Raises ValueError if transformers cannot express the model."""
+    model_type = choose_architecture(config)
     width = config.mlp_hidden_size or config.mlp_ratio * config.d_model
-    found: dict[str, Any] = {
-        "architectures": [NAMES[kind]],
-        "model_type": kind,
+    settings: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[model_type]],
+        "model_type": model_type,
         "vocab_size": config.embedding_size or config.vocab_size,
         "hidden_size": config.d_model,
         "intermediate_size": width // 2,
@@ -139,22 +139,24 @@ def config_json(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict
         "use_cache": True,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    return found | (
-        {"clip_qkv": config.clip_qkv} if kind == "olmo" else {"rms_norm_eps": config.layer_norm_eps}
-    )
+    if model_type == "olmo":
+        return settings | {"clip_qkv": config.clip_qkv}
+    return settings | {"rms_norm_eps": config.layer_norm_eps}
 
 
-def model_config(settings: Mapping[str, Any], vocab_size: int | None = None) -> ModelConfig:
-    """The model that a config.json describes, as OLMo's own configs would.
+def parse_config_json(settings: Mapping[str, Any], vocab_size: int | None = None) -> ModelConfig:
+    """The ModelConfig of a config.json.
 
     `vocab_size` is the tokenizer's; by default every row of the embedding is a token.
 
-    Raises ValueError for another class, and for what ours does not compute.
+    Raises ValueError for another class, and for a setting that our model does not compute.
     """
     kind = settings.get("model_type")
-    if kind not in CLASSES:
-        raise ValueError(f"config.json: expected model_type {' or '.join(CLASSES)}, found {kind!r}")
-    if missing := [key for key in NEEDED if not isinstance(settings.get(key), int)]:
+    if kind not in REQUIREMENTS:
+        raise ValueError(
+            f"config.json: expected model_type {' or '.join(REQUIREMENTS)}, found {kind!r}"
+        )
+    if missing := [key for key in REQUIRED_KEYS if not isinstance(settings.get(key), int)]:
         raise ValueError(f"config.json: expected a number as {missing[0]}, found none")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     heads, width = settings["num_attention_heads"], settings["hidden_size"]
@@ -203,18 +205,18 @@ def model_config(settings: Mapping[str, Any], vocab_size: int | None = None) -> 
 
 
 def _one(*candidates: Any) -> int:
-    """The first id that is given; of several that end a text, the first."""
-    found = next((c for c in candidates if c is not None), None)
-    if found is None:
+    """The first id that is not None; of a list of end-of-text ids the first."""
+    token_id = next((c for c in candidates if c is not None), None)
+    if token_id is None:
         raise ValueError("config.json: expected an eos_token_id, found none")
-    return int(found[0] if isinstance(found, list) else found)
+    return int(token_id[0] if isinstance(token_id, list) else token_id)
 
 
 # --- weights ------------------------------------------------------------------------------------
 
 
-def exported(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A model's weights under transformers' names; views of the same memory."""
+def to_hf_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Rename a model's weights to transformers' names; the tensors share memory."""
     left = {n.removeprefix("transformer."): w for n, w in regrouped(dict(weights))[0].items()}
     kv = config.effective_n_kv_heads * (config.d_model // config.n_heads)
     found = {"model.embed_tokens.weight": left.pop("wte.weight")}
@@ -238,22 +240,24 @@ def exported(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
             f"{theirs}mlp.gate_proj.weight": gate,
             f"{theirs}mlp.down_proj.weight": left.pop(f"{ours}ff_out.weight"),
         }
-        for name, other in NORMS.items():
+        for name, other in NORM_NAMES.items():
             if f"{ours}{name}.weight" in left:
                 found[f"{theirs}{other}.weight"] = left.pop(f"{ours}{name}.weight")
     if left:
-        raise ValueError(f"the checkpoint has a weight that its config has not: {min(left)}")
+        raise ValueError(f"the checkpoint has a weight that its config does not: {min(left)}")
     return found
 
 
-def imported(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The way back: weights under OLMo's names, as a model of this config has them."""
+def from_hf_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Rename transformers' weights to OLMo's names, as a model of this config has them."""
     left = dict(weights)
     found = {"wte.weight": _take(left, "model.embed_tokens.weight")}
     head = left.pop("lm_head.weight", None)
     if not config.weight_tying:
         if head is None:
-            raise ValueError("expected lm_head.weight, as tie_word_embeddings is false; found none")
+            raise ValueError(
+                "expected lm_head.weight, since tie_word_embeddings is false; found none"
+            )
         found["ff_out.weight"] = head
     if config.layer_norm_with_affine:
         found["ln_f.weight"] = _take(left, "model.norm.weight")
@@ -270,13 +274,13 @@ def imported(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
         found[f"{ours}attn_out.weight"] = _take(left, f"{theirs}self_attn.o_proj.weight")
         found[f"{ours}ff_out.weight"] = _take(left, f"{theirs}mlp.down_proj.weight")
         if config.layer_norm_with_affine:
-            for name, other in NORMS.items():
+            for name, other in NORM_NAMES.items():
                 found[f"{ours}{name}.weight"] = _take(left, f"{theirs}{other}.weight")
     left = {n: w for n, w in left.items() if not n.endswith("rotary_emb.inv_freq")}
     if left:
-        raise ValueError(f"the weights hold one that config.json does not describe: {min(left)}")
-    named = {f"transformer.{name}": tensor for name, tensor in found.items()}
-    return regrouped(named, config.block_group_size)[0]
+        raise ValueError(f"expected the weights that config.json describes, found {min(left)}")
+    renamed = {f"transformer.{name}": tensor for name, tensor in found.items()}
+    return regrouped(renamed, config.block_group_size)[0]
 
 
 def _take(weights: dict[str, Tensor], name: str) -> Tensor:
@@ -288,44 +292,46 @@ def _take(weights: dict[str, Tensor], name: str) -> Tensor:
 # --- folders ------------------------------------------------------------------------------------
 
 
-def write(folder: Path, weights: Mapping[str, Tensor], config_yaml: str, tokenizer: Path) -> None:
-    """Write the folder that `AutoModelForCausalLM.from_pretrained` reads, equal bytes for equal
-    input.
+def write_hf_folder(
+    folder: Path, weights: Mapping[str, Tensor], config_yaml: str, tokenizer: Path
+) -> None:
+    """Write the folder that `AutoModelForCausalLM.from_pretrained` reads; equal input, equal bytes.
 
     `config_yaml` is the checkpoint's own, `tokenizer` a tokenizer.json. A model that was trained on
-    answers alone (data.label_mask_paths) gets a chat template.
+    answers only (data.label_mask_paths) gets a chat template.
 
-    Raises ValueError for what transformers cannot express, and for a tokenizer of another model.
+    Raises ValueError for a model that transformers cannot express, or another model's tokenizer.
     """
     (folder / "config.yaml").write_text(config_yaml)
     config = ModelConfig.load(folder / "config.yaml", key="model", foreign=True)
-    named = exported(weights, config)
-    kinds = {tensor.dtype for tensor in named.values()}
-    if len(kinds) > 1:
-        raise ValueError(f"expected weights of one type, found {sorted(map(str, kinds))}")
-    settings = config_json(config, kinds.pop())
+    hf_weights = to_hf_weights(weights, config)
+    dtypes = {tensor.dtype for tensor in hf_weights.values()}
+    if len(dtypes) > 1:
+        raise ValueError(f"expected weights of one dtype, found {sorted(map(str, dtypes))}")
+    settings = build_config_json(config, dtypes.pop())
     _write_json(folder / "config.json", settings)
     ends = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     _write_json(folder / "generation_config.json", ends)
     if tokenizer.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     _write_json(
-        folder / "tokenizer_config.json", tokenizer_config(tokenizer, config, answers(config_yaml))
+        folder / "tokenizer_config.json",
+        build_tokenizer_config(tokenizer, config, is_instruction_tuned(config_yaml)),
     )
-    save(named, folder / "model.safetensors")
+    save_tensors(hf_weights, folder / "model.safetensors")
 
 
-def answers(config_yaml: str) -> bool:
-    """Whether a run was trained on labelled tokens only: an assistant's words."""
+def is_instruction_tuned(config_yaml: str) -> bool:
+    """Whether a run was trained with label masks: on the assistant's answers only."""
     data = (yaml.safe_load(config_yaml) or {}).get("data") or {}
     return bool(data.get("label_mask_paths"))
 
 
-def tokenizer_config(tokenizer: Path, config: ModelConfig, chat: bool) -> dict[str, Any]:
-    """What tokenizer_config.json says beside a tokenizer.json; `chat` adds the template.
+def build_tokenizer_config(tokenizer: Path, config: ModelConfig, chat: bool) -> dict[str, Any]:
+    """The content of tokenizer_config.json for a tokenizer.json; `chat` adds the template.
 
-    Raises ValueError where the ids that end and fill a text are not in the tokenizer, or where it
-    has more tokens than the model has rows.
+    Raises ValueError if the tokenizer lacks the end-of-text or padding id, or has more tokens than
+    the model's embedding has rows.
     """
     from tokenizers import Tokenizer
 
@@ -333,34 +339,34 @@ def tokenizer_config(tokenizer: Path, config: ModelConfig, chat: bool) -> dict[s
     rows = config.embedding_size or config.vocab_size
     if known.get_vocab_size() > rows:
         raise ValueError(
-            f"{tokenizer} has {known.get_vocab_size():,} tokens, the model {rows:,} rows: it is "
-            "another model's tokenizer"
+            f"expected a tokenizer of at most {rows:,} tokens, the rows of the model's embedding, "
+            f"found {known.get_vocab_size():,} in {tokenizer}: it is another model's tokenizer"
         )
     names = {}
     for key in ("eos_token", "pad_token"):
         number = getattr(config, f"{key}_id")
         names[key] = known.id_to_token(number)
         if names[key] is None:
-            raise ValueError(f"model.{key}_id is {number}, which {tokenizer} has no token for")
-    found = {
+            raise ValueError(f"model.{key}_id is {number}, but {tokenizer} has no token {number}")
+    settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_sequence_length,
         "clean_up_tokenization_spaces": False,
         **names,
     }
-    return found | ({"chat_template": CHAT} if chat else {})
+    return settings | ({"chat_template": CHAT_TEMPLATE} if chat else {})
 
 
-def is_exported(folder: Path) -> bool:
-    """Whether a folder is laid out as transformers has it."""
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder has transformers' layout."""
     return (folder / "config.json").exists() and not (folder / "model.pt").exists()
 
 
-def read(folder: Path) -> tuple[dict[str, Tensor], str]:
-    """The weights under OLMo's names and the config.yaml of a folder that transformers reads.
+def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """The weights by OLMo's names, and the config.yaml, of a folder that transformers reads.
 
-    A folder that did not come from here has no config.yaml: one is made of what it says of the
-    model. One that did must still say the same in both.
+    A folder that we did not write has no config.yaml: it is made from config.json. In a folder that
+    we wrote, both must agree.
 
     Raises ValueError for another architecture, and for weights or settings that do not fit.
     """
@@ -368,16 +374,17 @@ def read(folder: Path) -> tuple[dict[str, Tensor], str]:
         settings = dict(json.loads((folder / "config.json").read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder}/config.json is not readable as JSON: {error}") from error
-    own = folder / "config.yaml"
-    if own.exists():
-        config_yaml = own.read_text()
-        config = ModelConfig.load(own, key="model", foreign=True)
-        # Of what it says of the model: each version of transformers writes it in its own words.
-        written, says = config_json(config), config_json(model_config(settings, config.vocab_size))
-        if changed := sorted(key for key in written if says.get(key) != written[key]):
+    own_config = folder / "config.yaml"
+    if own_config.exists():
+        config_yaml = own_config.read_text()
+        config = ModelConfig.load(own_config, key="model", foreign=True)
+        # Compare parsed models, since each version of transformers writes other keys.
+        expected = build_config_json(config)
+        found = build_config_json(parse_config_json(settings, config.vocab_size))
+        if changed := sorted(key for key in expected if found.get(key) != expected[key]):
             raise ValueError(
-                f"{folder}: config.json says {changed[0]}={says.get(changed[0])}, config.yaml "
-                f"{written[changed[0]]}; remove config.yaml if config.json is right"
+                f"{folder}: config.json says {changed[0]}={found.get(changed[0])}, config.yaml "
+                f"{expected[changed[0]]}; remove config.yaml if config.json is right"
             )
     else:
         tokenizer, size = folder / "tokenizer.json", None
@@ -385,20 +392,20 @@ def read(folder: Path) -> tuple[dict[str, Tensor], str]:
             from tokenizers import Tokenizer
 
             size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
-        config = model_config(settings, size)
+        config = parse_config_json(settings, size)
         cfg = TrainConfig().update_with(model=config)
         if tokenizer.exists():
             cfg = cfg.update_with(tokenizer=cfg.tokenizer.update_with(identifier=str(tokenizer)))
-        plain = cfg.asdict_for_saving()
-        config_yaml = to_yaml({key: plain[key] for key in ("model", "tokenizer")})
+        values = cfg.asdict_for_saving()
+        config_yaml = to_yaml({key: values[key] for key in ("model", "tokenizer")})
     try:
-        return imported(_weights(folder), config), config_yaml
+        return from_hf_weights(_weights(folder), config), config_yaml
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """Of one file, or of the several that an index names."""
+    """The tensors of model.safetensors, or of the files that its index names."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,8 +1,8 @@
-"""Checkpoints elsewhere: fetched from a URL; mirrored to a bucket while a run goes on.
+"""Remote checkpoints: downloads from a URL, and a mirror in a bucket while a run trains.
 
-A mirrored checkpoint's manifest comes last: a folder there that has one is whole. Until then the
-same list is there as `sending.json`, so that a run which was killed goes on sending where it was.
-What is there is never thinned out.
+A checkpoint's manifest is uploaded last: a remote folder that has one is complete. Until then the
+same content is there as `sending.json`, so that a run that was killed resumes its upload. Remote
+checkpoints are never removed to save space.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from olmo.io.sealed import Damaged
 from olmo.runtime.log import log
 from olmo.runtime.urls import entrusted
 
-SENDING = "sending.json"
+UPLOADING = "sending.json"
 
 
-def fetched(url: str, into: Path, optimizer: bool = True, trainer: bool = True) -> Path:
-    """The checkpoint at a URL (http, s3, r2, weka, gs, hf), downloaded to a folder in `into`.
+def download_checkpoint(url: str, into: Path, optimizer: bool = True, trainer: bool = True) -> Path:
+    """Download the checkpoint at a URL (http, s3, r2, weka, gs, hf) to a folder in `into`.
 
-    Unsharded, or sharded in torch's layout. What is there already is not fetched again. Raises
-    ValueError, one line, for what cannot be had.
+    It is unsharded, or sharded in torch's layout. Files that exist are not downloaded again.
+    Raises ValueError, one line, if a file is not available.
     """
     url = entrusted(url).rstrip("/")
-    # Checkpoints of several runs have one name, so the folder goes by the whole URL.
+    # Checkpoints of several runs have the same name, so the folder is named by the full URL.
     name = foreign.part(url.rsplit("/", 1)[-1], url)
     folder = into / hashlib.sha256(url.encode()).hexdigest()[:12] / name
 
-    def bring(*names: str) -> str | None:
-        """The first of some files that is there; None if none is."""
-        refusals = []
+    def download_first(*names: str) -> str:
+        """Download the first of these files that exists; returns its name."""
+        errors = []
         for name in names:
             path = folder / name
             if path.exists():
@@ -44,122 +44,124 @@ def fetched(url: str, into: Path, optimizer: bool = True, trainer: bool = True) 
                 fetch(f"{url}/{name}", path, folder / f".{path.name}.part")
                 return name
             except ValueError as error:
-                refusals.append(str(error))
+                errors.append(str(error))
         raise ValueError(
-            f"cannot load {url}: {'; '.join(refusals)}. Expected a checkpoint there "
+            f"cannot load {url}: {'; '.join(errors)}. Expected a checkpoint there "
             "(step{N}-unsharded, or step{N} of torch's distributed checkpoint)"
         )
 
-    bring("config.yaml")
-    found = bring("model.pt", "model.safetensors", "model_and_optim/.metadata")
-    if found == "model_and_optim/.metadata":
-        from olmo.checkpoint.sharded import FOLDER, TRAIN, files_of
+    download_first("config.yaml")
+    weights = download_first("model.pt", "model.safetensors", "model_and_optim/.metadata")
+    if weights == "model_and_optim/.metadata":
+        from olmo.checkpoint.sharded import STATE_FOLDER, TRAIN_FILE, list_shard_files
 
-        for name in files_of(folder / FOLDER / ".metadata"):
-            bring(f"{FOLDER}/{name}")
+        for name in list_shard_files(folder / STATE_FOLDER / ".metadata"):
+            download_first(f"{STATE_FOLDER}/{name}")
         if optimizer or trainer:
-            bring(TRAIN)
+            download_first(TRAIN_FILE)
         return folder
     if optimizer:
-        bring("optim.pt", "optim.safetensors")
-    if trainer or found == "model.safetensors":
-        bring("train.pt", "other.pt", "train.json")
+        download_first("optim.pt", "optim.safetensors")
+    if trainer or weights == "model.safetensors":
+        download_first("train.pt", "other.pt", "train.json")
     return folder
 
 
-def mirror(save_folder: Path, remote: str) -> None:
-    """Send every finished checkpoint of a run that `remote` lacks.
+def mirror_checkpoints(save_folder: Path, remote: str) -> None:
+    """Upload every finished checkpoint of a run that `remote` lacks.
 
-    Raises ValueError where access is refused, OSError where a file cannot be read.
+    Raises ValueError if access is denied, OSError if a file cannot be read.
     """
-    place = Bucket(remote)
-    sizes = place.sizes()
-    for folder in layout.checkpoints(save_folder):
+    bucket = Bucket(remote)
+    sizes = bucket.sizes()
+    for folder in layout.list_checkpoints(save_folder):
         manifest = folder / layout.MANIFEST
         if not manifest.exists():
             continue  # OLMo's own
-        done, sending = f"{folder.name}/{layout.MANIFEST}", f"{folder.name}/{SENDING}"
+        done, uploading = f"{folder.name}/{layout.MANIFEST}", f"{folder.name}/{UPLOADING}"
         content = manifest.read_bytes()
         try:
-            files = layout.listed(content, str(manifest))
+            files = layout.parse_manifest(content, str(manifest))
         except Damaged as error:
-            log.warning(f"not sent: {error}")
+            log.warning(f"not uploaded: {error}")
+
             continue
         if done in sizes:
-            if place.read(done) == content:
+            if bucket.read(done) == content:
                 continue
-            place.remove(done)
-        begun = sending in sizes and place.read(sending) == content
-        if not begun:
-            place.put(manifest, sending)
+            bucket.remove(done)
+        is_resumed = uploading in sizes and bucket.read(uploading) == content
+        if not is_resumed:
+            bucket.put(manifest, uploading)
         for file, facts in files.items():
             name = f"{folder.name}/{file}"
-            if not begun or sizes.get(name) != facts["bytes"]:
-                place.put(folder / file, name)
-        place.put(manifest, done)
-        place.remove(sending)
-        log.info(f"sent {folder.name} to {remote}")
+            if not is_resumed or sizes.get(name) != facts["bytes"]:
+                bucket.put(folder / file, name)
+        bucket.put(manifest, done)
+        bucket.remove(uploading)
+        log.info(f"uploaded {folder.name} to {remote}")
 
 
-def whole_there(place: Bucket) -> list[str]:
-    """Names of the mirrored checkpoints that are whole, oldest first."""
-    found = [name.split("/") for name in place.sizes()]
-    folders = [Path(parts[0]) for parts in found if parts[1:] == [layout.MANIFEST]]
-    folders = [folder for folder in folders if layout.is_name(folder)]
-    return [str(folder) for folder in sorted(folders, key=layout.age)]
+def list_mirrored(bucket: Bucket) -> list[str]:
+    """Names of the complete checkpoints in a bucket, oldest first."""
+    paths = [name.split("/") for name in bucket.sizes()]
+    folders = [Path(parts[0]) for parts in paths if parts[1:] == [layout.MANIFEST]]
+    folders = [folder for folder in folders if layout.is_checkpoint_name(folder)]
+    return [str(folder) for folder in sorted(folders, key=layout.age_key)]
 
 
-def begin(remote: str, step: int, overwrite: bool) -> None:
-    """Ready `remote` for a run from `step` on: later checkpoints there, another run's, do not
-    count as whole any more.
+def prepare_remote(remote: str, step: int, overwrite: bool) -> None:
+    """Prepare `remote` for a run from `step` on: removes the manifests of later checkpoints, which
+    belong to another run and then no longer count as complete.
 
-    Raises ValueError where there are some and `overwrite` does not say so.
+    Raises ValueError if there are some and `overwrite` is not set.
     """
-    place = Bucket(remote)
-    there = [name for name in whole_there(place) if layout.age(Path(name))[0] > step]
-    if there and not overwrite:
+    bucket = Bucket(remote)
+    later = [name for name in list_mirrored(bucket) if layout.age_key(Path(name))[0] > step]
+    if later and not overwrite:
         raise ValueError(
-            f"remote_save_folder={remote} already holds a run, up to {there[-1]}; give "
+            f"remote_save_folder={remote} already holds a run, up to {later[-1]}; give "
             "--try_load_latest_save to go on with it, --save_overwrite to write over it, or "
             "another --remote_save_folder"
         )
-    for name in there:
-        place.remove(f"{name}/{layout.MANIFEST}")
+    for name in later:
+        bucket.remove(f"{name}/{layout.MANIFEST}")
 
 
-def newest_of_both(own: Path | None, save_folder: Path, remote: str) -> Path | None:
-    """The newest checkpoint here or there; one from there is fetched into the save folder.
+def find_newest_or_download(own: Path | None, save_folder: Path, remote: str) -> Path | None:
+    """The newest local or remote checkpoint; a remote one is downloaded into the save folder.
 
-    What was lost on the way or is broken is passed over, loudly.
+    `own` is the newest local one. A broken remote one is skipped with a warning.
     """
-    place = Bucket(remote)
-    for name in reversed(whole_there(place)):
+    bucket = Bucket(remote)
+    for name in reversed(list_mirrored(bucket)):
         folder = save_folder / name
-        if own is not None and layout.age(folder) <= layout.age(own):
+        if own is not None and layout.age_key(folder) <= layout.age_key(own):
             return own
         try:
-            _bring(place, folder)
+            _download_mirrored(bucket, folder)
         except ValueError as error:
-            log.warning(f"passing over a broken checkpoint of {remote}: {error}")
+            log.warning(f"skipping a broken checkpoint of {remote}: {error}")
             continue
-        log.info(f"fetched {name} from {remote}")
+        log.info(f"downloaded {name} from {remote}")
         return folder
     return own
 
 
-def _bring(place: Bucket, folder: Path) -> None:
-    """Fetch a mirrored checkpoint; files that came before a kill are kept."""
-    partial = layout.partial_name(folder)
-    of = f"{folder.name}/{layout.MANIFEST}"
-    manifest = place.read(of)
-    files = layout.listed(manifest, f"{place.url}/{of}")
+def _download_mirrored(bucket: Bucket, folder: Path) -> None:
+    """Download a mirrored checkpoint; files that an interrupted download left are reused."""
+    partial = layout.partial_path(folder)
+    manifest_name = f"{folder.name}/{layout.MANIFEST}"
+    source = f"{bucket.url}/{manifest_name}"
+    manifest = bucket.read(manifest_name)
+    files = layout.parse_manifest(manifest, source)
     partial.mkdir(parents=True, exist_ok=True)
     for name, facts in files.items():
-        path = foreign.place(partial, name, f"{place.url}/{of}")
-        if not (path.is_file() and layout.sha256(path) == facts["sha256"]):
+        path = foreign.place(partial, name, source)
+        if not (path.is_file() and layout.hash_file(path) == facts["sha256"]):
             path.parent.mkdir(parents=True, exist_ok=True)
-            place.get(f"{folder.name}/{name}", path, facts["bytes"])
+            bucket.get(f"{folder.name}/{name}", path, facts["bytes"])
     (partial / layout.MANIFEST).write_bytes(manifest)
-    layout.verify(partial)
-    layout.publish(partial, folder)
+    layout.verify_checkpoint(partial)
+    layout.publish_folder(partial, folder)
     layout.link_latest(folder)

@@ -1,4 +1,7 @@
-"""Loading: OLMo's folders, sharded or not, and the pipeline's final ones. No pickled code runs."""
+"""Loads checkpoints: OLMo's unsharded and sharded folders, and the pipeline's final ones.
+
+No pickled code runs.
+"""
 
 from __future__ import annotations
 
@@ -11,98 +14,98 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from olmo.checkpoint import layout, plain
-from olmo.checkpoint.encoded import decode, is_encoded
-from olmo.checkpoint.optim_state import State, by_name, load_by_name, placed
-from olmo.checkpoint.plain import Part
+from olmo.checkpoint import layout
+from olmo.checkpoint.optim_state import State, distribute_like, load_named_state, to_named_state
+from olmo.checkpoint.pickled_keys import decode_state, is_encoded_key
+from olmo.checkpoint.torch_files import StoredTensor, load_torch_file
 from olmo.config import ModelConfig
 from olmo.model.regroup import plain_name, regrouped
 from olmo.runtime.log import log
 from olmo.runtime.numbers import from_json
 
 if TYPE_CHECKING:
-    from olmo.checkpoint.sharded import Sharded
+    from olmo.checkpoint.sharded import ShardedReader
     from olmo.model import OLMo
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds. Of a sharded one the tensors are Parts until they are read."""
+    """The content of a checkpoint. A sharded one has StoredTensors until they are read."""
 
     folder: Path
     model: dict[str, Any]  # by parameter name
     optim: tuple[State, list[dict[str, Any]]] | None  # state by parameter name, groups
-    train: dict[str, Any] | None  # where the run was: global_step, epoch, …
-    sharded: Sharded | None = None
+    train: dict[str, Any] | None  # the trainer's state: global_step, epoch, …
+    sharded: ShardedReader | None = None
 
     def fill(self, pairs: Iterable[tuple[Tensor, Any]]) -> None:
-        """Copy into each tensor what is stored beside it; a DTensor takes its share."""
-        wanted: dict[str, list[Tensor]] = {}
+        """Copy into the first tensor of each pair the stored second; a DTensor takes its shard."""
+        targets_by_key: dict[str, list[Tensor]] = {}
         for target, stored in pairs:
-            if isinstance(stored, Part):
-                wanted.setdefault(stored.key, []).append(target)
+            if isinstance(stored, StoredTensor):
+                targets_by_key.setdefault(stored.key, []).append(target)
             else:
-                target.copy_(placed(stored, target))
+                target.copy_(distribute_like(stored, target))
         if self.sharded is not None:
-            self.sharded.read({key: targets[0] for key, targets in wanted.items()})
-        for first, *others in wanted.values():
+            self.sharded.read({key: targets[0] for key, targets in targets_by_key.items()})
+        for first, *others in targets_by_key.values():
             for other in others:
                 other.copy_(first)
 
-    def whole(self) -> Checkpoint:
-        """The same with every tensor in this process's memory."""
+    def materialize(self) -> Checkpoint:
+        """The same with every tensor read into this process's memory."""
         if self.sharded is None:
             return self
-        pairs: list[tuple[Tensor, Part]] = []
+        pairs: list[tuple[Tensor, StoredTensor]] = []
 
-        def room(stored: Any) -> Any:
-            if not isinstance(stored, Part):
+        def allocate(stored: Any) -> Any:
+            if not isinstance(stored, StoredTensor):
                 return stored
             pairs.append((torch.empty(stored.shape, dtype=stored.dtype), stored))
             return pairs[-1][0]
 
-        model = {name: room(part) for name, part in self.model.items()}
+        model = {name: allocate(stored) for name, stored in self.model.items()}
         optim = self.optim
         if optim is not None:
             state, groups = optim
             optim = (
-                {name: {k: room(v) for k, v in kept.items()} for name, kept in state.items()},
+                {name: {k: allocate(v) for k, v in parts.items()} for name, parts in state.items()},
                 groups,
             )
         self.fill(pairs)
         return replace(self, model=model, optim=optim, sharded=None)
 
 
-def newest(save_folder: str | Path) -> Path | None:
-    """The newest checkpoint that is whole; a broken one is passed over, loudly."""
-    layout.put_back(Path(save_folder))
-    for folder in reversed(layout.checkpoints(save_folder)):
+def find_newest(save_folder: str | Path) -> Path | None:
+    """The newest valid checkpoint of a run; a broken one is skipped with a warning."""
+    layout.restore_replaced(Path(save_folder))
+    for folder in reversed(layout.list_checkpoints(save_folder)):
         try:
-            layout.verify(folder)
+            layout.verify_checkpoint(folder)
         except ValueError as error:
-            log.warning(f"passing over a broken checkpoint: {error}")
+            log.warning(f"skipping a broken checkpoint: {error}")
             continue
         return folder
     return None
 
 
-def load(folder: str | Path, optimizer: bool = True, trainer: bool = True) -> Checkpoint:
-    """Verify a checkpoint folder and read it; `optimizer` and `trainer` say whether theirs too.
+def load_checkpoint(folder: str | Path, optimizer: bool = True, trainer: bool = True) -> Checkpoint:
+    """Verify a checkpoint folder and read it, with optimizer and trainer state or without.
 
-    Raises FileNotFoundError for no checkpoint, ValueError for a broken or an unknown one.
+    Raises FileNotFoundError if it does not exist, ValueError if it is broken or of another layout.
     """
     folder = Path(folder)
-    layout.verify(folder)
-    return look(folder, optimizer, trainer, mapped=False).whole()
+    layout.verify_checkpoint(folder)
+    return open_checkpoint(folder, optimizer, trainer, mapped=False).materialize()
 
 
-def look(
+def open_checkpoint(
     folder: Path, optimizer: bool = True, trainer: bool = True, mapped: bool = True
 ) -> Checkpoint:
-    """The same of a folder that is verified already, for load_weights and load_optimizer_state.
+    """Open a verified checkpoint for load_weights and load_optimizer_state.
 
-    They read what this process needs: Parts of a sharded one, and of an unsharded one what lies
-    in its files (`mapped`). In the place of a folder there may be a file, of weights alone.
+    Those read only what this process needs: a sharded folder gives StoredTensors, an unsharded one
+    memory-mapped tensors (`mapped`). `folder` may be a safetensors file of weights alone.
     """
     if folder.is_file():
         if optimizer or trainer:
@@ -117,12 +120,12 @@ def look(
     if (folder / "model.safetensors").exists():
         model = _safetensors(folder / "model.safetensors")
     elif (folder / "model.pt").exists():
-        model = plain.read(folder / "model.pt", mapped)
+        model = load_torch_file(folder / "model.pt", mapped)
     else:
         raise ValueError(
             f"{folder} holds none of model.pt, model.safetensors, model_and_optim/; expected a "
             "checkpoint (step{N}-unsharded, or step{N} of torch's distributed checkpoint) or a "
-            "final one. OLMo's older sharded layouts are unsharded by its scripts/unshard.py"
+            "final one. Convert OLMo's older sharded layouts with its scripts/unshard.py"
         )
     return Checkpoint(
         folder,
@@ -133,16 +136,16 @@ def look(
 
 
 def _sharded(folder: Path, optimizer: bool, trainer: bool) -> Checkpoint:
-    from olmo.checkpoint.sharded import FOLDER, TRAIN, Sharded
+    from olmo.checkpoint.sharded import STATE_FOLDER, TRAIN_FILE, ShardedReader
 
-    if not (folder / FOLDER / ".metadata").exists():
+    if not (folder / STATE_FOLDER / ".metadata").exists():
         raise ValueError(
-            f"{folder}/{FOLDER} has no .metadata: it was not written by torch's distributed "
-            "checkpoint, or not to its end. OLMo's other sharded layouts are unsharded by its "
+            f"{folder}/{STATE_FOLDER} has no .metadata: torch's distributed checkpoint did not "
+            "write it, or did not finish. Convert OLMo's other sharded layouts with its "
             "scripts/unshard.py"
         )
-    sharded = Sharded(folder, optimizer)
-    train = plain.read(folder / TRAIN) if optimizer or trainer else {}
+    sharded = ShardedReader(folder, optimizer)
+    train = load_torch_file(folder / TRAIN_FILE) if optimizer or trainer else {}
     groups = train.get("optimizer") or [{"param_names": sorted(sharded.state)}]
     return Checkpoint(
         folder,
@@ -157,14 +160,14 @@ def _optimizer(folder: Path, mapped: bool) -> tuple[State, list[dict[str, Any]]]
     if (folder / "optim.safetensors").exists():
         stored = _safetensors(folder / "optim.safetensors")
         if "param_groups" in stored:
-            return by_name(stored)
+            return to_named_state(stored)
         state: State = {}
         for key, tensor in stored.items():
             part, _, name = key.partition("/")
             state.setdefault(name, {})[part] = tensor
         return state, from_json((folder / "train.json").read_text())["optimizer"]
     if (folder / "optim.pt").exists():
-        return by_name(plain.read(folder / "optim.pt", mapped))
+        return to_named_state(load_torch_file(folder / "optim.pt", mapped))
     raise ValueError(
         f"{folder} has no optimizer state; start from its weights alone: --reset_optimizer_state"
     )
@@ -175,14 +178,14 @@ def _trainer(folder: Path) -> dict[str, Any]:
         return from_json((folder / "train.json").read_text())
     for name in ("train.pt", "other.pt"):
         if (folder / name).exists():
-            return plain.read(folder / name)
+            return load_torch_file(folder / name)
     raise ValueError(
         f"{folder} has no trainer state; start a new run from it: --reset_trainer_state"
     )
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
-    """Tensors by name; nested, with settings beside them, where OLMo wrote the file."""
+    """Tensors by name; for OLMo's own files the nested dictionary that they encode."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -190,7 +193,7 @@ def _safetensors(path: Path) -> dict[str, Any]:
         raise ValueError(f"reading {path} needs safetensors: `pip install safetensors`") from error
     try:
         tensors = load_file(path)
-        return decode(tensors) if all(map(is_encoded, tensors)) else tensors
+        return decode_state(tensors) if all(map(is_encoded_key, tensors)) else tensors
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
@@ -198,15 +201,15 @@ def _safetensors(path: Path) -> dict[str, Any]:
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> OLMo:
     """The model of a checkpoint, a folder or a URL, in evaluation mode."""
     if "://" in str(folder):
-        from olmo.checkpoint.mirror import fetched
+        from olmo.checkpoint.mirror import download_checkpoint
 
         with TemporaryDirectory() as place:
-            found = fetched(str(folder), Path(place), optimizer=False, trainer=False)
-            return load_model(found, device)
+            local = download_checkpoint(str(folder), Path(place), optimizer=False, trainer=False)
+            return load_model(local, device)
     from olmo.model import OLMo
 
     folder = Path(folder)
-    checkpoint = load(folder, optimizer=False, trainer=False)
+    checkpoint = load_checkpoint(folder, optimizer=False, trainer=False)
     config = ModelConfig.load(folder / "config.yaml", key="model", foreign=True)
     model = OLMo(config.update_with(init_device="cpu"), init_params=False)
     load_weights(model, checkpoint)
@@ -214,12 +217,12 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> OLMo:
 
 
 def load_weights(model: OLMo, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a model; ValueError naming the first that does not fit."""
+    """Copy a checkpoint's weights into a model. Raises ValueError for one that does not fit."""
     weights, _ = model._make_state_dict_compatible(checkpoint.model)
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in weights:
-            raise ValueError(f"{checkpoint.folder} has no weight {name}; it is another model's")
+            raise ValueError(f"{checkpoint.folder} has no weight {name}: it is another model's")
         if weights[name].shape != tensor.shape:
             raise ValueError(
                 f"{checkpoint.folder}: {name} is {tuple(weights[name].shape)}, the config's model "
@@ -227,7 +230,7 @@ def load_weights(model: OLMo, checkpoint: Checkpoint) -> None:
             )
     if extra := sorted(set(weights) - set(own)):
         raise ValueError(
-            f"{checkpoint.folder} has a weight {extra[0]} that the config's model has not"
+            f"{checkpoint.folder} has a weight {extra[0]} that the config's model does not have"
         )
     checkpoint.fill((tensor, weights[name]) for name, tensor in own.items())
 
@@ -235,7 +238,7 @@ def load_weights(model: OLMo, checkpoint: Checkpoint) -> None:
 def load_optimizer_state(
     model: OLMo, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint
 ) -> None:
-    """Copy a checkpoint's optimizer state into an optimizer; ValueError where it does not fit."""
+    """Copy a checkpoint's state into an optimizer. Raises ValueError if it does not fit."""
     assert checkpoint.optim is not None
     size = model.config.block_group_size
     state, _ = regrouped(checkpoint.optim[0], size)
@@ -245,8 +248,8 @@ def load_optimizer_state(
     ]
     pairs: list[tuple[Tensor, Any]] = []
 
-    def room(stored: Any, parameter: Tensor) -> Any:
-        if not isinstance(stored, Part | Tensor):
+    def allocate_like(stored: Any, parameter: Tensor) -> Any:
+        if not isinstance(stored, StoredTensor | Tensor):
             return stored
         like = parameter if stored.shape == parameter.shape else torch.empty(stored.shape)
         pairs.append((torch.empty_like(like, dtype=stored.dtype), stored))
@@ -255,6 +258,7 @@ def load_optimizer_state(
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if name in state:
-                state[name] = {k: room(v, parameter) for k, v in state[name].items()}
+                state[name] = {k: allocate_like(v, parameter) for k, v in state[name].items()}
+
     checkpoint.fill(pairs)
-    load_by_name(optimizer, state, groups)
+    load_named_state(optimizer, state, groups)

@@ -1,4 +1,4 @@
-"""Saving in OLMo's layout: `step{N}-unsharded`, which OLMo's own tools load."""
+"""Saves unsharded checkpoints in OLMo's layout, `step{N}-unsharded`, which OLMo's tools load."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from olmo.checkpoint import layout, plain
+from olmo.checkpoint import layout
+from olmo.checkpoint.torch_files import save_torch_file
 
 
 def save_unsharded(
@@ -19,20 +20,21 @@ def save_unsharded(
     train: Mapping[str, Any],
     keep: int | None = -1,
 ) -> Path:
-    """Write <save_folder>/step{N}-unsharded, whole or not at all, and link it as the latest.
+    """Write <save_folder>/step{N}-unsharded atomically, and link it as the latest.
 
     `model`, `optim` and `train` hold tensors, numbers, text and containers of those, nothing
-    else, so that they load without running code. `keep` newest folders stay, -1 for all; None
-    leaves that to `layout.retain`.
+    else, so that they load without running code. The `keep` newest folders stay, -1 for all; with
+    None the caller calls `layout.keep_newest`.
     """
+
     folder = Path(save_folder) / layout.folder_name(step, unsharded=True)
-    with layout.writing(folder) as partial:
+    with layout.atomic_folder(folder) as partial:
         (partial / "config.yaml").write_text(config_yaml)
-        plain.write(dict(model), partial / "model.pt")
+        save_torch_file(dict(model), partial / "model.pt")
         if optim is not None:
-            plain.write(dict(optim), partial / "optim.pt")
-        plain.write(dict(train), partial / "train.pt")
+            save_torch_file(dict(optim), partial / "optim.pt")
+        save_torch_file(dict(train), partial / "train.pt")
     layout.link_latest(folder)
     if keep is not None:
-        layout.retain(folder, keep)
+        layout.keep_newest(folder, keep)
     return folder

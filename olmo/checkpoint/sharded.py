@@ -1,10 +1,10 @@
 """Sharded checkpoints, `step{N}`, by torch's distributed checkpoint (DCP): each process writes its
-part, the first one the index of the parts.
+shards, rank 0 also the index of all shards.
 
     <save_folder>/step40/  config.yaml  model_and_optim/{.metadata, __0_0.distcp, …}  train/rank0.pt
 
-The index is a pickle, and so could hold code. It is read with a list of the few names that belong
-there, and tensors and settings are read as data only.
+The index is a pickle, which could hold code. Its unpickler allows only the few names that belong
+there; tensors and settings are read as data.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from olmo.checkpoint import layout, plain
-from olmo.checkpoint.optim_state import State, by_name
-from olmo.checkpoint.plain import Part
+from olmo.checkpoint import layout
+from olmo.checkpoint.optim_state import State, to_named_state
+from olmo.checkpoint.torch_files import StoredTensor, reraise_disk_errors, save_torch_file
 from olmo.io import foreign
 from olmo.model.regroup import plain_name
 
-FOLDER = "model_and_optim"
-TRAIN = "train/rank0.pt"
+STATE_FOLDER = "model_and_optim"
+TRAIN_FILE = "train/rank0.pt"
 
 _MODULE = "torch.distributed.checkpoint"
 _ALLOWED = {
@@ -67,119 +67,119 @@ def save_sharded(
     keep: int | None = -1,
     ephemeral: bool = False,
 ) -> Path:
-    """Write <save_folder>/step{N}, whole or not at all. All processes call it together.
+    """Write <save_folder>/step{N} atomically. All processes call it together.
 
-    `model` and `optim` (an optimizer's state_dict) hold tensors or DTensors; `group` is the
-    processes' (None: one process), `wait` their barrier, `first` whether this is the one that
-    does what one does for all. `keep` newest folders stay, -1 for all; None leaves that to
-    `retain`.
+    `model` and `optim` (an optimizer's state_dict) hold tensors or DTensors. `group` is the process
+    group (None: a single process), `wait` its barrier, and `first` is True on one process, which
+    creates the folder and writes what is not sharded. The `keep` newest folders stay, -1 for all;
+    with None the caller calls `keep_newest_sharded`.
     """
     folder = Path(save_folder) / layout.folder_name(step, unsharded=False)
-    place = contextlib.nullcontext(layout.partial_name(folder))
-    state, groups = by_name(dict(optim))
+    existing = contextlib.nullcontext(layout.partial_path(folder))
+    state, groups = to_named_state(dict(optim))
     flat = {f"model.{name}": tensor for name, tensor in model.items()}
-    for name, kept in state.items():
-        flat |= {f"optim.state.{name}.{part}": value for part, value in kept.items()}
-    with layout.writing(folder) if first else place as partial:
-        wait()  # until the folder is there
-        with _as_it_was(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that one process is one
-            writer = _Writer(partial / FOLDER)
+    for name, parts in state.items():
+        flat |= {f"optim.state.{name}.{part}": value for part, value in parts.items()}
+    with layout.atomic_folder(folder) if first else existing as partial:
+        wait()  # until the folder exists
+        with _unwrap_dcp_errors(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # DCP warns that there is a single process
+            writer = _Writer(partial / STATE_FOLDER)
             dcp_save(flat, storage_writer=writer, process_group=group, no_dist=group is None)
         if first:
             (partial / "config.yaml").write_text(config_yaml)
             (partial / "train").mkdir()
-            plain.write({**train, "optimizer": groups}, partial / TRAIN)
+            save_torch_file({**train, "optimizer": groups}, partial / TRAIN_FILE)
             if ephemeral:
                 (partial / layout.EPHEMERAL).touch()
     if first:
         layout.link_latest(folder)
         if keep is not None:
-            retain(folder, keep)
+            keep_newest_sharded(folder, keep)
     return folder
 
 
-def retain(newest: Path, keep: int) -> None:
-    """As `layout.retain`; ephemeral ones go once a newer one came, ephemeral or lasting."""
-    for path in layout.checkpoints(newest.parent, unsharded=False):
-        if layout.age(path) < layout.age(newest) and (path / layout.EPHEMERAL).exists():
-            layout.remove(path)
+def keep_newest_sharded(newest: Path, keep: int) -> None:
+    """As `layout.keep_newest`, and removes ephemeral checkpoints older than `newest`."""
+    for path in layout.list_checkpoints(newest.parent, unsharded=False):
+        if layout.age_key(path) < layout.age_key(newest) and (path / layout.EPHEMERAL).exists():
+            layout.remove_checkpoint(path)
     if not (newest / layout.EPHEMERAL).exists():
-        layout.retain(newest, keep)
+        layout.keep_newest(newest, keep)
 
 
-class Sharded:
-    """What a sharded folder holds, whoever wrote it. Reads what it is asked for.
+class ShardedReader:
+    """Reads chosen tensors of a sharded folder, ours or OLMo's.
 
-    `model` and `state` have a Part for each tensor, by parameter name; `state` also has the
-    numbers among what the optimizer keeps.
+    `model` and `state` have a StoredTensor for each tensor, by parameter name; `state` also has
+    the optimizer's plain numbers.
     """
 
     def __init__(self, folder: Path, optimizer: bool) -> None:
-        self._folder = folder / FOLDER
+        self._folder = folder / STATE_FOLDER
         index = _index(self._folder / ".metadata").state_dict_metadata
-        self.model: dict[str, Part] = {}
+        self.model: dict[str, StoredTensor] = {}
         self.state: State = {}
         numbers = []
-        for key, kind in index.items():
-            of, _, name = key.partition(".")
-            part = None
-            if isinstance(kind, TensorStorageMetadata):
-                part = Part(key, kind.size, kind.properties.dtype)
-            if of == "model" and part is not None:
-                self.model[plain_name(name)] = part
-            elif of == "optim" and name.startswith("state.") and optimizer:
-                name, _, what = name.removeprefix("state.").rpartition(".")
-                self.state.setdefault(plain_name(name), {})[what] = part
-                if part is None:
-                    numbers.append((plain_name(name), what, key))
-        found: dict[str, Any] = {key: None for _, _, key in numbers}
-        self.read(found)
-        for name, what, key in numbers:
-            self.state[name][what] = found[key]
+        for key, metadata in index.items():
+            section, _, name = key.partition(".")
+            tensor = None
+            if isinstance(metadata, TensorStorageMetadata):
+                tensor = StoredTensor(key, metadata.size, metadata.properties.dtype)
+            if section == "model" and tensor is not None:
+                self.model[plain_name(name)] = tensor
+            elif section == "optim" and name.startswith("state.") and optimizer:
+                name, _, part = name.removeprefix("state.").rpartition(".")
+                self.state.setdefault(plain_name(name), {})[part] = tensor
+                if tensor is None:
+                    numbers.append((plain_name(name), part, key))
+        values: dict[str, Any] = {key: None for _, _, key in numbers}
+        self.read(values)
+        for name, part, key in numbers:
+            self.state[name][part] = values[key]
 
-    def read(self, wanted: dict[str, Any]) -> None:
-        """Fill the tensors of `wanted`, by key; of a DTensor what this process has of it.
+    def read(self, targets: dict[str, Any]) -> None:
+        """Fill the tensors of `targets`, by key; of a DTensor this process's shard.
 
-        Raises ValueError for what is broken.
+        Raises ValueError for a broken checkpoint.
         """
-        if not wanted:
+        if not targets:
             return
-        with _as_it_was(f"cannot read {self._folder}"), warnings.catch_warnings():
+        with _unwrap_dcp_errors(f"cannot read {self._folder}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             reader, planner = _Reader(self._folder), _Planner(flatten_state_dict=False)
-            dcp_load(wanted, storage_reader=reader, planner=planner, no_dist=True)
+            dcp_load(targets, storage_reader=reader, planner=planner, no_dist=True)
 
 
-def files_of(index: Path) -> list[str]:
-    """The files that a sharded checkpoint's index (.metadata) names, beside itself."""
+def list_shard_files(index: Path) -> list[str]:
+    """The files that a sharded checkpoint's index (.metadata) names."""
     return sorted({info.relative_path for info in _index(index).storage_data.values()})
 
 
 def _index(path: Path) -> Metadata:
     try:
-        found: Metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
-        for info in found.storage_data.values():
+        index: Metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        for info in index.storage_data.values():
             foreign.part(info.relative_path, str(path))
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-    return found
+    return index
 
 
 @contextlib.contextmanager
-def _as_it_was(said: str | None = None) -> Iterator[None]:
-    """torch collects what went wrong on all processes; one of these is raised.
+def _unwrap_dcp_errors(prefix: str | None = None) -> Iterator[None]:
+    """Raise the first of the errors that DCP collects from all processes.
 
-    As ValueError that begins with `said`, if that is given.
+    With `prefix`, as a ValueError whose message begins with it.
     """
     try:
         yield
     except CheckpointException as error:
         failure, _ = next(iter(error.failures.values()))
-        if said is None:
+        if prefix is None:
             raise failure from None
         reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
-        raise ValueError(f"{said}: {reason}") from failure
+        raise ValueError(f"{prefix}: {reason}") from failure
 
 
 class _Unpickler(pickle.Unpickler):
@@ -191,7 +191,7 @@ class _Unpickler(pickle.Unpickler):
 
 class _Writer(FileSystemWriter):
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        with plain.disk_errors():
+        with reraise_disk_errors():
             return super().write_data(*args, **kwargs)
 
 

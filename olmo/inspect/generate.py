@@ -93,7 +93,7 @@ def place_of(checkpoint: str) -> str:
     Raises:
         ValueError: there is none.
     """
-    from olmo.checkpoint.read import newest
+    from olmo.checkpoint.read import find_newest
 
     if "://" in checkpoint:
         return checkpoint.rstrip("/")
@@ -101,7 +101,7 @@ def place_of(checkpoint: str) -> str:
     for folder in (Path(checkpoint), runs / "final", runs / "run"):
         if any((folder / name).exists() for name in HOLDS):
             return str(folder)
-        if folder.is_dir() and (found := newest(folder)) is not None:
+        if folder.is_dir() and (found := find_newest(folder)) is not None:
             return str(found)
     raise ValueError(
         f"expected a trained run, a checkpoint's folder or a URL; found {checkpoint!r}"

@@ -114,8 +114,8 @@ def rows_of(path: Path) -> dict[int, dict[str, Any]]:
 
 def begin_at(folder: Path, first: int) -> tuple[int, Path | None]:
     """The last checkpoint of a run before step `first`: (its step, its folder), or the start."""
-    for path in reversed(layout.checkpoints(folder, unsharded=True)):
-        if 0 < (step := layout.step_of(path) or 0) < first:
+    for path in reversed(layout.list_checkpoints(folder, unsharded=True)):
+        if 0 < (step := layout.parse_step(path) or 0) < first:
             return step, path.resolve()
     return 0, None
 

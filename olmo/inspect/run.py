@@ -81,7 +81,7 @@ class Run:
     def home(self) -> Path:
         """The run's own folder, also of one of its checkpoints; that of a final checkpoint."""
         folder = Path(self.folder).resolve()
-        return folder.parent if layout.is_name(folder) else folder
+        return folder.parent if layout.is_checkpoint_name(folder) else folder
 
     @cached_property
     def steps(self) -> int | None:
@@ -107,7 +107,7 @@ class Run:
         if not is_url(self.folder):
             return segments(self.home)
         url, _, name = self.folder.rpartition("/")
-        place = url if layout.is_name(Path(name)) else self.folder
+        place = url if layout.is_checkpoint_name(Path(name)) else self.folder
         if self._order or not downloads.is_http(downloads.keyless(place)):
             return []
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(downloads.NotThere):

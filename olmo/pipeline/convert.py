@@ -8,9 +8,9 @@ from typing import Any
 
 from olmo.checkpoint import huggingface
 from olmo.checkpoint.final import write_safetensors
-from olmo.checkpoint.mirror import fetched
+from olmo.checkpoint.mirror import download_checkpoint
 from olmo.checkpoint.optim_state import State
-from olmo.checkpoint.read import load
+from olmo.checkpoint.read import load_checkpoint
 from olmo.checkpoint.save import save_unsharded
 from olmo.io.downloads import refuse_links
 from olmo.runtime.log import log
@@ -45,16 +45,16 @@ def convert(
     into.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".fetched", dir=into) as place:
         whole = kind != "hf"
-        found = fetched(str(source), Path(place), optimizer=whole, trainer=whole)
+        found = download_checkpoint(str(source), Path(place), optimizer=whole, trainer=whole)
         return _convert(found, into, kind, tokenizer)
 
 
 def _convert(source: Path, into: Path, kind: str, tokenizer: Path | None) -> Path:
     if kind == "hf":
         return _to_hf(source, into, tokenizer)
-    if huggingface.is_exported(source):
+    if huggingface.is_hf_folder(source):
         return _from_hf(source, into, kind)
-    checkpoint = load(source)
+    checkpoint = load_checkpoint(source)
     assert checkpoint.optim is not None and checkpoint.train is not None
     if not (source / "config.yaml").exists():
         raise ValueError(f"{source} has no config.yaml, which a checkpoint of any kind has")
@@ -104,7 +104,7 @@ def as_json(train: dict[str, Any]) -> str:
 
 
 def _to_hf(source: Path, into: Path, tokenizer: Path | None) -> Path:
-    checkpoint = load(source, optimizer=False, trainer=False)
+    checkpoint = load_checkpoint(source, optimizer=False, trainer=False)
     into.mkdir(parents=True, exist_ok=True)
     config_yaml = (source / "config.yaml").read_text()
     if tokenizer is None:
@@ -114,7 +114,7 @@ def _to_hf(source: Path, into: Path, tokenizer: Path | None) -> Path:
         known = tokenizer_of(str(source), Run(str(source)), None).base_tokenizer
         tokenizer = into / "tokenizer.json"
         known.save(str(tokenizer))
-    huggingface.write(into, checkpoint.model, config_yaml, tokenizer)
+    huggingface.write_hf_folder(into, checkpoint.model, config_yaml, tokenizer)
     log.info(f"written: {into}")
     return into
 
@@ -125,7 +125,7 @@ def _from_hf(source: Path, into: Path, kind: str) -> Path:
             f"{source} is a model alone and has no optimizer state, without which there is no "
             f"{kind} checkpoint; write it with --kind safetensors"
         )
-    weights, config_yaml = huggingface.read(source)
+    weights, config_yaml = huggingface.read_hf_folder(source)
     into.mkdir(parents=True, exist_ok=True)
     (into / "config.yaml").write_text(config_yaml)
     write_safetensors(into, weights)

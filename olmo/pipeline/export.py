@@ -39,7 +39,7 @@ def huggingface_export(
 
     weights = load_file(model)
     folder.mkdir()
-    huggingface.write(folder, weights, config.read_text(), tokenizer)
+    huggingface.write_hf_folder(folder, weights, config.read_text(), tokenizer)
     settings = json.loads((folder / "config.json").read_text())
     parameters = sum(tensor.numel() for tensor in weights.values())
     text = card(name, settings, parameters, checkpoint, here())

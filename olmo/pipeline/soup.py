@@ -37,15 +37,15 @@ def averaged(weights: Inputs, config: Input, final: Folder, checkpoints: Free[li
         ValueError: they are not of one model.
     """
     from olmo.checkpoint.final import write_safetensors
-    from olmo.checkpoint.read import look
+    from olmo.checkpoint.read import open_checkpoint
 
     first, *others = checkpoints
     model = ModelConfig.load(config, key="model", foreign=True)
-    one = look(weights[0], optimizer=False, trainer=False).model
+    one = open_checkpoint(weights[0], optimizer=False, trainer=False).model
     sums = {name: tensor.double() for name, tensor in one.items()}
     for folder, file in zip(others, weights[1:], strict=True):
         other = ModelConfig.load(folder / "config.yaml", key="model", foreign=True)
-        found = look(file, optimizer=False, trainer=False).model
+        found = open_checkpoint(file, optimizer=False, trainer=False).model
         if other != model or shapes(found) != shapes(one):
             raise ValueError(
                 f"expected checkpoints of one model, found another one in {folder} than in {first}"

@@ -39,9 +39,9 @@ def local_checkpoint(
 @stage(version=1)
 def fetched_checkpoint(url: str, checkpoint: Folder, part: Work, optimizer: bool = False) -> Facts:
     """Fetch a checkpoint. What arrived before an attempt was cut off is used."""
-    from olmo.checkpoint.mirror import fetched
+    from olmo.checkpoint.mirror import download_checkpoint
 
-    folder = fetched(url, part, optimizer, trainer=optimizer)
+    folder = download_checkpoint(url, part, optimizer, trainer=optimizer)
     parameters = write(folder, checkpoint, optimizer)
     shutil.rmtree(part)
     return {"from": url, "parameters": parameters}
@@ -50,9 +50,9 @@ def fetched_checkpoint(url: str, checkpoint: Folder, part: Work, optimizer: bool
 def write(folder: Path, out: Path, optimizer: bool) -> int:
     """Write what a run can start from; how many weights there are."""
     from olmo.checkpoint.final import write_safetensors
-    from olmo.checkpoint.read import load
+    from olmo.checkpoint.read import load_checkpoint
 
-    found = load(folder, optimizer=optimizer, trainer=False)
+    found = load_checkpoint(folder, optimizer=optimizer, trainer=False)
     state, groups = found.optim or ({}, [])
     out.mkdir(parents=True)
     write_safetensors(out, found.model, state if optimizer else None)

@@ -129,12 +129,12 @@ def training(
     place.save(attempt / "given.yaml")
     launch(attempt / "given.yaml", geometry, place.intra_op_threads)
 
-    from olmo.checkpoint.final import export
+    from olmo.checkpoint.final import export_final
     from olmo.report.loss import plot
     from olmo.train.segments import conditions, segments
     from olmo.train.sinks import read_metrics
 
-    reached = export(attempt, final, named_by_content(settings, tokens, order, labels, start))
+    reached = export_final(attempt, final, named_by_content(settings, tokens, order, labels, start))
     rows = [folder / "metrics.jsonl" for folder in (before, attempt) if folder is not None]
     metrics = [row for path in rows for row in read_metrics(path)]
     (final / "metrics.jsonl").write_text("".join(to_json(row) + "\n" for row in metrics))

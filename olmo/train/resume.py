@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from olmo.checkpoint import layout
-from olmo.checkpoint.read import Checkpoint, look, newest
+from olmo.checkpoint.read import Checkpoint, find_newest, open_checkpoint
 from olmo.config import TrainConfig
 from olmo.distributed.world import World
 from olmo.runtime.log import log
@@ -39,7 +39,7 @@ def find_start(cfg: TrainConfig, world: World) -> Start:
     if cfg.try_load_latest_save:
         own = _on_rank0(world, partial(_newest, cfg, folder))
         if own is not None:
-            checkpoint = look(own)
+            checkpoint = open_checkpoint(own)
             assert checkpoint.train is not None
             log.info(f"going on from {own}")
             state = TrainState.from_checkpoint(checkpoint.train, cfg)
@@ -57,8 +57,8 @@ def find_start(cfg: TrainConfig, world: World) -> Start:
     }
     if "://" in cfg.load_path:
         place = _on_rank0(world, partial(_download, cfg.load_path, folder / "loaded", parts))
-    _on_rank0(world, partial(layout.verify, place))
-    checkpoint = look(place, **parts)
+    _on_rank0(world, partial(layout.verify_checkpoint, place))
+    checkpoint = open_checkpoint(place, **parts)
     state = TrainState(epoch=cfg.epoch or 0)
     if checkpoint.train is not None:
         state = TrainState.from_checkpoint(checkpoint.train, cfg)
@@ -75,26 +75,26 @@ def find_start(cfg: TrainConfig, world: World) -> Start:
 
 def _newest(cfg: TrainConfig, folder: Path) -> Path | None:
     """The run's newest whole checkpoint, in its folder or in remote_save_folder."""
-    own = newest(folder)
+    own = find_newest(folder)
     if cfg.remote_save_folder is None:
         return own
-    from olmo.checkpoint.mirror import newest_of_both
+    from olmo.checkpoint.mirror import find_newest_or_download
 
-    return newest_of_both(own, folder, cfg.remote_save_folder)
+    return find_newest_or_download(own, folder, cfg.remote_save_folder)
 
 
 def _begin_remote(cfg: TrainConfig, step: int) -> None:
     if cfg.remote_save_folder is not None and not cfg.dry_run:
-        from olmo.checkpoint.mirror import begin
+        from olmo.checkpoint.mirror import prepare_remote
 
-        begin(cfg.remote_save_folder, step, cfg.save_overwrite)
+        prepare_remote(cfg.remote_save_folder, step, cfg.save_overwrite)
 
 
 def _download(url: str, into: Path, parts: dict[str, bool]) -> Path:
-    from olmo.checkpoint.mirror import fetched
+    from olmo.checkpoint.mirror import download_checkpoint
 
     log.info(f"fetching {url}")
-    return fetched(url, into, **parts)
+    return download_checkpoint(url, into, **parts)
 
 
 def _on_rank0(world: World, work: Callable[[], T]) -> T:

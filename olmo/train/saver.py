@@ -92,7 +92,7 @@ class Saver:
     def pause(self) -> Path:
         """Begin to save now, unless this step is saved in any kind; the folder."""
         self._settle()
-        if self.saved is not None and layout.step_of(self.saved) == self._state.global_step:
+        if self.saved is not None and layout.parse_step(self.saved) == self._state.global_step:
             return self.saved
         return self.save()
 
@@ -124,10 +124,10 @@ class Saver:
                 keep = self._cfg.save_num_unsharded_checkpoints_to_keep or 1
                 shared |= {"model": model, "optim": optim, "keep": None}
                 write = partial(save_unsharded, self._folder, step, **shared)
-                retire = partial(layout.retain, keep=keep)
+                retire = partial(layout.keep_newest, keep=keep)
                 self._writing = self._thread.submit(self._write, write, retire)
         else:
-            from olmo.checkpoint.sharded import retain, save_sharded
+            from olmo.checkpoint.sharded import keep_newest_sharded, save_sharded
 
             group = self._group
             write = partial(
@@ -143,7 +143,7 @@ class Saver:
                 ephemeral=kind == "ephemeral",
                 **shared,
             )
-            retire = partial(retain, keep=self._cfg.save_num_checkpoints_to_keep or 1)
+            retire = partial(keep_newest_sharded, keep=self._cfg.save_num_checkpoints_to_keep or 1)
             self._writing = self._thread.submit(self._write, write, retire)
         self.saved, self._passing = folder, kind == "ephemeral"
         return folder
@@ -151,7 +151,7 @@ class Saver:
     def _lasts(self, unsharded: bool) -> bool:
         """Whether the newest is of this step and there to stay, and unsharded if it must be."""
         saved = self.saved
-        if saved is None or self._passing or layout.step_of(saved) != self._state.global_step:
+        if saved is None or self._passing or layout.parse_step(saved) != self._state.global_step:
             return False
         return layout.is_unsharded(saved) or not unsharded
 
@@ -216,12 +216,12 @@ class Saver:
 
         What could not be sent is sent after the next save, or else is an error at the end.
         """
-        from olmo.checkpoint.mirror import mirror
+        from olmo.checkpoint.mirror import mirror_checkpoints
 
         if before is not None:
             before.join()
         try:
-            mirror(self._folder, str(self._cfg.remote_save_folder))
+            mirror_checkpoints(self._folder, str(self._cfg.remote_save_folder))
             self._unsent = None
         except Exception as error:  # of whatever kind: nobody hears of what ends a thread
             log.warning(f"not sent yet: {error}")

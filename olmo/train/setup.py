@@ -284,9 +284,9 @@ def _open_folder(
     """The run's folder, cleared of what this start replaces; the sinks of its metrics."""
     folder, state, resumed = Path(cfg.save_folder), start.state, start.resumed
     step = state.global_step
-    layout.sweep(folder)
+    layout.remove_leftovers(folder)
     if cfg.save_overwrite and not cfg.dry_run:
-        layout.remove_after(folder, step if resumed else -1, source)
+        layout.remove_later_checkpoints(folder, step if resumed else -1, source)
     if not cfg.dry_run:
         for name in (FINISHED, MARKER):
             (folder / name).unlink(missing_ok=True)

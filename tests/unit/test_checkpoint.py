@@ -20,7 +20,7 @@ from small_run import metrics, run, same, state
 
 from olmo import checkpoint
 from olmo.checkpoint import layout
-from olmo.checkpoint.read import newest
+from olmo.checkpoint.read import find_newest
 from olmo.cli import main
 from olmo.config import TrainConfig
 from olmo.config.identity import identity
@@ -78,7 +78,7 @@ def spoil_the_manifest(folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage, said",
     [
-        (cut_off, "is cut off or overwritten: optim.pt has"),
+        (cut_off, "is truncated or overwritten: optim.pt has"),
         (flip_a_bit, "is corrupt: model.pt has sha256"),
         (lose_a_file, "lacks train.pt"),
         (spoil_the_manifest, "unreadable manifest"),
@@ -91,9 +91,9 @@ def test_a_broken_one_is_refused_and_the_one_before_taken(
     damage(copy / "step10-unsharded")
     with pytest.raises(ValueError, match=said):
         checkpoint.load(copy / "step10-unsharded")
-    assert newest(copy) == copy / "step8-unsharded"
+    assert find_newest(copy) == copy / "step8-unsharded"
     warned = capsys.readouterr().err
-    assert "WARNING: passing over a broken checkpoint" in warned and said in warned
+    assert "WARNING: skipping a broken checkpoint" in warned and said in warned
     # The run goes on from there and comes to the same end.
     assert run(copy.parent, try_load_latest_save=True) == 0
     assert same(before, state(copy))
@@ -130,16 +130,16 @@ def test_retention(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"save_interval_unsharded": 5, "save_interval": 2, "evaluators": []}
     changes |= {"save_num_unsharded_checkpoints_to_keep": 2, "save_num_checkpoints_to_keep": 1}
     run(tmp_path, **changes)
-    names = [path.name for path in layout.checkpoints(tmp_path / "run")]
+    names = [path.name for path in layout.list_checkpoints(tmp_path / "run")]
     assert names == ["step5-unsharded", "step8", "step10-unsharded"]
     none: dict[str, Any] = {"save_num_checkpoints_to_keep": 0, "save_overwrite": True}
     run(tmp_path, **changes | none)
-    assert not layout.checkpoints(tmp_path / "run", unsharded=False)
+    assert not layout.list_checkpoints(tmp_path / "run", unsharded=False)
 
 
 def test_what_was_written_over_is_not_taken_for_the_newest(copy: Path) -> None:
     assert run(copy.parent, save_overwrite=True, seed=1, stop_after=3) == 75
-    assert newest(copy) == copy / "step3-unsharded"
+    assert find_newest(copy) == copy / "step3-unsharded"
     assert run(copy.parent, try_load_latest_save=True, save_overwrite=True, seed=1) == 0
     assert [line["step"] for line in metrics(copy)] == list(range(11))
 
@@ -201,31 +201,31 @@ def test_final_is_a_checkpoint(finished: Path, tmp_path: Path) -> None:
 
 def test_an_unfinished_run_has_no_final(tmp_path: Path) -> None:
     run(tmp_path, stop_after=2)
-    with pytest.raises(ValueError, match="has not come to its end"):
+    with pytest.raises(ValueError, match="has not finished"):
         checkpoint.export(tmp_path / "run", tmp_path / "final", {})
 
 
 def test_an_optimizer_state_by_name_fits_other_groupings() -> None:
     """FSDP's form, names in the place of numbers and wrappers in the names."""
-    from olmo.checkpoint.optim_state import by_name, load_by_name
+    from olmo.checkpoint.optim_state import load_named_state, to_named_state
 
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([{"params": [parameter], "param_names": ["a.weight"]}])
     state = {"_fsdp_wrapped_module.a.weight": {"step": torch.tensor(3.0), "exp_avg": torch.ones(2),
              "exp_avg_sq": torch.ones(2)}}  # fmt: skip
     groups = [{"params": ["_fsdp_wrapped_module.a.weight"], "lr": 0.5}]
-    load_by_name(optimizer, *by_name({"state": state, "param_groups": groups}))
+    load_named_state(optimizer, *to_named_state({"state": state, "param_groups": groups}))
     assert optimizer.state[parameter]["exp_avg"].tolist() == [1, 1]
     with pytest.raises(ValueError, match="no param_names"):
-        by_name({"state": {}, "param_groups": [{"params": [0]}]})
+        to_named_state({"state": {}, "param_groups": [{"params": [0]}]})
     with pytest.raises(ValueError, match=r"nothing for a\.weight"):
-        load_by_name(optimizer, {}, [{"param_names": ["b"]}])
+        load_named_state(optimizer, {}, [{"param_names": ["b"]}])
 
 
 def test_sweeping_leaves_what_is_whole(copy: Path) -> None:
     shutil.copytree(copy / "step8-unsharded", copy / "step9-unsharded.partial")
     shutil.move(copy / "step4-unsharded", copy / "step4-unsharded.replaced")
-    layout.sweep(copy)
+    layout.remove_leftovers(copy)
     names = [path.name for path in sorted(copy.glob("step*"))]
     assert names == ["step0-unsharded", "step10-unsharded", "step8-unsharded"]
     assert json.loads((copy / "step8-unsharded/manifest.json").read_text())["files"]

@@ -285,12 +285,12 @@ def mirrored(tmp_path: Path) -> Iterator[Path]:
     """A mirror with a checkpoint that is whole."""
     own = tmp_path / "own"
     own.mkdir()
-    with layout.writing(own / "step5-unsharded") as folder:
+    with layout.atomic_folder(own / "step5-unsharded") as folder:
         (folder / "model.pt").write_bytes(b"weights")
         (folder / "train").mkdir()
         (folder / "train/rank0.pt").write_bytes(b"state")
     place = tmp_path / "mirror"
-    mirror.mirror(own, str(place))
+    mirror.mirror_checkpoints(own, str(place))
     yield place
 
 
@@ -312,7 +312,7 @@ def test_a_mirrors_manifest_writes_nothing_outside(
     here = tmp_path / "here/run"
     here.mkdir(parents=True)
     before = all_files(tmp_path)
-    assert mirror.newest_of_both(None, here, str(mirrored)) is None
+    assert mirror.find_newest_or_download(None, here, str(mirrored)) is None
     said = capsys.readouterr().err
     assert f"{mirrored}/step5-unsharded/manifest.json: expected the name" in said
     assert ascii(bad) in said and all_files(tmp_path) == before
@@ -324,7 +324,7 @@ def test_a_mirrors_file_goes_through_no_link(mirrored: Path, tmp_path: Path, cap
     partial = tmp_path / "here/step5-unsharded.partial"
     partial.mkdir(parents=True)
     (partial / "train").symlink_to(outside)
-    assert mirror.newest_of_both(None, tmp_path / "here", str(mirrored)) is None
+    assert mirror.find_newest_or_download(None, tmp_path / "here", str(mirrored)) is None
     assert "would be written through the link" in capsys.readouterr().err
     assert not list(outside.iterdir())
 
@@ -333,7 +333,7 @@ def test_a_mirrors_file_has_the_size_that_its_manifest_tells(
     mirrored: Path, tmp_path: Path, capsys
 ) -> None:
     (mirrored / "step5-unsharded/model.pt").write_bytes(bytes(10_000_000))
-    assert mirror.newest_of_both(None, tmp_path / "here", str(mirrored)) is None
+    assert mirror.find_newest_or_download(None, tmp_path / "here", str(mirrored)) is None
     assert "expected 7 bytes at most, found 10,000,000" in capsys.readouterr().err
     assert not list((tmp_path / "here").rglob("model.pt"))
 
@@ -341,7 +341,7 @@ def test_a_mirrors_file_has_the_size_that_its_manifest_tells(
 def test_checkpoints_elsewhere_in_a_mirror_are_none(mirrored: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(mirrored / "step5-unsharded", mirrored / "deeper/step9-unsharded")
     (tmp_path / "here").mkdir()
-    found = mirror.newest_of_both(None, tmp_path / "here", str(mirrored))
+    found = mirror.find_newest_or_download(None, tmp_path / "here", str(mirrored))
     assert found == tmp_path / "here/step5-unsharded"
     assert not capsys.readouterr().err, "nothing was passed over"
 
@@ -350,12 +350,12 @@ def test_a_manifest_sends_nothing_from_outside(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("mine")
     folder = tmp_path / "run/step5"
     folder.mkdir(parents=True)
-    facts = {"bytes": 4, "sha256": layout.sha256(tmp_path / "secret")}
+    facts = {"bytes": 4, "sha256": layout.hash_file(tmp_path / "secret")}
     (folder / layout.MANIFEST).write_text(sealed.dumps({"files": {"../../secret": facts}}))
     with pytest.raises(ValueError, match=r"found '\.\./\.\./secret'"):
-        mirror.mirror(tmp_path / "run", str(tmp_path / "mirror"))
+        mirror.mirror_checkpoints(tmp_path / "run", str(tmp_path / "mirror"))
     with pytest.raises(ValueError, match=r"unreadable manifest.*found '\.\./\.\./secret'"):
-        layout.verify(folder)
+        layout.verify_checkpoint(folder)
     assert not (tmp_path / "mirror/secret").exists()
 
 
@@ -365,7 +365,7 @@ def test_a_manifest_sends_nothing_from_outside(tmp_path: Path) -> None:
 def test_a_manifest_that_is_none(tmp_path: Path, bad: str) -> None:
     (tmp_path / layout.MANIFEST).write_text(bad)
     with pytest.raises(ValueError, match="unreadable manifest"):
-        layout.verify(tmp_path)
+        layout.verify_checkpoint(tmp_path)
 
 
 def test_shards_of_an_export_lie_in_its_folder(tmp_path: Path) -> None:
@@ -433,10 +433,10 @@ def test_a_mirrors_manifest_of_another_shape_is_passed_over(
     manifest = mirrored / "step5-unsharded" / layout.MANIFEST
     manifest.write_text(sealed.dumps({"files": {name: facts for name in files}}))
     (tmp_path / "here").mkdir()
-    assert mirror.newest_of_both(None, tmp_path / "here", str(mirrored)) is None
+    assert mirror.find_newest_or_download(None, tmp_path / "here", str(mirrored)) is None
 
 
 def test_a_step_has_a_number_that_a_run_can_reach() -> None:
-    assert layout.is_name(Path("step999999999999-unsharded"))
+    assert layout.is_checkpoint_name(Path("step999999999999-unsharded"))
     for number in ("9" * 30, "٣"):
-        assert not layout.is_name(Path(f"step{number}-unsharded"))
+        assert not layout.is_checkpoint_name(Path(f"step{number}-unsharded"))

@@ -96,7 +96,7 @@ def test_logits_are_ours(name: str, tmp_path: Path, tokenizer: Path) -> None:
     convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=tokenizer)
     theirs, told = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
-    assert type(theirs).__name__ == huggingface.NAMES[name.split(",")[0]]
+    assert type(theirs).__name__ == huggingface.ARCHITECTURES[name.split(",")[0]]
     ids = torch.randint(2, 300, (2, 100))
     with torch.no_grad():
         expected, found = ours(ids).logits, theirs(ids).logits
@@ -212,7 +212,7 @@ def test_saved_again_by_transformers(name: str, tmp_path: Path, tokenizer: Path)
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_transformers_cannot_express_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"cannot express.*model\.{key}="):
-        huggingface.config_json(ModelConfig.new(**REFUSED[key]))
+        huggingface.build_config_json(ModelConfig.new(**REFUSED[key]))
 
 
 @pytest.mark.parametrize(
@@ -228,9 +228,9 @@ def test_what_transformers_cannot_express_is_refused(key: str) -> None:
     ],
 )
 def test_what_we_cannot_express_is_refused(change: dict[str, Any], message: str) -> None:
-    settings = huggingface.config_json(ModelConfig.new(**OLMO1))
+    settings = huggingface.build_config_json(ModelConfig.new(**OLMO1))
     with pytest.raises(ValueError, match=message):
-        huggingface.model_config(settings | change)
+        huggingface.parse_config_json(settings | change)
 
 
 def test_bad_folders(tmp_path: Path, tokenizer: Path) -> None:
@@ -250,7 +250,7 @@ def test_bad_folders(tmp_path: Path, tokenizer: Path) -> None:
         convert(hf, tmp_path / "x", kind="safetensors")
     (hf / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 1}))
     (hf / "config.yaml").unlink()
-    with pytest.raises(ValueError, match=r"does not describe: model.layers.1"):
+    with pytest.raises(ValueError, match=r"that config.json describes, found model.layers.1"):
         convert(hf, tmp_path / "x", kind="safetensors")
     (hf / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"expected the weight model.layers.2"):
@@ -364,7 +364,7 @@ def test_the_card_of(facts: dict[str, Any], said: tuple[str, ...], tmp_path: Pat
     action = {"stage": "training", "version": 3, "params": {}, "inputs": {}}
     record = {"key": "k", "content": "c", "action": action, "facts": facts, "outputs": {}}
     (tmp_path / "final/record.json").write_text(sealed.dumps(record))
-    settings = huggingface.config_json(ModelConfig.new(**OLMO1))
+    settings = huggingface.build_config_json(ModelConfig.new(**OLMO1))
     text = card("it", settings, 9, tmp_path / "final", Store(tmp_path / "store"))
     assert text.startswith("---\nlibrary_name: transformers\n") and "# it\n" in text
     for phrase in said:
@@ -399,7 +399,7 @@ def test_the_card_tells_where_a_tuned_run_began(
     facts = {"steps": 5, "tokens": 640}
     record = {"key": "k", "content": "c", "action": action, "facts": facts, "outputs": {}}
     (final / "record.json").write_text(sealed.dumps(record))
-    settings = huggingface.config_json(ModelConfig.new(**OLMO1))
+    settings = huggingface.build_config_json(ModelConfig.new(**OLMO1))
     text = card("it", settings, 9, final, Store(tmp_path / "store"))
     sources = text.partition("Sources:")[2]
     for name in ("a local file", f"{web}/talks.jsonl", "standard library of", "a local checkpoint"):

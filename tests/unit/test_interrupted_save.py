@@ -20,7 +20,7 @@ from small_run import run, same, state
 
 from olmo import checkpoint
 from olmo.checkpoint import layout
-from olmo.checkpoint.read import newest
+from olmo.checkpoint.read import find_newest
 from olmo.checkpoint.save import save_unsharded
 from olmo.checkpoint.sharded import save_sharded
 from olmo.runtime.process import SEGMENTS
@@ -85,12 +85,12 @@ def limit_files(size: int, deadly: bool) -> None:
 
 
 def check(folder: Path, allowed: set[int]) -> None:
-    whole = newest(folder)
+    whole = find_newest(folder)
     assert whole is not None
     found = checkpoint.load(whole)
     assert found.train is not None
     step = found.train["global_step"]
-    assert step in allowed and layout.step_of(whole) == step
+    assert step in allowed and layout.parse_step(whole) == step
     assert found.model["weight"].unique().tolist() == [step]
 
 
@@ -99,9 +99,8 @@ def check(folder: Path, allowed: set[int]) -> None:
 def test_death_between_any_two_calls(tmp_path: Path, kind: str, replaces: bool) -> None:
     step = 4 if replaces else 8
     for place in count():
-        if not layout.checkpoints(tmp_path) or layout.checkpoints(tmp_path)[-1].name.startswith(
-            "step8"
-        ):
+        names = [path.name for path in layout.list_checkpoints(tmp_path)]
+        if not names or names[-1].startswith("step8"):
             shutil.rmtree(tmp_path)
             saved(kind, tmp_path, 4)
         # What is left of one death does not stand in the way of the next attempt.
@@ -110,7 +109,7 @@ def test_death_between_any_two_calls(tmp_path: Path, kind: str, replaces: bool) 
         check(tmp_path, {4, step})
     assert place > 10, "the places were found"
     check(tmp_path, {step})
-    layout.sweep(tmp_path)
+    layout.remove_leftovers(tmp_path)
     names = {path.name for path in tmp_path.glob("step*")}
     assert names == {layout.folder_name(step, kind == "unsharded")}
 
@@ -141,14 +140,14 @@ def test_an_end_at_any_byte(tmp_path: Path, kind: str, deadly: bool) -> None:
 def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
     """No file of this process grows beyond some kilobytes, from when `name` is written."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    writing = layout.writing
+    writing = layout.atomic_folder
 
     def filling(folder: Path) -> Any:
         if folder.name == name:
             resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
         return writing(folder)
 
-    monkeypatch.setattr(layout, "writing", filling)
+    monkeypatch.setattr(layout, "atomic_folder", filling)
     try:
         yield
     finally:
@@ -168,10 +167,10 @@ def test_a_full_disk_pauses_a_run(
     tmp_path: Path, changes: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(tmp_path, save_folder=str(tmp_path / "straight"), **changes) == 0
-    said = rf"could not write the checkpoint .*{name} \(File too large\); earlier .* are untouched"
+    said = rf"could not write the checkpoint .*{name} \(File too large\); earlier .* are unchanged"
     with full_disk(monkeypatch, name), pytest.raises(OSError, match=said):
         run(tmp_path, **changes)
-    assert newest(tmp_path / "run") == tmp_path / "run/step0-unsharded"
+    assert find_newest(tmp_path / "run") == tmp_path / "run/step0-unsharded"
     assert run(tmp_path, try_load_latest_save=True, **changes) == 0
     assert same(state(tmp_path / "straight"), state(tmp_path / "run"))
 

@@ -185,7 +185,7 @@ def test_an_unsharded_checkpoint_by_hand(
     (model, optimizer), (other, its_optimizer) = trained(), trained()
     checkpointer, folder = FullCheckpointer(cfg), tmp_path / "checkpoint"
     checkpointer.save_checkpoint(folder, model, optimizer, {"global_step": 1})
-    with pytest.raises(ValueError, match="is there already; set save_overwrite"):
+    with pytest.raises(ValueError, match="already exists; set save_overwrite"):
         checkpointer.save_checkpoint(folder, model, optimizer, {})
     state = checkpointer.restore_checkpoint(folder, other, its_optimizer)
     assert state == {"global_step": 1} and torch.equal(model(ids).logits, other(ids).logits)

@@ -11,7 +11,7 @@ import torch
 from small_run import run, settings
 from test_huggingface import OLMO2, checkpoint
 
-from olmo.checkpoint.read import load
+from olmo.checkpoint.read import load_checkpoint
 from olmo.corpus.listing import Entry, write_listing
 from olmo.eval.choices import score
 from olmo.eval.tasks import Request
@@ -71,7 +71,7 @@ def test_a_setting_without_a_limit_stays_one(tmp_path: Path):
     text = (tmp_path / "out/train.json").read_text()
     strictly(text.replace("\n", " "))
     assert json.loads(text)["optimizer"][0]["max_grad_norm"] == "Infinity"
-    found = load(tmp_path / "out").optim
+    found = load_checkpoint(tmp_path / "out").optim
     assert found is not None
     _, groups = found
     assert groups[0]["max_grad_norm"] == math.inf

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import olmo.distributed.reduce
-from olmo.checkpoint.read import load_optimizer_state, load_weights, look, newest
+from olmo.checkpoint.read import find_newest, load_optimizer_state, load_weights, open_checkpoint
 from olmo.config import TrainConfig
 from olmo.distributed.parallelize import parallelize
 from olmo.distributed.reduce import GradientReducer
@@ -221,7 +221,7 @@ def test_a_full_disk_of_one_process_is_said_by_all(tmp_path: Path) -> None:
     found = on_ranks(2, [(train_with_little_disk, (case,))], log(tmp_path))
     assert "could not write the checkpoint" in found[0][0] and "step4 (File too" in found[0][0]
     assert "File too large" in found[1][0]
-    assert newest(tmp_path / "run") is None
+    assert find_newest(tmp_path / "run") is None
     assert train_on(2, [case | {"save_overwrite": True}], log(tmp_path)) == [0]
 
 
@@ -252,7 +252,7 @@ def bytes_loaded(case: dict[str, Any], folder: Path) -> int:
     parallelize(cfg, model, world)
     optimizer = build_optimizer(cfg, model)
     before = bytes_read()
-    checkpoint = look(folder)
+    checkpoint = open_checkpoint(folder)
     load_weights(model, checkpoint)
     load_optimizer_state(model, optimizer, checkpoint)
     read = bytes_read() - before

@@ -47,13 +47,13 @@ def test_a_lost_disk_loses_nothing(
     there = Bucket(place).sizes()
     folders = ["step0-unsharded", "step4-unsharded", "step5-unsharded"]
     assert sorted(there) == [f"{folder}/{name}" for folder in folders for name in NAMES]
-    assert "sent step5-unsharded to s3://" in capsys.readouterr().out
+    assert "uploaded step5-unsharded to s3://" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "run")
     assert run(tmp_path, try_load_latest_save=True, remote_save_folder=place) == 0
-    assert "fetched step5-unsharded from s3://" in capsys.readouterr().out
+    assert "downloaded step5-unsharded from s3://" in capsys.readouterr().out
     resumed = state(tmp_path / "run")
     assert same(straight["files"], resumed["files"]) and same(straight["train"], resumed["train"])
-    assert mirror.whole_there(Bucket(place))[-1] == "step10-unsharded"
+    assert mirror.list_mirrored(Bucket(place))[-1] == "step10-unsharded"
     # Once more from a URL, as OLMo's users load.
     url = {"load_path": f"{place}/step8-unsharded", "save_folder": str(tmp_path / "url")}
     assert run(tmp_path, **url) == 0
@@ -86,8 +86,8 @@ def test_what_a_kill_left_unsent_is_sent(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Bucket, "put", killed)
     with pytest.raises(KeyboardInterrupt):
-        mirror.mirror(tmp_path / "run", place)
-    assert mirror.whole_there(Bucket(place)) == []
+        mirror.mirror_checkpoints(tmp_path / "run", place)
+    assert mirror.list_mirrored(Bucket(place)) == []
 
     again: list[str] = []
 
@@ -96,17 +96,17 @@ def test_what_a_kill_left_unsent_is_sent(tmp_path: Path, monkeypatch: pytest.Mon
         put(self, path, name)
 
     monkeypatch.setattr(Bucket, "put", noting)
-    mirror.mirror(tmp_path / "run", place)
+    mirror.mirror_checkpoints(tmp_path / "run", place)
     step0 = [name for name in again if name.startswith("step0")]
     assert step0 == ["step0-unsharded/train.pt", "step0-unsharded/manifest.json"]
-    assert len(mirror.whole_there(Bucket(place))) == 4
+    assert len(mirror.list_mirrored(Bucket(place))) == 4
     again.clear()
-    mirror.mirror(tmp_path / "run", place)
+    mirror.mirror_checkpoints(tmp_path / "run", place)
     assert again == []
     # A checkpoint that was written anew is sent anew, though its files have the same sizes.
     shutil.rmtree(tmp_path / "run")
     run(tmp_path, seed=1)
-    mirror.mirror(tmp_path / "run", place)
+    mirror.mirror_checkpoints(tmp_path / "run", place)
     assert sum(name.endswith("model.pt") for name in again) == 4
 
 
@@ -119,8 +119,8 @@ def test_a_broken_one_there_is_passed_over(
     path = there / "step10-unsharded/model.pt"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     assert run(tmp_path, try_load_latest_save=True, remote_save_folder=str(there)) == 0
-    assert "passing over a broken checkpoint of" in (said := capsys.readouterr()).err
-    assert "fetched step8-unsharded" in said.out
+    assert "skipping a broken checkpoint of" in (said := capsys.readouterr()).err
+    assert "downloaded step8-unsharded" in said.out
     assert metrics(tmp_path / "run")[-1]["step"] == 10
 
 
@@ -132,11 +132,11 @@ def test_another_run_there_is_not_written_over(tmp_path: Path) -> None:
         run(tmp_path, **other)
     assert run(tmp_path, stop_after=5, save_overwrite=True, **other) == 75
     # What the older run left there is not taken for the newest of this one.
-    assert mirror.whole_there(Bucket(there))[-1] == "step5-unsharded"
+    assert mirror.list_mirrored(Bucket(there))[-1] == "step5-unsharded"
     # Nor what this one left there, when it goes back to an earlier step of its own.
     back = other | {"load_path": str(tmp_path / "other/step4-unsharded")}
     assert run(tmp_path, stop_after=2, save_overwrite=True, **back) == 75
-    assert mirror.whole_there(Bucket(there))[-2:] == ["step4-unsharded", "step6-unsharded"]
+    assert mirror.list_mirrored(Bucket(there))[-2:] == ["step4-unsharded", "step6-unsharded"]
 
 
 def test_what_cannot_be_sent_is_said_and_sent_later(
@@ -156,11 +156,11 @@ def test_what_cannot_be_sent_is_said_and_sent_later(
         run(tmp_path, remote_save_folder=there, try_load_latest_save=True)
     assert "not sent yet: the network is down" in capsys.readouterr().err
     # All is here, nothing is lost; the same command sends the rest.
-    assert layout.checkpoints(tmp_path / "run")[-1].name == "step10-unsharded"
+    assert layout.list_checkpoints(tmp_path / "run")[-1].name == "step10-unsharded"
     monkeypatch.undo()
     assert run(tmp_path, remote_save_folder=there, try_load_latest_save=True) == 0
-    whole = mirror.whole_there(Bucket(there))
-    assert [layout.step_of(Path(name)) for name in whole] == [0, 4, 5, 8, 10]
+    whole = mirror.list_mirrored(Bucket(there))
+    assert [layout.parse_step(Path(name)) for name in whole] == [0, 4, 5, 8, 10]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_place_that_is_not_there_is_said_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         run(tmp_path, remote_save_folder=url)
-    assert not layout.checkpoints(tmp_path / "run")
+    assert not layout.list_checkpoints(tmp_path / "run")
 
 
 def test_the_manifest_comes_last(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_the_manifest_comes_last(tmp_path: Path) -> None:
 
     patched = pytest.MonkeyPatch()
     patched.setattr(mirror, "Bucket", Noting)
-    mirror.mirror(tmp_path / "run", str(tmp_path / "there"))
+    mirror.mirror_checkpoints(tmp_path / "run", str(tmp_path / "there"))
     patched.undo()
     assert order[0] == "sending.json" and order[5] == "manifest.json"
     there = tmp_path / "there/step1-unsharded"
@@ -201,7 +201,7 @@ def test_the_manifest_comes_last(tmp_path: Path) -> None:
 
 
 def steps(folders: list[Path] | list[str]) -> list[int | None]:
-    return [layout.step_of(Path(folder)) for folder in folders]
+    return [layout.parse_step(Path(folder)) for folder in folders]
 
 
 def pauses_while_it_sends(config: dict[str, Any]) -> int:
@@ -249,13 +249,13 @@ def test_neither_a_save_nor_a_pause_waits_for_sending(
     assert on_ranks(1, [(pauses_while_it_sends, (config,))], said) == {0: [75]}
     left = json.loads((folder / MARKER).read_text())
     assert left["step"] == 9 and f"not sent to {there} yet" in said.read_text()
-    layout.verify(Path(left["checkpoint"]))
-    assert steps(mirror.whole_there(Bucket(there))) == [0]
-    here = steps(layout.checkpoints(folder))
+    layout.verify_checkpoint(Path(left["checkpoint"]))
+    assert steps(mirror.list_mirrored(Bucket(there))) == [0]
+    here = steps(layout.list_checkpoints(folder))
     assert set(here) >= {4, 8, 9}, "what is not sent yet has to stay"
     assert run(tmp_path, try_load_latest_save=True, **changes) == 0
-    assert set(steps(mirror.whole_there(Bucket(there)))) == {*here, 0, 12}
-    assert {path.name for path in layout.checkpoints(folder)} == stay
+    assert set(steps(mirror.list_mirrored(Bucket(there)))) == {*here, 0, 12}
+    assert {path.name for path in layout.list_checkpoints(folder)} == stay
 
 
 def ends_slowly(config: dict[str, Any]) -> int:
@@ -279,4 +279,4 @@ def test_the_others_wait_while_the_first_sends(tmp_path: Path) -> None:
     there = str(tmp_path / "there")
     config = settings(tmp_path, remote_save_folder=there, evaluators=[], hang_timeout=None)
     assert on_ranks(2, [(ends_slowly, (config,))], tmp_path / "said.txt") == {0: [0], 1: [0]}
-    assert steps(mirror.whole_there(Bucket(there)))[-1] == 10
+    assert steps(mirror.list_mirrored(Bucket(there)))[-1] == 10

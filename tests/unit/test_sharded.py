@@ -10,7 +10,7 @@ from small_run import run, same, state
 
 from olmo import checkpoint
 from olmo.checkpoint import layout
-from olmo.checkpoint.sharded import files_of
+from olmo.checkpoint.sharded import list_shard_files
 from olmo.pipeline.convert import convert
 
 
@@ -29,7 +29,7 @@ def test_sharded_ones(tmp_path: Path) -> None:
     assert run(tmp_path, save_folder=str(tmp_path / "straight"), **SHARDED) == 0
     resumed: dict[str, Any] = {"save_folder": str(tmp_path / "resumed"), **SHARDED}
     assert run(tmp_path, stop_after=7, **resumed) == 75
-    newest_sharded = layout.checkpoints(tmp_path / "resumed", unsharded=False)[-1]
+    newest_sharded = layout.list_checkpoints(tmp_path / "resumed", unsharded=False)[-1]
     assert newest_sharded.name == "step6"
     shutil.rmtree(tmp_path / "resumed/step7-unsharded")
     assert run(tmp_path, try_load_latest_save=True, **resumed) == 0
@@ -41,14 +41,14 @@ def test_sharded_ones(tmp_path: Path) -> None:
 def test_only_the_newest_ephemeral_one_stays(tmp_path: Path) -> None:
     changes: dict[str, Any] = SHARDED | {"save_interval": 8, "save_interval_ephemeral": 3}
     run(tmp_path, no_pre_train_checkpoint=True, stop_after=7, **changes)
-    names = [path.name for path in layout.checkpoints(tmp_path / "run")]
+    names = [path.name for path in layout.list_checkpoints(tmp_path / "run")]
     assert names == ["step6", "step7-unsharded"]
     run(tmp_path, try_load_latest_save=True, **changes)
     assert not (tmp_path / "run/step6").exists() and (tmp_path / "run/step8").exists()
 
 
 def names(folder: Path) -> list[str]:
-    return [path.name for path in layout.checkpoints(folder)]
+    return [path.name for path in layout.list_checkpoints(folder)]
 
 
 def test_the_end_is_saved_in_the_kind_that_is_asked_for(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_an_index_with_code_does_not_run(tmp_path: Path) -> None:
 
 def test_an_index_names_files_of_its_folder_only(finished: Path, tmp_path: Path) -> None:
     index = convert(finished / "latest", tmp_path, "sharded") / "model_and_optim/.metadata"
-    assert files_of(index) == ["__0_0.distcp"]
+    assert list_shard_files(index) == ["__0_0.distcp"]
     index.write_bytes(index.read_bytes().replace(b"__0_0.distcp", b"../../a/path"))
     with pytest.raises(ValueError, match=r"expected the name .* folder, found '\.\./\.\./a/path'"):
-        files_of(index)
+        list_shard_files(index)

@@ -45,7 +45,7 @@ def test_a_run_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
         "optim/learning_rate_group0",
         "throughput/total_tokens",
     } <= set(last)
-    names = [path.name for path in layout.checkpoints(tmp_path / "run")]
+    names = [path.name for path in layout.list_checkpoints(tmp_path / "run")]
     assert names == ["step0-unsharded", "step4-unsharded", "step8-unsharded", "step10-unsharded"]
     assert sealed.read(tmp_path / "run/finished.json") == {
         "step": 10,
@@ -213,7 +213,7 @@ def test_not_finite_leaves_everything_as_it_was(tmp_path: Path, interval: int) -
         run(tmp_path, **changes)
     ids = order.global_indices(203, 6198).tolist()
     assert str(ids[8:16]) in str(caught.value), "the instances are named"
-    saved = layout.checkpoints(tmp_path / "run")
+    saved = layout.list_checkpoints(tmp_path / "run")
     assert [path.name for path in saved] == ["step0-unsharded"]
     weights = torch.load(saved[0] / "model.pt", weights_only=True)
     assert all(w.isfinite().all() for w in weights.values())
@@ -248,12 +248,12 @@ def test_sigterm_saves_and_leaves_with_its_own_code(tmp_path: Path) -> None:
     said, _ = process.communicate(timeout=60)
     assert process.returncode == PAUSED and "paused at step" in said
     at = metrics(tmp_path / "run")[-1]["step"]
-    assert layout.checkpoints(tmp_path / "run")[-1].name == f"step{at:.0f}-unsharded"
+    assert layout.list_checkpoints(tmp_path / "run")[-1].name == f"step{at:.0f}-unsharded"
 
 
 def test_time_limit(tmp_path: Path) -> None:
     assert run(tmp_path, max_duration=100_000, time_limit=0.5, evaluators=[]) == PAUSED
-    assert layout.checkpoints(tmp_path / "run")
+    assert layout.list_checkpoints(tmp_path / "run")
 
 
 def lines(path: Path) -> list[str]:
@@ -331,7 +331,7 @@ def test_what_is_wrong_is_said_before_training(
 ) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         run(tmp_path, **changes)
-    assert not layout.checkpoints(tmp_path / "run")
+    assert not layout.list_checkpoints(tmp_path / "run")
 
 
 def test_early_stopping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,7 +387,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_dry_run_trains_nothing(tmp_path: Path) -> None:
     assert run(tmp_path, dry_run=True, no_pre_train_checkpoint=True) == 0
-    assert not metrics(tmp_path / "run") and not layout.checkpoints(tmp_path / "run")
+    assert not metrics(tmp_path / "run") and not layout.list_checkpoints(tmp_path / "run")
     assert settings(tmp_path)["max_duration"] == 10
 
 

@@ -200,7 +200,7 @@ def test_every_way_to_ask_a_server_has_the_secret(
         TokenFile(signed, "uint16").read(0, 4)
     assert AZURE in ASKED[-1]
     with pytest.raises(ValueError) as refused:
-        checkpoints.fetched(f"http://{USER}{guarded}/step5", project)
+        checkpoints.download_checkpoint(f"http://{USER}{guarded}/step5", project)
     assert "404" in str(refused.value) and WORD not in str(refused.value)
 
 

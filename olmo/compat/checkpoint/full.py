@@ -1,4 +1,4 @@
-"""OLMo's way to save and load an unsharded checkpoint by hand; the trainer has its own."""
+"""OLMo's class to save and load an unsharded checkpoint by hand. Our trainer does not use it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from olmo.checkpoint import layout, plain
-from olmo.checkpoint.optim_state import load_by_name
-from olmo.checkpoint.read import load
+from olmo.checkpoint import layout
+from olmo.checkpoint.optim_state import load_named_state
+from olmo.checkpoint.read import load_checkpoint
+from olmo.checkpoint.torch_files import save_torch_file
 from olmo.config import TrainConfig
 from olmo.model.regroup import regrouped
 
 
 class FullCheckpointer:
-    """Of a model in this process's memory, wrapped in torch's DistributedDataParallel or not.
+    """Checkpoints of an unsharded model, in torch's DistributedDataParallel or not.
 
     checkpointer = FullCheckpointer(cfg)
     checkpointer.save_checkpoint("step10-unsharded", model, optim, {"global_step": 10})
@@ -33,18 +34,18 @@ class FullCheckpointer:
         optim: torch.optim.Optimizer,
         train_state: dict[str, Any],
     ) -> None:
-        """Write model.pt, optim.pt, train.pt and the config to the folder `dir`, or nothing.
+        """Write model.pt, optim.pt, train.pt and the config to the folder `dir`, atomically.
 
-        Raises ValueError where it is there already, unless cfg.save_overwrite.
+        Raises ValueError if it exists, unless cfg.save_overwrite.
         """
         folder = Path(dir)
         if folder.exists() and not self.cfg.save_overwrite:
-            raise ValueError(f"{folder} is there already; set save_overwrite to replace it")
-        with layout.writing(folder) as partial:
+            raise ValueError(f"{folder} already exists; set save_overwrite to replace it")
+        with layout.atomic_folder(folder) as partial:
             self.cfg.save(partial / "config.yaml")
-            plain.write(_unwrapped(dist_model).state_dict(), partial / "model.pt")
-            plain.write(optim.state_dict(), partial / "optim.pt")
-            plain.write(train_state, partial / "train.pt")
+            save_torch_file(_unwrapped(dist_model).state_dict(), partial / "model.pt")
+            save_torch_file(optim.state_dict(), partial / "optim.pt")
+            save_torch_file(train_state, partial / "train.pt")
 
     def restore_checkpoint(
         self,
@@ -54,16 +55,16 @@ class FullCheckpointer:
         *,
         load_optimizer_state: bool = True,
     ) -> dict[str, Any]:
-        """Put a checkpoint's weights and optimizer state in place; gives its trainer state.
+        """Load weights and optimizer state; returns the trainer state.
 
-        Raises RuntimeError or ValueError where they are another model's.
+        Raises RuntimeError or ValueError if they are another model's.
         """
         model = _unwrapped(dist_model)
         size = getattr(getattr(model, "config", None), "block_group_size", 1)
-        checkpoint = load(load_path, optimizer=load_optimizer_state)
+        checkpoint = load_checkpoint(load_path, optimizer=load_optimizer_state)
         model.load_state_dict(regrouped(checkpoint.model, size)[0])
         if checkpoint.optim is not None:
-            load_by_name(optim, *checkpoint.optim)
+            load_named_state(optim, *checkpoint.optim)
         return checkpoint.train or {}
 
     def load_checkpoint(
@@ -74,17 +75,17 @@ class FullCheckpointer:
         device: torch.device | None = None,
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
         """The weights, and the optimizer's `state` and `param_groups` by parameters' names."""
-        checkpoint = load(load_path, optimizer=load_optimizer_state, trainer=False)
+        checkpoint = load_checkpoint(load_path, optimizer=load_optimizer_state, trainer=False)
         weights = {name: tensor.to(device) for name, tensor in checkpoint.model.items()}
         if checkpoint.optim is None:
             return weights, None
         state, groups = checkpoint.optim
         on_device = {
-            name: {k: v.to(device) if torch.is_tensor(v) else v for k, v in kept.items()}
-            for name, kept in state.items()
+            name: {k: v.to(device) if torch.is_tensor(v) else v for k, v in parts.items()}
+            for name, parts in state.items()
         }
-        named = [{**group, "params": group["param_names"]} for group in groups]
-        return weights, {"state": on_device, "param_groups": named}
+        named_groups = [{**group, "params": group["param_names"]} for group in groups]
+        return weights, {"state": on_device, "param_groups": named_groups}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
-"""OLMo's own safetensors files: keys are base64 of a pickled (path, whether the value is pickled).
+"""OLMo's own safetensors files: a key is base64 of a pickled (path, whether the value is pickled).
 
-Decoded by an unpickler that knows no names at all, so that only plain values can come out.
+The unpickler here imports nothing, so that a file yields plain values only.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor
 
 
-class _Plain(pickle.Unpickler):
-    """Numbers, text, tuples, lists, dictionaries; nothing that has to be looked up."""
+class _PlainUnpickler(pickle.Unpickler):
+    """Numbers, text, tuples, lists and dictionaries; nothing that needs an import."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise ValueError(f"the file asks for {module}.{name}, which is not run")
 
 
-def is_encoded(key: str) -> bool:
+def is_encoded_key(key: str) -> bool:
     """Whether a key is a pickle in base64 rather than a parameter's name."""
     try:
         return base64.urlsafe_b64decode(key).startswith(b"\x80")
@@ -30,24 +30,21 @@ def is_encoded(key: str) -> bool:
         return False
 
 
-def decode(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The nested dictionary that the keys' paths describe.
-
-    Raises ValueError for what is not plain.
-    """
+def decode_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The nested dictionary that the keys' paths describe. Raises ValueError for other objects."""
     nested: dict[str, Any] = {}
     for key, value in tensors.items():
         path, pickled = _load(base64.urlsafe_b64decode(key))
         *parents, last = path
-        place = nested
+        parent = nested
         for name in parents:
-            place = place.setdefault(name, {})
-        place[last] = _load(value.numpy().tobytes()) if pickled else value
+            parent = parent.setdefault(name, {})
+        parent[last] = _load(value.numpy().tobytes()) if pickled else value
     return nested
 
 
 def _load(data: bytes) -> Any:
     try:
-        return _Plain(io.BytesIO(data)).load()
+        return _PlainUnpickler(io.BytesIO(data)).load()
     except (pickle.UnpicklingError, EOFError, IndexError, TypeError) as error:
-        raise ValueError(f"a key or value is no plain pickle: {error}") from error
+        raise ValueError(f"expected a pickle of plain values, found {error}") from error
