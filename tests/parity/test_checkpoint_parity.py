@@ -73,7 +73,7 @@ def equal(found: dict[str, torch.Tensor], expected: dict[str, np.ndarray]) -> No
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ours_reads_theirs(layout: str, theirs: tuple[Path, dict[str, np.ndarray]]) -> None:
     folder, expected = theirs
-    loaded = checkpoint.load(folder / layout)
+    loaded = checkpoint.load_checkpoint(folder / layout)
     cfg = TrainConfig.load(folder / "config.yaml")
     model = OLMo.from_checkpoint(folder / layout)
     optimizer = build_optimizer(cfg, model)
@@ -99,7 +99,7 @@ def test_other_sharded_layouts_are_refused(
     layout: str, theirs: tuple[Path, dict[str, np.ndarray]]
 ) -> None:
     with pytest.raises(ValueError, match=r"scripts/unshard\.py"):
-        checkpoint.load(theirs[0] / layout)
+        checkpoint.load_checkpoint(theirs[0] / layout)
 
 
 def test_theirs_reads_ours(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_theirs_reads_ours(tmp_path: Path) -> None:
     model = OLMo.from_checkpoint(folder)
     cfg = TrainConfig.load(folder / "config.yaml")
     optimizer = build_optimizer(cfg, model)
-    load_optimizer_state(model, optimizer, checkpoint.load(folder))
+    load_optimizer_state(model, optimizer, checkpoint.load_checkpoint(folder))
     ours = results(model, optimizer)
 
     peer("read", folder, tmp_path / "results.npz")

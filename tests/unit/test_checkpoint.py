@@ -90,7 +90,7 @@ def test_a_broken_one_is_refused_and_the_one_before_taken(
     before = state(copy)
     damage(copy / "step10-unsharded")
     with pytest.raises(ValueError, match=said):
-        checkpoint.load(copy / "step10-unsharded")
+        checkpoint.load_checkpoint(copy / "step10-unsharded")
     assert find_newest(copy) == copy / "step8-unsharded"
     warned = capsys.readouterr().err
     assert "WARNING: skipping a broken checkpoint" in warned and said in warned
@@ -108,10 +108,10 @@ def test_pickled_code_does_not_run(copy: Path, tmp_path: Path) -> None:
     (folder / "manifest.json").unlink()
     torch.save({"weight": Trap()}, folder / "model.pt")
     with pytest.raises(ValueError, match=r"model\.pt: it holds pickled code"):
-        checkpoint.load(folder)
+        checkpoint.load_checkpoint(folder)
     (folder / "model.pt").write_bytes(pickle.dumps(Trap()))
     with pytest.raises(ValueError, match=r"cannot read .*model\.pt"):
-        checkpoint.load(folder)
+        checkpoint.load_checkpoint(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -176,7 +176,7 @@ def test_final_has_the_same_bytes_in_equal_runs(finished: Path, tmp_path: Path) 
     assert run(other, try_load_latest_save=True) == 0
     for save_folder, out in ((finished, "a"), (other / "run", "b")):
         cfg = TrainConfig.load(save_folder / "config.yaml")
-        train = checkpoint.export(save_folder, tmp_path / out, identity(cfg))
+        train = checkpoint.export_final(save_folder, tmp_path / out, identity(cfg))
         assert train["global_step"] == 10
     first, second = content(tmp_path / "a"), content(tmp_path / "b")
     assert set(first) == {"config.yaml", "model.safetensors", "optim.safetensors", "train.json"}
@@ -186,7 +186,7 @@ def test_final_has_the_same_bytes_in_equal_runs(finished: Path, tmp_path: Path) 
 
 def test_final_is_a_checkpoint(finished: Path, tmp_path: Path) -> None:
     cfg = TrainConfig.load(finished / "config.yaml")
-    checkpoint.export(finished, tmp_path / "final", identity(cfg))
+    checkpoint.export_final(finished, tmp_path / "final", identity(cfg))
     of_final = checkpoint.load_model(tmp_path / "final")
     of_run = checkpoint.load_model(finished / "latest")
     ids = torch.arange(2, 18)[None]
@@ -202,7 +202,7 @@ def test_final_is_a_checkpoint(finished: Path, tmp_path: Path) -> None:
 def test_an_unfinished_run_has_no_final(tmp_path: Path) -> None:
     run(tmp_path, stop_after=2)
     with pytest.raises(ValueError, match="has not finished"):
-        checkpoint.export(tmp_path / "run", tmp_path / "final", {})
+        checkpoint.export_final(tmp_path / "run", tmp_path / "final", {})
 
 
 def test_an_optimizer_state_by_name_fits_other_groupings() -> None:
@@ -233,7 +233,7 @@ def test_sweeping_leaves_what_is_whole(copy: Path) -> None:
 
 def test_unknown_layouts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds none of model\.pt.*unshard\.py"):
-        checkpoint.load(tmp_path)
+        checkpoint.load_checkpoint(tmp_path)
 
 
 def olmo_key(path: tuple[str, ...], pickled: bool) -> str:
@@ -265,9 +265,9 @@ def as_olmo_writes(folder: Path) -> None:
 
 
 def test_olmos_own_safetensors(copy: Path) -> None:
-    plain = checkpoint.load(copy / "latest")
+    plain = checkpoint.load_checkpoint(copy / "latest")
     as_olmo_writes(copy / "step10-unsharded")
-    encoded = checkpoint.load(copy / "latest")
+    encoded = checkpoint.load_checkpoint(copy / "latest")
     assert same(plain.model, encoded.model) and plain.optim and encoded.optim
     assert same(plain.optim[0], encoded.optim[0])
     changes: dict[str, Any] = {"max_duration": 12, "save_folder": str(copy.parent / "on")}
@@ -284,7 +284,7 @@ def test_olmos_own_safetensors_run_no_code(copy: Path, tmp_path: Path) -> None:
     key = base64.urlsafe_b64encode(pickle.dumps((("a", Trap()), False))).decode()
     save_file({key: torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"which is not run"):
-        checkpoint.load(folder)
+        checkpoint.load_checkpoint(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -368,9 +368,9 @@ def test_converted_there_and_back(finished: Path, tmp_path: Path) -> None:
     kinds["unsharded"] = convert(kinds["safetensors"], tmp_path / "st", "safetensors")
     back = convert(kinds["unsharded"], tmp_path / "back", "unsharded")
     assert back.name == "step10-unsharded"
-    original = checkpoint.load(finished / "latest")
+    original = checkpoint.load_checkpoint(finished / "latest")
     for folder in (*kinds.values(), back):
-        found = checkpoint.load(folder)
+        found = checkpoint.load_checkpoint(folder)
         assert same(original.model, found.model) and original.optim and found.optim
         assert same(original.optim[0], found.optim[0])
     for name in ("model.pt", "train.pt"):

@@ -87,7 +87,7 @@ def limit_files(size: int, deadly: bool) -> None:
 def check(folder: Path, allowed: set[int]) -> None:
     whole = find_newest(folder)
     assert whole is not None
-    found = checkpoint.load(whole)
+    found = checkpoint.load_checkpoint(whole)
     assert found.train is not None
     step = found.train["global_step"]
     assert step in allowed and layout.parse_step(whole) == step

@@ -179,7 +179,7 @@ def everything(run_folder: Path) -> dict[str, Any]:
 
     if (run_folder / "latest-unsharded").exists():
         return state(run_folder)
-    last = checkpoint.load(run_folder / "latest")
+    last = checkpoint.load_checkpoint(run_folder / "latest")
     return {"model": last.model, "optim": last.optim, "train": last.train,
             "metrics": metrics(run_folder)}  # fmt: skip
 

@@ -117,7 +117,7 @@ def test_a_broken_sharded_one_is_refused(finished: Path, tmp_path: Path, damage:
     (folder / "manifest.json").unlink()
     damage(folder)
     with pytest.raises(ValueError, match=r"cannot read .*model_and_optim|has no \.metadata"):
-        checkpoint.load(folder)
+        checkpoint.load_checkpoint(folder)
 
 
 def test_another_models_sharded_one_is_refused(finished: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_an_index_with_code_does_not_run(tmp_path: Path) -> None:
 
     (folder / "model_and_optim/.metadata").write_bytes(pickle.dumps(Trap()))
     with pytest.raises(ValueError, match=r"asks for .*touch|asks for pathlib|builtins\.getattr"):
-        checkpoint.load(folder)
+        checkpoint.load_checkpoint(folder)
     assert not (tmp_path / "ran").exists()
 
 
