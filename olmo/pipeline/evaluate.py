@@ -250,7 +250,7 @@ def evaluation(
     """All that was measured of a run: results.json, results.parquet, requests.parquet, table.md."""
     import polars
 
-    from olmo.report.scores import SCHEMA, heldout_scores, table_of_one
+    from olmo.report.scores import SCHEMA, format_run_table, heldout_scores
 
     rows = heldout_scores(from_json(heldout.read_text()), "heldout") if heldout else []
     for path, dataset in zip(further or (), datasets, strict=True):
@@ -261,7 +261,7 @@ def evaluation(
     (results / "results.json").write_text(to_json(rows, indent=1) + "\n")
     frame = polars.DataFrame(rows, schema=SCHEMA)
     frame.write_parquet(results / "results.parquet")
-    (results / "table.md").write_text(table_of_one(rows))
+    (results / "table.md").write_text(format_run_table(rows))
     asked = [polars.read_parquet(path) for path in requests]
     if asked:
         polars.concat(asked, how="diagonal").write_parquet(results / "requests.parquet")

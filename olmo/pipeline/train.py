@@ -130,7 +130,7 @@ def training(
     launch(attempt / "given.yaml", geometry, place.intra_op_threads)
 
     from olmo.checkpoint.final import export_final
-    from olmo.report.loss import plot
+    from olmo.report.loss import plot_losses
     from olmo.train.segments import conditions, segments
     from olmo.train.sinks import read_metrics
 
@@ -138,7 +138,7 @@ def training(
     rows = [folder / "metrics.jsonl" for folder in (before, attempt) if folder is not None]
     metrics = [row for path in rows for row in read_metrics(path)]
     (final / "metrics.jsonl").write_text("".join(to_json(row) + "\n" for row in metrics))
-    plot(metrics, final / "loss.svg")
+    plot_losses(metrics, final / "loss.svg")
     return {
         "facts": {
             "run_name": cfg.run_name,

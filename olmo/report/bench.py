@@ -1,4 +1,4 @@
-"""A matrix of speeds as files for people and programs: Markdown, CSV, parquet, a heat map."""
+"""`olmo bench`: time a matrix of settings, and write its results as parquet and as a heat map."""
 
 from __future__ import annotations
 
@@ -19,68 +19,66 @@ def bench(
     """Time the cells of a matrix that have no record yet, each in a process of its own.
 
     OUT gets records/, table.md, table.csv, table.parquet and heat.svg. --peer NAME=WHERE names a
-    Python, a wheel or a folder with ai2-olmo or transformers, which ours is then timed beside;
-    $OLMO_PEER_PYTHON does the same. --kind: cpu or cuda, by default what the machine has.
-    --draw-only makes the files of the records that are there, from whatever machine.
+    Python, a wheel or a folder with ai2-olmo or transformers, to compare with; $OLMO_PEER_PYTHON
+    does the same. --kind: cpu or cuda, by default what the machine has. --draw-only writes the
+    files from existing records, of any machine.
     """
     from olmo.bench.__main__ import run_matrix
 
     records, section = run_matrix(matrix, out, peer or (), kind, draw_only)
     write_parquet(records, section, out / "table.parquet")
-    draw(records, out / "heat.svg")
+    draw_heat_map(records, out / "heat.svg")
 
 
 def write_parquet(records: list[dict[str, Any]], section: Section, path: Path) -> None:
+    """Write one row for each cell."""
     import polars
 
     rows = [record_row(record, section) for record in records]
     polars.DataFrame(rows, infer_schema_length=None).write_parquet(path)
 
 
-def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Speeds by colour and number, each shape by itself; what cannot be had says so.
+def draw_heat_map(records: list[dict[str, Any]], path: Path) -> None:
+    """One heat map for each shape: tokens per second, or the reason why a cell has none.
 
-    Tokens per second, on a CPU of its own time: a machine that others use as well is not measured.
+    On a CPU per second of CPU time, which other processes of the machine do not affect.
     """
     import altair
 
-    cells = [drawn(record) for record in records]
-    for shape in {cell["shape"] for cell in cells}:
-        mine = [cell for cell in cells if cell["shape"] == shape]
-        most = max(cell["speed"] for cell in mine)
-        for cell in mine:
-            cell["share"] = cell["speed"] / most if cell["speed"] else None
-    of_what = "CPU-second" if records[0]["kind"] == "cpu" else "second"
-    charts = [
-        chart_of(
-            f"{shape}: tokens per {of_what}", [cell for cell in cells if cell["shape"] == shape]
-        )
-        for shape in dict.fromkeys(cell["shape"] for cell in cells)
-    ]
-    whole = altair.vconcat(*charts).configure_view(stroke=None).configure_axis(domain=False)
-    whole.save(path, format="svg")
+    unit = "CPU-second" if records[0]["kind"] == "cpu" else "second"
+    by_shape: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_shape.setdefault(record["cell"]["shape"], []).append(heat_map_cell(record))
+    charts = []
+    for shape, cells in by_shape.items():
+        fastest = max(cell["speed"] for cell in cells)
+        for cell in cells:
+            cell["share"] = cell["speed"] / fastest if cell["speed"] else None
+        charts.append(build_chart(f"{shape}: tokens per {unit}", cells))
+    figure = altair.vconcat(*charts).configure_view(stroke=None).configure_axis(domain=False)
+    figure.save(path, format="svg")
 
 
-def drawn(record: dict[str, Any]) -> dict[str, Any]:
+def heat_map_cell(record: dict[str, Any]) -> dict[str, Any]:
+    """The data of one cell: its row, column, colour and text."""
     cell, speed = record["cell"], ranking_speed(record)
-    whose = "" if cell["whose"] == "ours" else f"{cell['whose']}: "
+    owner = "" if cell["whose"] == "ours" else f"{cell['whose']}: "
     kernel = [cell["attention"], cell["precision"], *format_extras(record)]
-    says = f"{speed:,.0f}" if speed else record["status"]
+    text = f"{speed:,.0f}" if speed else record["status"]
     if "ratio" in record:
         ratio = record["ratio_cpu" if record["kind"] == "cpu" else "ratio"]
-        says += f" (ours × {ratio:.2f})"
+        text += f" (ours × {ratio:.2f})"
     return {
-        "shape": cell["shape"],
-        "kernel": whose + ", ".join(kernel),
+        "kernel": owner + ", ".join(kernel),
         "step": f"{cell['compile']}, microbatch {cell['microbatch']}",
         "column": (COMPILE_MODES.index(cell["compile"]), cell["microbatch"]),
         "speed": speed,
-        "says": says,
+        "text": text,
     }
 
 
-def chart_of(title: str, cells: list[dict[str, Any]]) -> Any:
-    """Kernels down, compile mode and microbatch across; the colour is the share of the fastest."""
+def build_chart(title: str, cells: list[dict[str, Any]]) -> Any:
+    """Rows: kernels; columns: compile mode and microbatch; colour: share of the fastest speed."""
     import altair
 
     axis: dict[str, Any] = {"title": None, "labelLimit": 400, "ticks": False}
@@ -92,7 +90,7 @@ def chart_of(title: str, cells: list[dict[str, Any]]) -> Any:
         **axis,
     )
     columns = [cell["step"] for cell in sorted(cells, key=lambda cell: cell["column"])]
-    names = altair.Chart(altair.Data(values=cells)).encode(
+    base = altair.Chart(altair.Data(values=cells)).encode(
         x=altair.X("step:N", sort=list(dict.fromkeys(columns)), axis=lines),
         y=altair.Y("kernel:N", sort=None, axis=altair.Axis(**axis)),
     )
@@ -103,17 +101,21 @@ def chart_of(title: str, cells: list[dict[str, Any]]) -> Any:
     )
     dark = (altair.datum.share > 0) & (altair.datum.share < 0.6)
     ink = altair.condition(dark, altair.value("white"), altair.value("#222222"))
-    layers = names.mark_rect(stroke="white", strokeWidth=2, color="#e8e8e8")
+    layers = base.mark_rect(stroke="white", strokeWidth=2, color="#e8e8e8")
     layers += (
-        names.mark_rect(stroke="white", strokeWidth=2)
+        base.mark_rect(stroke="white", strokeWidth=2)
         .encode(color=share)
         .transform_filter(altair.datum.share > 0)
     )
-    layers += names.mark_text(fontSize=11).encode(text="says:N", color=ink)
+    layers += base.mark_text(fontSize=11).encode(text="text:N", color=ink)
     heading = altair.TitleParams(title, anchor="start")
-    size = {"width": 150 * count(cells, "step"), "height": 26 * count(cells, "kernel")}
+    size = {
+        "width": 150 * count_distinct(cells, "step"),
+        "height": 26 * count_distinct(cells, "kernel"),
+    }
     return layers.properties(title=heading, **size)
 
 
-def count(cells: list[dict[str, Any]], name: str) -> int:
+def count_distinct(cells: list[dict[str, Any]], name: str) -> int:
+    """The number of different values of a field."""
     return len({cell[name] for cell in cells})

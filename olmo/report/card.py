@@ -1,4 +1,4 @@
-"""The card of an exported model: what it is, how it came about, how good it is, how to use it."""
+"""The model card of an export: its architecture, training, evaluation, provenance and use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOURCES = (
     *("download", "download_tokens", "download_conversations", *LIBRARY),
     *("local_source", "local_tokens", "local_conversations", *CHECKPOINTS),
 )
-MOST = 20  # sources that are named one by one
+MAX_SOURCES = 20  # listed in the card
 
 HEAD = """\
 ---
@@ -44,11 +44,11 @@ pipeline("text-generation", model="<this folder>")("Once", max_new_tokens=32)
 def card(
     name: str, settings: dict[str, Any], parameters: int, checkpoint: Path, store: Store
 ) -> str:
-    """README.md of an export, in the hub's form.
+    """README.md of an export, as the Hugging Face hub expects it.
 
     Args:
-        settings: what config.json says.
-        checkpoint: the final folder that was exported; what the store knows of it is told.
+        settings: the content of config.json.
+        checkpoint: the final folder that was exported, with its record.
     """
     record = parse((checkpoint / "record.json").read_bytes(), checkpoint / "record.json")
     cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
@@ -67,7 +67,7 @@ def card(
     made = (
         f"{facts['tokens']:,} tokens of training"
         if "tokens" in facts
-        else f"the mean of {facts['checkpoints']} checkpoints"  # a soup
+        else f"the mean of {facts['checkpoints']} checkpoints"  # of a soup
     )
     parts = [
         HEAD.format(
@@ -77,7 +77,7 @@ def card(
             made=made,
         ),
         "## Training\n",
-        table(("", ""), [row for row in rows.items() if row[1]]),
+        markdown_table(("", ""), [row for row in rows.items() if row[1]]),
         "## Evaluation\n",
         _evaluation(facts.get("heldout_loss", {}), name),
         "## Where it comes from\n",
@@ -86,7 +86,7 @@ def card(
     return "\n".join(parts)
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def markdown_table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     """A table in Markdown."""
     head = list(head)
     lines = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
@@ -101,14 +101,14 @@ def _evaluation(losses: dict[str, dict[str, float]], name: str) -> str:
         for label, loss in losses.items()
     ]
     return (
-        "Loss in nats a token on documents that it was not trained on:\n\n"
-        + table(("held-out set", "before", "after"), rows)
+        "Loss (nats per token) on documents that it was not trained on:\n\n"
+        + markdown_table(("held-out set", "before", "after"), rows)
         + f"\nMore by `snakemake eval/{name}`.\n"
     )
 
 
 def _lineage(record: Record, store: Store) -> str:
-    """The stages that led here, and the files at their beginning."""
+    """The stages that the checkpoint was made by, and their source files."""
     counts: Counter[str] = Counter()
     sources = []
     for _, found in ancestors(store, record):
@@ -118,9 +118,11 @@ def _lineage(record: Record, store: Store) -> str:
             sources.append(found)
     lines = [
         f"Checkpoint `{record['content']}`, by action `{record['key']}`; its stages, last first:\n",
-        table(("stage", "actions"), counts.items()),
-        f"The first {MOST} of {len(sources):,} sources:\n" if len(sources) > MOST else "Sources:\n",
-        table(("source", "sha256", "licence"), map(_source, sources[:MOST])),
+        markdown_table(("stage", "actions"), counts.items()),
+        f"The first {MAX_SOURCES} of {len(sources):,} sources:\n"
+        if len(sources) > MAX_SOURCES
+        else "Sources:\n",
+        markdown_table(("source", "sha256", "licence"), map(_source, sources[:MAX_SOURCES])),
     ]
     return "\n".join(lines)
 

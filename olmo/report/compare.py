@@ -1,4 +1,4 @@
-"""Runs beside one of them: how far each got, and what it took to get where that one ended."""
+"""`olmo compare`: the tokens that runs need to reach the last held-out loss of a reference run."""
 
 from __future__ import annotations
 
@@ -21,78 +21,79 @@ LABEL = "heldout"
 def compare(runs: list[Path], table: Path, picture: Path, label: str = LABEL) -> None:
     """Write a table (Markdown) and a picture (SVG) of runs, the reference first.
 
-    RUNS are names of runs or their final folders. Compared is the loss on documents that none was
-    trained on, at the same tokens of the same data. Where a run gets to the reference's last loss
-    is read off the line between two evaluations.
+    RUNS are names of runs or their final folders. Their losses on held-out documents are compared.
+    The point at which a run reaches the reference's last loss is interpolated linearly between two
+    evaluations.
 
-    Raises ValueError for runs that were measured on other documents or in other tokens.
+    Raises ValueError for runs with other held-out documents or another tokenizer.
     """
     refuse_links(table, picture)
     found = [Run(str(run)) for run in runs]
     finals = [Path(os.path.abspath(run.folder)) for run in found]
     names = [final.parent.name for final in finals]
     if len(set(names)) < len(names):
-        raise ValueError(f"expected runs of different names, found {[str(run) for run in runs]}")
-    check_alike(found, names, label)
-    curves = {name: curve(final, label) for name, final in zip(names, finals, strict=True)}
-    end = curves[names[0]][-1][1]
+        raise ValueError(f"expected runs with different names, found {[str(run) for run in runs]}")
+    check_comparable(found, names, label)
+    curves = {name: loss_curve(final, label) for name, final in zip(names, finals, strict=True)}
+    all_tokens, target = curves[names[0]][-1]
     lines = [
         f"# Beside {names[0]}",
         "",
-        f"Held-out loss in nats a token ({label}); tokens to {names[0]}'s last, {end:.4f}.",
+        f"Held-out loss in nats a token ({label}); tokens to {names[0]}'s last, {target:.4f}.",
         "",
         "| run | tokens | last loss | tokens to it | of the reference's |",
         "|---|---|---|---|---|",
     ]
     for name, points in curves.items():
-        needed = tokens_to(end, points)
-        all_tokens = curves[names[0]][-1][0]
-        tail = "never | " if needed is None else f"{needed:,.0f} | "
-        if needed is not None and all_tokens:  # else the reference was measured untrained
-            tail += f"{needed / all_tokens:.2f}"
-        lines.append(f"| {name} | {points[-1][0]:,} | {points[-1][1]:.4f} | {tail} |")
+        needed = tokens_to_loss(target, points)
+        cells = "never | " if needed is None else f"{needed:,.0f} | "
+        if needed is not None and all_tokens:  # 0 if the reference was only evaluated untrained
+            cells += f"{needed / all_tokens:.2f}"
+        lines.append(f"| {name} | {points[-1][0]:,} | {points[-1][1]:.4f} | {cells} |")
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text("\n".join(lines) + "\n")
-    draw(curves, picture)
+    draw_curves(curves, picture)
 
 
-def check_alike(runs: list[Run], names: list[str], label: str) -> None:
-    """Raises ValueError where the losses of two runs are not of the same tokens of the same data.
+def check_comparable(runs: list[Run], names: list[str], label: str) -> None:
+    """Raises ValueError if two runs differ in vocabulary, tokenizer or held-out documents.
 
-    What is not known, since a checkpoint has no record or the store none of its data, is told.
+    Warns if this is unknown, since the checkpoint or its data has no record in the store.
     """
     known = shards(here())
-    of_each = [
+    shards_of = [
         [known[d] for d in map(digest_of, r.cfg.data.paths or []) if d in known] for r in runs
     ]
-    asked: dict[str, list[set[Any]]] = {
+    compared: dict[str, list[set[Any]]] = {
         "model.vocab_size": [{run.cfg.model.vocab_size} for run in runs],
-        "tokenizer": [{shard.tokenizer.name for shard in tokens} for tokens in of_each],
+        "tokenizer": [{shard.tokenizer.name for shard in tokens} for tokens in shards_of],
     }
-    if label == LABEL:  # else an evaluator of the config, whose data no record holds
-        asked["held-out documents"] = [set().union(*(s.heldout for s in t)) for t in of_each]
-    for what, (first, *others) in asked.items():
+    if label == LABEL:  # another label is an evaluator of the config, whose data has no record
+        compared["held-out documents"] = [set().union(*(s.heldout for s in t)) for t in shards_of]
+    for what, (first, *others) in compared.items():
         for name, other in zip(names[1:], others, strict=True):
             if other and first and other != first:
                 raise ValueError(
-                    f"expected runs with the same {what}, found {in_words(first)} in {names[0]} "
-                    f"and {in_words(other)} in {name}: their losses cannot be compared. Give both "
-                    "one `dataset` in config/config.yaml"
+                    f"expected runs with the same {what}, found {format_values(first)} in "
+                    f"{names[0]} and {format_values(other)} in {name}: their losses cannot be "
+                    "compared; give both the same `dataset` in config/config.yaml"
                 )
-    if unknown := [name for name, tokens in zip(names, of_each, strict=True) if not tokens]:
+    if unknown := [name for name, tokens in zip(names, shards_of, strict=True) if not tokens]:
         log.warning(
-            f"it is not known here what {', '.join(unknown)} was trained on: see that it is alike"
+            f"the store has no record of the data of {', '.join(unknown)}: compare runs on the "
+            "same data only"
         )
 
 
-def in_words(found: set[Any]) -> str:
+def format_values(found: set[Any]) -> str:
+    """The first of some values, digests shortened, and how many more there are."""
     first, *others = sorted(found)
     more = f" and {len(others)} more" if others else ""
     return f"{str(first)[:12]}…{more}" if isinstance(first, str) else f"{first}{more}"
 
 
-def curve(final: Path, label: str) -> list[tuple[int, float]]:
-    """(tokens seen, held-out loss) of each evaluation of a run, in order."""
+def loss_curve(final: Path, label: str) -> list[tuple[int, float]]:
+    """(tokens seen, held-out loss in nats) of each evaluation of a run, in order."""
     cfg = TrainConfig.load(final / "config.yaml", foreign=True)
     per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length
     rows = map(from_json, (final / "metrics.jsonl").read_text().splitlines())
@@ -103,8 +104,8 @@ def curve(final: Path, label: str) -> list[tuple[int, float]]:
     return points
 
 
-def tokens_to(loss: float, points: list[tuple[int, float]]) -> float | None:
-    """After how many tokens a curve is first at `loss` or below; None where it never is."""
+def tokens_to_loss(loss: float, points: list[tuple[int, float]]) -> float | None:
+    """The number of tokens at which a curve first reaches `loss`; None if it never does."""
     before = points[0]
     for point in points:
         if point[1] <= loss:
@@ -116,7 +117,8 @@ def tokens_to(loss: float, points: list[tuple[int, float]]) -> float | None:
     return None
 
 
-def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
+def draw_curves(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """Draw the losses of runs over tokens into an SVG file."""
     import altair
 
     values: list[dict[str, Any]] = [

@@ -1,10 +1,10 @@
-"""The picture of a run: its losses over its tokens."""
+"""A plot of a run's training and held-out losses over its steps."""
 
 from pathlib import Path
 from typing import Any
 
 
-def plot(metrics: list[dict[str, Any]], path: Path) -> None:
+def plot_losses(metrics: list[dict[str, Any]], path: Path) -> None:
     """Draw training loss as a line and held-out losses as points into an SVG file.
 
     Args:
@@ -14,7 +14,7 @@ def plot(metrics: list[dict[str, Any]], path: Path) -> None:
     import polars
 
     rows = [
-        {"step": row["step"], "loss": value, "of": label(name)}
+        {"step": row["step"], "loss": value, "of": metric_label(name)}
         for row in metrics
         for name, value in row.items()
         if name.endswith("/CrossEntropyLoss")
@@ -31,6 +31,7 @@ def plot(metrics: list[dict[str, Any]], path: Path) -> None:
     (line + points).properties(width=640, height=360).save(str(path), format="svg")
 
 
-def label(metric: str) -> str:
+def metric_label(metric: str) -> str:
+    """The legend entry of a metric: "training", or the name of the evaluation set."""
     kind, *name, _ = metric.split("/")
     return "training" if kind == "train" else "/".join(name)

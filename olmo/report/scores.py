@@ -1,4 +1,4 @@
-"""What runs scored, as tables: one run by itself, or several side by side."""
+"""`olmo scores`: tables of evaluation results, of one run or of several side by side."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.io.downloads import refuse_links
-from olmo.report.card import table
+from olmo.report.card import markdown_table
 from olmo.runtime.numbers import from_json
 
 SCHEMA = {
@@ -16,7 +16,7 @@ SCHEMA = {
     "task": str,
     "metric": str,
     "value": float,
-    "stderr": float,  # null where there is none
+    "stderr": float,  # null if unknown
     "documents": int,
 }
 LOWER_IS_BETTER = ("loss", "loss per label", "perplexity", "ce_loss", "bpb")
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 def heldout_scores(found: dict[str, Any], task: str) -> list[Row]:
-    """Rows of what `olmo heldout` wrote. The perplexity's error is to first order."""
+    """The rows of a result of `olmo heldout`. The perplexity's error is a first-order estimate."""
     common = {"scorer": "ours", "task": task, "documents": found["instances"]}
     loss, ppl, stderr = found["CrossEntropyLoss"], found["Perplexity"], found["stderr"]
     rows = [
@@ -36,47 +36,48 @@ def heldout_scores(found: dict[str, Any], task: str) -> list[Row]:
             "stderr": None if stderr is None else ppl * stderr,
         },
     ]
-    if (alone := found.get("CrossEntropyLossPerLabel")) is not None:  # of answers alone
-        rows.append({**common, "metric": "loss per label", "value": alone, "stderr": None})
+    if (per_label := found.get("CrossEntropyLossPerLabel")) is not None:  # on conversations
+        rows.append({**common, "metric": "loss per label", "value": per_label, "stderr": None})
     return rows
 
 
-def table_of_one(rows: Sequence[Row]) -> str:
-    """A run's table: each score with its standard error."""
+def format_run_table(rows: Sequence[Row]) -> str:
+    """The table of one run: each score with its standard error."""
     head = ("task", "scorer", "metric", "value", "documents")
     body = [
-        (row["task"], row["scorer"], row["metric"], with_error(row), row["documents"] or "")
+        (row["task"], row["scorer"], row["metric"], format_value(row), row["documents"] or "")
         for row in rows
     ]
-    return table(head, body)
+    return markdown_table(head, body)
 
 
 def scores(runs: list[Path], table: Path, parquet: Path) -> None:
     """Put evaluations of several runs (folders eval/<run>) side by side, the reference first.
 
-    The table (Markdown) has a column for each run: value ± standard error, and in brackets by how
-    many standard errors of the difference it is better than the reference, as if they had been
-    asked different documents; asked the same ones, they differ more surely than that. The parquet
-    file holds all rows, with a column `run`.
+    The table (Markdown) has a column for each run: value ± standard error, and in brackets the
+    improvement over the reference in standard errors of the difference. That assumes independent
+    documents, and so underestimates the significance on the same documents. The parquet file holds
+    all rows, with a column `run`.
 
-    Raises ValueError for two runs of one name, for what is no evaluation, and for
-    outputs that are links into the store.
+    Raises ValueError for two runs of one name, for a folder without results, and for outputs that
+    are links into the store.
     """
     import polars
 
     refuse_links(table, parquet)
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        raise ValueError(f"expected runs of different names, found {', '.join(names)}")
-    found = {run.name: results(run) for run in runs}
+        raise ValueError(f"expected runs with different names, found {', '.join(names)}")
+    found = {run.name: read_results(run) for run in runs}
     rows = [{"run": name, **row} for name in names for row in found[name]]
     for path in (table, parquet):
         path.parent.mkdir(parents=True, exist_ok=True)
     polars.DataFrame(rows, schema={"run": str, **SCHEMA}).write_parquet(parquet)
-    table.write_text(of_several(found))
+    table.write_text(format_comparison_table(found))
 
 
-def results(run: Path) -> list[Row]:
+def read_results(run: Path) -> list[Row]:
+    """The rows of results.json in an evaluation's folder."""
     path = run / "results.json"
     if not path.exists():
         raise ValueError(
@@ -86,7 +87,9 @@ def results(run: Path) -> list[Row]:
     return rows
 
 
-def of_several(found: dict[str, list[Row]]) -> str:
+def format_comparison_table(found: dict[str, list[Row]]) -> str:
+    """The table of several runs, a column each; the first is the reference."""
+
     def key(row: Row) -> tuple[str, str, str]:
         return row["task"], row["scorer"], row["metric"]
 
@@ -94,23 +97,24 @@ def of_several(found: dict[str, list[Row]]) -> str:
     keys = list(dict.fromkeys(key(row) for rows in found.values() for row in rows))
     reference = by_run[next(iter(by_run))]
     lines = []
-    for asked in keys:
+    for score in keys:
         cells = []
         for name, rows in by_run.items():
-            row = rows.get(asked)
-            beside = reference.get(asked) if name != next(iter(by_run)) else None
-            cells.append("" if row is None else with_error(row) + better(row, beside))
-        lines.append((*asked, *cells))
-    return table(("task", "scorer", "metric", *found), lines)
+            row = rows.get(score)
+            compared = reference.get(score) if name != next(iter(by_run)) else None
+            cells.append("" if row is None else format_value(row) + improvement(row, compared))
+        lines.append((*score, *cells))
+    return markdown_table(("task", "scorer", "metric", *found), lines)
 
 
-def with_error(row: Row) -> str:
+def format_value(row: Row) -> str:
+    """Value ± standard error."""
     error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
     return f"{row['value']:.4f}{error}"
 
 
-def better(row: Row, reference: Row | None) -> str:
-    """By how many standard errors a score is better than another; "" where none is known."""
+def improvement(row: Row, reference: Row | None) -> str:
+    """How many standard errors a score is better than the reference; "" if unknown."""
     if reference is None or row["stderr"] is None or reference["stderr"] is None:
         return ""
     error = math.hypot(row["stderr"], reference["stderr"])

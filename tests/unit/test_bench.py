@@ -417,4 +417,4 @@ def test_runs_of_other_data_or_tokenizers_are_not_compared(
         with pytest.raises(ValueError, match=f"expected runs with {found}"):
             with_a(name)
     assert "| from-elsewhere |" in with_a("from-elsewhere")
-    assert "not known here what from-elsewhere was trained on" in capsys.readouterr().err
+    assert "the store has no record of the data of from-elsewhere" in capsys.readouterr().err

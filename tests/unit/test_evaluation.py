@@ -23,7 +23,7 @@ from olmo.model import OLMo
 from olmo.pipeline.convert import convert
 from olmo.pipeline.evaluate import heldout
 from olmo.pipeline.plan import Plan
-from olmo.report.scores import heldout_scores, scores, table_of_one
+from olmo.report.scores import format_run_table, heldout_scores, scores
 
 LABEL = "stdlib_docstrings"
 ROWS = "hf_datasets/stdlib_docstrings/none/test/documents.jsonl"
@@ -224,7 +224,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     ]
     frame = polars.read_parquet(tmp_path / "out/rows.parquet")
     assert frame.height == 5 and frame["run"].to_list() == ["a", "a", "b", "b", "b"]
-    assert "| mrpc | ours | f1 | 0.2000 | 10 |" in table_of_one(ran["b"])
+    assert "| mrpc | ours | f1 | 0.2000 | 10 |" in format_run_table(ran["b"])
     with pytest.raises(ValueError, match=r"expected .*c/results.json.*snakemake .*eval/c"):
         scores([*runs, tmp_path / "c"], tmp_path / "t.md", tmp_path / "t.parquet")
     with pytest.raises(ValueError, match="different names, found a, a"):

@@ -19,9 +19,9 @@ from olmo.pipeline.convert import convert
 from olmo.pipeline.evaluate import evaluation, heldout
 from olmo.pipeline.train import heldout_losses
 from olmo.report.card import _evaluation
-from olmo.report.compare import draw, tokens_to
-from olmo.report.loss import plot
-from olmo.report.scores import better, results, scores
+from olmo.report.compare import draw_curves, tokens_to_loss
+from olmo.report.loss import plot_losses
+from olmo.report.scores import improvement, read_results, scores
 from olmo.runtime import numbers
 from olmo.runtime.numbers import as_words, from_json, perplexity, to_json
 from olmo.store.stage import here
@@ -59,7 +59,7 @@ def test_a_diverged_run_is_evaluated_and_its_metrics_are_json(tmp_path: Path):
     assert rows[0]["eval/heldout/CrossEntropyLoss"] > 1000
     assert heldout_losses(rows)["heldout"]["last"] > 1000
     rows[1]["train/CrossEntropyLoss"], rows[0]["eval/heldout/CrossEntropyLoss"] = math.inf, math.nan
-    plot(rows, tmp_path / "loss.svg")
+    plot_losses(rows, tmp_path / "loss.svg")
     assert "<svg" in (tmp_path / "loss.svg").read_text()
     assert "| heldout | nan |" in _evaluation(as_words(heldout_losses(rows)), "run")
 
@@ -97,7 +97,7 @@ def test_a_diverged_checkpoint_is_measured(tmp_path: Path, monkeypatch: pytest.M
     record = next(here().records())
     assert record["facts"]["Perplexity"] == "Infinity"
     evaluation(heldout=found, scores=[], requests=[], results=tmp_path / "eval/diverged")
-    (row,) = [r for r in results(tmp_path / "eval/diverged") if r["metric"] == "perplexity"]
+    (row,) = [r for r in read_results(tmp_path / "eval/diverged") if r["metric"] == "perplexity"]
     assert row["value"] == math.inf
     scores([tmp_path / "eval/diverged"], tmp_path / "table.md", tmp_path / "all.parquet")
     assert "inf" in (tmp_path / "table.md").read_text()
@@ -113,9 +113,9 @@ def test_a_model_that_computes_nan_has_no_accuracy():
 
 def test_reports_of_runs_that_diverged(tmp_path: Path):
     for before in (math.inf, math.nan):
-        assert tokens_to(2.5, [(0, before), (5, 2.0)]) == 5.0
-    assert tokens_to(2.5, [(0, 3.5), (5, math.nan), (9, 2.5)]) == 9.0
-    assert tokens_to(2.5, [(0, 3.5), (6, 2.0)]) == 4.0
-    draw({"a": [(0, math.nan), (5, math.inf)], "b": [(0, 3.0)]}, tmp_path / "picture.svg")
+        assert tokens_to_loss(2.5, [(0, before), (5, 2.0)]) == 5.0
+    assert tokens_to_loss(2.5, [(0, 3.5), (5, math.nan), (9, 2.5)]) == 9.0
+    assert tokens_to_loss(2.5, [(0, 3.5), (6, 2.0)]) == 4.0
+    draw_curves({"a": [(0, math.nan), (5, math.inf)], "b": [(0, 3.0)]}, tmp_path / "picture.svg")
     row = {"metric": "loss", "value": math.inf, "stderr": math.inf}
-    assert better(row, {"metric": "loss", "value": 2.0, "stderr": 0.1}) == ""
+    assert improvement(row, {"metric": "loss", "value": 2.0, "stderr": 0.1}) == ""
