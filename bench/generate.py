@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from olmo.checkpoint.huggingface import build_config_json, to_hf_weights
 from olmo.config import ModelConfig
 from olmo.model import OLMo
-from olmo.model.product import by_columns, linear
+from olmo.model.linear import linear, use_column_major_weights
 
 SIZES = {
     "85m": {"d_model": 512, "n_heads": 8, "n_layers": 14},
@@ -55,7 +55,7 @@ def models(size: str) -> tuple[OLMo, Any]:
     theirs = transformers.OlmoForCausalLM(settings).eval()
     theirs.load_state_dict(to_hf_weights(ours.state_dict(), config), strict=True)
     ours.use_attention()
-    by_columns(ours)
+    use_column_major_weights(ours)
     theirs.generation_config.eos_token_id = None  # the same number of tokens, whatever they are
     return ours, theirs
 

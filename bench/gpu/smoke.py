@@ -22,8 +22,8 @@ from olmo.distributed.parallelize import parallelize
 from olmo.distributed.world import World
 from olmo.model import OLMo
 from olmo.model.attention import Backend
-from olmo.model.kernels import Mask, Setting, find_kernel_problem
-from olmo.model.loss import CrossEntropy, losses
+from olmo.model.kernel_choice import AttentionSetting, MaskType, find_kernel_problem
+from olmo.model.loss import CrossEntropy, compute_loss
 from olmo.optim.build import build_optimizer
 from olmo.optim.master_weights import MasterWeights
 from olmo.precision.fp8 import ProductSettings, float8_linear, scaled_mm
@@ -63,11 +63,15 @@ def largest_error(found: list[Tensor], expected: list[Tensor]) -> float:
 def check_attention(device: torch.device, kind: str) -> None:
     dtype = BF16 if kind == "cuda" else torch.float32
     for head_size in (64, 128, 192) if kind == "cuda" else (16,):
-        masks = (Mask.causal, Mask.documents) if head_size in (16, 128) else (Mask.causal,)
+        masks = (
+            (MaskType.causal, MaskType.documents) if head_size in (16, 128) else (MaskType.causal,)
+        )
         for backend, mask in itertools.product(Backend, masks):
-            why = find_kernel_problem(backend, Setting(device, dtype, 8, 8, head_size, mask))
+            why = find_kernel_problem(
+                backend, AttentionSetting(device, dtype, 8, 8, head_size, mask)
+            )
             # A kernel that is not available here neither passes nor fails.
-            passed = None if why and "off what the formula says" not in why else not why
+            passed = None if why and "off the formula" not in why else not why
             what = f"attention by {backend}, head size {head_size}, mask {mask}"
             print_record(what, passed, why=why)
 
@@ -95,7 +99,7 @@ def check_loss(device: torch.device, kind: str) -> None:
     def head(by: CrossEntropy) -> Callable[[Tensor], Tensor]:
         def total(x: Tensor) -> Tensor:
             with torch.autocast(kind, BF16):
-                return losses(by, x, weight, labels, None, 1.0, 0.0).total[None] / rows
+                return compute_loss(by, x, weight, labels, None, 1.0, 0.0).total[None] / rows
 
         return total
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from olmo.checkpoint.final import save_tensors
 from olmo.config import BlockType, LayerNormType, ModelConfig, TrainConfig, to_yaml
 from olmo.io import foreign
-from olmo.model.regroup import regrouped
+from olmo.model.regroup import regroup_state_dict
 
 # What each class computes, whatever its config.json says: our key, its values that can be exported,
 # and the reason.
@@ -217,7 +217,9 @@ def _one(*candidates: Any) -> int:
 
 def to_hf_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Rename a model's weights to transformers' names; the tensors share memory."""
-    left = {n.removeprefix("transformer."): w for n, w in regrouped(dict(weights))[0].items()}
+    left = {
+        n.removeprefix("transformer."): w for n, w in regroup_state_dict(dict(weights))[0].items()
+    }
     kv = config.effective_n_kv_heads * (config.d_model // config.n_heads)
     found = {"model.embed_tokens.weight": left.pop("wte.weight")}
     if not config.weight_tying:
@@ -280,7 +282,7 @@ def from_hf_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[
     if left:
         raise ValueError(f"expected the weights that config.json describes, found {min(left)}")
     renamed = {f"transformer.{name}": tensor for name, tensor in found.items()}
-    return regrouped(renamed, config.block_group_size)[0]
+    return regroup_state_dict(renamed, config.block_group_size)[0]
 
 
 def _take(weights: dict[str, Tensor], name: str) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from olmo.model.regroup import plain_name
+from olmo.model.regroup import strip_wrappers
 
 State = dict[str, dict[str, Any]]  # parameter name → its state: exp_avg, exp_avg_sq, step, …
 
@@ -34,8 +34,8 @@ def to_named_state(state_dict: dict[str, Any]) -> tuple[State, list[dict[str, An
             group_names = group["param_names"]
         names |= dict(zip(group["params"], group_names, strict=True))
         settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        groups.append({**settings, "param_names": [plain_name(name) for name in group_names]})
-    return {plain_name(names[key]): value for key, value in state_dict["state"].items()}, groups
+        groups.append({**settings, "param_names": [strip_wrappers(name) for name in group_names]})
+    return {strip_wrappers(names[key]): value for key, value in state_dict["state"].items()}, groups
 
 
 def load_named_state(

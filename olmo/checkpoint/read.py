@@ -19,7 +19,7 @@ from olmo.checkpoint.optim_state import State, distribute_like, load_named_state
 from olmo.checkpoint.pickled_keys import decode_state, is_encoded_key
 from olmo.checkpoint.torch_files import StoredTensor, load_torch_file
 from olmo.config import ModelConfig
-from olmo.model.regroup import plain_name, regrouped
+from olmo.model.regroup import regroup_state_dict, strip_wrappers
 from olmo.runtime.log import log
 from olmo.runtime.numbers import from_json
 
@@ -114,7 +114,9 @@ def open_checkpoint(
                 "--reset_optimizer_state --reset_trainer_state"
             )
         model = _safetensors(folder)
-        return Checkpoint(folder, {plain_name(name): t for name, t in model.items()}, None, None)
+        return Checkpoint(
+            folder, {strip_wrappers(name): t for name, t in model.items()}, None, None
+        )
     if (folder / "model_and_optim").is_dir():
         return _sharded(folder, optimizer, trainer)
     if (folder / "model.safetensors").exists():
@@ -129,7 +131,7 @@ def open_checkpoint(
         )
     return Checkpoint(
         folder,
-        {plain_name(name): tensor for name, tensor in model.items()},
+        {strip_wrappers(name): tensor for name, tensor in model.items()},
         _optimizer(folder, mapped) if optimizer else None,
         _trainer(folder) if trainer else None,
     )
@@ -241,9 +243,12 @@ def load_optimizer_state(
     """Copy a checkpoint's state into an optimizer. Raises ValueError if it does not fit."""
     assert checkpoint.optim is not None
     size = model.config.block_group_size
-    state, _ = regrouped(checkpoint.optim[0], size)
+    state, _ = regroup_state_dict(checkpoint.optim[0], size)
     groups = [
-        {**group, "param_names": list(regrouped(dict.fromkeys(group["param_names"]), size)[0])}
+        {
+            **group,
+            "param_names": list(regroup_state_dict(dict.fromkeys(group["param_names"]), size)[0]),
+        }
         for group in checkpoint.optim[1]
     ]
     pairs: list[tuple[Tensor, Any]] = []

@@ -31,7 +31,7 @@ from olmo.checkpoint import layout
 from olmo.checkpoint.optim_state import State, to_named_state
 from olmo.checkpoint.torch_files import StoredTensor, reraise_disk_errors, save_torch_file
 from olmo.io import foreign
-from olmo.model.regroup import plain_name
+from olmo.model.regroup import strip_wrappers
 
 STATE_FOLDER = "model_and_optim"
 TRAIN_FILE = "train/rank0.pt"
@@ -127,12 +127,12 @@ class ShardedReader:
             if isinstance(metadata, TensorStorageMetadata):
                 tensor = StoredTensor(key, metadata.size, metadata.properties.dtype)
             if section == "model" and tensor is not None:
-                self.model[plain_name(name)] = tensor
+                self.model[strip_wrappers(name)] = tensor
             elif section == "optim" and name.startswith("state.") and optimizer:
                 name, _, part = name.removeprefix("state.").rpartition(".")
-                self.state.setdefault(plain_name(name), {})[part] = tensor
+                self.state.setdefault(strip_wrappers(name), {})[part] = tensor
                 if tensor is None:
-                    numbers.append((plain_name(name), part, key))
+                    numbers.append((strip_wrappers(name), part, key))
         values: dict[str, Any] = {key: None for _, _, key in numbers}
         self.read(values)
         for name, part, key in numbers:

@@ -41,7 +41,7 @@ def generate(
     import torch
 
     from olmo.checkpoint.read import load_model
-    from olmo.model.product import by_columns
+    from olmo.model.linear import use_column_major_weights
 
     if temperature == 0 and not (top_k is top_p is seed is None):
         raise ValueError("--top-k, --top-p and --seed are for sampling: give a --temperature")
@@ -77,7 +77,7 @@ def generate(
         print(f"seed: {seed}", file=sys.stderr)
     model = load_model(place)
     model.use_attention()
-    by_columns(model)
+    use_column_major_weights(model)
     found = continued(
         model, ids, max_steps=tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         generator=generator,
@@ -160,13 +160,13 @@ def continued(model: Any, ids: list[int], **options: Any) -> Iterator[int]:
     """The ids that come after `ids`, one by one, up to the end of the text."""
     import torch
 
-    from olmo.model.generate import steps
+    from olmo.model.generate import generate_steps
 
     row = torch.tensor([ids], device=model.device)
-    for step in steps(model, row, **options):
+    for step in generate_steps(model, row, **options):
         if bool(step.ended[0]):
             return
-        yield int(step.chosen[0])
+        yield int(step.token_ids[0])
 
 
 def pieces(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:

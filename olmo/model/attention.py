@@ -1,4 +1,7 @@
-"""Attention behind one function, whoever computes it. Who does is chosen in olmo.model.kernels.
+"""Attention: the kernels that can compute it (KERNELS), and the function that calls one of them.
+
+`olmo.model.kernel_choice` reads the table, tries the kernels on the device, and picks one. This
+module only calls the one that was picked, and gives each the mask in the form that it takes.
 
 Shapes: B batch, H heads, H_kv heads of keys and values, T queries, S keys, D head size.
 """
@@ -24,83 +27,85 @@ Backend = AttentionBackend
 
 @dataclass(frozen=True)
 class Kernel:
-    """What computes attention, and where it can; `olmo.model.kernels` asks, and tries it."""
+    """How a kernel is called, and what it supports."""
 
-    sdpa: SDPBackend | None = None  # of F.scaled_dot_product_attention
-    # A module with flash_attn_func and flash_attn_varlen_func. Of their arguments those used here
-    # have the same names in all three (read in flash-attn 2.8.3, flash-attn-4 4.0.0b36 and
-    # FlashAttention 3's source): q, k, v as (B, T, H, D), causal, deterministic; for documents
-    # (B * T, H, D) and cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k. The third argument
-    # after q, k, v is not.
+    # The backend of F.scaled_dot_product_attention that it is, if it is one.
+    sdpa_backend: SDPBackend | None = None
+    # Or a module with flash_attn_func and flash_attn_varlen_func. In all three packages (read in
+    # flash-attn 2.8.3, flash-attn-4 4.0.0b36 and FlashAttention 3's source) the arguments used here
+    # have the same names: q, k, v as (B, T, H, D), causal, deterministic; for documents
+    # (B * T, H, D) with cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k. Others differ even
+    # in their position, so all but q, k, v are passed by name.
     package: str | None = None
-    install: str = ""  # where the package comes from
-    cuda: bool = True  # it is for NVIDIA GPUs alone
-    capability: tuple[int, int] | None = None  # of these, lowest and highest major; then only
-    # in 16 bits, for head sizes that are multiples of 8 up to 256
-    documents: bool = True  # it takes a mask between documents
-    bias: bool = False  # it takes any mask or bias
-    dropout: bool = True  # it drops attention weights
-    flash: bool = False  # it is one of those that model.flash_attention=true may stand for
+    install: str = ""  # what is missing without the package, and how to install it
+    needs_cuda: bool = True
+    # Lowest and highest major compute capability. Kernels with such a range also need 16-bit types
+    # and head sizes that are multiples of 8, up to 256.
+    capabilities: tuple[int, int] | None = None
+    masks_documents: bool = True  # supports a mask between documents
+    takes_bias: bool = False  # supports any mask, and a bias that is added to the scores
+    has_dropout: bool = True  # supports dropout of attention weights
+    is_flash: bool = False  # is one that model.flash_attention=true may select
 
 
-ANY = 99  # the highest major
+ANY = 99  # no highest major
 KERNELS = {
-    Backend.sdpa: Kernel(cuda=False, bias=True),
-    Backend.math: Kernel(SDPBackend.MATH, cuda=False, bias=True),
-    Backend.efficient: Kernel(SDPBackend.EFFICIENT_ATTENTION, bias=True),
+    Backend.sdpa: Kernel(needs_cuda=False, takes_bias=True),
+    Backend.math: Kernel(SDPBackend.MATH, needs_cuda=False, takes_bias=True),
+    Backend.efficient: Kernel(SDPBackend.EFFICIENT_ATTENTION, takes_bias=True),
     Backend.cudnn: Kernel(
-        SDPBackend.CUDNN_ATTENTION, capability=(8, ANY), documents=False, flash=True
+        SDPBackend.CUDNN_ATTENTION, capabilities=(8, ANY), masks_documents=False, is_flash=True
     ),
     Backend.flash: Kernel(
-        SDPBackend.FLASH_ATTENTION, capability=(8, ANY), documents=False, flash=True
+        SDPBackend.FLASH_ATTENTION, capabilities=(8, ANY), masks_documents=False, is_flash=True
     ),
     Backend.fa2: Kernel(
         package="flash_attn",
         install="flash-attn 2 is missing: pip install flash-attn --no-build-isolation",
-        capability=(8, ANY),
-        flash=True,
+        capabilities=(8, ANY),
+        is_flash=True,
     ),
     Backend.fa3: Kernel(
         package="flash_attn_interface",
         install="FlashAttention 3 is missing: python setup.py install in hopper/ of "
         "github.com/Dao-AILab/flash-attention",
-        capability=(9, 9),
-        dropout=False,
-        flash=True,
+        capabilities=(9, 9),
+        has_dropout=False,
+        is_flash=True,
     ),
     Backend.fa4: Kernel(
         package="flash_attn.cute",
         install="flash-attn-4 is missing: pip install --pre flash-attn-4",
-        capability=(9, ANY),
-        dropout=False,
-        flash=True,
+        capabilities=(9, ANY),
+        has_dropout=False,
+        is_flash=True,
     ),
-    Backend.flex: Kernel(cuda=False, dropout=False),
+    Backend.flex: Kernel(needs_cuda=False, has_dropout=False),
 }
-# What a mask, or a head-by-head bias, is computed by where the chosen kernel takes none.
-_WITH_BIAS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_loaded: dict[Backend, Any] = {}
+# Used for a mask or bias that the chosen kernel does not take.
+_BIAS_BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_loaded_packages: dict[Backend, Any] = {}
 
 
-class Documents(NamedTuple):
-    """Who may look at whom where documents lie one after another, for kernels that skip the rest.
+class DocumentMask(NamedTuple):
+    """A causal mask within documents, for kernels that skip the masked part of the work.
 
-    Made once a forward pass for all blocks, in the form that its kernel takes; the others take
-    `document_mask`.
+    Built once per forward pass for all blocks, with the one field that the kernel takes. Other
+    kernels take `dense_document_mask`.
     """
 
-    starts: Tensor | None
-    """For the packages: where each document begins in the flattened batch, and where the last one
-    ends, (documents + 1,) int32. Documents of length 0 are allowed."""
+    cu_seqlens: Tensor | None
+    """For packages: cumulative lengths of the documents in the flattened batch, from 0 to B * T,
+    (documents + 1,) int32. Length 0 is allowed."""
 
-    blocks: Any
+    block_mask: Any
     """For flex: its BlockMask."""
 
 
-Bias = Tensor | Documents
+Bias = Tensor | DocumentMask
 
 
-def attention(
+def compute_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -114,33 +119,34 @@ def attention(
     Args:
         q: (B, H, T, D).
         k, v: (B, H_kv, S, D); H is a multiple of H_kv.
-        backend: from `kernels.choose`; a tensor for a bias makes CUDA use the kernels that take
-            one.
-        bias: broadcast to (B, H, T, S): float is added to the scores, bool says who may look
-            at whom. With a bias, `causal` must be part of it. `Documents` for `backend`.
-        causal: without a bias, query t sees keys up to t; then T = S.
-        dropout: probability with which a weight is dropped.
+        backend: the kernel, from `choose_kernel`. For a tensor as bias, one that takes it is used
+            instead where this one does not.
+        bias: a tensor that broadcasts to (B, H, T, S): a float one is added to the scores, a bool
+            one is True where a query may attend to a key. Or a DocumentMask made for `backend`. It
+            must include the causal mask.
+        causal: without a bias, query t attends to keys up to t, and T must be S.
+        dropout: probability of dropping an attention weight.
 
     Returns:
         (B, H, T, D)
     """
     kernel = KERNELS[backend]
     if kernel.package and not isinstance(bias, Tensor):
-        return _by_package(q, k, v, backend, bias, causal, dropout)
-    if backend is Backend.flex and isinstance(bias, Documents):
-        return _by_flex(q, k, v, bias)
-    assert not isinstance(bias, Documents), f"{backend} takes document_mask"
+        return _call_package(q, k, v, backend, bias, causal, dropout)
+    if backend is Backend.flex and isinstance(bias, DocumentMask):
+        return _call_flex(q, k, v, bias)
+    assert not isinstance(bias, DocumentMask), f"{backend} takes dense_document_mask"
     context: Callable[[], Any] = nullcontext
     if backend is not Backend.sdpa:
-        takes_it = backend is Backend.math or bias is None
-        own = [kernel.sdpa] if kernel.sdpa and takes_it else _WITH_BIAS
-        context = functools.partial(sdpa_kernel, own)
+        takes_bias = backend is Backend.math or bias is None
+        allowed = [kernel.sdpa_backend] if kernel.sdpa_backend and takes_bias else _BIAS_BACKENDS
+        context = functools.partial(sdpa_kernel, allowed)
     if (
         q.is_cuda
         and q.shape[1] != k.shape[1]
         and (bias is not None or backend in (Backend.efficient, Backend.flex))
     ):
-        # The memory-efficient kernel wants as many heads of keys as of queries.
+        # The memory-efficient kernel has no grouped-query attention: repeat keys and values.
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     with context():
@@ -155,28 +161,28 @@ def attention(
         )
 
 
-def load(backend: Backend) -> Any:
-    """The module of a package's kernels; ImportError, or whatever its import raises."""
-    if backend not in _loaded:
+def load_package(backend: Backend) -> Any:
+    """Import a kernel's package. Raises whatever the import raises."""
+    if backend not in _loaded_packages:
         package = KERNELS[backend].package
         assert package is not None
-        _loaded[backend] = importlib.import_module(package)
-    return _loaded[backend]
+        _loaded_packages[backend] = importlib.import_module(package)
+    return _loaded_packages[backend]
 
 
-def _by_package(
+def _call_package(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     backend: Backend,
-    documents: Documents | None,
+    documents: DocumentMask | None,
     causal: bool,
     dropout: float,
 ) -> Tensor:
-    module = load(backend)
+    module = load_package(backend)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, H, D)
     options: dict[str, Any] = {"deterministic": torch.are_deterministic_algorithms_enabled()}
-    if KERNELS[backend].dropout:
+    if KERNELS[backend].has_dropout:
         options["dropout_p"] = dropout
     if documents is None:
         out = module.flash_attn_func(q, k, v, causal=causal, **options)
@@ -184,28 +190,30 @@ def _by_package(
         B, T = q.shape[:2]
         out = module.flash_attn_varlen_func(
             *(x.flatten(0, 1) for x in (q, k, v)),  # (B * T, H, D)
-            cu_seqlens_q=documents.starts,
-            cu_seqlens_k=documents.starts,
-            # An upper bound will do; the longest itself would have to be fetched from the device.
+            cu_seqlens_q=documents.cu_seqlens,
+            cu_seqlens_k=documents.cu_seqlens,
+            # An upper bound is enough. The true maximum would have to be copied from the device,
+            # which waits for it.
             max_seqlen_q=T,
             max_seqlen_k=T,
             causal=True,
             **options,
         )
         out = (out[0] if isinstance(out, tuple) else out).unflatten(0, (B, T))
-    # FlashAttention 4, and old builds of 3, also return each row's log sum exp.
+    # FlashAttention 4, and old builds of 3, return (output, log-sum-exp of each row).
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
-def _by_flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+def _call_flex(q: Tensor, k: Tensor, v: Tensor, documents: DocumentMask) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Only compiled is it a kernel; uncompiled, as on the CPU here, it holds every score.
+    # It is a fused kernel only when compiled. Otherwise (on the CPU here) all scores are in memory:
+    # B * H * T * S numbers.
     compute: Any = flex_attention
     if q.is_cuda and not torch.compiler.is_compiling():
         compute = _compiled_flex()
     gqa = q.shape[1] != k.shape[1]
-    return compute(q, k, v, block_mask=documents.blocks, enable_gqa=gqa)
+    return compute(q, k, v, block_mask=documents.block_mask, enable_gqa=gqa)
 
 
 @functools.cache
@@ -216,51 +224,49 @@ def _compiled_flex() -> Any:
 
 
 def causal_bias(length: int, device: torch.device | str = "cpu") -> Tensor:
-    """0 on and below the diagonal, float32's lowest number above it, (1, 1, length, length)."""
+    """0 on and below the diagonal, float32's lowest number above: (1, 1, length, length)."""
     lowest = torch.finfo(torch.float32).min
     bias = torch.full((length, length), lowest, dtype=torch.float32, device=device)
     return bias.triu(diagonal=1)[None, None]
 
 
-def documents(doc_lens: Tensor, length: int, backend: Backend | None) -> Bias:
-    """Who may look at whom, in the form that `backend` takes: earlier in the same document.
+def build_document_mask(doc_lens: Tensor, length: int, backend: Backend | None) -> Bias:
+    """A mask that allows attention to earlier positions of the same document only, in the form that
+    `backend` takes.
 
     Args:
-        doc_lens: (B, most documents) lengths, each row padded with zeros. What lies beyond the
-            last document counts as one more.
+        doc_lens: (B, max documents), lengths in each row, padded with 0. Positions after the last
+            document form one more.
+        length: T.
     """
     if backend is not None and KERNELS[backend].package:
         rest = length - doc_lens.sum(dim=1, keepdim=True)
-        every = torch.cat((doc_lens, rest), dim=1).flatten()
-        return Documents(F.pad(every.cumsum(0), (1, 0)).to(torch.int32), None)
+        lengths = torch.cat((doc_lens, rest), dim=1).flatten()  # (B * (max documents + 1),)
+        return DocumentMask(F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32), None)
     if backend is not Backend.flex:
-        return document_mask(doc_lens, length)
+        return dense_document_mask(doc_lens, length)
     from torch.nn.attention.flex_attention import create_block_mask
 
-    document = _document_of(doc_lens, length)
+    ids = _document_ids(doc_lens, length)
 
-    def may_look(b: Tensor, _: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return (document[b, t] == document[b, s]) & (t >= s)
+    def may_attend(b: Tensor, _: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return (ids[b, t] == ids[b, s]) & (t >= s)
 
     device = str(doc_lens.device)
-    blocks = create_block_mask(may_look, len(doc_lens), None, length, length, device)
-    return Documents(None, blocks)
+    block_mask = create_block_mask(may_attend, len(doc_lens), None, length, length, device)
+    return DocumentMask(None, block_mask)
 
 
-def document_mask(doc_lens: Tensor, length: int) -> Tensor:
-    """True where a query may look: earlier in the same document. (B, 1, length, length), bool.
-
-    Args:
-        doc_lens: as for `documents`.
-    """
-    document = _document_of(doc_lens, length)
+def dense_document_mask(doc_lens: Tensor, length: int) -> Tensor:
+    """The same as a bool tensor, (B, 1, length, length), True where a query may attend to a key."""
+    ids = _document_ids(doc_lens, length)
     positions = torch.arange(length, device=doc_lens.device)
-    same = document[:, :, None] == document[:, None, :]  # (B, T, T)
+    same = ids[:, :, None] == ids[:, None, :]  # (B, T, T)
     return (same & (positions[:, None] >= positions[None, :]))[:, None]
 
 
-def _document_of(doc_lens: Tensor, length: int) -> Tensor:
-    """The number of each position's document in its row, (B, length)."""
+def _document_ids(doc_lens: Tensor, length: int) -> Tensor:
+    """The index of each position's document in its row, (B, length)."""
     ends = doc_lens.cumsum(dim=1)  # (B, docs)
     positions = torch.arange(length, device=doc_lens.device)
     return torch.searchsorted(ends, positions.expand(len(ends), -1).contiguous(), right=True)

@@ -1,6 +1,6 @@
 """Transformer blocks: attention and feed-forward, each added to the residual stream.
 
-Shapes: B batch, T positions, d d_model, H heads, H_kv heads of keys and values, D = d/H,
+Shapes: B batch, T positions, d d_model, H heads, H_kv heads of keys and values, D = d/H head size,
 S = past positions + T.
 """
 
@@ -16,9 +16,9 @@ from torch.nn import Dropout
 
 from olmo.config import ActivationType, BlockType, ModelConfig
 from olmo.config.checks import check_model
-from olmo.model.attention import Backend, Bias, attention
-from olmo.model.init import Linear, Role, reset
-from olmo.model.kernels import choose
+from olmo.model.attention import Backend, Bias, compute_attention
+from olmo.model.init import Linear, WeightRole, init_weights
+from olmo.model.kernel_choice import choose_kernel
 from olmo.model.norm import LayerNormBase
 from olmo.model.rope import BufferCache, RotaryEmbedding
 
@@ -27,43 +27,43 @@ KeyValues = tuple[Tensor, Tensor]
 
 
 class KVCache:
-    """Keys and values of one block with room for more: a new position is copied, and not all.
+    """Keys and values of one block in preallocated memory: a new position costs one copy of itself.
 
-    What `past` is to a block, in its place. It grows where it is, so one continuation only may
-    stand on it; `olmo.model.generate` makes them.
+    Concatenation, as with KeyValues, copies all positions for each new one. A block takes either.
+    The cache is updated in place, so it serves one continuation; `olmo.model.generate` creates it.
     """
 
     def __init__(self, past: KeyValues, capacity: int) -> None:
         self.length = 0
-        self.whole = [x.new_empty((*x.shape[:-2], capacity, x.shape[-1])) for x in past]
+        self.buffers = [x.new_empty((*x.shape[:-2], capacity, x.shape[-1])) for x in past]
         self.add(*past)
 
     def __getitem__(self, i: int) -> Tensor:
-        """Keys (0) or values (1) up to here, (B, H_kv, S, D)."""
-        return self.whole[i][..., : self.length, :]
+        """Keys (0) or values (1) so far, (B, H_kv, S, D)."""
+        return self.buffers[i][..., : self.length, :]
 
     def add(self, k: Tensor, v: Tensor) -> KeyValues:
-        """All keys and values, with those of new positions."""
+        """Append k and v, (B, H_kv, T, D) each; returns all keys and values."""
         end = self.length + k.shape[-2]
-        for whole, new in zip(self.whole, (k, v), strict=True):
-            whole[..., self.length : end, :] = new
+        for buffer, new in zip(self.buffers, (k, v), strict=True):
+            buffer[..., self.length : end, :] = new
         self.length = end
         return self[0], self[1]
 
 
 class Activation(nn.Module):
-    """The feed-forward's nonlinearity; its output is `output_multiplier` as wide as its input."""
+    """The feed-forward's nonlinearity. Its output is output_multiplier as wide as its input."""
 
     output_multiplier = 1.0
 
     @classmethod
     def build(cls, config: ModelConfig) -> Activation:
-        kinds = {
+        classes = {
             ActivationType.gelu: GELU,
             ActivationType.relu: ReLU,
             ActivationType.swiglu: SwiGLU,
         }
-        return kinds[ActivationType(config.activation_type)]()
+        return classes[ActivationType(config.activation_type)]()
 
 
 class GELU(Activation):
@@ -92,10 +92,10 @@ class BlockOutput(NamedTuple):
 
 
 class OLMoBlock(nn.Module):
-    """What the two kinds of block share; they differ in how queries, keys and values are made.
+    """The base of the two block types, which differ in how queries, keys and values are projected.
 
-    Modules are registered, and weights drawn, in OLMo's order, so that names, checkpoints and
-    seeds mean the same.
+    Modules are registered and weights drawn in OLMo's order (olmo/model.py), so that the names in
+    checkpoints are the same and one seed gives the same weights.
     """
 
     attn_norm: LayerNormBase
@@ -135,22 +135,22 @@ class OLMoBlock(nn.Module):
 
     @classmethod
     def build(cls, layer_id: int, config: ModelConfig, cache: BufferCache) -> OLMoBlock:
-        """The kind that config.block_type names."""
-        kinds = {BlockType.sequential: OLMoSequentialBlock, BlockType.llama: OLMoLlamaBlock}
-        return kinds[BlockType(config.block_type)](layer_id, config, cache)
+        """The block type of config.block_type."""
+        classes = {BlockType.sequential: OLMoSequentialBlock, BlockType.llama: OLMoLlamaBlock}
+        return classes[BlockType(config.block_type)](layer_id, config, cache)
 
     def reset_parameters(self) -> None:
         for norm in (self.k_norm, self.q_norm):
             if norm is not None:
                 norm.reset_parameters()
-        reset(self.attn_out, self.config, Role.attention_out, self.layer_id)
-        reset(self.ff_out, self.config, Role.feed_forward_out, self.layer_id)
+        init_weights(self.attn_out, self.config, WeightRole.attention_out, self.layer_id)
+        init_weights(self.ff_out, self.config, WeightRole.feed_forward_out, self.layer_id)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, d), keys and values (B, T, H_kv * D)."""
         raise NotImplementedError
 
-    def clip(self, x: Tensor) -> Tensor:
+    def clip_qkv(self, x: Tensor) -> Tensor:
         limit = self.config.clip_qkv
         return x if limit is None else x.clamp(-limit, limit)
 
@@ -161,11 +161,12 @@ class OLMoBlock(nn.Module):
         layer_past: KeyValues | KVCache | None,
         use_cache: bool,
     ) -> tuple[Tensor, KeyValues | KVCache | None]:
-        """Attention of x (B, T, d) to itself and the past, projected back to (B, T, d)."""
+        """Attention of x (B, T, d) to itself and the past, (B, T, d), and the keys and values."""
         B, T, _ = x.shape
-        q, k, v = self.project(x)
+        q, k, v = self.project_qkv(x)
         if self.q_norm is not None and self.k_norm is not None:
-            # Over all heads at once, and back to the type that the products run in.
+            # One norm over all heads together, not per head. It returns float32: cast back to the
+            # type that products run in.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q = q.view(B, T, self.config.n_heads, self.head_size).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, self.n_kv_heads, self.head_size).transpose(1, 2)  # (B, H_kv, T, D)
@@ -179,12 +180,13 @@ class OLMoBlock(nn.Module):
             k = torch.cat((layer_past[0], k), dim=-2)
             v = torch.cat((layer_past[1], v), dim=-2)
         if isinstance(attention_bias, Tensor):
-            attention_bias = _fit(attention_bias[:, :, past : past + T, : past + T], q.dtype)
-        out = attention(
+            attention_bias = _clamp_bias(attention_bias[:, :, past : past + T, : past + T], q.dtype)
+        out = compute_attention(
             q,
             k,
             v,
-            backend=self.backend or choose(self.config, q.device, q.dtype, tries=False).backend,
+            backend=self.backend
+            or choose_kernel(self.config, q.device, q.dtype, with_trial=False).backend,
             bias=attention_bias,
             causal=T > 1 or past == 0,
             dropout=self.config.attention_dropout if self.training else 0.0,
@@ -206,9 +208,9 @@ class OLMoBlock(nn.Module):
         """
         Args:
             x: (B, T, d).
-            attention_bias: broadcast to (B, H, S, S), or `Documents`; None is causal.
-            layer_past: what `cache` was for the positions before these.
-            use_cache: also return the keys and values up to here.
+            attention_bias: broadcasts to (B, H, S, S), or a DocumentMask; None: causal.
+            layer_past: the `cache` that was returned for the positions before these.
+            use_cache: also return the keys and values so far.
         """
         if self.config.norm_after:
             h, cache = self.attend(x, attention_bias, layer_past, use_cache)
@@ -220,7 +222,7 @@ class OLMoBlock(nn.Module):
 
 
 class OLMoSequentialBlock(OLMoBlock):
-    """Queries, keys and values by one projection, `att_proj`, in that order."""
+    """Queries, keys and values from one fused projection, `att_proj`, in that order."""
 
     def __init__(self, layer_id: int, config: ModelConfig, cache: BufferCache) -> None:
         super().__init__(layer_id, config, cache)
@@ -234,16 +236,16 @@ class OLMoSequentialBlock(OLMoBlock):
         super().reset_parameters()
         self.attn_norm.reset_parameters()
         self.ff_norm.reset_parameters()
-        reset(self.att_proj, self.config, Role.into)
-        reset(self.ff_proj, self.config, Role.into)
+        init_weights(self.att_proj, self.config, WeightRole.input)
+        init_weights(self.ff_proj, self.config, WeightRole.input)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.clip(self.att_proj(x)).split(self.fused_dims, dim=-1)
+    def project_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.clip_qkv(self.att_proj(x)).split(self.fused_dims, dim=-1)
         return q, k, v
 
 
 class OLMoLlamaBlock(OLMoBlock):
-    """Queries, keys and values by a projection each, as Llama has them."""
+    """Queries, keys and values from separate projections, as in Llama."""
 
     def __init__(self, layer_id: int, config: ModelConfig, cache: BufferCache) -> None:
         super().__init__(layer_id, config, cache)
@@ -259,14 +261,18 @@ class OLMoLlamaBlock(OLMoBlock):
         self.attn_norm.reset_parameters()
         self.ff_norm.reset_parameters()
         for module in (self.q_proj, self.k_proj, self.v_proj, self.ff_proj):
-            reset(module, self.config, Role.into)
+            init_weights(module, self.config, WeightRole.input)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.clip(self.q_proj(x)), self.clip(self.k_proj(x)), self.clip(self.v_proj(x))
+    def project_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            self.clip_qkv(self.q_proj(x)),
+            self.clip_qkv(self.k_proj(x)),
+            self.clip_qkv(self.v_proj(x)),
+        )
 
 
 class OLMoBlockGroup(nn.ModuleList):
-    """Consecutive blocks that are wrapped, and named, as one: `block_groups.{group}.{block}`."""
+    """Consecutive blocks that are sharded as one unit, named `block_groups.{group}.{block}`."""
 
     def __init__(self, blocks: Iterable[OLMoBlock]) -> None:
         super().__init__(blocks)
@@ -278,7 +284,7 @@ class OLMoBlockGroup(nn.ModuleList):
         layers_past: list[KeyValues | KVCache] | None = None,
         use_cache: bool = False,
     ) -> tuple[Tensor, list[KeyValues | KVCache] | None]:
-        """As a block, with one past and one cache for each block inside."""
+        """As OLMoBlock.forward, with one past and one cache for each block of the group."""
         caches: list[KeyValues | KVCache] = []
         for i, block in enumerate(self):
             past = None if layers_past is None else layers_past[i]
@@ -288,8 +294,9 @@ class OLMoBlockGroup(nn.ModuleList):
         return x, caches if use_cache else None
 
 
-def _fit(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float bias in the scores' type, where -inf would turn fully masked rows into NaN."""
+def _clamp_bias(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float bias in the scores' dtype, with -inf raised to its lowest number: a row that is -inf
+    everywhere would have a softmax of NaN."""
     if bias.dtype == torch.bool:
         return bias
     return bias.to(dtype).clamp(min=torch.finfo(dtype).min)

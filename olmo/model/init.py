@@ -1,7 +1,8 @@
-"""How weights start: OLMo's init functions and its order of draws.
+"""Weight initialisation: OLMo's init functions (olmo/initialization.py), and layers whose
+construction draws the same random numbers on every device.
 
-Every draw is float32 on the CPU and then goes to where the weight lives, so that one seed gives
-one model on every device, and a model built on `meta` and materialised later the same one too.
+Weights are drawn in float32 on the CPU and then copied to their device, so that one seed gives the
+same model on every device, and also when it is built on `meta` and materialised later.
 """
 
 from __future__ import annotations
@@ -16,65 +17,70 @@ import torch
 from torch import Tensor, nn
 
 from olmo.config import InitFnType, ModelConfig
-from olmo.model.product import linear
+from olmo.model.linear import linear
 
 
-class Role(Enum):
-    """What a weight does, which is what its spread depends on."""
+class WeightRole(Enum):
+    """What a weight is used for; its standard deviation depends on it."""
 
     embedding = "token embedding"
     position = "learned position embedding"
     head = "output projection to the vocabulary"
-    into = "projection from the residual stream"
+    input = "projection from the residual stream"
     attention_out = "attention's projection to the residual stream"
     feed_forward_out = "feed-forward's projection to the residual stream"
 
 
-def spread(
-    config: ModelConfig, role: Role, fan_in: int, layer: int = 0
+def weight_std(
+    config: ModelConfig, role: WeightRole, fan_in: int, layer: int = 0
 ) -> tuple[float, float | None]:
-    """Standard deviation of a weight, and at how many of them the normal is cut (None: nowhere).
+    """Standard deviation of a weight, and the multiple of it at which the normal distribution is
+    truncated (None: it is not).
 
-    `fan_in` is the width of the weight's input (d_model for embeddings), `layer` counts from 0.
+    Output projections are those that write to the residual stream.
 
-    - normal: init_std everywhere.
-    - mitchell: 1/sqrt(fan_in), what goes out shrinking with depth: 1/sqrt(2 fan_in (layer + 1)).
-    - full_megatron: init_std, what goes out 1/sqrt(2 n_layers) of it (metaseq, Llama 2).
+    - normal: init_std for all weights.
+    - mitchell: 1/sqrt(fan_in); output projections 1/sqrt(2 fan_in (layer + 1)).
+    - full_megatron: init_std; output projections init_std/sqrt(2 n_layers) (metaseq, Llama 2).
     - fan_in: 1/sqrt(fan_in); kaiming_normal: sqrt(2/fan_in) (He et al. 2015, arXiv:1502.01852).
       OLMo declares these two and does not implement them.
-    """
-    kind = InitFnType(config.init_fn)
-    goes_out = role in (Role.attention_out, Role.feed_forward_out)
-    cut = config.init_cutoff_factor
-    if kind in (InitFnType.mitchell, InitFnType.full_megatron):
-        cut = cut or 3.0
-    if role is Role.embedding and config.emb_init_std:
-        return config.emb_init_std, cut
 
-    if kind is InitFnType.normal:
+    Args:
+        fan_in: width of the weight's input; d_model for embeddings.
+        layer: index of the block, from 0.
+    """
+    init_fn = InitFnType(config.init_fn)
+    is_output = role in (WeightRole.attention_out, WeightRole.feed_forward_out)
+    cutoff = config.init_cutoff_factor
+    if init_fn in (InitFnType.mitchell, InitFnType.full_megatron):
+        cutoff = cutoff or 3.0
+    if role is WeightRole.embedding and config.emb_init_std:
+        return config.emb_init_std, cutoff
+
+    if init_fn is InitFnType.normal:
         std = config.init_std
-    elif kind is InitFnType.mitchell:
-        std = 1 / math.sqrt(2 * fan_in * (layer + 1) if goes_out else fan_in)
-    elif kind is InitFnType.full_megatron:
+    elif init_fn is InitFnType.mitchell:
+        std = 1 / math.sqrt(2 * fan_in * (layer + 1) if is_output else fan_in)
+    elif init_fn is InitFnType.full_megatron:
         std = config.init_std
-        if goes_out:
+        if is_output:
             std /= math.sqrt(2.0 * config.n_layers)
-        elif role is Role.head:
+        elif role is WeightRole.head:
             std = 1 / math.sqrt(fan_in)
-        elif role is Role.embedding and config.scale_emb_init:
+        elif role is WeightRole.embedding and config.scale_emb_init:
             std *= math.sqrt(config.d_model)
-    elif kind is InitFnType.fan_in:
+    elif init_fn is InitFnType.fan_in:
         std = 1 / math.sqrt(fan_in)
     else:
         std = math.sqrt(2 / fan_in)
-    return std, cut
+    return std, cutoff
 
 
 @torch.no_grad()
 def init_normal(
     module: nn.Linear | nn.Embedding, std: float, init_cutoff_factor: float | None = None
 ) -> None:
-    """Draw the weight from N(0, std²), cut at ± init_cutoff_factor * std if given; bias to zero."""
+    """Draw the weight from N(0, std²), truncated at ±init_cutoff_factor * std; zero the bias."""
     weight = module.weight
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     draw: Tensor = (
@@ -83,45 +89,45 @@ def init_normal(
     if init_cutoff_factor is None:
         nn.init.normal_(draw, std=std)
     else:
-        cut = init_cutoff_factor * std
-        nn.init.trunc_normal_(draw, std=std, a=-cut, b=cut)
+        limit = init_cutoff_factor * std
+        nn.init.trunc_normal_(draw, std=std, a=-limit, b=limit)
     if not on_cpu:
         weight.copy_(draw)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
-def reset(
-    module: nn.Linear | nn.Embedding, config: ModelConfig, role: Role, layer: int = 0
+def init_weights(
+    module: nn.Linear | nn.Embedding, config: ModelConfig, role: WeightRole, layer: int = 0
 ) -> None:
-    """Draw `module` anew as config.init_fn says."""
+    """Draw the weights of `module` as config.init_fn says."""
     fan_in = module.in_features if isinstance(module, nn.Linear) else module.embedding_dim
-    std, cut = spread(config, role, fan_in, layer)
-    init_normal(module, std, cut)
+    std, cutoff = weight_std(config, role, fan_in, layer)
+    init_normal(module, std, cutoff)
 
 
-_first_filling: ContextVar[bool] = ContextVar("_first_filling", default=True)
+_draws_at_build: ContextVar[bool] = ContextVar("_draws_at_build", default=True)
 
 
 @contextmanager
-def unfilled() -> Iterator[None]:
-    """Build layers without drawing anything, for weights that come from elsewhere."""
-    token = _first_filling.set(False)
+def skip_init() -> Iterator[None]:
+    """Build layers without drawing their weights, which will be loaded."""
+    token = _draws_at_build.set(False)
     try:
         yield
     finally:
-        _first_filling.reset(token)
+        _draws_at_build.reset(token)
 
 
 class Linear(nn.Linear):
-    """nn.Linear that takes the same numbers from the CPU's generator wherever it is built.
+    """nn.Linear that advances the CPU's random generator by the same amount on every device.
 
-    PyTorch draws a first filling when a layer is built. It is overwritten, but it moves the
-    generator on, and with it every weight that OLMo draws after the same seed.
+    PyTorch draws weights when a layer is built. They are overwritten later, but drawing them
+    advances the generator, and so changes all weights that OLMo draws after the same seed.
     """
 
     def reset_parameters(self) -> None:
-        if not _first_filling.get():
+        if not _draws_at_build.get():
             return
         if self.weight.device.type == "cpu":
             super().reset_parameters()
@@ -133,10 +139,10 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding that takes the same numbers from the CPU's generator wherever it is built."""
+    """nn.Embedding that advances the CPU's random generator by the same amount on every device."""
 
     def reset_parameters(self) -> None:
-        if not _first_filling.get():
+        if not _draws_at_build.get():
             return
         if self.weight.device.type == "cpu":
             super().reset_parameters()

@@ -1,4 +1,4 @@
-"""Layer norms over the last dimension, in OLMo's three kinds, with or without weight and bias."""
+"""Layer norms over the last dimension: OLMo's three types, with or without weight and bias."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from olmo.config import LayerNormType, ModelConfig
 
 
 class LayerNormBase(nn.Module):
-    """What the kinds share: `weight` (size,) and `bias` (size,), either of which may be None.
+    """The base class: `weight` (size,) and `bias` (size,), each of which may be None.
 
     Args:
-        config: layer_norm_eps, layer_norm_with_affine and bias_for_layer_norm count here.
+        config: its layer_norm_eps, layer_norm_with_affine and bias_for_layer_norm are used.
         size: of the last dimension; d_model by default.
-        elementwise_affine: whether there is a weight; None asks config.layer_norm_with_affine.
+        elementwise_affine: whether there is a weight; None: config.layer_norm_with_affine.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class LayerNormBase(nn.Module):
         size: int | None = None,
         elementwise_affine: bool | None = None,
     ) -> LayerNormBase:
-        """The kind that config.layer_norm_type names."""
-        kind = LayerNormType(config.layer_norm_type)
-        if kind is LayerNormType.rms:
+        """The norm of config.layer_norm_type."""
+        norm_type = LayerNormType(config.layer_norm_type)
+        if norm_type is LayerNormType.rms:
             return RMSLayerNorm(config, size, elementwise_affine)
-        low = kind is LayerNormType.low_precision
-        return LayerNorm(config, size, low_precision=low, elementwise_affine=elementwise_affine)
+        low_precision = norm_type is LayerNormType.low_precision
+        return LayerNorm(config, size, low_precision, elementwise_affine)
 
     def reset_parameters(self) -> None:
         if self.weight is not None:
@@ -66,9 +66,9 @@ class LayerNormBase(nn.Module):
 
 
 class LayerNorm(LayerNormBase):
-    """Mean and variance normalised (Ba et al. 2016, arXiv:1607.06450).
+    """(x - mean) / sqrt(variance + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450).
 
-    With `low_precision` it computes in autocast's type; without, autocast keeps it in float32.
+    With `low_precision` it computes in autocast's dtype; without, in float32 under autocast.
     """
 
     def __init__(
@@ -93,16 +93,16 @@ class LayerNorm(LayerNormBase):
 
 
 class RMSLayerNorm(LayerNormBase):
-    """Divided by the root mean square (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """x / sqrt(mean(x²) + eps) * weight + bias (Zhang & Sennrich 2019, arXiv:1910.07467).
 
-    The statistics are float32; the result goes back to the input's type before the weight.
+    The normalisation is float32; its result is cast to x's dtype before the weight is applied.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.float()
-            wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-            x = wide.to(x.dtype)
+            x32 = x.float()
+            x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+            x = x32.to(x.dtype)
         if self.weight is None:
             return x
         return self.weight * x if self.bias is None else self.weight * x + self.bias

@@ -1,7 +1,10 @@
-"""The OLMo language model: embeddings, blocks, head. A plain module that knows of one device.
+"""The OLMo language model: embeddings, blocks, head. A plain module on one device.
 
-Shapes: B batch, T positions, d d_model, V rows of the embedding (embedding_size, or vocab_size),
-S = past positions + T.
+docs/architecture.md ("Who changes the model from outside") lists the code that shards it, replaces
+its layers or hooks them.
+
+Shapes: B batch, T positions, d d_model, V rows of the embedding (embedding_size or vocab_size),
+S = past positions + T, H heads.
 """
 
 from __future__ import annotations
@@ -19,31 +22,37 @@ from torch.nn import Dropout
 
 from olmo.config import ModelConfig
 from olmo.config.checks import check_model
-from olmo.model.attention import Backend, Bias, causal_bias, document_mask, documents
+from olmo.model.attention import (
+    Backend,
+    Bias,
+    build_document_mask,
+    causal_bias,
+    dense_document_mask,
+)
 from olmo.model.block import KeyValues, KVCache, OLMoBlock, OLMoBlockGroup
-from olmo.model.generate import OLMoGenerateOutput, generate
-from olmo.model.init import Embedding, Linear, Role, reset, unfilled
-from olmo.model.kernels import Choice, Mask, choose
-from olmo.model.loss import CrossEntropy, LossSums, losses
+from olmo.model.generate import OLMoGenerateOutput, generate_tokens
+from olmo.model.init import Embedding, Linear, WeightRole, init_weights, skip_init
+from olmo.model.kernel_choice import KernelChoice, MaskType, choose_kernel
+from olmo.model.linear import linear
+from olmo.model.loss import CrossEntropy, LossSums, compute_loss
 from olmo.model.norm import LayerNormBase
-from olmo.model.product import linear
-from olmo.model.regroup import regrouped
+from olmo.model.regroup import regroup_state_dict
 from olmo.model.rope import BufferCache, alibi_bias
 
 
 class OLMoOutput(NamedTuple):
     logits: Tensor
-    """(B, T, V), or (B, 1, V) with last_logits_only: log-probabilities before normalisation.
-    With labels, whose loss needs no logits, empty."""
+    """(B, T, V), or (B, 1, V) with last_logits_only. Empty with labels: the loss never holds all
+    logits."""
 
     attn_key_values: list[KeyValues | KVCache] | None
-    """With use_cache: keys and values of each block."""
+    """With use_cache: the keys and values of each block."""
 
     hidden_states: tuple[Tensor, ...] | None
-    """With output_hidden_states: (B, T, d) before each block, and after the last norm."""
+    """With output_hidden_states: (B, T, d), each block's input and the last norm's output."""
 
     loss: LossSums | None = None
-    """With labels: the losses, summed over the labels that count."""
+    """With labels: sums over all labels that are not ignored."""
 
 
 class OLMo(nn.Module):
@@ -51,15 +60,15 @@ class OLMo(nn.Module):
 
     Args:
         config: is read and never changed.
-        init_params: draw the weights now; False leaves whatever the memory holds, to be loaded.
-            On the device `meta` there is nothing to draw into: materialise the model (`to_empty`)
-            and call `reset_parameters`, which gives the weights that this seed gives elsewhere.
+        init_params: draw the weights now. False leaves memory uninitialised, for weights that will
+            be loaded. With init_device: meta nothing is drawn: materialise the model (`to_empty`)
+            and call `reset_parameters`, which draws the weights that the same seed gives elsewhere.
 
     Raises:
-        ValueError: contradicting settings, naming the keys.
+        ValueError: settings that contradict each other; it names the keys.
     """
 
-    transformer: Any  # a ModuleDict, whose names are those of OLMo's checkpoints
+    transformer: Any  # an nn.ModuleDict; its names are those in OLMo's checkpoints
 
     def __init__(self, config: ModelConfig, init_params: bool = True) -> None:
         super().__init__()
@@ -67,10 +76,10 @@ class OLMo(nn.Module):
         _warn_of_slow_embedding(config)
         self.config = config
         self.cache = BufferCache()
-        self._biases = BufferCache()  # apart, since most runs need none
-        self.attention: Choice | None = None
-        self.cross_entropy = CrossEntropy.chunked  # who computes the loss
-        with nullcontext() if init_params else unfilled():
+        self._biases = BufferCache()  # (1, 1 or H, S, S); most runs need none
+        self.attention: KernelChoice | None = None
+        self.cross_entropy = CrossEntropy.chunked  # the method that computes the loss
+        with nullcontext() if init_params else skip_init():
             self.transformer = self._build()
         if config.alibi:
             self._causal_bias(config.max_sequence_length, torch.device("cpu"))
@@ -111,7 +120,7 @@ class OLMo(nn.Module):
         return self.transformer["wte"].weight.device
 
     def blocks(self) -> Iterator[OLMoBlock]:
-        """All blocks in order, grouped or not."""
+        """All blocks in order, with and without block groups."""
         if self.config.block_group_size == 1:
             yield from self.transformer["blocks"]
         else:
@@ -119,7 +128,7 @@ class OLMo(nn.Module):
                 yield from group
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """What `to`, `cuda` and `to_empty` call: shared tables follow to the new device."""
+        """Called by `to`, `cuda` and `to_empty`: also moves the shared tables to the device."""
         super()._apply(fn, recurse)
         if self.device.type != "meta":
             self.cache.move(self.device)
@@ -127,16 +136,16 @@ class OLMo(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Draw all weights, from the CPU's generator, in OLMo's order."""
+        """Draw all weights from the CPU's random generator, in OLMo's order."""
         parts = self.transformer
-        reset(parts["wte"], self.config, Role.embedding)
+        init_weights(parts["wte"], self.config, WeightRole.embedding)
         if "wpe" in parts:
-            reset(parts["wpe"], self.config, Role.position)
+            init_weights(parts["wpe"], self.config, WeightRole.position)
         parts["ln_f"].reset_parameters()
         if "emb_norm" in parts:
             parts["emb_norm"].reset_parameters()
         if "ff_out" in parts:
-            reset(parts["ff_out"], self.config, Role.head)
+            init_weights(parts["ff_out"], self.config, WeightRole.head)
         for block in self.blocks():
             block.reset_parameters()
 
@@ -145,26 +154,26 @@ class OLMo(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         backend: Backend | str | None = None,
-        mask: Mask = Mask.causal,
-    ) -> Choice:
-        """Choose the attention kernel once, for all blocks, by trying it; say which and why.
+        mask: MaskType = MaskType.causal,
+    ) -> KernelChoice:
+        """Choose the attention kernel for all blocks, by trying it; returns it with the reason.
 
-        Without this call each forward pass chooses anew, and by what is known alone.
+        Without this call every block chooses in each forward pass, by known limits alone.
 
         Args:
-            device: where the model will run; by default where it is.
-            dtype: what attention will run in: autocast's type where autocast is on.
-            backend: insist on this one.
-            mask: what batches will come with: doc_lens, or a mask or bias of their own.
+            device: where the model will run; by default its current device.
+            dtype: the type that attention will run in: autocast's under autocast.
+            backend: the requested kernel; None: the fastest.
+            mask: the masks that batches will have: doc_lens, or a tensor.
 
         Raises:
-            ValueError: what is asked for (model.flash_attention too) is not available.
+            ValueError: the requested kernel (or model.flash_attention) is not available.
         """
         device = self.device if device is None else torch.device(device)
-        self.attention = choose(self.config, device, dtype, backend, mask)
+        self.attention = choose_kernel(self.config, device, dtype, backend, mask)
         for block in self.blocks():
             block.backend = self.attention.backend
-        if mask is Mask.any:  # before the first step, see BufferCache
+        if mask is MaskType.any:  # before the first step: see BufferCache
             self._causal_bias(self.config.max_sequence_length, device)
         return self.attention
 
@@ -186,24 +195,24 @@ class OLMo(nn.Module):
         """
         Args:
             input_ids: (B, T), integers below vocab_size.
-            input_embeddings: (B, T, d) in the place of the embedded ids.
-            attention_mask: (B, S), 0 where no one may look (padding).
-            attention_bias: (B or 1, H or 1, S, S) or (S, S), in the place of the causal one: 0 or
-                False in a bool or int8 tensor forbids a look, a float one is added to the scores.
+            input_embeddings: (B, T, d), used instead of the embeddings of `input_ids`.
+            attention_mask: (B, S), 0 at positions that nothing attends to (padding).
+            attention_bias: (B or 1, H or 1, S, S) or (S, S), replaces the causal mask: a bool or
+                int8 tensor is 0 where attention is forbidden, a float one is added to the scores.
             past_key_values: `attn_key_values` of the positions before `input_ids`.
             use_cache: return `attn_key_values`.
             last_logits_only: compute logits for the last position only.
             output_hidden_states: return `hidden_states`.
-            doc_lens: (B, most documents), lengths of the documents in each row, padded with 0:
-                positions then see their own document only.
-            max_doc_lens: accepted as OLMo has it; the lengths say it all.
-            labels: (B, T), the id that should come after each position, -100 for none: compute
-                `loss` instead of logits, chunk by chunk (see `olmo.model.loss`).
+            doc_lens: (B, max documents), lengths of the documents in each row, padded with 0:
+                positions attend to their own document only.
+            max_doc_lens: accepted as OLMo has it; not used.
+            labels: (B, T), the next id at each position, -100 to ignore it: compute `loss` instead
+                of logits, in chunks (see `olmo.model.loss`).
             z_multiplier: weight of the z-loss in `loss.total`.
         """
         if past_key_values is not None and len(past_key_values) != self.config.n_layers:
             raise ValueError(
-                f"past_key_values must hold one pair for each of {self.config.n_layers} blocks, "
+                f"past_key_values: expected one pair for each of {self.config.n_layers} blocks, "
                 f"found {len(past_key_values)}"
             )
         past = 0 if past_key_values is None else past_key_values[0][0].shape[-2]
@@ -247,7 +256,7 @@ class OLMo(nn.Module):
         return parts["emb_drop"](x)
 
     def _head(self) -> tuple[Tensor, Tensor | None, float]:
-        """Weight (V, d), bias (V,) and scale of the logits."""
+        """The head's weight (V, d), bias (V,) or None, and the scale of the logits."""
         head = self.transformer["wte" if self.config.weight_tying else "ff_out"]
         scale = 1 / math.sqrt(self.config.d_model) if self.config.scale_logits else 1.0
         return head.weight, getattr(head, "bias", None), scale
@@ -260,8 +269,8 @@ class OLMo(nn.Module):
     def _loss(self, x: Tensor, labels: Tensor, z_multiplier: float) -> LossSums:
         weight, bias, scale = self._head()
         rows = x.flatten(0, 1)
-        by = self.cross_entropy
-        return losses(by, rows, weight, labels.flatten(), bias, scale, z_multiplier)
+        method = self.cross_entropy
+        return compute_loss(method, rows, weight, labels.flatten(), bias, scale, z_multiplier)
 
     def _attention_bias(
         self,
@@ -271,21 +280,21 @@ class OLMo(nn.Module):
         attention_bias: Tensor | None,
         doc_lens: Tensor | None,
     ) -> Bias | None:
-        """Who may look at whom, (B or 1, H or 1, S, S), or None for plain causal attention; in
-        another form where the kernel has one for documents.
+        """All masks and biases as one float tensor, (B or 1, H or 1, S, S); None for plain causal
+        attention; for documents alone, the form that the kernel takes.
 
-        What is forbidden gets float32's lowest number, not -inf, as in OLMo: a row that may look
-        nowhere then sees everything alike instead of becoming NaN. Two of them add up to -inf,
-        which the blocks turn back.
+        As in OLMo, forbidden pairs get float32's lowest number, not -inf: a row without any allowed
+        key then attends to all keys equally, instead of becoming NaN. Two of them add up to -inf,
+        which the blocks clamp.
         """
         length = past + x.shape[1]
         lowest = torch.finfo(torch.float32).min
         unmasked = attention_mask is None and attention_bias is None and not self.config.alibi
         backend = None if self.attention is None else self.attention.backend
         if unmasked and past == 0 and doc_lens is None and backend is Backend.flex:
-            doc_lens = torch.full((len(x), 1), length, device=x.device)
+            doc_lens = torch.full((len(x), 1), length, device=x.device)  # one document per row
         if unmasked and doc_lens is not None and past == 0:
-            return documents(doc_lens, length, backend)
+            return build_document_mask(doc_lens, length, backend)
         if unmasked and doc_lens is None and (past == 0 or x.shape[1] == 1):
             return None
 
@@ -304,12 +313,12 @@ class OLMo(nn.Module):
                 )
             bias = bias + (1.0 - attention_mask.float())[:, None, None, :] * lowest
         if doc_lens is not None:
-            bias = bias + (~document_mask(doc_lens, length)).float() * lowest
+            bias = bias + (~dense_document_mask(doc_lens, length)).float() * lowest
         return bias
 
     def _causal_bias(self, length: int, device: torch.device) -> Tensor:
-        """The causal bias, with ALiBi's where configured, for `length` positions or more."""
-        bias = self._biases.on(device, "causal")
+        """The causal bias, plus ALiBi's if configured, for at least `length` positions."""
+        bias = self._biases.get_on(device, "causal")
         if bias is None or bias.shape[-1] < length:
             bias = causal_bias(length, device)
             if self.config.alibi:
@@ -319,7 +328,7 @@ class OLMo(nn.Module):
         return bias
 
     def num_params(self, include_embedding: bool = True) -> int:
-        """Number of weights, a tied head counted once, with or without both embeddings."""
+        """Number of parameters, a tied head counted once; with or without both embeddings."""
         return sum(
             p.numel()
             for name, p in self.named_parameters()
@@ -328,58 +337,62 @@ class OLMo(nn.Module):
 
     @property
     def num_fwd_flops(self) -> int:
-        """OLMo's count of floating-point operations per token, forward.
+        """OLMo's number of floating-point operations per token, forward.
 
-        Two for each weight outside the embeddings, and attention over the whole window. It leaves
-        a tied head out (`flops_per_token` does not).
+        Two per weight outside the embeddings, plus attention over the whole window. It omits a tied
+        head; `flops_per_token` does not.
         """
         return 2 * self.num_params(include_embedding=False) + 4 * self._attention_size()
 
     @property
     def num_bck_flops(self) -> int:
-        """OLMo's count for the backward pass: four for each weight, embeddings too."""
+        """OLMo's number for the backward pass: four per weight, with embeddings, plus attention."""
         return 4 * self.num_params() + 8 * self._attention_size()
 
     def flops_per_token(self, causal: bool = False) -> int:
-        """Operations per token, forward and backward, with PaLM's convention for MFU.
+        """Floating-point operations per token, forward and backward, by PaLM's convention for MFU.
 
-        6 for each weight of a matrix product, the head counted once whether tied or not, and
-        12 L T d for attention (PaLM, Chowdhery et al. 2022, appendix B), or with `causal` only
-        for the pairs that are not masked: 6 L (T + 1) d.
+        6 per weight of a matrix product, including the head, tied or not, plus 12 L T d for
+        attention (L n_layers; Chowdhery et al. 2022, arXiv:2204.02311, appendix B); with `causal`
+        only the pairs that are not masked: 6 L (T + 1) d.
         """
-        products = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         if self.config.weight_tying:
-            products += self.transformer["wte"].weight.numel()
+            weights += self.transformer["wte"].weight.numel()
         layers, length = self.config.n_layers, self.config.max_sequence_length
-        pairs = 6 * layers * (length + 1) if causal else 12 * layers * length
-        return 6 * products + pairs * self.config.d_model
+        attention = 6 * layers * (length + 1) if causal else 12 * layers * length
+        return 6 * weights + attention * self.config.d_model
 
     def _attention_size(self) -> int:
         config = self.config
         return config.n_layers * config.d_model * config.max_sequence_length
 
     def generate(self, input_ids: Tensor, **options: Any) -> OLMoGenerateOutput:
-        """Continue `input_ids` (B, T); the options are those of `olmo.model.generate.generate`."""
-        return generate(self, input_ids, **options)
+        """Continue `input_ids` (B, T). Options as for `olmo.model.generate.generate_tokens`."""
+        return generate_tokens(self, input_ids, **options)
 
     @classmethod
     def from_checkpoint(
         cls, checkpoint_dir: str | Path, device: str = "cpu", checkpoint_type: Any = None
     ) -> OLMo:
-        """The model of a checkpoint, in evaluation mode: a folder or a URL, with its config.yaml.
+        """Load a model in evaluation mode from a checkpoint, a folder or a URL with a config.yaml.
 
-        Whether it is sharded is found by looking; `checkpoint_type` is accepted as OLMo has it.
-        Raises ValueError or FileNotFoundError for what is broken or not there.
+        Sharded and unsharded checkpoints are recognised; `checkpoint_type` is accepted as OLMo has
+        it, and not used.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: it is damaged.
         """
-        import olmo  # the whole, which knows checkpoints; a model does not
+        import olmo  # not at the top: olmo.model may not import olmo.checkpoint
 
         return olmo.load_model(checkpoint_dir, device)
 
     def _make_state_dict_compatible(
         self, state_dict: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, set[str]]]:
-        """OLMo's name for `regrouped`."""
-        return regrouped(state_dict, self.config.block_group_size)
+        """OLMo's name for `regroup_state_dict`."""
+        return regroup_state_dict(state_dict, self.config.block_group_size)
 
 
 def _warn_of_slow_embedding(config: ModelConfig) -> None:

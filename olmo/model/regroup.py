@@ -1,4 +1,4 @@
-"""State dicts saved by older OLMo, by wrapped models, or with other block groups."""
+"""Renames parameters in state dicts of older OLMo, wrapped models, or other block groups."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _GROUPED = re.compile(r"(.*\bblock_groups)\.(\d+)\.(\d+)\.(.*)")
 _BLOCK = re.compile(r"(.*\btransformer)\.blocks\.(\d+)\.(.*)")
 
 
-def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers put before it or in it."""
+def strip_wrappers(name: str) -> str:
+    """A parameter's name without the parts that DDP, FSDP, compile and checkpointing add."""
     return _WRAPPERS.sub("", name)
 
 
-def regrouped(
+def regroup_state_dict(
     state_dict: dict[str, T], block_group_size: int = 1
 ) -> tuple[dict[str, T], dict[str, set[str]]]:
-    """The state dict with the names of a model of this block group size.
+    """The state dict with the parameter names of a model with this block group size.
 
-    Wrappers' prefixes go, blocks are grouped anew, and the one `norm` that the oldest OLMo blocks
-    had becomes the two of today.
+    Removes wrappers' prefixes, regroups blocks, and splits the single `norm` of the oldest OLMo
+    blocks into today's two.
 
     Returns:
-        The renamed copy, and for each old name the new ones.
+        The renamed copy, and for each old name its new names.
     """
     group_sizes: defaultdict[int, int] = defaultdict(int)
     for name in state_dict:
-        if match := _GROUPED.fullmatch(plain_name(name)):
+        if match := _GROUPED.fullmatch(strip_wrappers(name)):
             group, block = int(match[2]), int(match[3])
             group_sizes[group] = max(group_sizes[group], block + 1)
     saved_size = max(group_sizes.values(), default=1)
@@ -41,7 +41,7 @@ def regrouped(
     renamed: dict[str, T] = {}
     names: defaultdict[str, set[str]] = defaultdict(set)
     for name, value in state_dict.items():
-        new = plain_name(name)
+        new = strip_wrappers(name)
         if match := _GROUPED.fullmatch(new):
             index = int(match[2]) * saved_size + int(match[3])
             new = f"{match[1].removesuffix('block_groups')}blocks.{index}.{match[4]}"

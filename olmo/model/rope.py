@@ -1,4 +1,7 @@
-"""Positions: rotary embeddings (RoPE) and the linear biases of ALiBi, with their cached tables."""
+"""Position encodings: rotary embeddings (RoPE) and ALiBi's linear biases, with cached tables.
+
+Shapes: B batch, H heads, H_kv heads of keys and values, T positions, D head size.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,15 @@ from olmo.config import ModelConfig
 
 
 class BufferCache(dict[str, Tensor]):
-    """Tables that all blocks share and that are no part of the model's state.
+    """Tables that all blocks share and that are not in the model's state_dict.
 
-    They are no module buffers, because those follow `model.to(torch.bfloat16)` and would lose the
-    float32 that the positions need. The model moves them when it is moved itself. A compiled
-    forward pass stores nothing here: the next step would find another table than the one that it
-    was compiled for, and compile the whole model again.
+    They are not module buffers: `model.to(torch.bfloat16)` would cast those, and positions need
+    float32. `OLMo._apply` moves them with the model. A compiled forward pass stores nothing here:
+    the next step would find another tensor than it was compiled with, and recompile the model.
     """
 
-    def on(self, device: torch.device, name: str) -> Tensor | None:
-        """The table `name` on `device`."""
+    def get_on(self, device: torch.device, name: str) -> Tensor | None:
+        """The table `name`, on `device`, or None."""
         table = self.get(name)
         if table is not None and table.device != device:
             table = table.to(device)
@@ -36,11 +38,15 @@ class BufferCache(dict[str, Tensor]):
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves rotated as in GPT-NeoX.
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), as in GPT-NeoX: dimension i is
+    rotated with dimension i + D/2.
 
-    The tables are float32, (max_sequence_length, head size), computed on the CPU so that every
-    device rotates by the same numbers. The first half of the sines has its sign turned: it is what
-    the second half of a vector, negated, would be multiplied by, and the product is the same.
+        rotate(x) = x * cos + (-second half, first half) * sin
+                  = x * cos + (second half, first half) * (-sin, sin)
+
+    The second form saves a negation of half of x; so the first half of the sine table is stored
+    negated. Both tables are float32, (max_sequence_length, D), and computed on the CPU, so they are
+    the same on every device.
     """
 
     def __init__(self, config: ModelConfig, cache: BufferCache) -> None:
@@ -65,31 +71,31 @@ class RotaryEmbedding(nn.Module):
         return sin, cos
 
     def tables(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Signed sin, and cos, of positions start..end-1, each (end - start, D)."""
-        sin, cos = self.cache.on(device, "rope_sin"), self.cache.on(device, "rope_cos")
+        """Signed sines and cosines of positions start..end-1, each (end - start, D)."""
+        sin, cos = self.cache.get_on(device, "rope_sin"), self.cache.get_on(device, "rope_cos")
         if sin is None or cos is None or sin.shape[0] < end:
             sin, cos = self._compute(max(end, self.length), device)
         return sin[start:end], cos[start:end]
 
     def forward(self, q: Tensor, k: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Rotate q (B, H, T, D) and k (B, H_kv, T, D), whose first position is `start`."""
+        """Rotate q (B, H, T, D) and k (B, H_kv, T, D), from position `start` on."""
         with torch.autocast(q.device.type, enabled=False):
             sin, cos = self.tables(start, start + q.shape[-2], q.device)
             return self._rotate(q, sin, cos), self._rotate(k, sin, cos)
 
     def _rotate(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-        wide = x.float() if self.full_precision else x
-        sin, cos = sin.to(wide.dtype), cos.to(wide.dtype)
-        first, second = wide.chunk(2, dim=-1)
-        return (wide * cos + torch.cat((second, first), dim=-1) * sin).to(x.dtype)
+        x_full = x.float() if self.full_precision else x
+        sin, cos = sin.to(x_full.dtype), cos.to(x_full.dtype)
+        first, second = x_full.chunk(2, dim=-1)
+        return (x_full * cos + torch.cat((second, first), dim=-1) * sin).to(x.dtype)
 
 
 def alibi_bias(
     length: int, n_heads: int, bias_max: float, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """-slope * |i - j| to add to the scores, (1, n_heads, length, length).
+    """ALiBi (Press et al. 2022, arXiv:2108.12409): -slope * |i - j|, to add to the scores.
 
-    ALiBi (Press et al. 2022, arXiv:2108.12409), with slopes 2 ** -(h * bias_max / n_heads).
+    The slope of head h, from 1, is 2 ** -(h * bias_max / n_heads). (1, H, T, T), T is `length`.
     """
     positions = torch.arange(length, dtype=torch.float32, device=device)
     distance = (positions[None, :] - positions[:, None]).abs()  # (T, T)

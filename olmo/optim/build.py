@@ -15,7 +15,7 @@ from torch import nn
 
 from olmo.config import OptimizerType, TrainConfig
 from olmo.model.norm import LayerNormBase
-from olmo.model.regroup import plain_name
+from olmo.model.regroup import strip_wrappers
 from olmo.optim.adamw import AdamW
 from olmo.optim.lionw import LionW
 from olmo.optim.muon import Muon
@@ -43,7 +43,7 @@ def get_param_groups(cfg: TrainConfig, model: nn.Module) -> list[ParamGroup]:
         for name, p in module.named_parameters(recurse=False):
             if not p.requires_grad:
                 continue
-            full_name = plain_name(f"{module_name}.{name}" if module_name else name)
+            full_name = strip_wrappers(f"{module_name}.{name}" if module_name else name)
             if name.endswith("bias") or isinstance(module, (LayerNormBase, nn.LayerNorm)):
                 decays = norms_decay
             elif isinstance(module, nn.Embedding):

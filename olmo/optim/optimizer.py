@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from olmo.model.regroup import plain_name
+from olmo.model.regroup import strip_wrappers
 
 ParamGroup = dict[str, Any]
 
@@ -185,7 +185,7 @@ class Optimizer(torch.optim.Optimizer):
         saved_groups = state_dict["param_groups"]
         groups = []
         for saved, ours in zip(saved_groups, self.param_groups, strict=False):
-            saved_names = [plain_name(n) for n in saved.get("param_names", ours["param_names"])]
+            saved_names = [strip_wrappers(n) for n in saved.get("param_names", ours["param_names"])]
             if saved_names != ours["param_names"]:
                 differing = sorted(set(saved_names) ^ set(ours["param_names"]))
                 raise ValueError(

@@ -17,7 +17,7 @@ from olmo.data.memmap import build_memmap_dataset, check_token_files
 from olmo.distributed.parallelize import is_fsdp
 from olmo.distributed.world import World
 from olmo.model import loss
-from olmo.model.kernels import Mask, choose
+from olmo.model.kernel_choice import MaskType, choose_kernel
 from olmo.optim import master_weights
 from olmo.precision import backends, msamp
 from olmo.runtime.log import format_count, log
@@ -89,7 +89,7 @@ def check_device(cfg: TrainConfig, device: torch.device, sharded: bool) -> None:
         )
     if cfg.fp8 is not None:
         backends.get_converter(cfg.fp8, device)
-    choose(cfg.model, device, cfg.autocast_precision, cfg.attention, attention_mask(cfg))
+    choose_kernel(cfg.model, device, cfg.autocast_precision, cfg.attention, attention_mask(cfg))
 
 
 def check_special_tokens(cfg: TrainConfig) -> None:
@@ -141,15 +141,15 @@ def warn_of_other_tokenizer(cfg: TrainConfig) -> None:
         )
 
 
-def attention_mask(cfg: TrainConfig) -> Mask:
+def attention_mask(cfg: TrainConfig) -> MaskType:
     """Which positions may attend to which in this run's batches; decides the attention kernel."""
     data, fields = cfg.data, CustomDatasetCollatorConfig()
     if data.custom_dataset is not None and data.custom_dataset.collate_config is not None:
         fields = data.custom_dataset.collate_config
     if data.generate_attention_mask or fields.attention_mask_field or fields.attention_bias_field:
-        return Mask.any
+        return MaskType.any
     between = data.generate_doc_lengths or fields.doc_lens_field
-    return Mask.documents if between else Mask.causal
+    return MaskType.documents if between else MaskType.causal
 
 
 def _is_installed(package: str) -> bool:

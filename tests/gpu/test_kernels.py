@@ -6,21 +6,21 @@ import torch
 from olmo.config import ModelConfig
 from olmo.model import OLMo
 from olmo.model.attention import Backend
-from olmo.model.kernels import Mask, Setting, find_kernel_problem, trial
+from olmo.model.kernel_choice import AttentionSetting, MaskType, find_kernel_problem, run_trial
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
 
 
-@pytest.mark.parametrize("mask", Mask)
+@pytest.mark.parametrize("mask", MaskType)
 @pytest.mark.parametrize("head_size", [64, 128, 192])
 @pytest.mark.parametrize("n_kv_heads", [8, 2])
 @pytest.mark.parametrize("backend", Backend)
-def test_beside_the_formula(backend: Backend, n_kv_heads: int, head_size: int, mask: Mask):
-    setting = Setting(torch.device("cuda", 0), BF16, 8, n_kv_heads, head_size, mask)
-    if problem := find_kernel_problem(backend, setting, tries=False):
+def test_beside_the_formula(backend: Backend, n_kv_heads: int, head_size: int, mask: MaskType):
+    setting = AttentionSetting(torch.device("cuda", 0), BF16, 8, n_kv_heads, head_size, mask)
+    if problem := find_kernel_problem(backend, setting, with_trial=False):
         pytest.skip(problem)
-    assert trial(backend, setting) is None
+    assert run_trial(backend, setting) is None
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -33,7 +33,7 @@ def test_a_model_with_it(backend: Backend, lengths: list | None, compiled: bool)
     model = OLMo(ModelConfig(**sizes, **dropout, rope=True)).to("cuda")
     ids = torch.randint(0, 50000, (2, 1024), device="cuda")
     doc_lens = None if lengths is None else torch.tensor(lengths, device="cuda")
-    mask = Mask.causal if lengths is None else Mask.documents
+    mask = MaskType.causal if lengths is None else MaskType.documents
 
     def run(by: Backend, compiled: bool) -> list[torch.Tensor]:
         torch.compiler.reset()
@@ -45,7 +45,7 @@ def test_a_model_with_it(backend: Backend, lengths: list | None, compiled: bool)
         loss.backward()
         return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
-    setting = Setting(torch.device("cuda", 0), BF16, 4, 4, 128, mask)
+    setting = AttentionSetting(torch.device("cuda", 0), BF16, 4, 4, 128, mask)
     if problem := find_kernel_problem(backend, setting):
         pytest.skip(problem)
     for found, exact in zip(run(backend, compiled), run(Backend.math, False), strict=True):

@@ -1,4 +1,4 @@
-"""Attention's kernels: why one is not available, what is taken instead, and how each is called."""
+"""Attention kernels: why one is not available, which is used instead, and how each is called."""
 
 import sys
 from itertools import pairwise
@@ -13,14 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olmo.config import ModelConfig
-from olmo.model import OLMo, kernels
+from olmo.model import OLMo, kernel_choice
 from olmo.model import attention as module
-from olmo.model.attention import KERNELS, Backend, attention, document_mask, documents
-from olmo.model.kernels import Mask, Setting, choose, find_kernel_problem, trial
+from olmo.model.attention import (
+    KERNELS,
+    Backend,
+    build_document_mask,
+    compute_attention,
+    dense_document_mask,
+)
+from olmo.model.kernel_choice import (
+    AttentionSetting,
+    MaskType,
+    choose_kernel,
+    find_kernel_problem,
+    run_trial,
+)
 from olmo.train.validate import attention_mask
 
 CUDA, CPU, BF16 = torch.device("cuda", 0), torch.device("cpu"), torch.bfloat16
-GOOD = Setting(CUDA, BF16, n_heads=8, n_kv_heads=8, head_size=128)
+GOOD = AttentionSetting(CUDA, BF16, n_heads=8, n_kv_heads=8, head_size=128)
 SETTINGS: dict[str, Any] = {
     "d_model": 1024,
     "n_heads": 8,
@@ -28,21 +40,21 @@ SETTINGS: dict[str, Any] = {
     "rope": True,
     "attention_dropout": 0.0,
 }
-ALL, FUSED = set(Backend), set(kernels.FLASH)
+ALL, FUSED = set(Backend), set(kernel_choice.FLASH_KERNELS)
 PACKAGES = {name: k.package for name, k in KERNELS.items() if k.package}
 
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A Hopper GPU with every package, on which nothing is tried."""
-    monkeypatch.setattr(kernels, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(kernels, "gpu", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(kernels, "_package", lambda backend: None)
-    monkeypatch.setattr(kernels, "trial", lambda backend, setting: None)
+    monkeypatch.setattr(kernel_choice, "get_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernel_choice, "get_gpu_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(kernel_choice, "_find_package_problem", lambda backend: None)
+    monkeypatch.setattr(kernel_choice, "run_trial", lambda backend, setting: None)
     return monkeypatch
 
 
-# What is asked for, the kernels that do not have it, and words of each one's sentence.
+# A setting, the kernels that do not support it, and words of each one's sentence.
 REFUSALS = [
     ({}, set(), ()),
     ({"device": CPU}, ALL - {Backend.math, Backend.sdpa, Backend.flex}, ("NVIDIA", "cpu")),
@@ -50,20 +62,20 @@ REFUSALS = [
     ({"head_size": 20}, FUSED, ("multiple of 8", "20")),
     ({"head_size": 192}, set(), ()),
     ({"head_size": 264}, FUSED, ("264",)),
-    ({"mask": Mask.documents}, {Backend.flash, Backend.cudnn}, ("documents", "fa2, fa3, fa4")),
-    ({"mask": Mask.any}, FUSED | {Backend.flex}, ("efficient and math do",)),
+    ({"mask": MaskType.documents}, {Backend.flash, Backend.cudnn}, ("documents", "fa2, fa3, fa4")),
+    ({"mask": MaskType.any}, FUSED | {Backend.flex}, ("efficient and math do",)),
     ({"dropout": True}, {Backend.fa3, Backend.fa4, Backend.flex}, ("attention_dropout: 0",)),
 ]
 
 
 @pytest.mark.parametrize("backend", Backend)
 @pytest.mark.parametrize(
-    ("asked", "refusing", "words"), REFUSALS, ids=[str(row[0]) for row in REFUSALS]
+    ("changes", "refusing", "words"), REFUSALS, ids=[str(row[0]) for row in REFUSALS]
 )
-def test_why_not(
-    hopper: pytest.MonkeyPatch, backend: Backend, asked: dict, refusing: set, words: tuple
+def test_find_kernel_problem(
+    hopper: pytest.MonkeyPatch, backend: Backend, changes: dict, refusing: set, words: tuple
 ):
-    problem = find_kernel_problem(backend, GOOD._replace(**asked))
+    problem = find_kernel_problem(backend, GOOD._replace(**changes))
     assert (problem is not None) == (backend in refusing), problem
     for word in words if problem else ():
         assert word in problem
@@ -74,10 +86,10 @@ OLD = [((7, 5), FUSED), ((8, 6), {Backend.fa3, Backend.fa4}), ((10, 0), {Backend
 
 @pytest.mark.parametrize("backend", Backend)
 @pytest.mark.parametrize(("capability", "refusing"), OLD, ids=["7.5", "8.6", "10.0"])
-def test_why_not_on_another_gpu(
+def test_find_kernel_problem_on_another_gpu(
     hopper: pytest.MonkeyPatch, backend: Backend, capability: tuple, refusing: set
 ):
-    hopper.setattr(kernels, "capability", lambda device: capability)
+    hopper.setattr(kernel_choice, "get_capability", lambda device: capability)
     problem = find_kernel_problem(backend, GOOD)
     assert (problem is not None) == (backend in refusing), problem
     if problem:
@@ -87,7 +99,7 @@ def test_why_not_on_another_gpu(
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
 def test_cudnns_large_heads_are_for_hopper(hopper: pytest.MonkeyPatch, capability: tuple):
     """torch 2.11 and 2.13 refuse them elsewhere (check_cudnn_tensor_shapes in sdp_utils.cpp)."""
-    hopper.setattr(kernels, "capability", lambda device: capability)
+    hopper.setattr(kernel_choice, "get_capability", lambda device: capability)
     assert find_kernel_problem(Backend.cudnn, GOOD) is None
     assert "Hopper GPUs (9.0) only" in (
         find_kernel_problem(Backend.cudnn, GOOD._replace(head_size=192)) or ""
@@ -95,14 +107,14 @@ def test_cudnns_large_heads_are_for_hopper(hopper: pytest.MonkeyPatch, capabilit
 
 
 @pytest.mark.parametrize("backend", PACKAGES)
-def test_why_not_without_the_package(
+def test_find_kernel_problem_without_the_package(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, backend: Backend
 ):
-    monkeypatch.setattr(kernels, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(kernels, "gpu", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(kernel_choice, "get_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernel_choice, "get_gpu_name", lambda device: "NVIDIA H200")
     name = PACKAGES[backend]
     with monkeypatch.context() as patch:
-        patch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+        patch.setattr(kernel_choice.importlib.util, "find_spec", lambda name: None)
         assert find_kernel_problem(backend, GOOD) == f"the package {KERNELS[backend].install}"
         assert "missing: p" in KERNELS[backend].install
     # One that was built for another torch.
@@ -120,37 +132,47 @@ def test_why_not_without_the_package(
             assert find_kernel_problem(other, GOOD) == f"the package {KERNELS[other].install}"
 
 
-def test_what_is_passed_over_is_told(hopper: pytest.MonkeyPatch):
+def test_skipped_kernels_are_named_with_the_reason(hopper: pytest.MonkeyPatch):
     config = ModelConfig(**SETTINGS)
-    assert str(choose(config, CUDA, BF16)).startswith(
-        "cudnn: the fastest for NVIDIA H200, torch.bfloat16, head size 128; padding or a bias"
+    assert str(choose_kernel(config, CUDA, BF16)).startswith(
+        "cudnn: the fastest for NVIDIA H200, torch.bfloat16, head size 128; batches with padding"
     )
-    hopper.setattr(kernels, "_package", lambda b: f"{b} is missing" if b is not Backend.fa2 else 0)
+    hopper.setattr(
+        kernel_choice,
+        "_find_package_problem",
+        lambda b: f"{b} is missing" if b is not Backend.fa2 else 0,
+    )
     wide = config.update_with(d_model=8 * 192)
-    assert choose(wide, CUDA, BF16).backend is Backend.cudnn
-    hopper.setattr(kernels, "trial", lambda b, s: "it failed" if b is Backend.cudnn else None)
-    found = choose(wide, CUDA, BF16)
+    assert choose_kernel(wide, CUDA, BF16).backend is Backend.cudnn
+    hopper.setattr(
+        kernel_choice, "run_trial", lambda b, s: "it failed" if b is Backend.cudnn else None
+    )
+    found = choose_kernel(wide, CUDA, BF16)
     assert found.backend is Backend.flash
-    assert "passed over: cudnn (it failed)" in found.reason
+    assert "skipped: cudnn (it failed)" in found.reason
     assert "fa3 (fa3 is missing); fa4 (fa4 is missing)" in found.reason
-    assert choose(wide, CUDA, BF16, mask=Mask.documents).backend is Backend.fa2
-    assert choose(wide, CUDA).backend is Backend.efficient, "float32"
-    hopper.setattr(kernels, "_package", lambda b: "it is missing")
-    assert choose(wide, CUDA, BF16, mask=Mask.documents).backend is Backend.flex
-    assert choose(wide, CUDA, BF16, mask=Mask.any).backend is Backend.efficient
+    assert choose_kernel(wide, CUDA, BF16, mask=MaskType.documents).backend is Backend.fa2
+    assert choose_kernel(wide, CUDA).backend is Backend.efficient, "float32"
+    hopper.setattr(kernel_choice, "_find_package_problem", lambda b: "it is missing")
+    assert choose_kernel(wide, CUDA, BF16, mask=MaskType.documents).backend is Backend.flex
+    assert choose_kernel(wide, CUDA, BF16, mask=MaskType.any).backend is Backend.efficient
     alibi = wide.update_with(alibi=True, rope=False)
-    assert choose(alibi, CUDA, BF16).backend is Backend.efficient
-    hopper.setattr(kernels, "trial", lambda b, s: "no" if b is Backend.efficient else None)
-    assert "efficient (no)" in choose(alibi, CUDA, BF16).reason
+    assert choose_kernel(alibi, CUDA, BF16).backend is Backend.efficient
+    hopper.setattr(
+        kernel_choice, "run_trial", lambda b, s: "no" if b is Backend.efficient else None
+    )
+    assert "efficient (no)" in choose_kernel(alibi, CUDA, BF16).reason
 
 
-def test_flash_attention_is_had_or_an_error(hopper: pytest.MonkeyPatch):
+def test_flash_attention_is_used_or_an_error(hopper: pytest.MonkeyPatch):
     config = ModelConfig(**SETTINGS, flash_attention=True)
-    found = choose(config, CUDA, BF16)
+    found = choose_kernel(config, CUDA, BF16)
     assert found.backend is Backend.cudnn and "model.flash_attention=true" in found.reason
-    hopper.setattr(kernels, "_package", lambda b: f"the package {KERNELS[b].install}")
+    hopper.setattr(
+        kernel_choice, "_find_package_problem", lambda b: f"the package {KERNELS[b].install}"
+    )
     with pytest.raises(ValueError) as error:
-        choose(config, CUDA, BF16, mask=Mask.documents)
+        choose_kernel(config, CUDA, BF16, mask=MaskType.documents)
     for part in (
         "pip install flash-attn --no-build-isolation",
         "missing packages: flash-attn 2, FlashAttention 3, flash-attn-4",
@@ -162,16 +184,16 @@ def test_flash_attention_is_had_or_an_error(hopper: pytest.MonkeyPatch):
 
 
 def test_what_the_data_asks_for(tmp_path: Path):
-    def asked(**data: Any) -> Mask:
+    def asked(**data: Any) -> MaskType:
         return attention_mask(small_run.config(tmp_path, data=data))
 
-    assert asked() is Mask.causal
-    assert asked(generate_doc_lengths=True) is Mask.documents
-    assert asked(generate_doc_lengths=True, generate_attention_mask=True) is Mask.any
+    assert asked() is MaskType.causal
+    assert asked(generate_doc_lengths=True) is MaskType.documents
+    assert asked(generate_doc_lengths=True, generate_attention_mask=True) is MaskType.any
     custom = {"name": "a.B", "collate_config": {"doc_lens_field": "lengths"}}
-    assert asked(paths=None, custom_dataset=custom) is Mask.documents
+    assert asked(paths=None, custom_dataset=custom) is MaskType.documents
     custom = {"name": "a.B", "collate_config": {"attention_bias_field": "bias"}}
-    assert asked(paths=None, custom_dataset=custom) is Mask.any
+    assert asked(paths=None, custom_dataset=custom) is MaskType.any
 
 
 def fake_package(backend: Backend, seen: list[str], causal_as_asked: bool = True) -> Any:
@@ -216,7 +238,7 @@ def fake_package(backend: Backend, seen: list[str], causal_as_asked: bool = True
 def test_how_a_package_is_called(monkeypatch: pytest.MonkeyPatch, backend: Backend):
     """Its own kernels need a GPU; here its place is taken by a stand-in with its signature."""
     seen: list[str] = []
-    monkeypatch.setitem(module._loaded, backend, fake_package(backend, seen))
+    monkeypatch.setitem(module._loaded_packages, backend, fake_package(backend, seen))
     torch.manual_seed(0)
     config = ModelConfig(**SETTINGS | {"d_model": 32, "n_heads": 4, "n_kv_heads": 2})
     config = config.update_with(vocab_size=64, embedding_size=128, residual_dropout=0.0)
@@ -240,34 +262,36 @@ def test_how_a_package_is_called(monkeypatch: pytest.MonkeyPatch, backend: Backe
 
 
 def test_a_trial_finds_a_kernel_that_computes_something_else(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels, "_known", lambda backend, setting: None)
-    setting = Setting(CPU, torch.float32, 4, 2, 16)
+    monkeypatch.setattr(kernel_choice, "_find_limit", lambda backend, setting: None)
+    setting = AttentionSetting(CPU, torch.float32, 4, 2, 16)
     for honest in (True, False):
-        trial.cache_clear()
+        run_trial.cache_clear()
         package = fake_package(Backend.fa2, [], causal_as_asked=honest)
-        monkeypatch.setitem(module._loaded, Backend.fa2, package)
+        monkeypatch.setitem(module._loaded_packages, Backend.fa2, package)
         problem = find_kernel_problem(Backend.fa2, setting)
-        assert problem is None if honest else "off what the formula says" in problem
-    trial.cache_clear()
+        assert problem is None if honest else "off the formula" in problem
+    run_trial.cache_clear()
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no kernel image is available\nfor execution")
 
-    monkeypatch.setitem(module._loaded, Backend.fa2, SimpleNamespace(flash_attn_func=broken))
-    why = "a trial of it failed (no kernel image is available); leave it out"
+    monkeypatch.setitem(
+        module._loaded_packages, Backend.fa2, SimpleNamespace(flash_attn_func=broken)
+    )
+    why = "its trial failed (no kernel image is available); use another kernel"
     assert find_kernel_problem(Backend.fa2, setting) == why
     config = ModelConfig(**SETTINGS | {"d_model": 64, "n_heads": 4, "n_kv_heads": 2})
-    with pytest.raises(ValueError, match="backend fa2 is not available: a trial of it failed"):
-        choose(config, CPU, backend="fa2")
-    trial.cache_clear()
+    with pytest.raises(ValueError, match="backend fa2 is not available: its trial failed"):
+        choose_kernel(config, CPU, backend="fa2")
+    run_trial.cache_clear()
 
 
-@pytest.mark.parametrize("mask", Mask)
+@pytest.mark.parametrize("mask", MaskType)
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_a_trial_of_what_there_is_here_succeeds(mask: Mask, dtype: torch.dtype):
+def test_a_trial_of_what_there_is_here_succeeds(mask: MaskType, dtype: torch.dtype):
     state = torch.get_rng_state()
     for backend in (Backend.sdpa, Backend.math):
-        assert trial(backend, Setting(CPU, dtype, 4, 2, 16, mask)) is None
+        assert run_trial(backend, AttentionSetting(CPU, dtype, 4, 2, 16, mask)) is None
     assert torch.equal(torch.get_rng_state(), state), "a run's random numbers are its own"
 
 
@@ -276,9 +300,11 @@ def test_flex_is_the_dense_mask_where_it_runs():
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 140, 16), torch.randn(2, 2, 140, 16), torch.randn(2, 2, 140, 16)
     doc_lens = torch.tensor([[77, 50, 0], [10, 3, 100]])
-    found = attention(q, k, v, Backend.flex, documents(doc_lens, 140, Backend.flex))
-    mask = document_mask(doc_lens, 140)
-    torch.testing.assert_close(found, attention(q, k, v, Backend.math, mask))
+    found = compute_attention(
+        q, k, v, Backend.flex, build_document_mask(doc_lens, 140, Backend.flex)
+    )
+    mask = dense_document_mask(doc_lens, 140)
+    torch.testing.assert_close(found, compute_attention(q, k, v, Backend.math, mask))
     model = OLMo(ModelConfig(**SETTINGS | {"d_model": 32, "n_heads": 4})).eval()
     model.use_attention()
     ids = torch.randint(0, 64, (2, 12))
@@ -290,8 +316,8 @@ def test_flex_is_the_dense_mask_where_it_runs():
 
 
 def test_flex_on_the_cpu_says_that_it_does_not_train_there():
-    with pytest.raises(ValueError, match=r"flex is not available: a trial of it failed .*backward"):
-        choose(ModelConfig(**SETTINGS), CPU, backend="flex")
+    with pytest.raises(ValueError, match=r"flex is not available: its trial failed .*backward"):
+        choose_kernel(ModelConfig(**SETTINGS), CPU, backend="flex")
 
 
 def test_the_trainer_takes_it_from_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -299,7 +325,7 @@ def test_the_trainer_takes_it_from_the_config(tmp_path: Path, capsys: pytest.Cap
     for name in ("sdpa", "math"):
         changes = {"save_folder": str(tmp_path / name), "eval_interval": 10}
         assert small_run.run(tmp_path, attention=name, **changes) == 0
-        assert f"attention: {name}: asked for" in capsys.readouterr().out
+        assert f"attention: {name}: requested" in capsys.readouterr().out
         rows = small_run.metrics(tmp_path / name)
         losses[name] = [r["train/CrossEntropyLoss"] for r in rows if "train/CrossEntropyLoss" in r]
     assert losses["math"] == pytest.approx(losses["sdpa"], rel=1e-4)

@@ -134,12 +134,12 @@ def test_the_chunked_loss(
 ):
     """On a CPU it is one operation to the compiler; for a GPU the compiler sees what is inside."""
     if formulation == "gpu":
-        monkeypatch.setattr(loss, "_one_operation", loss._compute)
+        monkeypatch.setattr(loss, "_chunked_loss_op", loss._chunked_loss)
     torch.manual_seed(0)
     options = dict(HEADS[head])
     weights, x = nn.Linear(16, 50, bias=options.pop("bias", False)), torch.randn(40, 16)
     labels = torch.randint(0, 50, (40,))
-    labels[7:20] = loss.IGNORE
+    labels[7:20] = loss.IGNORE_INDEX
 
     def head_of(x: Tensor) -> Tensor:
         with torch.autocast("cpu", BF16, enabled=autocast):

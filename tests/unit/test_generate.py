@@ -97,5 +97,7 @@ def test_what_does_not_fit() -> None:
         OLMo(config).eval().generate(IDS, max_steps=6)
     with pytest.raises(ValueError, match="at least 1"):
         OLMo(config).eval().generate(IDS, max_steps=0)
-    with pytest.raises(ValueError, match="no beam search here: expected beam_size=1, found 3"):
+    with pytest.raises(
+        ValueError, match="beam search is not implemented: expected beam_size=1, found 3"
+    ):
         OLMo(config).eval().generate(IDS, beam_size=3)

@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from olmo.config import CompilerConfig, CrossEntropy, ModelConfig, TrainConfig
 from olmo.data.batches import get_labels
 from olmo.model import OLMo
-from olmo.model.loss import _compute, _rows, find_loss_problem, linear_cross_entropy, losses
+from olmo.model.loss import (
+    _choose_chunk,
+    _chunked_loss,
+    compute_loss,
+    find_loss_problem,
+    linear_cross_entropy,
+)
 
 TINY = {
     "d_model": 32,
@@ -127,7 +133,7 @@ def test_no_tensor_holds_all_logits() -> None:
 
     x, weight, labels = torch.randn(64, 8), torch.randn(100, 8), torch.zeros(64, dtype=torch.long)
     with Sizes():
-        _compute(x, weight, None, labels, 1.0, 0.1, chunk=16, learns=True)
+        _chunked_loss(x, weight, None, labels, 1.0, 0.1, chunk=16, with_grad=True)
     assert max(sizes) == 16 * 100
 
 
@@ -161,7 +167,7 @@ def test_compiled_is_the_same(by: str, z: float) -> None:
 # never falls: the one that takes little comes first.
 PEAK = """
 import torch
-from olmo.model.loss import CrossEntropy, losses
+from olmo.model.loss import CrossEntropy, compute_loss
 from olmo.train.step import keep_freed_memory
 torch.set_num_threads(1)
 def head(by, rows):
@@ -169,7 +175,7 @@ def head(by, rows):
     weight.requires_grad_()
     labels = torch.randint(0, 20000, (rows,))
     before = most()
-    losses(CrossEntropy(by), x, weight, labels, None, 1.0, 0.0).total.backward()
+    compute_loss(CrossEntropy(by), x, weight, labels, None, 1.0, 0.0).total.backward()
     return most() - before
 def most():  # of this process; getrusage tells its parent's, where that was larger
     lines = open("/proc/self/status").read().splitlines()
@@ -209,10 +215,10 @@ def test_torchs_in_bfloat16_is_no_further_off_than_ours() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(512, 32), torch.randn(3000, 32) / 4
     labels = torch.randint(0, 3000, (512,))
-    exact = losses(CrossEntropy.plain, x, weight, labels, None, 1.0, 0.0).ce
+    exact = compute_loss(CrossEntropy.plain, x, weight, labels, None, 1.0, 0.0).ce
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for by in CrossEntropy:
-            found = losses(by, x, weight, labels, None, 1.0, 0.0).ce
+            found = compute_loss(by, x, weight, labels, None, 1.0, 0.0).ce
             assert found.dtype == torch.float32
             torch.testing.assert_close(found, exact, rtol=1e-3, atol=0, msg=by)
 
@@ -258,4 +264,4 @@ def test_chunks_on_a_gpu_are_many_rows_in_multiples_of_128(
     whole = SimpleNamespace(total_memory=gigabytes * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: whole)
     x = type("Rows", (), {"device": torch.device("cuda", 0), "__len__": lambda self: rows})()
-    assert _rows(x, torch.empty(50_304, 0)) == expected
+    assert _choose_chunk(x, torch.empty(50_304, 0)) == expected

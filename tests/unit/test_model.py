@@ -19,9 +19,9 @@ from olmo.model import (
     OLMoLlamaBlock,
     OLMoSequentialBlock,
 )
-from olmo.model.attention import Backend, attention, document_mask
-from olmo.model.block import _fit
-from olmo.model.kernels import choose
+from olmo.model.attention import Backend, compute_attention, dense_document_mask
+from olmo.model.block import _clamp_bias
+from olmo.model.kernel_choice import choose_kernel
 
 TINY = {
     "d_model": 32,
@@ -126,7 +126,7 @@ def test_documents_with_alibi_and_padding() -> None:
 
 
 def test_document_mask() -> None:
-    mask = document_mask(torch.tensor([[2, 1, 0]]), 5)[0, 0].int().tolist()
+    mask = dense_document_mask(torch.tensor([[2, 1, 0]]), 5)[0, 0].int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -145,7 +145,7 @@ def test_attention_is_the_formula(backend: str, kv_heads: int) -> None:
     scores = q @ k.repeat_interleave(4 // kv_heads, 1).mT / 8**0.5
     masked = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
     expected = masked.softmax(-1) @ v.repeat_interleave(4 // kv_heads, 1)
-    found = attention(q, k, v, Backend(backend))
+    found = compute_attention(q, k, v, Backend(backend))
     torch.testing.assert_close(found, expected)
     (gradient,) = torch.autograd.grad(found.square().sum(), q)
     (expected_gradient,) = torch.autograd.grad(expected.square().sum(), q)
@@ -174,7 +174,7 @@ def test_a_row_that_may_look_nowhere_sees_everything_alike(dtype: torch.dtype) -
     assert torch.isfinite(logits[0]).all()
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=0)
     q, k, v = (torch.randn(1, 1, 12, 8, dtype=dtype) for _ in range(3))
-    alike = attention(q, k, v, Backend.sdpa, bias=_fit(nothing, dtype))
+    alike = compute_attention(q, k, v, Backend.sdpa, bias=_clamp_bias(nothing, dtype))
     torch.testing.assert_close(alike, v.mean(dim=-2, keepdim=True).expand_as(v))
 
 
@@ -215,7 +215,7 @@ def test_scaled_logits() -> None:
 def test_clip_qkv_clips_all_three_on_both_sides(block_type: str) -> None:
     model = build(block_type=block_type, clip_qkv=0.25)
     x = torch.randn(2, 5, 32) * 9
-    for part in next(model.blocks()).project(x):
+    for part in next(model.blocks()).project_qkv(x):
         assert part.max() == 0.25 and part.min() == -0.25
 
 
@@ -382,18 +382,18 @@ def test_flash_attention_is_never_silently_something_else() -> None:
 
 def test_the_choice_says_why() -> None:
     config = ModelConfig(**TINY)
-    assert str(choose(config, "cpu")) == (
-        "sdpa: PyTorch's own pick on cpu, the others are for GPUs"
+    assert str(choose_kernel(config, "cpu")) == (
+        "sdpa: PyTorch's own choice on cpu, the others are for GPUs"
     )
-    assert choose(config, "cpu", backend="math").backend == "math"
+    assert choose_kernel(config, "cpu", backend="math").backend == "math"
     with pytest.raises(ValueError, match="cudnn is not available: it is a kernel for NVIDIA GPUs"):
-        choose(config, "cpu", backend="cudnn")
+        choose_kernel(config, "cpu", backend="cudnn")
 
 
 def test_chosen_once_is_used() -> None:
     model = build()
     expected = model(some_ids()).logits
-    assert model.use_attention(backend="math").reason == "asked for"
+    assert model.use_attention(backend="math").reason == "requested"
     assert {block.backend for block in model.blocks()} == {"math"}
     torch.testing.assert_close(model(some_ids()).logits, expected)
 

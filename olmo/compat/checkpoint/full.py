@@ -13,7 +13,7 @@ from olmo.checkpoint.optim_state import load_named_state
 from olmo.checkpoint.read import load_checkpoint
 from olmo.checkpoint.torch_files import save_torch_file
 from olmo.config import TrainConfig
-from olmo.model.regroup import regrouped
+from olmo.model.regroup import regroup_state_dict
 
 
 class FullCheckpointer:
@@ -62,7 +62,7 @@ class FullCheckpointer:
         model = _unwrapped(dist_model)
         size = getattr(getattr(model, "config", None), "block_group_size", 1)
         checkpoint = load_checkpoint(load_path, optimizer=load_optimizer_state)
-        model.load_state_dict(regrouped(checkpoint.model, size)[0])
+        model.load_state_dict(regroup_state_dict(checkpoint.model, size)[0])
         if checkpoint.optim is not None:
             load_named_state(optim, *checkpoint.optim)
         return checkpoint.train or {}

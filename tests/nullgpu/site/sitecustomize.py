@@ -10,7 +10,9 @@ import sys
 from types import ModuleType
 
 CHANGES = {
-    "olmo.model.kernels": lambda module: setattr(module, "trial", lambda backend, setting: None),
+    "olmo.model.kernel_choice": lambda module: setattr(
+        module, "run_trial", lambda backend, setting: None
+    ),
     "torch._inductor.config": lambda module: setattr(module.triton, "autotune_pointwise", False),
 }
 

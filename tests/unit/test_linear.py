@@ -7,21 +7,22 @@ import torch
 import torch.nn.functional as F
 
 from olmo.config import ModelConfig
-from olmo.model import OLMo, product
-from olmo.model.product import by_columns, linear
+from olmo.model import OLMo
+from olmo.model import linear as module
+from olmo.model.linear import linear, use_column_major_weights
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of the weights that oneDNN is asked to multiply with."""
     shapes: list[torch.Size] = []
-    by_onednn = product.by_onednn
+    onednn_linear = module.onednn_linear
 
     def noted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         shapes.append(weight.shape)
-        return by_onednn(x, weight, bias)
+        return onednn_linear(x, weight, bias)
 
-    monkeypatch.setattr(product, "by_onednn", noted)
+    monkeypatch.setattr(module, "onednn_linear", noted)
     return shapes
 
 
@@ -63,7 +64,7 @@ def test_a_text_of_one_row_goes_on_as_full_passes_would(
     text = torch.tensor([[5, 9, 33, 7]])
     made = copy.deepcopy(model)
     if columns:
-        by_columns(made)
+        use_column_major_weights(made)
         before = model.state_dict()
         assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
     found = made.generate(text, max_steps=12, min_steps=12).token_ids[0, 0].tolist()
