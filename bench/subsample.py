@@ -69,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = args.source or write_source(Path(folder) / "source.json.gz", args.copies)
-        megabytes = gz.check(source) / 1e6
+        megabytes = gz.verify_checksum(source) / 1e6
         programs = {
             "bare": (BARE, "SELF"),
             "+ lines": (PARTS.replace("{body}", "pass"), "SELF"),

@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from olmo.bench.side import Training, Unavailable
 
 from olmo.bench.cell import prepare
 from olmo.bench.matrix import COMPILE_MODES, EAGER, NONE, Cell, load
-from olmo.bench.side import Training, Unavailable
 
 MATRIX = Path(__file__).parents[1] / "config/bench/tps.yaml"
 

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from olmo.runtime.lazy import lazy
+from olmo.runtime.lazy import lazy_exports
 
 # OLMo's module paths for what lives elsewhere here: `olmo.torch_util` is compat/torch_util.py.
 __path__.append(str(Path(__file__).with_name("compat")))
 
-__getattr__, __all__ = lazy(
+__getattr__, __all__ = lazy_exports(
     __name__,
     {
         "checkpoint.read": ["load_model"],

@@ -26,10 +26,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from olmo.runtime.log import FAILED, LOG, describe
-from olmo.runtime.process import PAUSED, Paused, die_with_supervisor
-from olmo.runtime.urls import entrusted, public
-from olmo.store.stage import Stage, require_store, role
+from olmo.runtime.log import FAILED, LOG_ENV, describe_error
+from olmo.runtime.process import EXIT_PAUSED, Paused, die_with_supervisor
+from olmo.runtime.urls import redact, stash_secrets
+from olmo.store.stage import Stage, parameter_role, require_store
 
 # A module of olmo/corpus with a function `batch` is a command of the module's name. The others:
 ELSEWHERE = {
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     # A word with spaces is a text, which stays as it is.
     given = sys.argv[1:] if argv is None else argv
-    words = [word if " " in word else entrusted(word) for word in given]
+    words = [word if " " in word else stash_secrets(word) for word in given]
     verb = words.pop(0) if words else ""
     if words and f"{verb} {words[0]}" in commands():  # olmo store verify
         verb = f"{verb} {words.pop(0)}"
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stdout.flush()  # a reader who left (`| head`) is noticed here at the latest
     except Paused as pause:
         print(f"olmo {verb}: {pause}", file=sys.stderr)
-        sys.exit(PAUSED)
+        sys.exit(EXIT_PAUSED)
     except KeyboardInterrupt:
         print(f"olmo {verb}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -114,14 +114,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             os.dup2(nowhere, stream.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
-        sys.exit(public(f"olmo {verb}: {describe(error)}"))
+        sys.exit(redact(f"olmo {verb}: {describe_error(error)}"))
     except Exception as error:
-        if LOG not in os.environ:
+        if LOG_ENV not in os.environ:
             raise
         sys.exit(
-            public(
+            redact(
                 f"olmo {verb}: a fault of olmo's own, {type(error).__name__}: {error}; the "
-                f"traceback is in {os.environ[LOG]}"
+                f"traceback is in {os.environ[LOG_ENV]}"
             )
         )
 
@@ -209,7 +209,7 @@ def parse(name: str, command: Callable[..., Any], words: Sequence[str]) -> dict[
     )
     hints = typing.get_type_hints(function, include_extras=True)
     for parameter in inspect.signature(function).parameters.values():
-        if role(hints[parameter.name]) != "work":
+        if parameter_role(hints[parameter.name]) != "work":
             add_argument(parser, parameter, hints[parameter.name])
     parser.add_argument("--log", type=Path, help="also write what is said to this file")
     return vars(parser.parse_args(words))
@@ -274,15 +274,15 @@ class copied_to:
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self.log.write_text("")
-            os.environ[LOG] = str(self.log.resolve())
+            os.environ[LOG_ENV] = str(self.log.resolve())
 
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
         if self.log is not None and error is not None:
             with suppress(OSError), self.log.open("a") as file:  # as may be what failed
                 if isinstance(error, Exception) and not isinstance(error, Paused):
-                    file.writelines(map(public, traceback.format_exception(error)))
-                why = describe(error) if isinstance(error, Exception) else error
-                file.write(public(f"{FAILED}{kind.__name__}: {why}\n"))
+                    file.writelines(map(redact, traceback.format_exception(error)))
+                why = describe_error(error) if isinstance(error, Exception) else error
+                file.write(redact(f"{FAILED}{kind.__name__}: {why}\n"))
 
 
 if __name__ == "__main__":

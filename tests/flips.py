@@ -51,7 +51,7 @@ def name(project: Project, path: Path) -> Any:
     from olmo.store.store import Store
 
     store = Store(project.store)
-    found, lost = naming.read_all(store)
+    found, lost = naming.read_names(store)
     assert lost == [], "every name of this project has its link"
     return found[path]
 
@@ -79,13 +79,13 @@ def segments(project: Project, path: Path) -> Any:
 def marker(project: Project, path: Path) -> Any:
     from olmo.io import sealed
 
-    return sealed.read(path)
+    return sealed.load_file(path)
 
 
 def told(project: Project, path: Path) -> Any:
-    from olmo.io.downloads import Download, unseen
+    from olmo.io.downloads import Download, ignore_progress
 
-    return Download("http://127.0.0.1/x", path.parent, unseen).told or None
+    return Download("http://127.0.0.1/x", path.parent, ignore_progress).metadata or None
 
 
 def metrics(project: Project, path: Path) -> Any:
@@ -114,7 +114,7 @@ KINDS = [
     Kind("segments.jsonl", "store/work/*/attempt/segments.jsonl", segments),
     Kind("finished.json", "store/work/*/attempt/finished.json", marker),
     Kind("paused.json", "small-files/paused.json", marker),
-    Kind("told.json", "small-files/told.json", told),
+    Kind("progress.json", "small-files/progress.json", told),
     Kind("environment", "small-files/dolma.json", environment),
     Kind("metrics.jsonl", "store/work/*/attempt/metrics.jsonl", metrics, seal=False),
     Kind("sources.tsv", "small-files/sources.tsv", source_table, seal=False),
@@ -127,8 +127,8 @@ def more_small_files(project: Project) -> None:
 
     folder = project.root / "small-files"
     left = {"step": 3, "by": "SIGTERM", "checkpoint": "step3-unsharded"}
-    sealed.write(folder / "paused.json", sealed.dumps(left))
-    sealed.write(folder / "told.json", sealed.dumps({"validator": '"abc"', "bytes": 12}))
+    sealed.write_atomic(folder / "paused.json", sealed.dumps(left))
+    sealed.write_atomic(folder / "progress.json", sealed.dumps({"validator": '"abc"', "bytes": 12}))
     (folder / "body").write_bytes(b"123")
     shutil.copy(project.root / "environments/dolma.json", folder)
     for made in (project.root / "environments").glob("dolma-*"):

@@ -293,9 +293,9 @@ def when_seen(run: "Run") -> dict[tuple[str, int], set[tuple[int, int, int]]]:
     Found by going through all steps, which `olmo seen` does the other way round.
     """
     from olmo.inspect.documents import shards
-    from olmo.store.stage import here
+    from olmo.store.stage import current_store
 
-    known = shards(here())
+    known = shards(current_store())
     saw: dict[tuple[str, int], set[tuple[int, int, int]]] = {}
     for step in range(1, (run.steps or 0) + 1):
         for instance in run.instances(step):

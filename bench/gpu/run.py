@@ -63,7 +63,7 @@ class Results:
         self.add("about.json", about)
 
     def add(self, name: str, record: dict[str, Any]) -> None:
-        sealed.write(self.folder / name, json.dumps(record, indent=1))
+        sealed.write_atomic(self.folder / name, json.dumps(record, indent=1))
         self.pack()
 
     def pack(self) -> None:
@@ -74,7 +74,7 @@ class Results:
         if (size := draft.stat().st_size) > MAX_BYTES:
             draft.unlink()
             raise ValueError(f"{self.tar}: expected at most {MAX_BYTES} bytes, found {size}")
-        sealed.to_disk(draft)
+        sealed.fsync_path(draft)
         draft.replace(self.tar)
 
 

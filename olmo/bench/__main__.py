@@ -80,8 +80,8 @@ def run_matrix(
 
 
 def write_tables(records: list[Record], section: Section, out: Path, command: str) -> None:
-    sealed.write(out / "table.md", table.markdown(records, section, command))
-    sealed.write(out / "table.csv", table.csv_text(records, section))
+    sealed.write_atomic(out / "table.md", table.markdown(records, section, command))
+    sealed.write_atomic(out / "table.csv", table.csv_text(records, section))
 
 
 def time_missing(
@@ -113,7 +113,7 @@ def time_missing(
                     "load": os.getloadavg()[0],
                     "cores": os.cpu_count(),
                 }
-                sealed.write(task.path, json.dumps(record, indent=1))
+                sealed.write_atomic(task.path, json.dumps(record, indent=1))
                 took_s = time.monotonic() - began
                 longest_s[task.kind] = max(longest_s.get(task.kind, 0.0), took_s)
             result = table.summary_line(record)

@@ -33,7 +33,7 @@ from olmo.model import OLMo
 from olmo.optim.build import build_optimizer
 from olmo.optim.master_weights import MasterWeights
 from olmo.precision import backends, msamp
-from olmo.runtime.energy import Joules
+from olmo.runtime.energy import EnergyMeter
 from olmo.train.meters import device_flops
 from olmo.train.step import clear_gradients, forward_backward, keep_freed_memory
 from olmo.train.validate import check_device
@@ -164,7 +164,7 @@ def energy_meter(device: torch.device) -> Callable[[], float | None]:
     """A function that returns the joules that the GPU, or the processor, used since this call;
     None where there is no meter."""
     if device.type != "cuda":
-        return Joules().used
+        return EnergyMeter().used
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     before = _read_nvml_joules(uuid)
 

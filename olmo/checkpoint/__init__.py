@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from olmo.runtime.lazy import lazy
+from olmo.runtime.lazy import lazy_exports
 
 # OLMo's names that our trainer does not use: FullCheckpointer is in compat/checkpoint/full.py.
 __path__.append(str(Path(__file__).parents[1] / "compat/checkpoint"))
 
-__getattr__, __all__ = lazy(
+__getattr__, __all__ = lazy_exports(
     __name__,
     {
         "save": ["save_unsharded"],

@@ -20,7 +20,7 @@ from olmo.checkpoint.read import load_checkpoint
 from olmo.config import to_yaml
 from olmo.io import sealed
 from olmo.runtime.numbers import to_json
-from olmo.runtime.process import FINISHED
+from olmo.runtime.process import FINISHED_FILE
 
 
 def export_final(
@@ -34,10 +34,10 @@ def export_final(
     Raises ValueError for a run that has not finished, and for a broken checkpoint.
     """
     save_folder, out = Path(save_folder), Path(out)
-    marker = save_folder / FINISHED
+    marker = save_folder / FINISHED_FILE
     if not marker.exists():
         raise ValueError(f"the run in {save_folder} has not finished; train it further")
-    checkpoint = load_checkpoint(save_folder / sealed.read(marker)["checkpoint"])
+    checkpoint = load_checkpoint(save_folder / sealed.load_file(marker)["checkpoint"])
     assert checkpoint.optim is not None and checkpoint.train is not None
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):

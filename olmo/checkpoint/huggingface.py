@@ -25,7 +25,7 @@ from torch import Tensor
 
 from olmo.checkpoint.final import save_tensors
 from olmo.config import BlockType, LayerNormType, ModelConfig, TrainConfig, to_yaml
-from olmo.io import foreign
+from olmo.io import untrusted
 from olmo.model.regroup import regroup_state_dict
 
 # What each class computes, whatever its config.json says: our key, its values that can be exported,
@@ -417,7 +417,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     found: dict[str, Tensor] = {}
     for name in names:
-        if not (folder / foreign.part(name, str(index))).is_file():
+        if not (folder / untrusted.check_part(name, str(index))).is_file():
             raise ValueError(f"expected the weights in {name}, found no such file")
         try:
             found |= load_file(folder / name)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.io import foreign, sealed
+from olmo.io import sealed, untrusted
 from olmo.io.sealed import Damaged
 
 MANIFEST = "manifest.json"
@@ -96,8 +96,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 "bytes": path.stat().st_size,
                 "sha256": hash_file(path),
             }
-            sealed.to_disk(path)
-        sealed.write(partial / MANIFEST, sealed.dumps({"files": manifest}, 1))
+            sealed.fsync_path(path)
+        sealed.write_atomic(partial / MANIFEST, sealed.dumps({"files": manifest}, 1))
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
@@ -121,7 +121,7 @@ def publish_folder(partial: Path, folder: Path) -> None:
         shutil.rmtree(replaced)
     else:
         partial.rename(folder)
-    sealed.to_disk(folder.parent)
+    sealed.fsync_path(folder.parent)
 
 
 def restore_replaced(save_folder: Path) -> None:
@@ -184,10 +184,10 @@ def parse_manifest(manifest: bytes, source: str) -> dict[str, dict[str, Any]]:
         files = unsealed
     try:
         for name, facts in files.items():
-            foreign.inner(name, source)
-            foreign.size(facts["bytes"], source)
-            foreign.digest(facts["sha256"], source)
-        foreign.refuse_twice(files, source)
+            untrusted.check_relative(name, source)
+            untrusted.check_byte_count(facts["bytes"], source)
+            untrusted.check_digest(facts["sha256"], source)
+        untrusted.check_no_overlap(files, source)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source}: expected files with bytes and sha256, found none") from error
     if not files:

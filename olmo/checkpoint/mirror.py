@@ -11,12 +11,12 @@ import hashlib
 from pathlib import Path
 
 from olmo.checkpoint import layout
-from olmo.io import foreign
+from olmo.io import untrusted
 from olmo.io.bucket import Bucket
 from olmo.io.downloads import fetch
 from olmo.io.sealed import Damaged
 from olmo.runtime.log import log
-from olmo.runtime.urls import entrusted
+from olmo.runtime.urls import stash_secrets
 
 UPLOADING = "sending.json"
 
@@ -27,9 +27,9 @@ def download_checkpoint(url: str, into: Path, optimizer: bool = True, trainer: b
     It is unsharded, or sharded in torch's layout. Files that exist are not downloaded again.
     Raises ValueError, one line, if a file is not available.
     """
-    url = entrusted(url).rstrip("/")
+    url = stash_secrets(url).rstrip("/")
     # Checkpoints of several runs have the same name, so the folder is named by the full URL.
-    name = foreign.part(url.rsplit("/", 1)[-1], url)
+    name = untrusted.check_part(url.rsplit("/", 1)[-1], url)
     folder = into / hashlib.sha256(url.encode()).hexdigest()[:12] / name
 
     def download_first(*names: str) -> str:
@@ -157,7 +157,7 @@ def _download_mirrored(bucket: Bucket, folder: Path) -> None:
     files = layout.parse_manifest(manifest, source)
     partial.mkdir(parents=True, exist_ok=True)
     for name, facts in files.items():
-        path = foreign.place(partial, name, source)
+        path = untrusted.resolve_inside(partial, name, source)
         if not (path.is_file() and layout.hash_file(path) == facts["sha256"]):
             path.parent.mkdir(parents=True, exist_ok=True)
             bucket.get(f"{folder.name}/{name}", path, facts["bytes"])

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from olmo.checkpoint import layout
 from olmo.checkpoint.optim_state import State, to_named_state
 from olmo.checkpoint.torch_files import StoredTensor, reraise_disk_errors, save_torch_file
-from olmo.io import foreign
+from olmo.io import untrusted
 from olmo.model.regroup import strip_wrappers
 
 STATE_FOLDER = "model_and_optim"
@@ -160,7 +160,7 @@ def _index(path: Path) -> Metadata:
     try:
         index: Metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
         for info in index.storage_data.values():
-            foreign.part(info.relative_path, str(path))
+            untrusted.check_part(info.relative_path, str(path))
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     return index

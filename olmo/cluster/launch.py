@@ -20,17 +20,17 @@ from typing import Any
 
 from olmo.io import sealed
 from olmo.runtime.process import (
-    CAUSE,
-    FINISHED,
-    LAUNCHED,
-    MARKER,
-    SEGMENTS,
-    STOP,
+    CAUSE_FILE,
+    FINISHED_FILE,
+    LAUNCHED_ENV,
+    PAUSED_FILE,
+    SEGMENTS_FILE,
+    STOP_FILE,
     Paused,
     describe_exit,
     supervised,
 )
-from olmo.store.lease import see_anew
+from olmo.store.lease import refresh_listing
 
 
 @dataclass(frozen=True)
@@ -89,21 +89,21 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
         ValueError: the allocation has fewer nodes than the run needs.
     """
     folder = config.parent
-    for name in (STOP, MARKER, CAUSE, FINISHED):
+    for name in (STOP_FILE, PAUSED_FILE, CAUSE_FILE, FINISHED_FILE):
         (folder / name).unlink(missing_ok=True)
     command = [*build_command(geometry, config), "-m", "olmo.train", str(config)]
     # One thread by default, as torchrun sets for several processes: the bits of results depend on
     # the number of threads, and must not depend on this machine's cores.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 1), LAUNCHED: "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 1), LAUNCHED_ENV: "1"}
     with (
         supervised(command, env=environment, stdin=subprocess.DEVNULL) as process,
-        request_stop_on_signal(folder / STOP),
+        request_stop_on_signal(folder / STOP_FILE),
     ):
         status = process.wait()
-    see_anew(folder)  # rank 0 may have written from another machine
-    if (folder / MARKER).exists():
+    refresh_listing(folder)  # rank 0 may have written from another machine
+    if (folder / PAUSED_FILE).exists():
         # Read before the requeue: the requeued job may start elsewhere and delete the file.
-        paused = sealed.read(folder / MARKER)
+        paused = sealed.load_file(folder / PAUSED_FILE)
         requeue_slurm_job(folder, paused)
         raise Paused(
             f"training paused at step {paused['step']} by {paused['by']}, saved to "
@@ -111,12 +111,12 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
         )
     # srun also exits with an error if nodes were lost and the others finished the run.
     if status and not (
-        geometry.effective_min_nodes < geometry.nodes and (folder / FINISHED).exists()
+        geometry.effective_min_nodes < geometry.nodes and (folder / FINISHED_FILE).exists()
     ):
         saved = any(folder.glob("step*"))
         resume_hint = f". Its checkpoints are in {folder}: the same command continues from the last"
-        if (folder / CAUSE).exists():
-            cause = sealed.read(folder / CAUSE)
+        if (folder / CAUSE_FILE).exists():
+            cause = sealed.load_file(folder / CAUSE_FILE)
             if cause["repeats"]:  # the same command fails again
                 resume_hint = f". Its checkpoints, for the same settings only, are in {folder}"
             raise ChildProcessError(f"training ended early: {cause['said']}{resume_hint * saved}")
@@ -166,7 +166,7 @@ def requeue_slurm_job(folder: Path, paused: Mapping[str, Any]) -> None:
         paused: what the trainer wrote when it paused; "by" and "step" are read.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    segments = folder / SEGMENTS
+    segments = folder / SEGMENTS_FILE
     segment = sealed.load_lines(segments.read_bytes(), segments)[-1]
     if job is None or paused["by"] != signal.SIGUSR1.name or paused["step"] <= segment["after"]:
         return

@@ -18,7 +18,7 @@ import yaml
 
 from olmo.config.conversion import default_values
 from olmo.config.yaml_io import Loader, check_count
-from olmo.io.patterns import matching
+from olmo.io.patterns import match_files
 
 KeyPath = tuple[str | int, ...]  # the keys and indices that lead to a value in a config
 
@@ -49,7 +49,7 @@ def registered_resolvers(
         return empty
 
     def path_glob(*patterns: str) -> list[str]:
-        found = [matching(pattern) for pattern in patterns]
+        found = [match_files(pattern) for pattern in patterns]
         for pattern, files in zip(patterns, found, strict=True):
             # If one pattern matches, the data is on this machine, and all must match.
             if not files and (validate_paths or any(found)):

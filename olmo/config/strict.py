@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 from olmo.config.conversion import convert, field_default, field_types, to_plain, unknown_key_error
 from olmo.config.interpolation import KeyPath, escape, get_at, resolve
 from olmo.config.yaml_io import read_yaml, to_yaml
-from olmo.runtime.urls import entrusted
+from olmo.runtime.urls import stash_secrets
 
 
 class BaseConfig:
@@ -28,7 +28,7 @@ class BaseConfig:
 
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():  # type: ignore[arg-type]
-            setattr(self, name, convert(entrusted(getattr(self, name)), hint, name))
+            setattr(self, name, convert(stash_secrets(getattr(self, name)), hint, name))
 
     @classmethod
     def new(cls, **values: Any) -> Self:

@@ -39,7 +39,7 @@ from olmo.corpus.listing import Entry, read_listing, read_objects, write_listing
 from olmo.data.order import available_memory
 from olmo.io import gz
 from olmo.runtime.log import log
-from olmo.store.stage import Facts, Folder, Free, Inputs, Work, stage
+from olmo.store.stage import Facts, Folder, Inputs, Unhashed, Work, stage
 
 # A document has thousands of n-grams, and one false positive among them drops it.
 OVERLAP_FALSE_POSITIVES = 1e-9
@@ -139,13 +139,13 @@ def attributes(
     attributes: Folder,
     progress: Work,
     toolkit: str,
-    dolma: Free[Dolma],
+    dolma: Unhashed[Dolma],
     exact: bool = False,
     paragraphs: bool = False,
     ngram: int = 0,
     overlap: float = 0.0,
     false_positives: float = 1e-6,
-    step_bytes: Free[int] = 1 << 30,
+    step_bytes: Unhashed[int] = 1 << 30,
 ) -> Facts:
     """Find, in each training document, what occurs earlier in the data set or in evaluation sets.
 

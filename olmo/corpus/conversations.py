@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from olmo.corpus.sources import check_digest, fetch_any
-from olmo.io import downloads, file_kinds, gz
-from olmo.store.stage import Facts, Free, Input, Output, Work, stage
+from olmo.io import downloads, file_types, gz
+from olmo.store.stage import Facts, Input, Output, Unhashed, Work, stage
 
 ROLES = ("system", "user", "assistant")
 Message = tuple[str, str]  # role, content
@@ -111,9 +111,9 @@ def download_conversations(
     source: Output,
     part: Work,
     sha256: str | None = None,
-    bytes: Free[int | None] = None,
-    mirrors: Free[tuple[str, ...]] = (),
-    progress: Free[downloads.Progress] = downloads.unseen,
+    bytes: Unhashed[int | None] = None,
+    mirrors: Unhashed[tuple[str, ...]] = (),
+    progress: Unhashed[downloads.Progress] = downloads.ignore_progress,
 ) -> Facts:
     """Download and convert such a file, as `olmo.corpus.sources.download`.
 
@@ -147,13 +147,15 @@ def convert_to_json_lines(file: Path, source: Path, name: str) -> int:
         with open(file, "rb") as text, gz.writing(source) as lines:
             shutil.copyfileobj(text, lines)
     else:
-        found, command = file_kinds.kind_of(beginning)
-        remedy = f"Convert it to gz with `{file_kinds.into_gz(name, command)}`" if command else ""
+        found, command = file_types.detect_type(beginning)
+        remedy = (
+            f"Convert it to gz with `{file_types.gz_command(name, command)}`" if command else ""
+        )
         raise ValueError(
             f"{name}: expected conversations (JSON lines, gz or plain, or parquet), found {found}. "
             + (remedy or "Check its place and download it again")
         )
-    size = gz.check(source, name)
+    size = gz.verify_checksum(source, name)
     if size == 0:
         raise ValueError(f"{name}: expected conversations, found none. Remove it from the list")
     return size

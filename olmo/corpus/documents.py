@@ -22,7 +22,7 @@ from olmo.config import BaseConfig
 from olmo.config.strict import UNHASHED, check_range
 from olmo.corpus import conversations
 from olmo.corpus.listing import Entry, read_listing, run_shards, write_listing
-from olmo.io import file_kinds, gz
+from olmo.io import file_types, gz
 from olmo.runtime.log import log
 from olmo.store.stage import Facts, Input, Output, stage
 
@@ -71,7 +71,7 @@ class DocumentsSection(BaseConfig):
         super().__post_init__()
         check_range("documents.keep_one_in", self.keep_one_in, 1)
         check_range("documents.max_text_bytes", self.max_text_bytes, 1)
-        check_range("documents.max_line_bytes", self.max_line_bytes, 1, gz.LONGEST_LINE)
+        check_range("documents.max_line_bytes", self.max_line_bytes, 1, gz.LINE_LIMIT_BYTES)
         if not 0 <= self.offset < self.keep_one_in:
             raise ValueError(
                 f"documents.offset: expected from 0 to keep_one_in - 1, {self.keep_one_in - 1}; "
@@ -201,7 +201,7 @@ def documents(
                     if reason is not None:
                         if copy == 0:
                             reasons[reason] += 1
-                            if not hint and (found := file_kinds.hint(line)):
+                            if not hint and (found := file_types.explain_non_json(line)):
                                 hint = f"  {name}:{at}: {found}"
                             table_rows.append((at, identity, DROPPED, None, size, reason))
                         continue

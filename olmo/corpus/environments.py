@@ -44,10 +44,10 @@ def build_environment(requirements: Path, environment: Path) -> None:
         run_uv("venv", "--quiet", "--no-project", "--python", sys.executable, str(folder))
         target = ("--python", str(folder), "-r", os.path.abspath(requirements))
         run_uv("pip", "install", "--quiet", *target)
-        sealed.write(marker, json.dumps(made_from, indent=1), alone=True)
+        sealed.write_atomic(marker, json.dumps(made_from, indent=1), alone=True)
     python = os.path.relpath(interpreter, environment.parent)
     text = json.dumps({"python": python, **made_from}, indent=1, sort_keys=True) + "\n"
-    sealed.write(environment, text, alone=True)
+    sealed.write_atomic(environment, text, alone=True)
 
 
 def run_uv(*arguments: str) -> None:

@@ -102,7 +102,7 @@ class Fast:
     def is_audited(self, job: TokenizeJob) -> bool:
         """Whether the toolkit tokenizes this file too: by a hash of the file's beginning."""
         with open(job.documents, "rb") as file:
-            digest = hashlib.sha256(file.read(gz.BUFFER)).digest()
+            digest = hashlib.sha256(file.read(gz.BUFFER_BYTES)).digest()
         return int.from_bytes(digest[:8], "big") < self.audit_share * 2**64
 
     def audit(self, job: TokenizeJob, ranges: polars.DataFrame) -> None:

@@ -14,12 +14,12 @@ from olmo.corpus.listing import Entry, read_listing, run_shard, write_listing
 from olmo.corpus.questions import stdlib_questions
 from olmo.corpus.sources import download, download_tokens, local_source, local_tokens
 from olmo.corpus.stdlib import library_digest, stdlib
-from olmo.io import foreign
-from olmo.io.downloads import Progress, unseen
-from olmo.io.progress import Count, DownloadProgress
+from olmo.io import untrusted
+from olmo.io.downloads import Progress, ignore_progress
+from olmo.io.progress import DownloadProgress, Totals
 from olmo.runtime.log import log
 from olmo.store.lease import lease
-from olmo.store.stage import here
+from olmo.store.stage import current_store
 from olmo.store.store import Record
 
 
@@ -45,7 +45,7 @@ def parse_sources(words: list[str], table: Path | None = None) -> list[SourceFil
     for word in words:
         name, _, places = word.partition("=")
         place, *mirrors = map(source_table.unquote, places.split("#"))
-        foreign.part(name, "--sources")
+        untrusted.check_part(name, "--sources")
         row = known.get(place)
         size, digest = (row.bytes, row.sha256) if row else (None, None)
         files.append(SourceFile(name, place, tuple(mirrors), size, digest))
@@ -68,10 +68,10 @@ def ingest_files(
     dataset = source_table.read_table(table) if table else files
     sizes = [file.bytes for file in dataset]
 
-    def count_finished() -> Count:
+    def count_finished() -> Totals:
         others = [path for path in listing.parent.glob("[0-9]*.tsv") if path != listing and table]
         rows = read_listing(others)
-        return Count(len(rows), sum(entry.bytes for entry in rows))
+        return Totals(len(rows), sum(entry.bytes for entry in rows))
 
     def ingest_remote(file: SourceFile) -> list[Entry]:
         try:
@@ -81,8 +81,8 @@ def ingest_files(
 
     entries: list[Entry] = []
     failures: list[str] = []
-    total = Count(len(dataset), None if None in sizes else sum(size or 0 for size in sizes))
-    folder = here().root / "arriving" / path_key(listing.parent)
+    total = Totals(len(dataset), None if None in sizes else sum(size or 0 for size in sizes))
+    folder = current_store().root / "arriving" / path_key(listing.parent)
     with (
         DownloadProgress(folder, total, count_finished) as progress,
         ThreadPoolExecutor(parallel) as pool,
@@ -90,7 +90,9 @@ def ingest_files(
         downloads = {file: pool.submit(ingest_remote, file) for file in files if file.is_remote}
         for file in files:
             try:
-                entries += downloads[file].result() if file in downloads else ingest(file, unseen)
+                entries += (
+                    downloads[file].result() if file in downloads else ingest(file, ignore_progress)
+                )
             except ValueError as error:
                 failures.append(str(error))
     if failures and not allow_missing:
@@ -138,7 +140,7 @@ def sources(
     if table is not None and not conversations:
         places = {file.name: file.place for file in files}
         found = {places[entry.shard]: (entry.bytes, entry.sha256) for entry in entries}
-        with lease(here().root / "leases", f"table-{path_key(table)}"):
+        with lease(current_store().root / "leases", f"table-{path_key(table)}"):
             source_table.complete_table(table, found)
     write_listing(listing, entries)
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from olmo.io import foreign, sealed
+from olmo.io import sealed, untrusted
 from olmo.io.sealed import Damaged
-from olmo.store.stage import Stage, here
+from olmo.store.stage import Stage, current_store
 
 HEADER = ("shard", "output", "path", "sha256", "bytes")
 
@@ -31,7 +31,7 @@ class Entry:
     @property
     def object(self) -> Path:
         """The file itself, in the store."""
-        return here().object_path(self.sha256)
+        return current_store().object_path(self.sha256)
 
 
 def read_listing(listings: Iterable[Path], output: str | None = None) -> list[Entry]:
@@ -49,8 +49,8 @@ def read_listing(listings: Iterable[Path], output: str | None = None) -> list[En
         if tuple(header) != HEADER:
             raise ValueError(f"{listing}: expected the columns {HEADER}, found {header!r}")
         for shard, name, path, digest, size in rows:
-            foreign.part(shard, str(listing))
-            foreign.digest(digest, str(listing))
+            untrusted.check_part(shard, str(listing))
+            untrusted.check_digest(digest, str(listing))
             if output in (None, name):
                 entries.append(Entry(shard, name, path, digest, int(size)))
     return entries
@@ -64,7 +64,7 @@ def read_objects(listings: Iterable[Path], output: str) -> list[Path]:
 def write_listing(listing: Path, entries: Iterable[Entry]) -> None:
     """Write a listing atomically."""
     rows = [HEADER, *((e.shard, e.output, e.path, e.sha256, str(e.bytes)) for e in entries)]
-    sealed.write(listing, sealed.dump_table(rows), alone=True)
+    sealed.write_atomic(listing, sealed.dump_table(rows), alone=True)
 
 
 def run_shard(

@@ -20,7 +20,7 @@ from olmo.corpus.listing import read_listing, run_shards, write_listing
 from olmo.corpus.tokens import PARQUET
 from olmo.io import gz
 from olmo.runtime.log import log
-from olmo.store.stage import Facts, Free, Input, Output, stage
+from olmo.store.stage import Facts, Input, Output, Unhashed, stage
 
 if TYPE_CHECKING:
     import polars
@@ -70,7 +70,7 @@ def mixed(
     mixed: Output,
     mixed_table: Output,
     toolkit: str,
-    dolma: Free[Dolma],
+    dolma: Unhashed[Dolma],
 ) -> Facts:
     """Remove from one file of training documents what `attributes` (of that stage) marks.
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlparse
 
-from olmo.io import file_kinds, foreign, sealed
-from olmo.io.patterns import matching
-from olmo.runtime.urls import entrusted
+from olmo.io import file_types, sealed, untrusted
+from olmo.io.patterns import match_files
+from olmo.runtime.urls import stash_secrets
 
 COLUMNS = ("url", "bytes", "sha256", "licence")
 RESULTS = ("eval", "hf")  # folders in which snakemake takes any file for an output of a rule
@@ -42,7 +42,7 @@ def read_table(path: Path) -> list[Source]:
     Raises:
         ValueError: other columns; bytes that are not a number; a sha256 that is not one.
     """
-    lines = file_kinds.text_of(path, str(path)).splitlines()
+    lines = file_types.read_text(path, str(path)).splitlines()
     header, *rows = [line.split("\t") for line in lines or [""]]
     if tuple(header) not in (COLUMNS, COLUMNS[:3]):
         raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}; found {header}")
@@ -57,7 +57,7 @@ def read_table(path: Path) -> list[Source]:
             )
         known = int(size) if size else None
         found.append(Source("", url, known, digest or None, licence))
-    places = entrusted([source.place for source in found])
+    places = stash_secrets([source.place for source in found])
     return assign_names([replace(s, place=place) for s, place in zip(found, places, strict=True)])
 
 
@@ -71,7 +71,7 @@ def complete_table(path: Path, downloaded: dict[str, tuple[int, str]]) -> None:
         rows.append((url, str(size or ""), digest or "", source.licence))
     text = "".join("\t".join(row) + "\n" for row in rows)
     if text != before:
-        sealed.write(path, text, alone=True)
+        sealed.write_atomic(path, text, alone=True)
 
 
 def find_local_files(
@@ -89,7 +89,7 @@ def find_local_files(
                 "first, or use a table of URLs (sources: {table: FILE.tsv})"
             )
         try:
-            matches = matching(pattern)
+            matches = match_files(pattern)
         except ValueError as error:
             raise ValueError(f"{recipe}: {key}: {error}") from error
         if not matches:
@@ -122,7 +122,9 @@ def assign_names(sources: list[Source]) -> list[Source]:
     parts = [[part for part in place.split("/") if part] for place in places]
     different = len({source.place for source in sources})
     for depth in range(1, max([1, *map(len, parts)]) + 1):
-        names = [foreign.part(safe_name("-".join(part[-depth:])), "sources") for part in parts]
+        names = [
+            untrusted.check_part(safe_name("-".join(part[-depth:])), "sources") for part in parts
+        ]
         if len(set(names)) == different:
             return [replace(s, name=name) for s, name in zip(sources, names, strict=True)]
     first: dict[str, str] = {}

@@ -11,11 +11,11 @@ from typing import Any
 from olmo.config import BaseConfig
 from olmo.config.strict import check_range
 from olmo.corpus.source_table import COLUMNS
-from olmo.io import downloads, file_kinds, gz
+from olmo.io import downloads, file_types, gz
 from olmo.runtime.log import log
-from olmo.runtime.urls import public
-from olmo.store.stage import Facts, Free, Input, Output, Work, here, stage
-from olmo.store.store import sha256 as digest_of
+from olmo.runtime.urls import redact
+from olmo.store.stage import Facts, Input, Output, Unhashed, Work, current_store, stage
+from olmo.store.store import hash_file as digest_of
 
 MAX_URL_LIST_BYTES = 256 * 2**20
 
@@ -58,8 +58,8 @@ def source_list(url: str, table: Output, licence: str = "") -> Facts:
     """
     part = table.with_name("part")
     listed = table.with_name("listed")
-    downloads.fetch(url, listed, part, most=MAX_URL_LIST_BYTES)
-    text = file_kinds.text_of(listed, url)
+    downloads.fetch(url, listed, part, max_bytes=MAX_URL_LIST_BYTES)
+    text = file_types.read_text(listed, url)
     shutil.rmtree(part)
     listed.unlink()
     urls = [line.strip() for line in text.splitlines() if line.strip()]
@@ -68,15 +68,15 @@ def source_list(url: str, table: Output, licence: str = "") -> Facts:
         is_local = "://" not in one or one.lower().startswith("file:")
         if is_local or any(letter.isspace() for letter in one):
             raise ValueError(f"{url}: expected a URL a line, found in line {number}: {one[:80]!r}")
-        if public(one) != one:  # the table is kept in the store, and shared with it
+        if redact(one) != one:  # the table is kept in the store, and shared with it
             raise ValueError(
                 f"{url}, line {number}: expected a URL without user, password and signature, found "
-                f"credentials in the URL of {public(one)}; save the list as a table of your own "
+                f"credentials in the URL of {redact(one)}; save the list as a table of your own "
                 "(sources: {table: …}), which is not shared"
             )
     if not urls:
         raise ValueError(f"{url}: expected a list of URLs, found an empty file")
-    found = downloads.sizes(urls)
+    found = downloads.request_sizes(urls)
     known = [size for size in found if size is not None]
     unknown = f", and {len(urls) - len(known)} files of unknown size" * (len(known) < len(urls))
     log.info(f"{len(urls):,} files, {sum(known):,} bytes ({sum(known) / 1e9:,.1f} GB){unknown}")
@@ -93,9 +93,9 @@ def download(
     source: Output,
     part: Work,
     sha256: str | None = None,
-    bytes: Free[int | None] = None,
-    mirrors: Free[tuple[str, ...]] = (),
-    progress: Free[downloads.Progress] = downloads.unseen,
+    bytes: Unhashed[int | None] = None,
+    mirrors: Unhashed[tuple[str, ...]] = (),
+    progress: Unhashed[downloads.Progress] = downloads.ignore_progress,
 ) -> Facts:
     """Download one gz file and check it: its length, its own checksum to the end, its sha256.
 
@@ -103,7 +103,7 @@ def download(
     output. With one that the store has, nothing is downloaded. An interrupted download resumes. If
     `url` fails, the mirrors are tried in order.
     """
-    known = here().object_path(sha256) if sha256 else None
+    known = current_store().object_path(sha256) if sha256 else None
     if known is not None and known.exists() and digest_of(known) == sha256:
         shutil.copyfile(known, source)
         text_bytes = check_source(source, url, bytes, sha256)
@@ -122,8 +122,8 @@ def download_tokens(
     tokens: Output,
     part: Work,
     dtype: str = "uint16",
-    mirrors: Free[tuple[str, ...]] = (),
-    progress: Free[downloads.Progress] = downloads.unseen,
+    mirrors: Unhashed[tuple[str, ...]] = (),
+    progress: Unhashed[downloads.Progress] = downloads.ignore_progress,
 ) -> Facts:
     """Download a file of tokens made elsewhere: raw little-endian `dtype`, no header.
 
@@ -166,8 +166,8 @@ def fetch_any(
                     raise
                 facts = fetch()  # once more from the start: the file may have changed in between
                 checked = check(place)
-        except downloads.TooLong as error:
-            failures.append(wrong_size(place, error.most, error.found))
+        except downloads.TooLarge as error:
+            failures.append(wrong_size(place, error.max_bytes, error.found))
             continue
         except ValueError as error:
             failures.append(str(error))
@@ -196,9 +196,9 @@ def check_source(source: Path, name: str, bytes: int | None, sha256: str | None)
 
     Raises ValueError unless the file is complete and agrees with the table.
     """
-    gz.refuse_other_content(source, name)
+    gz.check_is_gzip(source, name)
     check_digest(source, name, bytes, sha256)
-    text_bytes = gz.check(source, name)
+    text_bytes = gz.verify_checksum(source, name)
     if text_bytes == 0:
         raise ValueError(f"{name}: expected lines, found an empty source. Remove it from the list")
     return text_bytes

@@ -13,9 +13,9 @@ from olmo.config import BaseConfig
 from olmo.config.strict import check_range
 from olmo.corpus.documents import parse_document
 from olmo.corpus.listing import read_objects
-from olmo.io import file_kinds, gz
-from olmo.store.stage import Facts, Input, Inputs, Output, here, stage
-from olmo.store.store import sha256 as digest_of
+from olmo.io import file_types, gz
+from olmo.store.stage import Facts, Input, Inputs, Output, current_store, stage
+from olmo.store.store import hash_file as digest_of
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")  # ids 0 and 1
 # Names of the end-of-text token and of the padding token in common tokenizers.
@@ -55,7 +55,7 @@ def batch(documents: list[Path], tokenizer: Path, config: TokenizerSection) -> N
         trained_tokenizer(documents=shards, tokenizer=tokenizer, vocab_size=config.train_vocab_size)
     elif config.file is not None:
         file, sha256 = Path(config.file), config.sha256
-        if sha256 is not None and (found := here().digest(file)) != sha256:
+        if sha256 is not None and (found := current_store().digest(file)) != sha256:
             raise ValueError(f"{file}: expected sha256 {sha256}, found {found}")
         local_tokenizer(source=file, tokenizer=tokenizer)
     else:
@@ -169,7 +169,7 @@ def write_portable(source: Path, name: str, output: Path) -> dict[str, Any]:
     """Check a given tokenizer and write it in the form that the toolkit reads; facts about it."""
     from tokenizers import Tokenizer
 
-    content = file_kinds.text_of(source, name)
+    content = file_types.read_text(source, name)
     try:
         vocab_size = Tokenizer.from_str(content).get_vocab_size()
         settings = json.loads(content)

@@ -19,7 +19,7 @@ from olmo.corpus.engine import Engine, TokenizeJob
 from olmo.corpus.fast import Fast
 from olmo.corpus.listing import read_listing, run_shards, write_listing
 from olmo.runtime.log import log
-from olmo.store.stage import Facts, Free, Input, Output, Stage, stage
+from olmo.store.stage import Facts, Input, Output, Stage, Unhashed, stage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,7 +121,7 @@ def tokens(
     eos_token_id: int,
     pad_token_id: int,
     toolkit: str,
-    engine: Free[Engine],
+    engine: Unhashed[Engine],
     split: str = TRAIN,
     max_size: int = MAX_TOKENS,
     special_tokens: str = AS_SPECIAL,

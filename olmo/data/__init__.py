@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from olmo.runtime.lazy import lazy
+from olmo.runtime.lazy import lazy_exports
 
 # OLMo's module paths that our trainer does not use: `olmo.data.util` is compat/data/util.py.
 __path__.append(str(Path(__file__).parents[1] / "compat/data"))
 
-__getattr__, __all__ = lazy(
+__getattr__, __all__ = lazy_exports(
     __name__,
     {
         "memmap": ["MemMapDataset", "build_memmap_dataset"],

@@ -26,9 +26,9 @@ def file_sizes(paths: Sequence[str | Path]) -> list[int]:
     """Bytes of each file, in order. Raises FileNotFoundError for a missing one."""
     from_urls: dict[str, int | None] = {}
     if urls := sorted({str(path) for path in paths if is_url(path)}):
-        from olmo.io.downloads import sizes
+        from olmo.io.downloads import request_sizes
 
-        from_urls = dict(zip(urls, sizes(urls), strict=True))
+        from_urls = dict(zip(urls, request_sizes(urls), strict=True))
     found = []
     for path in paths:
         if is_url(path):
@@ -77,18 +77,20 @@ def _read_range(url: str, start: int, stop: int) -> bytes:
     import requests
     import urllib3
 
-    from olmo.io.downloads import is_http, keyless
-    from olmo.runtime.urls import entrusted, whole
+    from olmo.io.downloads import is_http, to_public_url
+    from olmo.runtime.urls import restore_secrets, stash_secrets
 
-    url = entrusted(url)
-    address = keyless(url)
+    url = stash_secrets(url)
+    address = to_public_url(url)
     if not is_http(address):
         raise ValueError(f"token files are read from local paths or http(s), not from {url}")
     wait, reason = 0.5, ""
     for _ in range(TRIES):
         try:
             span = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-            with requests.get(whole(address), headers=span, timeout=30, stream=True) as response:
+            with requests.get(
+                restore_secrets(address), headers=span, timeout=30, stream=True
+            ) as response:
                 if response.status_code == 206:
                     content: bytes = response.raw.read(stop - start + 1, decode_content=False)
                     if len(content) <= stop - start:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from olmo.io.file_kinds import PAGES
+from olmo.io.file_types import HTML_STARTS
 
 RAW, NUMPY = "raw numbers without a header", "a numpy file with a header"
 MAGIC_BYTES = {
@@ -41,7 +41,7 @@ def check_is_raw(name: str, start: bytes, dtype: str, where: str = "") -> None:
                 command = f"numpy.load({name!r}).astype({dtype!r}).tofile('raw.npy')"
                 remedy = f"; write its numbers alone: {command}"
             raise ValueError(f"{where}{name}: expected {RAW}, found {kind}{remedy}")
-    if start.lstrip().lower().startswith(PAGES):
+    if start.lstrip().lower().startswith(HTML_STARTS):
         raise ValueError(f"{where}{name}: expected {RAW}, found a web page ({start[:64]!r}…)")
 
 

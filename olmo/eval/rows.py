@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.io import foreign
+from olmo.io import untrusted
 
 # Where the hub keeps every data set as parquet, made by its own machines: no code of it runs here.
 PARQUET = "refs/convert/parquet"
@@ -110,7 +110,7 @@ def _read(folder: Path) -> Iterator[dict[str, Any]]:
     state = folder / "state.json"
     if state.is_file():
         told = json.loads(state.read_text())["_data_files"]
-        files = [folder / foreign.inner(file["filename"], str(state)) for file in told]
+        files = [folder / untrusted.check_relative(file["filename"], str(state)) for file in told]
     else:
         files = sorted(path for path in folder.glob("*") if path.suffix in readers)
     if not files:

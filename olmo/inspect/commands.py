@@ -13,7 +13,7 @@ import numpy as np
 from olmo.inspect.documents import Document, Shard, digest_of, shards
 from olmo.inspect.run import Instance, Run
 from olmo.runtime.log import log
-from olmo.store.stage import here
+from olmo.store.stage import current_store
 from olmo.tokenizer import hub_name
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def inspect(
     does not lead to them. With --json a line for each instance.
     """
     opened = Run(run, order, world_size)
-    known = shards(here())
+    known = shards(current_store())
     words = reader(opened, known, tokenizer)
     for instance in opened.instances(step, rank):
         shard = known.get(digest_of(instance.path))
@@ -136,13 +136,13 @@ def sightings(
     sha256: str | None = None,
 ) -> Iterator[tuple[Document, list[tuple[int, int, int]]]]:
     """Each such document of a run's data, with (step, position, instance) of each time."""
-    known = shards(here())
+    known = shards(current_store())
     for number, path in enumerate(run.dataset.paths):
         shard = known.get(digest_of(path))
         if shard is None:
             raise ValueError(
-                f"{path} is not known to the store {here().root}: documents can be looked for in "
-                "data that this pipeline made"
+                f"{path} is not known to the store {current_store().root}: documents can be looked "
+                "for in data that this pipeline made"
             )
         first, end = run.dataset.offsets[number]
         for document in chosen(shard, id, url, text, sha256):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.io import gz
-from olmo.store.lineage import makers
+from olmo.store.lineage import records_by_content
 from olmo.store.store import Record, Store
 
 
@@ -135,7 +135,7 @@ def digest_of(path: str | Path) -> str:
 
 def shards(store: Store) -> dict[str, Shard]:
     """Every token file that the pipeline made from documents, by its sha256."""
-    made_by = makers(store)
+    made_by = records_by_content(store)
     return {
         record["outputs"]["tokens"]["sha256"]: Shard(store, record, made_by)
         for record in store.records()

@@ -10,7 +10,7 @@ from typing import Any
 from olmo.inspect.documents import digest_of, shards
 from olmo.inspect.run import Run
 from olmo.runtime.log import log
-from olmo.store.stage import here
+from olmo.store.stage import current_store
 from olmo.tokenizer import Tokenizer, hub_name
 
 HOLDS = ("model.safetensors", "model.pt", "model_and_optim")  # what a checkpoint folder has
@@ -117,7 +117,7 @@ def tokenizer_of(place: str, run: Run, given: str | None) -> Tokenizer:
     """
     model = run.cfg.model
     ends = {"eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id}
-    known = {} if given else shards(here())
+    known = {} if given else shards(current_store())
     ours = [known[name] for name in map(digest_of, run.cfg.data.paths or []) if name in known]
     files = [Path(given or f"{place}/tokenizer.json"), *(shard.tokenizer for shard in ours[:1])]
     try:

@@ -24,7 +24,7 @@ from olmo.config import TrainConfig
 from olmo.data.files import TokenFile, file_sizes
 from olmo.data.order import ORDER_DTYPE, global_indices
 from olmo.inspect.order import Seen
-from olmo.store.lineage import makers
+from olmo.store.lineage import records_by_content
 from olmo.store.store import Record, Store
 from olmo.train.sinks import lines_upto
 
@@ -145,7 +145,7 @@ def segments_of(store: Store, record: Record) -> list[dict[str, Any]]:
         found = [s for s in mine if last is None or s["after"] < last] + found
         if not (links := record.get("action", {}).get("inputs", {}).get("after")):
             break
-        made_by = made_by or makers(store)
+        made_by = made_by or records_by_content(store)
         training = [r for r in made_by.get(links[0], []) if r["action"]["stage"] == "training"]
         record = training[0] if training else {}
     return found

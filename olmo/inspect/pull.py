@@ -14,10 +14,10 @@ from olmo.inspect.history import Origin
 from olmo.inspect.order import steps_of
 from olmo.store import remote as second
 from olmo.store.lineage import ancestors
-from olmo.store.naming import named
-from olmo.store.remote import Moved, Remote
-from olmo.store.stage import here
-from olmo.store.store import Store, files
+from olmo.store.naming import record_of
+from olmo.store.remote import Remote, TransferStats
+from olmo.store.stage import current_store
+from olmo.store.store import Store, output_files
 
 
 def pull(
@@ -30,15 +30,15 @@ def pull(
     token shards that hold what these steps saw.
     """
     there = Remote(source)
-    pulled, moved = second.pull(here(), there, patterns, inputs)
+    pulled, moved = second.pull_names(current_store(), there, patterns, inputs)
     print(f"{source}: {len(pulled):,} names; {moved}")
     if steps is None:
         return
     for final in [Path(name) for name in pulled if Path(name, "config.yaml").exists()]:
-        print(f"steps {steps} of {final}: {shards(here(), there, final, steps_of(steps))}")
+        print(f"steps {steps} of {final}: {shards(current_store(), there, final, steps_of(steps))}")
 
 
-def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> Moved:
+def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> TransferStats:
     """Bring the order of a run, and the shards of tokens and labels that these steps saw.
 
     Args:
@@ -48,12 +48,12 @@ def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> M
     Raises:
         ValueError: `final` is no checkpoint of the pipeline's; a step that the run has not.
     """
-    record = named(store, final)
+    record = record_of(store, final)
     cfg = TrainConfig.load(final / "config.yaml", foreign=True)
     last = record["facts"].get("steps", 0)
     if wrong := [step for step in steps if not 1 <= step <= last]:
         raise ValueError(f"{final}: expected steps from 1 to {last}, found {wrong[0]}")
-    sizes = {f["sha256"]: f["size"] for _, r in ancestors(store, record) for f in files(r)}
+    sizes = {f["sha256"]: f["size"] for _, r in ancestors(store, record) for f in output_files(r)}
     given = record["action"]["inputs"]
     of_order: str = given.get("order", "")
     of_tokens: list[str] = given.get("tokens", [])
@@ -63,8 +63,8 @@ def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> M
             f"{final}: expected the records of its order and its tokens, found some missing; pull "
             "it again from a store that was pushed to by who trained it"
         )
-    with store.draft() as folder:
-        moved = second.fetch(store, remote, {of_order: sizes[of_order]}, folder)
+    with store.temp_folder() as folder:
+        moved = second.fetch_objects(store, remote, {of_order: sizes[of_order]}, folder)
         width = np.dtype(cfg.data.effective_memmap_dtype).itemsize * cfg.model.max_sequence_length
         ends = list(accumulate(sizes[digest] // width for digest in of_tokens))
         place = str(store.object_path(of_order))
@@ -75,4 +75,4 @@ def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> M
         which = set(np.searchsorted(ends, instances, side="right").tolist())
         needed = {digests[i] for digests in (of_tokens, of_labels) if digests for i in which}
         wanted = {digest: sizes[digest] for digest in sorted(needed)}
-        return moved + second.fetch(store, remote, wanted, folder)
+        return moved + second.fetch_objects(store, remote, wanted, folder)

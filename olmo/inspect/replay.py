@@ -11,7 +11,7 @@ from olmo.cluster.launch import Geometry, launch
 from olmo.inspect.order import steps_of
 from olmo.inspect.run import Run
 from olmo.runtime.log import log
-from olmo.store.stage import here
+from olmo.store.stage import current_store
 from olmo.train.chain import STATE
 from olmo.train.sinks import read_metrics
 
@@ -98,10 +98,10 @@ def given_start(digests: list[str], folder: Path) -> Path:
     """The checkpoint that a run was given to start from, by its files' digests, as a folder."""
     folder.mkdir()
     for digest, name in zip(digests, STATE, strict=False):
-        if not (file := here().object_path(digest)).exists():
+        if not (file := current_store().object_path(digest)).exists():
             raise ValueError(
                 f"the checkpoint that the run started from ({digest[:12]}…) is not in the store "
-                f"{here().root}; pull it, or run snakemake again"
+                f"{current_store().root}; pull it, or run snakemake again"
             )
         (folder / name).symlink_to(file.absolute())
     return folder

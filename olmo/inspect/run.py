@@ -25,9 +25,9 @@ from olmo.inspect.history import Origin, Recorded, Stretch
 from olmo.inspect.order import Seen
 from olmo.io import downloads
 from olmo.runtime.log import log
-from olmo.runtime.process import SEGMENTS
-from olmo.store.stage import here
-from olmo.store.store import parse
+from olmo.runtime.process import SEGMENTS_FILE
+from olmo.store.stage import current_store
+from olmo.store.store import parse_record
 
 MOST_CONFIG = 64 * 2**20  # bytes
 
@@ -75,7 +75,7 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What the store knows of a final checkpoint; {} of others."""
         path = Path(self.folder, "record.json")
-        return parse(path.read_bytes(), path) if path.exists() else {}
+        return parse_record(path.read_bytes(), path) if path.exists() else {}
 
     @cached_property
     def home(self) -> Path:
@@ -103,16 +103,16 @@ class Run:
         from olmo.train.segments import segments  # which imports torch
 
         if self.record:
-            return history.segments_of(here(), self.record)
+            return history.segments_of(current_store(), self.record)
         if not is_url(self.folder):
             return segments(self.home)
         url, _, name = self.folder.rpartition("/")
         place = url if layout.is_checkpoint_name(Path(name)) else self.folder
-        if self._order or not downloads.is_http(downloads.keyless(place)):
+        if self._order or not downloads.is_http(downloads.to_public_url(place)):
             return []
-        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(downloads.NotThere):
-            file, part = Path(folder, SEGMENTS), Path(folder, "part")
-            downloads.fetch(f"{place}/{SEGMENTS}", file, part, most=MOST_CONFIG)
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(downloads.NotFound):
+            file, part = Path(folder, SEGMENTS_FILE), Path(folder, "part")
+            downloads.fetch(f"{place}/{SEGMENTS_FILE}", file, part, max_bytes=MOST_CONFIG)
             return segments(Path(folder))
         return []
 
@@ -289,5 +289,5 @@ def load(place: str) -> TrainConfig:
         return TrainConfig.load(place, validate_paths=False, foreign=not ours)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.yaml")
-        downloads.fetch(place, path, Path(folder, "part"), most=MOST_CONFIG)
+        downloads.fetch(place, path, Path(folder, "part"), max_bytes=MOST_CONFIG)
         return TrainConfig.load(path, foreign=True)

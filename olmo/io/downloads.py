@@ -18,18 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from olmo.io import sealed
 from olmo.io.sealed import Damaged
-from olmo.runtime.urls import entrusted, public, refuse_secrets, whole
+from olmo.runtime.urls import check_no_secrets, redact, restore_secrets, stash_secrets
 
 if TYPE_CHECKING:
     import requests
 
-BLOCK = 1 << 20
-CONNECT_S, STALL_S = 20, 60  # no connection, no byte for so long: the attempt failed
-FRUITLESS = 6  # attempts in a row that bring not one new byte, until we give up
-LONGEST_WAIT_S = 300.0  # however long a server asks us to wait
-MARGIN = 1 << 30  # bytes of a disk, or a hundredth of it, that what has no known end leaves free
+BLOCK_BYTES = 1 << 20
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 20, 60  # no connection, no byte for so long: the attempt failed
+MAX_FRUITLESS_ATTEMPTS = 6  # attempts in a row that bring not one new byte, until we give up
+MAX_WAIT_S = 300.0  # however long a server asks us to wait
+MIN_FREE_BYTES = (
+    1 << 30
+)  # bytes of a disk, or a hundredth of it, that what has no known end leaves free
 # Buckets whose contents are public by http as well, where no key is needed.
-KEYLESS = {
+PUBLIC_MIRRORS = {
     "r2://olmo-data/": "https://olmo-data.org/",
     "r2://olmo-checkpoints/": "https://olmo-checkpoints.org/",
 }
@@ -37,11 +39,11 @@ HUB_DATASETS = "hf://datasets/"  # owner/name[@revision]/file
 Progress = Callable[[int], None]  # called with the number of bytes that have just arrived
 
 
-def unseen(_: int) -> None:
+def ignore_progress(_: int) -> None:
     """Progress that nobody looks at."""
 
 
-class Passing(Exception):
+class TransientError(Exception):
     """A failure that may pass: the attempt is made again, after `wait_s` if the server said so."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
@@ -49,34 +51,39 @@ class Passing(Exception):
         self.wait_s = wait_s
 
 
-class NotThere(ValueError):
+class NotFound(ValueError):
     """The server has no such file, and says so."""
 
 
-class TooLong(ValueError):
+class TooLarge(ValueError):
     """More bytes than belong there: at least `found`."""
 
-    def __init__(self, name: str, most: int, found: int) -> None:
-        super().__init__(f"{name}: expected {most:,} bytes at most, found {found:,} or more")
-        self.most, self.found = most, found
+    def __init__(self, name: str, max_bytes: int, found: int) -> None:
+        super().__init__(f"{name}: expected {max_bytes:,} bytes at most, found {found:,} or more")
+        self.max_bytes, self.found = max_bytes, found
 
 
-class NoRoom(ValueError):
+class DiskFull(ValueError):
     """More bytes than the disk has room for."""
 
 
-def refuse_too_long(name: str, size: int, most: int | None, path: Path | None = None) -> None:
-    """Raises TooLong for more bytes than `most`, NoRoom for more than fit on the disk of `path`."""
-    if most is not None and size > most:
-        raise TooLong(name, most, size)
+def check_size(name: str, size: int, max_bytes: int | None, path: Path | None = None) -> None:
+    """Check a file's size before it is written to `path`.
+
+    Raises:
+        TooLarge: it has more than `max_bytes`.
+        DiskFull: the disk of `path` has no room for it.
+    """
+    if max_bytes is not None and size > max_bytes:
+        raise TooLarge(name, max_bytes, size)
     if path is not None and size > (free := shutil.disk_usage(path.parent).free):
-        raise NoRoom(
+        raise DiskFull(
             f"{name}: the disk is full: {size:,} bytes do not fit on the disk of {path.parent}, of "
             f"which {free:,} are free; make room, or use another disk (OLMO_STORE)"
         )
 
 
-def refuse_links(*places: Path) -> None:
+def check_not_in_store(*places: Path) -> None:
     """Raises ValueError where a file, or a file in a folder, that is to be written lies in a store.
 
     A write goes through a link: it would change an object that must never change (and as root,
@@ -84,22 +91,22 @@ def refuse_links(*places: Path) -> None:
     """
     for place in places:
         inner = place.iterdir() if place.is_dir() else ()
-        if any(in_store(path) for path in (place, *inner)):
+        if any(is_in_store(path) for path in (place, *inner)):
             raise ValueError(
                 f"expected a place of your own to write to, found {place}, which the pipeline made "
                 "of links into its store; name another one"
             )
 
 
-def in_store(path: Path) -> bool:
+def is_in_store(path: Path) -> bool:
     """Whether a path leads into a store, which is known by its folders; see olmo.store.store."""
     parents = Path(os.path.realpath(path)).parents
     return any((p / "objects").is_dir() and (p / "actions").is_dir() for p in parents)
 
 
-def keyless(url: str) -> str:
+def to_public_url(url: str) -> str:
     """The address that needs no credentials, where there is one: r2://olmo-data/… by https."""
-    for root, place in KEYLESS.items():
+    for root, place in PUBLIC_MIRRORS.items():
         if url.startswith(root):
             return place + url.removeprefix(root)
     return url
@@ -110,44 +117,48 @@ def is_http(url: str) -> bool:
 
 
 def fetch(
-    url: str, path: Path, part: Path, progress: Progress = unseen, most: int | None = None
+    url: str,
+    path: Path,
+    part: Path,
+    progress: Progress = ignore_progress,
+    max_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Bring what `url` names to `path`. Facts: how many bytes, how many came over the net.
 
-    It ends at the first byte beyond `most`, and before the disk is full.
+    It ends at the first byte beyond `max_bytes`, and before the disk is full.
 
     http and https resume where an attempt ended, also one of an earlier process: `part` is a
     folder that keeps what has arrived. hf://, s3://, gs:// and so on go through their clients.
 
-    Raises ValueError, one line, when it is not available (NotThere, TooLong, NoRoom); OSError
+    Raises ValueError, one line, when it is not available (NotFound, TooLarge, DiskFull); OSError
     when it cannot be written.
     """
-    url = keyless(entrusted(url))
+    url = to_public_url(stash_secrets(url))
     part.mkdir(parents=True, exist_ok=True)
     if is_http(url):
-        return Download(url, part, progress, most).to(path)
+        return Download(url, part, progress, max_bytes).run(path)
     try:
-        found = by_client(url, part, most)
-    except (TooLong, NoRoom):
+        found = fetch_by_client(url, part, max_bytes)
+    except (TooLarge, DiskFull):
         raise
     except Exception as error:  # each scheme's client raises its own
         if isinstance(error, ImportError):
             raise ValueError(f"{url} needs a package: {error}") from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
             raise
-        said = public(" ".join(str(error).split()))  # some speak in paragraphs
+        said = redact(" ".join(str(error).split()))  # some speak in paragraphs
         said = "not found" if said == url else said  # Google's client has no more to say
         raise ValueError(f"{url}: {type(error).__name__}: {said}") from error
     shutil.copyfile(found, path)
     return {"bytes": path.stat().st_size}
 
 
-def by_client(url: str, part: Path, most: int | None = None) -> Path:
+def fetch_by_client(url: str, part: Path, max_bytes: int | None = None) -> Path:
     """Bring a file by the client of its scheme; where it lies in that client's cache.
 
     These clients are asked for its size first: they cannot be stopped.
     """
-    refuse_secrets(url)
+    check_no_secrets(url)
     if url.startswith(HUB_DATASETS):  # cached-path knows only the hub's models
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
@@ -158,80 +169,83 @@ def by_client(url: str, part: Path, most: int | None = None) -> Path:
         name, _, revision = name.partition("@")
         there: dict[str, Any] = {"repo_type": "dataset", "revision": revision or None}
         told = get_hf_file_metadata(hf_hub_url(f"{owner}/{name}", file, **there)).size
-        refuse_too_long(url, told or 0, most, part)
+        check_size(url, told or 0, max_bytes, part)
         return Path(hf_hub_download(f"{owner}/{name}", file, cache_dir=part / "hub", **there))
     from cached_path import cached_path
     from cached_path.schemes import get_scheme_client
 
     if not url.startswith("hf://"):  # which is a hub's model; its files are those of a repository
-        refuse_too_long(url, get_scheme_client(url).get_size() or 0, most, part)
+        check_size(url, get_scheme_client(url).get_size() or 0, max_bytes, part)
     return Path(cached_path(url, cache_dir=part / "cached-path"))
 
 
 class Download:
-    """One http download: the bytes that have arrived, and what tells whether they still fit.
+    """One resumable http download.
 
-    part/body      the bytes so far
-    part/told.json what the server said of them: its validator (ETag, else Last-Modified), the size
+    part/body           the bytes received so far
+    part/progress.json  the server's validator (ETag, else Last-Modified) and size of the file
     """
 
-    def __init__(self, url: str, part: Path, progress: Progress, most: int | None = None) -> None:
+    def __init__(
+        self, url: str, part: Path, progress: Progress, max_bytes: int | None = None
+    ) -> None:
         self.url = url
-        self.most = most
+        self.max_bytes = max_bytes
         self.body = part / "body"
-        self.told_path = part / "told.json"
+        self.metadata_path = part / "progress.json"
         self.progress = progress
-        self.told: dict[str, Any] = {}
-        if self.body.exists() and self.told_path.exists():
+        self.metadata: dict[str, Any] = {}
+        if self.body.exists() and self.metadata_path.exists():
             with suppress(Damaged):  # else what has arrived is of no use
-                self.told = sealed.read(self.told_path)
-        if most is not None and self.size > most:
-            self.forget()
+                self.metadata = sealed.load_file(self.metadata_path)
+        if max_bytes is not None and self.size > max_bytes:
+            self.reset()
         self.received = 0
         self.resumed = 0
 
     @property
     def size(self) -> int:
-        return self.body.stat().st_size if self.told else 0
+        return self.body.stat().st_size if self.metadata else 0
 
-    def to(self, path: Path) -> dict[str, Any]:
+    def run(self, path: Path) -> dict[str, Any]:
         """Attempt until the whole is here, then move it to `path`."""
         import requests
         from tenacity import RetryCallState, Retrying, retry_if_exception_type
         from tenacity.wait import wait_exponential_jitter
 
-        most, fruitless = self.size, 0
+        largest, fruitless = self.size, 0
 
         def give_up(state: RetryCallState) -> bool:
-            nonlocal most, fruitless
-            fruitless = 0 if self.size > most else fruitless + 1
-            most = max(most, self.size)
-            return fruitless >= FRUITLESS
+            nonlocal largest, fruitless
+            fruitless = 0 if self.size > largest else fruitless + 1
+            largest = max(largest, self.size)
+            return fruitless >= MAX_FRUITLESS_ATTEMPTS
 
         def wait(state: RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
-            asked = error.wait_s if isinstance(error, Passing) else None
-            return backoff(state) if asked is None else min(asked, LONGEST_WAIT_S)
+            asked = error.wait_s if isinstance(error, TransientError) else None
+            return backoff(state) if asked is None else min(asked, MAX_WAIT_S)
 
         backoff = wait_exponential_jitter(multiplier=0.2, max=30, jitter=0.2)
         again = Retrying(
-            retry=retry_if_exception_type(Passing), stop=give_up, wait=wait, reraise=True
+            retry=retry_if_exception_type(TransientError), stop=give_up, wait=wait, reraise=True
         )
         with requests.Session() as session:
             try:
                 again(self.attempt, session)
-            except Passing as error:
+            except TransientError as error:
                 raise ValueError(
-                    f"{self.url}: {error}; gave up after {FRUITLESS} attempts without a new byte. "
-                    f"The {self.size:,} bytes that arrived are kept: run the same command again"
+                    f"{self.url}: {error}; gave up after {MAX_FRUITLESS_ATTEMPTS} attempts without "
+                    f"a new byte. The {self.size:,} bytes that arrived are kept: run the same "
+                    "command again"
                 ) from error
         os.replace(self.body, path)
-        self.told_path.unlink()
+        self.metadata_path.unlink()
         return {
             "bytes": path.stat().st_size,
             "received": self.received,
             "resumed": self.resumed,
-            "validator": self.told.get("validator"),
+            "validator": self.metadata.get("validator"),
         }
 
     def attempt(self, session: requests.Session) -> None:
@@ -243,107 +257,113 @@ class Download:
         headers = {"Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
-            if self.told["validator"]:
-                headers["If-Range"] = self.told["validator"]
+            if self.metadata["validator"]:
+                headers["If-Range"] = self.metadata["validator"]
         try:
             with session.get(
-                whole(self.url), headers=headers, stream=True, timeout=(CONNECT_S, STALL_S)
+                restore_secrets(self.url),
+                headers=headers,
+                stream=True,
+                timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
             ) as response:
-                if self.begin(response, have):
+                if self.accept(response, have):
                     return
                 self.receive(response)
         except requests.TooManyRedirects as error:
             raise ValueError(f"{self.url}: the server redirects in a circle") from error
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
-            said = public(str(error))
+            said = redact(str(error))
             raise ValueError(f"{self.url}: not an address that can be asked: {said}") from error
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise Passing(f"the connection failed: {reason(error)}") from error
-        total = self.told["bytes"]
+            raise TransientError(f"the connection failed: {root_cause(error)}") from error
+        total = self.metadata["bytes"]
         if total is not None and self.size < total:
-            raise Passing(f"expected {total:,} bytes, found {self.size:,}")
+            raise TransientError(f"expected {total:,} bytes, found {self.size:,}")
 
-    def begin(self, response: requests.Response, have: int) -> bool:
+    def accept(self, response: requests.Response, have: int) -> bool:
         """Judge an answer's head and ready the file for its body. True: nothing is missing."""
-        refuse_status(response, self.url)
+        check_status(response, self.url)
         if response.status_code == 416:  # we asked for what lies after the end
             total = response.headers.get("Content-Range", "").rpartition("/")[2]
             if total == str(have):
                 return True
-            self.forget()
-            raise Passing("the server has other bytes than those that arrived before")
-        validator = validator_of(response)
+            self.reset()
+            raise TransientError("the server has other bytes than those that arrived before")
+        validator = get_validator(response)
         if response.status_code == 206:
             start, _, total = response.headers.get("Content-Range", "").partition("/")
-            fits = start.startswith(f"bytes {have}-") and total in ("*", str(self.told["bytes"]))
-            if not fits or (validator or None) != self.told["validator"]:
-                self.forget()
-                raise Passing("the file changed on the server between two attempts")
+            fits = start.startswith(f"bytes {have}-") and total in (
+                "*",
+                str(self.metadata["bytes"]),
+            )
+            if not fits or (validator or None) != self.metadata["validator"]:
+                self.reset()
+                raise TransientError("the file changed on the server between two attempts")
             self.resumed += 1
             return False
-        self.told = {"validator": validator, "bytes": length_of(response)}
+        self.metadata = {"validator": validator, "bytes": content_length(response)}
         self.body.write_bytes(b"")
-        refuse_too_long(self.url, self.told["bytes"] or 0, self.most, self.body)
-        sealed.write(self.told_path, sealed.dumps(self.told))
+        check_size(self.url, self.metadata["bytes"] or 0, self.max_bytes, self.body)
+        sealed.write_atomic(self.metadata_path, sealed.dumps(self.metadata))
         return False
 
     def receive(self, response: requests.Response) -> None:
         with open(self.body, "ab") as file:
             # As sent: some servers call a .gz file's own compression a Content-Encoding.
             size = file.tell()
-            for block in response.raw.stream(BLOCK, decode_content=False):
+            for block in response.raw.stream(BLOCK_BYTES, decode_content=False):
                 size += len(block)
                 try:
-                    refuse_too_long(self.url, size, self.most)
-                    self.leave_room()
-                    if self.told["bytes"] is not None and size > self.told["bytes"]:
-                        raise Passing(
-                            f"the server sends more than the {self.told['bytes']:,} bytes"
+                    check_size(self.url, size, self.max_bytes)
+                    self.check_room()
+                    if self.metadata["bytes"] is not None and size > self.metadata["bytes"]:
+                        raise TransientError(
+                            f"the server sends more than the {self.metadata['bytes']:,} bytes"
                             " that it told"
                         )
-                except (TooLong, NoRoom, Passing):
+                except (TooLarge, DiskFull, TransientError):
                     file.truncate(0)
-                    self.forget()
+                    self.reset()
                     raise
                 file.write(block)
                 self.received += len(block)
                 self.progress(len(block))
 
-    def leave_room(self) -> None:
-        """Raises NoRoom where what has no known end is about to fill the disk."""
+    def check_room(self) -> None:
+        """Raises DiskFull where what has no known end is about to fill the disk."""
         disk = shutil.disk_usage(self.body.parent)
-        if self.told["bytes"] is None and disk.free < min(MARGIN, disk.total // 100):
-            raise NoRoom(
+        if self.metadata["bytes"] is None and disk.free < min(MIN_FREE_BYTES, disk.total // 100):
+            raise DiskFull(
                 f"{self.url}: the disk of {self.body.parent} is almost full, and the server does "
                 f"not tell where the file ends; {disk.free:,} bytes are free, and what had arrived "
                 "was removed. Make room, or use another disk (OLMO_STORE)"
             )
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Start over: what has arrived is of no use."""
-        self.told = {}
-        self.told_path.unlink(missing_ok=True)
+        self.metadata = {}
+        self.metadata_path.unlink(missing_ok=True)
 
 
-def refuse_status(response: requests.Response, url: str) -> None:
+def check_status(response: requests.Response, url: str) -> None:
     """Raises ValueError for an answer that is final, Passing for one that may change."""
     status = response.status_code
     said = f"the server answered {status} {response.reason or ''}".rstrip()
     if status in (200, 206, 416):
         return
     if status in (408, 425, 429) or status >= 500:
-        raise Passing(said, retry_after(response.headers.get("Retry-After")))
+        raise TransientError(said, parse_retry_after(response.headers.get("Retry-After")))
     remedy = {
         401: "it wants credentials",
         403: "access is refused: check the address, or ask its owner for access",
         404: "there is no such file: check the address",
         410: "the file was taken away",
     }
-    kind = NotThere if status in (404, 410) else ValueError
+    kind = NotFound if status in (404, 410) else ValueError
     raise kind(f"{url}: {said}; {remedy.get(status, 'expected 200')}")
 
 
-def retry_after(value: str | None) -> float | None:
+def parse_retry_after(value: str | None) -> float | None:
     """Seconds to wait by a Retry-After header, which holds seconds or a date."""
     if value is None:
         return None
@@ -357,38 +377,38 @@ def retry_after(value: str | None) -> float | None:
         return None
 
 
-def validator_of(response: requests.Response) -> str | None:
+def get_validator(response: requests.Response) -> str | None:
     """What names this version of the file; a weak ETag does not vouch for single bytes."""
     tag = response.headers.get("ETag")
     return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
 
 
-def reason(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The innermost cause in a few words: the libraries wrap it many times over."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
-    return public(f"{type(error).__name__}: {error}")
+    return redact(f"{type(error).__name__}: {error}")
 
 
-def length_of(response: requests.Response) -> int | None:
+def content_length(response: requests.Response) -> int | None:
     """Content-Length; None where there is none, or no number."""
     length = response.headers.get("Content-Length", "")
     return int(length) if length.isascii() and length.isdecimal() and len(length) < 19 else None
 
 
-def sizes(urls: Iterable[str], threads: int = 16) -> list[int | None]:
+def request_sizes(urls: Iterable[str], threads: int = 16) -> list[int | None]:
     """Bytes of each file as its server tells them, without fetching; None where it does not."""
     import requests
 
     def ask_size(url: str) -> int | None:
         try:
             with session.head(
-                whole(keyless(entrusted(url))),
+                restore_secrets(to_public_url(stash_secrets(url))),
                 allow_redirects=True,
                 headers={"Accept-Encoding": "identity"},
-                timeout=(CONNECT_S, STALL_S),
+                timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
             ) as response:
-                return length_of(response) if response.ok else None
+                return content_length(response) if response.ok else None
         except requests.RequestException:
             return None
 

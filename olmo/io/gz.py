@@ -19,19 +19,21 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlparse
 
-from olmo.io import file_kinds
+from olmo.io import file_types
 
 LEVEL = 1  # isal's level 1: near the size of gzip -3, at many times its speed
-BUFFER = 1 << 20
-BLOCK = 1 << 18  # what is decompressed at a time: it stays in the processor's cache
-END = 1 << 12  # of a block: most often a line ends in it
-MAGIC = file_kinds.GZIP
-LONGEST_LINE = 1 << 30  # bytes; documents.max_line_bytes is no more, so the pipeline writes none
+BUFFER_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18  # what is decompressed at a time: it stays in the processor's cache
+TAIL_BYTES = 1 << 12  # of a block: most often a line ends in it
+MAGIC = file_types.GZIP
+LINE_LIMIT_BYTES = (
+    1 << 30
+)  # bytes; documents.max_line_bytes is no more, so the pipeline writes none
 
 
 @contextmanager
 def reading(
-    path: Path, name: str | None = None, longest: int | None = LONGEST_LINE
+    path: Path, name: str | None = None, longest: int | None = LINE_LIMIT_BYTES
 ) -> Iterator[BinaryIO]:
     """A gz file's decompressed bytes as a file whose iteration gives lines.
 
@@ -47,23 +49,23 @@ def reading(
     from isal.igzip_lib import IsalError
 
     name = name or str(path)
-    refuse_other_content(path, name)
+    check_is_gzip(path, name)
     try:
         # Not igzip.open: a buffer asks for `closed` with every line, which is Python code there.
         with open(path, "rb") as file:
-            decompressed = cast(io.RawIOBase, igzip._IGzipReader(file, BLOCK))
+            decompressed = cast(io.RawIOBase, igzip._IGzipReader(file, BLOCK_BYTES))
             if longest is not None:
                 decompressed = _Shortened(decompressed, longest)
-            with io.BufferedReader(decompressed, BLOCK) as lines:
+            with io.BufferedReader(decompressed, BLOCK_BYTES) as lines:
                 yield cast(BinaryIO, lines)
     except EOFError as error:
-        refuse_what_follows(path, name)
+        check_trailing_bytes(path, name)
         raise ValueError(
             f"{name}: truncated: {path.stat().st_size:,} bytes of gzip end before their "
             "end-of-stream mark. Fetch the file again."
         ) from error
     except (gzip.BadGzipFile, IsalError) as error:  # type: ignore[misc]
-        refuse_what_follows(path, name)
+        check_trailing_bytes(path, name)
         raise ValueError(
             f"{name}: corrupt: expected a gzip stream that matches its own checksum, found: "
             f"{error}. Fetch the file again."
@@ -84,7 +86,7 @@ class _Shortened(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while count := self.stream.readinto(buffer) or 0:
-            end = bytes(buffer[max(count - END, 0) : count])
+            end = bytes(buffer[max(count - TAIL_BYTES, 0) : count])
             if self.line <= self.longest and (last := end.rfind(b"\n")) >= 0:
                 self.line = len(end) - last - 1
                 return count
@@ -99,7 +101,7 @@ class _Shortened(io.RawIOBase):
         return 0
 
 
-def refuse_what_follows(path: Path, name: str) -> None:
+def check_trailing_bytes(path: Path, name: str) -> None:
     """Raises ValueError where whole gzip members are followed by what is none.
 
     Zeros are no fault: tapes and `tar` pad files with them, and gzip passes over them too.
@@ -109,15 +111,15 @@ def refuse_what_follows(path: Path, name: str) -> None:
         while True:
             member = zlib.decompressobj(wbits=31)
             while not member.eof:
-                block = member.unconsumed_tail or file.read(BLOCK)
+                block = member.unconsumed_tail or file.read(BLOCK_BYTES)
                 try:
-                    if not member.decompress(block, BUFFER) and not block:
+                    if not member.decompress(block, BUFFER_BYTES) and not block:
                         return
                 except zlib.error:
                     return
             end = file.tell() - len(member.unused_data)
             file.seek(end)
-            while (block := file.read(BLOCK)) and not block.strip(b"\0"):
+            while (block := file.read(BLOCK_BYTES)) and not block.strip(b"\0"):
                 pass
             rest = block.lstrip(b"\0")
             if not MAGIC.startswith(rest[:2]):
@@ -133,24 +135,24 @@ def refuse_what_follows(path: Path, name: str) -> None:
     )
 
 
-def refuse_other_content(path: Path, name: str) -> None:
+def check_is_gzip(path: Path, name: str) -> None:
     """Raises ValueError unless the file begins as gzip does, saying what it looks like instead."""
     with open(path, "rb") as file:
         start = file.read(512)
     if start.startswith(MAGIC):
         return
-    found, command = file_kinds.kind_of(start)
+    found, command = file_types.detect_type(start)
     if "://" in name or not Path(name).exists():
         remedy = "Check its URL and fetch it again"
         if command:
-            made = file_kinds.into_gz(urlparse(name).path.rpartition("/")[2] or "FILE", command)
+            made = file_types.gz_command(urlparse(name).path.rpartition("/")[2] or "FILE", command)
             remedy = f"Download it, make gz of it by `{made}`, and name that in the recipe"
         raise ValueError(f"{name}: expected gzip, found {found}. {remedy}.")
     if not command and found.startswith("plain text"):
-        command = f"{file_kinds.AS_DOCUMENTS} {shlex.quote(name)}"
+        command = f"{file_types.TEXT_TO_DOCUMENTS} {shlex.quote(name)}"
         remedy = f" Make a document of the whole file by `{command}`"
     else:
-        remedy = f" Make one by `{file_kinds.into_gz(name, command)}`" if command else ""
+        remedy = f" Make one by `{file_types.gz_command(name, command)}`" if command else ""
     named = ", and name that in the recipe" if remedy and not name.endswith(".gz") else ""
     raise ValueError(
         f'{name}: expected a gz file of JSON lines with "id" and "text", found {found}.'
@@ -167,7 +169,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     with (
         open(path, "wb") as file,
         igzip.IGzipFile("", "wb", LEVEL, fileobj=file, mtime=0) as compressed,
-        io.BufferedWriter(cast(io.RawIOBase, compressed), BUFFER) as lines,
+        io.BufferedWriter(cast(io.RawIOBase, compressed), BUFFER_BYTES) as lines,
     ):
         yield cast(BinaryIO, lines)
 
@@ -181,10 +183,10 @@ def conditions() -> dict[str, str]:
     return {"machine": platform.machine()}
 
 
-def check(path: Path, name: str | None = None) -> int:
+def verify_checksum(path: Path, name: str | None = None) -> int:
     """Reads a gz file to its end, so that its checksums are compared. Returns bytes of text."""
     size = 0
     with reading(path, name, longest=None) as file:
-        while block := file.read(BUFFER):
+        while block := file.read(BUFFER_BYTES):
             size += len(block)
     return size

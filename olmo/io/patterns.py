@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 
 
-def matching(pattern: str) -> list[str]:
+def match_files(pattern: str) -> list[str]:
     """The files that a pattern names, in the order of their paths, the same in every locale.
 
     What is below `**` counts once, however many links lead to its folder. A pattern may also be
@@ -27,7 +27,7 @@ def matching(pattern: str) -> list[str]:
     top = "/" if pattern.startswith("/") else ""
     real = cache(os.path.realpath) if "**" in parts else str  # other patterns follow links as said
     once: dict[tuple[str, str], str] = {}
-    for path in _expanded(top, parts[1:] if top else parts):
+    for path in _expand(top, parts[1:] if top else parts):
         folder, name = os.path.split(path)
         once.setdefault((real(folder), name), path)
     found = set(once.values())
@@ -47,25 +47,27 @@ def matching(pattern: str) -> list[str]:
     return sorted(found - folders)
 
 
-def _expanded(folder: str, parts: list[str]) -> Iterator[str]:
+def _expand(folder: str, parts: list[str]) -> Iterator[str]:
     """What matches the parts of a path below a folder; some of it may come more than once."""
     part, *rest = parts
     if part == "**":
-        for inner in _folders(folder):
-            yield from _expanded(inner, rest or ["*"])
+        for inner in _walk_folders(folder):
+            yield from _expand(inner, rest or ["*"])
         return
     names = [part]
     if glob.has_magic(part):
         hidden = part.startswith(".")
-        names = [n for n in _listed(folder) if fnmatchcase(n, part) and n.startswith(".") <= hidden]
+        names = [
+            n for n in _list_names(folder) if fnmatchcase(n, part) and n.startswith(".") <= hidden
+        ]
     for path in (os.path.join(folder, name) for name in names):
         if rest and os.path.isdir(path):
-            yield from _expanded(path, rest)
+            yield from _expand(path, rest)
         elif not rest and os.path.lexists(path):
             yield path
 
 
-def _folders(top: str) -> Iterator[str]:
+def _walk_folders(top: str) -> Iterator[str]:
     """A folder and all that are below it, each once; links are followed after the rest."""
     seen, waiting = set(), [top]
     links: list[str] = []
@@ -75,13 +77,13 @@ def _folders(top: str) -> Iterator[str]:
             continue
         seen.add(place)
         yield folder
-        for name in sorted(_listed(folder)):
+        for name in sorted(_list_names(folder)):
             path = os.path.join(folder, name)
             if not name.startswith(".") and os.path.isdir(path):
                 (links if os.path.islink(path) else waiting).append(path)
 
 
-def _listed(folder: str) -> list[str]:
+def _list_names(folder: str) -> list[str]:
     try:
         return os.listdir(folder or ".")
     except OSError as error:

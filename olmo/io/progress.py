@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from olmo.runtime.log import format_count, format_duration, log
 
-EVERY_S = 5.0
-SILENT_S = 60.0  # a job that left no word for so long is not there any more
+REPORT_INTERVAL_S = 5.0
+STALE_AFTER_S = 60.0  # a job that left no word for so long is not there any more
 
 
-class Count(NamedTuple):
+class Totals(NamedTuple):
     """So many files and bytes; None: nobody knows how many bytes."""
 
     files: int
@@ -37,7 +37,7 @@ class DownloadProgress:
         finished: what the jobs that have ended brought, asked for with every line.
     """
 
-    def __init__(self, folder: Path, whole: Count, finished: Callable[[], Count]) -> None:
+    def __init__(self, folder: Path, whole: Totals, finished: Callable[[], Totals]) -> None:
         self.folder, self.whole, self.finished = folder, whole, finished
         self.word = folder / f"{uuid.uuid4().hex[:12]}.json"
         self.files = self.bytes = 0
@@ -58,7 +58,7 @@ class DownloadProgress:
         """So many bytes came over the net."""
         with self.lock:
             self.bytes += received
-            if time.monotonic() - self.left_word >= EVERY_S:
+            if time.monotonic() - self.left_word >= REPORT_INTERVAL_S:
                 self.leave_word()
                 if self.nobody_reported():
                     self.report()
@@ -80,7 +80,7 @@ class DownloadProgress:
         """Whether this job is to report: no other has for a while."""
         reported = self.folder / "reported"
         try:
-            if time.time() - reported.stat().st_mtime < EVERY_S:
+            if time.time() - reported.stat().st_mtime < REPORT_INTERVAL_S:
                 return False
         except FileNotFoundError:
             pass
@@ -93,7 +93,7 @@ class DownloadProgress:
         here, rate = bytes or 0, 0.0
         for word in self.folder.glob("*.json"):
             try:
-                if time.time() - word.stat().st_mtime > SILENT_S:
+                if time.time() - word.stat().st_mtime > STALE_AFTER_S:
                     word.unlink()
                     continue
                 more, received, speed = json.loads(word.read_text())

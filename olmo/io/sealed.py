@@ -25,7 +25,7 @@ class Damaged(ValueError):
     """A small file whose bytes are not those that were written."""
 
 
-def write(path: Path, text: str, read_only: bool = False, alone: bool = False) -> None:
+def write_atomic(path: Path, text: str, read_only: bool = False, alone: bool = False) -> None:
     """Write a small file that is there whole or not at all, also when the power fails.
 
     Args:
@@ -34,7 +34,7 @@ def write(path: Path, text: str, read_only: bool = False, alone: bool = False) -
     Raises OSError where it cannot be written; a file of that name stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in drafts(path.parent, path.name) if alone else ():
+    for left in find_drafts(path.parent, path.name) if alone else ():
         left.unlink(missing_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -49,10 +49,10 @@ def write(path: Path, text: str, read_only: bool = False, alone: bool = False) -
         with suppress(OSError):
             draft.unlink()
         raise
-    to_disk(path.parent)
+    fsync_path(path.parent)
 
 
-def to_disk(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Bring a file's bytes, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -61,7 +61,7 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def drafts(folder: Path, name: str = "") -> list[Path]:
+def find_drafts(folder: Path, name: str = "") -> list[Path]:
     """What writers, of one file or of all, that were killed have left in a folder."""
     return sorted(folder.glob(f".{glob.escape(name) or '*'}.{'[0-9a-f]' * 8}"))
 
@@ -71,7 +71,7 @@ def dumps(value: Mapping[str, Any], indent: int | None = None) -> str:
     text = json.dumps(dict(value), indent=indent, sort_keys=indent is not None)
     space, last = (" ", "}") if indent is None else ("\n" + " " * indent, "\n}\n")
     body = text.removesuffix("}").rstrip() + ("," + space if value else "")
-    return body + _end(body, last)
+    return body + _seal_line(body, last)
 
 
 def loads(content: bytes, name: str | Path) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def loads(content: bytes, name: str | Path) -> dict[str, Any]:
     Raises:
         Damaged: a byte is another, or some are gone.
     """
-    value: dict[str, Any] = json.loads(_whole(content, name, "}", "\n}\n"))
+    value: dict[str, Any] = json.loads(_check_seal(content, name, "}", "\n}\n"))
     del value["seal"]
     return value
 
@@ -92,18 +92,18 @@ def dump_lines(values: Sequence[Mapping[str, Any]]) -> str:
     """JSON objects, one a line; the last has the seal of all."""
     *before, last = [json.dumps(dict(value)) for value in values]
     body = "".join(line + "\n" for line in before) + last.removesuffix("}") + ", "
-    return body + _end(body, "}\n")
+    return body + _seal_line(body, "}\n")
 
 
 def load_lines(content: bytes, name: str | Path) -> list[dict[str, Any]]:
     """The objects that `dump_lines` wrote. Raises Damaged."""
-    lines = _whole(content, name, "}\n").split("\n")[:-1]
+    lines = _check_seal(content, name, "}\n").split("\n")[:-1]
     values: list[dict[str, Any]] = [json.loads(line) for line in lines]
     del values[-1]["seal"]
     return values
 
 
-def read(path: Path) -> dict[str, Any]:
+def load_file(path: Path) -> dict[str, Any]:
     """`loads` of a file. Raises FileNotFoundError, Damaged."""
     return loads(path.read_bytes(), path)
 
@@ -117,7 +117,7 @@ def dump_table(rows: Iterable[Iterable[str]]) -> str:
 
 def load_table(content: bytes, name: str | Path) -> list[list[str]]:
     """The rows that `dump_table` wrote. Raises Damaged."""
-    text = _decoded(content, name)
+    text = _decode(content, name)
     first, end, rest = text.partition("\n")
     first, _, seal = first.rpartition(f"\t{SEAL}")
     body = f"{first}{end}{rest}"
@@ -130,20 +130,20 @@ def _digest(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()
 
 
-def _end(body: str, last: str) -> str:
+def _seal_line(body: str, last: str) -> str:
     return f'{FIELD}{_digest(body)}"{last}'
 
 
-def _whole(content: bytes, name: str | Path, *lasts: str) -> str:
+def _check_seal(content: bytes, name: str | Path, *lasts: str) -> str:
     """The text of JSON with a seal and one of these ends, if they are right. Raises Damaged."""
-    text = _decoded(content, name)
+    text = _decode(content, name)
     body, _, end = text.rpartition(FIELD)
-    if FIELD + end not in [_end(body, last) for last in lasts]:
+    if FIELD + end not in [_seal_line(body, last) for last in lasts]:
         raise _damaged(name)
     return text
 
 
-def _decoded(content: bytes, name: str | Path) -> str:
+def _decode(content: bytes, name: str | Path) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:

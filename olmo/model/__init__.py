@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from olmo.runtime.lazy import lazy
+from olmo.runtime.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from olmo.model.olmo import OLMo as OLMo
 
-__getattr__, __all__ = lazy(
+__getattr__, __all__ = lazy_exports(
     __name__,
     {
         "olmo": ["OLMo", "OLMoOutput"],

@@ -12,7 +12,7 @@ from olmo.checkpoint.mirror import download_checkpoint
 from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load_checkpoint
 from olmo.checkpoint.save import save_unsharded
-from olmo.io.downloads import refuse_links
+from olmo.io.downloads import check_not_in_store
 from olmo.runtime.log import log
 from olmo.runtime.numbers import to_json
 
@@ -39,7 +39,7 @@ def convert(
     if kind not in KINDS:
         raise ValueError(f"--kind: expected one of {', '.join(KINDS)}, found {kind!r}")
     into = Path(into)
-    refuse_links(into)
+    check_not_in_store(into)
     if "://" not in str(source):
         return _convert(Path(source), into, kind, tokenizer)
     into.mkdir(parents=True, exist_ok=True)

@@ -13,10 +13,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from olmo.io import foreign, sealed
+from olmo.io import sealed, untrusted
 from olmo.io.sealed import Damaged
 from olmo.pipeline.plan import Plan
-from olmo.store.store import now
+from olmo.store.store import utc_now
 
 
 class Damage:
@@ -65,7 +65,7 @@ class Damage:
             os.utime(path, (0, 0))  # older than anything made here
         if missing:
             with path.open("a") as file:
-                file.writelines(f"{now()} missing: {name}\n" for name in missing)
+                file.writelines(f"{utc_now()} missing: {name}\n" for name in missing)
         return [str(path)]
 
     def missing(self, dataset: str) -> set[str]:
@@ -128,7 +128,7 @@ class Damage:
         Final checkpoints stay: `missing` reports what they lack, and so their data set's jobs run.
         """
         store = Path(os.path.realpath(self.plan.store))
-        for place in foreign.FOLDERS:
+        for place in untrusted.OUTPUT_FOLDERS:
             for folder, _, files in os.walk(place):
                 path = Path(folder)
                 dangling = [path / name for name in files if _is_dangling(path / name, store)]

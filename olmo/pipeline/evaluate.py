@@ -16,8 +16,8 @@ from olmo.corpus.listing import read_listing
 from olmo.corpus.stdlib import library_digest
 from olmo.inspect.documents import digest_of, shards
 from olmo.pipeline.recipe import EvaluationConfig
-from olmo.runtime.numbers import as_words, from_json, to_json
-from olmo.store.stage import Facts, Folder, Free, Input, Inputs, Output, here, stage
+from olmo.runtime.numbers import encode_non_finite, from_json, to_json
+from olmo.store.stage import Facts, Folder, Input, Inputs, Output, Unhashed, current_store, stage
 
 OURS, HARNESS = "ours", "lm-eval"  # who asked
 
@@ -30,8 +30,8 @@ def heldout(
     `tokenizers` must be one and the same: the run's, and that of another data set. Those that the
     store knows the run's tokens and the held-out ones to be made with are compared unasked.
     """
-    named = {here().digest(path): str(path) for path in tokenizers}
-    known = shards(here())
+    named = {current_store().digest(path): str(path) for path in tokenizers}
+    known = shards(current_store())
     cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
     ours = map(digest_of, cfg.data.paths or [])
     theirs = [entry.sha256 for entry in read_listing(tokens, "heldout-tokens")]
@@ -157,7 +157,7 @@ def heldout_perplexity(
     config: Input,
     heldout: Inputs,
     results: Output,
-    checkpoint: Free[Path],
+    checkpoint: Unhashed[Path],
     labels: Inputs | None = None,
 ) -> Facts:
     """Mean loss in nats a token with its standard error, and perplexity, over held-out files.
@@ -168,7 +168,7 @@ def heldout_perplexity(
 
     found = perplexity(checkpoint, heldout, labels)
     results.write_text(to_json(found, indent=1, sort_keys=True) + "\n")
-    return {"facts": as_words(found), "conditions": circumstances(checkpoint)}
+    return {"facts": encode_non_finite(found), "conditions": circumstances(checkpoint)}
 
 
 @stage(version=1)
@@ -179,9 +179,9 @@ def choice_task(
     rows: Inputs,
     task: dict[str, Any],
     answers: Folder,
-    checkpoint: Free[Path],
-    data: Free[Path | None],
-    batch_size: Free[int],
+    checkpoint: Unhashed[Path],
+    data: Unhashed[Path | None],
+    batch_size: Unhashed[int],
     limit: int | None = None,
 ) -> Facts:
     """A multiple-choice task by our own scorer: scores.json and requests.parquet.
@@ -197,7 +197,7 @@ def choice_task(
     scores = [{"scorer": OURS, "task": asked.label, **score} for score in scores]
     write_answers(answers, scores, [{"task": asked.label, **row} for row in requests])
     where = circumstances(checkpoint) | {"batch_size": batch_size}
-    return {"facts": as_words({"scores": scores}), "conditions": where}
+    return {"facts": encode_non_finite({"scores": scores}), "conditions": where}
 
 
 @stage(version=1)
@@ -209,11 +209,11 @@ def harness_tasks(
     ours: dict[str, Any],
     versions: dict[str, str],
     answers: Folder,
-    checkpoint: Free[Path],
-    hf: Free[Path],
-    data: Free[dict[str, Path]],
-    task_files: Free[list[Path]],
-    batch_size: Free[int],
+    checkpoint: Unhashed[Path],
+    hf: Unhashed[Path],
+    data: Unhashed[dict[str, Path]],
+    task_files: Unhashed[list[Path]],
+    batch_size: Unhashed[int],
     limit: int | None = None,
 ) -> Facts:
     """Tasks by lm-evaluation-harness on an export: scores.json and requests.parquet.
@@ -235,7 +235,7 @@ def harness_tasks(
     scores = [{"scorer": HARNESS, **score} for score in scores]
     write_answers(answers, scores, requests)
     where = circumstances(checkpoint) | {"batch_size": batch_size}
-    return {"facts": as_words({"scores": scores}), "conditions": where}
+    return {"facts": encode_non_finite({"scores": scores}), "conditions": where}
 
 
 @stage(version=1)

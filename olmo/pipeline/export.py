@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from olmo.store.stage import Facts, Folder, Free, Input, here, stage
+from olmo.store.stage import Facts, Folder, Input, Unhashed, current_store, stage
 
 
 def hf(checkpoint: Path, tokenizer: Path, folder: Path, name: str) -> None:
@@ -28,7 +28,7 @@ def huggingface_export(
     tokenizer: Input,
     folder: Folder,
     name: str,
-    checkpoint: Free[Path],
+    checkpoint: Unhashed[Path],
 ) -> Facts:
     """Weights, config, tokenizer and card. `checkpoint` is the folder of `model` and `config`;
     the card tells of its training, and is no part of the content."""
@@ -42,7 +42,7 @@ def huggingface_export(
     huggingface.write_hf_folder(folder, weights, config.read_text(), tokenizer)
     settings = json.loads((folder / "config.json").read_text())
     parameters = sum(tensor.numel() for tensor in weights.values())
-    text = card(name, settings, parameters, checkpoint, here())
+    text = card(name, settings, parameters, checkpoint, current_store())
     (folder / "README.md").write_text(text)
     return {
         "facts": {"architecture": settings["architectures"][0], "parameters": parameters},

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import ModelConfig
-from olmo.store.stage import Facts, Folder, Free, Input, Inputs, stage
+from olmo.store.stage import Facts, Folder, Input, Inputs, Unhashed, stage
 
 
 def soup(checkpoints: list[Path], final: Path) -> None:
@@ -27,7 +27,9 @@ def soup(checkpoints: list[Path], final: Path) -> None:
 
 
 @stage(version=1)
-def averaged(weights: Inputs, config: Input, final: Folder, checkpoints: Free[list[Path]]) -> Facts:
+def averaged(
+    weights: Inputs, config: Input, final: Folder, checkpoints: Unhashed[list[Path]]
+) -> Facts:
     """The uniform mean of several models' weights, summed in float64, in their own type.
 
     `final` gets model.safetensors and the first one's config.yaml; there is no optimizer's state,

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from olmo.runtime.numbers import to_json
-from olmo.store.stage import Facts, Folder, Free, Inputs, Work, stage
+from olmo.store.stage import Facts, Folder, Inputs, Unhashed, Work, stage
 
 
 def start(place: str, checkpoint: Path, optimizer: bool = False) -> None:
@@ -30,7 +30,7 @@ def start(place: str, checkpoint: Path, optimizer: bool = False) -> None:
 
 @stage(version=1)
 def local_checkpoint(
-    files: Inputs, checkpoint: Folder, folder: Free[Path], optimizer: bool = False
+    files: Inputs, checkpoint: Folder, folder: Unhashed[Path], optimizer: bool = False
 ) -> Facts:
     """Take a checkpoint of this machine. `files` are those in `folder`."""
     return {"from": str(folder), "parameters": write(folder, checkpoint, optimizer)}

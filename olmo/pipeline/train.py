@@ -13,8 +13,18 @@ from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
 from olmo.config.identity import identity
 from olmo.corpus.listing import read_listing
 from olmo.corpus.tokenizer import check_tokenizer
-from olmo.runtime.numbers import as_words, to_json
-from olmo.store.stage import STORE, Facts, Folder, Free, Input, Inputs, Work, here, stage
+from olmo.runtime.numbers import encode_non_finite, to_json
+from olmo.store.stage import (
+    STORE_ENV,
+    Facts,
+    Folder,
+    Input,
+    Inputs,
+    Unhashed,
+    Work,
+    current_store,
+    stage,
+)
 from olmo.train.chain import STATE, beginning
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
@@ -104,10 +114,10 @@ def training(
     settings: dict[str, Any],
     final: Folder,
     attempt: Work,
-    cfg: Free[TrainConfig],
-    heldout: Free[list[Path]],
-    geometry: Free[Geometry],
-    heldout_labels: Free[list[Path] | None] = None,
+    cfg: Unhashed[TrainConfig],
+    heldout: Unhashed[list[Path]],
+    geometry: Unhashed[Geometry],
+    heldout_labels: Unhashed[list[Path] | None] = None,
     labels: Inputs | None = None,
     start: Inputs | None = None,
     after: Inputs | None = None,
@@ -144,7 +154,7 @@ def training(
             "run_name": cfg.run_name,
             "steps": reached["global_step"],
             "tokens": reached["global_train_tokens_seen"],
-            "heldout_loss": as_words(heldout_losses(metrics)),
+            "heldout_loss": encode_non_finite(heldout_losses(metrics)),
             "segments": segments(attempt),
         },
         "conditions": conditions(segments(attempt)),
@@ -216,11 +226,11 @@ def named_by_content(
     start: list[Path] | None = None,
 ) -> dict[str, Any]:
     """final/config.yaml: the settings, and what they were applied to, wherever the store is."""
-    store = here()
+    store = current_store()
 
     def address(path: Path) -> str:
         digest = store.digest(path)
-        return f"${{oc.env:{STORE},store}}/objects/{digest[:2]}/{digest}"
+        return f"${{oc.env:{STORE_ENV},store}}/objects/{digest[:2]}/{digest}"
 
     data = {"paths": [address(path) for path in tokens], "order_path": address(order)}
     if labels is not None:

@@ -16,8 +16,8 @@ from olmo.pipeline.plan import Plan
 from olmo.pipeline.recipe import recipe_path
 from olmo.pipeline.terminal import print_at_exit, shorten_errors
 from olmo.runtime.log import FAILED
-from olmo.store.lease import PATIENCE_S, lease
-from olmo.store.store import Store, parse
+from olmo.store.lease import LEASE_TIMEOUT_S, lease
+from olmo.store.store import Store, parse_record
 
 STARTED = time.time()
 INTERRUPTED = (SystemExit.__name__, KeyboardInterrupt.__name__)  # ended by a signal: no failure
@@ -55,13 +55,13 @@ def lock_folder(store: str, folder: Path = Path(".snakemake")) -> None:
     def report_wait(holder: dict[str, Any]) -> None:
         if holder["host"] != socket.gethostname():
             print(
-                f"waiting up to {PATIENCE_S:.0f} s to see whether another snakemake "
+                f"waiting up to {LEASE_TIMEOUT_S:.0f} s to see whether another snakemake "
                 f"({format_holder(holder)}) still runs in this folder",
                 file=sys.stderr,
             )
 
     try:
-        Store(Path(store)).make()
+        Store(Path(store)).create()
         _lease.enter_context(lease(folder / "leases", "running", report_wait, refuse))
     except ValueError as refused:
         sys.exit(str(refused))
@@ -85,7 +85,7 @@ def next_steps(plan: Plan) -> str:
         record = final / "record.json"
         if not record.exists() or record.lstat().st_mtime < STARTED - 1:
             continue
-        facts = parse(record.read_bytes(), record)["facts"]
+        facts = parse_record(record.read_bytes(), record)["facts"]
         losses = facts.get("heldout_loss", {})
         loss_lines = "".join(
             "  {}: held-out loss {:.3f} → {:.3f} nats\n".format(

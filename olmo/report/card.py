@@ -9,7 +9,7 @@ from typing import Any
 
 from olmo.config import TrainConfig
 from olmo.store.lineage import ancestors
-from olmo.store.store import Record, Store, parse
+from olmo.store.store import Record, Store, parse_record
 
 LIBRARY = ("stdlib", "stdlib_questions")
 CHECKPOINTS = ("local_checkpoint", "fetched_checkpoint")
@@ -50,7 +50,7 @@ def card(
         settings: the content of config.json.
         checkpoint: the final folder that was exported, with its record.
     """
-    record = parse((checkpoint / "record.json").read_bytes(), checkpoint / "record.json")
+    record = parse_record((checkpoint / "record.json").read_bytes(), checkpoint / "record.json")
     cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
     facts = record["facts"]
     per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length

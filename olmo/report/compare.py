@@ -10,10 +10,10 @@ from typing import Any
 from olmo.config import TrainConfig
 from olmo.inspect.documents import digest_of, shards
 from olmo.inspect.run import Run
-from olmo.io.downloads import refuse_links
+from olmo.io.downloads import check_not_in_store
 from olmo.runtime.log import log
 from olmo.runtime.numbers import from_json
-from olmo.store.stage import here
+from olmo.store.stage import current_store
 
 LABEL = "heldout"
 
@@ -27,7 +27,7 @@ def compare(runs: list[Path], table: Path, picture: Path, label: str = LABEL) ->
 
     Raises ValueError for runs with other held-out documents or another tokenizer.
     """
-    refuse_links(table, picture)
+    check_not_in_store(table, picture)
     found = [Run(str(run)) for run in runs]
     finals = [Path(os.path.abspath(run.folder)) for run in found]
     names = [final.parent.name for final in finals]
@@ -60,7 +60,7 @@ def check_comparable(runs: list[Run], names: list[str], label: str) -> None:
 
     Warns if this is unknown, since the checkpoint or its data has no record in the store.
     """
-    known = shards(here())
+    known = shards(current_store())
     shards_of = [
         [known[d] for d in map(digest_of, r.cfg.data.paths or []) if d in known] for r in runs
     ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from olmo.io.downloads import refuse_links
+from olmo.io.downloads import check_not_in_store
 from olmo.report.card import markdown_table
 from olmo.runtime.numbers import from_json
 
@@ -64,7 +64,7 @@ def scores(runs: list[Path], table: Path, parquet: Path) -> None:
     """
     import polars
 
-    refuse_links(table, parquet)
+    check_not_in_store(table, parquet)
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ValueError(f"expected runs with different names, found {', '.join(names)}")

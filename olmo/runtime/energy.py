@@ -3,22 +3,22 @@
 import time
 from pathlib import Path
 
-METERS = Path("/sys/class/powercap")
+POWERCAP = Path("/sys/class/powercap")
 # More than a package draws, in watts. In a time in which that would fill a counter's range (about
 # 262 kJ: 4 minutes) the counter may come round more than once, and nobody sees how often.
-MOST = 1000
+MAX_WATTS = 1000
 
 
-class Joules:
+class EnergyMeter:
     """Counts from when it is made."""
 
     def __init__(self) -> None:
-        self._began, self._before = time.monotonic(), counts()
+        self._began, self._before = time.monotonic(), read_counters()
 
     def used(self) -> float | None:
         """So far; None where the kernel does not tell, or its counters came round too often."""
-        longest = (time.monotonic() - self._began) * MOST * 1e6
-        now, total = counts(), 0
+        longest = (time.monotonic() - self._began) * MAX_WATTS * 1e6
+        now, total = read_counters(), 0
         if not now or now.keys() != self._before.keys():
             return None
         for meter, (count, size) in now.items():
@@ -29,7 +29,7 @@ class Joules:
         return total / 1e6
 
 
-def counts() -> dict[str, tuple[int, int]]:
+def read_counters() -> dict[str, tuple[int, int]]:
     """Each package's counter and the highest number that it shows, in microjoules."""
 
     def number(folder: Path, name: str) -> int:
@@ -38,7 +38,7 @@ def counts() -> dict[str, tuple[int, int]]:
     try:
         return {
             folder.name: (number(folder, "energy_uj"), number(folder, "max_energy_range_uj"))
-            for folder in METERS.glob("intel-rapl:?")
+            for folder in POWERCAP.glob("intel-rapl:?")
         }
     except OSError:  # only root may read them, on most systems
         return {}

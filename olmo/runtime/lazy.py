@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 
-def lazy(package: str, homes: dict[str, list[str]]) -> tuple[Callable[[str], Any], list[str]]:
+def lazy_exports(
+    package: str, homes: dict[str, list[str]]
+) -> tuple[Callable[[str], Any], list[str]]:
     """`__getattr__` and `__all__` for an `__init__.py`: `homes` maps its modules to their names.
 
     `import olmo.data` then costs nothing, and torch is imported with the first name that needs it.

@@ -8,10 +8,10 @@ import os
 import sys
 from contextlib import suppress
 
-from olmo.runtime.urls import public
+from olmo.runtime.urls import redact
 
 # The log file of a stage, also for what it starts: `olmo <stage> --log FILE` sets it.
-LOG = "OLMO_LOG"
+LOG_ENV = "OLMO_LOG"
 FAILED = "failed: "  # begins the last words in the log of a command that failed
 REMEDIES = {
     errno.ENOENT: ", and none can be made there; name another place",
@@ -29,7 +29,7 @@ class _Lines(logging.Handler):
     in the log file; debug messages there alone. Credentials in URLs are masked."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = public(record.getMessage())
+        text = redact(record.getMessage())
         if record.levelno >= logging.INFO:
             stream = sys.stdout if record.levelno == logging.INFO else sys.stderr
             mark = "WARNING: " if record.levelno == logging.WARNING else ""
@@ -37,7 +37,7 @@ class _Lines(logging.Handler):
             # `print` writes the line's end apart, and another process may write in between.
             stream.write(f"{text}\n")
             stream.flush()
-        if path := os.environ.get(LOG):
+        if path := os.environ.get(LOG_ENV):
             with suppress(OSError), open(path, "a", encoding="utf-8") as file:  # a full disk
                 file.write(f"{text}\n")
 
@@ -54,10 +54,10 @@ def log_on_rank0_only(is_rank0: bool) -> None:
     log.filters[:] = [] if is_rank0 else [lambda record: record.levelno in either]
 
 
-def describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """An error in a sentence; the system's own errors with the file and the remedy.
 
-    >>> describe(FileNotFoundError(2, "No such file or directory", "/proc/x"))
+    >>> describe_error(FileNotFoundError(2, "No such file or directory", "/proc/x"))
     '/proc/x: No such file or directory, and none can be made there; name another place'
     """
     if not isinstance(error, OSError):

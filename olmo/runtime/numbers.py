@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 # As protobuf writes them in JSON, and as `float` reads them.
-NOT_FINITE = {word: float(word) for word in ("Infinity", "-Infinity", "NaN")}
+NON_FINITE = {word: float(word) for word in ("Infinity", "-Infinity", "NaN")}
 
 
 def perplexity(loss: float) -> float:
@@ -22,22 +22,24 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def as_words(value: Any) -> Any:
+def encode_non_finite(value: Any) -> Any:
     """A value for JSON: its numbers that are not finite as words.
 
-    >>> as_words({"losses": [1.5, -math.inf, math.nan]})
+    >>> encode_non_finite({"losses": [1.5, -math.inf, math.nan]})
     {'losses': [1.5, '-Infinity', 'NaN']}
     """
     if isinstance(value, float) and not math.isfinite(value):
         return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
     if isinstance(value, dict):
-        return {key: as_words(inner) for key, inner in value.items()}
-    return [as_words(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: encode_non_finite(inner) for key, inner in value.items()}
+    return (
+        [encode_non_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+    )
 
 
 def to_json(value: Any, **options: Any) -> str:
     """`json.dumps`, but valid JSON of numbers that are not finite, too: they are words."""
-    return json.dumps(as_words(value), allow_nan=False, **options)
+    return json.dumps(encode_non_finite(value), allow_nan=False, **options)
 
 
 def from_json(text: str | bytes) -> Any:
@@ -48,6 +50,6 @@ def from_json(text: str | bytes) -> Any:
     """
 
     def back(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {k: NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in pairs}
+        return {k: NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in pairs}
 
     return json.loads(text, object_pairs_hook=back)

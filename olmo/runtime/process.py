@@ -24,19 +24,21 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-SUPERVISOR = "OLMO_SUPERVISOR"  # the pid of the snakemake for which a stage runs
+SUPERVISOR_ENV = "OLMO_SUPERVISOR"  # the pid of the snakemake for which a stage runs
 GRACE_S = 5.0  # from a polite SIGTERM to the end of the whole group
 
 # What a paused training run exits with: sysexits' EX_TEMPFAIL, "try again and it goes on".
-PAUSED = 75
-STOP = "stop"  # a file in a run's folder: save and leave. It is gone when that is done
-MARKER = "paused.json"  # a file there: at which step and why a run has saved and left
+EXIT_PAUSED = 75
+STOP_FILE = "stop"  # a file in a run's folder: save and leave. It is gone when that is done
+PAUSED_FILE = "paused.json"  # a file there: at which step and why a run has saved and left
 # In the environment of a trainer that the pipeline started: its launcher reads the marker, and
 # torchrun is to see no failure in a pause, or it would start the processes again.
-LAUNCHED = "OLMO_LAUNCHED"
-CAUSE = "cause.json"  # a file there: what a run failed of, and whether another start would, too
-FINISHED = "finished.json"  # a file there of a run that came to its end
-SEGMENTS = "segments.jsonl"  # a file there: from which step on it was trained on what
+LAUNCHED_ENV = "OLMO_LAUNCHED"
+CAUSE_FILE = (
+    "cause.json"  # a file there: what a run failed of, and whether another start would, too
+)
+FINISHED_FILE = "finished.json"  # a file there of a run that came to its end
+SEGMENTS_FILE = "segments.jsonl"  # a file there: from which step on it was trained on what
 
 
 class Paused(ChildProcessError):
@@ -60,11 +62,11 @@ def die_with_supervisor() -> None:
 
     Nothing is cleaned up on purpose: an end at any moment is what the store is built for.
     """
-    pid = int(os.environ.get(SUPERVISOR, 0))
+    pid = int(os.environ.get(SUPERVISOR_ENV, 0))
     if not pid or pid == os.getpid():
         return
     if not hasattr(os, "pidfd_open"):
-        _exit_when(lambda: not alive(pid))
+        _exit_when(lambda: not is_alive(pid))
         return
     try:
         supervisor = os.pidfd_open(pid)
@@ -78,7 +80,7 @@ def die_with_supervisor() -> None:
     threading.Thread(target=wait, daemon=True, name="supervisor").start()
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process of this number exists on this machine."""
     try:
         os.kill(pid, 0)

@@ -42,18 +42,18 @@ _COMPANION = re.compile(
 )
 
 
-def public(text: str) -> str:
+def redact(text: str) -> str:
     """A URL, or a text with URLs in it, without users, passwords and signatures.
 
     One that holds none comes back as it was.
 
-    >>> public("gave up: http://me:word@host/a?id=7&sig=5d%3D&se=2026")
+    >>> redact("gave up: http://me:word@host/a?id=7&sig=5d%3D&se=2026")
     'gave up: http://host/a?id=7'
     """
-    return _URL.sub(lambda found: _without(found[0]), text) if "://" in text else text
+    return _URL.sub(lambda found: _strip(found[0]), text) if "://" in text else text
 
 
-def _without(url: str) -> str:
+def _strip(url: str) -> str:
     url = _USERINFO.sub("", url)
     address, _, query = url.partition("?")
     words = re.split("[&;]", query)
@@ -63,7 +63,7 @@ def _without(url: str) -> str:
     return address + "?" * bool(kept) + "&".join(kept)
 
 
-def entrusted(value: Given) -> Given:
+def stash_secrets(value: Given) -> Given:
     """What came in, a text or lists and mappings of texts, with its URLs public.
 
     Raises:
@@ -73,17 +73,17 @@ def entrusted(value: Given) -> Given:
     if isinstance(value, str) and "://" in value:
         for url in _URL.findall(value):
             _remember(url)
-        made = public(value)
+        made = redact(value)
     elif isinstance(value, dict):
-        made = {name: entrusted(inner) for name, inner in value.items()}
+        made = {name: stash_secrets(inner) for name, inner in value.items()}
     elif type(value) in (list, tuple):
-        made = type(made)(entrusted(inner) for inner in made)
+        made = type(made)(stash_secrets(inner) for inner in made)
         if made != value:
-            _refuse_alike(value, made)
+            _check_distinct(value, made)
     return made
 
 
-def _refuse_alike(given: Any, made: Any) -> None:
+def _check_distinct(given: Any, made: Any) -> None:
     first: dict[Any, Any] = {}
     for before, after in zip(given, made, strict=True):
         if isinstance(after, str) and first.setdefault(after, before) != before:
@@ -93,33 +93,33 @@ def _refuse_alike(given: Any, made: Any) -> None:
 
 
 def _remember(url: str) -> None:
-    shown = _without(url)
+    shown = _strip(url)
     for scheme, user, host in _ORIGIN.findall(url):  # of a mirror=mirror, two
         if user:
             kept = quote(user[:-1], safe="%:!$&'()*+,;=~")
-            os.environ[_variable(f"user of {scheme}{host}")] = kept
+            os.environ[_env_name(f"user of {scheme}{host}")] = kept
     if (signed := _USERINFO.sub("", url)) != shown:
-        os.environ[_variable(shown)] = signed
+        os.environ[_env_name(shown)] = signed
 
 
-def whole(url: str) -> str:
+def restore_secrets(url: str) -> str:
     """A public URL with the secrets that came with it: for the one who asks its server."""
     if "://" not in url:
         return url
-    url = os.environ.get(_variable(url), url)
+    url = os.environ.get(_env_name(url), url)
     origin = _ORIGIN.match(url)
-    user = os.environ.get(_variable(f"user of {origin[0]}")) if origin else None
+    user = os.environ.get(_env_name(f"user of {origin[0]}")) if origin else None
     return url if user is None else url.replace("://", f"://{user}@", 1)
 
 
-def refuse_secrets(url: str) -> None:
+def check_no_secrets(url: str) -> None:
     """Raises ValueError for a URL that came with secrets, where its scheme's client takes none."""
-    if whole(url) != url:
+    if restore_secrets(url) != url:
         raise ValueError(
             f"{url}: expected credentials in the environment or where the cloud's own tools keep "
             "them, found some in the URL, which only http(s) takes; set AWS_PROFILE, for example"
         )
 
 
-def _variable(of: str) -> str:
+def _env_name(of: str) -> str:
     return f"OLMO_URL_{hashlib.sha256(of.encode()).hexdigest()[:24]}"

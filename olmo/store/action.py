@@ -13,26 +13,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def canonical(value: Any) -> bytes:
+def canonical_json(value: Any) -> bytes:
     """JSON with one spelling a value: sorted keys, no spaces, UTF-8.
 
     Raises:
         ValueError: for what has no single spelling: NaN, infinities, paths, sets, objects.
     """
-    _refuse_shapeless(value, "action")
+    _check_canonical(value, "action")
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return text.encode()
 
 
-def _refuse_shapeless(value: Any, where: str) -> None:
+def _check_canonical(value: Any, where: str) -> None:
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if not isinstance(name, str):
                 raise ValueError(f"{where}: the key {name!r} is not a string")
-            _refuse_shapeless(inner, f"{where}.{name}")
+            _check_canonical(inner, f"{where}.{name}")
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
-            _refuse_shapeless(inner, f"{where}[{index}]")
+            _check_canonical(inner, f"{where}[{index}]")
     elif isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{where}: {value} has no canonical form")
@@ -59,4 +59,4 @@ class Action:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(canonical(self.as_dict())).hexdigest()
+        return hashlib.sha256(canonical_json(self.as_dict())).hexdigest()

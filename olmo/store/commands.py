@@ -8,11 +8,11 @@ from pathlib import Path
 
 from olmo.io import sealed
 from olmo.store import naming, remote
-from olmo.store.lease import LOOK, held, lease
-from olmo.store.lineage import differences, nearest
-from olmo.store.lineage import trace as trace_lines
-from olmo.store.stage import here
-from olmo.store.store import GC, Store, files, sha256
+from olmo.store.lease import PROBE_PREFIX, held_names, lease
+from olmo.store.lineage import diff_actions, find_nearest
+from olmo.store.lineage import format_lineage as trace_lines
+from olmo.store.stage import current_store
+from olmo.store.store import GC_LEASE, Store, hash_file, output_files
 
 
 def verify() -> None:
@@ -21,41 +21,48 @@ def verify() -> None:
     What is damaged goes to quarantine, and the names of this project that stand for it are removed:
     the next run makes them anew.
     """
-    store = here()
+    store = current_store()
     objects = len(list((store.root / "objects").glob("??/[0-9a-f]*")))
     keys = [path.stem for path in (store.root / "actions").glob("??/*.json")]
-    corrupt, broken = damaged(store), [key for key in sorted(keys) if store.record(key) is None]
-    found, unknown = naming.read_all(store, all_links=True)
-    lost = [] if unknown else naming.lost(store)
+    corrupt, broken = (
+        quarantine_damaged(store),
+        [key for key in sorted(keys) if store.record(key) is None],
+    )
+    found, unknown = naming.read_names(store, all_links=True)
+    lost = [] if unknown else naming.broken_names(store)
     complaints = []
     if corrupt:
-        complaints.append(f"{len(corrupt)} of {objects} objects were corrupt: {short(corrupt)}")
+        complaints.append(
+            f"{len(corrupt)} of {objects} objects were corrupt: {format_digests(corrupt)}"
+        )
     if broken:
-        complaints.append(f"{len(broken)} of {len(keys)} records were damaged: {short(broken)}")
+        complaints.append(
+            f"{len(broken)} of {len(keys)} records were damaged: {format_digests(broken)}"
+        )
     if corrupt or broken:
         complaints.append(f"they are in {store.root}/quarantine")
     if lost:
         complaints.append(f"{len(lost)} names have lost their record or objects: {lost[0]}, …")
     for path in lost:
         if path.is_relative_to(Path.cwd()):
-            naming.remove(path)  # and so it is missed
+            naming.remove_name(path)  # and so it is missed
     if complaints:
         raise ValueError("; ".join(complaints) + ". Run snakemake again: it makes them anew")
     if unknown:
-        raise ValueError(f"{unknown[0]} is damaged, and {naming.UNKNOWN}")
+        raise ValueError(f"{unknown[0]} is damaged, and {naming.NO_LINK_LEFT}")
     print(f"{store.root}: {objects} objects, {len(keys)} records, {len(found)} names, all sound")
 
 
-def short(digests: list[str]) -> str:
+def format_digests(digests: list[str]) -> str:
     return ", ".join(f"{digest[:12]}…" for digest in digests)
 
 
-def damaged(store: Store) -> list[str]:
+def quarantine_damaged(store: Store) -> list[str]:
     """Hash every object; the digests of those that were not what their name says."""
     corrupt = []
     for path in sorted((store.root / "objects").glob("??/*")):
         is_object = path.is_file() and not path.name.startswith(".")
-        if is_object and sha256(path) != path.name:
+        if is_object and hash_file(path) != path.name:
             store.quarantine(path, "found by verify")
             corrupt.append(path.name)
     return corrupt
@@ -67,12 +74,12 @@ def gc(dry_run: bool = False, forget: Path | None = None) -> None:
     Records stay, and what a run that has not ended has saved. With --forget PROJECT, a folder that
     is gone for good, what only its paths pointed to goes as well.
     """
-    store = here()
+    store = current_store()
     objects = (p for p in (store.root / "objects").glob("??/[0-9a-f]*") if p.is_file())
     sizes = {p.name: p.stat().st_size for p in objects}
-    left = {folder: weight(folder) for folder in finished_work(store)}
-    removed = sweep(store, dry_run, forget)
-    for line in named_so_far(store, removed):
+    left = {folder: folder_bytes(folder) for folder in finished_work_folders(store)}
+    removed = collect_garbage(store, dry_run, forget)
+    for line in describe_removed(store, removed):
         print(line)
     freed = sum(sizes[digest] for digest in removed)
     verb = "would remove" if dry_run else "removed"
@@ -83,7 +90,7 @@ def gc(dry_run: bool = False, forget: Path | None = None) -> None:
     )
 
 
-def sweep(store: Store, dry_run: bool = False, forget: Path | None = None) -> list[str]:
+def collect_garbage(store: Store, dry_run: bool = False, forget: Path | None = None) -> list[str]:
     """Remove what no human name and no pin points to; the digests removed.
 
     The names of the project `forget` count no longer.
@@ -91,26 +98,26 @@ def sweep(store: Store, dry_run: bool = False, forget: Path | None = None) -> li
     Records stay: they are small, and they are what a rebuilt object is compared with. So do the
     work folders of actions that have not ended: a training run's checkpoints.
     """
-    with lease(store.root / "leases", GC):  # stages that begin now wait for it
-        return _sweep(store, dry_run, forget)
+    with lease(store.root / "leases", GC_LEASE):  # stages that begin now wait for it
+        return _collect_garbage(store, dry_run, forget)
 
 
-def _sweep(store: Store, dry_run: bool, forget: Path | None) -> list[str]:
-    if running := set(held(store.root / "leases")) - {GC}:
+def _collect_garbage(store: Store, dry_run: bool, forget: Path | None) -> list[str]:
+    if running := set(held_names(store.root / "leases")) - {GC_LEASE}:
         raise ValueError(
             f"expected a store at rest, found {len(running)} stages running, whose new objects "
             "have no name yet; run gc again when they are done"
         )
-    naming.read_all(store, all_links=True)  # a name that is not written down counts too
-    forgotten = naming.of_project(store, forget) if forget else {}
-    for project in naming.lost_projects(store):
+    naming.read_names(store, all_links=True)  # a name that is not written down counts too
+    forgotten = naming.names_of_project(store, forget) if forget else {}
+    for project in naming.missing_projects(store):
         if forget is None or project != Path(os.path.abspath(forget)):
             raise ValueError(
                 f"expected the project {project}, which has names in the store {store.root}, found "
                 "no such folder or an empty one. Mount its disk; if it was moved, leave a link at "
                 f"its old place (ln -s); if it is gone for good: olmo store gc --forget {project}"
             )
-    found = [name for name in naming.names(store) if name["path"] not in forgotten]
+    found = [name for name in naming.live_names(store) if name["path"] not in forgotten]
     # A name is written down before it is made: one that was cut off points to what it did before.
     keep = {name["target"] for name in found}
     for name in found:  # what is in a folder, also where its record is damaged
@@ -118,24 +125,24 @@ def _sweep(store: Store, dry_run: bool, forget: Path | None) -> list[str]:
         if path.is_dir() and not path.is_symlink():
             keep |= {Path(os.path.realpath(inner)).name for inner in path.rglob("*")}
     keys = {key for name in found for key in (name["key"], name["target"].removesuffix(".json"))}
-    for key in pinned(store):
+    for key in pinned_keys(store):
         if store.record(key) is None:
             raise ValueError(
                 f"the record of the pinned action {key[:12]}… is gone or damaged, so that nobody "
                 f"knows what to keep; run snakemake again, or remove {store.root}/pins/{key}"
             )
-    for key in keys | set(pinned(store)) | set(unnamed(store)):
+    for key in keys | set(pinned_keys(store)) | set(unnamed_keys(store)):
         if (record := store.record(key)) is not None:
-            keep |= {file["sha256"] for file in files(record)}
+            keep |= {file["sha256"] for file in output_files(record)}
     objects = sorted(p for p in (store.root / "objects").glob("??/[0-9a-f]*") if p.is_file())
     removed = [path for path in objects if path.name not in keep]
     if dry_run:
         return [path.name for path in removed]
-    failed = [store.root / "unnamed" / key for key in unnamed(store) if not store.record(key)]
-    for path in [*removed, *forgotten.values(), *drafts(store), *failed]:
+    failed = [store.root / "unnamed" / key for key in unnamed_keys(store) if not store.record(key)]
+    for path in [*removed, *forgotten.values(), *leftover_drafts(store), *failed]:
         path.unlink()
     shutil.rmtree(store.root / "drafts", ignore_errors=True)
-    for work in finished_work(store):
+    for work in finished_work_folders(store):
         shutil.rmtree(work)
     for work in sorted((store.root / "work").glob("*")):
         shutil.rmtree(work / "outputs", ignore_errors=True)
@@ -144,39 +151,41 @@ def _sweep(store: Store, dry_run: bool, forget: Path | None) -> list[str]:
     return [path.name for path in removed]
 
 
-def finished_work(store: Store) -> list[Path]:
+def finished_work_folders(store: Store) -> list[Path]:
     """The work folders of actions that have ended and have their names."""
     folders = sorted((store.root / "work").glob("*"))
-    kept = unnamed(store)
+    kept = unnamed_keys(store)
     return [f for f in folders if f.name not in kept and store.record(f.name) is not None]
 
 
-def unnamed(store: Store) -> list[str]:
+def unnamed_keys(store: Store) -> list[str]:
     """Actions that were asked for, and whose process was killed before they had their names."""
     return sorted(path.name for path in (store.root / "unnamed").glob("*"))
 
 
-def drafts(store: Store) -> list[Path]:
+def leftover_drafts(store: Store) -> list[Path]:
     """What was killed while it wrote a record or a name has left."""
     folders = [store.root / "links", *(store.root / "actions").glob("??")]
-    looks = store.root.glob(f"*/??/{LOOK}*")  # of those killed in see_anew
-    return [*looks, *(path for folder in folders for path in sealed.drafts(folder))]
+    looks = store.root.glob(f"*/??/{PROBE_PREFIX}*")  # of those killed in see_anew
+    return [*looks, *(path for folder in folders for path in sealed.find_drafts(folder))]
 
 
-def weight(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
     """The bytes of a folder's files."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
 
 
-def named_so_far(store: Store, removed: list[str]) -> Iterator[str]:
+def describe_removed(store: Store, removed: list[str]) -> Iterator[str]:
     """Lines that say which names, deleted since, stood for what was removed.
 
     A person who deleted one, or whose run was cut off before it made it again, may want it back.
     """
     gone = set(removed)
-    for _, name in naming.written(store):
+    for _, name in naming.all_names(store):
         record = store.record(name["key"])
-        if record is not None and gone.intersection(file["sha256"] for file in files(record)):
+        if record is not None and gone.intersection(
+            file["sha256"] for file in output_files(record)
+        ):
             when = record.get("run", {}).get("started", "an unknown time")
             yield f"{name['path']}, by {record['action']['stage']} of {when}"
 
@@ -186,56 +195,56 @@ def checkout(name: str, /, to: Path | None = None) -> None:
 
     NAME is a path that the store made, deleted since or not, or an action's key (with --to).
     """
-    store = here()
-    known = naming.known_as(store, Path(name))
+    store = current_store()
+    known = naming.find_name(store, Path(name))
     record = store.record(known["key"] if known else name)
     if record is None or (to is None and known is None):
         raise ValueError(f"expected a path that the store {store.root} made, found {name}")
-    with store.unnamed(record["key"]):
-        if not store.hit(record["key"]):
+    with store.protect_from_gc(record["key"]):
+        if not store.lookup(record["key"]):
             raise ValueError(f"objects of {name} are gone from {store.root}; run snakemake again")
         for output in [known["output"]] if known else record["outputs"]:
             path = to or Path(name)
             path = path if known or len(record["outputs"]) == 1 else path / output
-            naming.link(store, record, output, path)
+            naming.link_output(store, record, output, path)
             print(f"{path} → {record['action']['stage']} {record['key'][:12]}…")
 
 
 def why(path: Path, /) -> None:
     """What made PATH, and what differs from the nearest other action, field by field."""
-    store = here()
-    record = naming.named(store, path)
+    store = current_store()
+    record = naming.record_of(store, path)
     print(json.dumps(record["action"], indent=1))
-    others = nearest(store, record["action"], besides=record["key"])
+    others = find_nearest(store, record["action"], besides=record["key"])
     if others is None:
         print("no other action of this stage is known")
         return
     print(f"differs from {others['key'][:12]}… ({others['run']['started']}) in:")
-    for line in differences(others["action"], record["action"]):
+    for line in diff_actions(others["action"], record["action"]):
         print(f"  {line}")
 
 
 def trace(path: Path, /) -> None:
     """The way back from PATH to its sources, an action a line."""
-    print("\n".join(trace_lines(here(), path)))
+    print("\n".join(trace_lines(current_store(), path)))
 
 
 def pin(path: Path, /, remove: bool = False) -> None:
     """Keep what PATH names through `gc`, also when the path is deleted."""
-    store = here()
-    key = naming.named(store, path)["key"]
-    keep(store, key, remove)
+    store = current_store()
+    key = naming.record_of(store, path)["key"]
+    set_pin(store, key, remove)
     print(f"{'un' if remove else ''}pinned {key[:12]}…")
 
 
-def keep(store: Store, key: str, remove: bool = False) -> None:
+def set_pin(store: Store, key: str, remove: bool = False) -> None:
     """Keep an action's outputs whatever points to them; or no longer."""
     pins = store.root / "pins"
     pins.mkdir(parents=True, exist_ok=True)
     (pins / key).unlink(missing_ok=True) if remove else (pins / key).touch()
 
 
-def pinned(store: Store) -> list[str]:
+def pinned_keys(store: Store) -> list[str]:
     return sorted(path.name for path in (store.root / "pins").glob("*"))
 
 
@@ -245,4 +254,4 @@ def push(to: str, paths: list[Path], /, inputs: bool = False, verify: bool = Fal
     The records of what they were made from go along; the contents only with --inputs. With
     --verify, what is there is fetched and hashed, and replaced where it is damaged.
     """
-    print(f"{to}: {remote.push(here(), remote.Remote(to), paths, inputs, verify)}")
+    print(f"{to}: {remote.push_names(current_store(), remote.Remote(to), paths, inputs, verify)}")

@@ -30,9 +30,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-BEAT_S = 5.0  # the holder touches its lease this often
-LOOK = ".look-"  # begins the names of files that are there for a moment, to be seen
-PATIENCE_S = 60.0  # without a touch for this long it is dead
+HEARTBEAT_S = 5.0  # the holder touches its lease this often
+PROBE_PREFIX = ".look-"  # begins the names of files that are there for a moment, to be seen
+LEASE_TIMEOUT_S = 60.0  # without a touch for this long it is dead
 
 Holder = dict[str, Any]  # {"host", "boot", "pids", "pid", "start"}
 
@@ -57,13 +57,13 @@ def lease(
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(BEAT_S):
+        while not done.wait(HEARTBEAT_S):
             try:
                 os.utime(mine)
             except OSError as error:
                 # `done` is set before the lease is given back: then it is no loss.
                 if error.errno in (errno.ENOENT, errno.ESTALE) and not done.is_set():
-                    _end(name)
+                    _exit_after_loss(name)
 
     threading.Thread(target=beat, daemon=True, name="lease").start()
     try:
@@ -73,19 +73,21 @@ def lease(
         mine.unlink(missing_ok=True)
 
 
-def held(folder: Path) -> list[str]:
+def held_names(folder: Path) -> list[str]:
     """The names whose leases somebody may still hold (as far as one look can tell)."""
-    leases = [path for path in folder.glob("[!.]*") if _state(_look(path), {}, path) != "dead"]
+    leases = [
+        path for path in folder.glob("[!.]*") if _state(_read_lease(path), {}, path) != "dead"
+    ]
     return sorted({path.name.rsplit(".", 1)[0] for path in leases})
 
 
-def see_anew(folder: Path) -> None:
+def refresh_listing(folder: Path) -> None:
     """Make a network file system forget what it remembers of the names in a folder.
 
     It keeps them, and that a name is not there, for as long as it believes the folder unchanged.
     """
     with contextlib.suppress(FileNotFoundError):
-        handle, path = tempfile.mkstemp(prefix=LOOK, dir=folder)
+        handle, path = tempfile.mkstemp(prefix=PROBE_PREFIX, dir=folder)
         os.close(handle)
         os.unlink(path)
 
@@ -100,12 +102,12 @@ def _acquire(
     seen: dict[Path, tuple[int, float]] = {}  # lease → its last touch, and when we saw that
     fresh = False  # whether what we know of the folder is of this moment
     while True:
-        looks = {path: _look(path) for path in folder.glob(f"{name}.*")}
+        looks = {path: _read_lease(path) for path in folder.glob(f"{name}.*")}
         states = {path: _state(look, seen, path) for path, look in looks.items()}
         if set(states.values()) - {"dead"}:
             for path, state in states.items():
                 if state == "gone":
-                    see_anew(folder)
+                    refresh_listing(folder)
                 if state == "alive" and alive is not None:
                     alive(looks[path][0])
                 if state in ("alive", "silent") and waiting is not None:
@@ -115,12 +117,12 @@ def _acquire(
             fresh = False
             continue
         if not fresh:
-            see_anew(folder)
+            refresh_listing(folder)
             fresh = True
             continue
         numbers = [int(path.suffix[1:]) for path in looks]
         mine = folder / f"{name}.{max(numbers, default=-1) + 1}"
-        if not _made(mine, folder / f".{name}-{uuid.uuid4().hex}"):
+        if not _create(mine, folder / f".{name}-{uuid.uuid4().hex}"):
             fresh = False
             time.sleep(random.uniform(0.01, 0.1))
             continue
@@ -135,9 +137,9 @@ def _acquire(
         return mine
 
 
-def _made(path: Path, draft: Path) -> bool:
+def _create(path: Path, draft: Path) -> bool:
     """Make a lease, whole from its first moment; False where it exists."""
-    draft.write_text(json.dumps(_me()))
+    draft.write_text(json.dumps(_own_holder()))
     try:
         os.link(draft, path)
     except FileExistsError:
@@ -156,25 +158,25 @@ def _made(path: Path, draft: Path) -> bool:
     return True
 
 
-def _me() -> Holder:
+def _own_holder() -> Holder:
     pid = os.getpid()
-    return {**_here(), "pid": pid, "start": _start(pid)}
+    return {**_this_machine(), "pid": pid, "start": _start_time(pid)}
 
 
-def _here() -> Holder:
+def _this_machine() -> Holder:
     """Where a process number means something: this boot of this machine, this container."""
     try:
         pids = os.readlink("/proc/self/ns/pid")
     except OSError:
         pids = ""
-    return {"host": socket.gethostname(), "boot": _boot(), "pids": pids}
+    return {"host": socket.gethostname(), "boot": _boot_id(), "pids": pids}
 
 
 def _is_here(holder: Holder) -> bool:
-    return all(holder.get(name, value) == value for name, value in _here().items())
+    return all(holder.get(name, value) == value for name, value in _this_machine().items())
 
 
-def _look(path: Path) -> tuple[Holder, int]:
+def _read_lease(path: Path) -> tuple[Holder, int]:
     """Who holds a lease, and its last touch; {} when it has just gone.
 
     Opened, since that is when a network file system asks its server.
@@ -201,26 +203,26 @@ def _state(look: tuple[Holder, int], seen: dict[Path, tuple[int, float]], path: 
     if not holder:
         return "gone"
     if _is_here(holder):
-        return "alive" if _start(holder["pid"]) == holder["start"] else "dead"
+        return "alive" if _start_time(holder["pid"]) == holder["start"] else "dead"
     now, before = time.monotonic(), seen.get(path)
     if before is None or before[0] != touched:
         seen[path] = (touched, now)
         return "silent" if before is None else "alive"
-    return "dead" if now - before[1] > PATIENCE_S else "silent"
+    return "dead" if now - before[1] > LEASE_TIMEOUT_S else "silent"
 
 
-def _end(name: str) -> None:
+def _exit_after_loss(name: str) -> None:
     """Another has taken over: end at once, and with us all that we have started."""
     sys.stderr.write(
         f"this process held {name}, and its lease is gone: it was not heard of for "
-        f"{PATIENCE_S:.0f} s (suspended, or its file server out of reach) and another has taken "
-        "over, or somebody deleted it. It ends here: two would write into one folder\n"
+        f"{LEASE_TIMEOUT_S:.0f} s (suspended, or its file server out of reach) and another has "
+        "taken over, or somebody deleted it. It ends here: two would write into one folder\n"
     )
     sys.stderr.flush()
     os._exit(1)
 
 
-def _boot() -> str:
+def _boot_id() -> str:
     """Names this boot of this machine: process numbers mean something only within it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -228,7 +230,7 @@ def _boot() -> str:
         return ""
 
 
-def _start(pid: int) -> str | None:
+def _start_time(pid: int) -> str | None:
     """When a process started, which tells it from a later one of the same number."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()

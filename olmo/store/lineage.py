@@ -4,41 +4,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.store.naming import named
-from olmo.store.store import Record, Store, files
+from olmo.store.naming import record_of
+from olmo.store.store import Record, Store, output_files
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def diff_actions(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Field by field, what two actions differ in: "params.keep_one_in: 10 → 5"."""
     changed = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name, "default"), now.get(name, "default")
         if isinstance(old, dict) and isinstance(new, dict):
-            changed += differences(old, new, f"{prefix}{name}.")
+            changed += diff_actions(old, new, f"{prefix}{name}.")
         elif isinstance(old, list) and isinstance(new, list) and old != new:
             places = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
             size = f", {len(old)} → {len(new)} of them" if len(old) != len(new) else ""
             changed.append(f"{prefix}{name}: {len(places)} of {len(new)} changed{size}")
         elif old != new:
-            changed.append(f"{prefix}{name}: {_short(old)} → {_short(new)}")
+            changed.append(f"{prefix}{name}: {_abbreviate(old)} → {_abbreviate(new)}")
     return changed
 
 
-def nearest(store: Store, action: dict[str, Any], besides: str = "") -> Record | None:
+def find_nearest(store: Store, action: dict[str, Any], besides: str = "") -> Record | None:
     """The known action of the same stage that differs in the fewest fields."""
     known = [
         record
         for record in store.records()
         if record["action"]["stage"] == action["stage"] and record["key"] != besides
     ]
-    return min(known, key=lambda r: len(differences(r["action"], action)), default=None)
+    return min(known, key=lambda r: len(diff_actions(r["action"], action)), default=None)
 
 
-def makers(store: Store) -> dict[str, list[Record]]:
+def records_by_content(store: Store) -> dict[str, list[Record]]:
     """For each content in the store, the actions that made it."""
     made: dict[str, list[Record]] = {}
     for record in store.records():
-        for digest in {file["sha256"] for file in files(record)}:
+        for digest in {file["sha256"] for file in output_files(record)}:
             made.setdefault(digest, []).append(record)
     return made
 
@@ -50,7 +50,7 @@ def ancestors(
 
     `made_by` is what `makers` found, for who asks more than once.
     """
-    made_by, seen = makers(store) if made_by is None else made_by, {record["key"]}
+    made_by, seen = records_by_content(store) if made_by is None else made_by, {record["key"]}
     level, depth = [record], 0
     while level:
         found: list[Record] = []
@@ -65,16 +65,16 @@ def ancestors(
         level, depth = found, depth + 1
 
 
-def trace(store: Store, path: Path) -> list[str]:
+def format_lineage(store: Store, path: Path) -> list[str]:
     """Lines for a person: an artifact and everything it came from."""
     lines = []
-    for depth, record in ancestors(store, named(store, path)):
+    for depth, record in ancestors(store, record_of(store, path)):
         action = record["action"]
-        params = ", ".join(f"{k}={_short(v)}" for k, v in sorted(action["params"].items()))
+        params = ", ".join(f"{k}={_abbreviate(v)}" for k, v in sorted(action["params"].items()))
         lines.append(f"{'  ' * depth}{action['stage']} {record['key'][:12]}… {params}".rstrip())
     return lines
 
 
-def _short(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}…"

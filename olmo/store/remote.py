@@ -7,7 +7,7 @@
     names.txt                 all of them, since a web server has no listing
 
 It is a folder, a mounted path, a bucket (s3, r2, weka, gs; see olmo.io.bucket) or, to pull from,
-http(s). Whoever writes to it may be anybody: what it names is checked (olmo.io.foreign) before
+http(s). Whoever writes to it may be anybody: what it names is checked (olmo.io.untrusted) before
 anything is done here, and one bad digest, name or size means that nothing at all is taken.
 """
 
@@ -24,46 +24,46 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from olmo.io import downloads, foreign, sealed
+from olmo.io import downloads, sealed, untrusted
 from olmo.io.bucket import Bucket
-from olmo.io.downloads import NotThere
+from olmo.io.downloads import NotFound
 from olmo.io.sealed import Damaged
 from olmo.runtime import urls
 from olmo.runtime.log import log
 from olmo.store import naming
 from olmo.store.action import Action
-from olmo.store.lineage import ancestors, makers
-from olmo.store.store import Record, Store, content, files, parse, sha256
+from olmo.store.lineage import ancestors, records_by_content
+from olmo.store.store import Record, Store, content, hash_file, output_files, parse_record
 
-AT_ONCE = 16  # transfers; a bucket answers slowly, but many at a time
+MAX_CONCURRENT = 16  # transfers; a bucket answers slowly, but many at a time
 ATTEMPTS = 3  # at an object whose bytes arrive damaged
-NAME = {"key", "output", "ancestors"}
-MOST_JSON = 256 * 2**20  # bytes of a record or a list of names
+NAME_FIELDS = {"key", "output", "ancestors"}
+MAX_JSON_BYTES = 256 * 2**20  # bytes of a record or a list of names
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Moved:
+class TransferStats:
     """What went over, and what was there already."""
 
     objects: int = 0
     bytes: int = 0
-    there: int = 0
+    existing: int = 0
 
     @classmethod
-    def of(cls, sizes: Sequence[int | None]) -> Moved:
+    def of(cls, sizes: Sequence[int | None]) -> TransferStats:
         """Of the bytes of each object, None for one that was there."""
         went = [size for size in sizes if size is not None]
         return cls(len(went), sum(went), len(sizes) - len(went))
 
-    def __add__(self, other: Moved) -> Moved:
-        return Moved(
-            self.objects + other.objects, self.bytes + other.bytes, self.there + other.there
+    def __add__(self, other: TransferStats) -> TransferStats:
+        return TransferStats(
+            self.objects + other.objects, self.bytes + other.bytes, self.existing + other.existing
         )
 
     def __str__(self) -> str:
-        return f"{self.objects:,} objects, {self.bytes:,} bytes; {self.there:,} were there"
+        return f"{self.objects:,} objects, {self.bytes:,} bytes; {self.existing:,} were there"
 
 
 class Remote(Bucket):
@@ -73,18 +73,20 @@ class Remote(Bucket):
     """
 
     def __init__(self, url: str) -> None:
-        self.web = downloads.is_http(url)
-        if self.web:
-            self.url = urls.entrusted(url).rstrip("/")
+        self.is_http = downloads.is_http(url)
+        if self.is_http:
+            self.url = urls.stash_secrets(url).rstrip("/")
         else:
             super().__init__(url)
 
-    def get(self, name: str, path: Path, most: int | None = None) -> None:
-        """Bring a file of `most` bytes at most here; NotThere where there is none."""
-        if self.web:
-            downloads.fetch(f"{self.url}/{quote(name)}", path, path.with_suffix(".part"), most=most)
+    def get(self, name: str, path: Path, max_bytes: int | None = None) -> None:
+        """Bring a file of `max_bytes` bytes at most here; NotFound where there is none."""
+        if self.is_http:
+            downloads.fetch(
+                f"{self.url}/{quote(name)}", path, path.with_suffix(".part"), max_bytes=max_bytes
+            )
         else:
-            super().get(name, path, most)
+            super().get(name, path, max_bytes)
 
     def names(self) -> list[str]:
         """The names that were pushed, from the files that say so."""
@@ -92,13 +94,13 @@ class Remote(Bucket):
         return [name.removesuffix(".json") for name in files if name.endswith(".json")]
 
 
-def push(
+def push_names(
     store: Store,
     remote: Remote,
     paths: Sequence[Path] = (),
     inputs: bool = False,
     verify: bool = False,
-) -> Moved:
+) -> TransferStats:
     """Send what human names stand for, and the records of all that it was made from.
 
     Args:
@@ -110,13 +112,13 @@ def push(
         ValueError: a path that the store did not make or that lies outside the project; an
             object that is damaged here.
     """
-    if remote.web:
+    if remote.is_http:
         raise ValueError(f"{remote.url}: expected a folder or a bucket; http can be pulled from")
-    made_by = makers(store)
+    made_by = records_by_content(store)
     names: dict[str, dict[str, Any]] = {}
     records: dict[str, Record] = {}
     wanted: dict[str, int] = {}
-    for name, link in chosen(store, paths).items():
+    for name, link in select_names(store, paths).items():
         record = store.record(link["key"])
         if record is None:
             raise ValueError(
@@ -124,29 +126,29 @@ def push(
                 "verify`, then the command that made it, makes it anew"
             )
         line = [one for _, one in ancestors(store, record, made_by)]
-        refuse_old(store, line)
+        check_no_credentials(store, line)
         records |= {one["key"]: one for one in line}
         for one in line if inputs else line[:1]:
-            wanted |= {file["sha256"]: file["size"] for file in files(one)}
+            wanted |= {file["sha256"]: file["size"] for file in output_files(one)}
         came_from = [one["key"] for one in line[1:]]
         names[name] = {"key": record["key"], "output": link["output"], "ancestors": came_from}
 
-    with store.draft() as folder:
+    with store.temp_folder() as folder:
 
         def send(item: tuple[str, int]) -> int | None:
             digest, size = item
             name = object_name(digest)
             there = remote.size(name) == size
-            if there and (not verify or arrived(remote, digest, size, folder)):
+            if there and (not verify or is_intact_there(remote, digest, size, folder)):
                 return None
-            if not store.sound(digest, size):
+            if not store.is_intact(digest, size):
                 raise ValueError(
                     f"object {digest[:12]}… is damaged or gone from {store.root}; run snakemake "
                     "again, which makes it anew"
                 )
             remote.put(store.object_path(digest), name)
             # A bucket's protocol carries a checksum; of a folder, look at what was written.
-            if remote.folder and not arrived(remote, digest, size, folder):
+            if remote.folder and not is_intact_there(remote, digest, size, folder):
                 raise ValueError(f"{remote.url}/{name}: other bytes arrived than were sent")
             return size
 
@@ -156,17 +158,17 @@ def push(
             remote.put(draft, f"names/{name}.json")
 
         # Contents, then records, then names: what can be seen there is whole.
-        moved = Moved.of(each(send, wanted.items()))
-        each(lambda key: remote.put(store.record_path(key), record_name(key)), records)
-        each(send_name, names)
+        moved = TransferStats.of(map_concurrently(send, wanted.items()))
+        map_concurrently(lambda key: remote.put(store.record_path(key), record_name(key)), records)
+        map_concurrently(send_name, names)
         (folder / "names.txt").write_text("".join(f"{name}\n" for name in remote.names()))
         remote.put(folder / "names.txt", "names.txt")
     return moved
 
 
-def pull(
+def pull_names(
     store: Store, remote: Remote, patterns: Sequence[str] = (), inputs: bool = False
-) -> tuple[list[str], Moved]:
+) -> tuple[list[str], TransferStats]:
     """Take what names stand for there, and make the names here; (the names, what came).
 
     Every object is hashed as it arrives, and fetched again where that is not its name. What is
@@ -180,49 +182,53 @@ def pull(
     Raises:
         ValueError: no such name there; an object that is damaged there; a name, a digest or a size
             that it must not have, and then nothing was taken.
-        TwoContents: the store here knows another content for the same action.
+        NondeterministicStage: the store here knows another content for the same action.
     """
-    with store.draft() as folder:
-        names = asked(remote, patterns, folder)
-        links = dict(zip(names, each(lambda n: read_name(remote, n, folder), names), strict=True))
-        refuse_to_replace(store, names, remote.url)
+    with store.temp_folder() as folder:
+        names = match_names(remote, patterns, folder)
+        links = dict(
+            zip(names, map_concurrently(lambda n: read_name(remote, n, folder), names), strict=True)
+        )
+        check_names_free(store, names, remote.url)
         of_names = {link["key"] for link in links.values()}
         keys = of_names.union(*(link["ancestors"] for link in links.values()))
-        records = each(lambda key: read_record(remote, key, folder), sorted(keys))
+        records = map_concurrently(lambda key: read_record(remote, key, folder), sorted(keys))
         known = {record["key"]: record for record in records}
         for name, link in links.items():
             if link["output"] not in known[link["key"]]["outputs"]:
                 raise ValueError(f"{remote.url}: the name {name} is no output of its record")
         contents: dict[str, int] = {}
         for record in records:
-            here = sizes_of(store, record, remote.url)
+            here = object_sizes(store, record, remote.url)
             contents |= here if inputs or record["key"] in of_names else {}
-        moved = fetch(store, remote, contents, folder)
+        moved = fetch_objects(store, remote, contents, folder)
         # In the block still, of which `gc` knows: nothing of this has a name yet.
         for record in records:
-            store.adopt(record)
+            store.import_record(record)
         for name, link in links.items():
-            naming.link(store, known[link["key"]], link["output"], Path(name))
+            naming.link_output(store, known[link["key"]], link["output"], Path(name))
     return names, moved
 
 
-def fetch(store: Store, remote: Remote, contents: Mapping[str, int], folder: Path) -> Moved:
+def fetch_objects(
+    store: Store, remote: Remote, contents: Mapping[str, int], folder: Path
+) -> TransferStats:
     """Bring contents, sha256 → size, that are not here yet, hashed as they arrive."""
 
     def take(item: tuple[str, int]) -> int | None:
         digest, size = item
-        if store.sound(digest):  # whatever size is told of it elsewhere
+        if store.is_intact(digest):  # whatever size is told of it elsewhere
             return None
-        store.put(sound_object(remote, digest, size, folder))
+        store.put(fetch_object(remote, digest, size, folder))
         return size
 
-    return Moved.of(each(take, contents.items()))
+    return TransferStats.of(map_concurrently(take, contents.items()))
 
 
-def chosen(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str]]:
+def select_names(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str]]:
     """The human names at or below these paths, by their place in the project."""
     project = Path.cwd()
-    links = {Path(link["path"]): link for link in naming.names(store)}
+    links = {Path(link["path"]): link for link in naming.live_names(store)}
     for path in paths:
         if not any(name.is_relative_to(os.path.abspath(path)) for name in links):
             raise ValueError(f"expected a name that the store {store.root} made, found {path}")
@@ -233,19 +239,21 @@ def chosen(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str]]:
     if not found:
         raise ValueError(f"the store {store.root} has made nothing below {project} yet")
     names = {name.relative_to(project).as_posix(): link for name, link in found.items()}
-    for name in [name for name in names if name.partition("/")[0] not in foreign.FOLDERS]:
+    for name in [name for name in names if name.partition("/")[0] not in untrusted.OUTPUT_FOLDERS]:
         if paths:
-            foreign.name(name, str(project))
-        log.warning(f"{name} is not sent: names must lie below {', '.join(foreign.FOLDERS)}")
+            untrusted.check_name(name, str(project))
+        log.warning(
+            f"{name} is not sent: names must lie below {', '.join(untrusted.OUTPUT_FOLDERS)}"
+        )
         del names[name]
     return names
 
 
-def refuse_old(store: Store, records: Iterable[Record]) -> None:
+def check_no_credentials(store: Store, records: Iterable[Record]) -> None:
     """Raises ValueError for a record that was made when URLs were still written down whole."""
     for record in records:
         text = json.dumps(record)
-        if urls.public(text) != text:
+        if urls.redact(text) != text:
             path = store.record_path(record["key"])
             raise ValueError(
                 f"{path} holds a URL with a user, a password or a signature, and would be sent; "
@@ -253,57 +261,57 @@ def refuse_old(store: Store, records: Iterable[Record]) -> None:
             )
 
 
-def asked(remote: Remote, patterns: Sequence[str], folder: Path) -> list[str]:
+def match_names(remote: Remote, patterns: Sequence[str], folder: Path) -> list[str]:
     """The names there that patterns mean."""
     patterns = [os.path.normpath(pattern) for pattern in patterns]
     if patterns and not any(letter in "".join(patterns) for letter in "*?["):
         return patterns
     try:
         listed = folder / "names"
-        remote.get("names.txt", listed, MOST_JSON)
-    except NotThere:
+        remote.get("names.txt", listed, MAX_JSON_BYTES)
+    except NotFound:
         raise ValueError(f"{remote.url}: expected a store that was pushed to, found none") from None
     names = listed.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
     found = [n for n in names if not patterns or any(fnmatchcase(n, one) for one in patterns)]
     if not found:
         raise ValueError(f"{remote.url}: none of its {len(names)} names is like {patterns}")
-    return [foreign.name(name, f"{remote.url}/names.txt") for name in found]
+    return [untrusted.check_name(name, f"{remote.url}/names.txt") for name in found]
 
 
-def refuse_to_replace(store: Store, names: Sequence[str], whose: str) -> None:
+def check_names_free(store: Store, names: Sequence[str], whose: str) -> None:
     """Raises ValueError where a name would lie elsewhere than names do, in the store or in what
     another name stands for, or would replace what is not ours.
     """
     asked = set(names)
     for name in names:
-        path = Path(foreign.name(name, whose))
+        path = Path(untrusted.check_name(name, whose))
         above = [parent for parent in path.parents if parent.name]
-        within = [p for p in above if p.as_posix() in asked or naming.known_as(store, p)]
-        if within or downloads.in_store(path.parent / "any"):
+        within = [p for p in above if p.as_posix() in asked or naming.find_name(store, p)]
+        if within or downloads.is_in_store(path.parent / "any"):
             raise ValueError(
                 f"{whose}: the name {name} lies in {within[0] if within else 'a store'}; expected "
                 "a place of its own"
             )
-        if os.path.lexists(path) and naming.known_as(store, path) is None:
+        if os.path.lexists(path) and naming.find_name(store, path) is None:
             raise ValueError(f"{path} is there and was not made by {store.root}; move it away")
 
 
 def read_name(remote: Remote, name: str, folder: Path) -> dict[str, Any]:
     whose = f"{remote.url}/names/{name}.json"
     try:
-        text = read(remote, f"names/{name}.json", folder)
+        text = read_file(remote, f"names/{name}.json", folder)
         link = sealed.loads(text, whose)
-    except NotThere:
+    except NotFound:
         raise ValueError(f"{remote.url}: expected the name {name}, which was not pushed") from None
     except Damaged as error:
         if (unsealed := _unsealed_name(text)) is None:
             raise Damaged(f"{error}; push again") from None
         link = unsealed
-    if set(link) != NAME or not isinstance(link["ancestors"], list):
+    if set(link) != NAME_FIELDS or not isinstance(link["ancestors"], list):
         raise ValueError(f"{whose}: expected key, output and ancestors, found none; push again")
     for key in (link.get("key"), *link["ancestors"]):
-        foreign.digest(key, whose)
-    foreign.part(link.get("output"), whose)
+        untrusted.check_digest(key, whose)
+    untrusted.check_part(link.get("output"), whose)
     return link
 
 
@@ -311,7 +319,7 @@ def _unsealed_name(text: bytes) -> dict[str, Any] | None:
     """A name that was pushed before names were sealed."""
     try:
         link = json.loads(text)
-        return link if set(link) == NAME else None
+        return link if set(link) == NAME_FIELDS else None
     except (ValueError, TypeError, RecursionError):
         return None
 
@@ -319,25 +327,25 @@ def _unsealed_name(text: bytes) -> dict[str, Any] | None:
 def read_record(remote: Remote, key: str, folder: Path) -> Record:
     whose = f"{remote.url}/{record_name(key)}"
     try:
-        found = parse(read(remote, record_name(key), folder), whose)
-    except NotThere:
+        found = parse_record(read_file(remote, record_name(key), folder), whose)
+    except NotFound:
         raise ValueError(f"{remote.url}: the record {key[:12]}… is gone; push again") from None
     except Damaged:
         raise Damaged(f"{whose}: the record was changed after it was written; push again") from None
-    record = foreign.record(found, key, whose)
+    record = untrusted.check_record(found, key, whose)
     asked = Action(**record["action"]).key
     if asked != key or content(record["outputs"]) != record.get("content"):
         raise ValueError(f"{whose}: the record was changed after it was written")
     return record
 
 
-def sizes_of(store: Store, record: Record, whose: str) -> dict[str, int]:
+def object_sizes(store: Store, record: Record, whose: str) -> dict[str, int]:
     """The contents of a record, sha256 → size; ValueError where one has another size here."""
     sizes: dict[str, int] = {}
-    for file in files(record):
+    for file in output_files(record):
         digest, size = file["sha256"], file["size"]
         path = store.object_path(digest)
-        differs = path.exists() and path.stat().st_size != size and store.sound(digest)
+        differs = path.exists() and path.stat().st_size != size and store.is_intact(digest)
         if sizes.setdefault(digest, size) != size or differs:
             raise ValueError(
                 f"{whose}: the record {record['key'][:12]}… says that {digest[:12]}… has "
@@ -346,24 +354,24 @@ def sizes_of(store: Store, record: Record, whose: str) -> dict[str, int]:
     return sizes
 
 
-def read(remote: Remote, name: str, folder: Path) -> bytes:
+def read_file(remote: Remote, name: str, folder: Path) -> bytes:
     draft = folder / uuid.uuid4().hex
-    remote.get(name, draft, MOST_JSON)
+    remote.get(name, draft, MAX_JSON_BYTES)
     return draft.read_bytes()
 
 
-def sound_object(remote: Remote, digest: str, size: int, folder: Path) -> Path:
+def fetch_object(remote: Remote, digest: str, size: int, folder: Path) -> Path:
     """Fetch an object and hash it; again where the bytes are not those that its name says."""
     for _ in range(ATTEMPTS):
         draft = folder / uuid.uuid4().hex
         try:
             remote.get(object_name(digest), draft, size)
-        except NotThere:
+        except NotFound:
             raise ValueError(
                 f"{remote.url}: object {digest[:12]}… is not there; it takes a push --inputs, or "
                 "another push of what was pushed"
             ) from None
-        if sha256(draft) == digest:
+        if hash_file(draft) == digest:
             return draft
         log.warning(f"{remote.url}: object {digest[:12]}… arrived damaged; it is fetched again")
         draft.unlink()
@@ -373,11 +381,11 @@ def sound_object(remote: Remote, digest: str, size: int, folder: Path) -> Path:
     )
 
 
-def arrived(remote: Remote, digest: str, size: int, folder: Path) -> bool:
+def is_intact_there(remote: Remote, digest: str, size: int, folder: Path) -> bool:
     """Whether an object there is what its name says."""
     draft = folder / uuid.uuid4().hex
     remote.get(object_name(digest), draft, size)
-    same = sha256(draft) == digest
+    same = hash_file(draft) == digest
     draft.unlink()
     return same
 
@@ -390,9 +398,9 @@ def record_name(key: str) -> str:
     return f"actions/{key[:2]}/{key}.json"
 
 
-def each(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def map_concurrently(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Call `function` for each item, several at once; the first error ends it."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             return [future.result() for future in futures]

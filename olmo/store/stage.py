@@ -39,12 +39,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from olmo.config.strict import hashed_fields
-from olmo.runtime.energy import Joules
+from olmo.runtime.energy import EnergyMeter
 from olmo.runtime.log import log
-from olmo.runtime.urls import entrusted, public
+from olmo.runtime.urls import redact, stash_secrets
 from olmo.store import naming
 from olmo.store.action import Action
-from olmo.store.store import Record, Store, now
+from olmo.store.store import Record, Store, utc_now
 
 T = TypeVar("T")
 Input = Annotated[Path, "input"]
@@ -52,19 +52,28 @@ Inputs = Annotated[list[Path], "input"]
 Output = Annotated[Path, "output"]
 Folder = Annotated[Path, "output"]
 Work = Annotated[Path, "work"]
-Free = Annotated[T, "free"]
+Unhashed = Annotated[T, "free"]
 Facts = Mapping[str, Any]
 
-STORE = "OLMO_STORE"
-TOOLS = ("torch", "numpy", "polars", "tokenizers", "tiktoken", "isal", "safetensors", "altair")
+STORE_ENV = "OLMO_STORE"
+RECORDED_PACKAGES = (
+    "torch",
+    "numpy",
+    "polars",
+    "tokenizers",
+    "tiktoken",
+    "isal",
+    "safetensors",
+    "altair",
+)
 
 
-def here() -> Store:
+def current_store() -> Store:
     """The store of this process: $OLMO_STORE, or the folder `store`.
 
     Where the group may write to that folder (chmod g+ws), it may to all that is made from now on.
     """
-    root = Path(os.environ.get(STORE, "store"))
+    root = Path(os.environ.get(STORE_ENV, "store"))
     if root.is_dir() and root.stat().st_mode & stat.S_IWGRP:
         os.umask(os.umask(0o077) & ~stat.S_IRWXG)
     return Store(root)
@@ -72,12 +81,12 @@ def here() -> Store:
 
 def require_store() -> None:
     """Raises ValueError where there is no store: of one that is elsewhere nothing can be said."""
-    root = here().root
+    root = current_store().root
     if not any((root / name).is_dir() for name in ("objects", "actions", "leases")):
         found = "another folder," if root.is_dir() else "no folder"
         raise ValueError(
             f"expected a store, found {found} {root}; cd to the project's folder, or name its "
-            f"store: {STORE}=/path/to/store olmo store …"
+            f"store: {STORE_ENV}=/path/to/store olmo store …"
         )
 
 
@@ -94,7 +103,7 @@ class Stage:
         self.name = build.__name__
         self.signature = inspect.signature(build)
         hints = typing.get_type_hints(build, include_extras=True)
-        self.roles = {name: role(hints[name]) for name in self.signature.parameters}
+        self.roles = {name: parameter_role(hints[name]) for name in self.signature.parameters}
 
     def arguments(self, kwargs: Mapping[str, Any], chosen: str) -> dict[str, Any]:
         return {name: value for name, value in kwargs.items() if self.roles[name] == chosen}
@@ -106,8 +115,8 @@ class Stage:
         """
         given = [v for v in self.arguments(kwargs, "input").values() if v is not None]
         paths = [p for v in given for p in (v if isinstance(v, list | tuple) else [v])]
-        store = here()
-        found = [os.stat(p) for p in paths if os.path.exists(p) and not store.holds(Path(p))]
+        store = current_store()
+        found = [os.stat(p) for p in paths if os.path.exists(p) and not store.is_object(Path(p))]
         return [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in found]
 
     def action(self, store: Store, **kwargs: Any) -> Action:
@@ -135,7 +144,7 @@ class Stage:
         Raises:
             ValueError: bad input; an input that changed while it was read.
         """
-        store, kwargs = here(), entrusted(kwargs)
+        store, kwargs = current_store(), stash_secrets(kwargs)
         before = self.stamps(kwargs)
         action = self.action(store, **kwargs)
         names = {n: p for n, p in self.arguments(kwargs, "output").items() if p is not None}
@@ -144,12 +153,12 @@ class Stage:
         def build(work: Path) -> Facts:
             nonlocal ran
             ran = True
-            log.info(f"{self.name}: {explain(store, action, list(names.values()))}")
+            log.info(f"{self.name}: {explain_run(store, action, list(names.values()))}")
             made = {name: work / "outputs" / name for name in names}
             places = {name: work / name for name, kind in self.roles.items() if kind == "work"}
             for name, path in self.arguments(kwargs, "work").items():
-                naming.point(store, path, places[name])
-            with measured() as run:
+                naming.symlink_atomic(store, path, places[name])
+            with measure_run() as run:
                 result = dict(self.build(**{**kwargs, **made, **places}) or {})
             facts = result if "facts" not in result else dict(result.pop("facts"))
             extra = {} if facts is result else result
@@ -160,10 +169,10 @@ class Stage:
                 )
             return {"facts": facts, "conditions": self.conditions(), **extra, "run": run}
 
-        with store.unnamed(action.key):
+        with store.protect_from_gc(action.key):
             record = store.run(action, build)
             for name, path in names.items():
-                naming.link(store, record, name, path)
+                naming.link_output(store, record, name, path)
         if not ran:
             log.info(f"{self.name}: found in the store ({action.key[:12]}…)")
         return record
@@ -180,7 +189,7 @@ def stage(
     return lambda build: Stage(build, version, conditions)
 
 
-def role(hint: Any) -> str:
+def parameter_role(hint: Any) -> str:
     """What a parameter of this type is to an action: input, output, work, free, section, …"""
     for candidate in (hint, *typing.get_args(hint)):  # Input | None is an input
         for mark in getattr(candidate, "__metadata__", ()):
@@ -189,25 +198,25 @@ def role(hint: Any) -> str:
     return "section" if dataclasses.is_dataclass(hint) else "parameter"
 
 
-def explain(store: Store, action: Action, names: list[Path]) -> str:
+def explain_run(store: Store, action: Action, names: list[Path]) -> str:
     """Why an action runs: what differs from the one that these names stood for, field by field."""
-    from olmo.store.lineage import differences
+    from olmo.store.lineage import diff_actions
 
-    known = next(filter(None, (naming.last(store, name) for name in names)), None)
+    known = next(filter(None, (naming.last_record(store, name) for name in names)), None)
     if known is None:
         return f"runs for the first time here ({action.key[:12]}…)"
     if known["key"] == action.key:
         return f"runs again: its outputs are gone from the store ({action.key[:12]}…)"
-    changed = differences(known["action"], action.as_dict())
+    changed = diff_actions(known["action"], action.as_dict())
     return f"runs, since it differs from {known['key'][:12]}… in " + "; ".join(changed)
 
 
-class measured:
+class measure_run:
     """What a run cost and what it ran with: a dict that is complete when the block ends."""
 
     def __enter__(self) -> dict[str, Any]:
-        self.run: dict[str, Any] = {"started": now(), **surroundings()}
-        self.wall, self.cpu, self.joules = time.monotonic(), cpu_seconds(), Joules()
+        self.run: dict[str, Any] = {"started": utc_now(), **run_environment()}
+        self.wall, self.cpu, self.joules = time.monotonic(), cpu_seconds(), EnergyMeter()
         return self.run
 
     def __exit__(self, *_: Any) -> None:
@@ -219,7 +228,7 @@ class measured:
             "cpu_s": round(cpu_seconds() - self.cpu, 3),
             "peak_memory_bytes": max(own, children) * unit,
             "machine_energy_j": self.joules.used(),
-            "tools": {name: version(name) for name in TOOLS if name in sys.modules},
+            "tools": {name: version(name) for name in RECORDED_PACKAGES if name in sys.modules},
         }
 
 
@@ -230,7 +239,7 @@ def cpu_seconds() -> float:
 
 
 @functools.cache
-def surroundings() -> dict[str, Any]:
+def run_environment() -> dict[str, Any]:
     """Where a record was made, for people: nothing here is part of an identity."""
 
     def git(*args: str) -> str | None:
@@ -249,5 +258,5 @@ def surroundings() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit,
         "commit_has_changes": bool(changes),
-        "command": [public(word) for word in sys.argv],
+        "command": [redact(word) for word in sys.argv],
     }

@@ -32,30 +32,32 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from olmo.io import foreign, sealed
-from olmo.io.sealed import Damaged, to_disk
+from olmo.io import sealed, untrusted
+from olmo.io.sealed import Damaged, fsync_path
 from olmo.runtime.log import log
-from olmo.store.action import Action, canonical
-from olmo.store.lease import lease, see_anew
+from olmo.store.action import Action, canonical_json
+from olmo.store.lease import lease, refresh_listing
 
 # Objects up to this size are hashed again whenever they are used. Larger ones are, when their
 # size or time of change is not as the store left it; `olmo store verify` hashes them all.
-HASHED_ON_USE = 256 * 2**20
-SEAL_NS = 1_000_000_000 * 10**9  # the mtime of every object: 2001-09-09, older than any link
-GC = "gc"  # the lease of who removes what has no name
+REHASH_MAX_BYTES = 256 * 2**20
+OBJECT_MTIME_NS = (
+    1_000_000_000 * 10**9
+)  # the mtime of every object: 2001-09-09, older than any link
+GC_LEASE = "gc"  # the lease of who removes what has no name
 # The fields of a record that was written before records were sealed.
 UNSEALED = {"key", "action", "content", "outputs", "facts", "conditions", "run"}
 
 
-class Corrupt(ValueError):
+class CorruptObject(ValueError):
     """An object whose bytes are not what its name says."""
 
 
-class TwoContents(ValueError):
+class NondeterministicStage(ValueError):
     """One action gave two contents: its stage is not deterministic."""
 
 
-def sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -74,9 +76,9 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))
 
-    def make(self) -> None:
+    def create(self) -> None:
         """Make the store's folder. Raises ValueError where it cannot be written."""
-        with self.writable():
+        with self.explain_write_errors():
             self.root.mkdir(parents=True, exist_ok=True)
             if not os.access(self.root, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.root))
@@ -100,17 +102,17 @@ class Store:
             os.fsync(file.fileno())
         size = path.stat().st_size
         target = self.object_path(digest)
-        if not self.sound(digest, size):
+        if not self.is_intact(digest, size):
             target.parent.mkdir(parents=True, exist_ok=True)
             path.chmod(0o444)
-            os.utime(path, ns=(SEAL_NS, SEAL_NS))
+            os.utime(path, ns=(OBJECT_MTIME_NS, OBJECT_MTIME_NS))
             os.replace(path, target)
-            to_disk(target.parent)
+            fsync_path(target.parent)
         else:
             path.unlink()
         return {"sha256": digest, "size": size}
 
-    def holds(self, path: Path) -> bool:
+    def is_object(self, path: Path) -> bool:
         """Whether a path leads to one of this store's objects."""
         folder = Path(os.path.realpath(path)).parent.parent
         return folder == Path(os.path.realpath(self.root)) / "objects"
@@ -123,35 +125,39 @@ class Store:
             ValueError: there is no such file.
         """
         target = Path(os.path.realpath(path))
-        if self.holds(path):
-            if not self.sound(target.name):
-                raise Corrupt(
+        if self.is_object(path):
+            if not self.is_intact(target.name):
+                raise CorruptObject(
                     f"{path} points to {target.name[:12]}…, which is damaged or gone from the "
                     f"store {self.root}; run the same command again and it is made anew"
                 )
             return target.name
         if not target.is_file():
-            raise ValueError(f"expected a file at {path}, found {_kind(target)}")
-        return sha256(target)
+            raise ValueError(f"expected a file at {path}, found {_describe_file(target)}")
+        return hash_file(target)
 
-    def sound(self, digest: str, size: int | None = None) -> bool:
+    def is_intact(self, digest: str, size: int | None = None) -> bool:
         """Whether an object is here and is what its name says; if not, it goes to quarantine."""
         path = self.object_path(digest)
         try:
             found = path.stat()
         except FileNotFoundError:
-            see_anew(path.parent)  # another machine may have just put it there
+            refresh_listing(path.parent)  # another machine may have just put it there
             try:
                 found = path.stat()
             except FileNotFoundError:
                 return False
         wrong_size = size is not None and found.st_size != size
-        if not wrong_size and found.st_size > HASHED_ON_USE and found.st_mtime_ns == SEAL_NS:
+        if (
+            not wrong_size
+            and found.st_size > REHASH_MAX_BYTES
+            and found.st_mtime_ns == OBJECT_MTIME_NS
+        ):
             return True
-        if sha256(path) == digest:
-            if found.st_mtime_ns != SEAL_NS:  # touched, or copied here by other means
+        if hash_file(path) == digest:
+            if found.st_mtime_ns != OBJECT_MTIME_NS:  # touched, or copied here by other means
                 with suppress(PermissionError):  # another's: it is hashed again next time
-                    os.utime(path, ns=(SEAL_NS, SEAL_NS))
+                    os.utime(path, ns=(OBJECT_MTIME_NS, OBJECT_MTIME_NS))
             return not wrong_size  # else it is who asks that is wrong
         self.quarantine(path, f"its {found.st_size:,} bytes are not what its name says")
         return False
@@ -179,7 +185,7 @@ class Store:
         """
         path = self.record_path(key)
         try:
-            return loads(path.read_bytes(), key)
+            return load_record(path.read_bytes(), key)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -189,7 +195,7 @@ class Store:
         except Damaged:
             self.quarantine(path, "a damaged record")
         try:
-            record = loads(self._copy_path(key).read_bytes(), key)
+            record = load_record(self._copy_path(key).read_bytes(), key)
         except (FileNotFoundError, Damaged):
             return None
         self._write_record(record)
@@ -203,12 +209,12 @@ class Store:
             if (record := self.record(path.stem)) is not None:
                 yield record
 
-    def hit(self, key: str) -> Record | None:
+    def lookup(self, key: str) -> Record | None:
         """The record of an action all of whose outputs are here and sound."""
         record = self.record(key)
         if record is None:
             return None
-        sound = [self.sound(file["sha256"], file["size"]) for file in files(record)]
+        sound = [self.is_intact(file["sha256"], file["size"]) for file in output_files(record)]
         return record if all(sound) else None
 
     def run(self, action: Action, build: Callable[[Path], Mapping[str, Any]]) -> Record:
@@ -222,16 +228,16 @@ class Store:
                 (what may change the bytes without being part of the action: world size, device).
 
         Raises:
-            TwoContents: the action has been run before, under equal conditions, with other bytes.
+            NondeterministicStage: an earlier run, under equal conditions, gave other bytes.
         """
         key = action.key
-        with self.writable():
-            if (record := self.hit(key)) is not None:
+        with self.explain_write_errors():
+            if (record := self.lookup(key)) is not None:
                 return record
             with lease(self.root / "leases", key, self._waiting(action)):
                 # Whoever held it before us, on another machine, may have written the record.
-                see_anew(self.record_path(key).parent)
-                if (record := self.hit(key)) is not None:
+                refresh_listing(self.record_path(key).parent)
+                if (record := self.lookup(key)) is not None:
                     return record
                 return self._build(action, build)
 
@@ -286,24 +292,24 @@ class Store:
                 f"{known['conditions']} then, {record['conditions']} now"
             )
             return
-        before, now = _by_name(known), _by_name(record)
+        before, now = _contents_by_path(known), _contents_by_path(record)
         differing = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
-        raise TwoContents(
+        raise NondeterministicStage(
             f"{what} gave two contents for one action; differing: {', '.join(differing)}. "
             "Expected equal bytes from equal inputs: its stage is not deterministic, or its code "
             "changed without a new VERSION. The earlier record stands; both contents are in "
             f"{self.root}/objects. To accept the new one: rm {self.record_path(record['key'])}"
         )
 
-    def adopt(self, record: Record) -> None:
+    def import_record(self, record: Record) -> None:
         """Take another store's record of an action whose contents are here, or may come later.
 
         Raises:
             ValueError: its parts are not of one piece.
-            TwoContents: another content is known for it here, under equal conditions.
+            NondeterministicStage: another content is known for it here, under equal conditions.
         """
         whose = f"the record {record['key'][:12]}…"
-        asked = Action(**foreign.record(record, record["key"], whose)["action"])
+        asked = Action(**untrusted.check_record(record, record["key"], whose)["action"])
         if asked.key != record["key"] or content(record["outputs"]) != record["content"]:
             raise ValueError(f"{whose} was changed after it was written")
         self._compare(record)
@@ -311,17 +317,17 @@ class Store:
             self._write_record(record)
 
     @contextmanager
-    def unnamed(self, key: str) -> Iterator[None]:
+    def protect_from_gc(self, key: str) -> Iterator[None]:
         """Keep what an action makes, or made, from `gc`: for the block, in which it gets its names.
 
         If the process is killed in it, until somebody names it: the same command, asked again.
         """
         mark = self.root / "unnamed" / key
-        with self.writable():
+        with self.explain_write_errors():
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-            to_disk(mark.parent)
-        if self._let_gc_end():
+            fsync_path(mark.parent)
+        if self._wait_for_gc():
             mark.touch()  # which it may have taken for a failed one's
         try:
             yield
@@ -332,18 +338,18 @@ class Store:
             raise
         mark.unlink(missing_ok=True)
 
-    def _let_gc_end(self) -> bool:
+    def _wait_for_gc(self) -> bool:
         """Wait for `gc`, if it runs. If it begins later, it sees our mark or lease."""
-        if not any((self.root / "leases").glob(f"{GC}.*")):
+        if not any((self.root / "leases").glob(f"{GC_LEASE}.*")):
             return False
-        with lease(self.root / "leases", GC, lambda _: log.info("store: gc runs; waiting")):
+        with lease(self.root / "leases", GC_LEASE, lambda _: log.info("store: gc runs; waiting")):
             return True
 
     @contextmanager
-    def draft(self) -> Iterator[Path]:
+    def temp_folder(self) -> Iterator[Path]:
         """A folder of one's own on the store's disk, gone with the block."""
-        with self.writable(), lease(self.root / "leases", f"draft-{uuid.uuid4().hex}"):
-            self._let_gc_end()
+        with self.explain_write_errors(), lease(self.root / "leases", f"draft-{uuid.uuid4().hex}"):
+            self._wait_for_gc()
             folder = self.root / "drafts" / uuid.uuid4().hex
             folder.mkdir(parents=True)
             try:
@@ -353,8 +359,8 @@ class Store:
 
     def _write_record(self, record: Record) -> None:
         text, key = sealed.dumps(record, 1), record["key"]
-        sealed.write(self._copy_path(key), text, read_only=True)
-        sealed.write(self.record_path(key), text, read_only=True)
+        sealed.write_atomic(self._copy_path(key), text, read_only=True)
+        sealed.write_atomic(self.record_path(key), text, read_only=True)
 
     def _waiting(self, action: Action) -> Callable[[dict[str, Any]], None]:
         return lambda holder: log.info(
@@ -363,12 +369,12 @@ class Store:
         )
 
     @contextmanager
-    def writable(self) -> Iterator[None]:
+    def explain_write_errors(self) -> Iterator[None]:
         """Say what to do where the disk is full or the store may not be written."""
         try:
             yield
         except OSError as error:
-            if error.filename is not None and not self._is_mine(error.filename):
+            if error.filename is not None and not self._is_inside(error.filename):
                 raise  # an input that may not be read, another disk
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 free = shutil.disk_usage(self.root).free
@@ -384,35 +390,35 @@ class Store:
                 ) from error
             raise
 
-    def _is_mine(self, path: str | bytes | int) -> bool:
+    def _is_inside(self, path: str | bytes | int) -> bool:
         if isinstance(path, int):  # an open file's number
             return True
         return Path(os.path.abspath(os.fsdecode(path))).is_relative_to(self.root)
 
 
-def loads(text: bytes, key: str) -> Record:
+def load_record(text: bytes, key: str) -> Record:
     """The record of the action `key`, from the bytes of its file.
 
     Raises:
         Damaged: they are not as they were written, or another action's.
     """
-    record = parse(text, f"the record {key[:12]}…")
+    record = parse_record(text, f"the record {key[:12]}…")
     if record["key"] != key:
         raise Damaged(f"expected the record of {key[:12]}…, found another action's")
     return record
 
 
-def parse(text: bytes, name: str | Path) -> Record:
+def parse_record(text: bytes, name: str | Path) -> Record:
     """A record from the bytes of its file. Raises Damaged."""
     try:
         return sealed.loads(text, name)
     except Damaged:
-        if (record := _unsealed(text)) is None:
+        if (record := _parse_unsealed(text)) is None:
             raise
         return record
 
 
-def _unsealed(text: bytes) -> Record | None:
+def _parse_unsealed(text: bytes) -> Record | None:
     """A record from before records were sealed, if what of it can be computed again agrees."""
     try:
         record: Record = json.loads(text)
@@ -423,7 +429,7 @@ def _unsealed(text: bytes) -> Record | None:
         return None
 
 
-def files(record: Record) -> list[dict[str, Any]]:
+def output_files(record: Record) -> list[dict[str, Any]]:
     """Every file of an action's outputs, those aside too: {"sha256", "size"}."""
     return [
         file
@@ -438,11 +444,11 @@ def files(record: Record) -> list[dict[str, Any]]:
 
 def content(outputs: Mapping[str, Any]) -> str:
     """The digest of what came out; what lies aside (plots, timings) is not in it."""
-    names = _by_name({"outputs": outputs})
-    return hashlib.sha256(canonical(names)).hexdigest()
+    names = _contents_by_path({"outputs": outputs})
+    return hashlib.sha256(canonical_json(names)).hexdigest()
 
 
-def _by_name(record: Mapping[str, Any]) -> dict[str, str]:
+def _contents_by_path(record: Mapping[str, Any]) -> dict[str, str]:
     names: dict[str, str] = {}
     for name, output in record["outputs"].items():
         if "files" in output:
@@ -452,7 +458,7 @@ def _by_name(record: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
-def _kind(path: Path) -> str:
+def _describe_file(path: Path) -> str:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -460,6 +466,6 @@ def _kind(path: Path) -> str:
     return "a folder" if stat.S_ISDIR(mode) else "no regular file"
 
 
-def now() -> str:
+def utc_now() -> str:
     """The time as records write it: UTC, to the second."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

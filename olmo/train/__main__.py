@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from olmo.io import sealed
-from olmo.runtime.process import CAUSE, LAUNCHED, PAUSED
+from olmo.runtime.process import CAUSE_FILE, EXIT_PAUSED, LAUNCHED_ENV
 
 # Of an OSError: what is not as it must be, and will not be at another start.
 WRONG = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -64,13 +64,13 @@ def main(arguments: Sequence[str]) -> int:
     # torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     who = f"rank {rank}: " if rank else ""
-    if LAUNCHED in os.environ:  # torchrun ignores it then (see olmo.cluster.node), we do not
+    if LAUNCHED_ENV in os.environ:  # torchrun ignores it then (see olmo.cluster.node), we do not
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import torch
 
     from olmo.config import TrainConfig
-    from olmo.runtime.log import describe, log
-    from olmo.runtime.urls import public
+    from olmo.runtime.log import describe_error, log
+    from olmo.runtime.urls import redact
     from olmo.train.loop import train
     from olmo.train.metrics_buffer import NotFinite
     from olmo.train.saver import FailedElsewhere
@@ -82,21 +82,21 @@ def main(arguments: Sequence[str]) -> int:
         `repeats`: whether another start would end in the same way.
         """
         log.error(f"{who}error: {error}")
-        cause = Path(arguments[0]).with_name(CAUSE)
-        if LAUNCHED in os.environ and ((known and not rank) or not cause.exists()):
-            left = {"said": public(f"{who}{error}").rstrip(". "), "repeats": repeats}
+        cause = Path(arguments[0]).with_name(CAUSE_FILE)
+        if LAUNCHED_ENV in os.environ and ((known and not rank) or not cause.exists()):
+            left = {"said": redact(f"{who}{error}").rstrip(". "), "repeats": repeats}
             with suppress(OSError):  # a disk that is full is full for this too
-                sealed.write(cause, sealed.dumps(left))
+                sealed.write_atomic(cause, sealed.dumps(left))
 
     try:
         code = train(TrainConfig.load(arguments[0], overrides(arguments[1:])))
-        return 0 if code == PAUSED and LAUNCHED in os.environ else code
+        return 0 if code == EXIT_PAUSED and LAUNCHED_ENV in os.environ else code
     except (ValueError, OSError) as error:
         wrong = isinstance(error, (ValueError, *WRONG))  # else a disk, or a network
         if isinstance(error, FailedElsewhere):
             log.error(f"{who}error: {error}")
         else:
-            failed(describe(error), repeats=wrong)
+            failed(describe_error(error), repeats=wrong)
         return 2
     except torch.OutOfMemoryError as error:
         failed(out_of_memory(error))

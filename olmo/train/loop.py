@@ -20,12 +20,12 @@ from olmo.distributed.world import join_world, leave_world
 from olmo.eval.evaluators import evaluate
 from olmo.io import sealed
 from olmo.runtime.log import log, log_on_rank0_only
-from olmo.runtime.process import FINISHED, MARKER
+from olmo.runtime.process import EXIT_PAUSED, FINISHED_FILE, PAUSED_FILE
 from olmo.train.meters import memory_metrics
 from olmo.train.metrics_buffer import MetricsBuffer, Row
 from olmo.train.profile import Profilers
 from olmo.train.setup import Training, set_up
-from olmo.train.signals import PAUSED, StopRequest
+from olmo.train.signals import StopRequest
 from olmo.train.state import TrainState, every
 from olmo.train.step import Losses, clear_gradients, forward_backward
 from olmo.train.traces import traced
@@ -126,9 +126,9 @@ def _train(run: Training, stop: StopRequest) -> int:
             for row in buffer.fetch(run.write):
                 run.write(*row)
             _pause(run, paused_by, stop)
-            exit_code = PAUSED
+            exit_code = EXIT_PAUSED
         else:
-            exit_code = PAUSED if state.global_step < length.end else 0
+            exit_code = EXIT_PAUSED if state.global_step < length.end else 0
             _finish(run, exit_code)
         world.barrier()
         return exit_code
@@ -206,7 +206,7 @@ def _pause(run: Training, by: str, stop: StopRequest) -> None:
     log.info(f"paused at step {step} by {by}, saved to {folder}")
     if run.world.is_rank0:
         paused = {"step": step, "by": by, "checkpoint": str(folder)}
-        sealed.write(run.folder / MARKER, sealed.dumps(paused))
+        sealed.write_atomic(run.folder / PAUSED_FILE, sealed.dumps(paused))
         stop.met()
     run.saver.send(PATIENCE_S, needed=False)
 
@@ -217,7 +217,7 @@ def _finish(run: Training, exit_code: int) -> None:
     run.saver.finish()
     run.saver.send(needed=exit_code == 0)
     if exit_code == 0 and run.world.is_rank0:
-        sealed.write(run.folder / FINISHED, sealed.dumps(finished))
+        sealed.write_atomic(run.folder / FINISHED_FILE, sealed.dumps(finished))
 
 
 def _endless(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from olmo.distributed.world import World
 from olmo.runtime.numbers import perplexity
-from olmo.runtime.process import LAUNCHED
+from olmo.runtime.process import LAUNCHED_ENV
 from olmo.train.step import Losses
 
 Row = tuple[int, dict[str, float]]
@@ -130,7 +130,7 @@ def _not_finite(pending: PendingStep, world: World) -> NotFinite:
     guilty = [part for part in everyone if not math.isfinite(part[0])] or everyone
     instances = [index for _, part in guilty for index in part]
     past = ""
-    if LAUNCHED not in os.environ:  # no run of the pipeline leaves batches out
+    if LAUNCHED_ENV not in os.environ:  # no run of the pipeline leaves batches out
         past = (
             "; or go on past them by --try_load_latest_save --fast_forward_batches=N, once: N is "
             f"{pending.step} less the newest checkpoint's step"

@@ -30,7 +30,7 @@ from olmo.distributed.world import World
 from olmo.io import sealed
 from olmo.io.sealed import Damaged
 from olmo.runtime.log import log
-from olmo.runtime.process import SEGMENTS
+from olmo.runtime.process import SEGMENTS_FILE
 from olmo.train.sinks import METRICS, read_metrics
 from olmo.train.state import TrainState
 
@@ -45,7 +45,7 @@ def begin_segment(
     Forgets segments of which no step is left: those that began here or later, or all unless it
     is the folder's own run that goes on.
     """
-    path = folder / SEGMENTS
+    path = folder / SEGMENTS_FILE
     kept = [s for s in segments(folder) if resumed and s["after"] < step]
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     cuda = world.device.type == "cuda"
@@ -75,7 +75,7 @@ def begin_segment(
         log.info(
             f"steps {step + 1} to {trained} were trained before; they are again, and that counts"
         )
-    sealed.write(path, sealed.dump_lines([*kept, here]), alone=True)
+    sealed.write_atomic(path, sealed.dump_lines([*kept, here]), alone=True)
 
 
 def data_facts(
@@ -119,7 +119,7 @@ def last_trained(folder: Path) -> int:
 
 def segments(folder: Path) -> list[dict[str, Any]]:
     """All that were begun and of which steps are left, in order."""
-    path = folder / SEGMENTS
+    path = folder / SEGMENTS_FILE
     try:
         return sealed.load_lines(path.read_bytes(), path) if path.exists() else []
     except Damaged as error:

@@ -26,7 +26,7 @@ from olmo.optim.schedule import BoltOnWarmupScheduler, Scheduler, build_schedule
 from olmo.precision import msamp
 from olmo.precision.backends import Float8Converter, convert_to_float8
 from olmo.runtime.log import format_count, log
-from olmo.runtime.process import FINISHED, MARKER
+from olmo.runtime.process import FINISHED_FILE, PAUSED_FILE
 from olmo.train.meters import SpeedMeter, device_flops
 from olmo.train.resume import Start, find_start
 from olmo.train.saver import Saver
@@ -288,7 +288,7 @@ def _open_folder(
     if cfg.save_overwrite and not cfg.dry_run:
         layout.remove_later_checkpoints(folder, step if resumed else -1, source)
     if not cfg.dry_run:
-        for name in (FINISHED, MARKER):
+        for name in (FINISHED_FILE, PAUSED_FILE):
             (folder / name).unlink(missing_ok=True)
         cfg.save(folder / "config.yaml")
     if step < length.last_step and not cfg.dry_run:

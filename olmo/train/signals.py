@@ -7,9 +7,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from olmo.runtime.process import PAUSED, STOP
-
-__all__ = ["PAUSED", "StopRequest"]
+from olmo.runtime.process import STOP_FILE
 
 
 class StopRequest:
@@ -17,7 +15,7 @@ class StopRequest:
 
     def __init__(self, folder: Path, time_limit: float | None = None) -> None:
         """`folder`: where a file called `stop` is a request; `time_limit`: seconds from now."""
-        self._file = folder / STOP
+        self._file = folder / STOP_FILE
         self._deadline = None if time_limit is None else time.monotonic() + time_limit
         self._signal: str | None = None
 

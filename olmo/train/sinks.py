@@ -47,7 +47,7 @@ class JsonLines:
                 if line.endswith(b"\n") and (row := _row(line)) and row["step"] <= step
             )
         if not path.exists() or path.read_bytes() != kept:
-            sealed.write(path, kept.decode(), alone=True)
+            sealed.write_atomic(path, kept.decode(), alone=True)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

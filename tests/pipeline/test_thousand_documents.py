@@ -8,7 +8,7 @@ from project import Project, documents, when_seen, write_source
 
 from olmo.inspect.commands import sightings
 from olmo.inspect.run import Run
-from olmo.store.stage import here
+from olmo.store.stage import current_store
 
 
 def test_inspect_and_seen_are_inverse_on_a_thousand_random_documents(
@@ -29,7 +29,7 @@ def test_inspect_and_seen_are_inverse_on_a_thousand_random_documents(
 
     everything = {}
     for source in ("part-0", "part-1", "part-2"):
-        digest = here().digest(project.root / f"data/small/sources/{source}.json.gz")
+        digest = current_store().digest(project.root / f"data/small/sources/{source}.json.gz")
         for document, times in sightings(run, sha256=digest):
             everything[document.source, document.line] = set(times)
     assert len(everything) >= 1000, "documents of the data set"

@@ -20,7 +20,7 @@ from olmo.config import TrainConfig
 from olmo.report.bench import bench
 from olmo.report.compare import compare
 from olmo.store.action import Action
-from olmo.store.stage import here
+from olmo.store.stage import current_store
 
 ROOT = Path(__file__).parents[2]
 MODEL = {
@@ -371,7 +371,7 @@ def shard(text: str, heldout: str, tokenizer: str) -> str:
                 (work / "outputs" / name).write_text(content)
             return {}
 
-        found = here().run(Action(stage, 1, {}, inputs), build)["outputs"]
+        found = current_store().run(Action(stage, 1, {}, inputs), build)["outputs"]
         return found[next(iter(outputs))]["sha256"]
 
     kept = made("documents", {"source": text}, documents=text, heldout=heldout)

@@ -67,7 +67,7 @@ class Endless(http.server.BaseHTTPRequestHandler):
 def endless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(downloads, "FRUITLESS", 1)
+    monkeypatch.setattr(downloads, "MAX_FRUITLESS_ATTEMPTS", 1)
     Endless.sent = 0
     with serving(Endless) as address:
         yield address
@@ -101,7 +101,9 @@ def test_what_has_no_length_leaves_room(
 
     def almost_full(path: Path) -> Any:
         used = kept(tmp_path) - before
-        return whole._replace(free=min(downloads.MARGIN, whole.total // 100) + 4_000_000 - used)
+        return whole._replace(
+            free=min(downloads.MIN_FREE_BYTES, whole.total // 100) + 4_000_000 - used
+        )
 
     monkeypatch.setattr(downloads.shutil, "disk_usage", almost_full)
     with pytest.raises(ValueError, match="is almost full, and the server does not tell where"):
@@ -112,7 +114,7 @@ def test_what_has_no_length_leaves_room(
 def test_an_object_of_a_second_store_has_its_records_size(
     endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(downloads.TooLong, match="expected 1,000 bytes at most"):
+    with pytest.raises(downloads.TooLarge, match="expected 1,000 bytes at most"):
         Remote(endless).get("objects/ab/abc", tmp_path / "x", 1000)
     monkeypatch.setattr(sources, "MAX_URL_LIST_BYTES", 1 << 20)
     with pytest.raises(ValueError, match="expected 1,048,576 bytes at most"):
@@ -123,7 +125,7 @@ def test_an_object_of_a_second_store_has_its_records_size(
 def test_a_rest_is_no_longer_than_the_whole_was_told(
     endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downloads, "FRUITLESS", 2)
+    monkeypatch.setattr(downloads, "MAX_FRUITLESS_ATTEMPTS", 2)
     with pytest.raises(ValueError, match="gave up after 2 attempts"):
         download(url=f"{endless}/liar", source=Path("a.gz"))
     assert kept(tmp_path) < 200_000 and Endless.sent < 100e6
@@ -140,20 +142,20 @@ def test_a_length_that_is_none(endless: str) -> None:
 
     for length in ("many", "-1", "²", "9" * 5000, ""):
         Answer.headers = {"Content-Length": length}
-        assert downloads.length_of(Answer()) is None  # type: ignore[arg-type]
+        assert downloads.content_length(Answer()) is None  # type: ignore[arg-type]
 
 
 def test_a_bucket_sends_no_more_than_it_told(tmp_path: Path) -> None:
-    watch = bucket._bounded("s3://b/a", 10)
+    watch = bucket._size_limit("s3://b/a", 10)
     watch.set_size(10)
     watch.relative_update(10)
-    with pytest.raises(downloads.TooLong, match="s3://b/a: expected 10 bytes at most, found 11"):
+    with pytest.raises(downloads.TooLarge, match="s3://b/a: expected 10 bytes at most, found 11"):
         watch.relative_update(1)
-    with pytest.raises(downloads.TooLong):
-        bucket._bounded("s3://b/a", 10).set_size(11)
+    with pytest.raises(downloads.TooLarge):
+        bucket._size_limit("s3://b/a", 10).set_size(11)
     (tmp_path / "a").write_bytes(bytes(100))
     for fetch in (lambda b: b.get("a", tmp_path / "x", 99), lambda b: b.read("a", 99)):
-        with pytest.raises(downloads.TooLong, match="expected 99 bytes at most, found 100"):
+        with pytest.raises(downloads.TooLarge, match="expected 99 bytes at most, found 100"):
             fetch(bucket.Bucket(str(tmp_path)))
     assert not (tmp_path / "x").exists()
 
@@ -175,7 +177,9 @@ def made(tmp_path: Path, source: bytes, **options: Any) -> tuple[Any, polars.Dat
     return facts, polars.read_parquet(out["table"]), gzip.decompress(out["documents"].read_bytes())
 
 
-@pytest.mark.parametrize("length", [999, 1000, 1001, gz.BLOCK - 1, gz.BLOCK + 1, 3 * gz.BLOCK + 7])
+@pytest.mark.parametrize(
+    "length", [999, 1000, 1001, gz.BLOCK_BYTES - 1, gz.BLOCK_BYTES + 1, 3 * gz.BLOCK_BYTES + 7]
+)
 @pytest.mark.parametrize("end", [b"\n", b""])
 def test_a_line_is_long_from_one_byte_on(tmp_path: Path, length: int, end: bytes) -> None:
     """Wherever it lies in what is read at a time, the lines around it are what they were."""
@@ -194,18 +198,34 @@ def test_a_line_is_long_from_one_byte_on(tmp_path: Path, length: int, end: bytes
 
 
 def test_lines_of_every_length_come_through(tmp_path: Path) -> None:
-    lengths = [1, 2, 900, 5000, gz.END, gz.BLOCK - 3, gz.BLOCK, gz.BLOCK * 2 + 5, 100, 10, 1] * 3
+    lengths = [
+        1,
+        2,
+        900,
+        5000,
+        gz.TAIL_BYTES,
+        gz.BLOCK_BYTES - 3,
+        gz.BLOCK_BYTES,
+        gz.BLOCK_BYTES * 2 + 5,
+        100,
+        10,
+        1,
+    ] * 3
     source = b"".join(bytes([65 + n % 26]) * n + b"\n" for n in lengths)
     (tmp_path / "a.gz").write_bytes(gzip.compress(source))
-    for longest in (10, 1000, gz.BLOCK, 10 * gz.BLOCK):
+    for longest in (10, 1000, gz.BLOCK_BYTES, 10 * gz.BLOCK_BYTES):
         with gz.reading(tmp_path / "a.gz", longest=longest) as lines:
             found = list(lines)
         wanted = source.splitlines(keepends=True)
         assert len(found) == len(wanted)
         for mine, whole in zip(found, wanted, strict=True):
-            assert mine == whole or (len(whole) > longest < len(mine) <= longest + gz.BLOCK + 1)
+            assert mine == whole or (
+                len(whole) > longest < len(mine) <= longest + gz.BLOCK_BYTES + 1
+            )
             assert mine.endswith(b"\n")
-    assert gz.check(tmp_path / "a.gz") == len(source), "who counts the text counts all of it"
+    assert gz.verify_checksum(tmp_path / "a.gz") == len(source), (
+        "who counts the text counts all of it"
+    )
 
 
 def test_a_long_line_is_a_drop_that_the_recipe_allows(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from olmo.bench import cell
 from olmo.runtime import energy
-from olmo.store.stage import measured
+from olmo.store.stage import measure_run
 
 RANGE = 262_143_328_850  # microjoules, of a package
 
@@ -16,7 +16,7 @@ RANGE = 262_143_328_850  # microjoules, of a package
 @pytest.fixture
 def meters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two packages, as the kernel shows them."""
-    monkeypatch.setattr(energy, "METERS", tmp_path)
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
     for package in ("intel-rapl:0", "intel-rapl:1"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "max_energy_range_uj").write_text(f"{RANGE}\n")
@@ -30,7 +30,7 @@ def show(meters: Path, *counts: int) -> None:
 
 
 def test_a_counter_that_came_round_once(meters: Path):
-    with measured() as run:
+    with measure_run() as run:
         in_bench = cell.energy_meter(torch.device("cpu"))
         show(meters, 1_000_000, 7_500_000)
     assert run["machine_energy_j"] == in_bench() == 2 + 2.5
@@ -39,7 +39,7 @@ def test_a_counter_that_came_round_once(meters: Path):
 def test_one_that_may_have_come_round_more_often_is_not_told(
     meters: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    joules = energy.Joules()
+    joules = energy.EnergyMeter()
     show(meters, 1_000_000, 7_500_000)
     began = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: began + 200)
@@ -49,7 +49,7 @@ def test_one_that_may_have_come_round_more_often_is_not_told(
 
 
 def test_nobody_counts(meters: Path):
-    joules = energy.Joules()
+    joules = energy.EnergyMeter()
     (meters / "intel-rapl:1" / "energy_uj").unlink()
     assert joules.used() is None
-    assert energy.Joules().used() is None
+    assert energy.EnergyMeter().used() is None

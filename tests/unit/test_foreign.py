@@ -16,8 +16,8 @@ from test_remote import Place
 from olmo.checkpoint import huggingface, layout, mirror
 from olmo.corpus import listing as listings
 from olmo.corpus import source_table
-from olmo.io import foreign, sealed
-from olmo.store.remote import Remote, pull, push
+from olmo.io import sealed, untrusted
+from olmo.store.remote import Remote, pull_names, push_names
 from olmo.store.store import content
 
 OUTSIDE = [
@@ -48,11 +48,11 @@ NO_DIGESTS = [*OUTSIDE, "0" * 63, "0" * 65, "G" * 64, "A" * 64, "../" + "0" * 61
 @pytest.mark.parametrize(
     ("judge", "bad"),
     [
-        *((foreign.inner, bad) for bad in OUTSIDE),
-        *((foreign.part, bad) for bad in [*OUTSIDE, "a/b"]),
-        *((foreign.name, bad) for bad in NO_NAMES),
-        *((foreign.digest, bad) for bad in NO_DIGESTS),
-        *((foreign.size, bad) for bad in (-1, 1.5, True, None, "7", 10**30)),
+        *((untrusted.check_relative, bad) for bad in OUTSIDE),
+        *((untrusted.check_part, bad) for bad in [*OUTSIDE, "a/b"]),
+        *((untrusted.check_name, bad) for bad in NO_NAMES),
+        *((untrusted.check_digest, bad) for bad in NO_DIGESTS),
+        *((untrusted.check_byte_count, bad) for bad in (-1, 1.5, True, None, "7", 10**30)),
     ],
 )
 def test_what_names_a_file_here_is_what_it_must_be(judge: Callable[..., Any], bad: Any) -> None:
@@ -62,9 +62,9 @@ def test_what_names_a_file_here_is_what_it_must_be(judge: Callable[..., Any], ba
 
 
 def test_what_is_well_passes() -> None:
-    assert foreign.inner("model_and_optim/.metadata", "x") == "model_and_optim/.metadata"
-    assert foreign.name("data/shards/a b.npy", "x") == "data/shards/a b.npy"
-    assert foreign.digest("0a" * 32, "x") == "0a" * 32
+    assert untrusted.check_relative("model_and_optim/.metadata", "x") == "model_and_optim/.metadata"
+    assert untrusted.check_name("data/shards/a b.npy", "x") == "data/shards/a b.npy"
+    assert untrusted.check_digest("0a" * 32, "x") == "0a" * 32
 
 
 def test_the_folders_are_those_of_the_rules() -> None:
@@ -72,7 +72,9 @@ def test_the_folders_are_those_of_the_rules() -> None:
     for rules in Path(__file__).parents[2].joinpath("rules").glob("*.smk"):
         for block in re.findall(r"\n    output:\n((?:        .*\n)+)", rules.read_text()):
             made |= set(re.findall(r'"([\w-]+)/', block))
-    assert made - {"environments"} == set(foreign.FOLDERS), "environments are not of the store"
+    assert made - {"environments"} == set(untrusted.OUTPUT_FOLDERS), (
+        "environments are not of the store"
+    )
 
 
 # --- a second store -----------------------------------------------------------------------------
@@ -96,10 +98,10 @@ class Evil:
 
     def __init__(self, root: Path, ours: Place) -> None:
         self.root = root
-        push(ours.store, Remote(str(root)), inputs=True)
+        push_names(ours.store, Remote(str(root)), inputs=True)
 
     def name(self) -> dict[str, Any]:
-        return sealed.read(self.root / "names/checkpoints/run/final.json")
+        return sealed.load_file(self.root / "names/checkpoints/run/final.json")
 
     def rename(self, name: str, **changes: Any) -> None:
         path = self.root / "names" / f"{name}.json"
@@ -110,7 +112,7 @@ class Evil:
     def change(self, alter: Callable[[dict[str, Any]], None], key: str | None = None) -> Any:
         key = key or self.name()["key"]
         path = self.root / "actions" / key[:2] / f"{key}.json"
-        record, before = (sealed.read(path) for _ in range(2))
+        record, before = (sealed.load_file(path) for _ in range(2))
         alter(record)
         with suppress(KeyError, TypeError, ValueError, AttributeError):  # not even that
             record["content"] = content(record["outputs"])
@@ -141,7 +143,7 @@ def refused(theirs: Place, place: str, *patterns: str) -> str:
     mine.write_text("mine")
     before = all_files(theirs.root.parent)
     with pytest.raises(ValueError, match=r"expected|says that|no output|lies in") as error:
-        pull(theirs.store, Remote(place), patterns)
+        pull_names(theirs.store, Remote(place), patterns)
     assert all_files(theirs.root.parent) == before
     assert "\n" not in str(error.value) and place in str(error.value)
     return str(error.value)
@@ -184,7 +186,7 @@ def test_a_record_whose_parts_are_something_else(theirs: Place, evil: Evil) -> N
 
             before = evil.change(alter)
             with pytest.raises(ValueError, match=r"expected|changed after|another action's"):
-                pull(theirs.store, Remote(str(evil.root)), ["checkpoints/run/final"])
+                pull_names(theirs.store, Remote(str(evil.root)), ["checkpoints/run/final"])
             evil.change(lambda record, before=before: record.update(before), key)
 
 
@@ -224,7 +226,7 @@ def test_members_that_are_file_and_folder_at_once(theirs: Place, evil: Evil) -> 
     evil.change(alter)
     theirs.here()
     with pytest.raises(ValueError, match="'a' is there twice"):
-        pull(theirs.store, Remote(str(evil.root)), ["checkpoints/run/final"])
+        pull_names(theirs.store, Remote(str(evil.root)), ["checkpoints/run/final"])
 
 
 def test_a_false_size_moves_no_object(theirs: Place, evil: Evil) -> None:
@@ -233,7 +235,7 @@ def test_a_false_size_moves_no_object(theirs: Place, evil: Evil) -> None:
     evil.change(lambda record: record["outputs"]["out"].update(size=3), key)
     refused(theirs, str(evil.root), "checkpoints/run/final")
     assert theirs.store.object_path(digest).exists()
-    assert theirs.store.sound(digest, 3) is False and theirs.store.sound(digest, 10)
+    assert theirs.store.is_intact(digest, 3) is False and theirs.store.is_intact(digest, 10)
     assert not (theirs.store.root / "quarantine").exists()
 
 
@@ -271,10 +273,10 @@ def test_an_object_longer_than_its_record_says(theirs: Place, evil: Evil, web: b
 
 def test_only_names_that_others_would_take_are_sent(ours: Place, tmp_path: Path, capsys) -> None:
     ours.make("mine.txt", "elsewhere")
-    assert push(ours.store, Remote(str(tmp_path / "second"))).objects == 2
+    assert push_names(ours.store, Remote(str(tmp_path / "second"))).objects == 2
     assert "mine.txt is not sent" in capsys.readouterr().err
     with pytest.raises(ValueError, match="expected a name below data, checkpoints"):
-        push(ours.store, Remote(str(tmp_path / "second")), [Path("mine.txt")])
+        push_names(ours.store, Remote(str(tmp_path / "second")), [Path("mine.txt")])
 
 
 # --- a mirror, a checkpoint ---------------------------------------------------------------------
@@ -297,7 +299,7 @@ def mirrored(tmp_path: Path) -> Iterator[Path]:
 def renamed(place: Path, old: str, new: Any, **facts: Any) -> None:
     """Call a file of a mirrored checkpoint something else in its manifest."""
     manifest = place / "step5-unsharded" / layout.MANIFEST
-    files = sealed.read(manifest)["files"]
+    files = sealed.load_file(manifest)["files"]
     files[new] = files.pop(old) | facts
     manifest.write_text(sealed.dumps({"files": files}))
 

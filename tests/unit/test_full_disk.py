@@ -18,7 +18,7 @@ from olmo.corpus.fast import Fast
 from olmo.corpus.sources import download
 from olmo.corpus.tokenizer import trained_tokenizer
 from olmo.corpus.tokens import tokens
-from olmo.store.commands import damaged
+from olmo.store.commands import quarantine_damaged
 from olmo.store.store import Store
 
 DISK = 24 << 20
@@ -93,7 +93,7 @@ def test_a_full_disk_and_then_room(given, disk, dolma, name, tmp_path):
             failed += 1
         finally:
             ballast.unlink()
-        assert not list(damaged(store))
+        assert not list(quarantine_damaged(store))
         assert not list((tmp_path / "out").glob("*")), "no name before its content"
     assert failed >= 3
     record = call()

@@ -24,8 +24,8 @@ from olmo.inspect.history import Origin, Recorded, segments_of, stretches
 from olmo.inspect.replay import replay
 from olmo.inspect.run import Run
 from olmo.io import sealed
+from olmo.runtime.process import EXIT_PAUSED
 from olmo.train.segments import conditions, segments
-from olmo.train.signals import PAUSED
 from olmo.train.state import TrainState, duration
 
 N = 45  # instances: 5 steps of 8, 3 of 12
@@ -99,7 +99,7 @@ def test_epochs_another_batch_size_and_other_numbers_of_processes(
              for name in ("whole", "cut")}  # fmt: skip
     resumed: dict[str, Any] = {"try_load_latest_save": True, "max_duration": "3ep"}
     for changes in cases.values():
-        assert train(place, stop_after=4, **changes) == PAUSED
+        assert train(place, stop_after=4, **changes) == EXIT_PAUSED
     second = {**resumed, "global_train_batch_size": 12, "stop_after": 2}
     assert train_on(2, [small(place, **second, **c) for c in cases.values()], log) == [75, 75]
     for name, changes in cases.items():
@@ -129,10 +129,10 @@ def test_what_is_trained_twice_counts_the_last_time(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = place / "run"
-    assert train(place, stop_after=8) == PAUSED
+    assert train(place, stop_after=8) == EXIT_PAUSED
     first = written(folder)
     again = {"load_path": str(folder / "step4-unsharded"), "save_overwrite": True, "seed": 7}
-    assert train(place, stop_after=2, **again) == PAUSED
+    assert train(place, stop_after=2, **again) == EXIT_PAUSED
     said = capsys.readouterr()
     assert "steps 5 to 8 were trained before" in said.out
     assert "WARNING: the seed of their order: not those of the steps before" in said.err
@@ -152,7 +152,7 @@ def test_steps_of_which_no_indices_are_kept_are_not_those_of_before(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = place / "run"
-    assert train(place, stop_after=6) == PAUSED
+    assert train(place, stop_after=6) == EXIT_PAUSED
     saw = written(folder)
     again = {"load_path": str(folder / "step4-unsharded"), "save_overwrite": True}
     assert train(place, stop_after=2, global_train_batch_size=4, save_data_indices=False, **again)
@@ -166,7 +166,7 @@ def test_steps_of_which_no_indices_are_kept_are_not_those_of_before(
 def test_steps_before_the_other_run_that_goes_on_here(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert train(place, stop_after=4) == PAUSED
+    assert train(place, stop_after=4) == EXIT_PAUSED
     here: dict[str, Any] = {"save_folder": str(place / "here")}
     given = str(place / "run/step4-unsharded")
     assert train(place, load_path=given, global_train_batch_size=4, **here) == 0
@@ -182,10 +182,10 @@ def test_steps_before_the_other_run_that_goes_on_here(
 
 def test_other_token_files_are_not_read_as_those_of_then(place: Path, capsys: Any) -> None:
     folder = place / "run"
-    assert train(place, stop_after=4) == PAUSED
+    assert train(place, stop_after=4) == EXIT_PAUSED
     (np.arange(50 * LENGTH, dtype=np.uint16) % 58 + 2).tofile(place / "more.npy")
     data = {"paths": [str(place / "more.npy")]}
-    assert train(place, stop_after=2, try_load_latest_save=True, data=data) == PAUSED
+    assert train(place, stop_after=2, try_load_latest_save=True, data=data) == EXIT_PAUSED
     assert "WARNING: the token files: not those of the steps" in capsys.readouterr().err
     with pytest.raises(ValueError, match="step 4 was trained on other token files"):
         Run(str(folder)).batch(4)
@@ -234,7 +234,7 @@ def test_a_run_that_nobody_wrote_of(place: Path, monkeypatch: Any) -> None:
 
 
 def test_a_run_by_url(place: Path) -> None:
-    assert train(place, stop_after=4) == PAUSED
+    assert train(place, stop_after=4) == EXIT_PAUSED
     again: dict[str, Any] = {"try_load_latest_save": True, "global_train_batch_size": 12}
     assert train(place, max_duration="2ep", **again) == 0
     saw = written(place / "run")
@@ -245,7 +245,7 @@ def test_a_run_by_url(place: Path) -> None:
 
 
 def test_a_dry_run_leaves_what_is_written_of_a_run(place: Path) -> None:
-    assert train(place, stop_after=4) == PAUSED
+    assert train(place, stop_after=4) == EXIT_PAUSED
     folder = place / "run"
     names = ("config.yaml", "metrics.jsonl", "segments.jsonl", "data-indices/rank0.tsv.gz")
     before = [(folder / name).read_bytes() for name in names]
@@ -284,7 +284,7 @@ def test_epochs_end_where_the_data_does(place: Path, epoch: int, examples: int, 
 def test_the_duration_that_is_told_counts_what_was_seen(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(place, stop_after=4) == PAUSED
+    assert train(place, stop_after=4) == EXIT_PAUSED
     capsys.readouterr()
     again: dict[str, Any] = {"try_load_latest_save": True, "global_train_batch_size": 12}
     assert train(place, max_duration="1ep", **again) == 0
@@ -293,7 +293,7 @@ def test_the_duration_that_is_told_counts_what_was_seen(
 
 
 def test_what_is_written_of_a_segment(place: Path) -> None:
-    assert train(place, stop_after=2) == PAUSED
+    assert train(place, stop_after=2) == EXIT_PAUSED
     (segment,) = map(json.loads, (place / "run/segments.jsonl").read_text().splitlines())
     known = {"after": 0, "batch": 8, "epoch": 0, "examples": 0, "seed": 6198, "instances": N}
     assert known.items() <= segment.items() and segment["drop_last"] is False
@@ -308,7 +308,7 @@ def test_a_replay_has_as_many_processes_as_each_step_had(
     folder, final = place / "checkpoints/r/run", place / "checkpoints/r/final"
     changes: dict[str, Any] = {"save_folder": str(folder), "max_duration": 7}
     folder.parent.mkdir(parents=True)
-    assert train(place, stop_after=4, **changes) == PAUSED
+    assert train(place, stop_after=4, **changes) == EXIT_PAUSED
     assert train_on(2, [small(place, try_load_latest_save=True, **changes)], place / "log") == [0]
     final.mkdir()
     for name in ("config.yaml", "metrics.jsonl"):

@@ -23,7 +23,7 @@ from olmo.pipeline.convert import convert
 from olmo.pipeline.start import fetched_checkpoint, local_checkpoint
 from olmo.report.card import card
 from olmo.store.action import Action
-from olmo.store.store import Store, files
+from olmo.store.store import Store, output_files
 
 OLMO1: dict[str, Any] = {
     "d_model": 32,
@@ -394,7 +394,7 @@ def test_the_card_tells_where_a_tuned_run_began(
             ),
             fetched_checkpoint(url=url, checkpoint=tmp_path / "b"),
         ]
-    inputs = {record["key"]: [file["sha256"] for file in files(record)] for record in made}
+    inputs = {record["key"]: [file["sha256"] for file in output_files(record)] for record in made}
     action = {"stage": "training", "version": 3, "params": {}, "inputs": inputs}
     facts = {"steps": 5, "tokens": 640}
     record = {"key": "k", "content": "c", "action": action, "facts": facts, "outputs": {}}

@@ -23,7 +23,7 @@ from olmo.checkpoint import layout
 from olmo.checkpoint.read import find_newest
 from olmo.checkpoint.save import save_unsharded
 from olmo.checkpoint.sharded import save_sharded
-from olmo.runtime.process import SEGMENTS
+from olmo.runtime.process import SEGMENTS_FILE
 from olmo.train.segments import conditions, segments
 
 DIED = 9
@@ -178,7 +178,7 @@ def test_a_full_disk_pauses_a_run(
 def test_a_run_goes_on_although_its_segments_are_damaged(tmp_path: Path) -> None:
     assert run(tmp_path, save_folder=str(tmp_path / "straight")) == 0
     run(tmp_path, stop_after=6)
-    told = tmp_path / "run" / SEGMENTS
+    told = tmp_path / "run" / SEGMENTS_FILE
     told.write_bytes(told.read_bytes()[:-30])
     assert run(tmp_path, try_load_latest_save=True) == 0
     assert same(state(tmp_path / "straight"), state(tmp_path / "run"))

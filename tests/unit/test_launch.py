@@ -29,8 +29,8 @@ from olmo.cluster.launch import (
 from olmo.config import TrainConfig
 from olmo.io import sealed
 from olmo.pipeline.recipe import RunConfig
-from olmo.runtime.log import LOG
-from olmo.runtime.process import CAUSE, MARKER, SEGMENTS, Paused
+from olmo.runtime.log import LOG_ENV
+from olmo.runtime.process import CAUSE_FILE, PAUSED_FILE, SEGMENTS_FILE, Paused
 from olmo.train.__main__ import main as trainer
 from olmo.train.metrics_buffer import NotFinite
 from olmo.train.segments import conditions, segments
@@ -384,7 +384,7 @@ def test_the_trainer_says_whether_another_start_would_fail_too(
     assert not (config.parent / "cause.json").exists(), "nobody launched it"
     monkeypatch.setenv("OLMO_LAUNCHED", "1")
     assert trainer([str(config)]) > 0
-    cause = sealed.read(config.parent / "cause.json")
+    cause = sealed.load_file(config.parent / "cause.json")
     assert cause["repeats"] is repeats and str(error) in cause["said"]
     (tmp_path / "cause.json").write_text(sealed.dumps(cause))
     again = ["sh", "-c", f"cp {tmp_path}/cause.json {config.parent}; exit 1"]
@@ -414,7 +414,7 @@ def test_the_cause_is_in_the_launchers_sentence_and_in_the_log(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv(LOG, str(tmp_path / "train.log"))
+    monkeypatch.setenv(LOG_ENV, str(tmp_path / "train.log"))
     config = given(tmp_path, evaluators=[], **changes)
     with pytest.raises(
         ChildProcessError, match=rf"^training ended early: (rank 1: )?{said}"
@@ -435,7 +435,7 @@ def test_a_trainer_that_dies_without_a_word(
 ) -> None:
     """What an earlier attempt failed of is not taken for its cause."""
     config = given(tmp_path, evaluators=[])
-    (config.parent / CAUSE).write_text("an earlier cause\n")
+    (config.parent / CAUSE_FILE).write_text("an earlier cause\n")
     kill = "import os\nif 'RANK' in os.environ: os.kill(os.getpid(), 9)\n"
     (tmp_path / "sitecustomize.py").write_text(kill)
     places = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -497,7 +497,7 @@ def test_before_its_time_is_up_a_job_waits_again(
 ) -> None:
     (allocation / "scontrol").write_text(f'#!/bin/sh\necho "$@" >{tmp_path / "asked"}\n')
     left = {"step": 5, "by": why, "checkpoint": f"{tmp_path}/step5"}
-    (tmp_path / SEGMENTS).write_text(sealed.dump_lines([{"after": 0}, {"after": after}]))
+    (tmp_path / SEGMENTS_FILE).write_text(sealed.dump_lines([{"after": 0}, {"after": after}]))
     requeue_slurm_job(tmp_path, left)
     job = os.environ["SLURM_JOB_ID"]
     said = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
@@ -512,17 +512,17 @@ def test_a_job_that_is_back_at_once_takes_no_words_from_the_one_before(
     tmp_path: Path, allocation: Path, monkeypatch: Any
 ) -> None:
     """Put back, it may start on another node, and remove the marker, before we have said why."""
-    (allocation / "scontrol").write_text(f"#!/bin/sh\nrm {tmp_path / MARKER}\n")
+    (allocation / "scontrol").write_text(f"#!/bin/sh\nrm {tmp_path / PAUSED_FILE}\n")
     left = sealed.dumps({"step": 5, "by": "SIGUSR1", "checkpoint": "step5"})
-    (tmp_path / SEGMENTS).write_text(sealed.dump_lines([{"after": 0}]))
-    paused = ["sh", "-c", f"printf %s '{left}' >{tmp_path / MARKER}; exit 75"]
+    (tmp_path / SEGMENTS_FILE).write_text(sealed.dump_lines([{"after": 0}]))
+    paused = ["sh", "-c", f"printf %s '{left}' >{tmp_path / PAUSED_FILE}; exit 75"]
     monkeypatch.setattr("olmo.cluster.launch.build_command", lambda *_: paused)
     with pytest.raises(Paused, match="at step 5 by SIGUSR1, saved to step5"):
         launch(tmp_path / "given.yaml", Geometry(), threads=1)
-    assert not (tmp_path / MARKER).exists(), "it was asked to put the job back"
+    assert not (tmp_path / PAUSED_FILE).exists(), "it was asked to put the job back"
 
 
 def test_a_cluster_that_puts_no_job_back(tmp_path: Path, allocation: Path, capsys: Any) -> None:
-    (tmp_path / SEGMENTS).write_text(sealed.dump_lines([{"after": 0}]))
+    (tmp_path / SEGMENTS_FILE).write_text(sealed.dump_lines([{"after": 0}]))
     requeue_slurm_job(tmp_path, {"step": 5, "by": "SIGUSR1", "checkpoint": "step5"})
     assert "requeue" in capsys.readouterr().err

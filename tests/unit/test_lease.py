@@ -19,7 +19,7 @@ import pytest
 
 import olmo.store.lease
 import olmo.store.store
-from olmo.store.lease import held, lease
+from olmo.store.lease import held_names, lease
 from olmo.store.store import Store
 
 HOLDER = """
@@ -31,7 +31,7 @@ touch = os.utime
 os.utime = lambda path: touch(path, (time.time() - behind,) * 2)  # this machine's clock
 import olmo.store.lease
 from olmo.store.lease import lease
-olmo.store.lease.BEAT_S, olmo.store.lease.PATIENCE_S = 0.1, 1.5
+olmo.store.lease.HEARTBEAT_S, olmo.store.lease.LEASE_TIMEOUT_S = 0.1, 1.5
 with lease(folder, "action"):
     print("holding", flush=True)
     sys.stdin.readline()
@@ -92,8 +92,8 @@ def test_who_was_away_too_long_ends(tmp_path: Path) -> None:
 
 def test_a_container_of_this_machine_is_elsewhere(tmp_path: Path, monkeypatch: Any) -> None:
     """Its process numbers are others, though host and boot are ours."""
-    monkeypatch.setattr(olmo.store.lease, "PATIENCE_S", 1.0)
-    holder = olmo.store.lease._me() | {"pids": "pid:[1]", "start": "another"}
+    monkeypatch.setattr(olmo.store.lease, "LEASE_TIMEOUT_S", 1.0)
+    holder = olmo.store.lease._own_holder() | {"pids": "pid:[1]", "start": "another"}
     (tmp_path / "action.0").write_text(json.dumps(holder))
     begun = time.monotonic()
     with lease(tmp_path, "action"):
@@ -134,7 +134,7 @@ def test_an_old_listing_gives_nobody_a_second_lease(
     elsewhere = on("a", tmp_path)
     holds(elsewhere)
     os.rename(tmp_path / "action.0", tmp_path / "action.1")
-    monkeypatch.setattr(olmo.store.lease, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(olmo.store.lease, "LEASE_TIMEOUT_S", 1.0)
     remembered = Remembered(monkeypatch)
     remembered.names[tmp_path / "action.*"] = [tmp_path / name for name in seen]
     with lease(tmp_path, "action", waiting=lambda holder: waited.append(holder["host"])):
@@ -161,9 +161,9 @@ def test_an_answer_that_got_lost(tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_a_lease_whose_bytes_a_power_failure_took(tmp_path: Path, monkeypatch: Any) -> None:
     """Nobody can say whose it was: it is waited for like one of another machine."""
-    monkeypatch.setattr(olmo.store.lease, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(olmo.store.lease, "LEASE_TIMEOUT_S", 1.0)
     (tmp_path / "action.0").touch()
-    assert held(tmp_path) == ["action"]
+    assert held_names(tmp_path) == ["action"]
     seen: list[Any] = []
     with lease(tmp_path, "action", waiting=seen.append):
         assert names(tmp_path) == ["action.1"]
@@ -188,9 +188,9 @@ def test_an_object_that_was_not_there_a_moment_ago(tmp_path: Path, monkeypatch: 
     digest = store.put(tmp_path / "out")["sha256"]
     path = store.object_path(digest)
     hidden = path.rename(path.with_suffix(".hidden"))
-    assert not store.sound(digest)
-    monkeypatch.setattr(olmo.store.store, "see_anew", lambda folder: hidden.rename(path))
-    assert store.sound(digest)
+    assert not store.is_intact(digest)
+    monkeypatch.setattr(olmo.store.store, "refresh_listing", lambda folder: hidden.rename(path))
+    assert store.is_intact(digest)
 
 
 ALONE = """
@@ -198,7 +198,7 @@ import os, socket, sys
 os.chdir(sys.argv[1])
 socket.gethostname = lambda: sys.argv[2]
 import olmo.store.lease
-olmo.store.lease.BEAT_S = 0.2
+olmo.store.lease.HEARTBEAT_S = 0.2
 from olmo.pipeline.workspace import lock_folder
 lock_folder("store")
 print("holding", flush=True)

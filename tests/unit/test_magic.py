@@ -22,7 +22,7 @@ from olmo.corpus.documents import documents
 from olmo.corpus.source_table import read_table
 from olmo.corpus.sources import check_source, local_source
 from olmo.corpus.tokenizer import local_tokenizer
-from olmo.io import file_kinds, gz
+from olmo.io import file_types, gz
 
 ROWS = [{"id": f"ä{n}", "text": f"Text {n}, naïve.\n字"} for n in range(300)]
 TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -143,8 +143,8 @@ def test_what_no_command_makes_gz_of_is_named(tmp_path: Path, content: bytes, fo
 
 
 def test_plain_text_may_be_cut_within_a_character():
-    assert file_kinds.kind_of(("字" * 200).encode()[:512])[0].startswith("plain text")
-    assert file_kinds.kind_of("naïve".encode())[0].startswith("plain text")
+    assert file_types.detect_type(("字" * 200).encode()[:512])[0].startswith("plain text")
+    assert file_types.detect_type("naïve".encode())[0].startswith("plain text")
 
 
 @pytest.mark.parametrize("kind", ["zst", "utf16", "bom", "json"])
@@ -217,22 +217,22 @@ def test_garbage_after_the_last_member_is_named_and_cut_off(
     at = len(GOOD) * members + len(garbage) - len(garbage.lstrip(b"\0"))
     found = re.escape(repr(garbage.lstrip(b"\0")[:16]))
     with pytest.raises(ValueError, match=f"at byte {at:,}, found .*trailing garbage .{found}") as e:
-        gz.check(file)
+        gz.verify_checksum(file)
     obey(str(e.value), MENDED=tmp_path / "mended.gz")
-    assert gz.check(tmp_path / "mended.gz") == members * len(TEXT.encode())
+    assert gz.verify_checksum(tmp_path / "mended.gz") == members * len(TEXT.encode())
 
 
 @pytest.mark.parametrize("zeros", [1, 511, 10240, 600_000])
 def test_zeros_after_the_last_member_are_padding(tmp_path: Path, zeros: int):
     file = tmp_path / "a.gz"
     file.write_bytes(GOOD + b"\0" * zeros)
-    assert gz.check(file) == len(TEXT.encode())
+    assert gz.verify_checksum(file) == len(TEXT.encode())
     file.write_bytes(GOOD + b"\0" * zeros + GOOD)
-    assert gz.check(file) == 2 * len(TEXT.encode()), "and a member after them counts"
+    assert gz.verify_checksum(file) == 2 * len(TEXT.encode()), "and a member after them counts"
 
 
 @pytest.mark.parametrize("cut", [GOOD + GOOD[:1], GOOD + GOOD[:4], GOOD + GOOD[:-3], GOOD[:-1]])
 def test_a_member_that_is_cut_is_no_garbage(tmp_path: Path, cut: bytes):
     (tmp_path / "a.gz").write_bytes(cut)
     with pytest.raises(ValueError, match="truncated"):
-        gz.check(tmp_path / "a.gz")
+        gz.verify_checksum(tmp_path / "a.gz")

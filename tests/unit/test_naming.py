@@ -11,7 +11,7 @@ import pytest
 
 from olmo.store import naming
 from olmo.store.action import Action
-from olmo.store.commands import damaged, gc, sweep
+from olmo.store.commands import collect_garbage, gc, quarantine_damaged
 from olmo.store.store import Record, Store
 
 ONE = Action("demo", 1)
@@ -53,8 +53,8 @@ def test_a_folder_of_links_replaces_an_older_one_whole(store: Store, tmp_path: P
 
         return make
 
-    naming.link(store, store.run(ONE, build("a", "b")), "final", tmp_path / "final")
-    naming.link(store, store.run(Action("demo", 2), build("c")), "final", tmp_path / "final")
+    naming.link_output(store, store.run(ONE, build("a", "b")), "final", tmp_path / "final")
+    naming.link_output(store, store.run(Action("demo", 2), build("c")), "final", tmp_path / "final")
     assert {p.name for p in tmp_path.joinpath("final").iterdir()} == {"c", "record.json"}
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -64,7 +64,7 @@ def _name(root: Path, folder: Path, keys: list[str], barrier) -> None:
     records = [store.record(key) for key in keys]
     barrier.wait()
     for number in range(60):
-        naming.link(store, records[number % 2], "final", folder)
+        naming.link_output(store, records[number % 2], "final", folder)
 
 
 def test_a_folder_is_named_by_several_at_once(store: Store, tmp_path: Path):
@@ -96,10 +96,10 @@ from pathlib import Path
 from olmo.store import naming
 from olmo.store.store import Store
 
-naming._write = lambda *_: None
+naming._save_name = lambda *_: None
 {where} = lambda *_: os.kill(os.getpid(), 9)
 store = Store(Path(sys.argv[1]))
-naming.link(store, store.record(sys.argv[2]), "final", Path("final"))
+naming.link_output(store, store.record(sys.argv[2]), "final", Path("final"))
 """
 
 
@@ -107,57 +107,57 @@ naming.link(store, store.record(sys.argv[2]), "final", Path("final"))
 def test_a_process_that_is_killed_while_it_replaces_a_folder(
     store: Store, project: Path, where: str
 ):
-    naming.link(store, made(store, "a"), "final", Path("final"))
+    naming.link_output(store, made(store, "a"), "final", Path("final"))
     for text in ("b", "c"):
         record = made(store, text)
         code = KILLED.format(where=where)
         ended = subprocess.run([sys.executable, "-c", code, store.root, record["key"]])
         assert ended.returncode == -9
         assert list(project.glob(".final.*")), "it was in the middle of it"
-    naming.link(store, record, "final", Path("final"))
+    naming.link_output(store, record, "final", Path("final"))
     assert Path("final/text").read_text() == text
     assert [p.name for p in project.iterdir()] == ["final"]
 
 
 def test_gc_after_the_project_was_moved_whole(project: Path, monkeypatch: pytest.MonkeyPatch):
     store = Store(project / "store")
-    naming.link(store, made(store, "a"), "out", Path("out"))
-    naming.link(store, made(store, "b"), "final", Path("final"))
+    naming.link_output(store, made(store, "a"), "out", Path("out"))
+    naming.link_output(store, made(store, "b"), "final", Path("final"))
     made(store, "nobody's")
     moved = project.rename(project.parent / "moved")
     monkeypatch.chdir(moved)
     store = Store(moved / "store")
-    assert len(sweep(store)) == 1
+    assert len(collect_garbage(store)) == 1
     assert Path("out").read_text() == "a" and Path("final/text").read_text() == "b"
-    assert naming.named(store, Path("final"))["key"] == made(store, "b")["key"]
+    assert naming.record_of(store, Path("final"))["key"] == made(store, "b")["key"]
     Path("out").unlink()
-    assert naming.last(store, Path("out")) == store.record(made(store, "a")["key"])
-    assert len(sweep(store)) == 1
+    assert naming.last_record(store, Path("out")) == store.record(made(store, "a")["key"])
+    assert len(collect_garbage(store)) == 1
 
 
 @pytest.mark.parametrize("there", [False, True])
 def test_gc_where_a_projects_disk_is_not_mounted(store: Store, project: Path, there: bool):
-    naming.link(store, made(store, "a"), "out", Path("out"))
+    naming.link_output(store, made(store, "a"), "out", Path("out"))
     away = project.rename(project.parent / "unmounted")
     if there:  # what it is mounted at
         project.mkdir()
     with pytest.raises(ValueError, match=f"(?s)the project {project}.*gc --forget {project}"):
-        sweep(store)
+        collect_garbage(store)
     if there:
         project.rmdir()
     project.symlink_to(away)  # as the message says
-    assert sweep(store) == []
+    assert collect_garbage(store) == []
     project.unlink()
-    assert len(sweep(store, forget=project, dry_run=True)) == 1
-    assert len(sweep(store, forget=project)) == 1
+    assert len(collect_garbage(store, forget=project, dry_run=True)) == 1
+    assert len(collect_garbage(store, forget=project)) == 1
     with pytest.raises(ValueError, match=f"expected a project that has names in .*{project}"):
-        sweep(store, forget=project)
+        collect_garbage(store, forget=project)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user for a moment: needs root")
 def test_a_folder_that_this_user_may_not_see_counts_as_there(store: Store, project: Path):
-    naming.link(store, made(store, "a"), "out", Path("hers/out"))
-    naming.link(store, made(store, "b"), "out", Path("ours"))
+    naming.link_output(store, made(store, "a"), "out", Path("hers/out"))
+    naming.link_output(store, made(store, "b"), "out", Path("ours"))
     Path("hers").chmod(0o700)
     project.parent.chmod(0o755)
     other = """if True:
@@ -167,7 +167,7 @@ def test_a_folder_that_this_user_may_not_see_counts_as_there(store: Store, proje
         from olmo.store.store import Store
         os.setuid(65534)
         store = Store(Path(sys.argv[1]))
-        print(naming.named(store, Path("ours"))["key"], len(list(naming.names(store))))
+        print(naming.record_of(store, Path("ours"))["key"], len(list(naming.live_names(store))))
     """
     for folder in (project.parent, *project.parent.parents):
         if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o001:
@@ -179,26 +179,26 @@ def test_a_folder_that_this_user_may_not_see_counts_as_there(store: Store, proje
 def test_gc_keeps_what_a_name_points_to_that_was_written_down_but_not_made(
     store: Store, project: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    naming.link(store, made(store, "a"), "out", Path("out"))
-    naming.link(store, made(store, "c"), "final", Path("final"))
+    naming.link_output(store, made(store, "a"), "out", Path("out"))
+    naming.link_output(store, made(store, "c"), "final", Path("final"))
     for output in ("out", "final"):
         with monkeypatch.context() as patch:
-            patch.setattr(naming, "point", lambda *_: 1 / 0)
+            patch.setattr(naming, "symlink_atomic", lambda *_: 1 / 0)
             patch.setattr(naming, "_link_folder", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                naming.link(store, made(store, "b"), output, Path(output))
-    sweep(store)
+                naming.link_output(store, made(store, "b"), output, Path(output))
+    collect_garbage(store)
     assert Path("out").read_text() == "a" and Path("final/text").read_text() == "c"
-    assert naming.named(store, Path("final"))["key"] == made(store, "c")["key"]
+    assert naming.record_of(store, Path("final"))["key"] == made(store, "c")["key"]
     with pytest.raises(ValueError, match="expected a name"):
-        naming.named(store, Path("out"))
+        naming.record_of(store, Path("out"))
 
 
 def test_gc_says_what_it_took(project: Path, capsys: pytest.CaptureFixture[str]):
     store = Store(project / "store")
     record = made(store, "a")
-    naming.link(store, record, "out", Path("out"))
-    naming.link(store, made(store, "b"), "out", Path("kept"))
+    naming.link_output(store, record, "out", Path("out"))
+    naming.link_output(store, made(store, "b"), "out", Path("kept"))
     for key in (record["key"], "0" * 64):  # one that ended, one that did not
         (store.root / "work" / key).mkdir(parents=True)
         (store.root / "work" / key / "step80").write_text("12345")
@@ -215,25 +215,25 @@ def test_gc_says_what_it_took(project: Path, capsys: pytest.CaptureFixture[str])
 def test_gc_keeps_what_a_link_here_points_to_though_no_name_is_written_down(
     store: Store, project: Path
 ):
-    naming.link(store, made(store, "a"), "out", Path("out"))
-    naming.link(store, made(store, "b"), "final", Path("folder/final"))
+    naming.link_output(store, made(store, "a"), "out", Path("out"))
+    naming.link_output(store, made(store, "b"), "final", Path("folder/final"))
     made(store, "nobody's")
     shutil.rmtree(store.root / "links")
-    assert len(sweep(store)) == 1
+    assert len(collect_garbage(store)) == 1
     assert Path("out").read_text() == "a" and Path("folder/final/text").read_text() == "b"
-    assert naming.named(store, Path("folder/final"))["key"] == made(store, "b")["key"]
+    assert naming.record_of(store, Path("folder/final"))["key"] == made(store, "b")["key"]
 
 
 def test_what_is_no_file_of_the_stores_is_passed_over(store: Store, project: Path):
-    naming.link(store, made(store, "a"), "out", Path("out"))
+    naming.link_output(store, made(store, "a"), "out", Path("out"))
     (store.root / "links" / ("a" * 32)).mkdir()
     (store.root / "objects/ba/stray").mkdir(parents=True)
-    assert sweep(store) == [] and damaged(store) == []
-    assert naming.named(store, Path("out"))["key"] == made(store, "a")["key"]
+    assert collect_garbage(store) == [] and quarantine_damaged(store) == []
+    assert naming.record_of(store, Path("out"))["key"] == made(store, "a")["key"]
 
 
 def test_what_a_killed_process_left_between_objects_is_none(store: Store, project: Path):
-    naming.link(store, made(store, "a"), "out", Path("out"))
+    naming.link_output(store, made(store, "a"), "out", Path("out"))
     look = Path("out").resolve().with_name(".look-abc")
     look.touch()
-    assert damaged(store) == [] and sweep(store) == [] and not look.exists()
+    assert quarantine_damaged(store) == [] and collect_garbage(store) == [] and not look.exists()

@@ -23,8 +23,8 @@ from olmo.report.compare import draw_curves, tokens_to_loss
 from olmo.report.loss import plot_losses
 from olmo.report.scores import improvement, read_results, scores
 from olmo.runtime import numbers
-from olmo.runtime.numbers import as_words, from_json, perplexity, to_json
-from olmo.store.stage import here
+from olmo.runtime.numbers import encode_non_finite, from_json, perplexity, to_json
+from olmo.store.stage import current_store
 
 DIVERGED = {"init_fn": "normal", "init_std": 300.0}  # a loss of some 3,000 nats
 
@@ -61,7 +61,7 @@ def test_a_diverged_run_is_evaluated_and_its_metrics_are_json(tmp_path: Path):
     rows[1]["train/CrossEntropyLoss"], rows[0]["eval/heldout/CrossEntropyLoss"] = math.inf, math.nan
     plot_losses(rows, tmp_path / "loss.svg")
     assert "<svg" in (tmp_path / "loss.svg").read_text()
-    assert "| heldout | nan |" in _evaluation(as_words(heldout_losses(rows)), "run")
+    assert "| heldout | nan |" in _evaluation(encode_non_finite(heldout_losses(rows)), "run")
 
 
 def test_a_setting_without_a_limit_stays_one(tmp_path: Path):
@@ -86,7 +86,7 @@ def test_a_diverged_checkpoint_is_measured(tmp_path: Path, monkeypatch: pytest.M
     save_file({k: v * 3000 for k, v in weights.items()}, tmp_path / "final/model.safetensors")
     settings(tmp_path)
     listing = tmp_path / "data/x/tokens/000.tsv"
-    held = here().put(tmp_path / "heldout.npy")
+    held = current_store().put(tmp_path / "heldout.npy")
     write_listing(
         listing, [Entry("a", "heldout-tokens", "heldout/a.npy", held["sha256"], held["size"])]
     )
@@ -94,7 +94,7 @@ def test_a_diverged_checkpoint_is_measured(tmp_path: Path, monkeypatch: pytest.M
     heldout(tmp_path / "final", [listing], found)
     strictly(found.read_text().replace("\n", " "))
     assert from_json(found.read_text())["Perplexity"] == math.inf
-    record = next(here().records())
+    record = next(current_store().records())
     assert record["facts"]["Perplexity"] == "Infinity"
     evaluation(heldout=found, scores=[], requests=[], results=tmp_path / "eval/diverged")
     (row,) = [r for r in read_results(tmp_path / "eval/diverged") if r["metric"] == "perplexity"]

@@ -12,7 +12,7 @@ import pytest
 from olmo.corpus import listing
 from olmo.corpus.order import order as order_command
 from olmo.data import order
-from olmo.store.stage import here
+from olmo.store.stage import current_store
 
 GIB = 2**30
 
@@ -93,7 +93,7 @@ def test_the_readmes_snippet_maps_the_order_of_an_ordinary_user(place: Path) -> 
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     # To look is no change; what is written is noticed, and made again.
-    assert here().sound(here().digest(made))
+    assert current_store().is_intact(current_store().digest(made))
     mapped = np.memmap(made, mode="r+", dtype=np.uint32)
     mapped[0] += 1
     mapped.flush()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from olmo.io.patterns import matching
+from olmo.io.patterns import match_files
 
 
 @pytest.fixture
@@ -47,37 +47,42 @@ EVERY = [  # by code point, the folders and their separators among it
 
 
 def test_two_stars_are_folders_of_any_depth_and_each_file_is_there_once(corpus: Path):
-    assert matching("corpus/**/*.json.gz") == EVERY
-    assert matching("corpus/**/**/*.json.gz") == EVERY
-    assert matching("./corpus/**/*.json.gz") == [f"./{path}" for path in EVERY]
-    absolute = matching(f"{corpus}/corpus/**/*.json.gz")
+    assert match_files("corpus/**/*.json.gz") == EVERY
+    assert match_files("corpus/**/**/*.json.gz") == EVERY
+    assert match_files("./corpus/**/*.json.gz") == [f"./{path}" for path in EVERY]
+    absolute = match_files(f"{corpus}/corpus/**/*.json.gz")
     assert absolute == [f"{corpus}/{path}" for path in EVERY]
-    assert matching("corpus/**") == sorted([*EVERY, "corpus/web/notes.txt"])
-    assert matching("corpus/**/er/**/*.gz") == ["corpus/web/deep/er/c.json.gz"]
-    assert matching("**/c.json.gz") == ["corpus/web/deep/er/c.json.gz"]
-    assert matching("corpus/**/.*.gz") == ["corpus/web/.hidden.json.gz"], "the pattern has the dot"
+    assert match_files("corpus/**") == sorted([*EVERY, "corpus/web/notes.txt"])
+    assert match_files("corpus/**/er/**/*.gz") == ["corpus/web/deep/er/c.json.gz"]
+    assert match_files("**/c.json.gz") == ["corpus/web/deep/er/c.json.gz"]
+    assert match_files("corpus/**/.*.gz") == ["corpus/web/.hidden.json.gz"], (
+        "the pattern has the dot"
+    )
 
 
 def test_one_star_is_one_level_as_it_was(corpus: Path):
-    assert matching("corpus/*.json.gz") == ["corpus/a.json.gz"]
-    assert matching("corpus/[w]*/?.json.gz") == ["corpus/web-2/d.json.gz", "corpus/web/b.json.gz"]
-    assert matching("corpus/a.json.gz") == ["corpus/a.json.gz"]
-    assert matching("corpus/a.JSON.gz") == matching("corpus/none/**/*.gz") == []
+    assert match_files("corpus/*.json.gz") == ["corpus/a.json.gz"]
+    assert match_files("corpus/[w]*/?.json.gz") == [
+        "corpus/web-2/d.json.gz",
+        "corpus/web/b.json.gz",
+    ]
+    assert match_files("corpus/a.json.gz") == ["corpus/a.json.gz"]
+    assert match_files("corpus/a.JSON.gz") == match_files("corpus/none/**/*.gz") == []
 
 
 def test_a_name_with_brackets_is_a_file_unless_it_is_others_too(corpus: Path):
     (corpus / "x[1].gz").touch()
-    assert matching("x[1].gz") == ["x[1].gz"]
+    assert match_files("x[1].gz") == ["x[1].gz"]
     (corpus / "x1.gz").touch()
     with pytest.raises(ValueError, match=r"x\[1\].gz is a file.* names x1.gz; .* x\[\[\]1\].gz"):
-        matching("x[1].gz")
-    assert matching("x[[]1].gz") == ["x[1].gz"], "as it says"
+        match_files("x[1].gz")
+    assert match_files("x[[]1].gz") == ["x[1].gz"], "as it says"
 
 
 def test_a_folder_is_no_file(corpus: Path):
     for pattern in ("corpus", "corpus/*", "corpus/"):
         with pytest.raises(ValueError, match="expected files, found the folder corpus"):
-            matching(pattern)
+            match_files(pattern)
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(
@@ -93,11 +98,13 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(
     monkeypatch.setattr(os, "listdir", listdir)
     for pattern in ("corpus/**/*.gz", "corpus/web/*.gz"):
         with pytest.raises(ValueError, match=r"corpus/web: .*folder to read: Permission denied"):
-            matching(pattern)
+            match_files(pattern)
 
 
 def test_a_locale_changes_nothing(corpus: Path):
-    program = "from olmo.io.patterns import matching; print(ascii(matching('corpus/**/*.json.gz')))"
+    program = (
+        "from olmo.io.patterns import match_files; print(ascii(match_files('corpus/**/*.json.gz')))"
+    )
     for locale in ("C", "POSIX", "en_US.UTF-8", "et_EE.UTF-8"):
         env = {**os.environ, "LC_ALL": locale, "PYTHONPATH": str(Path(__file__).parents[2])}
         said = subprocess.run([sys.executable, "-c", program], capture_output=True, env=env)

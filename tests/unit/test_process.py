@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from olmo.runtime.process import alive, describe_exit, supervised
+from olmo.runtime.process import describe_exit, is_alive, supervised
 
 SLEEPER = "import sys, time; print('up', flush=True); time.sleep(60)"
 FAMILY = (
@@ -23,7 +23,9 @@ def gone(pid: int, within: float = 5) -> bool:
     end = time.monotonic() + within
     while time.monotonic() < end:
         stat = Path(f"/proc/{pid}/stat")
-        if not alive(pid) or (stat.exists() and stat.read_text().rsplit(")")[1].split()[0] == "Z"):
+        if not is_alive(pid) or (
+            stat.exists() and stat.read_text().rsplit(")")[1].split()[0] == "Z"
+        ):
             return True
         time.sleep(0.05)
     return False
@@ -32,7 +34,7 @@ def gone(pid: int, within: float = 5) -> bool:
 def test_the_group_ends_with_the_block():
     with supervised([sys.executable, "-c", FAMILY], stdout=subprocess.PIPE, text=True) as process:
         grandchild = int(process.stdout.readline())
-        assert alive(grandchild)
+        assert is_alive(grandchild)
     assert gone(process.pid) and gone(grandchild)
 
 
@@ -44,7 +46,7 @@ def test_the_group_ends_when_its_owner_is_killed():
     )
     process = subprocess.Popen([sys.executable, "-c", owner], stdout=subprocess.PIPE, text=True)
     child, grandchild = map(int, process.stdout.readline().split())
-    assert alive(child) and alive(grandchild)
+    assert is_alive(child) and is_alive(grandchild)
     process.kill()
     process.wait()
     assert gone(child) and gone(grandchild)

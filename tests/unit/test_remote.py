@@ -10,8 +10,8 @@ from servers import s3_server, web_server
 
 from olmo.store import naming
 from olmo.store.action import Action
-from olmo.store.remote import Remote, pull, push
-from olmo.store.store import Store, TwoContents
+from olmo.store.remote import Remote, pull_names, push_names
+from olmo.store.store import NondeterministicStage, Store
 
 
 class Place:
@@ -34,7 +34,7 @@ class Place:
             return {}
 
         record = self.store.run(Action("demo", 1, {"name": name}, inputs), build)
-        naming.link(self.store, record, "out", self.root / name)
+        naming.link_output(self.store, record, "out", self.root / name)
         return record["outputs"]["out"]["sha256"]
 
 
@@ -62,38 +62,40 @@ def object_at(url: str, digest: str) -> Path:
 
 
 def test_a_name_goes_with_its_records_and_only_its_own_contents(ours, theirs, url):
-    moved = push(ours.store, Remote(url), [Path("checkpoints")])
-    assert (moved.objects, moved.there) == (1, 0)
-    assert push(ours.store, Remote(url)).there == 1  # the other two go now
+    moved = push_names(ours.store, Remote(url), [Path("checkpoints")])
+    assert (moved.objects, moved.existing) == (1, 0)
+    assert push_names(ours.store, Remote(url)).existing == 1  # the other two go now
     theirs.here()
-    names, moved = pull(theirs.store, Remote(url), ["checkpoints/run/final"])
+    names, moved = pull_names(theirs.store, Remote(url), ["checkpoints/run/final"])
     assert names == ["checkpoints/run/final"] and moved.objects == 1
     assert Path("checkpoints/run/final").read_text() == "the weights"
     assert len(list(theirs.store.records())) == 3, "the way back to the sources comes along"
-    assert pull(theirs.store, Remote(url), ["checkpoints/run/final"])[1].objects == 0
+    assert pull_names(theirs.store, Remote(url), ["checkpoints/run/final"])[1].objects == 0
 
 
 def test_with_inputs_nothing_is_left_to_do(ours, theirs, url):
-    push(ours.store, Remote(url), [Path("checkpoints/run/final")], inputs=True)
+    push_names(ours.store, Remote(url), [Path("checkpoints/run/final")], inputs=True)
     theirs.here()
-    assert pull(theirs.store, Remote(url), inputs=True)[1].objects == 3
+    assert pull_names(theirs.store, Remote(url), inputs=True)[1].objects == 3
     for record in ours.store.records():
-        assert theirs.store.hit(record["key"]) == record
+        assert theirs.store.lookup(record["key"]) == record
 
 
 def test_patterns_take_some(ours, theirs, url):
-    push(ours.store, Remote(url))
+    push_names(ours.store, Remote(url))
     theirs.here()
-    assert pull(theirs.store, Remote(url), ["data/shards/*.npy"])[0] == ["data/shards/a b.npy"]
+    assert pull_names(theirs.store, Remote(url), ["data/shards/*.npy"])[0] == [
+        "data/shards/a b.npy"
+    ]
     assert Path("data/shards/a b.npy").read_text() == "the shard"
     with pytest.raises(ValueError, match="none of its 3 names is like"):
-        pull(theirs.store, Remote(url), ["data/*.txt"])
+        pull_names(theirs.store, Remote(url), ["data/*.txt"])
     with pytest.raises(ValueError, match="expected the name data/none"):
-        pull(theirs.store, Remote(url), ["data/none"])
+        pull_names(theirs.store, Remote(url), ["data/none"])
 
 
 def test_damage_on_the_way_is_fetched_again(ours, theirs, url, monkeypatch, capsys):
-    push(ours.store, Remote(url))
+    push_names(ours.store, Remote(url))
     theirs.here()
     whole, arrivals = Remote.get, []
 
@@ -105,58 +107,58 @@ def test_damage_on_the_way_is_fetched_again(ours, theirs, url, monkeypatch, caps
                 path.write_bytes(b"T" + path.read_bytes()[1:])
 
     monkeypatch.setattr(Remote, "get", first_one_flipped)
-    pull(theirs.store, Remote(url), ["data/source.gz"])
+    pull_names(theirs.store, Remote(url), ["data/source.gz"])
     assert Path("data/source.gz").read_text() == "the source" and len(arrivals) == 2
     assert "arrived damaged" in capsys.readouterr().err
 
 
 def test_damage_there_is_found_and_mended_by_a_push_that_verifies(ours, theirs, url):
-    push(ours.store, Remote(url))
+    push_names(ours.store, Remote(url))
     digest = ours.store.digest(Path("data/source.gz"))
     object_at(url, digest).write_text("THE SOURCE")
     theirs.here()
     with pytest.raises(ValueError, match=r"other bytes than its name says.*--verify"):
-        pull(theirs.store, Remote(url))
+        pull_names(theirs.store, Remote(url))
     assert not os.path.lexists("data") and not theirs.store.object_path(digest).exists()
     ours.here()
-    assert push(ours.store, Remote(url)).objects == 0, "of the same size: not looked into"
-    assert push(ours.store, Remote(url), verify=True).objects == 1
+    assert push_names(ours.store, Remote(url)).objects == 0, "of the same size: not looked into"
+    assert push_names(ours.store, Remote(url), verify=True).objects == 1
     theirs.here()
-    pull(theirs.store, Remote(url))
+    pull_names(theirs.store, Remote(url))
     assert Path("data/source.gz").read_text() == "the source"
 
 
 def test_damage_here_is_not_sent_and_is_fetched_back(ours, theirs, url):
-    push(ours.store, Remote(url))
+    push_names(ours.store, Remote(url))
     damaged = Path("data/source.gz").resolve()
     damaged.chmod(0o644)
     damaged.write_text("THE SOURCE")
     with pytest.raises(ValueError, match="damaged or gone from"):
-        push(ours.store, Remote(url + "-other"))
+        push_names(ours.store, Remote(url + "-other"))
     assert not Path(url + "-other", "names").exists(), "no name there whose content is not"
-    moved = pull(ours.store, Remote(url), ["data/source.gz"])[1]
+    moved = pull_names(ours.store, Remote(url), ["data/source.gz"])[1]
     assert moved.objects == 1 and Path("data/source.gz").read_text() == "the source"
 
 
 def test_what_must_not_be_written_over_or_outside(ours, theirs, url):
-    push(ours.store, Remote(url))
+    push_names(ours.store, Remote(url))
     theirs.here()
     Path("data").mkdir()
     Path("data/source.gz").write_text("mine")
     with pytest.raises(ValueError, match="was not made by"):
-        pull(theirs.store, Remote(url), ["data/*"])
+        pull_names(theirs.store, Remote(url), ["data/*"])
     assert Path("data/source.gz").read_text() == "mine"
     Path(url, "names.txt").write_text("../escaped\n")
     with pytest.raises(ValueError, match=r"inside its folder, found .*escaped"):
-        pull(theirs.store, Remote(url))
+        pull_names(theirs.store, Remote(url))
 
 
 def test_a_changed_record_and_another_content_are_refused(ours, theirs, url):
-    push(ours.store, Remote(url))
+    push_names(ours.store, Remote(url))
     theirs.here()
     theirs.make("data/source.gz", "another source")
-    with pytest.raises(TwoContents, match="two contents for one action"):
-        pull(theirs.store, Remote(url), ["data/source.gz"])
+    with pytest.raises(NondeterministicStage, match="two contents for one action"):
+        pull_names(theirs.store, Remote(url), ["data/source.gz"])
     [path] = [
         p
         for p in Path(url, "actions").glob("*/*")
@@ -166,18 +168,18 @@ def test_a_changed_record_and_another_content_are_refused(ours, theirs, url):
     record["outputs"]["another"] = record["outputs"].pop("out")
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="changed after it was written"):
-        pull(theirs.store, Remote(url), ["checkpoints/run/final"])
+        pull_names(theirs.store, Remote(url), ["checkpoints/run/final"])
 
 
 def test_from_a_web_server(ours, theirs, url):
-    push(ours.store, Remote(url), inputs=True)
+    push_names(ours.store, Remote(url), inputs=True)
     theirs.here()
     with web_server(Path(url)) as web:
         with pytest.raises(ValueError, match="expected the name nothing"):
-            pull(theirs.store, Remote(web), ["nothing"])
-        assert len(pull(theirs.store, Remote(web))[0]) == 3
+            pull_names(theirs.store, Remote(web), ["nothing"])
+        assert len(pull_names(theirs.store, Remote(web))[0]) == 3
         with pytest.raises(ValueError, match="http can be pulled from"):
-            push(ours.store, Remote(web))
+            push_names(ours.store, Remote(web))
     assert Path("data/shards/a b.npy").read_text() == "the shard"
 
 
@@ -189,22 +191,22 @@ def s3() -> Iterator[str]:
 
 @pytest.mark.slow
 def test_to_and_from_a_bucket(ours, theirs, s3):
-    assert push(ours.store, Remote(s3), inputs=True).objects == 3
-    assert push(ours.store, Remote(s3)).there == 3
+    assert push_names(ours.store, Remote(s3), inputs=True).objects == 3
+    assert push_names(ours.store, Remote(s3)).existing == 3
     theirs.here()
-    names, moved = pull(theirs.store, Remote(s3))
+    names, moved = pull_names(theirs.store, Remote(s3))
     assert len(names) == 3 and moved.objects == 3
     assert Path("checkpoints/run/final").read_text() == "the weights"
     with pytest.raises(ValueError, match="s3://nowhere"):
-        push(theirs.store, Remote("s3://nowhere/store"))
+        push_names(theirs.store, Remote("s3://nowhere/store"))
 
 
 @pytest.mark.slow
 def test_to_a_bucket_that_speaks_s3(ours, theirs, s3, monkeypatch):
     monkeypatch.setenv("R2_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"])
-    assert push(ours.store, Remote("r2://lab/store")).objects == 3
+    assert push_names(ours.store, Remote("r2://lab/store")).objects == 3
     theirs.here()
-    assert len(pull(theirs.store, Remote(s3))[0]) == 3
+    assert len(pull_names(theirs.store, Remote(s3))[0]) == 3
 
 
 def test_a_bucket_of_which_nobody_said_where_it_is(monkeypatch):
@@ -214,6 +216,6 @@ def test_a_bucket_of_which_nobody_said_where_it_is(monkeypatch):
 
 
 def test_what_another_push_has_not_finished_is_no_name(ours, url):
-    push(ours.store, Remote(url))
+    push_names(ours.store, Remote(url))
     Path(url, "names", "data", ".1a2b3c4d").write_text("{")
     assert len(Remote(url).names()) == 3

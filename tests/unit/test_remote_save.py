@@ -18,7 +18,7 @@ from olmo.checkpoint import layout, mirror
 from olmo.config import TrainConfig
 from olmo.distributed import world
 from olmo.io.bucket import Bucket
-from olmo.runtime.process import MARKER
+from olmo.runtime.process import PAUSED_FILE
 from olmo.train import loop
 from olmo.train.signals import StopRequest
 
@@ -247,7 +247,7 @@ def test_neither_a_save_nor_a_pause_waits_for_sending(
     config = settings(tmp_path, **changes)
     said = tmp_path / "said.txt"
     assert on_ranks(1, [(pauses_while_it_sends, (config,))], said) == {0: [75]}
-    left = json.loads((folder / MARKER).read_text())
+    left = json.loads((folder / PAUSED_FILE).read_text())
     assert left["step"] == 9 and f"not sent to {there} yet" in said.read_text()
     layout.verify_checkpoint(Path(left["checkpoint"]))
     assert steps(mirror.list_mirrored(Bucket(there))) == [0]

@@ -52,15 +52,15 @@ def test_a_line_less_is_noticed():
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path: Path):
     path = tmp_path / "folder/f.json"
-    sealed.write(path, "first")
+    sealed.write_atomic(path, "first")
     program = (
         "import os, sys; from pathlib import Path; from olmo.io import sealed\n"
         "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
-        "sealed.write(Path(sys.argv[1]), 'second')"
+        "sealed.write_atomic(Path(sys.argv[1]), 'second')"
     )
     assert subprocess.run([sys.executable, "-c", program, path]).returncode == -9
-    assert path.read_text() == "first" and len(sealed.drafts(path.parent)) == 1
-    sealed.write(path, "third", read_only=True)
+    assert path.read_text() == "first" and len(sealed.find_drafts(path.parent)) == 1
+    sealed.write_atomic(path, "third", read_only=True)
     assert path.read_text() == "third" and path.stat().st_mode & 0o777 == 0o444
 
 
@@ -70,14 +70,14 @@ def test_a_failed_write_leaves_no_draft(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OSError, match="No space left"):
-        sealed.write(tmp_path / "f.json", "text")
+        sealed.write_atomic(tmp_path / "f.json", "text")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_who_writes_alone_takes_away_what_killed_writers_left(tmp_path: Path):
     for name in (".f.tsv.01234567", ".g.tsv.01234567", ".f.tsv.draft"):
         (tmp_path / name).touch()
-    sealed.write(tmp_path / "f.tsv", "text", alone=True)
+    sealed.write_atomic(tmp_path / "f.tsv", "text", alone=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         ".f.tsv.draft",
         ".g.tsv.01234567",

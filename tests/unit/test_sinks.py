@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from small_run import metrics, run
 
-from olmo.train.signals import PAUSED
+from olmo.runtime.process import EXIT_PAUSED
 from olmo.train.sinks import METRICS, Console, JsonLines
 
 METRICS_OF_A_STEP = {
@@ -90,7 +90,7 @@ def test_gradients_norms_are_told_whenever_anything_is(
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     settings = {"name": "x", "project": "p"}
-    assert run(tmp_path, wandb=settings, stop_after=3) == PAUSED
+    assert run(tmp_path, wandb=settings, stop_after=3) == EXIT_PAUSED
     assert run(tmp_path, wandb=settings, try_load_latest_save=True) == 0
     id = (tmp_path / "run/wandb/id").read_text()
     written = sorted((tmp_path / "run/wandb").rglob("*.wandb"))

@@ -21,7 +21,7 @@ from olmo.corpus import ingest
 from olmo.corpus import listing as listings
 from olmo.corpus.sources import check_source, download, download_tokens, local_source, source_list
 from olmo.io import downloads, progress
-from olmo.io.progress import Count, DownloadProgress
+from olmo.io.progress import DownloadProgress, Totals
 
 TEXT = b"".join(
     json.dumps({"id": str(n), "text": random.Random(n).randbytes(60).hex()}).encode() + b"\n"
@@ -184,11 +184,11 @@ def test_retry_after_may_be_a_date_and_is_never_for_ever(server, tmp_path, quick
         handler.answer(503, b"", Retry_After=when) if n < 3 else handler.file()
 
     get(server("a.gz", busy), tmp_path / "a")
-    assert quick[0] == downloads.LONGEST_WAIT_S and quick[1] < 5
+    assert quick[0] == downloads.MAX_WAIT_S and quick[1] < 5
 
 
 def test_a_server_that_stalls_is_asked_again(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(downloads, "STALL_S", 0.2)
+    monkeypatch.setattr(downloads, "READ_TIMEOUT_S", 0.2)
     woken = threading.Event()
 
     def stalls(handler, n):
@@ -309,7 +309,8 @@ def test_a_download_that_was_killed_goes_on_in_the_next_process(server, tmp_path
     part.parent.mkdir(parents=True)
     program = (
         "import sys; from pathlib import Path; from olmo.io import downloads; "
-        "downloads.BLOCK = 1000; downloads.fetch(sys.argv[1], Path('never'), Path(sys.argv[2]))"
+        "downloads.BLOCK_BYTES = 1000; "
+        "downloads.fetch(sys.argv[1], Path('never'), Path(sys.argv[2]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, url, str(part)],
@@ -378,19 +379,19 @@ def test_the_others_come_although_one_fails(server, tmp_path):
 
 def test_the_arrival_of_a_whole_data_set_is_one_display(tmp_path, capsys, monkeypatch):
     def job():
-        return DownloadProgress(tmp_path, Count(9, 4_000_000), lambda: Count(2, 500_000))
+        return DownloadProgress(tmp_path, Totals(9, 4_000_000), lambda: Totals(2, 500_000))
 
     def told():
         return capsys.readouterr().out.splitlines()
 
-    monkeypatch.setattr(progress, "EVERY_S", 100)
+    monkeypatch.setattr(progress, "REPORT_INTERVAL_S", 100)
     with job() as first, job() as second:
         first.add(1_000_000)
         assert told()[0].startswith("2 of 9 files, 1.5MB of 4MB, ")
         second.finish()
         second.add(2_000_000)
         assert not told(), "the other job has told it a moment ago"
-        monkeypatch.setattr(progress, "EVERY_S", 0)
+        monkeypatch.setattr(progress, "REPORT_INTERVAL_S", 0)
         first.add(250_000)
         (line,) = told()
         assert line.startswith("3 of 9 files, 3.75MB of 4MB, ") and line.endswith("0:00 left")
@@ -455,8 +456,8 @@ def test_what_cannot_be_raw_tokens_is_refused(server, tmp_path, content, message
 
 
 def test_r2_buckets_that_are_public_are_asked_by_https():
-    assert downloads.keyless("r2://olmo-data/a/b.npy") == "https://olmo-data.org/a/b.npy"
-    assert downloads.keyless("r2://mine/a/b.npy") == "r2://mine/a/b.npy"
+    assert downloads.to_public_url("r2://olmo-data/a/b.npy") == "https://olmo-data.org/a/b.npy"
+    assert downloads.to_public_url("r2://mine/a/b.npy") == "r2://mine/a/b.npy"
 
 
 def test_a_local_file_is_checked_as_a_download_is(tmp_path):

@@ -16,9 +16,19 @@ from olmo import cli
 from olmo.pipeline.workspace import format_failures, report_failures
 from olmo.store import commands
 from olmo.store.lease import lease
-from olmo.store.lineage import differences, trace
-from olmo.store.stage import Facts, Folder, Free, Input, Inputs, Output, Work, here, stage
-from olmo.store.store import GC
+from olmo.store.lineage import diff_actions, format_lineage
+from olmo.store.stage import (
+    Facts,
+    Folder,
+    Input,
+    Inputs,
+    Output,
+    Unhashed,
+    Work,
+    current_store,
+    stage,
+)
+from olmo.store.store import GC_LEASE
 
 CALLS: list[dict] = []
 
@@ -29,7 +39,7 @@ def join(
     joined: Output,
     glue: str = "",
     words: tuple[str, ...] = (),
-    threads: Free[int] = 1,
+    threads: Unhashed[int] = 1,
 ) -> Facts:
     """Join files."""
     CALLS.append({"threads": threads})
@@ -133,7 +143,7 @@ def test_a_second_run_tells_why(capsys: pytest.CaptureFixture[str]):
 def test_differences_field_by_field():
     before = {"version": 1, "params": {"n": 1, "m": 2}, "inputs": {"parts": ["x", "y"]}}
     now = {"version": 1, "params": {"n": 3}, "inputs": {"parts": ["x", "z"]}}
-    assert differences(before, now) == [
+    assert diff_actions(before, now) == [
         "inputs.parts: 1 of 2 changed",
         "params.m: 2 → default",
         "params.n: 1 → 3",
@@ -143,7 +153,7 @@ def test_differences_field_by_field():
 def test_the_way_back():
     call()
     join(parts=[Path("out/joined")], joined=Path("again"), glue="x")
-    stages = [line.split()[0] for line in trace(here(), Path("again"))]
+    stages = [line.split()[0] for line in format_lineage(current_store(), Path("again"))]
     assert stages == ["join", "join"]
 
 
@@ -340,7 +350,8 @@ ASK = "from test_stage import *\njoin(parts=[Path('a'), Path('b')], joined=Path(
 
 def test_what_a_killed_process_made_and_did_not_name_is_kept_from_gc():
     killed = begin(
-        f"import os\nfrom olmo.store import naming\nnaming.link = lambda *_: os.abort()\n{ASK}"
+        "import os\nfrom olmo.store import naming\n"
+        f"naming.link_output = lambda *_: os.abort()\n{ASK}"
     )
     assert killed.wait(60) == -signal.SIGABRT
     commands.gc()
@@ -353,8 +364,8 @@ def test_what_a_killed_process_made_and_did_not_name_is_kept_from_gc():
 
 
 def test_a_stage_waits_for_gc():
-    store = here()
-    with lease(store.root / "leases", GC):
+    store = current_store()
+    with lease(store.root / "leases", GC_LEASE):
         asking = begin(ASK)
         assert asking.stdout is not None
         assert asking.stdout.readline() == "store: gc runs; waiting\n"

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from olmo.store import naming
-from olmo.store.action import Action, canonical
-from olmo.store.commands import damaged, keep, sweep
-from olmo.store.stage import here
-from olmo.store.store import Corrupt, Store, TwoContents
+from olmo.store.action import Action, canonical_json
+from olmo.store.commands import collect_garbage, quarantine_damaged, set_pin
+from olmo.store.stage import current_store
+from olmo.store.store import CorruptObject, NondeterministicStage, Store
 
 
 @pytest.fixture
@@ -50,7 +50,9 @@ def test_key_is_the_sha256_of_canonical_json():
     import hashlib
 
     assert Action("s", 2, {"x": 1.5}, {"a": "00"}).key == hashlib.sha256(text).hexdigest()
-    assert canonical({"b": 1, "a": [None, True, "é"]}) == '{"a":[null,true,"é"],"b":1}'.encode()
+    assert (
+        canonical_json({"b": 1, "a": [None, True, "é"]}) == '{"a":[null,true,"é"],"b":1}'.encode()
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,25 +140,25 @@ def test_a_corrupt_object_is_found_on_a_hit_quarantined_and_rebuilt(store: Store
 
 def test_a_corrupt_object_is_found_by_verify(store: Store):
     digest = store.run(ONE, write("hello"))["outputs"]["out"]["sha256"]
-    assert damaged(store) == []
+    assert quarantine_damaged(store) == []
     corrupt(store.object_path(digest))
-    assert damaged(store) == [digest]
+    assert quarantine_damaged(store) == [digest]
     assert not store.object_path(digest).exists()
 
 
 def test_a_corrupt_input_is_refused(store: Store, tmp_path: Path):
     record = store.run(ONE, write("hello"))
-    naming.link(store, record, "out", tmp_path / "name")
+    naming.link_output(store, record, "out", tmp_path / "name")
     assert store.digest(tmp_path / "name") == record["outputs"]["out"]["sha256"]
     corrupt(store.object_path(record["outputs"]["out"]["sha256"]))
-    with pytest.raises(Corrupt, match="damaged or gone"):
+    with pytest.raises(CorruptObject, match="damaged or gone"):
         store.digest(tmp_path / "name")
 
 
 def test_one_action_with_two_contents_is_an_alarm(store: Store):
     record = store.run(ONE, write("hello"))
     store.object_path(record["outputs"]["out"]["sha256"]).unlink()
-    with pytest.raises(TwoContents, match="differing: out"):
+    with pytest.raises(NondeterministicStage, match="differing: out"):
         store.run(ONE, write("other"))
     assert store.record(ONE.key) == record
 
@@ -182,7 +184,7 @@ def test_what_lies_aside_is_kept_but_not_in_the_content(store: Store, tmp_path: 
     record = store.run(ONE, build("1 s"))
     store.object_path(record["outputs"]["final"]["aside"]["timings"]["sha256"]).unlink()
     assert store.run(ONE, build("2 s"))["content"] == record["content"]
-    naming.link(store, record, "final", tmp_path / "final")
+    naming.link_output(store, record, "final", tmp_path / "final")
     assert {p.name for p in (tmp_path / "final").iterdir()} == {"model", "timings", "record.json"}
     assert json.loads((tmp_path / "final" / "record.json").read_text())["key"] == ONE.key
 
@@ -191,13 +193,13 @@ def test_gc_keeps_what_is_named_or_pinned(store: Store, tmp_path: Path):
     named, pinned, loose = (
         store.run(Action("demo", 1, {"n": n}), write(f"text {n}")) for n in range(3)
     )
-    naming.link(store, named, "out", tmp_path / "name")
-    keep(store, pinned["key"])
-    assert sweep(store, dry_run=True) == [loose["outputs"]["out"]["sha256"]]
-    assert sweep(store) == [loose["outputs"]["out"]["sha256"]]
-    assert sweep(store) == []
+    naming.link_output(store, named, "out", tmp_path / "name")
+    set_pin(store, pinned["key"])
+    assert collect_garbage(store, dry_run=True) == [loose["outputs"]["out"]["sha256"]]
+    assert collect_garbage(store) == [loose["outputs"]["out"]["sha256"]]
+    assert collect_garbage(store) == []
     (tmp_path / "name").unlink()
-    assert sweep(store) == [named["outputs"]["out"]["sha256"]]
+    assert collect_garbage(store) == [named["outputs"]["out"]["sha256"]]
     assert store.record(loose["key"]) is not None
 
 
@@ -260,7 +262,7 @@ def as_user(number: int, root: Path, build: Callable[[Path], Any]) -> str:
         os.umask(0o022)
         os.environ["OLMO_STORE"] = str(root)
         try:
-            here().run(ONE, build)
+            current_store().run(ONE, build)
             os.write(told, b"sealed")
         except BaseException as error:
             os.write(told, type(error).__name__.encode())
@@ -285,10 +287,10 @@ def test_a_full_disk_says_so_and_carries_on_when_there_is_room(tmp_path: Path):
         ballast.write_bytes(bytes(900_000))
         with pytest.raises(ValueError, match=r"the disk is full.*make room"):
             store.run(ONE, write("x" * 300_000))
-        assert store.record(ONE.key) is None and damaged(store) == []
+        assert store.record(ONE.key) is None and quarantine_damaged(store) == []
         ballast.unlink()
         assert store.run(ONE, write("x" * 300_000))["outputs"]["out"]["size"] == 300_000
-        assert damaged(store) == []
+        assert quarantine_damaged(store) == []
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -355,10 +357,10 @@ def test_a_silent_holder_elsewhere_loses_its_lease(store: Store, monkeypatch):
     folder.mkdir(parents=True)
     elsewhere = {"host": "another", "boot": "x", "pid": 1, "start": "1"}
     (folder / f"{ONE.key}.0").write_text(json.dumps(elsewhere))
-    assert olmo.store.lease.held(folder) == [ONE.key]
+    assert olmo.store.lease.held_names(folder) == [ONE.key]
     with pytest.raises(ValueError, match="at rest"):
-        sweep(store)
-    monkeypatch.setattr(olmo.store.lease, "PATIENCE_S", 0.6)
+        collect_garbage(store)
+    monkeypatch.setattr(olmo.store.lease, "LEASE_TIMEOUT_S", 0.6)
     start = time.monotonic()
     store.run(ONE, write("hello"))
     assert time.monotonic() - start > 0.6

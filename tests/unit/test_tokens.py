@@ -19,7 +19,7 @@ from olmo.corpus.dolma import Dolma, pinned_toolkit
 from olmo.corpus.environments import pinned_version
 from olmo.corpus.tokenizer import trained_tokenizer
 from olmo.corpus.tokens import tokens
-from olmo.runtime.process import alive
+from olmo.runtime.process import is_alive
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "envs" / "dolma.txt"
@@ -199,7 +199,7 @@ def test_a_killed_toolkit_is_an_error_at_once_and_leaves_no_process(shard, tmp_p
         threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()  # while it imports dolma
         with pytest.raises(ChildProcessError, match=r"ended early \(killed by SIGKILL\)"):
             tokenize(shard, tmp_path, dolma)
-    assert not alive(pid) and not list(tmp_path.iterdir())
+    assert not is_alive(pid) and not list(tmp_path.iterdir())
 
 
 def test_a_toolkit_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch, capsys):

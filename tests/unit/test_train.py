@@ -21,9 +21,9 @@ from olmo.config import TrainConfig
 from olmo.data import order
 from olmo.io import sealed
 from olmo.model import OLMo
+from olmo.runtime.process import EXIT_PAUSED
 from olmo.train.__main__ import main, overrides
 from olmo.train.metrics_buffer import NotFinite
-from olmo.train.signals import PAUSED
 from olmo.train.unused import HARMLESS
 
 
@@ -47,7 +47,7 @@ def test_a_run_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     } <= set(last)
     names = [path.name for path in layout.list_checkpoints(tmp_path / "run")]
     assert names == ["step0-unsharded", "step4-unsharded", "step8-unsharded", "step10-unsharded"]
-    assert sealed.read(tmp_path / "run/finished.json") == {
+    assert sealed.load_file(tmp_path / "run/finished.json") == {
         "step": 10,
         "checkpoint": "step10-unsharded",
     }
@@ -86,7 +86,7 @@ def test_speed_is_named_as_it_is_counted(
 
 
 def test_evaluation_on_load(tmp_path: Path) -> None:
-    assert run(tmp_path, stop_after=4) == PAUSED
+    assert run(tmp_path, stop_after=4) == EXIT_PAUSED
     again = {"save_folder": str(tmp_path / "again"), "load_path": str(tmp_path / "run/latest")}
     for asked in (True, False):
         assert run(tmp_path, eval_on_load=asked, save_overwrite=True, **again) == 0
@@ -115,8 +115,8 @@ def test_the_data_seen_is_the_order(tmp_path: Path) -> None:
 def test_resumed_equals_straight(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert run(tmp_path, save_folder=str(tmp_path / "straight"), **changes) == 0
     resumed: dict[str, Any] = {"save_folder": str(tmp_path / "resumed"), **changes}
-    assert run(tmp_path, stop_after=3, **resumed) == PAUSED
-    assert run(tmp_path, stop_after=4, try_load_latest_save=True, **resumed) == PAUSED
+    assert run(tmp_path, stop_after=3, **resumed) == EXIT_PAUSED
+    assert run(tmp_path, stop_after=4, try_load_latest_save=True, **resumed) == EXIT_PAUSED
     assert run(tmp_path, try_load_latest_save=True, **resumed) == 0
     straight, resumed_state = state(tmp_path / "straight"), state(tmp_path / "resumed")
     for part in straight:
@@ -126,9 +126,9 @@ def test_resumed_equals_straight(tmp_path: Path, changes: dict[str, Any]) -> Non
 def test_a_run_that_goes_on_may_pass_over_batches_or_to_another_epoch(tmp_path: Path) -> None:
     def first_line(folder: str, **changes: Any) -> str:
         place = str(tmp_path / folder)
-        assert run(tmp_path, save_folder=place, stop_after=3, epoch=1, evaluators=[]) == PAUSED
+        assert run(tmp_path, save_folder=place, stop_after=3, epoch=1, evaluators=[]) == EXIT_PAUSED
         again: dict[str, Any] = {"save_folder": place, "stop_after": 1, "evaluators": []} | changes
-        assert run(tmp_path, try_load_latest_save=True, **again) == PAUSED
+        assert run(tmp_path, try_load_latest_save=True, **again) == EXIT_PAUSED
         indices = Path(place, "data-indices/rank0.tsv.gz").read_bytes()
         return gzip.decompress(indices).decode().splitlines()[3]
 
@@ -161,7 +161,7 @@ def test_epochs_go_on_in_new_orders(tmp_path: Path) -> None:
     assert lines[25].split("\t") == ["26", *map(str, second[:8])]
     # Resumed at the very end of the first.
     again = {**changes, "save_folder": str(tmp_path / "again")}
-    assert run(tmp_path, stop_after=25, **again) == PAUSED
+    assert run(tmp_path, stop_after=25, **again) == EXIT_PAUSED
     assert run(tmp_path, try_load_latest_save=True, **again) == 0
     assert same(state(tmp_path / "run"), state(tmp_path / "again"))
 
@@ -231,11 +231,11 @@ def test_going_on_past_what_was_not_finite(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(NotFinite) as caught:
         run(tmp_path, scheduler={"name": "constant"}, save_folder=str(tmp_path / "again"), **bad)
     assert "fast_forward" not in str(caught.value), "which a run of the pipeline may not have"
-    assert run(tmp_path, stop_after=5, save_interval_unsharded=4, evaluators=[]) == PAUSED
+    assert run(tmp_path, stop_after=5, save_interval_unsharded=4, evaluators=[]) == EXIT_PAUSED
     shutil.rmtree(tmp_path / "run/step5-unsharded")
     ids = order.global_indices(203, 6198).tolist()
     again = {"try_load_latest_save": True, "fast_forward_batches": 6 - 4, "stop_after": 1}
-    assert run(tmp_path, evaluators=[], **again) == PAUSED
+    assert run(tmp_path, evaluators=[], **again) == EXIT_PAUSED
     lines = gzip.decompress((tmp_path / "run/data-indices/rank0.tsv.gz").read_bytes()).decode()
     assert lines.splitlines()[-1].split("\t") == ["5", *map(str, ids[6 * 8 : 7 * 8])], "the 7th"
 
@@ -246,13 +246,13 @@ def test_sigterm_saves_and_leaves_with_its_own_code(tmp_path: Path) -> None:
     read_until(process, lambda line: line.startswith("step") and " 20/" in line)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == PAUSED and "paused at step" in said
+    assert process.returncode == EXIT_PAUSED and "paused at step" in said
     at = metrics(tmp_path / "run")[-1]["step"]
     assert layout.list_checkpoints(tmp_path / "run")[-1].name == f"step{at:.0f}-unsharded"
 
 
 def test_time_limit(tmp_path: Path) -> None:
-    assert run(tmp_path, max_duration=100_000, time_limit=0.5, evaluators=[]) == PAUSED
+    assert run(tmp_path, max_duration=100_000, time_limit=0.5, evaluators=[]) == EXIT_PAUSED
     assert layout.list_checkpoints(tmp_path / "run")
 
 
@@ -335,7 +335,7 @@ def test_what_is_wrong_is_said_before_training(
 
 
 def test_early_stopping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tmp_path, early_stopping_factor=0.9, scheduler={"t_warmup": 5}) == PAUSED
+    assert run(tmp_path, early_stopping_factor=0.9, scheduler={"t_warmup": 5}) == EXIT_PAUSED
     assert "paused at step 6 by early_stopping_factor" in capsys.readouterr().out
 
 

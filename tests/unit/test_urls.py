@@ -25,9 +25,9 @@ from olmo.io import downloads, sealed
 from olmo.io.bucket import Bucket
 from olmo.pipeline.plan import Plan
 from olmo.runtime.log import log
-from olmo.runtime.urls import entrusted, public, whole
-from olmo.store.remote import Remote, push
-from olmo.store.stage import here
+from olmo.runtime.urls import redact, restore_secrets, stash_secrets
+from olmo.store.remote import Remote, push_names
+from olmo.store.stage import current_store
 
 WORD, SIGNATURE = "hunter-two", "5ecre7519na7ure"
 USER = f"me:{WORD}@"
@@ -74,26 +74,28 @@ def no_secrets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )  # fmt: skip
 def test_what_of_a_url_may_be_told(given: str, told: str) -> None:
-    assert public(given) == told == public(told) == entrusted(given)
+    assert redact(given) == told == redact(told) == stash_secrets(given)
     if given.startswith("http") and " " not in given and "/x#" not in given:
-        assert whole(told) == given, "who asks the server has it"
+        assert restore_secrets(told) == given, "who asks the server has it"
 
 
 def test_secrets_are_found_again_for_their_host_and_their_url_alone() -> None:
     given = {"a": [f"http://{USER}h/a"], "b": (f"http://g/b?{AZURE}", Path("c"), 3)}
-    assert entrusted(given) == {"a": ["http://h/a"], "b": ("http://g/b", Path("c"), 3)}
-    assert whole("http://h/folder/file") == f"http://{USER}h/folder/file", "as ~/.netrc does"
+    assert stash_secrets(given) == {"a": ["http://h/a"], "b": ("http://g/b", Path("c"), 3)}
+    assert restore_secrets("http://h/folder/file") == f"http://{USER}h/folder/file", (
+        "as ~/.netrc does"
+    )
     for other in ("http://g/a", "https://h/a", "http://h:81/a", "http://hh/a", "h/a"):
-        assert whole(other) == other
+        assert restore_secrets(other) == other
     inherited = subprocess.run(
-        [sys.executable, "-c", "from olmo.runtime.urls import whole; print(whole('http://g/b'))"],
+        [sys.executable, "-c", "from olmo.runtime.urls import restore_secrets; print(restore_secrets('http://g/b'))"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert inherited.stdout == f"http://g/b?{AZURE}\n"
 
 
 def test_two_that_differ_in_their_secrets_alone_are_refused(tmp_path: Path) -> None:
-    entrusted(["http://h/a?token=1", "http://h/a?token=1"])  # twice the same
+    stash_secrets(["http://h/a?token=1", "http://h/a?token=1"])  # twice the same
     table = tmp_path / "table.tsv"
     table.write_text("url\tbytes\tsha256\nhttp://h/a?token=1\t\t\nhttp://h/a?token=2\t\t\n")
     with pytest.raises(ValueError, match="differ in their secrets alone: http://h/a;"):
@@ -124,7 +126,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("OLMO_STORE", str(folder / "store"))
-    monkeypatch.setattr(downloads, "FRUITLESS", 1)
+    monkeypatch.setattr(downloads, "MAX_FRUITLESS_ATTEMPTS", 1)
     return folder
 
 
@@ -144,7 +146,7 @@ def test_a_download_is_known_without_its_secret(guarded: str, project: Path, sec
     record = download(url=url, source=Path("a.gz"))
     plain = f"http://{guarded}/a.json.gz"
     assert record["facts"]["url"] == record["facts"]["from"] == plain
-    assert record["key"] == download.action(here(), url=plain, source=Path("a.gz")).key
+    assert record["key"] == download.action(current_store(), url=plain, source=Path("a.gz")).key
     refuse_traces(project)
     # A signature that was rotated asks for the same file.
     came = len(ASKED)
@@ -193,7 +195,7 @@ def test_every_way_to_ask_a_server_has_the_secret(
 ) -> None:
     plain, signed = f"http://{USER}{guarded}/a.json.gz", f"http://{guarded}/a.json.gz?{AZURE}"
     size = (tmp_path / "there/a.json.gz").stat().st_size
-    assert downloads.sizes([plain, signed]) == [size, size]
+    assert downloads.request_sizes([plain, signed]) == [size, size]
     (tmp_path / "there/config.yaml").write_text("run_name: theirs\n")
     assert load(f"http://{USER}{guarded}/config.yaml").run_name == "theirs"
     with pytest.raises(ValueError, match="expected a part of the file"):  # not 403
@@ -230,7 +232,7 @@ def test_a_saved_config_holds_none(tmp_path: Path) -> None:
     saved = (tmp_path / "saved.yaml").read_text()
     assert "load_path: http://h/step5\n" in saved and "remote_save_folder: s3://b\n" in saved
     assert WORD not in saved and SIGNATURE not in saved
-    assert whole(cfg.load_path) == f"http://{USER}h/step5"
+    assert restore_secrets(cfg.load_path) == f"http://{USER}h/step5"
 
 
 def test_a_table_keeps_its_lines_and_the_shell_line_does_not(project: Path) -> None:
@@ -255,8 +257,8 @@ def test_a_table_keeps_its_lines_and_the_shell_line_does_not(project: Path) -> N
     assert WORD not in line and SIGNATURE not in line
     assert plan.external_start("small") == "http://h/c"
     first, second = ingest.parse_sources(words, Path("table.tsv"))
-    assert whole(first.mirrors[0]) == f"https://{USER}m/a.json.gz"
-    assert whole(second.place) == f"http://g/b.json.gz?{AZURE}"
+    assert restore_secrets(first.mirrors[0]) == f"https://{USER}m/a.json.gz"
+    assert restore_secrets(second.place) == f"http://g/b.json.gz?{AZURE}"
     source_table.complete_table(Path("table.tsv"), {first.place: (3, "0" * 64)})
     assert Path("table.tsv").read_text().splitlines()[1:] == [
         f"http://{USER}h/a.json.gz\t3\t{'0' * 64}\t", rows[1],
@@ -282,7 +284,7 @@ def test_a_store_is_pulled_with_a_password_that_is_not_told(
 ) -> None:
     ours = Place(tmp_path / "ours", monkeypatch).here()
     ours.make("data/a.txt", "hello")
-    push(ours.store, Remote(str(tmp_path / "there/second")))
+    push_names(ours.store, Remote(str(tmp_path / "there/second")))
     theirs = Place(tmp_path / "theirs", monkeypatch).here()
     monkeypatch.setenv("OLMO_STORE", str(theirs.store.root))
     cli.main(["store", "pull", f"http://{USER}{guarded}/second"])
@@ -299,18 +301,18 @@ def test_a_record_from_before_is_not_pushed(
     source = ours.make("data/a.txt", "hello")
     ours.make("data/b.txt", "more", source=source)
     path = ours.store.record_path(next(ours.store.records())["key"])
-    record = sealed.read(path)
+    record = sealed.load_file(path)
     record["facts"]["from"] = f"http://{USER}h/a"
-    sealed.write(path, sealed.dumps(record))
+    sealed.write_atomic(path, sealed.dumps(record))
     with pytest.raises(ValueError, match="and would be sent; expected none: rm ") as refused:
-        push(ours.store, Remote(str(tmp_path / "second")))
+        push_names(ours.store, Remote(str(tmp_path / "second")))
     assert WORD not in str(refused.value) and not (tmp_path / "second").exists()
 
 
 def test_a_records_command_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from olmo.store.stage import surroundings
+    from olmo.store.stage import run_environment
 
     monkeypatch.setattr(sys, "argv", ["olmo", "start", f"--place=http://{USER}h/c?{AZURE}"])
-    surroundings.cache_clear()
-    assert surroundings()["command"] == ["olmo", "start", "--place=http://h/c"]
-    surroundings.cache_clear()
+    run_environment.cache_clear()
+    assert run_environment()["command"] == ["olmo", "start", "--place=http://h/c"]
+    run_environment.cache_clear()

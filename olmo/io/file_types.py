@@ -8,14 +8,16 @@ from pathlib import Path
 
 GZIP = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
-AS_LINES = "uv run python -c 'import polars, sys; polars.{}(sys.argv[1]).write_ndjson(sys.stdout)'"
-FROM_ARRAY = (
+POLARS_TO_JSON_LINES = (
+    "uv run python -c 'import polars, sys; polars.{}(sys.argv[1]).write_ndjson(sys.stdout)'"
+)
+ARRAY_TO_JSON_LINES = (
     "python3 -c 'import json, sys; "
     '[print(json.dumps(row)) for row in json.load(open(sys.argv[1], encoding="utf-8"))]\''
 )
 
 # How a kind begins, its name, and what writes the text of a file of it, named after it, to stdout.
-KINDS = (
+SIGNATURES = (
     (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
     (b"BZh", "bzip2", "bzip2 -dc"),
     (b"\xfd7zXZ\0", "xz", "xz -dc"),
@@ -23,8 +25,8 @@ KINDS = (
     (b"\x1f\x9d", "compress (.Z)", "gzip -dc"),
     (b"PK\x03\x04", "a zip archive", "unzip -p"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z e -so"),
-    (b"PAR1", "parquet", AS_LINES.format("read_parquet")),
-    (b"ARROW1", "Arrow's IPC format", AS_LINES.format("read_ipc")),
+    (b"PAR1", "parquet", POLARS_TO_JSON_LINES.format("read_parquet")),
+    (b"ARROW1", "Arrow's IPC format", POLARS_TO_JSON_LINES.format("read_ipc")),
     (BOM, "text that begins with a byte order mark (UTF-8)", "tail -c +4"),
     (b"\xff\xfe\0\0", "UTF-32 text", "iconv -f UTF-32 -t UTF-8"),
     (b"\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t UTF-8"),
@@ -35,24 +37,35 @@ KINDS = (
     (b"SQLite format 3", "an SQLite database", ""),
     (b"%PDF", "PDF", ""),
 )
-PACKED = (".zst", ".bz2", ".xz", ".lz4", ".Z", ".zip", ".7z", ".tar", ".parquet", ".arrow")
-LFS = b"version https://git-lfs.github.com/"
-PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
+ARCHIVE_SUFFIXES = (
+    ".zst",
+    ".bz2",
+    ".xz",
+    ".lz4",
+    ".Z",
+    ".zip",
+    ".7z",
+    ".tar",
+    ".parquet",
+    ".arrow",
+)
+LFS_START = b"version https://git-lfs.github.com/"
+HTML_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 # Writes FILE.json.gz beside each file of plain text.
-AS_DOCUMENTS = (
+TEXT_TO_DOCUMENTS = (
     'python3 -c \'import gzip, json, sys; [open(f + ".json.gz", "wb").write(gzip.compress('
     'json.dumps({"id": f, "text": open(f, encoding="utf-8").read()}).encode() + b"\\n")) '
     "for f in sys.argv[1:]]'"
 )
 
 
-def kind_of(start: bytes) -> tuple[str, str]:
+def detect_type(start: bytes) -> tuple[str, str]:
     """What a file is by its first 512 bytes, and the command that writes its text to stdout.
 
     The command lacks the file's name, and is empty where there is none.
     """
-    for magic, kind, command in KINDS:
+    for magic, kind, command in SIGNATURES:
         if start.startswith(magic):
             return kind, command
     if start[257:262] == b"ustar":
@@ -62,14 +75,14 @@ def kind_of(start: bytes) -> tuple[str, str]:
     text = start.lstrip()
     if not start:
         return "an empty file", ""
-    if text.lower().startswith(PAGES):
+    if text.lower().startswith(HTML_STARTS):
         return f"a web page, most likely a server's error message ({start[:60]!r}…)", ""
-    if start.startswith(LFS):
+    if start.startswith(LFS_START):
         return "a Git LFS pointer, no data: `git lfs pull` fetches that", ""
     if text.startswith(b"{"):
         return "JSON lines that are not compressed", "cat"
     if text.startswith(b"["):
-        return "a JSON array", FROM_ARRAY
+        return "a JSON array", ARRAY_TO_JSON_LINES
     try:
         letters = codecs.getincrementaldecoder("utf-8")().decode(text)  # the last one may be cut
         plain = not any(letter < " " and letter not in "\t\n\r\f" for letter in letters)
@@ -78,7 +91,7 @@ def kind_of(start: bytes) -> tuple[str, str]:
     return f"{'plain text' if plain else 'something else'} ({start[:16]!r}…)", ""
 
 
-def text_of(path: Path, name: str) -> str:
+def read_text(path: Path, name: str) -> str:
     """A small file of text, in UTF-8 without a byte order mark.
 
     Raises:
@@ -90,12 +103,12 @@ def text_of(path: Path, name: str) -> str:
             return content.decode()
     except UnicodeDecodeError:
         pass
-    found, command = kind_of(content[:512])
+    found, command = detect_type(content[:512])
     remedy = f"; `{command} {shlex.quote(name)}` writes it as that" if command else ""
     raise ValueError(f"{name}: expected text in UTF-8, found {found}{remedy}")
 
 
-def into_gz(name: str, command: str) -> str:
+def gz_command(name: str, command: str) -> str:
     """A command line that makes gz of the file `name`, whose text `command` writes to stdout.
 
     What is called .gz already is kept beside it, as <name>.orig.
@@ -104,18 +117,18 @@ def into_gz(name: str, command: str) -> str:
     if path.suffix == ".gz":
         kept = shlex.quote(f"{name}.orig")
         return f"mv {quoted} {kept} && {command} {kept} | gzip > {quoted}"
-    stem = str(path.with_suffix("")) if path.suffix in PACKED else name
+    stem = str(path.with_suffix("")) if path.suffix in ARCHIVE_SUFFIXES else name
     return f"{command} {quoted} | gzip > {shlex.quote(f'{stem}.gz')}"
 
 
-def hint(line: bytes) -> str:
+def explain_non_json(line: bytes) -> str:
     """What is wrong with a line of a gz file's text that is no JSON, and the command that mends it;
     "" where that cannot be told."""
     unpacked = "gzip -dc FILE"
     if line.startswith(BOM):
         command = f"{unpacked} | LC_ALL=C sed 's/^\\xef\\xbb\\xbf//' | gzip > MENDED.gz"
         return f"it begins with a byte order mark; take it out: `{command}`"
-    kind, command = kind_of(line[:512])
+    kind, command = detect_type(line[:512])
     if kind.startswith("UTF-"):
         return f"it is {kind}: `{unpacked} | {command} | gzip > MENDED.gz`"
     if kind == "a tar archive":
