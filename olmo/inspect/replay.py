@@ -27,7 +27,11 @@ def replay(checkpoint: str, /, steps: str) -> None:
     equal to the bit; elsewhere the gap is told. A step that differs where none should is an error,
     and named.
     """
-    from olmo.train.segments import begun_alike, conditions, segments  # which imports torch
+    from olmo.train.segments import (  # which imports torch
+        merge_equal,
+        segments,
+        training_conditions,
+    )
 
     run, asked = Run(checkpoint), steps_of(steps)
     last_step = run.steps
@@ -56,7 +60,7 @@ def replay(checkpoint: str, /, steps: str) -> None:
             **resumed,
         )
         log.info(f"steps {start + 1} to {asked[-1]}, from {begin or 'the start'}")
-        pieces = begun_alike(run.segments, start, asked[-1])
+        pieces = merge_equal(run.segments, start, asked[-1])
         ends = [*(piece["after"] for piece in pieces[1:]), asked[-1]]
         for piece, end in zip(pieces, ends, strict=True):
             goes_on = piece["after"] > start  # with what the piece before it has saved
@@ -68,7 +72,7 @@ def replay(checkpoint: str, /, steps: str) -> None:
         again = rows_of(Path(folder, "metrics.jsonl"))
         weights = gap_of_weights(run, Path(folder)) if asked[-1] == last_step else None
 
-        here, there = conditions(segments(Path(folder))), conditions(pieces)
+        here, there = training_conditions(segments(Path(folder))), training_conditions(pieces)
 
     differing = [
         step for step in asked if any(recorded[step][n] != again[step][n] for n in (LOSS, NORM))

@@ -25,7 +25,7 @@ from olmo.store.stage import (
     current_store,
     stage,
 )
-from olmo.train.chain import STATE, beginning
+from olmo.train.chain import STATE, identity_until
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
 PER_LABEL = "CrossEntropyLossPerLabel"  # olmo.eval.perplexity's, where labels are masked
@@ -73,7 +73,7 @@ def train(
         start=None if start is None else parts_of(start, cfg),
         after=None if after is None else [after / name for name in STATE],
         until=until,
-        settings=identity(cfg) if until is None else beginning(cfg, until),
+        settings=identity(cfg) if until is None else identity_until(cfg, until),
         final=final,
         attempt=final.parent / "run",
         cfg=cfg,
@@ -141,7 +141,7 @@ def training(
 
     from olmo.checkpoint.final import export_final
     from olmo.report.loss import plot_losses
-    from olmo.train.segments import conditions, segments
+    from olmo.train.segments import segments, training_conditions
     from olmo.train.sinks import read_metrics
 
     reached = export_final(attempt, final, named_by_content(settings, tokens, order, labels, start))
@@ -157,7 +157,7 @@ def training(
             "heldout_loss": encode_non_finite(heldout_losses(metrics)),
             "segments": segments(attempt),
         },
-        "conditions": conditions(segments(attempt)),
+        "conditions": training_conditions(segments(attempt)),
         "aside": ASIDE,
     }
 

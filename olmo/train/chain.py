@@ -1,10 +1,10 @@
-"""Long runs as a chain: cut at steps into links, each a job and an artifact of its own.
+"""Long runs as a chain of links, each a job and an artifact of its own.
 
-A link is what a run is at a step, `checkpoints/<run>/step-<n>`. It is asked for by what decides
-bytes up to there, and by the content of the link before it. So two runs that begin alike share
-their links: with a schedule that does not look at the end (warmup_stable_decay before its decay,
-constant, inverse square root) also runs of different lengths. The last piece is the run's final
-checkpoint, whose content is that of a run which was not cut.
+A link is the run's state at a step, `checkpoints/<run>/step-<n>`. Its action contains what decides
+bytes up to that step, and the content of the link before it. So two runs with the same beginning
+share links; so do runs of different lengths, if the schedule does not depend on the end
+(warmup_stable_decay before its decay, constant, inverse square root). The last piece is the run's
+final checkpoint, with the content of an uncut run.
 """
 
 import math
@@ -13,14 +13,14 @@ from typing import Any
 from olmo.config import SchedulerType, SchedulerUnits, TrainConfig
 from olmo.config.identity import identity
 
-# What of a final checkpoint, or of a link, a run can go on from.
+# The files of a link, or of a final checkpoint, that a run can resume from.
 STATE = ("model.safetensors", "optim.safetensors", "train.json")
 
 FAR = 2**60  # an end so far away that no schedule notices it
 
 
-def steps(cfg: TrainConfig) -> int | None:
-    """How many steps a run has; None where that depends on its data ("2ep")."""
+def count_steps(cfg: TrainConfig) -> int | None:
+    """Steps of the run; None where that depends on its data ("2ep")."""
     found, unit = cfg.duration
     if unit == "epochs":
         return None
@@ -29,15 +29,15 @@ def steps(cfg: TrainConfig) -> int | None:
     return min(found, cfg.stop_at or found)
 
 
-def cuts(cfg: TrainConfig, at: list[int], every: int | None) -> list[int]:
-    """The steps at which a run is cut: `at` those, or at the multiples of `every`, before its end.
+def link_steps(cfg: TrainConfig, at: list[int], every: int | None) -> list[int]:
+    """The steps of a run's links: `at`, or the multiples of `every` before its end.
 
     Raises:
-        ValueError: they cannot be, or the end is not known.
+        ValueError: steps out of order or beyond the end, or the end is not known.
     """
     if not at and every is None:
         return []
-    end = steps(cfg)
+    end = count_steps(cfg)
     if at and every is not None:
         raise ValueError("links and link_every: expected one of them, found both")
     if every is not None:
@@ -54,14 +54,13 @@ def cuts(cfg: TrainConfig, at: list[int], every: int | None) -> list[int]:
     return at
 
 
-def beginning(cfg: TrainConfig, until: int) -> dict[str, Any]:
-    """What decides the bytes of a run up to step `until`, as `olmo.config.identity` gives it.
+def identity_until(cfg: TrainConfig, until: int) -> dict[str, Any]:
+    """The part of `olmo.config.identity` that decides the bytes up to step `until`.
 
-    How long the run is, and how its learning rate falls at the end, is left out where nothing of
-    it is felt before `until`.
+    Without the run's length and its final decay where these have no effect before `until`.
     """
     settings = identity(cfg)
-    if not end_matters(cfg, until):
+    if not depends_on_end(cfg, until):
         for name in ("max_duration", "stop_at"):
             settings.pop(name, None)
         if cfg.scheduler.name == SchedulerType.warmup_stable_decay and cfg.scheduler.t_max is None:
@@ -73,7 +72,7 @@ def beginning(cfg: TrainConfig, until: int) -> dict[str, Any]:
     return settings
 
 
-def end_matters(cfg: TrainConfig, until: int) -> bool:
+def depends_on_end(cfg: TrainConfig, until: int) -> bool:
     """Whether a learning rate up to step `until` depends on where the run ends."""
     from olmo.optim.schedule import build_scheduler
 
@@ -81,7 +80,7 @@ def end_matters(cfg: TrainConfig, until: int) -> bool:
     unit = 1
     if cfg.scheduler.units == SchedulerUnits.tokens:
         unit = cfg.global_train_batch_size * cfg.model.max_sequence_length
-    end = (steps(cfg) or until) * unit
+    end = (count_steps(cfg) or until) * unit
     return any(
         scheduler.get_lr(peak, step * unit, end) != scheduler.get_lr(peak, step * unit, FAR)
         for step in range(1, until + 1)

@@ -67,7 +67,7 @@ def _before_first_step(run: Training) -> None:
     if cfg.force_save_unsharded or run.saves_first:
         saver.save("unsharded" if cfg.force_save_unsharded else None)
         saver.finish()
-        saver.send()  # fails before training where the remote folder is not writable
+        saver.finish_upload()  # fails before training where the remote folder is not writable
 
 
 def _train(run: Training, stop: StopRequest) -> int:
@@ -207,15 +207,15 @@ def _pause(run: Training, by: str, stop: StopRequest) -> None:
     if run.world.is_rank0:
         paused = {"step": step, "by": by, "checkpoint": str(folder)}
         sealed.write_atomic(run.folder / PAUSED_FILE, sealed.dumps(paused))
-        stop.met()
-    run.saver.send(PATIENCE_S, needed=False)
+        stop.clear()
+    run.saver.finish_upload(PATIENCE_S, required=False)
 
 
 def _finish(run: Training, exit_code: int) -> None:
     """The last checkpoint of this start, and of the run where it ends here."""
     finished = {"step": run.state.global_step, "checkpoint": run.saver.save().name}
     run.saver.finish()
-    run.saver.send(needed=exit_code == 0)
+    run.saver.finish_upload(required=exit_code == 0)
     if exit_code == 0 and run.world.is_rank0:
         sealed.write_atomic(run.folder / FINISHED_FILE, sealed.dumps(finished))
 

@@ -1,4 +1,4 @@
-"""Speed: tokens per second, time left, and how much of the device's arithmetic is used."""
+"""Throughput, MFU (model FLOPs utilization) and memory, under OLMo's names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 
 
 class SpeedMeter:
-    """Speed over the last `window` steps, pauses (saving, evaluation) left out.
+    """Speed over the last `window` steps, without evaluation and saving.
 
-    `flops` are per token, forward and backward, by the convention that they are counted in: each
-    gives an MFU.
-    `device_flops` is what one device can do in a second, None where that is not known.
+    Args:
+        flops: per token, forward and backward, by convention of counting; each gives an MFU.
+        olmo_flops: per token, by OLMo's convention, which leaves a tied head out.
+        device_flops: peak of one device per second; None where unknown.
     """
 
     def __init__(
@@ -32,13 +33,13 @@ class SpeedMeter:
         self._mark: float | None = None
 
     def skip(self) -> None:
-        """What happened since the last step was no training: evaluation, saving."""
+        """Do not count the time since the last step: it was evaluation or saving."""
         self._mark = time.monotonic()
 
     def step(self, steps: int, tokens: int) -> None:
-        """`steps` steps ended now. `tokens`: of one of them, over all devices.
+        """Count `steps` steps that ended now, of `tokens` each over all devices.
 
-        The first time it only starts the clock: the first step compiles and allocates.
+        The first call only starts the clock: the first step compiles and allocates.
         """
         now = time.monotonic()
         if self._mark is not None:
@@ -57,10 +58,7 @@ class SpeedMeter:
         return sum(steps for _, steps, _ in self._steps) / seconds if seconds else 0.0
 
     def work(self, total_tokens: int) -> dict[str, float]:
-        """What was done in all, under OLMo's names.
-
-        total_training_Gflops keeps OLMo's convention, which leaves a tied head out.
-        """
+        """Tokens and FLOPs of the whole run so far."""
         gflops = self._olmo_flops * total_tokens / 1e9
         return {
             "throughput/total_tokens": total_tokens,
@@ -69,7 +67,7 @@ class SpeedMeter:
         }
 
     def metrics(self) -> dict[str, float]:
-        """How fast, under OLMo's names, and MFU where the device's speed is known."""
+        """Tokens and batches per second, and MFU where the device's peak is known."""
         out: dict[str, float] = {}
         if self._steps:
             per_device = self.tokens_per_second / self._devices
@@ -87,7 +85,7 @@ _BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "
 
 
 def device_flops(device: torch.device) -> float | None:
-    """Arithmetic peak of a known device in bf16, else None."""
+    """Peak of a known GPU in bf16, in FLOP/s; else None."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -95,7 +93,7 @@ def device_flops(device: torch.device) -> float | None:
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
-    """The most that tensors took on a GPU so far, in MB of 10^6 bytes; nothing on a CPU."""
+    """Peak memory of tensors on a GPU so far, in MB of 10^6 bytes; nothing on a CPU."""
     if device.type != "cuda":
         return {}
     return {"System/Peak GPU Memory (MB)": torch.cuda.max_memory_allocated(device) / 1e6}

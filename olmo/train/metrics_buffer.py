@@ -1,9 +1,9 @@
-"""Numbers of a step, on their way from the device to the host: nobody waits for them.
+"""Metrics on their way from the device to the host, without a synchronization.
 
-Reading a number makes the host wait until the device has computed it, and then the device waits
-for the host's next step. So the numbers of a step are copied while later steps are computed, and
-read when they have arrived. Whether a step was finite is among them. Before anything is saved the
-rest is waited for.
+`tensor.item()` makes the host wait for the device, and then the device idles until the host has
+launched the next step. So the metrics of a step are copied asynchronously while later steps run,
+and read when they have arrived. Whether the step's gradient was finite is among them. Before
+anything is saved the loop waits for all of them.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class PendingStep:
-    """One step."""
+    """A step whose metrics are being copied."""
 
     step: int
     names: list[str]  # of `values`
-    values: Tensor  # on the host, there once `copied` has happened
-    copied: torch.cuda.Event | None  # None: they are there
+    values: Tensor  # on the host, valid once `copied` has happened
+    copied: torch.cuda.Event | None  # None: valid already
     known: dict[str, float]
     loss: Tensor  # this process's, on the device
-    instances: Tensor  # (B,) which this process computed
+    instances: Tensor  # (B,) of this process
 
 
 class MetricsBuffer:
-    """Steps whose numbers nobody has seen, the oldest first.
+    """Steps whose metrics have not been read yet, the oldest first.
 
-    All processes call `add` and `fetch` together. `arrived` depends on how far this process's
-    device is: what is decided by it has to be agreed upon with the others.
+    `add` and `fetch` are collective. `arrived` depends on how far this process's device is:
+    processes must agree before they act on it.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._steps: deque[PendingStep] = deque()
         self.failed = False
-        """Whether a step has arrived here that was not finite: then `fetch` raises everywhere."""
+        """Whether a step that was not finite has arrived: then `fetch` raises, on all processes."""
 
     def add(
         self,
@@ -66,14 +66,14 @@ class MetricsBuffer:
         known: dict[str, float],
         instances: Tensor,
     ) -> None:
-        """Send a step's numbers on their way.
+        """Start to copy a step's metrics.
 
         Args:
-            losses: of this process; their mean over processes is told.
-            failed: 1 if this step or one before it was not finite. The same on every process, as
+            losses: of this process; their mean over processes is reported.
+            failed: (), 1 if this step or one before it was not finite. Equal on all processes, as
                 is `optim`.
-            known: what the host knows already.
-            instances: (B,), which this process computed.
+            known: metrics that are on the host already.
+            instances: (B,), of this process.
         """
         own = [losses.ce] if losses.z is None else [losses.ce, losses.z]
         mean = self._world.sum(torch.stack(own)) / self._world.size
@@ -87,7 +87,7 @@ class MetricsBuffer:
         self._steps.append(PendingStep(step, names, values, copied, known, losses.ce, instances))
 
     def arrived(self) -> list[Row]:
-        """The steps that have arrived since the last time, up to one that was not finite."""
+        """Steps that have arrived since the last call, up to one that was not finite."""
         rows: list[Row] = []
         while self._steps and not self.failed:
             copied = self._steps[0].copied
@@ -100,10 +100,10 @@ class MetricsBuffer:
         return rows
 
     def fetch(self, write: Callable[[int, dict[str, float]], None]) -> list[Row]:
-        """All steps that nobody has seen; waits for them.
+        """All steps that have not been read; waits for them.
 
         Raises:
-            NotFinite: for the first step that was not finite, once those before it are written.
+            NotFinite: for the first step that was not finite, after those before it are written.
         """
         if self._steps and (copied := self._steps[-1].copied) is not None:
             copied.synchronize()
@@ -127,12 +127,12 @@ def _not_finite(pending: PendingStep, world: World) -> NotFinite:
     if world.size > 1:
         everyone = [own] * world.size
         dist.all_gather_object(everyone, own)
-    guilty = [part for part in everyone if not math.isfinite(part[0])] or everyone
-    instances = [index for _, part in guilty for index in part]
-    past = ""
-    if LAUNCHED_ENV not in os.environ:  # no run of the pipeline leaves batches out
-        past = (
-            "; or go on past them by --try_load_latest_save --fast_forward_batches=N, once: N is "
+    suspects = [part for part in everyone if not math.isfinite(part[0])] or everyone
+    instances = [index for _, part in suspects for index in part]
+    skip = ""
+    if LAUNCHED_ENV not in os.environ:  # a run of the pipeline never skips batches
+        skip = (
+            "; or skip them by --try_load_latest_save --fast_forward_batches=N, once: N is "
             f"{pending.step} less the newest checkpoint's step"
         )
     losses = ", ".join(f"{loss:.4g}" for loss, _ in everyone)
@@ -140,5 +140,5 @@ def _not_finite(pending: PendingStep, world: World) -> NotFinite:
         f"step {pending.step}: the gradient is not finite (loss of each process: {losses}). "
         f"Weights and checkpoints are those of step {pending.step - 1} and before. It came from "
         f"among these instances of the data: {instances}. Lower optimizer.learning_rate or "
-        f"max_grad_norm{past}"
+        f"max_grad_norm{skip}"
     )

@@ -1,4 +1,4 @@
-"""When a run saves what, and from which objects."""
+"""Saves a run while it trains: which kind at which step, in the background, and to a bucket."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from olmo.train.state import TrainState, every
 
 
 class FailedElsewhere(OSError):
-    """Another process ends the run, and says why."""
+    """Another process could not save; its own error says why."""
 
 
 class Saver:
     """Saves a run at the intervals of its config and at its end.
 
-    Training waits only for a copy of the state; a thread writes it while training goes on, and
-    another sends it to remote_save_folder. No save waits for sending: that may take longer than
-    there is time before a time limit, or than other processes wait for this one.
+    Training waits only until the state is copied to the host. One thread writes the copy, another
+    uploads it to remote_save_folder. A save never waits for an upload, which may take longer than
+    the time limit leaves, or than other processes wait in a collective.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Saver:
         self._cfg, self._world, self._folder = cfg, world, Path(cfg.save_folder).absolute()
         self._model, self._optimizer, self._state = model, optimizer, state
         self.saved: Path | None = None  # the newest
-        self._passing = False  # whether that one is ephemeral, and so goes with a later save
+        self._is_ephemeral = False  # that one: a later save removes it
         self._sharded = is_fsdp(cfg, world)
         self._unsharded_interval = cfg.save_interval_unsharded  # that many steps an unsharded one
         single = cfg.distributed_strategy == DistributedStrategy.single
@@ -57,31 +57,30 @@ class Saver:
             and cfg.save_num_unsharded_checkpoints_to_keep
         ):
             self._unsharded_interval = cfg.save_interval  # as in OLMo: there is nothing to shard
-        # The writers of all processes meet in a group of their own, apart from training's sums.
+        # A group for the writer threads, whose collectives must not mix with training's.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._writing: Future[Path | None] | None = None
-        # What is being sent, and then what kept the last from being sent. Daemons, since a process
-        # that has paused does not stay for them.
-        self._mirrored = cfg.remote_save_folder is not None and not cfg.dry_run
-        self._sending: threading.Thread | None = None
-        self._unsent: Exception | None = None
+        # Uploads run in daemon threads, since a process that has paused does not wait for them.
+        self._has_remote = cfg.remote_save_folder is not None and not cfg.dry_run
+        self._upload: threading.Thread | None = None
+        self._upload_error: Exception | None = None
 
     def resume(self, saved: Path) -> None:
-        """Go on from a checkpoint of this run; what was not sent before is sent now."""
-        self.saved, self._passing = saved, (saved / layout.EPHEMERAL).exists()
-        self._begin_to_send()
+        """Resume from a checkpoint of this run; uploads what the last start did not."""
+        self.saved, self._is_ephemeral = saved, (saved / layout.EPHEMERAL).exists()
+        self._begin_upload()
 
     @property
     def failed(self) -> bool:
-        """Whether this process knows that the save under way has gone wrong."""
+        """Whether the save in progress has failed on this process."""
         writing = self._writing
         return writing is not None and writing.done() and writing.exception() is not None
 
     def due(self, step: int) -> str | None:
-        """What is saved at this step: unsharded, sharded, ephemeral, or None."""
+        """The kind to save at this step: unsharded, sharded, ephemeral, or None."""
         if self._writing is not None and self._writing.done() and not self.failed:
-            self._settle()
+            self._join()
         cfg = self._cfg
         if every(step, self._unsharded_interval):
             return "unsharded" if cfg.save_num_unsharded_checkpoints_to_keep else None
@@ -90,26 +89,27 @@ class Saver:
         return "ephemeral" if every(step, cfg.save_interval_ephemeral) else None
 
     def pause(self) -> Path:
-        """Begin to save now, unless this step is saved in any kind; the folder."""
-        self._settle()
+        """Begin to save, unless this step is saved already, in any kind; the folder."""
+        self._join()
         if self.saved is not None and layout.parse_step(self.saved) == self._state.global_step:
             return self.saved
         return self.save()
 
     def save(self, kind: str | None = None) -> Path:
-        """Begin to save now, unless there is what is asked for already; the folder.
+        """Begin to save, unless this step is saved already in that kind; the folder.
 
-        Without a `kind`, that which the run's end has: unsharded where every process holds the
-        whole model, or the config saves unsharded ones at all.
+        Args:
+            kind: unsharded, sharded or ephemeral. None: as at the run's end, unsharded where every
+                process holds the whole model or the config asks for unsharded ones, else sharded.
         """
-        self._settle()
+        self._join()
         step = self._state.global_step
-        asked = self._unsharded_interval is not None
-        if self._lasts(unsharded=kind == "unsharded" or (kind is None and asked)):
+        wants_unsharded = self._unsharded_interval is not None
+        must_be_unsharded = kind == "unsharded" or (kind is None and wants_unsharded)
+        if self._is_saved(must_be_unsharded):
             assert self.saved is not None
             return self.saved
-        whole = not self._sharded or asked
-        kind = kind or ("unsharded" if whole else "sharded")
+        kind = kind or ("unsharded" if wants_unsharded or not self._sharded else "sharded")
         folder = self._folder / layout.folder_name(step, unsharded=kind == "unsharded")
         shared: dict[str, Any] = {
             "config_yaml": to_yaml(self._cfg.asdict_for_saving()),
@@ -118,8 +118,8 @@ class Saver:
         model, optim = dict(self._model.state_dict()), self._optimizer.state_dict()
         retire: Callable[[Path], object]
         if kind == "unsharded":
-            # Gathering shards takes every process, writing one.
-            model, optim = _copied(model, whole=True), _copied(optim, whole=True)
+            # Every process takes part in gathering the shards; rank 0 writes.
+            model, optim = _copy_to_host(model, whole=True), _copy_to_host(optim, whole=True)
             if self._world.is_rank0:
                 keep = self._cfg.save_num_unsharded_checkpoints_to_keep or 1
                 shared |= {"model": model, "optim": optim, "keep": None}
@@ -134,8 +134,8 @@ class Saver:
                 save_sharded,
                 self._folder,
                 step,
-                model=_copied(model, whole=False),
-                optim=_copied(optim, whole=False),
+                model=_copy_to_host(model, whole=False),
+                optim=_copy_to_host(optim, whole=False),
                 first=self._world.is_rank0,
                 group=group,
                 wait=lambda: dist.barrier(group=group) if group is not None else None,
@@ -145,112 +145,117 @@ class Saver:
             )
             retire = partial(keep_newest_sharded, keep=self._cfg.save_num_checkpoints_to_keep or 1)
             self._writing = self._thread.submit(self._write, write, retire)
-        self.saved, self._passing = folder, kind == "ephemeral"
+        self.saved, self._is_ephemeral = folder, kind == "ephemeral"
         return folder
 
-    def _lasts(self, unsharded: bool) -> bool:
-        """Whether the newest is of this step and there to stay, and unsharded if it must be."""
+    def _is_saved(self, unsharded: bool) -> bool:
+        """Whether the newest is of this step and permanent, and unsharded if it must be."""
         saved = self.saved
-        if saved is None or self._passing or layout.parse_step(saved) != self._state.global_step:
+        if (
+            saved is None
+            or self._is_ephemeral
+            or layout.parse_step(saved) != self._state.global_step
+        ):
             return False
         return layout.is_unsharded(saved) or not unsharded
 
     def finish(self) -> None:
-        """Wait for the save that is under way; raises what went wrong with it."""
-        self._settle()
+        """Wait for the save in progress; raises its error."""
+        self._join()
 
-    def send(self, patience: float = math.inf, needed: bool = True) -> None:
-        """Wait until what is saved is in remote_save_folder too, for so many seconds at most.
+    def finish_upload(self, timeout_s: float = math.inf, required: bool = True) -> None:
+        """Wait until every checkpoint is in remote_save_folder.
 
-        All processes call it, and ask each other every second: in one long wait for the first,
-        which sends, the others would give up. Raises what keeps it from being sent, if it is
-        `needed`; else the next start sends it.
+        All processes call it, and agree every second whether to go on: in one long collective the
+        others would time out while rank 0 uploads.
+
+        Args:
+            timeout_s: after that the next start uploads the rest.
+            required: raise the error that stopped an upload.
         """
-        if not self._mirrored:
+        if not self._has_remote:
             return
-        end = time.monotonic() + patience
-        while self._world.any(self._is_sending() and time.monotonic() < end):
-            if self._sending is not None:
-                self._sending.join(max(min(1.0, end - time.monotonic()), 0))
-        if needed and self._unsent is not None:
-            raise self._unsent
-        if self._is_sending():
-            log.info(f"not sent to {self._cfg.remote_save_folder} yet: the next start does it")
+        end = time.monotonic() + timeout_s
+        while self._world.any(self._is_uploading() and time.monotonic() < end):
+            if self._upload is not None:
+                self._upload.join(max(min(1.0, end - time.monotonic()), 0))
+        if required and self._upload_error is not None:
+            raise self._upload_error
+        if self._is_uploading():
+            log.info(f"not uploaded to {self._cfg.remote_save_folder} yet: the next start does it")
 
     def give_up(self) -> NoReturn:
-        """End the run on every process, with what went wrong where that is known.
-
-        Raises OSError always, or what this process's own save raised.
-        """
-        self._settle()
+        """End the run: raises this process's own error of saving, else FailedElsewhere."""
+        self._join()
         raise FailedElsewhere(
             "another process could not save the checkpoint and says why; this process stops"
         )
 
-    def _settle(self) -> None:
+    def _join(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
             if (folder := writing.result()) is not None:
                 log.info(f"saved {folder}")
 
     def _write(self, write: Callable[[], Path], retire: Callable[[Path], object]) -> Path:
-        """In the thread: write, then remove what that replaces: once it is sent, if it is to be."""
+        """In the thread: write, then remove what that replaces, once it is uploaded too."""
         folder = write()
-        if self._mirrored:
-            self._begin_to_send(partial(retire, folder))
+        if self._has_remote:
+            self._begin_upload(partial(retire, folder))
         elif self._world.is_rank0:
             retire(folder)
         return folder
 
-    def _begin_to_send(self, then: Callable[[], object] = lambda: None) -> None:
-        if self._mirrored and self._world.is_rank0:
-            work = (self._sending, then)
-            self._sending = threading.Thread(target=self._send, args=work, daemon=True, name="send")
-            self._sending.start()
+    def _begin_upload(self, then: Callable[[], object] = lambda: None) -> None:
+        if self._has_remote and self._world.is_rank0:
+            self._upload = threading.Thread(
+                target=self._mirror, args=(self._upload, then), daemon=True, name="upload"
+            )
+            self._upload.start()
 
-    def _is_sending(self) -> bool:
-        return self._sending is not None and self._sending.is_alive()
+    def _is_uploading(self) -> bool:
+        return self._upload is not None and self._upload.is_alive()
 
-    def _send(self, before: threading.Thread | None, then: Callable[[], object]) -> None:
-        """In a thread of its own, after the one `before`: send what is whole.
+    def _mirror(self, previous: threading.Thread | None, then: Callable[[], object]) -> None:
+        """In a thread of its own, after the previous one: upload every whole checkpoint.
 
-        What could not be sent is sent after the next save, or else is an error at the end.
+        After a failure the next save tries again; at the end it is an error.
         """
         from olmo.checkpoint.mirror import mirror_checkpoints
 
-        if before is not None:
-            before.join()
+        if previous is not None:
+            previous.join()
         try:
             mirror_checkpoints(self._folder, str(self._cfg.remote_save_folder))
-            self._unsent = None
-        except Exception as error:  # of whatever kind: nobody hears of what ends a thread
-            log.warning(f"not sent yet: {error}")
-            self._unsent = error
+            self._upload_error = None
+        except Exception as error:  # an exception that ends a thread is lost
+            log.warning(f"not uploaded yet: {error}")
+            self._upload_error = error
         then()
 
 
-def _copied(value: Any, whole: bool) -> Any:
-    """Copies of tensors on the host, gathered if `whole`, in containers of the same kind."""
+def _copy_to_host(value: Any, whole: bool) -> Any:
+    """Tensors copied to the host, DTensors gathered if `whole`, in containers of the same kind."""
     if hasattr(value, "full_tensor"):
-        return _gathered(value) if whole else _copied_shard(value)
+        return _gather(value) if whole else _copy_shard(value)
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {k: _copied(v, whole) for k, v in value.items()}
+        return {k: _copy_to_host(v, whole) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copied(v, whole) for v in value)
+        return type(value)(_copy_to_host(v, whole) for v in value)
     return value
 
 
-def _gathered(value: Any) -> Tensor:
+def _gather(value: Any) -> Tensor:
     gathered = value.full_tensor()
-    # Where one process has all of it (HSDP whose shards are of one process), nothing was gathered
-    # and this is the parameter itself, which training goes on to change.
+    # Where one process holds all of it (HSDP with shards of one process), full_tensor() returns the
+    # parameter itself, which training changes next.
     is_own = gathered.data_ptr() == value.to_local().data_ptr()
     return gathered.detach().to("cpu", copy=is_own)
 
 
-def _copied_shard(value: Any) -> Any:
+def _copy_shard(value: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     local = value.to_local().detach().to("cpu", copy=True)

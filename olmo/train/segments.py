@@ -1,14 +1,14 @@
-"""What a run was computed on, each time it was begun or taken up: <save_folder>/segments.jsonl.
+"""What a run was computed on, one line for each start and resume: <save_folder>/segments.jsonl.
 
     {"after": 0, "processes": 2, "device": "AVX512", "threads": 1, "torch": "2.13.0", …}
     {"after": 8, "processes": 1, …}      from step 9 on
 
-Bits depend on it, and what is asked for does not hold it. Two contents of one run are an alarm
-only where it is the same from the first step to the last. The last line has the seal of all; of a
-damaged file nothing is known: {"after": 0, "damaged": true}.
+The bits of a checkpoint depend on these, but an action's key does not contain them. So two contents
+of one run are an alarm only where all segments are equal. The last line seals the file; a damaged
+one counts as {"after": 0, "damaged": true}.
 
-So does what its steps see: the config may have another batch size, seed or data the next time, and
-train_data/global_indices.npy is that of the newest epoch (`data_facts`, olmo.inspect.history).
+A segment also says which instances its steps saw (`data_facts`): a resume may have another batch
+size, seed or data, and train_data/global_indices.npy has the order of the newest epoch only.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ DECIDES_BITS = ("processes", "nodes", "device", "threads", "torch", "damaged")
 def begin_segment(
     folder: Path, world: World, step: int, resumed: bool, data: dict[str, Any]
 ) -> None:
-    """Write down what the steps after `step` are computed on, and on which `data` (`data_facts`).
+    """Append the segment of the steps after `step`, with its `data` (`data_facts`).
 
-    Forgets segments of which no step is left: those that began here or later, or all unless it
-    is the folder's own run that goes on.
+    Removes segments of which no step is left: those that began here or later, and all of them
+    where another run starts in this folder.
     """
     path = folder / SEGMENTS_FILE
     kept = [s for s in segments(folder) if resumed and s["after"] < step]
@@ -67,28 +67,27 @@ def begin_segment(
     if kept and (other := [n for n in ("files", "seed") if kept[-1].get(n, data[n]) != data[n]]):
         what = {"files": "the token files", "seed": "the seed of their order"}
         log.warning(
-            f"{' and '.join(what[n] for n in other)}: not those of the steps before; the run goes "
-            f"on at instance {data['examples']} of their order all the same"
+            f"{' and '.join(what[n] for n in other)} changed since the last segment; the run "
+            f"continues at instance {data['examples']} of the new order"
         )
     if resumed and (trained := last_trained(folder)) > step:
         here["again_to"] = trained
-        log.info(
-            f"steps {step + 1} to {trained} were trained before; they are again, and that counts"
-        )
+        log.info(f"steps {step + 1} to {trained} are trained again and replace the earlier ones")
     sealed.write_atomic(path, sealed.dump_lines([*kept, here]), alone=True)
 
 
 def data_facts(
-    cfg: TrainConfig, dataset: OrderedDataset, position: TrainState, source: Path | None
+    cfg: TrainConfig, dataset: OrderedDataset, state: TrainState, source: Path | None
 ) -> dict[str, Any]:
-    """What decides which instances the steps from a position on see.
+    """What decides which instances the steps from `state` on see.
 
-    `source` is the checkpoint of another run that goes on here, whose steps these are not.
+    Args:
+        source: the checkpoint of another run that this one starts from.
     """
     facts = {
         "batch": cfg.global_train_batch_size,
-        "epoch": position.epoch,
-        "examples": position.global_train_examples_seen_this_epoch,
+        "epoch": state.epoch,
+        "examples": state.global_train_examples_seen_this_epoch,
         "seed": cfg.data_seed,
         "drop_last": cfg.data.drop_last,
         "instances": len(dataset.dataset),
@@ -101,7 +100,7 @@ def data_facts(
 
 
 def fingerprint(dataset: Any) -> str | None:
-    """Of which token files in which order the instances are; None of a data set of one's own."""
+    """A digest of the token files' names, sizes and order; None for a custom data set."""
     if not isinstance(dataset, MemMapDataset):
         return None
     names = [Path(path).name for path in dataset.paths]
@@ -110,7 +109,7 @@ def fingerprint(dataset: Any) -> str | None:
 
 
 def last_trained(folder: Path) -> int:
-    """The furthest step that was trained here, whatever became of it; 0: none."""
+    """The last step that was ever trained in this folder, saved or not; 0: none."""
     steps = [segment.get("again_to", 0) for segment in segments(folder)]
     if (path := folder / METRICS).exists():
         steps += [row["step"] for row in read_metrics(path)[-1:]]
@@ -118,36 +117,36 @@ def last_trained(folder: Path) -> int:
 
 
 def segments(folder: Path) -> list[dict[str, Any]]:
-    """All that were begun and of which steps are left, in order."""
+    """The segments of which steps are left, in order."""
     path = folder / SEGMENTS_FILE
     try:
         return sealed.load_lines(path.read_bytes(), path) if path.exists() else []
     except Damaged as error:
-        log.warning(f"{error}; what the run was computed on until now is not known")
+        log.warning(f"{error}; what the run was computed on so far is unknown")
         return [{"after": 0, "damaged": True}]
 
 
-def begun_alike(found: list[dict[str, Any]], after: int, last: int) -> list[dict[str, Any]]:
-    """A run's segments of the steps from `after` + 1 to `last`, consecutive equal ones as one."""
-    alike: list[dict[str, Any]] = []
+def merge_equal(found: list[dict[str, Any]], after: int, last: int) -> list[dict[str, Any]]:
+    """The segments of steps `after` + 1 to `last`; consecutive equal ones become one."""
+    merged: list[dict[str, Any]] = []
     for i, segment in enumerate(found):
         end = found[i + 1]["after"] if i + 1 < len(found) else last
         if end <= after or segment["after"] >= last:
             continue
         deciding = {name: segment[name] for name in DECIDES_BITS if name in segment}
-        if not alike or {**alike[-1], "after": 0} != {**deciding, "after": 0}:
-            alike.append(deciding | {"after": max(segment["after"], after)})
-    return alike
+        if not merged or {**merged[-1], "after": 0} != {**deciding, "after": 0}:
+            merged.append(deciding | {"after": max(segment["after"], after)})
+    return merged
 
 
-def conditions(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """What of a run's segments decides bits: the last one's and, where they differ, the `earlier`.
+def training_conditions(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What decides the bits: the last segment's fields and, where they differ, the `earlier` ones.
 
-    A run that was interrupted and went on alike has the conditions of one that was not.
+    A run that was resumed under equal conditions has those of an uninterrupted run.
     """
     if not found:
         return {}
-    merged = begun_alike(found, -1, found[-1]["after"] + 1)
+    merged = merge_equal(found, -1, found[-1]["after"] + 1)
     last = {name: value for name, value in merged[-1].items() if name != "after"}
     if len(merged) == 1:
         return last

@@ -1,4 +1,4 @@
-"""Reasons to stop before the end: a signal, a file, the time limit. The loop saves and leaves."""
+"""Reasons to save and exit early: a signal, the file `stop`, the time limit."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from olmo.runtime.process import STOP_FILE
 
 
 class StopRequest:
-    """Remembers the first reason to stop early; asking costs no more than a look at a folder."""
+    """Whether to stop early. Asking costs one `stat` at most.
+
+    Args:
+        folder: the run's, where a file named `stop` is a request.
+        time_limit: in seconds from now.
+    """
 
     def __init__(self, folder: Path, time_limit: float | None = None) -> None:
-        """`folder`: where a file called `stop` is a request; `time_limit`: seconds from now."""
         self._file = folder / STOP_FILE
         self._deadline = None if time_limit is None else time.monotonic() + time_limit
         self._signal: str | None = None
 
     def listen(self, *signals: signal.Signals) -> None:
-        """Take these (a scheduler's, torchrun's) as a wish to stop. Main thread only."""
+        """Treat these signals (a scheduler's, torchrun's) as a request. Main thread only."""
         for number in signals:
-            signal.signal(number, self._heard)
+            signal.signal(number, self._on_signal)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
 
     def reason(self, look: bool) -> str | None:
-        """Why to stop, or None. One process has to `look` for the file, not all."""
+        """Why to stop, or None. `look` for the file on one process only."""
         if self._signal is not None:
             return self._signal
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -37,6 +41,6 @@ class StopRequest:
             return self._file.read_text().strip() or f"the file {self._file}"
         return None
 
-    def met(self) -> None:
-        """It has been done as asked: the next start is not to stop."""
+    def clear(self) -> None:
+        """Remove the file, so that the next start does not stop."""
         self._file.unlink(missing_ok=True)

@@ -21,20 +21,20 @@ METRICS = "metrics.jsonl"
 
 
 class Sink(Protocol):
-    """A place that metrics go to, in the first process."""
+    """A destination of metrics, on rank 0."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take a step's metrics, by OLMo's names; steps come in order."""
+        """Write a step's metrics, by OLMo's names; steps come in order."""
 
     def close(self, exit_code: int) -> None:
-        """The run has ended: 0 finished, 75 paused, 1 by an error."""
+        """The run has ended: 0 finished, 75 paused, 1 failed."""
 
 
 class JsonLines:
     """<save_folder>/metrics.jsonl: {"step": 3, "train/CrossEntropyLoss": …} a step.
 
-    Opened at `step`, it forgets later lines, and one that was cut off: going on from there writes
-    them again. Lines have no seal, since other programs read them: a damaged one is left out.
+    Opened at `step`, it drops later lines and a torn one, which the resumed run writes again. Lines
+    have no checksum, since other programs read them; readers skip a damaged one.
     """
 
     def __init__(self, folder: Path, step: float | None) -> None:
@@ -55,7 +55,7 @@ class JsonLines:
         os.write(self._file, (to_json({"step": step, **metrics}) + "\n").encode())
 
     def flush(self) -> None:
-        """On disk, before a checkpoint says that these steps are behind us."""
+        """To the disk, before a checkpoint that has these steps."""
         os.fsync(self._file)
 
     def close(self, exit_code: int) -> None:
@@ -63,18 +63,18 @@ class JsonLines:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, in order; damaged ones are left out, with a warning."""
+    """The rows of a metrics.jsonl, in order; skips damaged ones with a warning."""
     lines = path.read_bytes().splitlines()
     rows = [row for line in lines if (row := _row(line))]
     if len(rows) < len(lines):
         log.warning(
-            f"{path}: {len(lines) - len(rows)} of {len(lines)} lines are damaged and left out"
+            f"{path}: {len(lines) - len(rows)} of {len(lines)} lines are damaged and skipped"
         )
     return rows
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """A step's metrics; None of a line that is not as it was written, as far as one can see."""
+    """A step's metrics; None for a line that is visibly damaged."""
     try:
         row: dict[str, Any] = from_json(line)
         numbers = all(type(value) in (int, float) for value in row.values())
@@ -134,10 +134,8 @@ class Console:
 
 
 class WeightsAndBiases:
-    """A run there; a resumed one goes on in the same, whose id is in <save_folder>/wandb/id.
-
-    Gets every wandb.log_interval-th step, and all evaluations.
-    """
+    """Every wandb.log_interval-th step and all evaluations. A resumed run continues in the same
+    wandb run, whose id is in <save_folder>/wandb/id."""
 
     def __init__(self, cfg: TrainConfig, resumed: bool) -> None:
         import wandb
@@ -150,7 +148,7 @@ class WeightsAndBiases:
         id = folder / "id"
         if not (resumed and id.is_file()):
             id.write_text(secrets.token_hex(4))
-        # WANDB_MODE=offline and the rest of its environment are wandb's own business.
+        # wandb reads WANDB_MODE and its other variables itself.
         self._run: Any = wandb.init(
             dir=str(folder),
             id=id.read_text(),
@@ -172,10 +170,10 @@ class WeightsAndBiases:
 
 
 class DataIndices:
-    """<save_folder>/data-indices/rank{r}.tsv.gz: step, then the instances this process computed.
+    """<save_folder>/data-indices/rank{r}.tsv.gz: a step, then the instances of this process.
 
-    Opened at `step`, it keeps the lines up to there; the first of `size` processes does so for
-    those that are no more, too, and for all where none are written (save_data_indices).
+    Opened at `step`, it keeps the lines up to there. Rank 0 cuts the files of ranks beyond `size`
+    too (an earlier, larger world), and all files where save_data_indices is false.
     """
 
     def __init__(self, cfg: TrainConfig, rank: int, size: int, step: int | None) -> None:
@@ -196,7 +194,7 @@ class DataIndices:
     def _open(self, path: Path, step: int | None) -> None:
         kept = list(lines_upto(path, step)) if step is not None and path.exists() else []
         partial = path.with_suffix(".partial")
-        # A fixed name and time inside, so that equal lines are equal bytes.
+        # Without a name and time in the gzip header: equal lines are equal bytes.
         self._raw = open(partial, "wb")  # noqa: SIM115 - closed by close()
         self._file = gzip.GzipFile("", "wb", fileobj=self._raw, mtime=0)
         self._file.writelines(kept)
@@ -209,7 +207,7 @@ class DataIndices:
             self._file.write(f"{step}\t{row}\n".encode())
 
     def flush(self) -> None:
-        """Readable up to here, even if nothing comes after it."""
+        """Readable up to here, whatever comes next."""
         if self._file is not None:
             self._file.flush()
             self._raw.flush()
@@ -221,7 +219,7 @@ class DataIndices:
 
 
 def lines_upto(path: Path, step: int) -> Iterator[bytes]:
-    """Whole lines up to a step, out of a file that may have been cut off."""
+    """Whole lines up to a step, of a file that may be torn."""
     with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile), gzip.open(path) as stream:
         for line in stream:
             if not line.endswith(b"\n") or int(line.split(b"\t")[0]) > step:

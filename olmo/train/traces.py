@@ -1,4 +1,4 @@
-"""What each module was given and gave, for chosen steps: to compare two trainers layer by layer."""
+"""Inputs and outputs of every module at chosen steps, to compare two trainers layer by layer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def traced(model: nn.Module, folder: Path) -> Iterator[None]:
-    """Write the first forward pass inside to `folder`, as OLMo does, and compile nothing there.
+    """Write the first forward pass inside the block to `folder`, in OLMo's format; uncompiled.
 
-    model.transformer.wte_0_input.pt and …_output.pt hold the first argument and the result of the
-    first call of that module; the model itself comes last. The head is no call (its product is
-    part of the loss), so its logits are not there.
+    model.transformer.wte_0_input.pt and …_output.pt hold the first argument and the result of that
+    module's first call. The model itself comes last and ends the trace. Logits are missing: the
+    head's product is part of the loss, not a call of a module.
     """
     folder.mkdir(parents=True, exist_ok=True)
     calls: dict[str, int] = {}
@@ -26,9 +26,9 @@ def traced(model: nn.Module, folder: Path) -> Iterator[None]:
     def write(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         call = calls.get(name, 0)
         calls[name] = call + 1
-        given = arguments[0] if arguments else torch.empty(0)
-        torch.save(_plain(given), folder / f"{name}_{call}_input.pt")
-        torch.save(_plain(output), folder / f"{name}_{call}_output.pt")
+        first = arguments[0] if arguments else torch.empty(0)
+        torch.save(_detach(first), folder / f"{name}_{call}_input.pt")
+        torch.save(_detach(output), folder / f"{name}_{call}_output.pt")
         if module is model:
             remove()
 
@@ -48,8 +48,8 @@ def traced(model: nn.Module, folder: Path) -> Iterator[None]:
         remove()
 
 
-def _plain(value: Any) -> Any:
-    """Tensors apart from the graph, in plain tuples: what loads without running code."""
+def _detach(value: Any) -> Any:
+    """Without the graph, in plain tuples, which load with weights_only=True."""
     if isinstance(value, Tensor):
         return value.detach()
-    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
+    return tuple(map(_detach, value)) if isinstance(value, tuple) else value

@@ -13,7 +13,7 @@ from olmo.config import TrainConfig
 from olmo.config.identity import identity
 from olmo.data import order
 from olmo.pipeline.train import training
-from olmo.train.chain import STATE, beginning, cuts, end_matters
+from olmo.train.chain import STATE, depends_on_end, identity_until, link_steps
 from olmo.train.loop import train
 
 WSD = {"name": "warmup_stable_decay", "t_warmup": 3, "t_decay": 4}
@@ -41,7 +41,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         record = training(
             tokens=[tmp_path / "train.npy"],
             order=tmp_path / "order.npy",
-            settings=identity(cfg) if until is None else beginning(cfg, until),
+            settings=identity(cfg) if until is None else identity_until(cfg, until),
             final=tmp_path / "checkpoints" / name,
             attempt=tmp_path / "checkpoints" / "run",
             cfg=cfg,
@@ -85,7 +85,7 @@ def test_runs_that_begin_alike_share_their_links(trained: Any) -> None:
 def test_what_is_felt_of_the_end(tmp_path: Path) -> None:
     def until(**scheduler: Any) -> list[bool]:
         cfg = config(tmp_path, max_duration=20, scheduler=scheduler)
-        return [end_matters(cfg, step) for step in (2, 10, 16, 17)]
+        return [depends_on_end(cfg, step) for step in (2, 10, 16, 17)]
 
     assert until(name="cosine_with_warmup", t_warmup=3) == [False, True, True, True]
     assert until(name="cosine_with_warmup", t_warmup=3, t_max=20) == [False] * 4
@@ -95,11 +95,11 @@ def test_what_is_felt_of_the_end(tmp_path: Path) -> None:
 
 def test_where_a_run_is_cut(tmp_path: Path) -> None:
     cfg = config(tmp_path, max_duration=10)
-    assert cuts(cfg, [], None) == [] and cuts(cfg, [3, 9], None) == [3, 9]
-    assert cuts(cfg, [], 4) == [4, 8] and cuts(cfg, [], 5) == [5]
-    assert cuts(config(tmp_path, max_duration=f"{8 * 16 * 9 + 1}T"), [], 4) == [4, 8]
+    assert link_steps(cfg, [], None) == [] and link_steps(cfg, [3, 9], None) == [3, 9]
+    assert link_steps(cfg, [], 4) == [4, 8] and link_steps(cfg, [], 5) == [5]
+    assert link_steps(config(tmp_path, max_duration=f"{8 * 16 * 9 + 1}T"), [], 4) == [4, 8]
     epochs = config(tmp_path, max_duration="2ep")
-    assert cuts(epochs, [30], None) == [30]
+    assert link_steps(epochs, [30], None) == [30]
     for wrong, at, every, said in (
         (cfg, [10], None, "links: expected rising steps from 1 to below 10, found"),
         (cfg, [5, 3], None, "rising"),
@@ -109,7 +109,7 @@ def test_where_a_run_is_cut(tmp_path: Path) -> None:
         (config(tmp_path, max_duration="many"), [], 5, "max_duration: expected steps .*many"),
     ):
         with pytest.raises(ValueError, match=said):
-            cuts(wrong, at, every)
+            link_steps(wrong, at, every)
 
 
 def test_an_interrupted_run_passes_over_nothing(tmp_path: Path) -> None:

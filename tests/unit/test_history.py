@@ -25,7 +25,7 @@ from olmo.inspect.replay import replay
 from olmo.inspect.run import Run
 from olmo.io import sealed
 from olmo.runtime.process import EXIT_PAUSED
-from olmo.train.segments import conditions, segments
+from olmo.train.segments import segments, training_conditions
 from olmo.train.state import TrainState, duration
 
 N = 45  # instances: 5 steps of 8, 3 of 12
@@ -134,8 +134,8 @@ def test_what_is_trained_twice_counts_the_last_time(
     again = {"load_path": str(folder / "step4-unsharded"), "save_overwrite": True, "seed": 7}
     assert train(place, stop_after=2, **again) == EXIT_PAUSED
     said = capsys.readouterr()
-    assert "steps 5 to 8 were trained before" in said.out
-    assert "WARNING: the seed of their order: not those of the steps before" in said.err
+    assert "steps 5 to 8 are trained again" in said.out
+    assert "WARNING: the seed of their order changed" in said.err
     saw = written(folder)
     assert list(saw) == [1, 2, 3, 4, 5, 6] and saw[4] == first[4] and saw[5] != first[5]
     assert saw[5] == order.global_indices(N, 7, 0)[32:40].tolist(), "another seed's order"
@@ -186,7 +186,7 @@ def test_other_token_files_are_not_read_as_those_of_then(place: Path, capsys: An
     (np.arange(50 * LENGTH, dtype=np.uint16) % 58 + 2).tofile(place / "more.npy")
     data = {"paths": [str(place / "more.npy")]}
     assert train(place, stop_after=2, try_load_latest_save=True, data=data) == EXIT_PAUSED
-    assert "WARNING: the token files: not those of the steps" in capsys.readouterr().err
+    assert "WARNING: the token files changed" in capsys.readouterr().err
     with pytest.raises(ValueError, match="step 4 was trained on other token files"):
         Run(str(folder)).batch(4)
     saw = written(folder)
@@ -316,7 +316,7 @@ def test_a_replay_has_as_many_processes_as_each_step_had(
     weights = torch.load(folder / "latest-unsharded/model.pt", weights_only=True)
     save_file(weights, final / "model.safetensors")
     known = segments(folder)
-    facts = {"facts": {"steps": 7, "segments": known}, "conditions": conditions(known)}
+    facts = {"facts": {"steps": 7, "segments": known}, "conditions": training_conditions(known)}
     (final / "record.json").write_text(sealed.dumps(facts | {"action": {"inputs": {}}}))
     saw = written(folder)
     assert {step: Run("r").batch(step)[0].tolist() for step in saw} == saw

@@ -33,7 +33,7 @@ from olmo.runtime.log import LOG_ENV
 from olmo.runtime.process import CAUSE_FILE, PAUSED_FILE, SEGMENTS_FILE, Paused
 from olmo.train.__main__ import main as trainer
 from olmo.train.metrics_buffer import NotFinite
-from olmo.train.segments import conditions, segments
+from olmo.train.segments import segments, training_conditions
 
 SRUN = """#!/bin/sh
 # As srun, for as many tasks as --ntasks says: each beside the others, the first failure's status.
@@ -294,13 +294,18 @@ def test_a_geometry_that_cannot_be(settings: dict[str, int], said: str) -> None:
 def test_conditions_of_a_run_that_was_taken_up() -> None:
     one = {"after": 0, "processes": 1, "device": "cpu", "threads": 1, "torch": "2", "host": "a"}
     again = one | {"after": 8, "host": "b", "restart": 1}
-    assert conditions([one, again]) == conditions([one])
-    assert conditions([one]) == {"processes": 1, "device": "cpu", "threads": 1, "torch": "2"}
+    assert training_conditions([one, again]) == training_conditions([one])
+    assert training_conditions([one]) == {
+        "processes": 1,
+        "device": "cpu",
+        "threads": 1,
+        "torch": "2",
+    }
     two = again | {"processes": 2}
-    changed = conditions([one, two])
+    changed = training_conditions([one, two])
     assert changed["processes"] == 2 and changed["after"] == 8
-    assert changed["earlier"] == [conditions([one]) | {"after": 0}]
-    assert conditions([one, two | {"after": 9}]) != changed, "another step, other bits"
+    assert changed["earlier"] == [training_conditions([one]) | {"after": 0}]
+    assert training_conditions([one, two | {"after": 9}]) != changed, "another step, other bits"
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from olmo.model import OLMo
 from olmo.optim.build import build_optimizer
 from olmo.pipeline.convert import convert
 from olmo.train.loop import train
-from olmo.train.saver import _copied
+from olmo.train.saver import _copy_to_host
 
 # What is computed, and how it is spread.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -232,7 +232,7 @@ def changed_while_saved() -> list[list[float]]:
     for places in ([Shard(0)], [Replicate(), Shard(0)]):
         mesh = init_device_mesh("cpu", (1,) * len(places))
         spread = distribute_tensor(torch.zeros(2), mesh, places)
-        copies += [_copied(spread, whole=True), _copied(spread, whole=False).to_local()]
+        copies += [_copy_to_host(spread, whole=True), _copy_to_host(spread, whole=False).to_local()]
         spread.to_local().add_(1)
     dist.destroy_process_group()
     return [copy.tolist() for copy in copies]

@@ -154,7 +154,7 @@ def test_what_cannot_be_sent_is_said_and_sent_later(
     assert run(tmp_path, stop_after=5, remote_save_folder=there) == 75, "paused all the same"
     with pytest.raises(ValueError, match="the network is down"):
         run(tmp_path, remote_save_folder=there, try_load_latest_save=True)
-    assert "not sent yet: the network is down" in capsys.readouterr().err
+    assert "not uploaded yet: the network is down" in capsys.readouterr().err
     # All is here, nothing is lost; the same command sends the rest.
     assert layout.list_checkpoints(tmp_path / "run")[-1].name == "step10-unsharded"
     monkeypatch.undo()
@@ -248,11 +248,11 @@ def test_neither_a_save_nor_a_pause_waits_for_sending(
     said = tmp_path / "said.txt"
     assert on_ranks(1, [(pauses_while_it_sends, (config,))], said) == {0: [75]}
     left = json.loads((folder / PAUSED_FILE).read_text())
-    assert left["step"] == 9 and f"not sent to {there} yet" in said.read_text()
+    assert left["step"] == 9 and f"not uploaded to {there} yet" in said.read_text()
     layout.verify_checkpoint(Path(left["checkpoint"]))
     assert steps(mirror.list_mirrored(Bucket(there))) == [0]
     here = steps(layout.list_checkpoints(folder))
-    assert set(here) >= {4, 8, 9}, "what is not sent yet has to stay"
+    assert set(here) >= {4, 8, 9}, "what is not uploaded yet has to stay"
     assert run(tmp_path, try_load_latest_save=True, **changes) == 0
     assert set(steps(mirror.list_mirrored(Bucket(there)))) == {*here, 0, 12}
     assert {path.name for path in layout.list_checkpoints(folder)} == stay

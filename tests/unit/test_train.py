@@ -358,7 +358,7 @@ def test_between_log_lines_nobody_waits_for_the_device(tmp_path: Path) -> None:
 def test_harmless_keys_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, dry_run=True, data={"num_workers": 3}, fused_loss=True)
     said = capsys.readouterr().out
-    assert "not acted on: fused_loss (the loss is always fused), data.num_workers" in said
+    assert "ignored keys: fused_loss (the loss is always fused), data.num_workers" in said
     assert said.count("num_workers") == 1
 
 
