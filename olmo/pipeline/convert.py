@@ -1,4 +1,4 @@
-"""One kind of checkpoint to another: sharded, unsharded, safetensors, hf."""
+"""`olmo checkpoint convert`: one checkpoint format to another."""
 
 from __future__ import annotations
 
@@ -16,51 +16,52 @@ from olmo.io.downloads import check_not_in_store
 from olmo.runtime.log import log
 from olmo.runtime.numbers import to_json
 
-KINDS = ("unsharded", "sharded", "safetensors", "hf")
+FORMATS = ("unsharded", "sharded", "safetensors", "hf")
 
 
 def convert(
     source: str | Path, into: str | Path, /, kind: str, tokenizer: Path | None = None
 ) -> Path:
-    """Read a checkpoint, a folder or a URL, and write it as another kind: unsharded, sharded,
-    safetensors or hf; the folder that was written.
+    """Read a checkpoint, a folder or a URL, and write it in another format. Returns its folder.
 
-    Sharded and unsharded ones are written as INTO/step{N} and INTO/step{N}-unsharded,
-    safetensors (model, optim, train.json, config.yaml) into INTO itself. Written sharded, it is
-    one shard: a run that loads it spreads it as it needs.
+    --kind sharded and unsharded write INTO/step{N} (one shard, which any number of processes can
+    load) and INTO/step{N}-unsharded; safetensors writes model, optim, train.json and config.yaml
+    into INTO itself.
 
-    hf is what transformers reads: the model alone, beside the tokenizer.json of `tokenizer`, or
-    else the one that the store's records or the checkpoint's config lead to. Such a folder is a
-    source too, of safetensors without optimizer state.
+    --kind hf writes what transformers reads: the model alone, and a tokenizer.json: --tokenizer, or
+    the one that the store's records or the checkpoint's config name. A folder of transformers can
+    be converted to safetensors, without optimizer state.
 
-    Raises ValueError for another kind, for a checkpoint that lacks a part, for an INTO that the
-    pipeline made, and for a model that transformers cannot express.
+    Raises ValueError for an unknown kind, for a checkpoint that lacks a part, for an INTO that the
+    pipeline made, and for a model that transformers does not support.
     """
-    if kind not in KINDS:
-        raise ValueError(f"--kind: expected one of {', '.join(KINDS)}, found {kind!r}")
+    if kind not in FORMATS:
+        raise ValueError(f"--kind: expected one of {', '.join(FORMATS)}, found {kind!r}")
     into = Path(into)
     check_not_in_store(into)
     if "://" not in str(source):
         return _convert(Path(source), into, kind, tokenizer)
     into.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".fetched", dir=into) as place:
-        whole = kind != "hf"
-        found = download_checkpoint(str(source), Path(place), optimizer=whole, trainer=whole)
-        return _convert(found, into, kind, tokenizer)
+        needs_state = kind != "hf"
+        folder = download_checkpoint(
+            str(source), Path(place), optimizer=needs_state, trainer=needs_state
+        )
+        return _convert(folder, into, kind, tokenizer)
 
 
 def _convert(source: Path, into: Path, kind: str, tokenizer: Path | None) -> Path:
     if kind == "hf":
-        return _to_hf(source, into, tokenizer)
+        return _write_hf(source, into, tokenizer)
     if huggingface.is_hf_folder(source):
-        return _from_hf(source, into, kind)
+        return _convert_hf(source, into, kind)
     checkpoint = load_checkpoint(source)
     assert checkpoint.optim is not None and checkpoint.train is not None
     if not (source / "config.yaml").exists():
-        raise ValueError(f"{source} has no config.yaml, which a checkpoint of any kind has")
+        raise ValueError(f"{source}: expected a checkpoint with config.yaml, found none")
     config_yaml = (source / "config.yaml").read_text()
     if kind == "safetensors":
-        text = as_json({**checkpoint.train, "optimizer": checkpoint.optim[1]})
+        text = format_train_json({**checkpoint.train, "optimizer": checkpoint.optim[1]})
         into.mkdir(parents=True, exist_ok=True)
         (into / "config.yaml").write_text(config_yaml)
         write_safetensors(into, checkpoint.model, checkpoint.optim[0])
@@ -71,7 +72,7 @@ def _convert(source: Path, into: Path, kind: str, tokenizer: Path | None) -> Pat
     parts: dict[str, Any] = {
         "config_yaml": config_yaml,
         "model": checkpoint.model,
-        "optim": _numbered(*checkpoint.optim),
+        "optim": _number_parameters(*checkpoint.optim),
         "train": train,
     }
     step = int(train["global_step"])
@@ -86,24 +87,24 @@ def _convert(source: Path, into: Path, kind: str, tokenizer: Path | None) -> Pat
     return folder
 
 
-def as_json(train: dict[str, Any]) -> str:
-    """train.json of a trainer's state, without that of the generators, which nothing here needs.
+def format_train_json(train: dict[str, Any]) -> str:
+    """train.json of a trainer's state, without the state of random generators.
 
-    Raises ValueError for what has no place in JSON.
+    Raises ValueError for values that JSON has no form for.
     """
-    told = {key: value for key, value in train.items() if key != "rng"}
+    plain_state = {key: value for key, value in train.items() if key != "rng"}
 
-    def plain(value: Any) -> str:
+    def convert_path(value: Any) -> str:
         if isinstance(value, Path):
             return str(value)
         raise ValueError(
-            f"the trainer's state holds a {type(value).__name__}; expected plain values"
+            f"expected plain values in the trainer's state, found a {type(value).__name__}"
         )
 
-    return to_json(told, indent=1, sort_keys=True, default=plain) + "\n"
+    return to_json(plain_state, indent=1, sort_keys=True, default=convert_path) + "\n"
 
 
-def _to_hf(source: Path, into: Path, tokenizer: Path | None) -> Path:
+def _write_hf(source: Path, into: Path, tokenizer: Path | None) -> Path:
     checkpoint = load_checkpoint(source, optimizer=False, trainer=False)
     into.mkdir(parents=True, exist_ok=True)
     config_yaml = (source / "config.yaml").read_text()
@@ -111,19 +112,19 @@ def _to_hf(source: Path, into: Path, tokenizer: Path | None) -> Path:
         from olmo.inspect.generate import tokenizer_of
         from olmo.inspect.run import Run
 
-        known = tokenizer_of(str(source), Run(str(source)), None).base_tokenizer
+        base_tokenizer = tokenizer_of(str(source), Run(str(source)), None).base_tokenizer
         tokenizer = into / "tokenizer.json"
-        known.save(str(tokenizer))
+        base_tokenizer.save(str(tokenizer))
     huggingface.write_hf_folder(into, checkpoint.model, config_yaml, tokenizer)
     log.info(f"written: {into}")
     return into
 
 
-def _from_hf(source: Path, into: Path, kind: str) -> Path:
+def _convert_hf(source: Path, into: Path, kind: str) -> Path:
     if kind != "safetensors":
         raise ValueError(
-            f"{source} is a model alone and has no optimizer state, without which there is no "
-            f"{kind} checkpoint; write it with --kind safetensors"
+            f"{source}: expected optimizer state for a {kind} checkpoint, found a model only; "
+            "write it with --kind safetensors"
         )
     weights, config_yaml = huggingface.read_hf_folder(source)
     into.mkdir(parents=True, exist_ok=True)
@@ -133,8 +134,8 @@ def _from_hf(source: Path, into: Path, kind: str) -> Path:
     return into
 
 
-def _numbered(state: State, groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """torch's form: parameters numbered in the order of the groups."""
+def _number_parameters(state: State, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """torch's state_dict of an optimizer: parameters are numbered in the order of the groups."""
     numbers: dict[str, int] = {}
     new_groups = []
     for group in groups:
@@ -142,6 +143,6 @@ def _numbered(state: State, groups: list[dict[str, Any]]) -> dict[str, Any]:
         numbers |= {name: len(numbers) + i for i, name in enumerate(names)}
         new_groups.append({**group, "params": [numbers[name] for name in names]})
     return {
-        "state": {numbers[name]: kept for name, kept in state.items()},
+        "state": {numbers[name]: tensors for name, tensors in state.items()},
         "param_groups": new_groups,
     }

@@ -1,7 +1,7 @@
-"""Evaluation of a finished run, as stages: held-out perplexity, choice tasks, lm-eval; one table.
+"""Evaluation of a finished run: held-out perplexity, choice tasks, lm-eval; one table.
 
-What is measured is a stage each, so that a changed list of tasks asks the new ones only. Their
-answers lie beside the run, in checkpoints/<run>/answers; eval/<run> is made of them.
+Each measurement is a stage of its own, so that a changed list of tasks runs only the new ones.
+Their answers are in checkpoints/<run>/answers; eval/<run> is made from them.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from olmo.pipeline.recipe import EvaluationConfig
 from olmo.runtime.numbers import encode_non_finite, from_json, to_json
 from olmo.store.stage import Facts, Folder, Input, Inputs, Output, Unhashed, current_store, stage
 
-OURS, HARNESS = "ours", "lm-eval"  # who asked
+OURS, HARNESS = "ours", "lm-eval"  # scorers
 
 
 def heldout(
@@ -27,21 +27,21 @@ def heldout(
 ) -> None:
     """Loss and perplexity of a final checkpoint on the documents a data set held out.
 
-    `tokenizers` must be one and the same: the run's, and that of another data set. Those that the
-    store knows the run's tokens and the held-out ones to be made with are compared unasked.
+    `tokenizers`, of the run and of another data set, must be equal. So must those that, by the
+    store's records, made the run's tokens and the held-out ones.
     """
-    named = {current_store().digest(path): str(path) for path in tokenizers}
+    found = {current_store().digest(path): str(path) for path in tokenizers}
     known = shards(current_store())
     cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
     ours = map(digest_of, cfg.data.paths or [])
     theirs = [entry.sha256 for entry in read_listing(tokens, "heldout-tokens")]
     for digest in (known[name].tokenizer.name for name in (*ours, *theirs) if name in known):
-        named.setdefault(digest, f"{digest[:12]}…")
-    if len(named) > 1:
+        found.setdefault(digest, f"{digest[:12]}…")
+    if len(found) > 1:
         raise ValueError(
             "expected one tokenizer for the run and for the held-out documents, found two: "
-            + " and ".join(named.values())
-            + ". Give the recipe `tokenizer: {file: …}` of the run's, or take the data set out of "
+            + " and ".join(found.values())
+            + "; set the recipe's `tokenizer: {file: …}` to the run's, or remove the data set from "
             "`heldout`"
         )
     heldout = [entry.object for entry in read_listing(tokens, "heldout-tokens") if entry.bytes]
@@ -49,7 +49,7 @@ def heldout(
         raise ValueError(
             f"expected held-out documents, found none in {len(tokens)} listings, as "
             f"{', '.join(map(str, tokens[:1]))}; set documents.heldout_share in the data set's "
-            "recipe, or raise it. Token files that a training config names have none"
+            "recipe, or raise it (token files that a training config names have none)"
         )
     heldout_perplexity(
         model=checkpoint / "model.safetensors",
@@ -63,7 +63,7 @@ def heldout(
 
 
 def docstrings(folder: Path) -> None:
-    """Make the choice task that needs no network, of the running Python's standard library."""
+    """Make a choice task from the docstrings of this Python's standard library."""
     stdlib_docstrings(folder=folder, library=library_digest())
 
 
@@ -78,15 +78,15 @@ def evaluate(
     heldout: Path | None = None,
     further: tuple[Path, ...] = (),
 ) -> None:
-    """Ask a finished run what `config` names; tabulate.
+    """Evaluate a finished run on the tasks of `config`, and write a table.
 
-    `checkpoint` is a final folder, `hf` its export, `heldout` what `olmo heldout` found, if
-    anything was held out, `further` what it found of other data sets (<data set>.json),
-    `docstrings` what `olmo docstrings` made. `answers` and `results` are the folders that are
+    `checkpoint` is a final folder, `hf` its export, `heldout` the result of `olmo heldout`, if
+    documents were held out, `further` its results on other data sets (<data set>.json),
+    `docstrings` the folder of `olmo docstrings`. `answers` and `results` are the folders that are
     written.
 
-    Raises ValueError for a task that there is not, that has no answers, or whose data is not here
-    and not to be had from the hub.
+    Raises ValueError for a task that is unknown, that has no answers, or whose data is neither here
+    nor on the hub.
     """
     from olmo.eval.rows import local_files
     from olmo.eval.tasks import task_of, tasks
@@ -94,19 +94,19 @@ def evaluate(
     data = None if config.data is None else Path(config.data)
     task_files = [Path(path) for path in config.task_files]
 
-    def place(label: str) -> tuple[Path | None, list[Path]]:
+    def find_rows(label: str) -> tuple[Path | None, list[Path]]:
         task = task_of(label)
         folder = docstrings if task.dataset == DATASET else data
         splits = filter(None, (task.split, task.shots_split))
-        found = local_files(task.dataset, task.configs, splits, folder) if folder else []
-        return folder, found
+        rows = local_files(task.dataset, task.configs, splits, folder) if folder else []
+        return folder, rows
 
     for path in task_files:
         if not any(file.is_file() for file in path.rglob("*")):
             raise ValueError(f"task_files: expected a folder with files, found none in {path}")
-    found = []
+    answered = []
     for label in config.choices:
-        folder, rows = place(label)
+        folder, rows = find_rows(label)
         choice_task(
             model=checkpoint / "model.safetensors",
             config=checkpoint / "config.yaml",
@@ -119,9 +119,9 @@ def evaluate(
             batch_size=config.batch_size,
             limit=config.limit,
         )
-        found.append(answers / OURS / label)
+        answered.append(answers / OURS / label)
     if config.harness:
-        local = {label: place(label) for label in config.harness if label in tasks()}
+        local = {label: find_rows(label) for label in config.harness if label in tasks()}
         local = {label: (folder, rows) for label, (folder, rows) in local.items() if rows}
         harness_tasks(
             model=sorted(p for p in hf.iterdir() if p.suffix in (".json", ".safetensors"))
@@ -140,11 +140,11 @@ def evaluate(
             batch_size=config.batch_size,
             limit=config.limit,
         )
-        found.append(answers / HARNESS)
+        answered.append(answers / HARNESS)
     evaluation(
         heldout=heldout,
-        scores=[folder / "scores.json" for folder in found],
-        requests=[folder / "requests.parquet" for folder in found],
+        scores=[folder / "scores.json" for folder in answered],
+        requests=[folder / "requests.parquet" for folder in answered],
         results=results,
         further=list(further) or None,
         datasets=tuple(path.stem for path in further),
@@ -160,15 +160,15 @@ def heldout_perplexity(
     checkpoint: Unhashed[Path],
     labels: Inputs | None = None,
 ) -> Facts:
-    """Mean loss in nats a token with its standard error, and perplexity, over held-out files.
+    """Mean loss (nats per token) with its standard error, and perplexity, on held-out files.
 
-    `checkpoint` is the folder that holds `model` and `config`; `labels` say which tokens count.
+    `checkpoint` is the folder of `model` and `config`; `labels` are masks of the tokens that count.
     """
     from olmo.eval.final import perplexity
 
-    found = perplexity(checkpoint, heldout, labels)
-    results.write_text(to_json(found, indent=1, sort_keys=True) + "\n")
-    return {"facts": encode_non_finite(found), "conditions": circumstances(checkpoint)}
+    measured = perplexity(checkpoint, heldout, labels)
+    results.write_text(to_json(measured, indent=1, sort_keys=True) + "\n")
+    return {"facts": encode_non_finite(measured), "conditions": measurement_conditions(checkpoint)}
 
 
 @stage(version=1)
@@ -186,17 +186,17 @@ def choice_task(
 ) -> Facts:
     """A multiple-choice task by our own scorer: scores.json and requests.parquet.
 
-    `rows` are its documents' files in `data`; where they are none, the hub is asked, and what it
-    answers is no part of the identity.
+    `rows` are the files of its documents in `data`. If there are none, the documents come from the
+    hub, and are not in the action's key.
     """
     from olmo.eval.final import choices
     from olmo.eval.tasks import Task
 
-    asked = Task(**task)
-    scores, requests = choices(checkpoint, asked, tokenizer, data, batch_size, limit)
-    scores = [{"scorer": OURS, "task": asked.label, **score} for score in scores]
-    write_answers(answers, scores, [{"task": asked.label, **row} for row in requests])
-    where = circumstances(checkpoint) | {"batch_size": batch_size}
+    choice = Task(**task)
+    scores, requests = choices(checkpoint, choice, tokenizer, data, batch_size, limit)
+    scores = [{"scorer": OURS, "task": choice.label, **score} for score in scores]
+    write_answers(answers, scores, [{"task": choice.label, **row} for row in requests])
+    where = measurement_conditions(checkpoint) | {"batch_size": batch_size}
     return {"facts": encode_non_finite({"scores": scores}), "conditions": where}
 
 
@@ -218,15 +218,15 @@ def harness_tasks(
 ) -> Facts:
     """Tasks by lm-evaluation-harness on an export: scores.json and requests.parquet.
 
-    `ours` are tasks of tasks.yaml whose documents, `rows`, are in `data`: the harness is given
-    them as tasks of its own. `files` are those of `task_files`.
+    `ours` are tasks of tasks.yaml whose documents, `rows`, are in `data`: they are written as tasks
+    of the harness. `files` are the files in the folders `task_files`.
     """
     import torch
 
     from olmo.eval.harness import ask, write_task
     from olmo.eval.tasks import Task
 
-    torch.set_num_threads(circumstances(checkpoint)["threads"])
+    torch.set_num_threads(measurement_conditions(checkpoint)["threads"])
     with TemporaryDirectory() as place:
         for label, fields in ours.items():
             write_task(Task(**fields), data[label], Path(place))
@@ -234,7 +234,7 @@ def harness_tasks(
         scores, requests = ask(hf, names, folders, batch_size, limit)
     scores = [{"scorer": HARNESS, **score} for score in scores]
     write_answers(answers, scores, requests)
-    where = circumstances(checkpoint) | {"batch_size": batch_size}
+    where = measurement_conditions(checkpoint) | {"batch_size": batch_size}
     return {"facts": encode_non_finite({"scores": scores}), "conditions": where}
 
 
@@ -247,7 +247,7 @@ def evaluation(
     further: Inputs | None = None,
     datasets: tuple[str, ...] = (),
 ) -> Facts:
-    """All that was measured of a run: results.json, results.parquet, requests.parquet, table.md."""
+    """All results of a run: results.json, results.parquet, requests.parquet, table.md."""
     import polars
 
     from olmo.report.scores import SCHEMA, format_run_table, heldout_scores
@@ -262,15 +262,16 @@ def evaluation(
     frame = polars.DataFrame(rows, schema=SCHEMA)
     frame.write_parquet(results / "results.parquet")
     (results / "table.md").write_text(format_run_table(rows))
-    asked = [polars.read_parquet(path) for path in requests]
-    if asked:
-        polars.concat(asked, how="diagonal").write_parquet(results / "requests.parquet")
+    answered = [polars.read_parquet(path) for path in requests]
+    if answered:
+        polars.concat(answered, how="diagonal").write_parquet(results / "requests.parquet")
     return {"facts": {"scores": len(rows)}}
 
 
 def write_answers(
     folder: Path, scores: list[dict[str, Any]], requests: list[dict[str, Any]]
 ) -> None:
+    """Write scores.json and requests.parquet."""
     import polars
 
     folder.mkdir()
@@ -280,8 +281,8 @@ def write_answers(
     polars.DataFrame(rows, infer_schema_length=None).write_parquet(folder / "requests.parquet")
 
 
-def circumstances(checkpoint: Path) -> dict[str, Any]:
-    """What the bits of a measurement depend on besides what was asked."""
+def measurement_conditions(checkpoint: Path) -> dict[str, Any]:
+    """The device, threads and torch version, on which the bits of a measurement depend."""
     import torch
 
     cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)

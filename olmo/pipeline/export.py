@@ -1,4 +1,4 @@
-"""A finished run for other programs: a folder that transformers reads, through the store."""
+"""`olmo hf`: export a finished run to a folder that transformers reads."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from olmo.store.stage import Facts, Folder, Input, Unhashed, current_store, stag
 def hf(checkpoint: Path, tokenizer: Path, folder: Path, name: str) -> None:
     """Write a final checkpoint as transformers' Olmo or Olmo2, with a model card called `name`.
 
-    Raises ValueError for a model that neither class can express, naming the keys.
+    Raises ValueError for a model that neither class supports, with the keys.
     """
     huggingface_export(
         model=checkpoint / "model.safetensors",
@@ -30,8 +30,11 @@ def huggingface_export(
     name: str,
     checkpoint: Unhashed[Path],
 ) -> Facts:
-    """Weights, config, tokenizer and card. `checkpoint` is the folder of `model` and `config`;
-    the card tells of its training, and is no part of the content."""
+    """Weights, config, tokenizer and model card.
+
+    `checkpoint` is the folder of `model` and `config`. The card describes its training, and is not
+    in the output's digest.
+    """
     from safetensors.torch import load_file
 
     from olmo.checkpoint import huggingface

@@ -34,11 +34,11 @@ class Recipe(BaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.instructions and (self.dedupe or self.decontaminate):
-            raise ValueError("dedupe and decontaminate are for documents, not for instructions")
+            raise ValueError("dedupe and decontaminate work on documents only; remove them")
         if self.dedupe and self.documents.has_repeats():
             raise ValueError(
-                "dedupe: documents.weights has one above 1, but every copy would be a duplicate; "
-                "take one of them out"
+                "dedupe: documents.weights has a weight above 1, whose copies are duplicates; "
+                "remove one of the two"
             )
         if (d := self.decontaminate) and not (d.against or self.documents.heldout_share):
             raise ValueError(
@@ -49,17 +49,17 @@ class Recipe(BaseConfig):
 
 @dataclass
 class EvaluationConfig(BaseConfig):
-    """What finished runs are asked besides their held-out documents: config/eval/<name>.yaml."""
+    """The evaluation of a finished run besides held-out documents: config/eval/<name>.yaml."""
 
-    choices: list[str] = field(default_factory=list)  # of olmo/evaluate/tasks.yaml, by our scorer
-    # Of lm-evaluation-harness: its own tasks and groups, those in `task_files`, and those of
-    # tasks.yaml whose documents are here.
+    choices: list[str] = field(default_factory=list)  # of olmo/eval/tasks.yaml, by our scorer
+    # Tasks of lm-evaluation-harness: its own tasks and groups, those in `task_files`, and those of
+    # tasks.yaml whose documents are in `data`.
     harness: list[str] = field(default_factory=list)
-    heldout: list[str] = field(default_factory=list)  # further data sets, of the same tokenizer
-    data: str | None = None  # folder of data sets, as hf_datasets_cache_dir; None: the hub
+    heldout: list[str] = field(default_factory=list)  # further data sets with the same tokenizer
+    data: str | None = None  # folder of task data, like hf_datasets_cache_dir; None: the hub
     task_files: list[str] = field(default_factory=list)  # folders of the harness's YAML
     batch_size: int = 8
-    limit: int | None = None  # the first so many documents of each task
+    limit: int | None = None  # evaluate so many documents of each task
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,9 +69,9 @@ class EvaluationConfig(BaseConfig):
 
 @dataclass
 class RunConfig(BaseConfig):
-    """A training run: which settings, on which data set, by how many processes.
+    """A training run: its settings, data set and processes.
 
-    Without a data set it is trained on the token files that its training config names.
+    Without a data set it trains on the token files that its training config names.
     """
 
     train: str
@@ -79,13 +79,14 @@ class RunConfig(BaseConfig):
     start_from: str | None = None  # another run, or a checkpoint: its folder or URL
     overrides: list[str] = field(default_factory=list)  # optimizer.name=muon, …
     evaluation: str | None = None  # a file in config/eval; None: held-out documents only
-    # Where it is trained. The result's identity holds none of this.
-    processes: int = 1  # on each node; with GPUs, one a GPU
-    nodes: int = 1  # more than one: in a SLURM allocation
-    min_nodes: int | None = None  # elastic: begin, and go on after a loss, with as few as this
-    gpus_per_node: int = 0  # what is asked of a scheduler; 0: as many as the pipeline says
-    max_restarts: int = 0  # times torchrun starts the processes again before the job fails
-    # Cut at these steps, or at every so many: each piece is a job, and checkpoints/<run>/step-<n>.
+    # Where it is trained; not in the run's identity.
+    processes: int = 1  # on each node; with GPUs, one per GPU
+    nodes: int = 1  # more than one needs a SLURM allocation
+    min_nodes: int | None = None  # elastic: start, or continue after a loss, with this many
+    gpus_per_node: int = 0  # requested from a scheduler; 0: gpus_per_node of the pipeline
+    max_restarts: int = 0  # of the processes by torchrun, before the job fails
+    # Cut the run at these steps, or every so many steps: each link is a job of its own, and writes
+    # checkpoints/<run>/step-<n>.
     links: list[int] = field(default_factory=list)
     link_every: int | None = None
 
@@ -93,8 +94,8 @@ class RunConfig(BaseConfig):
         super().__post_init__()
         if self.gpus_per_node and self.processes not in (1, self.gpus_per_node):
             raise ValueError(
-                f"processes: expected one a GPU, that is gpus_per_node={self.gpus_per_node}; found "
-                f"{self.processes}. Leave it out"
+                f"processes: expected one per GPU, that is gpus_per_node={self.gpus_per_node}; "
+                f"found {self.processes}; remove it"
             )
         _ = self.geometry
 
@@ -110,15 +111,15 @@ class PipelineConfig(BaseConfig):
     """config/config.yaml."""
 
     runs: dict[str, RunConfig]
-    # Checkpoints that are the average of runs' final ones; each has its first run's data set.
+    # Checkpoints that average runs' final ones; the data set of a soup is its first run's.
     soups: dict[str, list[str]] = field(default_factory=dict)
     store: str = "store"
     shards_per_job: int = 4
-    # Of a cluster, and so given by profiles/slurm: what --gres calls a GPU (gpu, gpu:a100), and how
-    # many of each node a run gets that does not say.
+    # Set by profiles/slurm: the name of GPUs in --gres (gpu, gpu:a100), and the GPUs per node of
+    # runs without this key.
     gpu: str = "gpu"
     gpus_per_node: int = 0
-    bench_loss: list[str] = field(default_factory=list)  # runs; the first is the reference
+    bench_loss: list[str] = field(default_factory=list)  # runs to compare; first the reference
     eval: list[str] = field(default_factory=list)  # likewise, for `snakemake eval`
 
     def __post_init__(self) -> None:
@@ -126,11 +127,11 @@ class PipelineConfig(BaseConfig):
         check_range("shards_per_job", self.shards_per_job, 1)
         for name, parts in self.soups.items():
             if name in self.runs:
-                raise ValueError(f"soups: {name} is a run as well; rename one of them")
+                raise ValueError(f"soups: {name} is also a run; rename one of them")
             unknown = [part for part in parts if part not in self.runs]
             if unknown or not parts:
                 raise ValueError(
-                    f"soups.{name}: expected runs, found {', '.join(unknown) or 'none'}; there are "
+                    f"soups.{name}: expected runs, found {', '.join(unknown) or 'none'}; known are "
                     + ", ".join(self.runs)
                 )
 

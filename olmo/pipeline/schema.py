@@ -1,8 +1,8 @@
-"""JSON schemas of the configuration files, made from the dataclasses: config/schema/*.json.
+"""JSON schemas of the configuration files, generated from the dataclasses: config/schema/*.json.
 
-    uv run python -m olmo.pipeline.schema   # write them; tests/unit/test_schema.py says when
+    uv run python -m olmo.pipeline.schema   # writes them; tests/unit/test_schema.py checks them
 
-An editor that knows JSON schema then completes and checks the YAML as it is typed.
+Editors use them to complete and check the YAML.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(N
 
 
 def schema(hint: Any) -> dict[str, Any]:
-    """The schema of a type: a dataclass, an enumeration, a list, a union, a plain value."""
+    """The schema of a type: a dataclass, an enum, a list, a dict, a union, a plain value."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return {}
@@ -42,29 +42,29 @@ def schema(hint: Any) -> dict[str, Any]:
 
 
 def dataclass_schema(cls: Any) -> dict[str, Any]:
-    """Fields are properties; others are refused, as they are when the file is loaded.
+    """The schema of a dataclass. Unknown properties are errors, as when the file is loaded.
 
-    Strings stand for anything, since OmegaConf resolves "${…}" to values of every type.
+    Every property may be a string with "${", which OmegaConf resolves to a value of any type.
     """
     hints = typing.get_type_hints(cls)
     properties, required = {}, []
     for field in dataclasses.fields(cls):
-        wanted = schema(hints[field.name])
+        expected = schema(hints[field.name])
         interpolation = {"type": "string", "pattern": r"\$\{"}
-        text = wanted.get("type") == "string" or not wanted
-        properties[field.name] = wanted if text else {"anyOf": [wanted, interpolation]}
+        is_text = expected.get("type") == "string" or not expected
+        properties[field.name] = expected if is_text else {"anyOf": [expected, interpolation]}
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             required.append(field.name)
-    found: dict[str, Any] = {
+    made: dict[str, Any] = {
         "type": "object",
         "properties": properties,
         "additionalProperties": False,
     }
-    return found | ({"required": required} if required else {})
+    return made | ({"required": required} if required else {})
 
 
 def schema_files() -> dict[Path, str]:
-    """What each schema file holds."""
+    """Path → content, of each schema file."""
     made = {}
     for name, cls in ROOTS.items():
         root = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": cls.__name__}

@@ -1,7 +1,7 @@
-"""Souping: one checkpoint whose weights are the mean of several runs', as OLMo 2 ends its training.
+"""Model soups: a checkpoint whose weights are the mean of those of several runs.
 
-Wortsman et al. 2022 (arXiv:2203.05482); for OLMo 2 (arXiv:2501.00656) runs that anneal the same
-checkpoint on other orders of the same data.
+Wortsman et al. 2022 (arXiv:2203.05482). OLMo 2 (arXiv:2501.00656) averages runs that anneal the
+same checkpoint on other orders of the same data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from olmo.store.stage import Facts, Folder, Input, Inputs, Unhashed, stage
 
 
 def soup(checkpoints: list[Path], final: Path) -> None:
-    """Average the weights of final checkpoints, each counting the same."""
+    """Average the weights of final checkpoints, with equal weights."""
     if len(checkpoints) < 2:
         raise ValueError(f"expected at least two checkpoints to average, found {len(checkpoints)}")
     averaged(
@@ -30,13 +30,13 @@ def soup(checkpoints: list[Path], final: Path) -> None:
 def averaged(
     weights: Inputs, config: Input, final: Folder, checkpoints: Unhashed[list[Path]]
 ) -> Facts:
-    """The uniform mean of several models' weights, summed in float64, in their own type.
+    """The uniform mean of several models' weights, summed in float64, stored in their own dtype.
 
-    `final` gets model.safetensors and the first one's config.yaml; there is no optimizer's state,
-    which belongs to a run. `checkpoints` are the folders, for what is said of them.
+    `final` gets model.safetensors and the config.yaml of the first checkpoint, and no optimizer
+    state. `checkpoints` are the folders, for error messages.
 
     Raises:
-        ValueError: they are not of one model.
+        ValueError: the checkpoints have different model configs or shapes.
     """
     from olmo.checkpoint.final import write_safetensors
     from olmo.checkpoint.read import open_checkpoint
@@ -48,9 +48,9 @@ def averaged(
     for folder, file in zip(others, weights[1:], strict=True):
         other = ModelConfig.load(folder / "config.yaml", key="model", foreign=True)
         found = open_checkpoint(file, optimizer=False, trainer=False).model
-        if other != model or shapes(found) != shapes(one):
+        if other != model or tensor_shapes(found) != tensor_shapes(one):
             raise ValueError(
-                f"expected checkpoints of one model, found another one in {folder} than in {first}"
+                f"expected checkpoints of one model, found different ones in {first} and {folder}"
             )
         for name, tensor in found.items():
             sums[name] += tensor.double()
@@ -61,5 +61,6 @@ def averaged(
     return {"checkpoints": len(weights), "parameters": sum(t.numel() for t in mean.values())}
 
 
-def shapes(weights: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(weights: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Parameter name → shape."""
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}

@@ -1,7 +1,7 @@
-"""A checkpoint that this pipeline did not train, as a folder that it can start a run from.
+"""`olmo start`: an external checkpoint as a folder that a run can start from.
 
-Whatever the kind and the place, what comes out is the same: model.safetensors and, where it is
-wanted, the optimizer's state, named and laid out as in the pipeline's own final folders.
+Whatever its format and place, the result has model.safetensors and, on request, the optimizer
+state, with the names and layout of the pipeline's own final folders.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from olmo.store.stage import Facts, Folder, Inputs, Unhashed, Work, stage
 
 
 def start(place: str, checkpoint: Path, optimizer: bool = False) -> None:
-    """Take a checkpoint, a folder or a URL, of any kind that can be loaded.
+    """Import a checkpoint, a folder or a URL, of any format that can be loaded.
 
-    Its weights, and with --optimizer its optimizer's state too.
+    Its weights, and with --optimizer its optimizer state.
     """
     if "://" in place:
         fetched_checkpoint(url=place, checkpoint=checkpoint, optimizer=optimizer)
         return
     folder = Path(place)
     if not folder.is_dir():
-        raise FileNotFoundError(f"start_from: no run and no checkpoint folder at {place}")
+        raise FileNotFoundError(
+            f"start_from: expected a run or a checkpoint's folder, found none at {place}"
+        )
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     local_checkpoint(files=files, checkpoint=checkpoint, folder=folder, optimizer=optimizer)
 
@@ -32,23 +34,26 @@ def start(place: str, checkpoint: Path, optimizer: bool = False) -> None:
 def local_checkpoint(
     files: Inputs, checkpoint: Folder, folder: Unhashed[Path], optimizer: bool = False
 ) -> Facts:
-    """Take a checkpoint of this machine. `files` are those in `folder`."""
-    return {"from": str(folder), "parameters": write(folder, checkpoint, optimizer)}
+    """Import a checkpoint of this machine. `files` are those in `folder`."""
+    return {
+        "from": str(folder),
+        "parameters": write_start_checkpoint(folder, checkpoint, optimizer),
+    }
 
 
 @stage(version=1)
 def fetched_checkpoint(url: str, checkpoint: Folder, part: Work, optimizer: bool = False) -> Facts:
-    """Fetch a checkpoint. What arrived before an attempt was cut off is used."""
+    """Download and import a checkpoint. An interrupted download is resumed."""
     from olmo.checkpoint.mirror import download_checkpoint
 
     folder = download_checkpoint(url, part, optimizer, trainer=optimizer)
-    parameters = write(folder, checkpoint, optimizer)
+    parameters = write_start_checkpoint(folder, checkpoint, optimizer)
     shutil.rmtree(part)
     return {"from": url, "parameters": parameters}
 
 
-def write(folder: Path, out: Path, optimizer: bool) -> int:
-    """Write what a run can start from; how many weights there are."""
+def write_start_checkpoint(folder: Path, out: Path, optimizer: bool) -> int:
+    """Write the parts of a checkpoint that a run starts from. Returns the number of parameters."""
     from olmo.checkpoint.final import write_safetensors
     from olmo.checkpoint.read import load_checkpoint
 

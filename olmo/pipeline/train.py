@@ -1,7 +1,7 @@
 """A training run as a stage: from token shards and an order to a final checkpoint.
 
-The trainer knows nothing of this module. It gets a config whose paths are filled in, a folder in
-the store that survives any failure, and says there when it has come to its end.
+The trainer does not depend on this module. It gets a config with the paths filled in, and a folder
+in the store that survives failures, in which it marks that it has finished.
 """
 
 import os
@@ -28,8 +28,8 @@ from olmo.store.stage import (
 from olmo.train.chain import STATE, identity_until
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
-PER_LABEL = "CrossEntropyLossPerLabel"  # olmo.eval.perplexity's, where labels are masked
-ASIDE = ["metrics.jsonl", "loss.svg"]  # timings and pictures: no part of the content
+PER_LABEL = "CrossEntropyLossPerLabel"  # of olmo.eval.perplexity, if labels are masked
+NOT_IN_CONTENT = ["metrics.jsonl", "loss.svg"]  # timings and plots: not in the output's digest
 
 
 def train(
@@ -47,14 +47,13 @@ def train(
     until: int | None = None,
     overrides: tuple[str, ...] = (),
 ) -> None:
-    """Train as `config` says on the shards of `tokens`, or carry on where that was cut off.
+    """Train as `config` says on the shards of `tokens`, or resume an interrupted run.
 
-    `start` is the folder of a final checkpoint whose weights, and unless the config resets it
-    optimizer state, the run begins with. Of a run that is a chain (olmo.train.chain) `after` is the
-    folder of the link to go on from, and `until` the step at which this link ends.
-    `processes` are of each of `nodes`, which are those of the SLURM allocation that this runs in;
-    it begins, and after a loss of nodes goes on, with as few as `min_nodes`. `overrides` are
-    key=value, as on the trainer's own command line.
+    `start` is the folder of a final checkpoint whose weights, and optimizer state unless the config
+    resets it, the run begins with. In a chain (olmo.train.chain) `after` is the folder of the link
+    to continue, and `until` the step at which this link ends. `processes` run on each of `nodes`
+    nodes of the SLURM allocation; the run needs at least `min_nodes`, at its start and after a loss
+    of nodes. `overrides` are key=value, as on the trainer's own command line.
     """
     cfg = TrainConfig.load(config, list(overrides), validate_paths=False)
     model = cfg.model
@@ -70,7 +69,7 @@ def train(
         tokens=[entry.object for entry in read_listing(tokens, "tokens")],
         labels=[entry.object for entry in read_listing(tokens, "labels")] or None,
         order=order,
-        start=None if start is None else parts_of(start, cfg),
+        start=None if start is None else start_files(start, cfg),
         after=None if after is None else [after / name for name in STATE],
         until=until,
         settings=identity(cfg) if until is None else identity_until(cfg, until),
@@ -78,30 +77,31 @@ def train(
         attempt=final.parent / "run",
         cfg=cfg,
         heldout=[entry.object for entry in read_listing(tokens, "heldout-tokens") if entry.bytes],
-        heldout_labels=heldout_labels(tokens),
+        heldout_labels=heldout_label_masks(tokens),
         geometry=Geometry(processes, nodes, min_nodes, max_restarts, cfg.global_train_batch_size),
     )
 
 
-def heldout_labels(tokens: list[Path]) -> list[Path] | None:
-    """Which tokens of the held-out shards are learned; None where all are."""
+def heldout_label_masks(tokens: list[Path]) -> list[Path] | None:
+    """The label masks of the held-out shards; None if all tokens count."""
     return [entry.object for entry in read_listing(tokens, "heldout-labels") if entry.bytes] or None
 
 
-def parts_of(checkpoint: Path, cfg: TrainConfig) -> list[Path]:
+def start_files(checkpoint: Path, cfg: TrainConfig) -> list[Path]:
     """The files of a checkpoint that a run starts from, its weights first.
 
     Raises:
-        ValueError: the run would not be a new one.
+        ValueError: reset_trainer_state is false, or the checkpoint has no optimizer state.
     """
     if not cfg.reset_trainer_state:
         raise ValueError(
-            "a run that starts from a checkpoint is a new one: expected reset_trainer_state: true"
+            "expected reset_trainer_state: true, since a run that starts from a checkpoint is new; "
+            "found false"
         )
     files = [checkpoint / name for name in STATE[: 1 if cfg.reset_optimizer_state else None]]
     if missing := [file.name for file in files if not file.exists()]:
         raise ValueError(
-            f"{checkpoint} has no {missing[0]}; start from its weights alone: "
+            f"{checkpoint}: expected {missing[0]}, found none; to start from the weights only, set "
             "reset_optimizer_state: true"
         )
     return files
@@ -125,27 +125,29 @@ def training(
 ) -> Facts:
     """Run the trainer to its end and export its last checkpoint.
 
-    `attempt` keeps the run's own checkpoints, from which the next attempt goes on. `settings` is
-    what of `cfg` decides bytes. `labels` say which tokens are learned, `start` holds the weights,
-    and the optimizer's state, that the run begins with (`parts_of`). A link of a chain goes on
-    `after` the files of the one before it, and ends at step `until`.
+    `attempt` keeps the run's own checkpoints, from which the next attempt resumes. `settings` is
+    the identity of `cfg`. `labels` are masks of the tokens that are learned. `start` are the files
+    that the run begins with (`start_files`). A link of a chain continues `after` the files of the
+    previous one, and ends at step `until`.
     """
     attempt.mkdir(parents=True, exist_ok=True)
-    place = filled_in(cfg, tokens, order, heldout, attempt, labels, heldout_labels)
+    filled = fill_in_paths(cfg, tokens, order, heldout, attempt, labels, heldout_labels)
     if start is not None:
-        place = place.update_with(load_path=str(start[0].absolute().parent))
-    before = None if after is None else after[0].absolute().parent
-    place = place.update_with(**link(cfg, before, until))
-    place.save(attempt / "given.yaml")
-    launch(attempt / "given.yaml", geometry, place.intra_op_threads)
+        filled = filled.update_with(load_path=str(start[0].absolute().parent))
+    previous = None if after is None else after[0].absolute().parent
+    filled = filled.update_with(**link_settings(cfg, previous, until))
+    filled.save(attempt / "given.yaml")
+    launch(attempt / "given.yaml", geometry, filled.intra_op_threads)
 
     from olmo.checkpoint.final import export_final
     from olmo.report.loss import plot_losses
     from olmo.train.segments import segments, training_conditions
     from olmo.train.sinks import read_metrics
 
-    reached = export_final(attempt, final, named_by_content(settings, tokens, order, labels, start))
-    rows = [folder / "metrics.jsonl" for folder in (before, attempt) if folder is not None]
+    reached = export_final(
+        attempt, final, content_addressed_config(settings, tokens, order, labels, start)
+    )
+    rows = [folder / "metrics.jsonl" for folder in (previous, attempt) if folder is not None]
     metrics = [row for path in rows for row in read_metrics(path)]
     (final / "metrics.jsonl").write_text("".join(to_json(row) + "\n" for row in metrics))
     plot_losses(metrics, final / "loss.svg")
@@ -158,11 +160,11 @@ def training(
             "segments": segments(attempt),
         },
         "conditions": training_conditions(segments(attempt)),
-        "aside": ASIDE,
+        "aside": NOT_IN_CONTENT,
     }
 
 
-def filled_in(
+def fill_in_paths(
     cfg: TrainConfig,
     tokens: list[Path],
     order: Path,
@@ -171,61 +173,61 @@ def filled_in(
     labels: list[Path] | None = None,
     heldout_labels: list[Path] | None = None,
 ) -> TrainConfig:
-    """The config with the places of this attempt: data, order, held-out data, folder."""
+    """The config with the paths of this attempt: data, order, held-out data, folder."""
 
-    def places(files: list[Path] | None) -> list[str] | None:
+    def to_strings(files: list[Path] | None) -> list[str] | None:
         return None if files is None else [str(path) for path in files]
 
     data = cfg.data.update_with(
-        paths=places(tokens),
-        label_mask_paths=places(labels),
+        paths=to_strings(tokens),
+        label_mask_paths=to_strings(labels),
         datasets=None,
         order_path=os.path.realpath(order),
     )
     evaluators = list(cfg.evaluators)
     if heldout:
-        held = DataConfig(
-            paths=places(heldout),
-            label_mask_paths=places(heldout_labels),
+        heldout_data = DataConfig(
+            paths=to_strings(heldout),
+            label_mask_paths=to_strings(heldout_labels),
             memmap_dtype=cfg.data.memmap_dtype,
             drop_last=False,
         )
-        evaluators.append(EvaluatorConfig(label=HELDOUT, data=held))
+        evaluators.append(EvaluatorConfig(label=HELDOUT, data=heldout_data))
     return cfg.update_with(
         data=data,
         evaluators=evaluators,
         save_folder=str(folder),
         save_overwrite=True,
         try_load_latest_save=True,
-        fast_forward_batches=None,  # else passed over again whenever it is interrupted
+        fast_forward_batches=None,  # else each resume would skip them again
     )
 
 
-def link(cfg: TrainConfig, before: Path | None, until: int | None) -> dict[str, Any]:
-    """Settings of a link: it goes on from the one before it just as an interrupted run goes on."""
+def link_settings(cfg: TrainConfig, previous: Path | None, until: int | None) -> dict[str, Any]:
+    """Settings of a link of a chain: it resumes from the previous link."""
     settings: dict[str, Any] = {} if until is None else {"stop_at": until}
-    if before is not None:
+    if previous is not None:
         settings |= {
-            "load_path": str(before),
+            "load_path": str(previous),
             "restore_dataloader": True,
             "fast_forward_batches": None,
             "reset_optimizer_state": False,
             "reset_trainer_state": False,
-            "epoch": None,  # it may have left the one that the run began in
+            "epoch": None,  # the checkpoint has the epoch, which may be a later one
         }
-        if cfg.duration[1] == "epochs":  # which are counted from that one
+        if cfg.duration[1] == "epochs":  # counted from cfg.epoch
             settings["max_duration"] = f"{cfg.duration[0] + (cfg.epoch or 0)}ep"
     return settings
 
 
-def named_by_content(
+def content_addressed_config(
     settings: dict[str, Any],
     tokens: list[Path],
     order: Path,
     labels: list[Path] | None = None,
     start: list[Path] | None = None,
 ) -> dict[str, Any]:
-    """final/config.yaml: the settings, and what they were applied to, wherever the store is."""
+    """The content of final/config.yaml: the settings, with the inputs' addresses in any store."""
     store = current_store()
 
     def address(path: Path) -> str:
@@ -235,12 +237,12 @@ def named_by_content(
     data = {"paths": [address(path) for path in tokens], "order_path": address(order)}
     if labels is not None:
         data["label_mask_paths"] = [address(path) for path in labels]
-    named = settings | {"data": settings.get("data", {}) | data}
-    return named if start is None else named | {"load_path": address(start[0])}
+    config = settings | {"data": settings.get("data", {}) | data}
+    return config if start is None else config | {"load_path": address(start[0])}
 
 
 def heldout_losses(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The first and the last loss on each held-out set, in nats a token that is learned."""
+    """The first and the last loss on each held-out set, in nats per learned token."""
     losses: dict[str, dict[str, float]] = {}
     for row in metrics:
         for name, value in row.items():

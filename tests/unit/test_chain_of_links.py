@@ -114,5 +114,5 @@ def test_where_a_run_is_cut(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_passes_over_nothing(tmp_path: Path) -> None:
     cfg = config(tmp_path, fast_forward_batches=2)
-    filled = olmo.pipeline.train.filled_in(cfg, [], tmp_path / "order", [], tmp_path)
+    filled = olmo.pipeline.train.fill_in_paths(cfg, [], tmp_path / "order", [], tmp_path)
     assert filled.try_load_latest_save and filled.fast_forward_batches is None

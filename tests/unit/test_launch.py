@@ -280,7 +280,7 @@ def test_too_few_nodes(allocation: Path, monkeypatch: Any, nodes: str | None, sa
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"processes": 2, "gpus_per_node": 4}, "processes: expected one a GPU"),
+        ({"processes": 2, "gpus_per_node": 4}, "processes: expected one per GPU"),
         ({"nodes": 2, "min_nodes": 3}, r"min_nodes: expected at most nodes \(2\), found 3"),
         ({"nodes": 0}, "nodes: expected at least 1, found 0"),
     ],
@@ -469,7 +469,7 @@ def test_asked_to_stop_it_saves_and_says_so(tmp_path: Path, number: signal.Signa
         process.kill()  # its ranks end with it, also where it did not heed the signal
     assert process.returncode == 75, said
     step = int(metrics(config.parent)[-1]["step"])
-    assert f"olmo train: training paused: at step {step} by {number.name}, saved to" in said
+    assert f"olmo train: training paused at step {step} by {number.name}, saved to" in said
     assert "Traceback" not in said
     again = given(tmp_path, max_duration=step + 3, evaluators=[])
     (config.parent / "stop").write_text("SIGTERM")  # of an attempt that died before it looked

@@ -342,7 +342,7 @@ def test_documents_become_tokens_as_they_are_unless_the_recipe_takes_some_out():
         ({"decontaminate": {"heldout": False}}, "expected against or heldout"),
         (
             {"dedupe": {"exact": True}, "documents": {"weights": ["a=2"]}},
-            "every copy would be a duplicate",
+            "whose copies are duplicates",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -444,7 +444,7 @@ def test_a_soup_is_made_of_runs_and_evaluated_as_the_first():
     plan = Plan({"runs": runs, "soups": {"soup": ["b", "a"]}})
     assert plan.dataset("soup") == "other" and plan.run("soup").dataset == "other"
     assert plan.start_checkpoint("c") == ["checkpoints/soup/final"]
-    with pytest.raises(ValueError, match=r"soups.soup: expected runs, found d; there are a, b"):
+    with pytest.raises(ValueError, match=r"soups.soup: expected runs, found d; known are a, b"):
         Plan({"runs": runs, "soups": {"soup": ["a", "d"]}})
-    with pytest.raises(ValueError, match="soups: a is a run as well"):
+    with pytest.raises(ValueError, match="soups: a is also a run"):
         Plan({"runs": runs, "soups": {"a": ["a", "b"]}})

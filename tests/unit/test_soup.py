@@ -56,7 +56,7 @@ def test_the_mean_of_one_model_with_itself_is_that_model(tmp_path: Path):
 
 def test_other_models_and_single_ones_are_refused(tmp_path: Path):
     one, other = final(tmp_path / "one", 0), final(tmp_path / "other", 0, n_layers=2)
-    with pytest.raises(ValueError, match=r"one model, found another one in .*other than in .*one"):
+    with pytest.raises(ValueError, match=r"one model, found different ones in .*one and .*other"):
         made([one, other], tmp_path / "soup")
     with pytest.raises(ValueError, match="at least two checkpoints to average, found 1"):
         soup([one], tmp_path / "soup")
