@@ -13,8 +13,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from olmo.corpus.sources import check_digest, fetch_any
-from olmo.io import downloads, file_types, gz
+from olmo.corpus.sources import DIRECT, Transfer, check_digest, fetch_any
+from olmo.io import file_types, gz
 from olmo.store.stage import Facts, Input, Output, Unhashed, Work, stage
 
 ROLES = ("system", "user", "assistant")
@@ -111,9 +111,7 @@ def download_conversations(
     source: Output,
     part: Work,
     sha256: str | None = None,
-    bytes: Unhashed[int | None] = None,
-    mirrors: Unhashed[tuple[str, ...]] = (),
-    progress: Unhashed[downloads.Progress] = downloads.ignore_progress,
+    transfer: Unhashed[Transfer] = DIRECT,
 ) -> Facts:
     """Download and convert such a file, as `olmo.corpus.sources.download`.
 
@@ -122,10 +120,10 @@ def download_conversations(
     downloaded = source.with_name("arrived")
 
     def convert(place: str) -> int:
-        check_digest(downloaded, place, bytes, sha256)
+        check_digest(downloaded, place, transfer.bytes, sha256)
         return convert_to_json_lines(downloaded, source, place)
 
-    found = fetch_any(url, mirrors, downloaded, part, convert, progress, bytes)
+    found = fetch_any(url, transfer, downloaded, part, convert)
     downloaded.unlink()
     return {"url": url, **found, "text_bytes": found.pop("checked")}
 

@@ -41,6 +41,11 @@ REASONS = {
     "surrogate": "half a surrogate pair, which is no character",
     "carriage-return": "a carriage return, which the toolkit takes for a line's end",
 }
+PARQUET: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 3,
+    "row_group_size": 1 << 17,
+}
 TRAIN, HELDOUT, DROPPED = "train", "heldout", "dropped"
 TEXT, MESSAGES = "text", "messages"  # kinds of lines: documents, conversations
 
@@ -229,9 +234,7 @@ def documents(
             f"{name}: {empty_ids:,} lines have an empty id and so one hash: all of them are held "
             "out or none, all are repeated or none"
         )
-    frame.select(polars.lit(name).alias("file"), polars.all()).write_parquet(
-        table, compression="zstd", compression_level=3, row_group_size=1 << 17
-    )
+    frame.select(polars.lit(name).alias("file"), polars.all()).write_parquet(table, **PARQUET)
     return {
         "lines": total,
         "rows": frame.height,
@@ -313,7 +316,12 @@ def count_copies(identity: str, weight: float) -> int:
 
 def hash_fraction(identity: str) -> float:
     """A uniform number from 0 up to 1, computed from the id alone."""
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
+    return hash_number(identity.encode()) / 2**64
+
+
+def hash_number(content: bytes) -> int:
+    """A uniform number of 64 bits, the beginning of the content's sha256."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
 
 
 def format_drops(

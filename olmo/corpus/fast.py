@@ -6,14 +6,13 @@ rejects, and a share of the shards once more, to compare.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo.corpus.documents import parse_document
+from olmo.corpus.documents import hash_number, parse_document
 from olmo.corpus.dolma import Dolma, scratch_beside
 from olmo.corpus.encoding import make_encoder
 from olmo.corpus.engine import TokenizeJob, token_ranges
@@ -102,8 +101,7 @@ class Fast:
     def is_audited(self, job: TokenizeJob) -> bool:
         """Whether the toolkit tokenizes this file too: by a hash of the file's beginning."""
         with open(job.documents, "rb") as file:
-            digest = hashlib.sha256(file.read(gz.BUFFER_BYTES)).digest()
-        return int.from_bytes(digest[:8], "big") < self.audit_share * 2**64
+            return hash_number(file.read(gz.BUFFER_BYTES)) < self.audit_share * 2**64
 
     def audit(self, job: TokenizeJob, ranges: polars.DataFrame) -> None:
         """Raises ValueError if the toolkit gives other tokens."""

@@ -12,7 +12,7 @@ from olmo.corpus import source_table
 from olmo.corpus.conversations import download_conversations, local_conversations
 from olmo.corpus.listing import Entry, read_listing, run_shard, write_listing
 from olmo.corpus.questions import stdlib_questions
-from olmo.corpus.sources import download, download_tokens, local_source, local_tokens
+from olmo.corpus.sources import Transfer, download, download_tokens, local_source, local_tokens
 from olmo.corpus.stdlib import library_digest, stdlib
 from olmo.io import untrusted
 from olmo.io.downloads import Progress, ignore_progress
@@ -36,6 +36,9 @@ class SourceFile:
     @property
     def is_remote(self) -> bool:
         return "://" in self.place
+
+    def transfer(self, progress: Progress) -> Transfer:
+        return Transfer(self.mirrors, self.bytes, progress)
 
 
 def parse_sources(words: list[str], table: Path | None = None) -> list[SourceFile]:
@@ -125,11 +128,10 @@ def sources(
 
     def ingest(file: SourceFile, progress: Progress) -> list[Entry]:
         if file.is_remote:
-            known = {"bytes": file.bytes, "sha256": file.sha256, "mirrors": file.mirrors}
-            fetch = {"url": file.place, "progress": progress, **known}
-            return run_shard(remote, listing, file.name, outputs, **fetch)
+            fetch = {"url": file.place, "transfer": file.transfer(progress)}
+            return run_shard(remote, listing, file.name, outputs, sha256=file.sha256, **fetch)
         kind, _, shard = file.place.partition(":")
-        if kind in LIBRARY:
+        if kind in STDLIB_STAGES:
             return [stdlib_entry(listing, kind, file.name, *map(int, shard.split("/")))]
         where = {"file": Path(file.place), "sha256": file.sha256}
         return run_shard(local, listing, file.name, outputs, **where)
@@ -162,7 +164,7 @@ def given_tokens(
 
     def ingest(file: SourceFile, progress: Progress) -> list[Entry]:
         if file.is_remote:
-            fetch = {"url": file.place, "mirrors": file.mirrors, "progress": progress}
+            fetch = {"url": file.place, "transfer": file.transfer(progress)}
             return run_shard(download_tokens, listing, file.name, outputs, dtype=dtype, **fetch)
         path = Path(file.place)
         return run_shard(local_tokens, listing, file.name, outputs, file=path, dtype=dtype)
@@ -171,19 +173,19 @@ def given_tokens(
     write_listing(listing, ingest_files(listing, files, ingest, parallel, allow_missing))
 
 
-# The stages that make sources from the standard library, by the place's prefix; their file names.
-LIBRARY = {"stdlib": (stdlib, "stdlib"), "stdlib-questions": (stdlib_questions, "questions")}
+# The stages that make sources from the standard library, by the place's prefix; their files' names.
+STDLIB_STAGES = {"stdlib": (stdlib, "stdlib"), "stdlib-questions": (stdlib_questions, "questions")}
 
 
 def stdlib_entry(listing: Path, kind: str, name: str, number: int, shards: int) -> Entry:
     """The entry of one file of the standard library's; one action makes all of them."""
     record = run_stdlib(listing.parent.parent / "stdlib", kind, shards)
-    path = f"{LIBRARY[kind][1]}-{number:02d}.json.gz"
+    path = f"{STDLIB_STAGES[kind][1]}-{number:02d}.json.gz"
     file = record["outputs"]["folder"]["files"][path]
     return Entry(name, "source", f"stdlib/{path}", file["sha256"], file["size"])
 
 
 @cache
 def run_stdlib(folder: Path, kind: str, shards: int) -> Record:
-    record: Record = LIBRARY[kind][0](folder=folder, shards=shards, library=library_digest())
+    record: Record = STDLIB_STAGES[kind][0](folder=folder, shards=shards, library=library_digest())
     return record

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from olmo.config import BaseConfig
 from olmo.config.strict import check_range
 from olmo.corpus.conversations import Message, parse_messages
-from olmo.corpus.documents import TRAIN
-from olmo.corpus.tokens import PARQUET, read_vocabulary, run_splits, token_dtype
+from olmo.corpus.documents import PARQUET, TRAIN
+from olmo.corpus.tokens import read_vocabulary, run_splits, token_dtype
 from olmo.io import gz
 from olmo.runtime.log import log
 from olmo.store.stage import Facts, Input, Output, stage

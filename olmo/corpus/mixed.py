@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 from olmo.corpus.attributes import read_attributes
 from olmo.corpus.dedupe import DUPLICATE, OVERLAP, PARAGRAPH, REASONS, Spans
-from olmo.corpus.documents import DROPPED, TRAIN, parse_document, size_in_utf8
+from olmo.corpus.documents import DROPPED, PARQUET, TRAIN, parse_document, size_in_utf8
 from olmo.corpus.dolma import Dolma, open_dolma, scratch_beside, time_limit
 from olmo.corpus.listing import read_listing, run_shards, write_listing
-from olmo.corpus.tokens import PARQUET
 from olmo.io import gz
 from olmo.runtime.log import log
 from olmo.store.stage import Facts, Input, Output, Unhashed, stage

@@ -1,24 +1,27 @@
-"""Instruction data that every machine has: the standard library's documentation, asked for.
+"""Instruction data that every machine has: questions on the standard library's documentation.
 
 Each module, class and function with a docstring becomes a conversation in Tulu v2's format: a
-question about it, and the docstring as the answer. A class is asked about once more, for one of
+question about it, and the docstring as the answer. For a class, a second question asks for one of
 its methods.
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import inspect
-import io
-import json
-import platform
 import sysconfig
-import tokenize
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from olmo.corpus.stdlib import source_files
+from olmo.config.strict import check_range
+from olmo.corpus.documents import hash_number
+from olmo.corpus.stdlib import (
+    MAX_SHARDS,
+    decode_source,
+    json_line,
+    python_facts,
+    source_files,
+)
 from olmo.io import gz
 from olmo.store.stage import Facts, Folder, stage
 
@@ -31,70 +34,61 @@ QUESTIONS = {
     "method": ("And its method {}?", "What does its {} do?"),
 }
 SYSTEM = "You answer questions about Python's standard library."
-SYSTEM_ONE_IN = 8  # conversations begin with it
+SYSTEM_ONE_IN = 8  # one conversation in 8 begins with it
 
 
 @stage(version=1, conditions=gz.conditions)
 def stdlib_questions(folder: Folder, shards: int, library: str | None = None) -> Facts:
     """Write questions and answers about the running Python's standard library.
 
-    The folder gets `questions-00.json.gz` and so on; a conversation goes by the hash of its id.
-    `library` is what `olmo.corpus.stdlib.library_digest` tells: it makes the sources, which are no
-    file of ours, part of the action.
+    The folder gets `questions-00.json.gz` and so on; the hash of a conversation's id selects its
+    file. `library` is `olmo.corpus.stdlib.library_digest()`, which makes the library's sources part
+    of the action's key.
     """
-    if not 1 <= shards <= 100:
-        raise ValueError(f"expected 1 to 100 shards, found {shards}")
+    check_range("shards", shards, 1, MAX_SHARDS)
     root = Path(sysconfig.get_path("stdlib"))
-    dealt: list[list[dict]] = [[] for _ in range(shards)]
+    conversations: list[list[dict]] = [[] for _ in range(shards)]
     files = 0
     for path in source_files(root):
         files += 1
-        for conversation in conversations_of(path, (root / path).read_bytes()):
-            dealt[number(conversation["id"], shards)].append(conversation)
-    if not all(dealt):
+        for conversation in make_conversations(path, (root / path).read_bytes()):
+            conversations[hash_below(conversation["id"], shards)].append(conversation)
+    if not all(conversations):
         raise ValueError(
             f"expected documentation for {shards} files in {root}, found "
-            f"{sum(map(len, dealt))} conversations. Use a Python that has its library's sources "
-            "(uv's or python.org's), or fewer files"
+            f"{sum(map(len, conversations))} conversations. Use a Python that has its library's "
+            "sources (uv's or python.org's), or fewer files"
         )
     folder.mkdir()
-    for shard, conversations in enumerate(dealt):
+    for shard, rows in enumerate(conversations):
         with gz.writing(folder / f"questions-{shard:02d}.json.gz") as lines:
-            for conversation in conversations:
-                lines.write(json.dumps(conversation, ensure_ascii=False).encode() + b"\n")
-    return {
-        "python": platform.python_version(),
-        "implementation": platform.python_implementation(),
-        "files": files,
-        "conversations": sum(map(len, dealt)),
-        "licence": "PSF-2.0",
-    }
+            lines.writelines(map(json_line, rows))
+    return {**python_facts(), "files": files, "conversations": sum(map(len, conversations))}
 
 
-def conversations_of(path: PurePosixPath, content: bytes) -> Iterator[dict]:
+def make_conversations(path: PurePosixPath, content: bytes) -> Iterator[dict]:
     """The conversations about one module, in the order of its lines."""
-    encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-    tree = ast.parse(io.TextIOWrapper(io.BytesIO(content), encoding).read())
+    tree = ast.parse(decode_source(content))
     module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
-    Asked = tuple[str, str, str | None, tuple[str, str] | None]  # kind, name, answer, method
-    about: list[Asked] = [("module", module, answer(tree), None)]
+    Topic = tuple[str, str, str | None, tuple[str, str] | None]  # kind, name, answer, method
+    topics: list[Topic] = [("module", module, clean_docstring(tree), None)]
     for node in tree.body:
         if isinstance(node, Definition) and not node.name.startswith("_"):
             kind = "class" if isinstance(node, ast.ClassDef) else "function"
             method = first_method(node) if isinstance(node, ast.ClassDef) else None
-            about.append((kind, f"{module}.{node.name}", answer(node), method))
+            topics.append((kind, f"{module}.{node.name}", clean_docstring(node), method))
     seen: dict[str, int] = {}
-    for kind, name, text, method in about:
+    for kind, name, text, method in topics:
         if text is None:
             continue
         seen[name] = seen.get(name, 0) + 1
         again = f":{seen[name]}" if seen[name] > 1 else ""
         identity = f"stdlib-questions/{name}{again}"
-        messages = [("user", question(kind, name)), ("assistant", text)]
-        if number(identity, SYSTEM_ONE_IN) == 0:
+        messages = [("user", format_question(kind, name)), ("assistant", text)]
+        if hash_below(identity, SYSTEM_ONE_IN) == 0:
             messages.insert(0, ("system", SYSTEM))
         if method is not None:
-            messages += [("user", question("method", method[0])), ("assistant", method[1])]
+            messages += [("user", format_question("method", method[0])), ("assistant", method[1])]
         yield {
             "id": identity,
             "dataset": "python-stdlib",
@@ -102,28 +96,28 @@ def conversations_of(path: PurePosixPath, content: bytes) -> Iterator[dict]:
         }
 
 
-def answer(node: Definition | ast.Module) -> str | None:
-    """A docstring as a reader has it, without its indentation; None where there is none."""
+def clean_docstring(node: Definition | ast.Module) -> str | None:
+    """A docstring without its indentation; None if there is none."""
     text = ast.get_docstring(node, clean=False)
     return inspect.cleandoc(text).strip() or None if text else None
 
 
 def first_method(node: ast.ClassDef) -> tuple[str, str] | None:
-    """(name, docstring) of a class's first public method that has one."""
+    """(name, docstring) of a class's first public method with a docstring."""
     for inner in node.body:
         if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef) and inner.name[0] != "_":
-            text = answer(inner)
+            text = clean_docstring(inner)
             if text is not None:
                 return inner.name, text
     return None
 
 
-def question(kind: str, name: str) -> str:
-    """One of the ways to ask, always the same one for a name."""
-    ways = QUESTIONS[kind]
-    return ways[number(name, len(ways))].format(f"`{name}`")
+def format_question(kind: str, name: str) -> str:
+    """One of the questions of a kind, always the same one for a name."""
+    templates = QUESTIONS[kind]
+    return templates[hash_below(name, len(templates))].format(f"`{name}`")
 
 
-def number(name: str, below: int) -> int:
-    """A number from 0 that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % below
+def hash_below(name: str, limit: int) -> int:
+    """A number from 0 to limit - 1, computed from the name alone."""
+    return hash_number(name.encode()) % limit

@@ -5,21 +5,25 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from olmo.config import BaseConfig
 from olmo.config.strict import check_range
 from olmo.corpus.source_table import COLUMNS
+from olmo.corpus.stdlib import MAX_SHARDS
 from olmo.io import downloads, file_types, gz
 from olmo.runtime.log import log
-from olmo.runtime.urls import redact
+from olmo.runtime.urls import redact, stash_secrets
 from olmo.store.stage import Facts, Input, Output, Unhashed, Work, current_store, stage
-from olmo.store.store import hash_file as digest_of
+from olmo.store.store import hash_file
 
 MAX_URL_LIST_BYTES = 256 * 2**20
 
-KINDS = ("stdlib", "stdlib_questions", "files", "table", "url_list")  # fields of the section
+# Sources that are generated: the section's field → the prefix of their places, which are no files.
+GENERATED = {"stdlib": "stdlib", "stdlib_questions": "stdlib-questions"}
+KINDS = (*GENERATED, "files", "table", "url_list")  # the fields of which one is set
 
 
 @dataclass
@@ -37,8 +41,8 @@ class SourcesSection(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("stdlib", "stdlib_questions"):
-            check_range(f"sources.{name}", getattr(self, name), 1, 100)
+        for name in GENERATED:
+            check_range(f"sources.{name}", getattr(self, name), 1, MAX_SHARDS)
         given = [name for name in KINDS if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(
@@ -87,15 +91,25 @@ def source_list(url: str, table: Output, licence: str = "") -> Facts:
     return {"url": url, "files": len(urls), "bytes": sum(known), "unknown": len(urls) - len(known)}
 
 
+@dataclass(frozen=True)
+class Transfer:
+    """How a file is downloaded, which does not change its bytes."""
+
+    mirrors: tuple[str, ...] = ()  # other places of the file, tried in this order
+    bytes: int | None = None  # its size, if known: a download ends as soon as it exceeds it
+    progress: downloads.Progress = downloads.ignore_progress
+
+
+DIRECT = Transfer()
+
+
 @stage(version=1)
 def download(
     url: str,
     source: Output,
     part: Work,
     sha256: str | None = None,
-    bytes: Unhashed[int | None] = None,
-    mirrors: Unhashed[tuple[str, ...]] = (),
-    progress: Unhashed[downloads.Progress] = downloads.ignore_progress,
+    transfer: Unhashed[Transfer] = DIRECT,
 ) -> Facts:
     """Download one gz file and check it: its length, its own checksum to the end, its sha256.
 
@@ -104,15 +118,15 @@ def download(
     `url` fails, the mirrors are tried in order.
     """
     known = current_store().object_path(sha256) if sha256 else None
-    if known is not None and known.exists() and digest_of(known) == sha256:
+    if known is not None and known.exists() and hash_file(known) == sha256:
         shutil.copyfile(known, source)
-        text_bytes = check_source(source, url, bytes, sha256)
+        text_bytes = check_source(source, url, transfer.bytes, sha256)
         return {"url": url, "sha256": sha256, "text_bytes": text_bytes, "received": 0}
 
     def check(place: str) -> int:
-        return check_source(source, place, bytes, sha256)
+        return check_source(source, place, transfer.bytes, sha256)
 
-    found = fetch_any(url, mirrors, source, part, check, progress, bytes)
+    found = fetch_any(url, transfer, source, part, check)
     return {"url": url, **found, "text_bytes": found.pop("checked")}
 
 
@@ -122,8 +136,7 @@ def download_tokens(
     tokens: Output,
     part: Work,
     dtype: str = "uint16",
-    mirrors: Unhashed[tuple[str, ...]] = (),
-    progress: Unhashed[downloads.Progress] = downloads.ignore_progress,
+    transfer: Unhashed[Transfer] = DIRECT,
 ) -> Facts:
     """Download a file of tokens made elsewhere: raw little-endian `dtype`, no header.
 
@@ -134,29 +147,19 @@ def download_tokens(
     def check(place: str) -> int:
         return check_token_file(tokens, place, dtype)
 
-    found = fetch_any(url, mirrors, tokens, part, check, progress)
+    found = fetch_any(url, transfer, tokens, part, check)
     return {"url": url, **found, "dtype": dtype, "tokens": found.pop("checked")}
 
 
 def fetch_any(
-    url: str,
-    mirrors: tuple[str, ...],
-    path: Path,
-    part: Path,
-    check: Callable[[str], int],
-    progress: downloads.Progress,
-    bytes: int | None = None,
+    url: str, transfer: Transfer, path: Path, part: Path, check: Callable[[str], int]
 ) -> dict[str, Any]:
-    """Download from the first of `url` and its mirrors whose file passes `check`; facts of it.
-
-    With known `bytes`, a download ends as soon as it exceeds them.
-    """
+    """Download from the first of `url` and its mirrors whose file passes `check`; facts of it."""
     failures = []
-    for number, place in enumerate((url, *mirrors)):
-
-        def fetch(place: str = place, part: Path = part / str(number)) -> dict[str, Any]:
-            return downloads.fetch(place, path, part, progress, bytes)
-
+    for number, place in enumerate(stash_secrets((url, *transfer.mirrors))):
+        fetch = partial(
+            downloads.fetch, place, path, part / str(number), transfer.progress, transfer.bytes
+        )
         try:
             facts = fetch()
             try:
@@ -173,7 +176,7 @@ def fetch_any(
             failures.append(str(error))
             continue
         shutil.rmtree(part, ignore_errors=True)
-        return {"from": place, "sha256": digest_of(path), "checked": checked, **facts}
+        return {"from": place, "sha256": hash_file(path), "checked": checked, **facts}
     raise ValueError("; then ".join(failures))
 
 
@@ -208,7 +211,7 @@ def check_digest(path: Path, name: str, bytes: int | None, sha256: str | None) -
     """Raises ValueError unless a file has the length and the sha256 that the table says."""
     if bytes is not None and (size := path.stat().st_size) != bytes:
         raise ValueError(wrong_size(name, bytes, size))
-    if sha256 is not None and (found := digest_of(path)) != sha256:
+    if sha256 is not None and (found := hash_file(path)) != sha256:
         raise ValueError(
             f"{name}: expected sha256 {sha256} by the source table, found {found}. If the file "
             "was changed on purpose, correct the table"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo.corpus.documents import DROPPED, HELDOUT, TRAIN
+from olmo.corpus.documents import DROPPED, HELDOUT, PARQUET, TRAIN
 from olmo.corpus.listing import read_objects
-from olmo.corpus.tokens import PARQUET
 from olmo.runtime.log import log
 from olmo.store.stage import Facts, Inputs, Output, stage
 
@@ -16,6 +15,19 @@ if TYPE_CHECKING:
 
 ALL = "in all"
 CUT = "cut"  # documents that stay, but without some of their lines
+COLUMNS = (
+    "file",
+    "split",
+    "reason",
+    "documents",
+    "bytes",
+    "tokens",
+    "bytes_per_token",
+    "shortest",
+    "median",
+    "p99",
+    "longest",
+)
 
 
 def batch(documents: list[Path], tokens: list[Path], summary: Path, text: Path) -> None:
@@ -85,21 +97,6 @@ def statistics(
         .row(0, named=True)
         for split in counted["split"]
     }
-
-
-COLUMNS = (
-    "file",
-    "split",
-    "reason",
-    "documents",
-    "bytes",
-    "tokens",
-    "bytes_per_token",
-    "shortest",
-    "median",
-    "p99",
-    "longest",
-)
 
 
 def add_reason(shard: polars.LazyFrame) -> polars.LazyFrame:

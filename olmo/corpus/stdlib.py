@@ -1,8 +1,8 @@
-"""The source that every machine already has: the running Python's own standard library.
+"""A source that every machine has: the running Python's standard library.
 
-Its modules and its documentation, cut into documents: one for each top-level function or class,
-one for the rest of each module, one for each topic of `help()`. They come out as gz files of
-JSON lines in Dolma's schema, as if they had been downloaded.
+Its modules and its documentation, split into documents: one for each top-level function or class,
+one for the rest of each module, one for each topic of `help()`. The output is gz files of JSON
+lines in Dolma's schema, like that of a download.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from olmo.config.strict import check_range
 from olmo.io import gz
 from olmo.store.stage import Facts, Folder, stage
 
-# Tests, demonstrations, character tables and files that differ between two builds of one Python.
-LEFT_OUT = {
+# Tests, demonstrations, character tables, and files that differ between builds of one Python.
+EXCLUDED = {
     "test",
     "tests",
     "idlelib",
@@ -30,8 +31,9 @@ LEFT_OUT = {
     "site-packages",
     "dist-packages",
 }
-LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-", "__pycache__")
+EXCLUDED_PREFIXES = ("_sysconfigdata", "config-", "__pycache__")
 TOPICS = PurePosixPath("pydoc_data/topics.py")
+MAX_SHARDS = 100  # their names have two digits
 
 
 @stage(version=1, conditions=gz.conditions)
@@ -39,12 +41,11 @@ def stdlib(folder: Folder, shards: int, library: str | None = None) -> Facts:
     """Write the running Python's standard library as text in Dolma's schema.
 
     The folder gets `stdlib-00.json.gz` and so on, and `manifest.tsv`, a table of the source files:
-    path, bytes, sha256, shard. A package's documents stay together; packages are dealt to the
-    shards, largest first, so that the shards come out about equally large. `library` is what
-    `library_digest` tells: it makes the sources, which are no file of ours, part of the action.
+    path, bytes, sha256, shard. A package's documents stay together; each package, largest first,
+    goes to the smallest shard, so that shards are about equally large. `library` is
+    `library_digest()`, which makes the library's sources part of the action's key.
     """
-    if not 1 <= shards <= 100:
-        raise ValueError(f"expected 1 to 100 shards, found {shards}")
+    check_range("shards", shards, 1, MAX_SHARDS)
     root = Path(sysconfig.get_path("stdlib"))
     packages: dict[str, list[PurePosixPath]] = {}
     for path in source_files(root):
@@ -58,40 +59,46 @@ def stdlib(folder: Folder, shards: int, library: str | None = None) -> Facts:
     def size(package: str) -> int:
         return sum((root / path).stat().st_size for path in packages[package])
 
-    dealt: list[list[str]] = [[] for _ in range(shards)]
-    loads = [0] * shards
+    parts: list[list[str]] = [[] for _ in range(shards)]
+    sizes = [0] * shards
     for package in sorted(packages, key=lambda package: (-size(package), package)):
-        lightest = loads.index(min(loads))
-        dealt[lightest].append(package)
-        loads[lightest] += size(package)
+        smallest = sizes.index(min(sizes))
+        parts[smallest].append(package)
+        sizes[smallest] += size(package)
 
     folder.mkdir()
     documents = 0
     rows = []
-    for number, chosen in enumerate(dealt):
+    for number, part in enumerate(parts):
         with gz.writing(folder / f"stdlib-{number:02d}.json.gz") as lines:
-            for path in sorted(path for package in chosen for path in packages[package]):
+            for path in sorted(path for package in part for path in packages[package]):
                 content = (root / path).read_bytes()
                 rows.append((path, len(content), hashlib.sha256(content).hexdigest(), number))
-                for document in documents_of(path, content):
-                    lines.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
+                for document in split_into_documents(path, content):
+                    lines.write(json_line(document))
                     documents += 1
     rows.sort()
     (folder / "manifest.tsv").write_text(
         "path\tbytes\tsha256\tshard\n" + "".join("\t".join(map(str, row)) + "\n" for row in rows)
     )
+    return {**python_facts(), "files": len(rows), "bytes": sum(sizes), "documents": documents}
+
+
+def python_facts() -> dict[str, str]:
+    """The running Python and the licence of its library, for a record."""
     return {
         "python": platform.python_version(),
         "implementation": platform.python_implementation(),
-        "files": len(rows),
-        "bytes": sum(loads),
-        "documents": documents,
         "licence": "PSF-2.0",
     }
 
 
+def json_line(row: dict) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
 def library_digest() -> str:
-    """Names the running Python and the bytes of its library: the sha256 of every source's."""
+    """A sha256 of the running Python's version and of all sources of its library."""
     root = Path(sysconfig.get_path("stdlib"))
     lines = [f"{platform.python_implementation()} {platform.python_version()}"]
     for path in source_files(root):
@@ -100,20 +107,19 @@ def library_digest() -> str:
 
 
 def source_files(root: Path) -> Iterator[PurePosixPath]:
-    """The library's module files, relative to its root, without those that are left out."""
+    """The library's modules, relative to its root, without the excluded ones."""
     for path in sorted(root.rglob("*.py")):
         relative = PurePosixPath(path.relative_to(root).as_posix())
         if not any(
-            part in LEFT_OUT or part.startswith(LEFT_OUT_PREFIXES) for part in relative.parts
+            part in EXCLUDED or part.startswith(EXCLUDED_PREFIXES) for part in relative.parts
         ):
             yield relative
 
 
-def documents_of(path: PurePosixPath, content: bytes) -> Iterator[dict]:
+def split_into_documents(path: PurePosixPath, content: bytes) -> Iterator[dict]:
     """The documents of one source file, in the order of its lines, the remainder last."""
-    encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-    source = io.TextIOWrapper(io.BytesIO(content), encoding).read()  # all line ends become \n
-    texts = topics(source) if path == TOPICS else definitions(source)
+    source = decode_source(content)
+    texts = split_topics(source) if path == TOPICS else split_definitions(source)
     seen: dict[str, int] = {}
     for name, text in texts:
         seen[name] = seen.get(name, 0) + 1
@@ -127,8 +133,14 @@ def documents_of(path: PurePosixPath, content: bytes) -> Iterator[dict]:
             }
 
 
-def definitions(source: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of each top-level function and class, then ("", text) of what is left."""
+def decode_source(content: bytes) -> str:
+    """The text of a Python file, in the encoding that it declares, with line ends \\n."""
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+    return io.TextIOWrapper(io.BytesIO(content), encoding).read()
+
+
+def split_definitions(source: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of each top-level function and class, then ("", text) of the rest."""
     lines = io.StringIO(source).readlines()  # str.splitlines would also split at form feeds
     rest = list(lines)
     for node in ast.parse(source).body:
@@ -141,8 +153,8 @@ def definitions(source: str) -> Iterator[tuple[str, str]]:
     yield "", "".join(rest)
 
 
-def topics(source: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of each topic in the module that `help()` reads its topics from."""
+def split_topics(source: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of each topic in the module that `help()` reads."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign):
             yield from ast.literal_eval(node.value).items()

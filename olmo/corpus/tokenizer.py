@@ -15,7 +15,7 @@ from olmo.corpus.documents import parse_document
 from olmo.corpus.listing import read_objects
 from olmo.io import file_types, gz
 from olmo.store.stage import Facts, Input, Inputs, Output, current_store, stage
-from olmo.store.store import hash_file as digest_of
+from olmo.store.store import hash_file
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")  # ids 0 and 1
 # Names of the end-of-text token and of the padding token in common tokenizers.
@@ -120,7 +120,7 @@ def given_tokenizer(name: str, tokenizer: Output, sha256: str | None = None) -> 
             "a tokenizer by URL needs the package cached-path: uv pip install cached-path"
         ) from error
     path = Path(cached_path(name))
-    found = digest_of(path)
+    found = hash_file(path)
     if sha256 is not None and found != sha256:
         raise ValueError(
             f"{name}: expected sha256 {sha256}, found {found}. If you want the new file, write "
@@ -196,15 +196,15 @@ def write_portable(source: Path, name: str, output: Path) -> dict[str, Any]:
     return {"vocab_size": vocab_size}
 
 
-def find_mismatches(
+def check_tokenizer(
     tokenizer: Path,
     eos_token_id: int,
     pad_token_id: int,
     vocab_size: int,
     embedding_size: int | None = None,
     dtype: str = "uint16",
-) -> list[str]:
-    """The mismatches between a tokenizer and a training config, a sentence each."""
+) -> None:
+    """Raises ValueError if a tokenizer and a training config do not match, with all mismatches."""
     import numpy as np
     from tokenizers import Tokenizer
 
@@ -236,21 +236,6 @@ def find_mismatches(
             found.append(f"model.{kind}_token_id: expected {wanted}, found {id} ({token})")
         elif id not in added:
             found.append(f"model.{kind}_token_id: expected a special token, found {id} ({token})")
-    return found
-
-
-def check_tokenizer(
-    tokenizer: Path,
-    eos_token_id: int,
-    pad_token_id: int,
-    vocab_size: int,
-    embedding_size: int | None = None,
-    dtype: str = "uint16",
-) -> None:
-    """Raises ValueError if a tokenizer and a training config do not match; before training."""
-    found = find_mismatches(
-        tokenizer, eos_token_id, pad_token_id, vocab_size, embedding_size, dtype
-    )
     if found:
         raise ValueError(
             f"the tokenizer {tokenizer} and the training config do not match:\n  "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from olmo.config import BaseConfig
 from olmo.config.strict import check_range
-from olmo.corpus.documents import HELDOUT, MAX_BYTES_PER_BYTE, MAX_TOKENS, TRAIN
+from olmo.corpus.documents import HELDOUT, MAX_BYTES_PER_BYTE, MAX_TOKENS, PARQUET, TRAIN
 from olmo.corpus.dolma import open_dolma
 from olmo.corpus.engine import Engine, TokenizeJob
 from olmo.corpus.fast import Fast
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
     import numpy as np
     import polars
 
-PARQUET: dict[str, Any] = {
-    "compression": "zstd",
-    "compression_level": 3,
-    "row_group_size": 1 << 17,
-}
 ENGINES = DOLMA, FAST = "dolma", "fast"
 SPECIAL_TOKENS = AS_SPECIAL, AS_TEXT = "as-special", "as-text"
 

@@ -6,11 +6,8 @@ from pathlib import Path
 
 from olmo.corpus import source_table
 from olmo.corpus.source_table import Source, quote
-from olmo.corpus.sources import SourcesSection
+from olmo.corpus.sources import GENERATED, SourcesSection
 from olmo.pipeline.recipe import Recipe, recipe_path
-
-# Sources that are generated: their place, "<kind>:<index>/<count>", is not a file.
-GENERATED = ("stdlib", "stdlib-questions")
 
 
 def source_table_path(dataset: str, sources: SourcesSection) -> Path:
@@ -25,8 +22,8 @@ def find_sources(dataset: str, recipe: Recipe, is_tokenized: bool) -> list[Sourc
         is_tokenized: the files hold tokens, not documents.
     """
     sources = recipe.sources
-    for kind, count in zip(GENERATED, (sources.stdlib, sources.stdlib_questions), strict=True):
-        if count:
+    for name, kind in GENERATED.items():
+        if count := getattr(sources, name):
             return [Source(f"{kind}-{i:02d}", f"{kind}:{i}/{count}") for i in range(count)]
     if is_tokenized:
         return source_table.assign_names([Source("", place) for place in sources.files])
@@ -56,7 +53,7 @@ def check_weights(dataset: str, recipe: Recipe, sources: list[Source]) -> None:
 
 def local_files(sources: list[Source]) -> list[str]:
     """The places of sources that are local files."""
-    generated = tuple(f"{kind}:" for kind in GENERATED)
+    generated = tuple(f"{kind}:" for kind in GENERATED.values())
     places = [source.place for source in sources]
     files = [p for p in places if "://" not in p and not p.startswith(generated)]
     for file in files:

@@ -18,7 +18,7 @@ from servers import serving
 from olmo.config.strict import hashed_fields
 from olmo.corpus import attributes, sources
 from olmo.corpus.documents import REASONS, DocumentsSection, documents
-from olmo.corpus.sources import download, source_list
+from olmo.corpus.sources import Transfer, download, source_list
 from olmo.data.files import TokenFile
 from olmo.io import bucket, downloads, gz
 from olmo.store.remote import Remote
@@ -80,7 +80,7 @@ def kept(folder: Path) -> int:
 def test_no_more_than_the_table_says_is_taken(endless: str, tmp_path: Path) -> None:
     expected = r"/a: expected 5,000,000 bytes by the source table, found [5-7],.*correct the table"
     with pytest.raises(ValueError, match=expected):
-        download(url=f"{endless}/a", source=Path("a.gz"), bytes=5_000_000)
+        download(url=f"{endless}/a", source=Path("a.gz"), transfer=Transfer(bytes=5_000_000))
     assert Endless.sent < 100e6 and kept(tmp_path) < 10_000
 
 
@@ -88,7 +88,7 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(endless: str, tmp_path: Path
     with pytest.raises(ValueError, match="1,000,000,000,000,000 bytes do not fit on the disk"):
         download(url=f"{endless}/told", source=Path("a.gz"))
     with pytest.raises(ValueError, match=r"expected 7 bytes by the source table, found 1,000,000,"):
-        download(url=f"{endless}/told", source=Path("a.gz"), bytes=7)
+        download(url=f"{endless}/told", source=Path("a.gz"), transfer=Transfer(bytes=7))
     assert kept(tmp_path) < 10_000
 
 

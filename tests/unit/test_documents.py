@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from olmo.corpus.documents import REASONS, DocumentsSection, documents, parse_document
-from olmo.corpus.stdlib import definitions, stdlib
+from olmo.corpus.stdlib import split_definitions, stdlib
 from olmo.io import gz
 from olmo.pipeline.recipe import Recipe
 
@@ -262,7 +262,7 @@ def test_the_standard_library_as_a_source_is_the_same_whoever_asks(run, tmp_path
 
 def test_definitions_and_the_rest_of_a_module_are_its_lines():
     source = "import a\n\n@a.b\n@a.c\ndef f():\n    pass\n\x0cclass C:\n    x = 1\nd = 2"
-    assert list(definitions(source)) == [
+    assert list(split_definitions(source)) == [
         ("f", "@a.b\n@a.c\ndef f():\n    pass\n"),
         ("C", "\x0cclass C:\n    x = 1\n"),
         ("", "import a\n\nd = 2"),

@@ -20,7 +20,7 @@ from olmo.corpus.conversations import (
 )
 from olmo.corpus.documents import DocumentsSection, documents
 from olmo.corpus.instructions import InstructionsSection, instances
-from olmo.corpus.questions import conversations_of, stdlib_questions
+from olmo.corpus.questions import make_conversations, stdlib_questions
 from olmo.corpus.statistics import statistics
 from olmo.corpus.tokenizer import trained_tokenizer
 from olmo.data.batches import get_labels
@@ -365,7 +365,7 @@ def h(): pass
 
 @pytest.mark.slow
 def test_documentation_becomes_questions_and_answers(tmp_path: Path):
-    found = list(conversations_of(Path("pack/mod.py"), MODULE))
+    found = list(make_conversations(Path("pack/mod.py"), MODULE))
     assert [talk["id"] for talk in found] == [
         "stdlib-questions/pack.mod",
         "stdlib-questions/pack.mod.Two",

@@ -19,7 +19,14 @@ import pytest
 
 from olmo.corpus import ingest
 from olmo.corpus import listing as listings
-from olmo.corpus.sources import check_source, download, download_tokens, local_source, source_list
+from olmo.corpus.sources import (
+    Transfer,
+    check_source,
+    download,
+    download_tokens,
+    local_source,
+    source_list,
+)
 from olmo.io import downloads, progress
 from olmo.io.progress import DownloadProgress, Totals
 
@@ -111,9 +118,10 @@ def quick(monkeypatch, tmp_path):
     return naps
 
 
-def get(url, folder, **known):
+def get(url, folder, sha256=None, **transfer):
     folder.mkdir(exist_ok=True)
-    facts = download.build(url=url, source=folder / "source", part=folder / "part", **known)
+    places = {"source": folder / "source", "part": folder / "part"}
+    facts = download.build(url=url, **places, sha256=sha256, transfer=Transfer(**transfer))
     assert (folder / "source").read_bytes() == FILE
     assert facts["sha256"] == hashlib.sha256(FILE).hexdigest()
     assert facts["text_bytes"] == len(TEXT) and not (folder / "part").exists()
