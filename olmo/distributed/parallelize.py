@@ -71,10 +71,10 @@ def is_fsdp(cfg: TrainConfig, world: World) -> bool:
 
 def _checkpointed_blocks(strategy: ActivationCheckpointingStrategy, n_layers: int) -> set[int]:
     """Indices of the blocks whose activations are recomputed in backward instead of kept."""
-    kinds = ActivationCheckpointingStrategy
-    one_in = {kinds.one_in_two: 2, kinds.one_in_three: 3, kinds.one_in_four: 4,
-              kinds.one_in_eight: 8}  # fmt: skip
-    all_but_one_in = {kinds.two_in_three: 3, kinds.three_in_four: 4}
+    names = ActivationCheckpointingStrategy
+    one_in = {names.one_in_two: 2, names.one_in_three: 3, names.one_in_four: 4,
+              names.one_in_eight: 8}  # fmt: skip
+    all_but_one_in = {names.two_in_three: 3, names.three_in_four: 4}
     if strategy in one_in:
         return {i for i in range(n_layers) if i % one_in[strategy] == 0}
     if strategy in all_but_one_in:
@@ -93,7 +93,7 @@ def _shard(cfg: TrainConfig, model: OLMo, world: World) -> str:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     fsdp = cfg.fsdp or FSDPConfig()
-    kind, replicas = world.device.type, 1
+    replicas = 1
     hybrid = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
     if fsdp.sharding_strategy in hybrid:
         hosts = world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
@@ -105,10 +105,10 @@ def _shard(cfg: TrainConfig, model: OLMo, world: World) -> str:
             )
     if replicas > 1:
         grid = (replicas, world.size // replicas)
-        mesh = init_device_mesh(kind, grid, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(world.device.type, grid, mesh_dim_names=("replicate", "shard"))
         description = f"{replicas} replicas, each sharded over {grid[1]} processes (HSDP)"
     else:
-        mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
         description = f"sharded over {world.size} processes (FSDP2)"
 
     policy = MixedPrecisionPolicy()
@@ -136,13 +136,13 @@ def _fsdp_units(strategy: FSDPWrapStrategy | None, model: OLMo) -> list[nn.Modul
     Raises:
         ValueError: a strategy by block group, for a model without groups.
     """
-    kinds = FSDPWrapStrategy
+    names = FSDPWrapStrategy
     blocks: list[nn.Module] = list(model.blocks())
-    one_in = {kinds.one_in_two: 2, kinds.one_in_three: 3, kinds.one_in_four: 4,
-              kinds.one_in_five: 5}  # fmt: skip
+    one_in = {names.one_in_two: 2, names.one_in_three: 3, names.one_in_four: 4,
+              names.one_in_five: 5}  # fmt: skip
     if strategy is None:
         return []
-    if strategy in (kinds.by_block_group, kinds.by_block_group_and_size):
+    if strategy in (names.by_block_group, names.by_block_group_and_size):
         if "block_groups" not in model.transformer:
             raise ValueError(
                 f"fsdp.wrapping_strategy={strategy} needs model.block_group_size above 1"

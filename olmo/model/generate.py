@@ -129,15 +129,15 @@ def generate_steps(
             log_probs = output.logits[:, -1].float().log_softmax(dim=-1)  # (B, V)
             if step < min_steps:
                 log_probs[:, config.eos_token_id] = -torch.inf
-            chosen = _sample(log_probs, temperature, top_k, top_p, generator)  # (B,)
-            scores = log_probs.gather(1, chosen[:, None])[:, 0]
+            new_ids = _sample(log_probs, temperature, top_k, top_p, generator)  # (B,)
+            scores = log_probs.gather(1, new_ids[:, None])[:, 0]
         scores = torch.where(ended, 0.0, scores)
-        chosen = torch.where(ended, config.eos_token_id, chosen)
-        ended = ended | (chosen == config.eos_token_id)
-        yield GenerationStep(chosen, scores, ended)
+        new_ids = torch.where(ended, config.eos_token_id, new_ids)
+        ended = ended | (new_ids == config.eos_token_id)
+        yield GenerationStep(new_ids, scores, ended)
         if bool(ended.all()):
             return
-        ids = chosen[:, None]
+        ids = new_ids[:, None]
         if attention_mask is not None:
             attention_mask = torch.cat((attention_mask, attention_mask.new_ones(B, 1)), dim=1)
 

@@ -11,6 +11,12 @@ _ONEDNN = torch.backends.mkldnn.is_available()
 _MIN_SIZE = 512
 
 
+def get_product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a product with x runs in: autocast's under autocast, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias: by oneDNN for float32 on a CPU, else by torch."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and _ONEDNN:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from olmo.config import TrainConfig
 from olmo.config.enums import CrossEntropy as CrossEntropy
-from olmo.model.linear import onednn_linear
+from olmo.model.linear import get_product_dtype, onednn_linear
 
 IGNORE_INDEX = -100  # as in F.cross_entropy
 
@@ -59,9 +59,8 @@ def linear_cross_entropy(
     Products run in autocast's dtype under autocast, all else in float32.
     """
     chunk = chunk or _choose_chunk(x, weight)
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    with torch.autocast(kind, enabled=False):
+    dtype = get_product_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
         total, z = _LinearCrossEntropy.apply(
             x, weight, bias, labels, dtype, scale, z_multiplier, chunk
         )
@@ -105,8 +104,7 @@ def compute_loss(
     zero = torch.zeros((), device=x.device)
     if method is CrossEntropy.torch:
         assert not z_multiplier, "refused by find_loss_problem"
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = get_product_dtype(x)
         options = torch.nn.LinearCrossEntropyOptions(  # type: ignore[attr-defined]
             # torch's own choice depends on d alone: one or two rows per chunk for d = 96.
             batch_chunk_size=_choose_chunk(x, weight),
@@ -117,7 +115,7 @@ def compute_loss(
         # torch's sum has the dtype of x: 0.4 % off in 16 bits. There it returns the loss of a row
         # instead, to be summed here; the price is that backward computes the head again.
         reduction = "sum" if dtype == torch.float32 else "none"
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             row_losses = F.linear_cross_entropy(  # type: ignore[attr-defined]
                 (x * scale if scale != 1.0 else x).to(dtype),
                 weight.to(dtype),

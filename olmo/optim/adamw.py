@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from olmo.optim.optimizer import (
@@ -40,7 +40,6 @@ class AdamW(Optimizer):
         super().__init__(params, defaults | {"amsgrad": False, "fused": None})
         self._record_update_metrics = record_update_metrics
         self._selective_updates = selective_updates
-        self._update_metrics: dict[str, Tensor] = {}
         for group in self.param_groups:
             group["fused"] = {p.device.type for p in group["params"]} <= {"cpu", "cuda"}
 
@@ -98,14 +97,14 @@ class AdamW(Optimizer):
     def _step_selectively(self, group: ParamGroup) -> None:
         beta1, beta2 = group["betas"]
         for _, p in params_with_grad(group):
-            grad, alive = finite_grad(p, self.found_inf)
+            grad, is_finite = finite_grad(p, self.found_inf)
             state = self._get_state(p, group)
-            state["step"] += alive.to(state["step"].device)
+            state["step"] += is_finite.to(state["step"].device)
             steps = state["step"].double().clamp(min=1)
-            mask = (grad != 0) * alive
+            mask = (grad != 0) * is_finite
             p.mul_(1 - mask * (group["lr"] * group["weight_decay"]))
             state["exp_avg"].lerp_(grad, mask * (1 - beta1))
-            square = grad * grad * alive
+            square = grad * grad * is_finite
             state["exp_avg_sq"].mul_(1 - mask * (1 - beta2)).add_(square, alpha=1 - beta2)
             step_size = (group["lr"] / (1 - beta1**steps)).to(p.device, p.dtype)
             correction = (1 - beta2**steps).sqrt().to(p.device, p.dtype)
@@ -128,13 +127,7 @@ class AdamW(Optimizer):
     def _record(self, before: list[tuple[str, Tensor, Tensor]]) -> None:
         updates = [p - decayed for _, p, decayed in before]
         maxima = stack_scalars([u.abs().max().float() for u in updates])
+        metrics: dict[str, Tensor] = {}
         for (name, _, _), norm, maximum in zip(before, compute_norms(updates), maxima, strict=True):
-            self._update_metrics[f"step/{name}.norm"] = norm
-            self._update_metrics[f"step/{name}.max"] = maximum
-
-    def get_post_step_metrics(
-        self, module: nn.Module | None = None, process_group: Any = None
-    ) -> dict[str, Tensor]:
-        """step/{name}.norm and .max: of the update, without weight decay."""
-        metrics, self._update_metrics = self._update_metrics, {}
-        return metrics
+            metrics |= {f"step/{name}.norm": norm, f"step/{name}.max": maximum}
+        self._update_metrics = metrics

@@ -101,17 +101,17 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> Optimizer:
         "record_update_metrics": config.record_update_metrics,
         "selective_updates": config.selective_updates,
     }
-    kind = OptimizerType(config.name)
-    if config.packed_state and kind is not OptimizerType.adamw:
-        raise ValueError(f"optimizer.packed_state is for adamw, not for {kind}")
-    if kind is OptimizerType.lionw:
+    name = OptimizerType(config.name)
+    if config.packed_state and name is not OptimizerType.adamw:
+        raise ValueError(f"optimizer.packed_state is for adamw, not for {name}")
+    if name is OptimizerType.lionw:
         return LionW(groups, **shared)
-    if kind is OptimizerType.muon and config.selective_updates:
+    if name is OptimizerType.muon and config.selective_updates:
         raise ValueError(
             "optimizer.selective_updates works entry by entry, Muon on whole matrices; "
             "set --optimizer.selective_updates=false or another optimizer.name"
         )
-    optimizer_class: type[AdamW] = Muon if kind is OptimizerType.muon else AdamW
+    optimizer_class: type[AdamW] = Muon if name is OptimizerType.muon else AdamW
     if config.packed_state:
         optimizer_class = PackedAdamW
     return optimizer_class(groups, eps=config.eps, **shared)

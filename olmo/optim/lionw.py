@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from olmo.optim.optimizer import (
     Optimizer,
@@ -32,7 +32,6 @@ class LionW(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
         self._record_update_metrics = record_update_metrics
         self._selective_updates = selective_updates
-        self._update_metrics: dict[str, Tensor] = {}
 
     def get_state_for_param(self, param: Tensor) -> dict[str, Tensor | None]:
         return {"exp_avg": self.state[param].get("exp_avg")}
@@ -47,14 +46,14 @@ class LionW(Optimizer):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for _, p in params_with_grad(group):
-                grad, alive = finite_grad(p, self.found_inf)
+                grad, is_finite = finite_grad(p, self.found_inf)
                 state = self.state[p]
                 if "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(p)
                 average = state["exp_avg"]
                 update = average.lerp(grad, 1 - beta1)
                 sign = update.sign()
-                moving = (grad != 0) * alive if self._selective_updates else alive
+                moving = (grad != 0) * is_finite if self._selective_updates else is_finite
                 p.mul_(1 - moving * (group["lr"] * group["weight_decay"]))
                 p.sub_(sign * (moving * group["lr"]))
                 average.lerp_(grad, moving * (1 - beta2))
@@ -69,10 +68,3 @@ class LionW(Optimizer):
             lengths = [torch.linalg.vector_norm(compute_norms(ts)) for ts in (updates, signs)]
             cosine = dot / (lengths[0] * lengths[1]).clamp(min=1e-8)
             self._update_metrics = {"update_cos_sim": cosine}
-
-    def get_post_step_metrics(
-        self, module: nn.Module | None = None, process_group: Any = None
-    ) -> dict[str, Tensor]:
-        """update_cos_sim: cosine similarity of the update and its sign, over all parameters."""
-        metrics, self._update_metrics = self._update_metrics, {}
-        return metrics

@@ -33,13 +33,13 @@ class Muon(AdamW):
         beta = group["betas"][1]
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for _, p in params_with_grad(group):
-            grad, alive = finite_grad(p, self.found_inf)
+            grad, is_finite = finite_grad(p, self.found_inf)
             state = self.state[p]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(p)
-            state["momentum"].lerp_(grad, alive * (1 - beta))
+            state["momentum"].lerp_(grad, is_finite * (1 - beta))
             nesterov = grad.lerp(state["momentum"], beta)
-            by_shape.setdefault(p.shape, []).append((p, nesterov, alive))
+            by_shape.setdefault(p.shape, []).append((p, nesterov, is_finite))
         for shape, matrices in by_shape.items():
             # One batched product for all matrices of a shape. Sharded ones are gathered whole: the
             # iteration needs all rows and columns.
@@ -47,9 +47,9 @@ class Muon(AdamW):
                 [full_tensor(nesterov) for _, nesterov, _ in matrices]
             )  # (n, rows, columns)
             updates = orthogonalize(stacked) * (0.2 * math.sqrt(max(shape)))
-            for (p, _, alive), update in zip(matrices, updates.unbind(), strict=True):
-                p.mul_(1 - alive * (group["lr"] * group["weight_decay"]))
-                p.sub_(_shard_like(update, p) * (alive * group["lr"]))
+            for (p, _, is_finite), update in zip(matrices, updates.unbind(), strict=True):
+                p.mul_(1 - is_finite * (group["lr"] * group["weight_decay"]))
+                p.sub_(_shard_like(update, p) * (is_finite * group["lr"]))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

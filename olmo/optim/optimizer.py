@@ -6,7 +6,7 @@ the trainer reads them later, in one transfer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,7 @@ class Optimizer(torch.optim.Optimizer):
     _record_update_metrics = False
     _selective_updates = False
     _collecting_metrics = False
+    _update_metrics: Mapping[str, Tensor] = {}  # of the last step, if it recorded any
     found_inf: Tensor | None = None
     """1.0 if the last clipping found a gradient that is not finite, else 0.0. `step` reads it."""
 
@@ -173,8 +174,13 @@ class Optimizer(torch.optim.Optimizer):
     def get_post_step_metrics(
         self, module: nn.Module | None = None, process_group: Any = None
     ) -> dict[str, Tensor]:
-        """Metrics of the last update, if record_update_metrics is set."""
-        return {}
+        """Metrics of the last update, if record_update_metrics is set; empty when called again.
+
+        AdamW: step/{name}.norm and .max of the update without weight decay. LionW: update_cos_sim,
+        the cosine similarity of the update and its sign, over all parameters.
+        """
+        metrics, self._update_metrics = dict(self._update_metrics), {}
+        return metrics
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state. Settings (lr, betas, …) stay those of the config.

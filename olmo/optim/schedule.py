@@ -205,7 +205,7 @@ class BoltOnWarmupScheduler(Scheduler):
 def build_scheduler(cfg: TrainConfig, sched_cfg: SchedulerConfig | None = None) -> Scheduler:
     """The schedule that `sched_cfg` (cfg.scheduler by default) describes."""
     config = cfg.scheduler if sched_cfg is None else sched_cfg
-    kind = SchedulerType(config.name)
+    name = SchedulerType(config.name)
 
     def to_int(value: float | None) -> int | None:
         return None if value is None else int(value)
@@ -216,16 +216,16 @@ def build_scheduler(cfg: TrainConfig, sched_cfg: SchedulerConfig | None = None) 
         config.warmup_min_lr,
     )
     warmup, t_max = int(config.t_warmup), to_int(config.t_max)
-    if kind is SchedulerType.constant:
+    if name is SchedulerType.constant:
         return ConstantScheduler(*shared)
-    if kind is SchedulerType.constant_with_warmup:
+    if name is SchedulerType.constant_with_warmup:
         return ConstantWithWarmupScheduler(*shared, warmup)
-    if kind is SchedulerType.inverse_sqrt_with_warmup:
+    if name is SchedulerType.inverse_sqrt_with_warmup:
         return InvSqrtWithWarmup(*shared, warmup)
-    if kind is SchedulerType.warmup_stable_decay:
+    if name is SchedulerType.warmup_stable_decay:
         decay = to_int(config.t_decay)
         return WarmupStableDecay(*shared, warmup, config.alpha_f, t_max, decay)
-    if kind is SchedulerType.max_scheduler:
+    if name is SchedulerType.max_scheduler:
         parts = (SchedulerType.cosine_with_warmup, SchedulerType.inverse_sqrt_with_warmup)
         return MaxScheduler(
             *shared, *(build_scheduler(cfg, replace(config, name=p)) for p in parts)
@@ -235,4 +235,4 @@ def build_scheduler(cfg: TrainConfig, sched_cfg: SchedulerConfig | None = None) 
         SchedulerType.linear_with_warmup: LinearWithWarmup,
         SchedulerType.cosine_linear_envelope: CosLinearEnvelope,
     }
-    return decaying[kind](*shared, warmup, config.alpha_f, t_max)
+    return decaying[name](*shared, warmup, config.alpha_f, t_max)

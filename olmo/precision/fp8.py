@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olmo.model.linear import get_product_dtype
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # (a, scale of a, b, scale of b, output dtype, fast accumulation) -> a @ b
 ScaledProduct = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype, bool], Tensor]
@@ -217,9 +219,7 @@ def float8_linear(
 
     The result has autocast's type under autocast, else x's.
     """
-    out = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        out = torch.get_autocast_dtype(x.device.type)
+    out = get_product_dtype(x)
     # Cast to autocast's type first, as for any other product. A norm's output is float32: measuring
     # and quantizing it would read twice the bytes.
     flat = cast_to(x.reshape(-1, x.shape[-1]), out)

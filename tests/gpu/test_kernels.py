@@ -1,4 +1,4 @@
-"""Each attention kernel beside the formula, on the GPU that is there."""
+"""Each attention kernel compared with the formula, on this machine's GPU."""
 
 import pytest
 import torch
@@ -16,7 +16,9 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("head_size", [64, 128, 192])
 @pytest.mark.parametrize("n_kv_heads", [8, 2])
 @pytest.mark.parametrize("backend", Backend)
-def test_beside_the_formula(backend: Backend, n_kv_heads: int, head_size: int, mask: MaskType):
+def test_kernel_agrees_with_the_formula(
+    backend: Backend, n_kv_heads: int, head_size: int, mask: MaskType
+):
     setting = AttentionSetting(torch.device("cuda", 0), BF16, 8, n_kv_heads, head_size, mask)
     if problem := find_kernel_problem(backend, setting, with_trial=False):
         pytest.skip(problem)
@@ -26,7 +28,7 @@ def test_beside_the_formula(backend: Backend, n_kv_heads: int, head_size: int, m
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("lengths", [None, [[700, 300, 0], [10, 1000, 14]]])
 @pytest.mark.parametrize("backend", Backend)
-def test_a_model_with_it(backend: Backend, lengths: list | None, compiled: bool):
+def test_model_agrees_with_the_math_kernel(backend: Backend, lengths: list | None, compiled: bool):
     torch.manual_seed(0)
     sizes = {"d_model": 512, "n_heads": 4, "n_layers": 2, "max_sequence_length": 1024}
     dropout = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.0)

@@ -288,7 +288,7 @@ def test_a_trial_finds_a_kernel_that_computes_something_else(monkeypatch: pytest
 
 @pytest.mark.parametrize("mask", MaskType)
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_a_trial_of_what_there_is_here_succeeds(mask: MaskType, dtype: torch.dtype):
+def test_the_trial_of_cpu_kernels_succeeds(mask: MaskType, dtype: torch.dtype):
     state = torch.get_rng_state()
     for backend in (Backend.sdpa, Backend.math):
         assert run_trial(backend, AttentionSetting(CPU, dtype, 4, 2, 16, mask)) is None
@@ -296,7 +296,7 @@ def test_a_trial_of_what_there_is_here_succeeds(mask: MaskType, dtype: torch.dty
 
 
 @torch.no_grad()
-def test_flex_is_the_dense_mask_where_it_runs():
+def test_flex_equals_the_dense_mask():
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 140, 16), torch.randn(2, 2, 140, 16), torch.randn(2, 2, 140, 16)
     doc_lens = torch.tensor([[77, 50, 0], [10, 3, 100]])

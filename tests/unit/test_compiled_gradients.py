@@ -89,7 +89,7 @@ def test_a_layer_in_8_bits(product: fp8.ScaledProduct, recipe: FP8Recipe, autoca
             )
 
 
-def test_what_is_quantized_is_what_a_product_would_take(monkeypatch: pytest.MonkeyPatch):
+def test_quantized_tensors_have_the_dtype_of_the_product(monkeypatch: pytest.MonkeyPatch):
     """Under autocast a norm's float32 output becomes bfloat16 first: half of the bytes to read."""
     taken: list[tuple[torch.dtype, bool]] = []
     quantize = fp8.quantize

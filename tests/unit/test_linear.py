@@ -1,4 +1,4 @@
-"""Products with weights: one row that is generated goes another way, and nothing else does."""
+"""Products with weights: only a single row in generation takes oneDNN's path."""
 
 import copy
 
@@ -13,8 +13,8 @@ from olmo.model.linear import linear, use_column_major_weights
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The shapes of the weights that oneDNN is asked to multiply with."""
+def onednn_shapes(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the weights that oneDNN multiplies with."""
     shapes: list[torch.Size] = []
     onednn_linear = module.onednn_linear
 
@@ -27,18 +27,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_one_row_is_the_product_that_torch_gives(biased: bool, asked: list[torch.Size]) -> None:
+def test_a_single_row_equals_torchs_product(biased: bool, onednn_shapes: list[torch.Size]) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(1, 1, 512), torch.randn(768, 512)
     bias = torch.randn(768) if biased else None
     with torch.no_grad():
         found = linear(x, weight, bias)
     torch.testing.assert_close(found, F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
-    assert asked == [weight.shape]
+    assert onednn_shapes == [weight.shape]
 
 
-def test_training_more_rows_narrow_weights_and_autocast_are_torchs(
-    asked: list[torch.Size],
+def test_torch_computes_training_more_rows_narrow_weights_and_autocast(
+    onednn_shapes: list[torch.Size],
 ) -> None:
     torch.manual_seed(0)
     row, rows, weight = torch.randn(1, 1, 512), torch.randn(1, 3, 512), torch.randn(768, 512)
@@ -48,13 +48,11 @@ def test_training_more_rows_narrow_weights_and_autocast_are_torchs(
         assert torch.equal(linear(row, weight[:9]), F.linear(row, weight[:9]))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert linear(row, weight).dtype == torch.bfloat16
-    assert asked == []
+    assert onednn_shapes == []
 
 
 @pytest.mark.parametrize("columns", [False, True])
-def test_a_text_of_one_row_goes_on_as_full_passes_would(
-    columns: bool, asked: list[torch.Size]
-) -> None:
+def test_generation_equals_full_passes(columns: bool, onednn_shapes: list[torch.Size]) -> None:
     torch.manual_seed(0)
     config = ModelConfig(
         d_model=512, n_heads=8, n_layers=2, vocab_size=640, embedding_size=640, eos_token_id=0,
@@ -69,8 +67,8 @@ def test_a_text_of_one_row_goes_on_as_full_passes_would(
         assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
     found = made.generate(text, max_steps=12, min_steps=12).token_ids[0, 0].tolist()
     head, out = torch.Size([640, 512]), torch.Size([512, 512])
-    assert asked.count(head) == (0 if columns else 12)  # its input is always one row
-    assert asked.count(out) == 2 * 11, "what does not widen lies by rows"
+    assert onednn_shapes.count(head) == (0 if columns else 12)  # its input is always one row
+    assert onednn_shapes.count(out) == 2 * 11, "what does not widen lies by rows"
     for id in found:
         logits = model(text).logits[0, -1].detach()
         logits[0] = -torch.inf

@@ -97,7 +97,7 @@ def test_the_size_of_chunks_does_not_matter(chunk: int) -> None:
 
 
 @torch.no_grad()
-def test_without_gradients_and_nothing_to_count() -> None:
+def test_without_gradients_and_without_labels() -> None:
     x, weight = torch.randn(5, 8), torch.randn(50, 8)
     assert linear_cross_entropy(x, weight, torch.full((5,), -100)).total == 0
     labels = torch.arange(5)
@@ -194,7 +194,7 @@ def test_the_head_takes_a_fifth_of_the_memory() -> None:
     assert peak["chunked"] <= peak["plain"] / 5 and peak["chunked"] < logits / 2, peak
 
 
-def test_why_torchs_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_why_torchs_is_not_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refused(**changes: Any) -> str | None:
         return find_loss_problem(TrainConfig(cross_entropy=CrossEntropy.torch, **changes))
 
@@ -211,7 +211,7 @@ def test_why_torchs_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13")
-def test_torchs_in_bfloat16_is_no_further_off_than_ours() -> None:
+def test_torchs_bfloat16_loss_is_as_exact_as_ours() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(512, 32), torch.randn(3000, 32) / 4
     labels = torch.randint(0, 3000, (512,))

@@ -135,7 +135,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
-def test_what_it_does_not_go_with(tmp_path: Path, changes: dict, message: str):
+def test_settings_that_exclude_it(tmp_path: Path, changes: dict, message: str):
     with pytest.raises(ValueError, match=f"master_weights: it keeps weights .*{message}"):
         small_run.run(tmp_path, master_weights=True, **changes)
 

@@ -166,7 +166,7 @@ def test_attention_bias_forms() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_row_that_may_look_nowhere_sees_everything_alike(dtype: torch.dtype) -> None:
+def test_a_fully_masked_row_attends_to_all_keys_equally(dtype: torch.dtype) -> None:
     model = build().to(dtype)
     nothing = torch.full((1, 1, 12, 12), -torch.inf)
     lowest = torch.full((1, 1, 12, 12), torch.finfo(torch.float32).min)
@@ -371,7 +371,7 @@ def test_contradictions(changes: dict[str, Any], message: str) -> None:
         build(**changes)
 
 
-def test_flash_attention_is_never_silently_something_else() -> None:
+def test_flash_attention_that_is_not_available_is_an_error() -> None:
     model = build(flash_attention=True)
     for act in (model.use_attention, lambda: model(some_ids())):
         with pytest.raises(ValueError) as error:
@@ -390,7 +390,7 @@ def test_the_choice_says_why() -> None:
         choose_kernel(config, "cpu", backend="cudnn")
 
 
-def test_chosen_once_is_used() -> None:
+def test_the_chosen_kernel_is_used() -> None:
     model = build()
     expected = model(some_ids()).logits
     assert model.use_attention(backend="math").reason == "requested"
@@ -412,7 +412,7 @@ def test_every_public_name_is_there() -> None:
         _ = olmo.model.nothing  # type: ignore[attr-defined]
 
 
-def test_the_model_knows_of_one_device() -> None:
+def test_the_model_mentions_no_parallelism() -> None:
     import inspect
 
     from olmo.model import block, olmo

@@ -13,7 +13,7 @@ from olmo.optim.packed import MOMENT_DTYPES, PackedTensor, pack, unpack
 
 
 @pytest.mark.parametrize("dtype", MOMENT_DTYPES.values(), ids=str)
-def test_packing_what_was_unpacked_changes_nothing(dtype: torch.dtype):
+def test_packing_an_unpacked_tensor_changes_nothing(dtype: torch.dtype):
     top = torch.finfo(dtype).max
     generator = torch.Generator().manual_seed(0)
     for size in (0.0, 1e-30, 1e-3, top / 2, top * 0.50001, top, top * 1.00001, 3e30):
@@ -48,7 +48,7 @@ def test_the_same_curve_and_the_same_bits_after_a_pause(tmp_path: Path):
     assert saved["exp_avg"].dtype == saved["exp_avg_sq"].dtype == torch.float32
 
 
-def test_it_takes_less_than_half(tmp_path: Path):
+def test_state_takes_less_than_half_the_memory(tmp_path: Path):
     cfg = small_run.config(tmp_path, optimizer={"packed_state": True})
     model = OLMo(cfg.model)
     optimizer = build_optimizer(cfg, model)
@@ -67,7 +67,7 @@ def test_it_takes_less_than_half(tmp_path: Path):
     assert kept < 0.5 * 8 * weights
 
 
-def test_what_it_does_not_go_with(tmp_path: Path):
+def test_settings_that_exclude_it(tmp_path: Path):
     def build(**optimizer: object) -> None:
         cfg = TrainConfig.new(**small_run.settings(tmp_path, optimizer=optimizer))
         build_optimizer(cfg, OLMo(cfg.model))

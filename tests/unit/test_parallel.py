@@ -318,7 +318,7 @@ def sums_twice() -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_sum_may_be_asked_for_again(tmp_path: Path) -> None:
+def test_sum_does_not_change_its_argument(tmp_path: Path) -> None:
     found = on_ranks(2, [(sums_twice, ())], log(tmp_path))
     assert found == {0: [[3.0, 3.0, 1.0]], 1: [[3.0, 3.0, 2.0]]}
 
@@ -347,7 +347,7 @@ def means(overlapped: bool) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_sums_begun_early_are_those_begun_late(tmp_path: Path) -> None:
+def test_overlapped_sums_equal_sums_after_backward(tmp_path: Path) -> None:
     found = on_ranks(3, [(means, (True,)), (means, (False,))], log(tmp_path))
     for early, late in found.values():
         assert len(early) == 9 and early == late == found[0][0]

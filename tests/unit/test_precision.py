@@ -64,7 +64,7 @@ def test_close_to_full_precision(name: FP8Backend, recipe: FP8Recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("rows", [1, 16, 37])
-def test_native_is_what_the_oracle_says_in_odd_sizes(recipe: FP8Recipe, rows: int):
+def test_native_equals_the_oracle_in_odd_sizes(recipe: FP8Recipe, rows: int):
     x = torch.randn(rows, 50, generator=torch.Generator().manual_seed(rows))
     sizes = {"inputs": 50, "inner": 34, "outputs": 7}
     native = run(FP8Config(recipe=recipe), x, **sizes)
@@ -94,7 +94,7 @@ def test_every_backend_agrees_with_the_oracle(name: str, recipe: FP8Recipe, size
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_zeros_and_what_is_not_finite(name: FP8Backend, recipe: FP8Recipe):
+def test_zeros_and_values_that_are_not_finite(name: FP8Backend, recipe: FP8Recipe):
     config = FP8Config(backend=name, recipe=recipe)
     for tensor in run(config, torch.zeros(16, 64)):
         assert tensor.isfinite().all()
@@ -163,7 +163,7 @@ def test_delayed_scaling_goes_by_earlier_steps():
     assert delayed.state_dict() == {}
 
 
-def test_only_the_layers_that_are_named():
+def test_only_configured_layers_are_converted():
     config = FP8Config(modules=["ff_out"])
     model = Two()
     assert convert_to_float8(model, config, CPU)[1].startswith("1 linear layers (ff_out)")
@@ -175,7 +175,7 @@ def test_only_the_layers_that_are_named():
         convert_to_float8(Two(), FP8Config(modules=["ff_out", "attn_out"]), CPU)
 
 
-def test_why_not(monkeypatch: pytest.MonkeyPatch):
+def test_find_problem(monkeypatch: pytest.MonkeyPatch):
     delayed = FP8Config(scaling="delayed")
     for name in BACKENDS:
         assert build_converter(name).find_problem(CPU, FP8Config(backend=name)) is None
@@ -204,7 +204,7 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("name", ["native", "torchao"])
-def test_what_this_torch_has_not_the_trainer_refuses(tmp_path: Path, name: str):
+def test_the_trainer_refuses_what_this_torch_lacks(tmp_path: Path, name: str):
     """In 2.11 torch's product with a scale for each row is for GPUs alone, in 2.13 it is not."""
     by_rows = {"backend": name, "recipe": "rowwise"}
     why = build_converter(FP8Backend(name)).find_problem(CPU, FP8Config(**by_rows))
@@ -244,7 +244,7 @@ def test_training_in_8_bits_ends_where_bf16_does(tmp_path: Path, scaling: str):
     assert ends["fp8"] == pytest.approx(ends["bf16"], rel=0.01)
 
 
-def test_why_not_msamp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_find_msamp_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     adamw = small_run.config(tmp_path, use_msamp=True)
     lion = small_run.config(tmp_path, use_msamp=True, optimizer={"name": "lionw"})
     remedy = "optimizer.packed_state: true"
