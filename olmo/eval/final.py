@@ -9,17 +9,17 @@ import torch
 from olmo.checkpoint.read import load_model
 from olmo.config import DataConfig, EvaluatorConfig, EvaluatorType, TrainConfig
 from olmo.distributed.world import World, join_world
-from olmo.eval.choices import score
-from olmo.eval.evaluators import Choices
-from olmo.eval.perplexity import PER_LABEL, HeldOut
-from olmo.eval.tasks import OF_TARGET, Task
+from olmo.eval.choices import compute_score
+from olmo.eval.evaluators import ChoiceEvaluator
+from olmo.eval.perplexity import PER_LABEL, PerplexityEvaluator
+from olmo.eval.tasks import TARGET_METRICS, ChoiceTask
 from olmo.model import OLMo
 from olmo.runtime import numbers
 
 LABEL = "heldout"
 
 
-def opened(checkpoint: Path) -> tuple[TrainConfig, World, OLMo]:
+def load_final(checkpoint: Path) -> tuple[TrainConfig, World, OLMo]:
     """A final checkpoint's config, and its model as its run computed."""
     cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
     if cfg.intra_op_threads is not None:
@@ -28,7 +28,7 @@ def opened(checkpoint: Path) -> tuple[TrainConfig, World, OLMo]:
     return cfg, world, load_model(checkpoint, world.device)
 
 
-def perplexity(
+def measure_perplexity(
     checkpoint: Path, heldout: list[Path], labels: list[Path] | None = None
 ) -> dict[str, Any]:
     """Loss (nats a token), its standard error over instances, and perplexity on token files.
@@ -39,7 +39,7 @@ def perplexity(
     Raises:
         ValueError: the files hold no instance as long as the model's sequences.
     """
-    cfg, world, model = opened(checkpoint)
+    cfg, world, model = load_final(checkpoint)
     data = DataConfig(
         paths=[str(path) for path in heldout],
         label_mask_paths=None if labels is None else [str(path) for path in labels],
@@ -47,7 +47,7 @@ def perplexity(
         drop_last=False,
     )
     evaluator = EvaluatorConfig(LABEL, data=data, subset_num_batches=-1)
-    heldout_set = HeldOut(cfg, evaluator, world)
+    heldout_set = PerplexityEvaluator(cfg, evaluator, world)
     instances = len(heldout_set.dataset)
     if instances == 0:
         raise ValueError(
@@ -60,7 +60,7 @@ def perplexity(
     loss = found[f"eval/{LABEL}/CrossEntropyLoss"]
     results = {
         "CrossEntropyLoss": loss,
-        "stderr": number(losses.stderr(world.sum)[LABEL]),
+        "stderr": nan_to_none(losses.stderr(world.sum)[LABEL]),
         "Perplexity": numbers.perplexity(loss),
         "instances": instances,
     }
@@ -69,9 +69,9 @@ def perplexity(
     return results
 
 
-def choices(
+def score_task(
     checkpoint: Path,
-    task: Task,
+    task: ChoiceTask,
     tokenizer: Path,
     folder: Path | None,
     batch_size: int,
@@ -88,7 +88,7 @@ def choices(
     """
     from tokenizers import Tokenizer
 
-    cfg, world, model = opened(checkpoint)
+    cfg, world, model = load_final(checkpoint)
     cfg = cfg.update_with(hf_datasets_cache_dir=None if folder is None else str(folder))
     evaluator = EvaluatorConfig(
         task.label,
@@ -96,17 +96,22 @@ def choices(
         device_eval_batch_size=batch_size,
         subset_num_batches=-1,
     )
-    asked = Choices(cfg, evaluator, world, task, Tokenizer.from_file(str(tokenizer)), limit)
+    asked = ChoiceEvaluator(cfg, evaluator, world, task, Tokenizer.from_file(str(tokenizer)), limit)
     with torch.no_grad():
         given, alone = asked.likelihoods(model)
     metrics = [task.metric]
-    if task.metric not in OF_TARGET:  # every option was asked: so these are known too
+    if task.metric not in TARGET_METRICS:  # every option was asked: so these are known too
         metrics += [name for name in ("acc", "len_norm") if name != task.metric]
     rows = []
     for metric in metrics:
-        value, stderr, documents = score(metric, asked.requests, given, alone)
+        value, stderr, documents = compute_score(metric, asked.requests, given, alone)
         rows.append(
-            {"metric": metric, "value": value, "stderr": number(stderr), "documents": documents}
+            {
+                "metric": metric,
+                "value": value,
+                "stderr": nan_to_none(stderr),
+                "documents": documents,
+            }
         )
     requests = [
         request._asdict() | {"loglikelihood": value}
@@ -115,6 +120,6 @@ def choices(
     return rows, requests
 
 
-def number(value: float) -> float | None:
+def nan_to_none(value: float) -> float | None:
     """JSON has no NaN."""
     return None if math.isnan(value) else value

@@ -16,11 +16,11 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from olmo.eval.final import number
-from olmo.eval.tasks import OF_TARGET, Task, requests
+from olmo.eval.final import nan_to_none
+from olmo.eval.tasks import TARGET_METRICS, ChoiceTask, build_requests
 
 
-def write_task(task: Task, data: Path, folder: Path) -> None:
+def write_task(task: ChoiceTask, data: Path, folder: Path) -> None:
     """One of our tasks as one of the harness's: <label>.yaml and <label>.jsonl in `folder`.
 
     The documents are written as we ask them, so that both scorers see the same text.
@@ -31,10 +31,10 @@ def write_task(task: Task, data: Path, folder: Path) -> None:
     """
     import yaml
 
-    if task.metric in OF_TARGET:
+    if task.metric in TARGET_METRICS:
         raise ValueError(f"harness: '{task.label}' has no options to choose from; use `choices`")
     documents: dict[int, dict[str, Any]] = {}
-    for request in requests(task, data):
+    for request in build_requests(task, data):
         row = documents.setdefault(
             request.document, {"context": request.context, "choices": [], "answer": request.target}
         )
@@ -66,7 +66,7 @@ def write_task(task: Task, data: Path, folder: Path) -> None:
     (folder / f"{task.label}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
-def ask(
+def run_harness(
     model: Path,
     names: Sequence[str],
     task_files: Sequence[Path],
@@ -84,7 +84,7 @@ def ask(
     Raises:
         ValueError: there is no such task, it is broken, or its data is not to be had.
     """
-    with quiet():
+    with silence_output():
         import lm_eval
         import torch
         from lm_eval.models.huggingface import HFLM
@@ -100,10 +100,10 @@ def ask(
             f"own; task files are looked for in {', '.join(folders) or 'no folder'}"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with quiet():
+    with silence_output():
         asked = HFLM(pretrained=str(model), device=device, batch_size=batch_size, dtype="auto")
     try:
-        with quiet():
+        with silence_output():
             found = lm_eval.simple_evaluate(
                 asked, tasks=list(names), task_manager=known, limit=limit, bootstrap_iters=1000
             )
@@ -119,17 +119,17 @@ def ask(
             "the hub cannot be reached, give task files of local data (`task_files`), or take "
             "the task out"
         ) from error
-    return metrics_of(found), requests_of(found)
+    return extract_metrics(found), extract_requests(found)
 
 
-def quiet() -> AbstractContextManager[Any]:
+def silence_output() -> AbstractContextManager[Any]:
     """Its progress bars are for a terminal, and its remarks for nobody; its errors are kept."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
 
 
-def metrics_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+def extract_metrics(found: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each task and metric; a group's are rows too."""
     rows = []
     for task, values in found["results"].items():
@@ -143,14 +143,14 @@ def metrics_of(found: dict[str, Any]) -> list[dict[str, Any]]:
                     "task": task,
                     "metric": name if kind == "none" else f"{name} ({kind})",
                     "value": float(value),
-                    "stderr": number(stderr) if isinstance(stderr, int | float) else None,
+                    "stderr": nan_to_none(stderr) if isinstance(stderr, int | float) else None,
                     "documents": found["n-samples"].get(task, {}).get("effective"),
                 }
             )
     return rows
 
 
-def requests_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+def extract_requests(found: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each text whose likelihood was asked for; generated texts are not among them."""
     rows = []
     for task, samples in found["samples"].items():

@@ -27,7 +27,7 @@ from olmo.runtime.numbers import perplexity
 PER_LABEL = "CrossEntropyLossPerLabel"
 
 
-def instance_losses(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+def compute_instance_losses(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Mean cross-entropy of each instance in nats, (B,) float32."""
     logits = model(**select_model_inputs(batch)).logits  # (B, T, V)
     losses = F.cross_entropy(
@@ -84,7 +84,7 @@ class LossByLabel:
         return out
 
 
-class HeldOut:
+class PerplexityEvaluator:
     """Held-out token files, read in their stored order."""
 
     def __init__(self, cfg: TrainConfig, evaluator: EvaluatorConfig, world: World) -> None:
@@ -106,7 +106,7 @@ class HeldOut:
         for batch in islice(batches, self._batches if self._batches > 0 else None):
             batch = {k: v.to(world.device) if torch.is_tensor(v) else v for k, v in batch.items()}
             with autocast_context(cfg, world.device):
-                values = instance_losses(model, batch)
+                values = compute_instance_losses(model, batch)
             losses.add(batch, values)
             report_progress()
         return losses

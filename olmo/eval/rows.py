@@ -86,7 +86,7 @@ def _request(line: bytes, place: str) -> dict[str, Any]:
     return dict(row)
 
 
-def local_files(
+def list_local_files(
     dataset: str, configs: Iterable[str | None], splits: Iterable[str], folder: Path
 ) -> list[Path]:
     """The files of `folder` that `read_rows` reads for these; empty where the hub is asked."""

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from olmo.eval.rows import read_requests, read_rows
 
 # Metrics that look at the right option alone.
-OF_TARGET = ("ce_loss", "bpb")
+TARGET_METRICS = ("ce_loss", "bpb")
 
 
 @dataclass(frozen=True)
-class Task:
+class ChoiceTask:
     """A label of tasks.yaml, whose head says what the fields are."""
 
     label: str
@@ -52,7 +52,7 @@ class Request(NamedTuple):
 
 
 @functools.cache
-def tasks() -> dict[str, Task]:
+def load_tasks() -> dict[str, ChoiceTask]:
     """Every task by its label."""
     import yaml
 
@@ -61,7 +61,7 @@ def tasks() -> dict[str, Task]:
     for folder, names in entries.pop("requests").items():
         for name, metric in names.items():
             label, where = f"{folder}_{name}", f"{folder}/{name}"
-            found += [Task(label, metric, where), Task(f"{label}_bpb", "bpb", where)]
+            found += [ChoiceTask(label, metric, where), ChoiceTask(f"{label}_bpb", "bpb", where)]
     for entry, fields in entries.items():
         groups = fields.pop("groups", None)
         variants = fields.pop("variants", {"": {}})
@@ -71,23 +71,27 @@ def tasks() -> dict[str, Task]:
             for variant, changes in variants.items():
                 settings = fields | changes | {"configs": tuple(configs or [config])}
                 settings["shots"] = tuple(settings.get("shots", [None]))
-                found.append(Task(label=f"{entry}{group}{variant}", **settings))
+                found.append(ChoiceTask(label=f"{entry}{group}{variant}", **settings))
     assert len({task.label for task in found}) == len(found)
     return {task.label: task for task in found}
 
 
-def task_of(label: str) -> Task:
+def find_task(label: str) -> ChoiceTask:
     """The task of this name; ValueError names the nearest ones."""
-    if label not in tasks():
-        near = difflib.get_close_matches(label, tasks(), 3) or ["piqa", "hellaswag", "arc_easy"]
+    if label not in load_tasks():
+        near = difflib.get_close_matches(label, load_tasks(), 3) or [
+            "piqa",
+            "hellaswag",
+            "arc_easy",
+        ]
         raise ValueError(
             f"evaluators: there is no downstream task '{label}'; did you mean {', '.join(near)}? "
             "olmo/evaluate/tasks.yaml has them all"
         )
-    return tasks()[label]
+    return load_tasks()[label]
 
 
-def requests(task: Task, folder: Path | None) -> list[Request]:
+def build_requests(task: ChoiceTask, folder: Path | None) -> list[Request]:
     """What a model is asked, document by document.
 
     Raises:
@@ -105,7 +109,7 @@ def requests(task: Task, folder: Path | None) -> list[Request]:
                 row["label"],
             )
             for row in rows
-            if row["doc_id"] < UNCONDITIONAL
+            if row["doc_id"] < FIRST_UNCONDITIONAL
         ]
     else:
         from jinja2 import UndefinedError
@@ -119,16 +123,16 @@ def requests(task: Task, folder: Path | None) -> list[Request]:
             ) from error
     if not found:
         raise ValueError(f"evaluators: '{task.label}': there is no document in its data set")
-    if task.metric in OF_TARGET:
+    if task.metric in TARGET_METRICS:
         found = [r._replace(option=0, target=0) for r in found if r.option == r.target]
     return found
 
 
 # From this number on, prompts written beforehand repeat the continuations without their contexts.
-UNCONDITIONAL = 1_000_000
+FIRST_UNCONDITIONAL = 1_000_000
 
 
-def _from_documents(task: Task, folder: Path | None) -> Iterator[Request]:
+def _from_documents(task: ChoiceTask, folder: Path | None) -> Iterator[Request]:
     language = _language()
     options = language.compile_expression(task.options, undefined_to_none=False)
     target = language.compile_expression(task.target, undefined_to_none=False)
@@ -174,11 +178,11 @@ def _language() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     language = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    language.filters |= {"wikihow": without_markup, "joined": joined}
+    language.filters |= {"wikihow": strip_markup, "joined": join_punctuation}
     return language
 
 
-def without_markup(text: str) -> str:
+def strip_markup(text: str) -> str:
     """HellaSwag's half from WikiHow, without what its pages' layout left there.
 
     >>> without_markup("Cook rice. [header] How [title] Boil water")
@@ -188,7 +192,7 @@ def without_markup(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def joined(text: str) -> str:
+def join_punctuation(text: str) -> str:
     """GLUE's sentences, whose punctuation stands apart, as they were written.
 
     >>> joined("It did n't ( yet ) work , she said .")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from olmo.inspect.documents import Document, Shard, digest_of, shards
-from olmo.inspect.run import Instance, Run
+from olmo.inspect.documents import Document, TokenShard, find_token_shards, object_digest
+from olmo.inspect.run import Instance, TrainedRun
 from olmo.runtime.log import log
 from olmo.store.stage import current_store
 from olmo.tokenizer import hub_name
@@ -35,21 +35,23 @@ def inspect(
     is its global_indices.npy, --tokenizer a tokenizer.json or a name on the hub, where the run
     does not lead to them. With --json a line for each instance.
     """
-    opened = Run(run, order, world_size)
-    known = shards(current_store())
-    words = reader(opened, known, tokenizer)
+    opened = TrainedRun(run, order, world_size)
+    known = find_token_shards(current_store())
+    words = load_run_tokenizer(opened, known, tokenizer)
     for instance in opened.instances(step, rank):
-        shard = known.get(digest_of(instance.path))
+        shard = known.get(object_digest(instance.path))
         end = instance.start + len(instance.tokens)
         documents = shard.documents(instance.start, end) if shard else []
-        print((as_json if json else as_text)(instance, documents, words))
+        print((format_json if json else format_text)(instance, documents, words))
 
 
-def reader(run: Run, known: dict[str, Shard], tokenizer: str | None) -> Tokenizer | None:
+def load_run_tokenizer(
+    run: TrainedRun, known: dict[str, TokenShard], tokenizer: str | None
+) -> Tokenizer | None:
     """The tokenizer that reads a run's tokens; None, and a warning, where it cannot be had."""
     from tokenizers import Tokenizer
 
-    ours = next((known[n] for n in map(digest_of, run.dataset.paths) if n in known), None)
+    ours = next((known[n] for n in map(object_digest, run.dataset.paths) if n in known), None)
     place = tokenizer or (str(ours.tokenizer) if ours else run.cfg.tokenizer.identifier)
     try:
         if Path(place).is_file():
@@ -62,7 +64,7 @@ def reader(run: Run, known: dict[str, Shard], tokenizer: str | None) -> Tokenize
         return None
 
 
-def as_json(instance: Instance, documents: list[Document], words: Tokenizer | None) -> str:
+def format_json(instance: Instance, documents: list[Document], words: Tokenizer | None) -> str:
     tokens = instance.tokens.tolist()
     found = asdict(instance) | {
         "tokens": tokens,
@@ -73,7 +75,7 @@ def as_json(instance: Instance, documents: list[Document], words: Tokenizer | No
     return json.dumps(found, ensure_ascii=False)
 
 
-def as_text(instance: Instance, documents: list[Document], words: Tokenizer | None) -> str:
+def format_text(instance: Instance, documents: list[Document], words: Tokenizer | None) -> str:
     """An instance for a person: where it is, and each document's part of it."""
     size = len(instance.tokens)
     lines = [
@@ -110,12 +112,12 @@ def seen(
     A document by its --id, by a fragment of its --text, or all of a source file, by its --url or
     its --sha256.
     """
-    opened = Run(run, world_size=world_size)
+    opened = TrainedRun(run, world_size=world_size)
     wanted = {"id": id, "url": url, "text": text, "sha256": sha256}
     if sum(value is not None for value in wanted.values()) != 1:
         raise ValueError("expected one of --id, --url, --text, --sha256")
     count = 0
-    for document, times in sightings(opened, **wanted):
+    for document, times in find_sightings(opened, **wanted):
         count += 1
         print(f"{document.id} ({document.source}:{document.line})")
         for step, position, index in times:
@@ -128,31 +130,31 @@ def seen(
         raise ValueError(f"no document of {run}'s data has the {what}")
 
 
-def sightings(
-    run: Run,
+def find_sightings(
+    run: TrainedRun,
     id: str | None = None,
     url: str | None = None,
     text: str | None = None,
     sha256: str | None = None,
 ) -> Iterator[tuple[Document, list[tuple[int, int, int]]]]:
     """Each such document of a run's data, with (step, position, instance) of each time."""
-    known = shards(current_store())
+    known = find_token_shards(current_store())
     for number, path in enumerate(run.dataset.paths):
-        shard = known.get(digest_of(path))
+        shard = known.get(object_digest(path))
         if shard is None:
             raise ValueError(
                 f"{path} is not known to the store {current_store().root}: documents can be looked "
                 "for in data that this pipeline made"
             )
         first, end = run.dataset.offsets[number]
-        for document in chosen(shard, id, url, text, sha256):
+        for document in select_documents(shard, id, url, text, sha256):
             rows = np.arange(document.start // run.length, (document.end - 1) // run.length + 1)
             instances = first + rows[rows < end - first]
             yield document, list(run.when(instances))
 
 
-def chosen(
-    shard: Shard, id: str | None, url: str | None, text: str | None, sha256: str | None
+def select_documents(
+    shard: TokenShard, id: str | None, url: str | None, text: str | None, sha256: str | None
 ) -> list[Document]:
     """The documents of a shard that are asked for."""
     if url is not None and shard.origin != url:

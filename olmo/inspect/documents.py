@@ -27,7 +27,7 @@ class Document:
     end: int
 
 
-class Shard:
+class TokenShard:
     """A token file that the pipeline made, with what it was made from."""
 
     def __init__(self, store: Store, record: Record, made_by: dict[str, list[Record]]) -> None:
@@ -100,7 +100,7 @@ class Shard:
         with gz.reading(documents) as lines:
             for line, here in zip(lines, kept, strict=True):
                 if here:
-                    yield text_of(json.loads(line, parse_int=float))  # some are too long
+                    yield document_text(json.loads(line, parse_int=float))  # some are too long
 
     def _rows(self) -> Any:
         """The table of the documents that have tokens; a conversation may have been left out."""
@@ -120,7 +120,7 @@ class Shard:
         return path
 
 
-def text_of(line: dict[str, Any]) -> str:
+def document_text(line: dict[str, Any]) -> str:
     """What stands in a document, or is said in a conversation."""
     if "messages" in line:
         return "\n".join(message["content"] for message in line["messages"])
@@ -128,16 +128,16 @@ def text_of(line: dict[str, Any]) -> str:
     return text
 
 
-def digest_of(path: str | Path) -> str:
+def object_digest(path: str | Path) -> str:
     """The name of a file, here or at a URL; of an object of the store that is its digest."""
     return Path(path).name
 
 
-def shards(store: Store) -> dict[str, Shard]:
+def find_token_shards(store: Store) -> dict[str, TokenShard]:
     """Every token file that the pipeline made from documents, by its sha256."""
     made_by = records_by_content(store)
     return {
-        record["outputs"]["tokens"]["sha256"]: Shard(store, record, made_by)
+        record["outputs"]["tokens"]["sha256"]: TokenShard(store, record, made_by)
         for record in store.records()
         if record["action"]["stage"] in ("tokens", "instances")
     }

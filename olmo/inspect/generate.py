@@ -7,16 +7,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.inspect.documents import digest_of, shards
-from olmo.inspect.run import Run
+from olmo.inspect.documents import find_token_shards, object_digest
+from olmo.inspect.run import TrainedRun
 from olmo.runtime.log import log
 from olmo.store.stage import current_store
 from olmo.tokenizer import Tokenizer, hub_name
 
-HOLDS = ("model.safetensors", "model.pt", "model_and_optim")  # what a checkpoint folder has
+CHECKPOINT_FILES = (
+    "model.safetensors",
+    "model.pt",
+    "model_and_optim",
+)  # what a checkpoint folder has
 
 
-def generate(
+def generate_text(
     checkpoint: str,
     /,
     prompt: str,
@@ -47,9 +51,9 @@ def generate(
         raise ValueError("--top-k, --top-p and --seed are for sampling: give a --temperature")
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"expected a --seed of 64 bits, found {seed}")
-    place = place_of(checkpoint)
-    run = Run(place)
-    words = tokenizer_of(place, run, tokenizer)
+    place = find_checkpoint(checkpoint)
+    run = TrainedRun(place)
+    words = load_checkpoint_tokenizer(place, run, tokenizer)
     if chat is None:
         chat = bool(run.cfg.data.label_mask_paths)
     if system is not None and not chat:
@@ -61,7 +65,7 @@ def generate(
         raise ValueError(
             f"expected --prompt and --system in UTF-8, found {error.object!r}"
         ) from None
-    ids = prompt_ids(text, words, chat, system)
+    ids = encode_prompt(text, words, chat, system)
     if tokens is None:
         tokens = min(256, max(run.length - len(ids), 1))
     if len(ids) + tokens > run.length:
@@ -78,16 +82,16 @@ def generate(
     model = load_model(place)
     model.use_attention()
     use_column_major_weights(model)
-    found = continued(
+    found = generate_ids(
         model, ids, max_steps=tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         generator=generator,
     )  # fmt: skip
-    for piece in pieces(found, lambda some: words.decode(some, skip_special_tokens=False)):
+    for piece in stream_text(found, lambda some: words.decode(some, skip_special_tokens=False)):
         print(piece, end="", flush=True)
     print()
 
 
-def place_of(checkpoint: str) -> str:
+def find_checkpoint(checkpoint: str) -> str:
     """The folder or URL of a checkpoint: its own, or of a run the final or the newest one.
 
     Raises:
@@ -99,7 +103,7 @@ def place_of(checkpoint: str) -> str:
         return checkpoint.rstrip("/")
     runs = Path("checkpoints", checkpoint)
     for folder in (Path(checkpoint), runs / "final", runs / "run"):
-        if any((folder / name).exists() for name in HOLDS):
+        if any((folder / name).exists() for name in CHECKPOINT_FILES):
             return str(folder)
         if folder.is_dir() and (found := find_newest(folder)) is not None:
             return str(found)
@@ -109,7 +113,7 @@ def place_of(checkpoint: str) -> str:
     )
 
 
-def tokenizer_of(place: str, run: Run, given: str | None) -> Tokenizer:
+def load_checkpoint_tokenizer(place: str, run: TrainedRun, given: str | None) -> Tokenizer:
     """The tokenizer that a checkpoint was trained with.
 
     Raises:
@@ -117,8 +121,8 @@ def tokenizer_of(place: str, run: Run, given: str | None) -> Tokenizer:
     """
     model = run.cfg.model
     ends = {"eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id}
-    known = {} if given else shards(current_store())
-    ours = [known[name] for name in map(digest_of, run.cfg.data.paths or []) if name in known]
+    known = {} if given else find_token_shards(current_store())
+    ours = [known[name] for name in map(object_digest, run.cfg.data.paths or []) if name in known]
     files = [Path(given or f"{place}/tokenizer.json"), *(shard.tokenizer for shard in ours[:1])]
     try:
         if (file := next(filter(Path.is_file, files), None)) is not None:
@@ -140,7 +144,7 @@ def tokenizer_of(place: str, run: Run, given: str | None) -> Tokenizer:
     return found
 
 
-def prompt_ids(
+def encode_prompt(
     text: str, tokenizer: Tokenizer, chat: bool = False, system: str | None = None
 ) -> list[int]:
     """The ids that the model goes on from.
@@ -156,7 +160,7 @@ def prompt_ids(
     return tokenizer.encode(text, add_special_tokens=False) or [tokenizer.eos_token_id]
 
 
-def continued(model: Any, ids: list[int], **options: Any) -> Iterator[int]:
+def generate_ids(model: Any, ids: list[int], **options: Any) -> Iterator[int]:
     """The ids that come after `ids`, one by one, up to the end of the text."""
     import torch
 
@@ -169,7 +173,7 @@ def continued(model: Any, ids: list[int], **options: Any) -> Iterator[int]:
         yield int(step.token_ids[0])
 
 
-def pieces(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+def stream_text(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
     """The text of some ids, each piece as soon as its last character is whole.
 
     A character may take several ids, and what an id says may depend on the one before it: what

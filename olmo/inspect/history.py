@@ -23,14 +23,14 @@ import numpy as np
 from olmo.config import TrainConfig
 from olmo.data.files import TokenFile, file_sizes
 from olmo.data.order import ORDER_DTYPE, global_indices
-from olmo.inspect.order import Seen
+from olmo.inspect.order import SeenInstances
 from olmo.store.lineage import records_by_content
 from olmo.store.store import Record, Store
 from olmo.train.sinks import lines_upto
 
 
 @dataclass(frozen=True)
-class Origin:
+class OrderSource:
     """Where a run's order and data are now, for stretches whose instances must be derived."""
 
     cfg: TrainConfig
@@ -40,10 +40,12 @@ class Origin:
     fixed: bool = False  # whether the config is that of every step: it is part of the run's key
 
 
-class Stretch:
+class StepRange:
     """Steps that were trained one after the other with the same settings, from `after` on."""
 
-    def __init__(self, segment: dict[str, Any], origin: Origin, before: Stretch | None) -> None:
+    def __init__(
+        self, segment: dict[str, Any], origin: OrderSource, before: StepRange | None
+    ) -> None:
         self.after: int = segment["after"]
         self.files: str | None = segment.get("files")
         self.again_to: int = segment.get("again_to", 0)
@@ -67,11 +69,11 @@ class Stretch:
         return size
 
     @cached_property
-    def seen(self) -> Seen:
+    def seen(self) -> SeenInstances:
         """Its instances, derived from its settings. ValueError where these are not known."""
         facts = self._segment if self.batch_size is not None else self._as_config_says()
         cfg, n, first = self._origin.cfg, facts["instances"], facts["epoch"]
-        stored, read, base = n, whole(n, facts["seed"], first), first
+        stored, read, base = n, derive_order(n, facts["seed"], first), first
         if (name := facts.get("order")) is not None:
             place, base = self._origin.order, facts["order_epoch"]
             if place is None or not (self._origin.given or Path(place).name == name):
@@ -79,7 +81,7 @@ class Stretch:
                     f"the steps after {self.after} followed the order {name}, and config.yaml "
                     f"names {place or 'none'} now; give it: --order {name}"
                 )
-            stored, read = opened(place)
+            stored, read = open_order(place)
         settings = cfg.update_with(
             global_train_batch_size=facts["batch"],
             seed=facts["seed"],
@@ -87,7 +89,7 @@ class Stretch:
             data=cfg.data.update_with(seed=None, drop_last=facts["drop_last"]),
         )
         place_in_data = (self.after, first - base, facts["examples"])
-        return Seen(settings, n, stored, read, self.world_size, *place_in_data)
+        return SeenInstances(settings, n, stored, read, self.world_size, *place_in_data)
 
     def _as_config_says(self) -> dict[str, Any]:
         """Of a run that wrote down less, by an older version."""
@@ -113,15 +115,15 @@ class Stretch:
         return facts
 
 
-def stretches(segments: list[dict[str, Any]], origin: Origin) -> list[Stretch]:
+def build_step_ranges(segments: list[dict[str, Any]], origin: OrderSource) -> list[StepRange]:
     """A run's segments (olmo.train.segments), in order."""
-    found: list[Stretch] = []
+    found: list[StepRange] = []
     for segment in segments:
-        found.append(Stretch(segment, origin, found[-1] if found else None))
+        found.append(StepRange(segment, origin, found[-1] if found else None))
     return found
 
 
-def of(step: int, found: list[Stretch]) -> Stretch:
+def find_step_range(step: int, found: list[StepRange]) -> StepRange:
     """The stretch of a step. ValueError for one before all of them."""
     held = [stretch for stretch in found if stretch.after < step]
     if not held:
@@ -133,7 +135,7 @@ def of(step: int, found: list[Stretch]) -> Stretch:
     return held[-1]
 
 
-def segments_of(store: Store, record: Record) -> list[dict[str, Any]]:
+def collect_segments(store: Store, record: Record) -> list[dict[str, Any]]:
     """All segments of a finished run; of a chain, also those of the links before."""
     found: list[dict[str, Any]] = []
     made_by: dict[str, list[Record]] = {}
@@ -151,7 +153,7 @@ def segments_of(store: Store, record: Record) -> list[dict[str, Any]]:
     return found
 
 
-class Recorded:
+class RecordedBatches:
     """data-indices/rank{r}.tsv.gz: what each process wrote of each step."""
 
     def __init__(self, folder: Path) -> None:
@@ -179,12 +181,12 @@ def _row(path: Path, step: int) -> list[int]:
     return row if number == step else []
 
 
-def opened(place: str) -> tuple[int, Any]:
+def open_order(place: str) -> tuple[int, Any]:
     """How many numbers a stored order has, and what reads a part of it."""
     return file_sizes([place])[0] // ORDER_DTYPE.itemsize, TokenFile(place, ORDER_DTYPE).read
 
 
-def whole(n: int, seed: int, epoch: int) -> Any:
+def derive_order(n: int, seed: int, epoch: int) -> Any:
     """What reads a part of an epoch's order, which is made when it is asked for."""
     return lambda start, stop: _made(n, seed, epoch)[start:stop]
 

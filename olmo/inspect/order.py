@@ -9,10 +9,12 @@ import numpy as np
 from olmo.config import TrainConfig
 from olmo.data.order import fit_to_world_size, global_indices, total_size
 
-Read = Callable[[int, int], np.ndarray]  # a part of the stored order: (first, one past the last)
+ReadSlice = Callable[
+    [int, int], np.ndarray
+]  # a part of the stored order: (first, one past the last)
 
 
-class Seen:
+class SeenInstances:
     """The instances of a run in the order in which it saw them, while its config stayed the same.
 
     Args:
@@ -32,7 +34,7 @@ class Seen:
         cfg: TrainConfig,
         n: int,
         stored: int,
-        read: Read,
+        read: ReadSlice,
         world_size: int = 1,
         after: int = 0,
         epoch: int = 0,
@@ -118,7 +120,7 @@ class Seen:
         return total_size(self.n, self.world_size, self.cfg.data.drop_last) // self.batch_size
 
 
-def steps_of(text: str) -> range:
+def parse_steps(text: str) -> range:
     """Steps as a user writes them: "5", or "5..9" with both ends.
 
     >>> list(steps_of("5..7")), list(steps_of("3"))

@@ -10,8 +10,8 @@ import numpy as np
 
 from olmo.config import TrainConfig
 from olmo.inspect import history
-from olmo.inspect.history import Origin
-from olmo.inspect.order import steps_of
+from olmo.inspect.history import OrderSource
+from olmo.inspect.order import parse_steps
 from olmo.store import remote as second
 from olmo.store.lineage import ancestors
 from olmo.store.naming import record_of
@@ -35,10 +35,11 @@ def pull(
     if steps is None:
         return
     for final in [Path(name) for name in pulled if Path(name, "config.yaml").exists()]:
-        print(f"steps {steps} of {final}: {shards(current_store(), there, final, steps_of(steps))}")
+        moved = pull_shards(current_store(), there, final, parse_steps(steps))
+        print(f"steps {steps} of {final}: {moved}")
 
 
-def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> TransferStats:
+def pull_shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> TransferStats:
     """Bring the order of a run, and the shards of tokens and labels that these steps saw.
 
     Args:
@@ -68,9 +69,9 @@ def shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> T
         width = np.dtype(cfg.data.effective_memmap_dtype).itemsize * cfg.model.max_sequence_length
         ends = list(accumulate(sizes[digest] // width for digest in of_tokens))
         place = str(store.object_path(of_order))
-        origin = Origin(cfg, ends[-1], place, given=True, fixed=True)
-        found = history.stretches(history.segments_of(store, record), origin)
-        batches = [history.of(step, found).seen.instances(step) for step in steps]
+        origin = OrderSource(cfg, ends[-1], place, given=True, fixed=True)
+        found = history.build_step_ranges(history.collect_segments(store, record), origin)
+        batches = [history.find_step_range(step, found).seen.instances(step) for step in steps]
         instances = np.concatenate(batches)
         which = set(np.searchsorted(ends, instances, side="right").tolist())
         needed = {digests[i] for digests in (of_tokens, of_labels) if digests for i in which}

@@ -8,8 +8,8 @@ from typing import Any
 
 from olmo.checkpoint import layout
 from olmo.cluster.launch import Geometry, launch
-from olmo.inspect.order import steps_of
-from olmo.inspect.run import Run
+from olmo.inspect.order import parse_steps
+from olmo.inspect.run import TrainedRun
 from olmo.runtime.log import log
 from olmo.store.stage import current_store
 from olmo.train.chain import STATE
@@ -33,21 +33,21 @@ def replay(checkpoint: str, /, steps: str) -> None:
         training_conditions,
     )
 
-    run, asked = Run(checkpoint), steps_of(steps)
+    run, asked = TrainedRun(checkpoint), parse_steps(steps)
     last_step = run.steps
     if last_step is None:
         raise ValueError(f"{checkpoint}: expected a final checkpoint with its record.json")
     if not (asked[0] >= 1 and asked[-1] <= last_step):
         raise ValueError(f"expected steps from 1 to {last_step}, found {steps}")
-    recorded = rows_of(Path(run.folder, "metrics.jsonl"))
-    start, begin = begin_at(Path(run.folder).parent / "run", asked[0])
+    recorded = read_step_metrics(Path(run.folder, "metrics.jsonl"))
+    start, begin = find_start_checkpoint(Path(run.folder).parent / "run", asked[0])
     resumed: dict[str, Any] = {}  # else from its start: no weights, or those that it was given
     if begin is not None:
         resumed = {"load_path": str(begin)}
         resumed |= {"reset_trainer_state": False, "reset_optimizer_state": False}
     with tempfile.TemporaryDirectory() as folder:
         if begin is None and (given := run.record["action"]["inputs"].get("start")):
-            resumed = {"load_path": str(given_start(given, Path(folder, "start")))}
+            resumed = {"load_path": str(link_initial_checkpoint(given, Path(folder, "start")))}
         place = run.cfg.update_with(
             save_folder=folder,
             save_overwrite=True,
@@ -69,8 +69,8 @@ def replay(checkpoint: str, /, steps: str) -> None:
             processes = piece["processes"]
             log.info(f"steps {piece['after'] + 1} to {end}: processes as then, {processes}")
             launch(Path(folder, "given.yaml"), Geometry(processes), place.intra_op_threads)
-        again = rows_of(Path(folder, "metrics.jsonl"))
-        weights = gap_of_weights(run, Path(folder)) if asked[-1] == last_step else None
+        again = read_step_metrics(Path(folder, "metrics.jsonl"))
+        weights = max_weight_difference(run, Path(folder)) if asked[-1] == last_step else None
 
         here, there = training_conditions(segments(Path(folder))), training_conditions(pieces)
 
@@ -98,7 +98,7 @@ def replay(checkpoint: str, /, steps: str) -> None:
     )
 
 
-def given_start(digests: list[str], folder: Path) -> Path:
+def link_initial_checkpoint(digests: list[str], folder: Path) -> Path:
     """The checkpoint that a run was given to start from, by its files' digests, as a folder."""
     folder.mkdir()
     for digest, name in zip(digests, STATE, strict=False):
@@ -111,12 +111,12 @@ def given_start(digests: list[str], folder: Path) -> Path:
     return folder
 
 
-def rows_of(path: Path) -> dict[int, dict[str, Any]]:
+def read_step_metrics(path: Path) -> dict[int, dict[str, Any]]:
     """A training step's row of metrics.jsonl, by its number."""
     return {row["step"]: row for row in read_metrics(path) if LOSS in row}
 
 
-def begin_at(folder: Path, first: int) -> tuple[int, Path | None]:
+def find_start_checkpoint(folder: Path, first: int) -> tuple[int, Path | None]:
     """The last checkpoint of a run before step `first`: (its step, its folder), or the start."""
     for path in reversed(layout.list_checkpoints(folder, unsharded=True)):
         if 0 < (step := layout.parse_step(path) or 0) < first:
@@ -124,7 +124,7 @@ def begin_at(folder: Path, first: int) -> tuple[int, Path | None]:
     return 0, None
 
 
-def gap_of_weights(run: Run, folder: Path) -> float:
+def max_weight_difference(run: TrainedRun, folder: Path) -> float:
     """The largest difference between a final checkpoint's weights and those that came out now."""
     import torch
     from safetensors.torch import load_file

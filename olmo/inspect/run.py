@@ -21,22 +21,22 @@ from olmo.checkpoint import layout
 from olmo.config import TrainConfig
 from olmo.data.files import is_url
 from olmo.inspect import history
-from olmo.inspect.history import Origin, Recorded, Stretch
-from olmo.inspect.order import Seen
+from olmo.inspect.history import OrderSource, RecordedBatches, StepRange
+from olmo.inspect.order import SeenInstances
 from olmo.io import downloads
 from olmo.runtime.log import log
 from olmo.runtime.process import SEGMENTS_FILE
 from olmo.store.stage import current_store
 from olmo.store.store import parse_record
 
-MOST_CONFIG = 64 * 2**20  # bytes
+MAX_CONFIG_BYTES = 64 * 2**20  # bytes
 
 if TYPE_CHECKING:
     from olmo.data.memmap import MemMapDataset
 
 # An order of which nothing is known but its numbers is looked for in so many epochs, if it is not
 # too large for that (0.2 s an epoch).
-EPOCHS, LOOKED_AT = 16, 1 << 24
+MAX_EPOCHS, MAX_INSTANCES = 16, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Instance:
     tokens: np.ndarray  # (T,)
 
 
-class Run:
+class TrainedRun:
     """A run: by its name in config/config.yaml, its folder or config.yaml, or a URL of these.
 
     Args:
@@ -66,9 +66,9 @@ class Run:
     """
 
     def __init__(self, where: str, order: str | None = None, world_size: int | None = None) -> None:
-        self.config_path = found(where)
+        self.config_path = find_config(where)
         self.folder = self.config_path.rpartition("/")[0] or "."
-        self.cfg = load(self.config_path)
+        self.cfg = load_run_config(self.config_path)
         self._order, self._world_size = order, world_size
 
     @cached_property
@@ -103,7 +103,7 @@ class Run:
         from olmo.train.segments import segments  # which imports torch
 
         if self.record:
-            return history.segments_of(current_store(), self.record)
+            return history.collect_segments(current_store(), self.record)
         if not is_url(self.folder):
             return segments(self.home)
         url, _, name = self.folder.rpartition("/")
@@ -112,7 +112,7 @@ class Run:
             return []
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(downloads.NotFound):
             file, part = Path(folder, SEGMENTS_FILE), Path(folder, "part")
-            downloads.fetch(f"{place}/{SEGMENTS_FILE}", file, part, max_bytes=MOST_CONFIG)
+            downloads.fetch(f"{place}/{SEGMENTS_FILE}", file, part, max_bytes=MAX_CONFIG_BYTES)
             return segments(Path(folder))
         return []
 
@@ -129,18 +129,18 @@ class Run:
         return build_memmap_dataset(self.cfg, self.cfg.data)
 
     @cached_property
-    def stretches(self) -> list[Stretch]:
+    def stretches(self) -> list[StepRange]:
         """The same with what their steps saw; [] where nobody wrote that down."""
         order = self._order or self.cfg.data.order_path
         if self._order and not any("order" in segment for segment in self.segments):
             log.warning("--order is not needed: the run wrote down what decided its order")
-        origin = Origin(
+        origin = OrderSource(
             self.cfg, len(self.dataset), order, given=bool(self._order), fixed=bool(self.record)
         )
-        return history.stretches(self.segments, origin)
+        return history.build_step_ranges(self.segments, origin)
 
     @cached_property
-    def by_config(self) -> Seen:
+    def by_config(self) -> SeenInstances:
         """What its steps saw if it was trained from its start with this config and order."""
         if self.cfg.load_path and not self.cfg.reset_trainer_state:
             log.warning(
@@ -155,31 +155,31 @@ class Run:
                     f"{place} is the order of epoch {epoch}, which was written over that of epoch "
                     f"{first}; leave --order out, and it is made from the seed"
                 )
-            return Seen(self.cfg, n, *history.opened(place), size)
+            return SeenInstances(self.cfg, n, *history.open_order(place), size)
         beside = str(self.home / "train_data/global_indices.npy")
-        known = is_url(self.folder) or not Path(beside).exists() or n > LOOKED_AT
+        known = is_url(self.folder) or not Path(beside).exists() or n > MAX_INSTANCES
         if not known and self._epoch_of(beside, n) is None:
             raise ValueError(
-                f"{beside} is not the order of {n} instances by seed {seed} in any of {EPOCHS} "
+                f"{beside} is not the order of {n} instances by seed {seed} in any of {MAX_EPOCHS} "
                 "epochs: the config or the data changed since. Give the first epoch's: --order"
             )
-        return Seen(self.cfg, n, n, history.whole(n, seed, first), size)
+        return SeenInstances(self.cfg, n, n, history.derive_order(n, seed, first), size)
 
     def _epoch_of(self, place: str, n: int) -> int | None:
         """Which epoch's order a file is; None: of none, or too large or too far to look at it."""
-        if is_url(place) or not Path(place).exists() or n > LOOKED_AT:
+        if is_url(place) or not Path(place).exists() or n > MAX_INSTANCES:
             return None
-        stored, read = history.opened(place)
-        found, first = read(0, stored), self.cfg.epoch or 0
-        for epoch in range(first, first + EPOCHS):
-            order = history.whole(n, self.cfg.data_seed, epoch)(0, n)
-            if np.array_equal(found[:n], order[:stored]):
+        stored, read = history.open_order(place)
+        numbers, first = read(0, stored), self.cfg.epoch or 0
+        for epoch in range(first, first + MAX_EPOCHS):
+            order = history.derive_order(n, self.cfg.data_seed, epoch)(0, n)
+            if np.array_equal(numbers[:n], order[:stored]):
                 return epoch
         return None
 
     @cached_property
-    def recorded(self) -> Recorded:
-        return Recorded(self.home)
+    def recorded(self) -> RecordedBatches:
+        return RecordedBatches(self.home)
 
     def batch(self, step: int) -> tuple[np.ndarray, int]:
         """The (G,) instances of a step in the order of its batch, and how many processes it had.
@@ -190,7 +190,7 @@ class Run:
         if step < 1 or (self.steps is not None and step > self.steps):
             upto = "on" if self.steps is None else f"to {self.steps}"
             raise ValueError(f"expected a step from 1 {upto}, found {step}")
-        stretch = history.of(step, self.stretches) if self.segments else None
+        stretch = history.find_step_range(step, self.stretches) if self.segments else None
         size = self.cfg.global_train_batch_size if stretch is None else stretch.batch_size
         if stretch is not None and step <= stretch.again_to:
             log.warning(
@@ -214,7 +214,7 @@ class Run:
     def world_size(self, step: int) -> int:
         """How many processes trained a step."""
         if self.segments:
-            return history.of(step, self.stretches).world_size
+            return history.find_step_range(step, self.stretches).world_size
         return self.by_config.world_size
 
     def when(self, instances: np.ndarray) -> Iterator[tuple[int, int, int]]:
@@ -233,7 +233,7 @@ class Run:
                     f"steps {stretch.after + 1} to {last} had other token files, not looked at"
                 )
 
-    def _has_files_of(self, stretch: Stretch) -> bool:
+    def _has_files_of(self, stretch: StepRange) -> bool:
         from olmo.train.segments import fingerprint  # which imports torch
 
         return stretch.files in (None, fingerprint(self.dataset))
@@ -266,7 +266,7 @@ class Run:
         return str(self.dataset.paths[file]), index - self.dataset.offsets[file][0]
 
 
-def found(where: str) -> str:
+def find_config(where: str) -> str:
     """The place of a run's config."""
     if is_url(where):
         return where if where.endswith((".yaml", ".yml")) else f"{where.rstrip('/')}/config.yaml"
@@ -282,12 +282,12 @@ def found(where: str) -> str:
     )
 
 
-def load(place: str) -> TrainConfig:
+def load_run_config(place: str) -> TrainConfig:
     """A run's config, here or by URL; its paths are not looked for yet."""
     if not is_url(place):
         ours = Path(place).resolve().is_relative_to(Path("config").resolve())
         return TrainConfig.load(place, validate_paths=False, foreign=not ours)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.yaml")
-        downloads.fetch(place, path, Path(folder, "part"), max_bytes=MOST_CONFIG)
+        downloads.fetch(place, path, Path(folder, "part"), max_bytes=MAX_CONFIG_BYTES)
         return TrainConfig.load(path, foreign=True)

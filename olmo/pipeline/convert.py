@@ -109,10 +109,12 @@ def _write_hf(source: Path, into: Path, tokenizer: Path | None) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     config_yaml = (source / "config.yaml").read_text()
     if tokenizer is None:
-        from olmo.inspect.generate import tokenizer_of
-        from olmo.inspect.run import Run
+        from olmo.inspect.generate import load_checkpoint_tokenizer
+        from olmo.inspect.run import TrainedRun
 
-        base_tokenizer = tokenizer_of(str(source), Run(str(source)), None).base_tokenizer
+        base_tokenizer = load_checkpoint_tokenizer(
+            str(source), TrainedRun(str(source)), None
+        ).base_tokenizer
         tokenizer = into / "tokenizer.json"
         base_tokenizer.save(str(tokenizer))
     huggingface.write_hf_folder(into, checkpoint.model, config_yaml, tokenizer)

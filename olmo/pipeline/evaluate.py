@@ -14,7 +14,7 @@ from olmo.config import TrainConfig
 from olmo.corpus.docstrings import DATASET, stdlib_docstrings
 from olmo.corpus.listing import read_listing
 from olmo.corpus.stdlib import library_digest
-from olmo.inspect.documents import digest_of, shards
+from olmo.inspect.documents import find_token_shards, object_digest
 from olmo.pipeline.recipe import EvaluationConfig
 from olmo.runtime.numbers import encode_non_finite, from_json, to_json
 from olmo.store.stage import Facts, Folder, Input, Inputs, Output, Unhashed, current_store, stage
@@ -31,9 +31,9 @@ def heldout(
     store's records, made the run's tokens and the held-out ones.
     """
     found = {current_store().digest(path): str(path) for path in tokenizers}
-    known = shards(current_store())
+    known = find_token_shards(current_store())
     cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
-    ours = map(digest_of, cfg.data.paths or [])
+    ours = map(object_digest, cfg.data.paths or [])
     theirs = [entry.sha256 for entry in read_listing(tokens, "heldout-tokens")]
     for digest in (known[name].tokenizer.name for name in (*ours, *theirs) if name in known):
         found.setdefault(digest, f"{digest[:12]}…")
@@ -88,17 +88,17 @@ def evaluate(
     Raises ValueError for a task that is unknown, that has no answers, or whose data is neither here
     nor on the hub.
     """
-    from olmo.eval.rows import local_files
-    from olmo.eval.tasks import task_of, tasks
+    from olmo.eval.rows import list_local_files
+    from olmo.eval.tasks import find_task, load_tasks
 
     data = None if config.data is None else Path(config.data)
     task_files = [Path(path) for path in config.task_files]
 
     def find_rows(label: str) -> tuple[Path | None, list[Path]]:
-        task = task_of(label)
+        task = find_task(label)
         folder = docstrings if task.dataset == DATASET else data
         splits = filter(None, (task.split, task.shots_split))
-        rows = local_files(task.dataset, task.configs, splits, folder) if folder else []
+        rows = list_local_files(task.dataset, task.configs, splits, folder) if folder else []
         return folder, rows
 
     for path in task_files:
@@ -112,7 +112,7 @@ def evaluate(
             config=checkpoint / "config.yaml",
             tokenizer=tokenizer,
             rows=rows,
-            task=dataclasses.asdict(task_of(label)),
+            task=dataclasses.asdict(find_task(label)),
             answers=answers / OURS / label,
             checkpoint=checkpoint,
             data=folder,
@@ -121,7 +121,7 @@ def evaluate(
         )
         answered.append(answers / OURS / label)
     if config.harness:
-        local = {label: find_rows(label) for label in config.harness if label in tasks()}
+        local = {label: find_rows(label) for label in config.harness if label in load_tasks()}
         local = {label: (folder, rows) for label, (folder, rows) in local.items() if rows}
         harness_tasks(
             model=sorted(p for p in hf.iterdir() if p.suffix in (".json", ".safetensors"))
@@ -130,7 +130,7 @@ def evaluate(
             rows=[row for _, rows in local.values() for row in rows],
             files=sorted(p for f in task_files for p in f.rglob("*") if p.is_file()),
             names=sorted(set(config.harness)),
-            ours={label: dataclasses.asdict(task_of(label)) for label in local},
+            ours={label: dataclasses.asdict(find_task(label)) for label in local},
             versions={name: version(name) for name in ("lm-eval", "transformers")},
             answers=answers / HARNESS,
             checkpoint=checkpoint,
@@ -164,9 +164,9 @@ def heldout_perplexity(
 
     `checkpoint` is the folder of `model` and `config`; `labels` are masks of the tokens that count.
     """
-    from olmo.eval.final import perplexity
+    from olmo.eval.final import measure_perplexity
 
-    measured = perplexity(checkpoint, heldout, labels)
+    measured = measure_perplexity(checkpoint, heldout, labels)
     results.write_text(to_json(measured, indent=1, sort_keys=True) + "\n")
     return {"facts": encode_non_finite(measured), "conditions": measurement_conditions(checkpoint)}
 
@@ -189,11 +189,11 @@ def choice_task(
     `rows` are the files of its documents in `data`. If there are none, the documents come from the
     hub, and are not in the action's key.
     """
-    from olmo.eval.final import choices
-    from olmo.eval.tasks import Task
+    from olmo.eval.final import score_task
+    from olmo.eval.tasks import ChoiceTask
 
-    choice = Task(**task)
-    scores, requests = choices(checkpoint, choice, tokenizer, data, batch_size, limit)
+    choice = ChoiceTask(**task)
+    scores, requests = score_task(checkpoint, choice, tokenizer, data, batch_size, limit)
     scores = [{"scorer": OURS, "task": choice.label, **score} for score in scores]
     write_answers(answers, scores, [{"task": choice.label, **row} for row in requests])
     where = measurement_conditions(checkpoint) | {"batch_size": batch_size}
@@ -223,15 +223,15 @@ def harness_tasks(
     """
     import torch
 
-    from olmo.eval.harness import ask, write_task
-    from olmo.eval.tasks import Task
+    from olmo.eval.harness import run_harness, write_task
+    from olmo.eval.tasks import ChoiceTask
 
     torch.set_num_threads(measurement_conditions(checkpoint)["threads"])
     with TemporaryDirectory() as place:
         for label, fields in ours.items():
-            write_task(Task(**fields), data[label], Path(place))
+            write_task(ChoiceTask(**fields), data[label], Path(place))
         folders = [*task_files, *([Path(place)] if ours else [])]
-        scores, requests = ask(hf, names, folders, batch_size, limit)
+        scores, requests = run_harness(hf, names, folders, batch_size, limit)
     scores = [{"scorer": HARNESS, **score} for score in scores]
     write_answers(answers, scores, requests)
     where = measurement_conditions(checkpoint) | {"batch_size": batch_size}

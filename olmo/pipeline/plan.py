@@ -371,11 +371,11 @@ class Plan:
 
     def evaluation_flags(self, run: str) -> str:
         """A run's evaluation config as a flag; ValueError for an unknown choice task."""
-        from olmo.eval.tasks import task_of
+        from olmo.eval.tasks import find_task
 
         config = self.evaluation(run)
         for label in config.choices:
-            task_of(label)
+            find_task(label)
         return json_flag("config", config.update_with(heldout=[]))  # files are a rule's inputs
 
     def evaluation(self, run: str) -> EvaluationConfig:

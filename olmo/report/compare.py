@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.inspect.documents import digest_of, shards
-from olmo.inspect.run import Run
+from olmo.inspect.documents import find_token_shards, object_digest
+from olmo.inspect.run import TrainedRun
 from olmo.io.downloads import check_not_in_store
 from olmo.runtime.log import log
 from olmo.runtime.numbers import from_json
@@ -28,7 +28,7 @@ def compare(runs: list[Path], table: Path, picture: Path, label: str = LABEL) ->
     Raises ValueError for runs with other held-out documents or another tokenizer.
     """
     check_not_in_store(table, picture)
-    found = [Run(str(run)) for run in runs]
+    found = [TrainedRun(str(run)) for run in runs]
     finals = [Path(os.path.abspath(run.folder)) for run in found]
     names = [final.parent.name for final in finals]
     if len(set(names)) < len(names):
@@ -55,14 +55,14 @@ def compare(runs: list[Path], table: Path, picture: Path, label: str = LABEL) ->
     draw_curves(curves, picture)
 
 
-def check_comparable(runs: list[Run], names: list[str], label: str) -> None:
+def check_comparable(runs: list[TrainedRun], names: list[str], label: str) -> None:
     """Raises ValueError if two runs differ in vocabulary, tokenizer or held-out documents.
 
     Warns if this is unknown, since the checkpoint or its data has no record in the store.
     """
-    known = shards(current_store())
+    known = find_token_shards(current_store())
     shards_of = [
-        [known[d] for d in map(digest_of, r.cfg.data.paths or []) if d in known] for r in runs
+        [known[d] for d in map(object_digest, r.cfg.data.paths or []) if d in known] for r in runs
     ]
     compared: dict[str, list[set[Any]]] = {
         "model.vocab_size": [{run.cfg.model.vocab_size} for run in runs],

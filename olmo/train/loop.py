@@ -17,7 +17,7 @@ from olmo.config import DistributedStrategy, TrainConfig
 from olmo.data.batches import TrainLoader
 from olmo.distributed.watchdog import Watchdog, report_progress
 from olmo.distributed.world import join_world, leave_world
-from olmo.eval.evaluators import evaluate
+from olmo.eval.evaluators import run_evaluators
 from olmo.io import sealed
 from olmo.runtime.log import log, log_on_rank0_only
 from olmo.runtime.process import EXIT_PAUSED, FINISHED_FILE, PAUSED_FILE
@@ -62,7 +62,7 @@ def train(cfg: TrainConfig) -> int:
 def _before_first_step(run: Training) -> None:
     cfg, saver = run.cfg, run.saver
     asked = run.evaluates_first and not cfg.dry_run
-    if asked and (metrics := evaluate(run.evaluators, run.model)):
+    if asked and (metrics := run_evaluators(run.evaluators, run.model)):
         run.write(run.state.global_step, metrics)
     if cfg.force_save_unsharded or run.saves_first:
         saver.save("unsharded" if cfg.force_save_unsharded else None)
@@ -100,7 +100,7 @@ def _train(run: Training, stop: StopRequest) -> int:
                 run.speed.step(len(rows), length.tokens_per_step)
                 rows[-1][1].update(run.speed.metrics() | memory_metrics(world.device))
             if evaluates:
-                rows[-1][1].update(evaluate(run.evaluators, run.model))
+                rows[-1][1].update(run_evaluators(run.evaluators, run.model))
             stop_reason = _write(run, rows)
             if saves:
                 run.flush()

@@ -15,9 +15,15 @@ from peer_tasks import IDS, MEASURED, metrics_of, tiny_logits
 
 import olmo.eval.tasks
 from olmo.distributed.world import World
-from olmo.eval.choices import LONGEST, Prompt, encoded, log_likelihoods, score
+from olmo.eval.choices import (
+    MAX_PROMPT_LENGTH,
+    Prompt,
+    compute_log_likelihoods,
+    compute_score,
+    encode_prompts,
+)
 from olmo.eval.rows import read_requests, read_rows
-from olmo.eval.tasks import requests, tasks
+from olmo.eval.tasks import build_requests, load_tasks
 
 PEER = os.environ.get("OLMO_PEER_PYTHON")
 pytestmark = [
@@ -68,12 +74,16 @@ class Tiny(torch.nn.Module):
         return SimpleNamespace(logits=tiny_logits(input_ids))
 
 
-@pytest.mark.parametrize("label", sorted(tasks().keys() - OURS))
+@pytest.mark.parametrize("label", sorted(load_tasks().keys() - OURS))
 def test_the_same_questions_and_answers(label: str, theirs: dict[str, Any], tokenizer: Any) -> None:
-    expected, task = theirs["tasks"][label], tasks()[label]
-    asked = requests(task, Path(theirs["data"]))
-    given = encoded([(r.context, r.continuation) for r in asked], tokenizer, LONGEST)
-    alone = encoded([(r.unconditional, r.continuation) for r in asked], tokenizer, LONGEST)
+    expected, task = theirs["tasks"][label], load_tasks()[label]
+    asked = build_requests(task, Path(theirs["data"]))
+    given = encode_prompts(
+        [(r.context, r.continuation) for r in asked], tokenizer, MAX_PROMPT_LENGTH
+    )
+    alone = encode_prompts(
+        [(r.unconditional, r.continuation) for r in asked], tokenizer, MAX_PROMPT_LENGTH
+    )
     ours = [
         [
             r.document,
@@ -92,15 +102,15 @@ def test_the_same_questions_and_answers(label: str, theirs: dict[str, Any], toke
 
     def likelihoods(prompts: list[Prompt]) -> torch.Tensor:
         small = [Prompt(prompt.ids % IDS, prompt.scored) for prompt in prompts]
-        return log_likelihoods(Tiny(), small, 16, 1, ALONE, torch.no_grad())
+        return compute_log_likelihoods(Tiny(), small, 16, 1, ALONE, torch.no_grad())
 
     asked = [r for r in asked if r.document < MEASURED]
     by_context, by_nothing = (likelihoods(prompts[: len(asked)]) for prompts in (given, alone))
     for metric, value in expected["values"].items():
-        found = score(metric, asked, by_context, by_nothing).value
+        found = compute_score(metric, asked, by_context, by_nothing).value
         assert found == pytest.approx(value, rel=1e-6), metric
     assert metrics_of(max(r.option for r in asked) + 1)[0] in expected["values"]
 
 
 def test_every_label_is_there(theirs: dict[str, Any]) -> None:
-    assert tasks().keys() - OURS == theirs["tasks"].keys()
+    assert load_tasks().keys() - OURS == theirs["tasks"].keys()

@@ -192,19 +192,19 @@ def test_what_was_pushed_and_pulled_is_not_made_again(finished: Project, tmp_pat
 
 
 def test_inspect_and_seen_are_inverse(finished: Project, monkeypatch: pytest.MonkeyPatch):
-    from olmo.inspect.commands import sightings
-    from olmo.inspect.run import Run
+    from olmo.inspect.commands import find_sightings
+    from olmo.inspect.run import TrainedRun
     from olmo.store.stage import current_store
 
     finished.run()
     monkeypatch.chdir(finished.root)
     monkeypatch.setenv("OLMO_STORE", str(finished.store))
-    run = Run("small")
+    run = TrainedRun("small")
     saw = when_seen(run)
     assert len(saw) > 100
     for source in ("part-0", "part-1", "part-2"):
         digest = current_store().digest(finished.root / f"data/small/sources/{source}.json.gz")
-        for document, times in sightings(run, sha256=digest):
+        for document, times in find_sightings(run, sha256=digest):
             assert document.source == f"{source}.json.gz"
             assert set(times) == saw.get((document.source, document.line), set())
 

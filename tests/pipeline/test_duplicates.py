@@ -10,7 +10,7 @@ from project import Project, read_source, write_source
 
 from olmo.corpus.documents import is_held_out
 from olmo.corpus.tokenizer import trained_tokenizer
-from olmo.inspect.documents import shards
+from olmo.inspect.documents import find_token_shards
 from olmo.store.store import Store
 
 pytestmark = pytest.mark.slow
@@ -124,7 +124,7 @@ def test_exactly_what_was_planted_goes(planted):
 
 def test_the_way_back_is_that_of_the_documents(planted):
     project, *_ = planted
-    known = shards(Store(project.store)).values()
+    known = find_token_shards(Store(project.store)).values()
     for file in ("part-0", "part-1", "part-2"):
         source = Store(project.store).digest(data(project) / f"sources/{file}.json.gz")
         own = [shard for shard in known if source in shard.sources]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from project import Project, documents, when_seen, write_source
 
-from olmo.inspect.commands import sightings
-from olmo.inspect.run import Run
+from olmo.inspect.commands import find_sightings
+from olmo.inspect.run import TrainedRun
 from olmo.store.stage import current_store
 
 
@@ -24,13 +24,13 @@ def test_inspect_and_seen_are_inverse_on_a_thousand_random_documents(
     monkeypatch.chdir(project.root)
     monkeypatch.setenv("OLMO_STORE", str(project.store))
 
-    run = Run("small")
+    run = TrainedRun("small")
     saw = when_seen(run)
 
     everything = {}
     for source in ("part-0", "part-1", "part-2"):
         digest = current_store().digest(project.root / f"data/small/sources/{source}.json.gz")
-        for document, times in sightings(run, sha256=digest):
+        for document, times in find_sightings(run, sha256=digest):
             everything[document.source, document.line] = set(times)
     assert len(everything) >= 1000, "documents of the data set"
     chosen = random.Random(6198).sample(sorted(everything), 1000)

@@ -7,7 +7,7 @@ import pytest
 import small_run
 import torch
 
-from olmo.eval.evaluators import evaluate
+from olmo.eval.evaluators import run_evaluators
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_evaluation_is_not_compiled(fails: bool):
     model(torch.zeros(4, 2))
     assert compiled == 1
     with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
-        assert evaluate([evaluator], model) == {"eval/loss": 1.0}
+        assert run_evaluators([evaluator], model) == {"eval/loss": 1.0}
     model(torch.zeros(4, 2))
     assert compiled == 1 and model.training
     model(torch.zeros(6, 2))

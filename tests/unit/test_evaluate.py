@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from olmo.config import TrainConfig
 from olmo.distributed.world import World
-from olmo.eval.choices import Prompt, encoded, log_likelihoods, score
-from olmo.eval.evaluators import build_evaluators, evaluate, task_of
-from olmo.eval.tasks import Request, requests, tasks
+from olmo.eval.choices import Prompt, compute_log_likelihoods, compute_score, encode_prompts
+from olmo.eval.evaluators import build_evaluators, find_task, run_evaluators
+from olmo.eval.tasks import Request, build_requests, load_tasks
 from olmo.model import OLMo
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "")
@@ -74,7 +74,7 @@ def folder(tmp_path: Path) -> Path:
         place("winogrande/winogrande_xl/validation") / "a.jsonl"
     )
     polars.DataFrame(ARC).write_parquet(place("ai2_arc/ARC-Easy/validation") / "0000.parquet")
-    for subject in tasks()["mmlu_stem"].configs:
+    for subject in load_tasks()["mmlu_stem"].configs:
         for split, n in (("dev", 5), ("validation", 1), ("test", 2)):
             frame = polars.DataFrame(mmlu(str(subject), n))
             frame.write_parquet(place(f"hails/mmlu_no_train/{subject}/{split}") / "0000.parquet")
@@ -176,33 +176,33 @@ def test_in_the_loop(folder: Path, tmp_path: Path) -> None:
 
 
 def test_few_shots_and_variants(folder: Path) -> None:
-    subjects = len(tasks()["mmlu_stem"].configs)
-    plain = requests(tasks()["mmlu_stem"], folder)
+    subjects = len(load_tasks()["mmlu_stem"].configs)
+    plain = build_requests(load_tasks()["mmlu_stem"], folder)
     assert len(plain) == 4 * subjects
     assert plain[0][:5] == (0, 0, "Question: astronomy 0?\nAnswer:", " one", "Answer:")
 
-    assert len(requests(tasks()["mmlu_stem_test"], folder)) == 4 * 2 * subjects
-    variants = requests(tasks()["mmlu_stem_var"], folder)
+    assert len(build_requests(load_tasks()["mmlu_stem_test"], folder)) == 4 * 2 * subjects
+    variants = build_requests(load_tasks()["mmlu_stem_var"], folder)
     assert len(variants) == 7 * len(plain) and variants[-1].document == 7 * subjects - 1
     assert variants[:4] == plain[:4]
     assert [v.context.count("Question:") for v in variants[:28:4]] == [1, 1, 2, 3, 4, 5, 6]
 
-    lettered = requests(tasks()["mmlu_stem_mc_5shot"], folder)
+    lettered = build_requests(load_tasks()["mmlu_stem_mc_5shot"], folder)
     head = "The following are multiple choice questions (with answers) about college physics:\n\n"
     listed = "A. one\nB. two\nC. three\nD. four\nAnswer:"
     assert lettered[4].context.startswith(
         f"{head}college_physics 0?\n{listed} A\n\ncollege_physics 1?\n{listed} B\n\n"
     )
     assert [r.continuation for r in lettered[:4]] == [" A", " B", " C", " D"]
-    bits = requests(tasks()["mmlu_stem_val_mc_5shot_bpb"], folder)
+    bits = build_requests(load_tasks()["mmlu_stem_val_mc_5shot_bpb"], folder)
     assert [(r.option, r.target, r.continuation) for r in bits] == [(0, 0, " A")] * subjects
 
 
 def test_only_the_end_of_what_is_too_long_is_read(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizers/bytes.json"))
-    (long,) = encoded([("a" * 100, " bcd")], tokenizer, 48)
+    (long,) = encode_prompts([("a" * 100, " bcd")], tokenizer, 48)
     assert len(long.ids) == 49 and long.scored == 4
-    (longer,) = encoded([("a", " b" * 50)], tokenizer, 48)
+    (longer,) = encode_prompts([("a", " b" * 50)], tokenizer, 48)
     assert len(longer.ids) == 49 and longer.scored == 48
     (task,) = build_evaluators(config(folder, **downstream(folder, "piqa")), ALONE)
     assert max(len(p.ids) for p in task.prompts) == 49  # type: ignore[attr-defined]
@@ -230,7 +230,7 @@ def test_processes_share_the_work(folder: Path) -> None:
     def likelihoods(rank: int, size: int, batch: int) -> torch.Tensor:
         world = Alone(rank, rank, size, torch.device("cpu"), "")
         with torch.no_grad():
-            return log_likelihoods(model, prompts, batch, 1, world, torch.no_grad())
+            return compute_log_likelihoods(model, prompts, batch, 1, world, torch.no_grad())
 
     whole = likelihoods(0, 1, 100)
     assert calls == [(11, max(len(p.ids) for p in prompts) - 1)], "equal rows are computed once"
@@ -285,23 +285,25 @@ def asked(*continuations: str, target: int = 0, document: int = 0) -> list[Reque
 def test_metrics() -> None:
     two = asked(" ab", " abcdefgh", target=1) + asked(" ab", " abcdefgh", document=1)
     likely = torch.tensor([-3.0, -4.0, -3.0, -3.0])
-    assert score("acc", two, likely).value == 0.5, "of two equal ones the first"
-    assert score("len_norm", two, likely).value == 0.5, "the longer one wins twice"
-    assert score("pmi_dc", two, likely, torch.tensor([-1.0, -1.0, -6.0, -1.0])).value == 0.5
-    assert score("acc", two, likely).stderr == pytest.approx(0.5)
+    assert compute_score("acc", two, likely).value == 0.5, "of two equal ones the first"
+    assert compute_score("len_norm", two, likely).value == 0.5, "the longer one wins twice"
+    assert compute_score("pmi_dc", two, likely, torch.tensor([-1.0, -1.0, -6.0, -1.0])).value == 0.5
+    assert compute_score("acc", two, likely).stderr == pytest.approx(0.5)
 
     one = asked(" Süd", document=0) + asked(" ab", document=1)
     likely = torch.tensor([-4.0, -2.0])
-    assert score("bpb", one, likely).value == pytest.approx((4 / 4 + 2 / 2) / 2 / math.log(2))
-    assert score("ce_loss", one, likely).value == pytest.approx((4 / 3 + 2 / 2) / 2)
+    assert compute_score("bpb", one, likely).value == pytest.approx(
+        (4 / 4 + 2 / 2) / 2 / math.log(2)
+    )
+    assert compute_score("ce_loss", one, likely).value == pytest.approx((4 / 3 + 2 / 2) / 2)
 
     yes_no = [
         r for d, t in enumerate((0, 0, 1, 1)) for r in asked(" y", " n", target=t, document=d)
     ]
     says = [0, 1, 0, 1]  # precision and recall of the first option are 1/2
     likely = torch.tensor([float(option == s) for s in says for option in (0, 1)])
-    assert score("f1", yes_no, likely) == (0.5, pytest.approx(math.nan, nan_ok=True), 4)
-    assert score("f1", yes_no[4:], torch.tensor([0.0, 1.0, 0.0, 1.0])).value == 0.0
+    assert compute_score("f1", yes_no, likely) == (0.5, pytest.approx(math.nan, nan_ok=True), 4)
+    assert compute_score("f1", yes_no[4:], torch.tensor([0.0, 1.0, 0.0, 1.0])).value == 0.0
 
 
 def test_a_part_is_whole_documents(folder: Path, tmp_path: Path) -> None:
@@ -345,14 +347,14 @@ def test_what_is_missing_is_said_before_training(
 def test_no_folder_is_named() -> None:
     said = r"piqa \(plain_text\). no hf_datasets_cache_dir is set, and of the hub's ybisk/piqa: "
     with pytest.raises(ValueError, match=said):
-        requests(task_of("piqa"), None)
+        build_requests(find_task("piqa"), None)
 
 
 def test_other_documents_than_expected(folder: Path) -> None:
     path = folder / "hf_datasets/glue/mrpc/validation/0000.parquet"
     polars.DataFrame(MRPC).drop("sentence2").write_parquet(path)
     with pytest.raises(ValueError, match=r"'mrpc': a document of glue .*'sentence2' is undefined"):
-        requests(task_of("mrpc"), folder)
+        build_requests(find_task("mrpc"), folder)
 
 
 @pytest.mark.parametrize("choices", [None, 3, {"text": None, "label": ["A"]}])
@@ -361,18 +363,18 @@ def test_a_document_whose_field_is_of_another_type(folder: Path, choices: Any) -
     rows = polars.DataFrame(ARC).to_dicts()
     polars.DataFrame([{**row, "choices": choices} for row in rows]).write_parquet(path)
     with pytest.raises(ValueError, match=r"'arc_easy': a document of ai2_arc is not as tasks.yaml"):
-        requests(task_of("arc_easy"), folder)
+        build_requests(find_task("arc_easy"), folder)
 
 
 def test_a_file_of_documents_that_is_broken_is_named(folder: Path) -> None:
     path = folder / "hf_datasets/glue/mrpc/validation/0000.parquet"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"mrpc/validation/0000.parquet: expected rows as"):
-        requests(task_of("mrpc"), folder)
+        build_requests(find_task("mrpc"), folder)
     (path.with_suffix(".jsonl")).write_text('{"sentence1": "\\ud83d"')
     path.unlink()
     with pytest.raises(ValueError, match=r"mrpc/validation/0000.jsonl: expected rows as"):
-        requests(task_of("mrpc"), folder)
+        build_requests(find_task("mrpc"), folder)
 
 
 @pytest.mark.parametrize(
@@ -395,10 +397,10 @@ def test_a_request_that_is_broken_is_named_with_its_line(folder: Path, line: byt
     lines = gzip.decompress(path.read_bytes()).splitlines()
     path.write_bytes(gzip.compress(b"\n".join([*lines[:2], line])))
     with pytest.raises(ValueError, match=r"requests.jsonl.gz:3: expected a request with doc_id"):
-        requests(task_of("copa_rc_0shot"), folder)
+        build_requests(find_task("copa_rc_0shot"), folder)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match=r"requests.jsonl.gz: expected gzip that is whole"):
-        requests(task_of("copa_rc_0shot"), folder)
+        build_requests(find_task("copa_rc_0shot"), folder)
 
 
 def test_from_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +416,7 @@ def test_from_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(folder / "hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    found = requests(task_of("boolq"), folder)
+    found = build_requests(find_task("boolq"), folder)
     assert found[0].context == "It is.\nQuestion: is it?\nAnswer:"
     assert [(r.continuation, r.target) for r in found] == [(" yes", 0), (" no", 0)]
     ((name, options),) = seen
@@ -440,13 +442,13 @@ def test_held_out_sets_by_label(tmp_path: Path) -> None:
     )
     model = OLMo(cfg.model.update_with(init_device="cpu"))
     evaluators = build_evaluators(cfg, ALONE)
-    found = evaluate(evaluators[:3], model)
+    found = run_evaluators(evaluators[:3], model)
     assert model.training
     for n in "ab":
         loss = found[f"eval/{n}/CrossEntropyLoss"]
         assert loss == pytest.approx(found[f"eval/{n}-alone/CrossEntropyLoss"], rel=1e-6)
         assert found[f"eval/{n}/Perplexity"] == pytest.approx(math.exp(loss), rel=1e-6)
     assert "eval/both/CrossEntropyLoss" not in found
-    part = evaluate(evaluators[3:], model)
+    part = run_evaluators(evaluators[3:], model)
     assert part["eval/a/CrossEntropyLoss"] == pytest.approx(found["eval/a/CrossEntropyLoss"])
     assert part["eval/b/CrossEntropyLoss"] != pytest.approx(found["eval/b/CrossEntropyLoss"])

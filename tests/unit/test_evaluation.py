@@ -16,9 +16,9 @@ from test_huggingface import OLMO2, checkpoint
 from olmo.config import TrainConfig
 from olmo.corpus.docstrings import DATASET, stdlib_docstrings
 from olmo.corpus.listing import Entry, write_listing
-from olmo.eval.final import choices, perplexity
-from olmo.eval.harness import ask, write_task
-from olmo.eval.tasks import Task, requests, task_of
+from olmo.eval.final import measure_perplexity, score_task
+from olmo.eval.harness import run_harness, write_task
+from olmo.eval.tasks import ChoiceTask, build_requests, find_task
 from olmo.model import OLMo
 from olmo.pipeline.convert import convert
 from olmo.pipeline.evaluate import heldout
@@ -54,11 +54,11 @@ def test_both_scorers_agree(
     tmp_path: Path,
 ) -> None:
     """The same documents by lm-eval on the export and by ours on the checkpoint."""
-    ours, our_requests = choices(final, task_of(LABEL), tokenizer, questions, 4)
+    ours, our_requests = score_task(final, find_task(LABEL), tokenizer, questions, 4)
     (tmp_path / "tasks").mkdir()
-    write_task(task_of(LABEL), questions, tmp_path / "tasks")
+    write_task(find_task(LABEL), questions, tmp_path / "tasks")
     hf = exported(final, tokenizer)
-    theirs, their_requests = ask(hf, [LABEL], [tmp_path / "tasks"], batch_size=3)
+    theirs, their_requests = run_harness(hf, [LABEL], [tmp_path / "tasks"], batch_size=3)
 
     assert len(our_requests) == len(their_requests) == 160
     for mine, other in zip(our_requests, their_requests, strict=True):
@@ -72,8 +72,8 @@ def test_both_scorers_agree(
             assert mine[our_name][key] == pytest.approx(other[their_name][key], abs=1e-9)
     assert 0 < mine["acc"]["value"] < 1 and mine["acc"]["stderr"] > 0
 
-    some, _ = ask(hf, [LABEL], [tmp_path / "tasks"], limit=7)
-    fewer, _ = choices(final, task_of(LABEL), tokenizer, questions, 4, limit=7)
+    some, _ = run_harness(hf, [LABEL], [tmp_path / "tasks"], limit=7)
+    fewer, _ = score_task(final, find_task(LABEL), tokenizer, questions, 4, limit=7)
     assert some[0]["documents"] == fewer[0]["documents"] == 7
     assert some[0]["value"] == fewer[0]["value"]
 
@@ -108,9 +108,9 @@ def test_a_task_without_answers(
     folder = changed(questions, tmp_path / "changed", answer=answer)
     said = rf"'{LABEL}': document 2 of {DATASET} has no answer.*found {answer}"
     with pytest.raises(ValueError, match=said):
-        choices(final, task_of(LABEL), tokenizer, folder, 4)
+        score_task(final, find_task(LABEL), tokenizer, folder, 4)
     with pytest.raises(ValueError, match=said):
-        write_task(task_of(LABEL), folder, tmp_path)
+        write_task(find_task(LABEL), folder, tmp_path)
 
 
 @pytest.mark.slow
@@ -126,25 +126,25 @@ def test_what_the_harness_cannot_be_asked(
         "options": "options",
         "target": "answer",
     }
-    by_option = Task(LABEL, "acc", **fields, context="{{ option }}")
+    by_option = ChoiceTask(LABEL, "acc", **fields, context="{{ option }}")
     with pytest.raises(ValueError, match="a context for each option"):
         write_task(by_option, questions, tmp_path)
-    right_alone = Task(LABEL, "bpb", **fields)
+    right_alone = ChoiceTask(LABEL, "bpb", **fields)
     with pytest.raises(ValueError, match="no options to choose from"):
         write_task(right_alone, questions, tmp_path)
     hf = exported(final, tokenizer)
     with pytest.raises(ValueError, match="there is no task 'none_such'"):
-        ask(hf, ["none_such"], [])
+        run_harness(hf, ["none_such"], [])
     # No network here (HF_HUB_OFFLINE): what the harness says of the hub, and what to do.
     with pytest.raises(ValueError, match=r"harness: sciq: .*hub.*task_files"):
-        ask(hf, ["sciq"], [], limit=1)
+        run_harness(hf, ["sciq"], [], limit=1)
     (tmp_path / "own").mkdir()
     (tmp_path / "own/broken.yaml").write_text(
         "task: broken\ndataset_path: json\ndataset_kwargs: {data_files: {test: nowhere.jsonl}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: x\n"
     )
     with pytest.raises(ValueError, match=r"harness: broken: .*nowhere"):
-        ask(hf, ["broken"], [tmp_path / "own"])
+        run_harness(hf, ["broken"], [tmp_path / "own"])
 
 
 def test_the_error_of_a_held_out_loss(final: Path) -> None:
@@ -159,12 +159,12 @@ def test_the_error_of_a_held_out_loss(final: Path) -> None:
             torch.nn.functional.cross_entropy(model(row[None]).logits[0, :-1], row[1:]).item()
             for row in ids
         ]
-    found = perplexity(final, [final / "heldout.npy"])
+    found = measure_perplexity(final, [final / "heldout.npy"])
     assert found["instances"] == 5
     assert found["CrossEntropyLoss"] == pytest.approx(np.mean(losses), rel=1e-6)
     assert found["stderr"] == pytest.approx(np.std(losses, ddof=1) / math.sqrt(5), rel=1e-4)
     tokens[:128].tofile(final / "one.npy")
-    assert perplexity(final, [final / "one.npy"])["stderr"] is None
+    assert measure_perplexity(final, [final / "one.npy"])["stderr"] is None
 
 
 def test_nothing_was_held_out(final: Path, tmp_path: Path) -> None:
@@ -251,5 +251,5 @@ def test_a_plan_knows_its_runs_and_tasks(tmp_path: Path) -> None:
 
 
 def test_the_task_is_one_of_ours(questions: Path) -> None:
-    first = requests(task_of(LABEL), questions)[0]
+    first = build_requests(find_task(LABEL), questions)[0]
     assert first.context.startswith("def ") and first.context.endswith('):\n    """')

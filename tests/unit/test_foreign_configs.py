@@ -12,7 +12,7 @@ from small_run import run, settings
 from olmo.checkpoint.read import load_model
 from olmo.config import TrainConfig
 from olmo.config.identity import identity
-from olmo.inspect.run import Run
+from olmo.inspect.run import TrainedRun
 from olmo.pipeline.convert import convert
 from olmo.pipeline.plan import Plan
 from olmo.tokenizer import Tokenizer
@@ -204,7 +204,7 @@ def test_a_checkpoint_with_a_hostile_config(
     with pytest.raises(Exception) as caught:
         Tokenizer.from_checkpoint(there)
     assert SECRET not in str(caught.value)
-    looked = Run(str(there))
+    looked = TrainedRun(str(there))
     assert looked.cfg.remote_save_folder == "${oc.env:SECRET_KEY}"
     with pytest.raises(ValueError, match=r"oc\.env:SECRET_KEY.*write the path in its place"):
         _ = looked.dataset
@@ -219,9 +219,9 @@ def test_a_config_of_this_project_is_resolved_when_it_is_looked_into(
     Path("config/train").mkdir(parents=True)
     text = yaml.safe_dump(settings(tmp_path, run_name="${oc.env:SECRET_KEY}"))
     Path("config/train/mine.yaml").write_text(text)
-    assert Run("config/train/mine.yaml").cfg.run_name == SECRET
+    assert TrainedRun("config/train/mine.yaml").cfg.run_name == SECRET
     Path("mine.yaml").write_text(text)
-    assert Run("mine.yaml").cfg.run_name == "${oc.env:SECRET_KEY}"
+    assert TrainedRun("mine.yaml").cfg.run_name == "${oc.env:SECRET_KEY}"
 
 
 @pytest.mark.parametrize(

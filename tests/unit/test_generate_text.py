@@ -13,7 +13,7 @@ from olmo.checkpoint.final import write_safetensors
 from olmo.checkpoint.read import load_model
 from olmo.config import TrainConfig
 from olmo.corpus.tokenizer import trained_tokenizer
-from olmo.inspect.generate import generate, pieces, place_of, prompt_ids
+from olmo.inspect.generate import encode_prompt, find_checkpoint, generate_text, stream_text
 from olmo.model import OLMo
 from olmo.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def say(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys):
 
     def say(place: str = "small", prompt: str = "What is", **options) -> str:
         capsys.readouterr()
-        generate(place, prompt, **{"tokens": 20} | options)
+        generate_text(place, prompt, **{"tokens": 20} | options)
         return capsys.readouterr().out.removesuffix("\n")
 
     return say
@@ -103,7 +103,7 @@ def test_a_seed_gives_the_same_text_again(say, capsys):
     assert len(texts) == 4
     assert say(temperature=1.0, top_k=1) == say()
     assert say(temperature=1.0, top_p=1e-9) == say()
-    generate("small", "What", tokens=5, temperature=1.0)
+    generate_text("small", "What", tokens=5, temperature=1.0)
     told = capsys.readouterr()
     seed = int(told.err.removeprefix("seed: "))
     again = say(prompt="What", tokens=5, temperature=1.0, seed=seed)
@@ -114,11 +114,11 @@ def test_stdin_and_too_long_a_text(say, monkeypatch: pytest.MonkeyPatch, capsys)
     expected = say(prompt="What is 3?")
     monkeypatch.setattr("sys.stdin", io.StringIO("What is 3?"))
     assert say(prompt="-") == expected
-    generate("small", "What", tokens=70)
+    generate_text("small", "What", tokens=70)
     assert "longer than the 64 that the model was trained on" in capsys.readouterr().err
-    generate("small", "What")
+    generate_text("small", "What")
     assert "longer" not in capsys.readouterr().err, "what is left of the context is the default"
-    generate("small", "What " * 70)
+    generate_text("small", "What " * 70)
     assert "longer than the 64" in capsys.readouterr().err
 
 
@@ -130,8 +130,8 @@ def test_a_chat_s_prompt_is_a_conversation_up_to_the_answer(checkpoint: Path, sa
     for messages in (talk, talk[1:]):
         [(_, (ids, labels))] = list(encode_conversations([messages], words))
         system = "Be brief." if len(messages) == 3 else None
-        assert prompt_ids(" What is 1?\n", words, True, system) == ids[: labels.index(True)]
-    ids = prompt_ids("What is", words, chat=True)
+        assert encode_prompt(" What is 1?\n", words, True, system) == ids[: labels.index(True)]
+    ids = encode_prompt("What is", words, chat=True)
     expected = words.decode(greedy(checkpoint, ids, 20), skip_special_tokens=False)
     assert say(chat=True) == expected != say()
 
@@ -149,11 +149,13 @@ def test_pieces_are_whole_characters_and_make_the_text(checkpoint: Path):
     words = Tokenizer.from_file(checkpoint.parents[2] / "tokenizer.json", eos_token_id=0)
     text = "naïve 日本語 🙂 x🙂🙂"
     ids = words.encode(text, add_special_tokens=False)
-    found = list(pieces(iter(ids), words.decode))
+    found = list(stream_text(iter(ids), words.decode))
     assert "".join(found) == text and not any("\ufffd" in piece for piece in found)
     assert 5 < len(found) < len(ids), "some characters take several ids"
     cut = words.encode("🙂", add_special_tokens=False)[:-1]
-    assert "".join(pieces(iter(cut), words.decode)) == words.decode(cut), "what is broken is told"
+    assert "".join(stream_text(iter(cut), words.decode)) == words.decode(cut), (
+        "what is broken is told"
+    )
 
 
 def test_what_cannot_be(checkpoint: Path, say, tmp_path: Path):
@@ -179,4 +181,4 @@ def test_what_cannot_be(checkpoint: Path, say, tmp_path: Path):
     trained_tokenizer.build(documents=[tmp_path / "d.gz"], tokenizer=large, vocab_size=400)
     with pytest.raises(ValueError, match="at most 384 tokens, as the model has, found 400"):
         say(tokenizer=str(large))
-    assert place_of("small").endswith("small/final")
+    assert find_checkpoint("small").endswith("small/final")

@@ -20,9 +20,9 @@ from olmo.data import order
 from olmo.data.batches import OrderedDataset, TrainLoader
 from olmo.inspect import history
 from olmo.inspect.commands import inspect
-from olmo.inspect.history import Origin, Recorded, segments_of, stretches
+from olmo.inspect.history import OrderSource, RecordedBatches, build_step_ranges, collect_segments
 from olmo.inspect.replay import replay
-from olmo.inspect.run import Run
+from olmo.inspect.run import TrainedRun
 from olmo.io import sealed
 from olmo.runtime.process import EXIT_PAUSED
 from olmo.train.segments import segments, training_conditions
@@ -66,7 +66,7 @@ def told(folder: Path, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> list[di
     """A step's batch by inspect, with data-indices and without."""
 
     def steps() -> dict[int, list[int]]:
-        opened = Run(str(folder), **flags)
+        opened = TrainedRun(str(folder), **flags)
         assert opened.steps is not None
         found = {}
         for step in range(1, opened.steps + 1):
@@ -79,7 +79,7 @@ def told(folder: Path, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> list[di
 
     both = [steps()]
     with monkeypatch.context() as patch:
-        patch.setattr(Recorded, "batch", lambda *_: None)
+        patch.setattr(RecordedBatches, "batch", lambda *_: None)
         both.append(steps())
     return both
 
@@ -116,7 +116,7 @@ def test_epochs_another_batch_size_and_other_numbers_of_processes(
         flat = [index for batch in saw.values() for index in batch]
         assert flat == orders[0][:32] + orders[1][:36] + orders[2][:36]
         assert told(place / name, monkeypatch) == [saw, saw]
-        opened = Run(str(place / name))
+        opened = TrainedRun(str(place / name))
         assert [opened.batch(step)[1] for step in (4, 5, 6, 7)] == [1, 2, 2, 1]
         shares = [(i.position, i.rank, i.index) for i in opened.instances(5, rank=1)]
         assert shares == [(p, 1, saw[5][p]) for p in range(1, 12, 2)]
@@ -172,12 +172,12 @@ def test_steps_before_the_other_run_that_goes_on_here(
     assert train(place, load_path=given, global_train_batch_size=4, **here) == 0
     saw = written(place / "here")
     assert list(saw) == list(range(5, 11))
-    opened = Run(str(place / "here"))
+    opened = TrainedRun(str(place / "here"))
     with pytest.raises(ValueError, match=r"step 4 was not trained here: .* after step 4 of .*/run"):
         opened.batch(4)
     assert {step: opened.batch(step)[0].tolist() for step in saw} == saw
-    monkeypatch.setattr(Recorded, "batch", lambda *_: None)
-    assert {step: Run(str(place / "here")).batch(step)[0].tolist() for step in saw} == saw
+    monkeypatch.setattr(RecordedBatches, "batch", lambda *_: None)
+    assert {step: TrainedRun(str(place / "here")).batch(step)[0].tolist() for step in saw} == saw
 
 
 def test_other_token_files_are_not_read_as_those_of_then(place: Path, capsys: Any) -> None:
@@ -188,10 +188,10 @@ def test_other_token_files_are_not_read_as_those_of_then(place: Path, capsys: An
     assert train(place, stop_after=2, try_load_latest_save=True, data=data) == EXIT_PAUSED
     assert "WARNING: the token files changed" in capsys.readouterr().err
     with pytest.raises(ValueError, match="step 4 was trained on other token files"):
-        Run(str(folder)).batch(4)
+        TrainedRun(str(folder)).batch(4)
     saw = written(folder)
-    assert Run(str(folder)).batch(5)[0].tolist() == saw[5]
-    assert Run(str(folder / "step4-unsharded")).batch(4)[0].tolist() == saw[4]
+    assert TrainedRun(str(folder)).batch(5)[0].tolist() == saw[5]
+    assert TrainedRun(str(folder / "step4-unsharded")).batch(4)[0].tolist() == saw[4]
 
 
 def test_an_order_that_was_given_is_that_of_its_epoch(place: Path, monkeypatch: Any) -> None:
@@ -206,31 +206,31 @@ def test_an_order_that_was_given_is_that_of_its_epoch(place: Path, monkeypatch: 
     # Gone on with, without naming it.
     again = {"epoch": 1, "try_load_latest_save": True, "max_duration": 8}
     assert train(place, **again) == 0
-    assert Run(str(place / "run")).batch(1)[0].tolist() == saw[1]
-    monkeypatch.setattr(Recorded, "batch", lambda *_: None)
+    assert TrainedRun(str(place / "run")).batch(1)[0].tolist() == saw[1]
+    monkeypatch.setattr(RecordedBatches, "batch", lambda *_: None)
     with pytest.raises(ValueError, match=r"followed the order reversed, .* --order reversed"):
-        Run(str(place / "run")).batch(1)
-    assert Run(str(place / "run"), str(place / "reversed")).batch(1)[0].tolist() == saw[1]
+        TrainedRun(str(place / "run")).batch(1)
+    assert TrainedRun(str(place / "run"), str(place / "reversed")).batch(1)[0].tolist() == saw[1]
 
 
 def test_a_run_that_nobody_wrote_of(place: Path, monkeypatch: Any) -> None:
     """OLMo's own: its order's file is of the newest epoch."""
     assert train(place, max_duration=7) == 0
     folder, saw = place / "run", written(place / "run")
-    by_hand = Run(str(folder / "config.yaml"), str(folder / "train_data/global_indices.npy"))
+    by_hand = TrainedRun(str(folder / "config.yaml"), str(folder / "train_data/global_indices.npy"))
     assert by_hand.batch(1)[0].tolist() == saw[1], "what is written down is asked first"
     (folder / "segments.jsonl").unlink()
     newest = order.read_order(folder / "train_data/global_indices.npy")
     assert newest.tolist() == order.global_indices(N, 6198, 1).tolist()
     for _ in "ab":
-        assert {step: Run(str(folder)).batch(step)[0].tolist() for step in saw} == saw
-        monkeypatch.setattr(Recorded, "batch", lambda *_: None)
+        assert {step: TrainedRun(str(folder)).batch(step)[0].tolist() for step in saw} == saw
+        monkeypatch.setattr(RecordedBatches, "batch", lambda *_: None)
     with pytest.raises(ValueError, match=r"global_indices.npy is the order of epoch 1, which was"):
-        Run(str(folder), str(folder / "train_data/global_indices.npy")).batch(1)
+        TrainedRun(str(folder), str(folder / "train_data/global_indices.npy")).batch(1)
     cfg = TrainConfig.load(folder / "config.yaml")
     cfg.update_with(seed=8).save(folder / "config.yaml")
     with pytest.raises(ValueError, match=r"global_indices.npy is not the order of 45 instances by"):
-        Run(str(folder)).batch(1)
+        TrainedRun(str(folder)).batch(1)
 
 
 def test_a_run_by_url(place: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_run_by_url(place: Path) -> None:
     saw = written(place / "run")
     with web_server(place) as web:
         for folder in ("run", "run/step4-unsharded"):
-            opened = Run(f"{web}/{folder}")
+            opened = TrainedRun(f"{web}/{folder}")
             assert {step: opened.batch(step)[0].tolist() for step in saw} == saw
 
 
@@ -319,12 +319,12 @@ def test_a_replay_has_as_many_processes_as_each_step_had(
     facts = {"facts": {"steps": 7, "segments": known}, "conditions": training_conditions(known)}
     (final / "record.json").write_text(sealed.dumps(facts | {"action": {"inputs": {}}}))
     saw = written(folder)
-    assert {step: Run("r").batch(step)[0].tolist() for step in saw} == saw
-    assert [Run("r").batch(step)[1] for step in (4, 5)] == [1, 2]
+    assert {step: TrainedRun("r").batch(step)[0].tolist() for step in saw} == saw
+    assert [TrainedRun("r").batch(step)[1] for step in (4, 5)] == [1, 2]
     less = [{name: segment[name] for name in ("after", "processes")} for segment in known]
     older = {**facts, "facts": {"steps": 7, "segments": less}, "action": {"inputs": {}}}
     (final / "record.json").write_text(sealed.dumps(older))  # by a version that wrote down less
-    assert {step: Run("r").batch(step)[0].tolist() for step in saw} == saw
+    assert {step: TrainedRun("r").batch(step)[0].tolist() for step in saw} == saw
     (final / "record.json").write_text(sealed.dumps(facts | {"action": {"inputs": {}}}))
     capsys.readouterr()
     replay("r", steps="3..7")
@@ -345,30 +345,30 @@ def test_a_chain_is_told_link_by_link() -> None:
     second = record("b", [{"after": 4, "processes": 4}], after=["a"])
     last = record("c", [{"after": 6, "processes": 8}], after=["b"])
     store: Any = SimpleNamespace(records=lambda: [first, second, last])
-    found = segments_of(store, last)
+    found = collect_segments(store, last)
     assert [(s["after"], s["processes"]) for s in found] == [(0, 1), (2, 2), (4, 4), (6, 8)]
     cfg = TrainConfig(global_train_batch_size=8, data=DataConfig(drop_last=True))
-    told = stretches(found, Origin(cfg, N, None, fixed=True))
-    assert [history.of(step, told).world_size for step in (2, 3, 5, 9)] == [1, 2, 4, 8]
+    told = build_step_ranges(found, OrderSource(cfg, N, None, fixed=True))
+    assert [history.find_step_range(step, told).world_size for step in (2, 3, 5, 9)] == [1, 2, 4, 8]
     ids = [order.global_indices(N, 6198, epoch).tolist() for epoch in range(2)]
     for step in range(1, 10):
         epoch, place = divmod(step - 1, 5)
-        batch = history.of(step, told).seen.instances(step).tolist()
+        batch = history.find_step_range(step, told).seen.instances(step).tolist()
         assert batch == ids[epoch][place * 8 : place * 8 + 8]
     store = SimpleNamespace(records=lambda: [last])  # the others were removed
-    told = stretches(segments_of(store, last), Origin(cfg, N, None, fixed=True))
+    told = build_step_ranges(collect_segments(store, last), OrderSource(cfg, N, None, fixed=True))
     with pytest.raises(ValueError, match="step 6 was not trained here: this run goes on after ste"):
-        history.of(6, told)
+        history.find_step_range(6, told)
     with pytest.raises(ValueError, match="what the steps after 6 saw was not written down"):
-        _ = history.of(7, told).seen
+        _ = history.find_step_range(7, told).seen
 
 
 def test_steps_whose_segments_were_damaged_are_refused_and_later_ones_told() -> None:
     settings = {"batch": 8, "epoch": 0, "examples": 16, "seed": 6198, "drop_last": True}
     later = {"after": 2, "processes": 1, "instances": N, **settings}
     cfg = TrainConfig(global_train_batch_size=8, data=DataConfig(drop_last=True))
-    told = stretches([{"after": 0, "damaged": True}, later], Origin(cfg, N, None))
+    told = build_step_ranges([{"after": 0, "damaged": True}, later], OrderSource(cfg, N, None))
     with pytest.raises(ValueError, match=r"segments.jsonl was damaged, so how the steps after 0"):
-        _ = history.of(2, told).seen
+        _ = history.find_step_range(2, told).seen
     expected = order.global_indices(N, 6198, 0).tolist()[16:24]
-    assert history.of(3, told).seen.instances(3).tolist() == expected
+    assert history.find_step_range(3, told).seen.instances(3).tolist() == expected

@@ -14,7 +14,7 @@ from olmo.config import DataConfig, TrainConfig
 from olmo.data import order
 from olmo.data.batches import OrderedDataset
 from olmo.inspect.commands import inspect, seen
-from olmo.inspect.order import Seen, steps_of
+from olmo.inspect.order import SeenInstances, parse_steps
 
 
 def config(batch_size: int, drop_last: bool) -> TrainConfig:
@@ -31,7 +31,7 @@ def test_steps_are_what_the_loader_gives(n, batch_size, world_size, drop_last, f
     stored = order.global_indices(n, 11)
     if fitted:  # as OLMo writes it
         stored = order.fit_to_world_size(stored, world_size, drop_last)
-    seen = Seen(cfg, n, len(stored), lambda a, b: stored[a:b], world_size)
+    seen = SeenInstances(cfg, n, len(stored), lambda a, b: stored[a:b], world_size)
     for rank in range(world_size):
         dataset = OrderedDataset(
             range(n),
@@ -54,19 +54,19 @@ def test_what_does_not_fit_is_refused():
     stored = order.global_indices(50, 11)
     for n, drop_last in ((49, True), (60, True), (51, False), (50 - 8, False)):
         with pytest.raises(ValueError, match=f"expected an order of {n} instances"):
-            Seen(config(8, drop_last), n, 50, lambda a, b: stored[a:b])
+            SeenInstances(config(8, drop_last), n, 50, lambda a, b: stored[a:b])
     with pytest.raises(ValueError, match="world size that divides"):
-        Seen(config(8, True), 50, 50, lambda a, b: stored[a:b], world_size=3)
-    seen = Seen(config(8, True), 50, 50, lambda a, b: stored[a:b], world_size=2)
+        SeenInstances(config(8, True), 50, 50, lambda a, b: stored[a:b], world_size=3)
+    seen = SeenInstances(config(8, True), 50, 50, lambda a, b: stored[a:b], world_size=2)
     with pytest.raises(ValueError, match="rank from 0 to 1"):
         seen.instances(1, 2)
     with pytest.raises(ValueError, match="from 1 on"):
         seen.instances(0)
-    assert steps_of("5..9") == range(5, 10) and steps_of("4") == range(4, 5)
+    assert parse_steps("5..9") == range(5, 10) and parse_steps("4") == range(4, 5)
     with pytest.raises(ValueError, match=r"expected steps as 5 or 5\.\.9"):
-        steps_of("5-9")
+        parse_steps("5-9")
     with pytest.raises(ValueError, match=r"the earlier to the later, as 5\.\.9, found '9\.\.5'"):
-        steps_of("9..5")
+        parse_steps("9..5")
 
 
 def test_reading_a_step_reads_only_that_part_of_the_order():
@@ -76,13 +76,16 @@ def test_reading_a_step_reads_only_that_part_of_the_order():
         read.append((start, stop))
         return stored[start:stop]
 
-    assert Seen(config(8, True), 1000, 1000, part).instances(3).tolist() == stored[16:24].tolist()
+    assert (
+        SeenInstances(config(8, True), 1000, 1000, part).instances(3).tolist()
+        == stored[16:24].tolist()
+    )
     assert read == [(16, 24)]
 
 
 def test_when_is_the_inverse_of_what_a_step_saw():
     stored = order.global_indices(50, 11)
-    seen = Seen(config(8, True), 50, 50, lambda a, b: stored[a:b], world_size=2)
+    seen = SeenInstances(config(8, True), 50, 50, lambda a, b: stored[a:b], world_size=2)
     steps = {step: seen.instances(step).tolist() for step in range(1, 15)}
     assert seen.steps_per_epoch == 6, "so that these are more than two epochs"
     for instance in range(50):

@@ -13,7 +13,7 @@ from test_huggingface import OLMO2, checkpoint
 
 from olmo.checkpoint.read import load_checkpoint
 from olmo.corpus.listing import Entry, write_listing
-from olmo.eval.choices import score
+from olmo.eval.choices import compute_score
 from olmo.eval.tasks import Request
 from olmo.pipeline.convert import convert
 from olmo.pipeline.evaluate import evaluation, heldout
@@ -106,9 +106,9 @@ def test_a_diverged_checkpoint_is_measured(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_model_that_computes_nan_has_no_accuracy():
     asked = [Request(n // 2, n % 2, "c", " o", "", 0) for n in range(4)]
-    found = score("acc", asked, torch.tensor([-1.0, -2.0, math.nan, math.nan]))
+    found = compute_score("acc", asked, torch.tensor([-1.0, -2.0, math.nan, math.nan]))
     assert math.isnan(found.value) and found.documents == 2
-    assert score("acc", asked, torch.tensor([-1.0, -2.0, -3.0, -math.inf])).value == 1.0
+    assert compute_score("acc", asked, torch.tensor([-1.0, -2.0, -3.0, -math.inf])).value == 1.0
 
 
 def test_reports_of_runs_that_diverged(tmp_path: Path):

@@ -20,7 +20,7 @@ from olmo.config import TrainConfig
 from olmo.corpus import ingest, source_table
 from olmo.corpus.sources import download, source_list
 from olmo.data.files import TokenFile
-from olmo.inspect.run import load
+from olmo.inspect.run import load_run_config
 from olmo.io import downloads, sealed
 from olmo.io.bucket import Bucket
 from olmo.pipeline.plan import Plan
@@ -197,7 +197,7 @@ def test_every_way_to_ask_a_server_has_the_secret(
     size = (tmp_path / "there/a.json.gz").stat().st_size
     assert downloads.request_sizes([plain, signed]) == [size, size]
     (tmp_path / "there/config.yaml").write_text("run_name: theirs\n")
-    assert load(f"http://{USER}{guarded}/config.yaml").run_name == "theirs"
+    assert load_run_config(f"http://{USER}{guarded}/config.yaml").run_name == "theirs"
     with pytest.raises(ValueError, match="expected a part of the file"):  # not 403
         TokenFile(signed, "uint16").read(0, 4)
     assert AZURE in ASKED[-1]
