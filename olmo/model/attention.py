@@ -82,7 +82,8 @@ KERNELS = {
     ),
     Backend.flex: Kernel(needs_cuda=False, has_dropout=False),
 }
-# Used for a mask or bias that the chosen kernel does not take.
+# Used for a mask or bias that the chosen kernel does not take: the efficient kernel if it can, else
+# plain products.
 _BIAS_BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _loaded_packages: dict[Backend, Any] = {}
 
@@ -138,8 +139,9 @@ def compute_attention(
     assert not isinstance(bias, DocumentMask), f"{backend} takes dense_document_mask"
     context: Callable[[], Any] = nullcontext
     if backend is not Backend.sdpa:
-        takes_bias = backend is Backend.math or bias is None
-        allowed = [kernel.sdpa_backend] if kernel.sdpa_backend and takes_bias else _BIAS_BACKENDS
+        allowed = _BIAS_BACKENDS
+        if kernel.sdpa_backend and (bias is None or backend is Backend.math):
+            allowed = [kernel.sdpa_backend]
         context = functools.partial(sdpa_kernel, allowed)
     if (
         q.is_cuda

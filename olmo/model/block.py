@@ -51,6 +51,9 @@ class KVCache:
         return self[0], self[1]
 
 
+Past = KeyValues | KVCache
+
+
 class Activation(nn.Module):
     """The feed-forward's nonlinearity. Its output is output_multiplier as wide as its input."""
 
@@ -88,7 +91,7 @@ class SwiGLU(Activation):
 
 class BlockOutput(NamedTuple):
     x: Tensor
-    cache: KeyValues | KVCache | None
+    cache: Past | None
 
 
 class OLMoBlock(nn.Module):
@@ -109,6 +112,7 @@ class OLMoBlock(nn.Module):
         self.head_size = config.d_model // config.n_heads
         self.n_kv_heads = config.effective_n_kv_heads
         self.kv_size = self.n_kv_heads * self.head_size
+        # Outputs of ff_proj. SwiGLU uses half of them as gates, so ff_out has half as many inputs.
         self.hidden_size = (
             config.mlp_ratio * config.d_model
             if config.mlp_hidden_size is None
@@ -158,19 +162,22 @@ class OLMoBlock(nn.Module):
         self,
         x: Tensor,
         attention_bias: Bias | None,
-        layer_past: KeyValues | KVCache | None,
+        layer_past: Past | None,
         use_cache: bool,
-    ) -> tuple[Tensor, KeyValues | KVCache | None]:
+    ) -> tuple[Tensor, Past | None]:
         """Attention of x (B, T, d) to itself and the past, (B, T, d), and the keys and values."""
         B, T, _ = x.shape
         q, k, v = self.project_qkv(x)
         if self.q_norm is not None and self.k_norm is not None:
-            # One norm over all heads together, not per head. It returns float32: cast back to the
-            # type that products run in.
+            # QK-norm (Dehghani et al. 2023, arXiv:2302.05442) bounds the attention scores. OLMo
+            # normalises all heads together, not each head. It returns float32 under autocast: cast
+            # back to the type that products run in.
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q = q.view(B, T, self.config.n_heads, self.head_size).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, self.n_kv_heads, self.head_size).transpose(1, 2)  # (B, H_kv, T, D)
         v = v.view(B, T, self.n_kv_heads, self.head_size).transpose(1, 2)
+        # H_kv < H is grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): groups of
+        # H / H_kv query heads share keys and values, and the cache is that much smaller.
         past = 0 if layer_past is None else layer_past[0].shape[-2]
         if self.rotary_emb is not None:
             q, k = self.rotary_emb(q, k, start=past)
@@ -188,7 +195,7 @@ class OLMoBlock(nn.Module):
             backend=self.backend
             or choose_kernel(self.config, q.device, q.dtype, with_trial=False).backend,
             bias=attention_bias,
-            causal=T > 1 or past == 0,
+            causal=T > 1 or past == 0,  # one new position attends to all of the past
             dropout=self.config.attention_dropout if self.training else 0.0,
         )
         out = out.transpose(1, 2).reshape(B, T, -1)  # (B, T, d)
@@ -202,17 +209,18 @@ class OLMoBlock(nn.Module):
         self,
         x: Tensor,
         attention_bias: Bias | None = None,
-        layer_past: KeyValues | KVCache | None = None,
+        layer_past: Past | None = None,
         use_cache: bool = False,
     ) -> BlockOutput:
-        """
+        """x plus attention plus feed-forward, (B, T, d).
+
         Args:
             x: (B, T, d).
             attention_bias: broadcasts to (B, H, S, S), or a DocumentMask; None: causal.
             layer_past: the `cache` that was returned for the positions before these.
             use_cache: also return the keys and values so far.
         """
-        if self.config.norm_after:
+        if self.config.norm_after:  # OLMo 2: x + norm(f(x)), where OLMo 1 has x + f(norm(x))
             h, cache = self.attend(x, attention_bias, layer_past, use_cache)
             x = x + self.dropout(self.attn_norm(h))
             return BlockOutput(x + self.dropout(self.ff_norm(self.feed_forward(x))), cache)
@@ -281,11 +289,11 @@ class OLMoBlockGroup(nn.ModuleList):
         self,
         x: Tensor,
         attention_bias: Bias | None = None,
-        layers_past: list[KeyValues | KVCache] | None = None,
+        layers_past: list[Past] | None = None,
         use_cache: bool = False,
-    ) -> tuple[Tensor, list[KeyValues | KVCache] | None]:
+    ) -> tuple[Tensor, list[Past] | None]:
         """As OLMoBlock.forward, with one past and one cache for each block of the group."""
-        caches: list[KeyValues | KVCache] = []
+        caches: list[Past] = []
         for i, block in enumerate(self):
             past = None if layers_past is None else layers_past[i]
             x, cache = block(x, attention_bias, past, use_cache)

@@ -29,7 +29,7 @@ from olmo.model.attention import (
     causal_bias,
     dense_document_mask,
 )
-from olmo.model.block import KeyValues, KVCache, OLMoBlock, OLMoBlockGroup
+from olmo.model.block import OLMoBlock, OLMoBlockGroup, Past
 from olmo.model.generate import OLMoGenerateOutput, generate_tokens
 from olmo.model.init import Embedding, Linear, WeightRole, init_weights, skip_init
 from olmo.model.kernel_choice import KernelChoice, MaskType, choose_kernel
@@ -45,7 +45,7 @@ class OLMoOutput(NamedTuple):
     """(B, T, V), or (B, 1, V) with last_logits_only. Empty with labels: the loss never holds all
     logits."""
 
-    attn_key_values: list[KeyValues | KVCache] | None
+    attn_key_values: list[Past] | None
     """With use_cache: the keys and values of each block."""
 
     hidden_states: tuple[Tensor, ...] | None
@@ -88,6 +88,8 @@ class OLMo(nn.Module):
             self.reset_parameters()
 
     def _build(self) -> nn.ModuleDict:
+        """The modules, in OLMo's order: wte is token embeddings, ln_f the last norm, wpe position
+        embeddings, ff_out the head (without it, the head is wte's weight)."""
         config, device = self.config, self.config.init_device
         n_embeddings = config.embedding_size or config.vocab_size
 
@@ -183,7 +185,7 @@ class OLMo(nn.Module):
         input_embeddings: Tensor | None = None,
         attention_mask: Tensor | None = None,
         attention_bias: Tensor | None = None,
-        past_key_values: Sequence[KeyValues | KVCache] | None = None,
+        past_key_values: Sequence[Past] | None = None,
         use_cache: bool = False,
         last_logits_only: bool = False,
         output_hidden_states: bool | None = None,
@@ -192,7 +194,8 @@ class OLMo(nn.Module):
         labels: Tensor | None = None,
         z_multiplier: float = 0.0,
     ) -> OLMoOutput:
-        """
+        """The logits of each next id or, with labels, the loss.
+
         Args:
             input_ids: (B, T), integers below vocab_size.
             input_embeddings: (B, T, d), used instead of the embeddings of `input_ids`.
@@ -220,7 +223,7 @@ class OLMo(nn.Module):
         bias = self._attention_bias(x, past, attention_mask, attention_bias, doc_lens)
 
         hidden: list[Tensor] = []
-        caches: list[KeyValues | KVCache] = []
+        caches: list[Past] = []
         size = self.config.block_group_size
         for i, part in enumerate(self.transformer["blocks" if size == 1 else "block_groups"]):
             if output_hidden_states:
