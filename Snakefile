@@ -1,14 +1,12 @@
-# From a list of text files to a language-model checkpoint, one way through:
+# From a list of text files to the checkpoint of a language model:
 #
 #   sources → documents (→ attributes → mixed) → tokenizer → tokens, or instructions → order → train
 #     → export, evaluate
 #
 #   snakemake --cores 2 checkpoints/olmo-tiny/final
 #
-# Each rule names inputs, parameters, resources and the log, and calls one `olmo` command. What a
-# command makes is in the store (config: store) under its content; the paths here are links to it.
-
-import re
+# Each rule names inputs, parameters, resources and the log, and calls one `olmo` command. The outputs
+# of commands are in the store (config: store), named by their digests; the paths here are links.
 
 from snakemake.utils import min_version
 
@@ -16,7 +14,7 @@ min_version("9.27")
 
 from olmo.cluster.slurm_plugin import patch_plugin
 from olmo.pipeline.damage import Damage
-from olmo.pipeline.plan import Plan
+from olmo.pipeline.plan import Plan, match_any
 from olmo.pipeline.workspace import (
     check_config_file,
     lock_folder,

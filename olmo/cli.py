@@ -1,7 +1,7 @@
-"""`olmo <command>`: every stage and every tool, one verb each.
+"""`olmo <command>`: the command line of every stage and tool.
 
-A stage's flags come from its function's signature: `keep_one_in: int = 1` is `--keep-one-in 1`.
-Commands are imported when they are called, so that `olmo order` does not wait for torch.
+The flags are the parameters of the command's function: `keep_one_in: int = 1` is `--keep-one-in 1`.
+A command's module is imported only when it runs, so that `olmo order` does not import torch.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import textwrap
 import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from olmo.runtime.process import EXIT_PAUSED, Paused, die_with_supervisor
 from olmo.runtime.urls import redact, stash_secrets
 from olmo.store.stage import Stage, parameter_role, require_store
 
-# A module of olmo/corpus with a function `batch` is a command of the module's name. The others:
-ELSEWHERE = {
+# A module of olmo/corpus with a function `batch` is the command of its name. All others:
+OTHER_COMMANDS = {
     "source-list": "olmo.corpus.sources:source_list",
     "sources": "olmo.corpus.ingest:sources",
     "given-tokens": "olmo.corpus.ingest:given_tokens",
@@ -63,42 +63,42 @@ ELSEWHERE = {
     "store push": "olmo.store.commands:push",
     "store pull": "olmo.inspect.pull:pull",
 }
-# What the commands are for, by their packages.
+# Headings of the usage: package → what its commands do.
 GROUPS = {
     "corpus": "from sources to tokens",
-    "pipeline": "from tokens to a checkpoint, and what it is worth",
-    "inspect": "looking into it",
-    "report": "beside it",
+    "pipeline": "from tokens to a checkpoint, and its evaluation",
+    "inspect": "inspection of a run",
+    "report": "comparison of runs and settings",
     "store": "the store",
 }
 
 
 @functools.cache
 def commands() -> dict[str, str]:
-    """verb → "module:function", of all commands; none is imported."""
+    """Command → "module:function". No module is imported."""
     found = {}
     for path in sorted(Path(__file__).parent.joinpath("corpus").glob("*.py")):
         if "\ndef batch(" in path.read_text(encoding="utf-8"):
             found[path.stem.replace("_", "-")] = f"olmo.corpus.{path.stem}:batch"
-    return found | ELSEWHERE
+    return found | OTHER_COMMANDS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; an error that its user can mend is one sentence and exit status 1.
+    """Run one command. A user's error is one sentence and exit status 1.
 
-    Training that was asked to stop and has saved exits with 75: the same command goes on.
+    Training that was stopped after saving exits with 75: the same command resumes it.
     """
-    # A word with spaces is a text, which stays as it is.
-    given = sys.argv[1:] if argv is None else argv
-    words = [word if " " in word else stash_secrets(word) for word in given]
+    arguments = sys.argv[1:] if argv is None else argv
+    # A word with spaces is text, in which nothing is taken for a URL.
+    words = [word if " " in word else stash_secrets(word) for word in arguments]
     verb = words.pop(0) if words else ""
     if words and f"{verb} {words[0]}" in commands():  # olmo store verify
         verb = f"{verb} {words.pop(0)}"
     try:
         try:
-            run(verb, words)
+            run_command(verb, words)
         finally:
-            sys.stdout.flush()  # a reader who left (`| head`) is noticed here at the latest
+            sys.stdout.flush()  # raises BrokenPipeError if the reader (`| head`) has exited
     except Paused as pause:
         print(f"olmo {verb}: {pause}", file=sys.stderr)
         sys.exit(EXIT_PAUSED)
@@ -106,12 +106,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"olmo {verb}: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        if not readers_left():
+        if not is_reader_gone():
             raise
-        # As Python's documentation has it: what would be flushed at exit goes nowhere.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+        # As in Python's documentation: the flush at exit must not raise again.
+        devnull = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
+            os.dup2(devnull, stream.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(redact(f"olmo {verb}: {describe_error(error)}"))
@@ -120,63 +120,65 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         sys.exit(
             redact(
-                f"olmo {verb}: a fault of olmo's own, {type(error).__name__}: {error}; the "
+                f"olmo {verb}: a bug in olmo, {type(error).__name__}: {error}; the "
                 f"traceback is in {os.environ[LOG_ENV]}"
             )
         )
 
 
-def run(verb: str, words: Sequence[str]) -> None:
+def run_command(verb: str, words: Sequence[str]) -> None:
+    """Import a command's module, parse its arguments and call it."""
     if verb not in commands() and {"-h", "--help"} & {verb, *words[:1]}:
-        print(usage([name for name in commands() if name.startswith(f"{verb} ")]))
+        print(format_usage([name for name in commands() if name.startswith(f"{verb} ")]))
         return
     if verb == "--version":
         print(f"olmo {version('olmo')}")
         return
     if verb not in commands():
-        sys.exit(unknown(verb, words))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and so clean up
-    # A scheduler's warning that time is up soon: training heeds it, the rest uses the time.
+        sys.exit(unknown_command_message(verb, words))
+    # An exception, so that `finally` blocks run.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Sent by a scheduler before a time limit: training handles it, other commands continue.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     module, name = commands()[verb].split(":")
     command = getattr(importlib.import_module(module), name)
     die_with_supervisor()
-    arguments = parse(verb, command, words)
-    if verb.startswith("store ") and verb != "store pull":  # which may make one
+    arguments = parse_arguments(verb, command, words)
+    if verb.startswith("store ") and verb != "store pull":  # `pull` may create the store
         require_store()
-    with copied_to(arguments.pop("log")):
-        first = [arguments.pop(name) for name in positional(command)]
-        command(*first, **arguments)
+    with log_to(arguments.pop("log")):
+        positional = [arguments.pop(name) for name in positional_parameters(command)]
+        command(*positional, **arguments)
 
 
-def readers_left() -> bool:
-    """Whether who read our stdout or stderr went away; another pipe may have broken as well."""
+def is_reader_gone() -> bool:
+    """Whether the reader of stdout or stderr has exited; else another pipe is broken."""
     streams = select.poll()
     for stream in (sys.stdout, sys.stderr):
         streams.register(stream.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in streams.poll(0))
 
 
-def usage(verbs: Sequence[str] = ()) -> str:
-    """Commands with what they do, without importing any; all of them unless some are named."""
+def format_usage(verbs: Sequence[str] = ()) -> str:
+    """The commands, all or `verbs`, with their summaries. No module is imported."""
     lines = ["usage: olmo <command> [--help]"]
-    for package, purpose_of in GROUPS.items():
-        inside = {
+    for package, heading in GROUPS.items():
+        in_package = {
             verb: place
             for verb, place in sorted(commands().items())
             if (verb.split()[0] if verb.startswith("store ") else place.split(".")[1]) == package
             and (not verbs or verb in verbs)
         }
-        lines += ["", f"{purpose_of}:"] if inside and not verbs else []
+        lines += ["", f"{heading}:"] if in_package and not verbs else []
         lines += [
-            f"  {verb:20}{textwrap.shorten(purpose(place), 78, placeholder=' …')}"
-            for verb, place in inside.items()
+            f"  {verb:20}{textwrap.shorten(command_summary(place), 78, placeholder=' …')}"
+            for verb, place in in_package.items()
         ]
     return "\n".join(lines)
 
 
-def purpose(place: str) -> str:
-    """The first sentence of a command's text: read, since some modules import torch."""
+def command_summary(place: str) -> str:
+    """The first sentence of a command's docstring, parsed since the import may need torch."""
     module, name = place.split(":")
     source = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
@@ -186,19 +188,19 @@ def purpose(place: str) -> str:
     return ""
 
 
-def unknown(verb: str, words: Sequence[str]) -> str:
-    """What to say of a command that there is not."""
-    inner = [name for name in commands() if name.startswith(f"{verb} ")]
-    if not verb or (inner and not words):
-        return usage(inner)
-    asked = f"{verb} {words[0]}" if inner else verb
-    near = difflib.get_close_matches(asked, inner or commands(), 1)
+def unknown_command_message(verb: str, words: Sequence[str]) -> str:
+    """The error message for an unknown command; the usage for none."""
+    subcommands = [name for name in commands() if name.startswith(f"{verb} ")]
+    if not verb or (subcommands and not words):
+        return format_usage(subcommands)
+    name = f"{verb} {words[0]}" if subcommands else verb
+    near = difflib.get_close_matches(name, subcommands or commands(), 1)
     hint = f"; the nearest is '{near[0]}'" if near else ""
-    return f"no command '{asked}'{hint}. All of them: olmo --help"
+    return f"unknown command '{name}'{hint}; olmo --help lists all"
 
 
-def parse(name: str, command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
-    """The arguments of `command` from a command line, by its signature."""
+def parse_arguments(name: str, command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
+    """Parse a command line by the signature of `command`. Returns its arguments and `log`."""
     function = command.build if isinstance(command, Stage) else command
     text = inspect.getdoc(function) or ""
     parser = argparse.ArgumentParser(
@@ -211,78 +213,79 @@ def parse(name: str, command: Callable[..., Any], words: Sequence[str]) -> dict[
     for parameter in inspect.signature(function).parameters.values():
         if parameter_role(hints[parameter.name]) != "work":
             add_argument(parser, parameter, hints[parameter.name])
-    parser.add_argument("--log", type=Path, help="also write what is said to this file")
+    parser.add_argument("--log", type=Path, help="also write messages to this file")
     return vars(parser.parse_args(words))
 
 
-def positional(command: Callable[..., Any]) -> list[str]:
+def positional_parameters(command: Callable[..., Any]) -> list[str]:
+    """The names of positional-only parameters."""
     parameters = inspect.signature(command).parameters.values()
     return [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]
 
 
 def add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter, hint: Any) -> None:
+    """Add the argument of a parameter, by its kind, default and type."""
     required = parameter.default is inspect.Parameter.empty
-    positional = required and parameter.kind is inspect.Parameter.POSITIONAL_ONLY
-    flag = parameter.name if positional else "--" + parameter.name.replace("_", "-")
-    options: dict[str, Any] = {} if positional else {"required": required}
+    is_positional = required and parameter.kind is inspect.Parameter.POSITIONAL_ONLY
+    flag = parameter.name if is_positional else "--" + parameter.name.replace("_", "-")
+    options: dict[str, Any] = {} if is_positional else {"required": required}
     options["default"] = None if required else parameter.default
-    kind, many = kind_of(hint)
+    kind, is_list = element_type(hint)
     if dataclasses.is_dataclass(kind):
-        options["type"] = functools.partial(section, kind)
+        options["type"] = functools.partial(parse_section, kind)
         options["metavar"] = "JSON"
     elif kind is bool:
         options["action"] = argparse.BooleanOptionalAction
-    elif many:
+    elif is_list:
         options |= {"type": kind, "nargs": "*"}
-        if positional:
+        if is_positional:
             options["default"] = []
     else:
         options["type"] = kind
     parser.add_argument(flag, **options)
 
 
-def section(kind: Any, text: str) -> Any:
-    """A recipe's section from its JSON; argparse shows the reason of this kind of error alone."""
+def parse_section(kind: Any, text: str) -> Any:
+    """A recipe's section from JSON. argparse shows the message of an ArgumentTypeError only."""
     try:
         return kind.new(**json.loads(text))
     except (ValueError, TypeError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def kind_of(hint: Any) -> tuple[Any, bool]:
-    """(int, str, Path …, whether a list of it) for a parameter's type."""
+def element_type(hint: Any) -> tuple[Any, bool]:
+    """A parameter's type without Annotated, None and list, and whether it is a list."""
     if typing.get_origin(hint) is typing.Annotated:
-        return kind_of(typing.get_args(hint)[0])
+        return element_type(typing.get_args(hint)[0])
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return kind_of(next(a for a in typing.get_args(hint) if a is not type(None)))
+        return element_type(next(a for a in typing.get_args(hint) if a is not type(None)))
     if typing.get_origin(hint) in (list, tuple):
-        return kind_of(typing.get_args(hint)[0])[0], True
+        return element_type(typing.get_args(hint)[0])[0], True
     return hint, False
 
 
-class copied_to:
-    """What this process and its children say goes to a log file as well as to the terminal.
+@contextmanager
+def log_to(log: Path | None) -> Iterator[None]:
+    """Copy the messages of this process and its children to a file, and the error that ends it.
 
-    A `tee` of our own making would make the terminal a pipe and so take the progress bar away:
-    only the lines that olmo.runtime.log writes are copied, through $OLMO_LOG.
+    A `tee` would replace the terminal by a pipe, and so hide the progress bar: olmo.runtime.log
+    writes its lines to the file that $OLMO_LOG names.
     """
-
-    def __init__(self, log: Path | None) -> None:
-        self.log = log
-
-    def __enter__(self) -> None:
-        if self.log is not None:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            self.log.write_text("")
-            os.environ[LOG_ENV] = str(self.log.resolve())
-
-    def __exit__(self, kind: Any, error: Any, _: Any) -> None:
-        if self.log is not None and error is not None:
-            with suppress(OSError), self.log.open("a") as file:  # as may be what failed
-                if isinstance(error, Exception) and not isinstance(error, Paused):
-                    file.writelines(map(redact, traceback.format_exception(error)))
-                why = describe_error(error) if isinstance(error, Exception) else error
-                file.write(redact(f"{FAILED}{kind.__name__}: {why}\n"))
+    if log is None:
+        yield
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("")
+    os.environ[LOG_ENV] = str(log.resolve())
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError), log.open("a") as file:  # the disk may be what failed
+            if isinstance(error, Exception) and not isinstance(error, Paused):
+                file.writelines(map(redact, traceback.format_exception(error)))
+            reason = describe_error(error) if isinstance(error, Exception) else error
+            file.write(redact(f"{FAILED}{type(error).__name__}: {reason}\n"))
+        raise
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The tokenizer beside a model: text to ids, with the end-of-text token, and back.
+"""OLMo's `Tokenizer`: text to ids, with the end-of-text token, and back.
 
-A wrapper of `tokenizers.Tokenizer` with OLMo's interface. Training reads token files and needs
-none of it; the tokenizer that makes those files is `olmo.corpus.tokenizer`'s.
+A wrapper of `tokenizers.Tokenizer` for the users of a model. Training reads token files and does
+not use it; `olmo.corpus.tokenizer` makes the tokenizer of those files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from olmo.config import ModelConfig, TokenizerConfig, TrainConfig, TruncationDirection
 
-# The files in OLMo's own package, and where the hub has the same.
+# Files in OLMo's own package → the same tokenizers on the hub.
 PACKAGED = {
     "tokenizers/allenai_dolma2.json": "allenai/dolma2-tokenizer",
     "tokenizers/allenai_eleuther-ai-gpt-neox-20b-pii-special.json": (
@@ -23,13 +23,13 @@ PACKAGED = {
 
 
 def hub_name(identifier: str) -> str:
-    """What the hub calls the tokenizer that a config names, where that is no file here.
+    """The hub's name of a config's tokenizer that is not a local file.
 
-    Raises ValueError for a file that is neither here nor one of OLMo's own package.
+    Raises ValueError for a .json that is neither a local file nor in OLMo's own package.
     """
     if identifier.endswith(".json") and identifier not in PACKAGED:
         raise ValueError(
-            f"tokenizer: expected a file that is here, a name on the hub, or one of "
+            f"tokenizer: expected a file that exists, a name on the hub, or one of "
             f"{', '.join(PACKAGED)}; found no file {identifier}"
         )
     return PACKAGED.get(identifier, identifier)
@@ -39,10 +39,10 @@ class Tokenizer:
     """
     Args:
         base_tokenizer: a `tokenizers.Tokenizer`.
-        eos_token_id: ends every text that is encoded with its special tokens.
+        eos_token_id: appended to texts that are encoded with special tokens.
         pad_token_id: eos_token_id by default.
-        truncate_to: at most so many ids for a text, the end-of-text one included.
-        truncate_direction: the side on which too long a text is cut.
+        truncate_to: the maximum number of ids of a text, with the end-of-text token.
+        truncate_direction: the side on which a longer text is cut.
     """
 
     def __init__(
@@ -63,30 +63,30 @@ class Tokenizer:
     @classmethod
     def from_file(cls, filename: str | Path, **options: Any) -> Self:
         """From a tokenizer.json; eos_token_id is its last id unless given."""
-        return cls._of(_tokenizer_class().from_file(str(filename)), options)
+        return cls._with_options(_tokenizer_class().from_file(str(filename)), options)
 
     @classmethod
     def from_pretrained(cls, identifier: str, **options: Any) -> Self:
         """From the Hugging Face hub; eos_token_id is the last id unless given."""
-        return cls._of(_tokenizer_class().from_pretrained(identifier), options)
+        return cls._with_options(_tokenizer_class().from_pretrained(identifier), options)
 
     @classmethod
-    def _of(cls, base: Any, options: dict[str, Any]) -> Self:
+    def _with_options(cls, base: Any, options: dict[str, Any]) -> Self:
         return cls(base, **{"eos_token_id": base.get_vocab_size() - 1} | options)
 
     @classmethod
     def from_train_config(cls, config: TrainConfig) -> Self:
-        """What config.tokenizer.identifier names: a file, or a model on the hub.
+        """The tokenizer that config.tokenizer.identifier names: a file, or a name on the hub.
 
-        Of a file in OLMo's own package (PACKAGED) that is not here, the hub's is taken.
+        A file of OLMo's own package (PACKAGED) that does not exist here comes from the hub.
 
-        Raises ValueError if it has not config.model.vocab_size tokens.
+        Raises ValueError if its size is not config.model.vocab_size.
         """
-        return cls._fitting(config.tokenizer, config.model)
+        return cls._from_configs(config.tokenizer, config.model)
 
     @classmethod
     def from_checkpoint(cls, checkpoint_dir: str | Path) -> Self:
-        """What the config.yaml of a checkpoint, in a folder or at a URL, names."""
+        """The tokenizer that the config.yaml of a checkpoint, a folder or a URL, names."""
         from olmo.io.downloads import fetch
 
         place = f"{str(checkpoint_dir).rstrip('/')}/config.yaml"
@@ -97,10 +97,10 @@ class Tokenizer:
                 fetch(place, path, Path(folder, "part"))
             tokenizer = TokenizerConfig.load(path, key="tokenizer", foreign=True)
             model = ModelConfig.load(path, key="model", foreign=True)
-        return cls._fitting(tokenizer, model)
+        return cls._from_configs(tokenizer, model)
 
     @classmethod
-    def _fitting(cls, config: TokenizerConfig, model: ModelConfig) -> Self:
+    def _from_configs(cls, config: TokenizerConfig, model: ModelConfig) -> Self:
         name, ends = config.identifier, (model.eos_token_id, model.pad_token_id)
         options = dict(zip(("eos_token_id", "pad_token_id"), ends, strict=True))
         if Path(name).is_file():
@@ -162,6 +162,6 @@ def _tokenizer_class() -> Any:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ValueError(
-            "a tokenizer needs the package tokenizers: uv pip install tokenizers"
+            "expected the package tokenizers, found none: uv pip install tokenizers"
         ) from error
     return Tokenizer

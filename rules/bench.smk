@@ -1,4 +1,4 @@
-# Benchmarks: which settings train fastest here. What has a record is not timed again.
+# Benchmarks: which settings train fastest on this machine. A cell with a record is not timed again.
 
 
 rule bench_tps:
@@ -14,7 +14,7 @@ rule bench_tps:
 
 
 rule bench_loss:
-    # How many tokens other settings need to get where the first run ends.
+    # The tokens that other settings need to reach the last loss of the first run.
     input:
         lambda w: [f"checkpoints/{run}/final" for run in plan.pipeline.bench_loss],
     output:

@@ -1,5 +1,5 @@
-# Duplicates and overlaps, where a recipe asks for it: `dolma dedupe` tells what goes, of all files at
-# once and in one process; `dolma mix` takes it out, a batch a job.
+# Deduplication and decontamination: `dolma dedupe` marks duplicates and overlaps, of all files in one
+# process; `dolma mix` removes them, in one job for each batch.
 
 
 rule attributes:

@@ -1,4 +1,4 @@
-# Documents: one line in N of each source, every one checked, the held-out ones split off.
+# Documents: one line in N of each source is kept and checked, and some are held out.
 
 
 rule documents:

@@ -1,4 +1,4 @@
-# Evaluation: a finished checkpoint on what its data set held out, and on the tasks of its run.
+# Evaluation of a final checkpoint on held-out documents, and on the tasks of its run.
 
 
 rule heldout:
@@ -16,7 +16,7 @@ rule heldout:
 
 
 rule heldout_of:
-    # The documents that another data set of the same tokenizer held out.
+    # On the held-out documents of another data set with the same tokenizer.
     input:
         final="checkpoints/{run}/final",
         tokens=lambda w: listings(w.dataset, "tokens"),
@@ -69,7 +69,7 @@ rule evaluate:
 
 
 rule eval:
-    # Runs side by side.
+    # The table of several runs.
     input:
         lambda w: [f"eval/{run}" for run in plan.pipeline.eval],
     output:

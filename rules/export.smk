@@ -1,4 +1,4 @@
-# Export: a finished checkpoint as transformers reads it, with tokenizer and model card.
+# Export of a final checkpoint for transformers, with tokenizer and model card.
 
 
 rule hf:

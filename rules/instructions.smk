@@ -1,4 +1,4 @@
-# Instructions: conversations as instances for fine-tuning, with the labels of their answers.
+# Instructions: conversations as instances for fine-tuning, with label masks of the answers.
 
 
 ruleorder: instructions > tokens
@@ -14,7 +14,7 @@ rule instructions:
     log:
         "logs/tokens/{dataset}/{batch}.log",
     wildcard_constraints:
-        dataset="|".join(map(re.escape, plan.instruction_datasets())) or "(?!)",  # else none
+        dataset=match_any(plan.instruction_datasets()),
     params:
         eos=lambda w: plan.recipe(w.dataset).tokenizer.eos_token_id,
         pad=lambda w: plan.recipe(w.dataset).tokenizer.pad_token_id,

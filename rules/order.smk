@@ -1,4 +1,4 @@
-# Order: in which order a run sees its instances; OLMo's, to the bit.
+# Order: the order in which a run sees its instances, bit for bit OLMo's.
 
 
 rule order:
@@ -16,7 +16,7 @@ rule order:
 
 
 rule positions:
-    # The inverse, for who asks when an instance is seen.
+    # The inverse: the position at which each instance is seen.
     input:
         "checkpoints/{run}/global_indices.npy",
     output:

@@ -1,4 +1,4 @@
-# Soups: one checkpoint whose weights are the mean of several runs' final ones.
+# Soups: checkpoints whose weights are the mean of those of several runs.
 
 
 ruleorder: soup > train
@@ -13,6 +13,6 @@ rule soup:
     log:
         "logs/soup/{run}.log",
     wildcard_constraints:
-        run="|".join(map(re.escape, plan.pipeline.soups)) or "(?!)",  # else none
+        run=match_any(plan.pipeline.soups),
     shell:
         "olmo soup --checkpoints {input.finals:q} --final {output:q} --log {log:q}"

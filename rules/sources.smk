@@ -2,7 +2,7 @@
 
 
 checkpoint source_list:
-    # The published list of a data set's files, with the sizes that the server tells.
+    # A table of the files in a published list of URLs, with their sizes.
     output:
         "data/{dataset}/sources.tsv",
     log:
@@ -28,7 +28,7 @@ rule sources:
 
 
 def listings(dataset, stage):
-    """The listings of a stage's batches; where the list of files is not at hand, it comes first."""
+    """The listings of a stage's batches, after the list of URLs has been downloaded."""
     if plan.needs_source_list(dataset):
         checkpoints.source_list.get(dataset=dataset)
     return plan.listings(dataset, stage)

@@ -1,4 +1,4 @@
-# Statistics: what a data set holds, by source and shard, for programs and for people.
+# Statistics: the documents and tokens of a data set by source and shard, as parquet and as text.
 
 
 rule statistics:

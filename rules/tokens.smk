@@ -1,5 +1,5 @@
-# Tokens: the tokenizer, and `dolma tokens` held still, counted and checked. A run without a data
-# set takes those that its training config names.
+# Tokens: the tokenizer, and `dolma tokens`, made deterministic, counted and checked. A run without a
+# data set uses the token files that its training config names.
 
 
 ruleorder: given_tokens > tokens
@@ -14,7 +14,7 @@ rule given_tokens:
     log:
         "logs/tokens/{dataset}/{batch}.log",
     wildcard_constraints:
-        dataset="|".join(map(re.escape, plan.tokenized_datasets)) or "(?!)",  # else none
+        dataset=match_any(plan.tokenized_datasets),
     params:
         sources=lambda w: plan.source_flags(w.dataset, w.batch),
         dtype=lambda w: plan.train_config(w.dataset).data.memmap_dtype,

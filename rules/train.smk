@@ -1,8 +1,8 @@
-# Training: torchrun, from whatever checkpoint an earlier attempt left, to the final one.
+# Training: torchrun, from the last checkpoint of an earlier attempt to the final one.
 
 
 rule start:
-    # The checkpoint, of a folder or a URL, that a run starts from.
+    # The external checkpoint, a folder or a URL, that a run starts from.
     input:
         lambda w: [] if "://" in plan.external_start(w.run) else plan.external_start(w.run),
     output:
@@ -30,7 +30,7 @@ rule train:
     log:
         "logs/train/{run}.log",
     threads: workflow.cores
-    resources:  # not params: another number of nodes is no reason to train again
+    resources:  # not params, since another number of nodes must not rerun the training
         geometry=lambda w: plan.geometry_flags(w.run),
         nodes=lambda w, attempt: plan.scheduler_resource(w.run, "nodes", attempt),
         tasks=lambda w, attempt: plan.scheduler_resource(w.run, "tasks", attempt),
@@ -41,13 +41,13 @@ rule train:
         overrides=lambda w: plan.override_flags(w.run),
         start=lambda w, input: f"--start {input.start}" if input.start else "",
         piece=lambda w: plan.link_flags(w.run, w.get("step")),
-    shell:  # exec: a scheduler's SIGTERM would end a shell in between, and the trainer with it
+    shell:  # exec, since a scheduler's SIGTERM would end a shell, and the trainer with it
         "exec olmo train --config {input.config:q} --tokens {input.tokens:q} --order {input.order:q}"
         " --tokenizer {input.tokenizer:q} --final {output:q} {resources.geometry}"
         " {params.start} {params.piece} {params.overrides} --log {log:q}"
 
 
-# A run that is a chain: the same, to one of its steps.
+# A run that is cut into links: the same command, up to one of its steps.
 use rule train as link with:
     output:
         directory("checkpoints/{run}/step-{step}"),

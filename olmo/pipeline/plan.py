@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -421,3 +422,8 @@ class Plan:
     def line_kind_flags(self, dataset: str) -> str:
         """What a line of a data set's sources is, if not a document."""
         return f"--kind {MESSAGES}" if self.recipe(dataset).instructions is not None else ""
+
+
+def match_any(names: Iterable[str]) -> str:
+    """A wildcard constraint: a regex of the names; of none, one that matches nothing."""
+    return "|".join(map(re.escape, names)) or "(?!)"

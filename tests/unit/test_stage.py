@@ -160,7 +160,7 @@ def test_the_way_back():
 def test_the_command_line_comes_from_the_signature(monkeypatch: pytest.MonkeyPatch):
     line = "--parts a b --joined out/c --glue + --words x y --threads 3"
     words = line.split()
-    arguments = cli.parse("join", join, words)
+    arguments = cli.parse_arguments("join", join, words)
     assert arguments == {
         "parts": [Path("a"), Path("b")],
         "joined": Path("out/c"),
@@ -245,7 +245,7 @@ def faulty(*, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("ours", "a fault of olmo's own, KeyError: 'outputs'; the traceback is in {log}"),
+        ("ours", "a bug in olmo, KeyError: 'outputs'; the traceback is in {log}"),
         (
             "disk",
             "/data/x: No space left on device: the disk is full; make room, then run the same "
@@ -313,7 +313,7 @@ def test_help_says_what_each_does_and_imports_none(capsys: pytest.CaptureFixture
     cli.main(["--help"])
     text = capsys.readouterr().out
     for name, place in cli.commands().items():
-        assert cli.purpose(place) and f"\n  {name} " in text
+        assert cli.command_summary(place) and f"\n  {name} " in text
     assert max(map(len, text.splitlines())) <= 100
     cli.main(["store", "--help"])
     assert len(capsys.readouterr().out.splitlines()) == 9
