@@ -233,7 +233,7 @@ def filter_sizes(
 
 
 def count_text_bytes(against: list[Path]) -> int:
-    """Bytes of text in files of documents. Raises ValueError for a line that is no document."""
+    """Bytes of text in files of documents. Raises ValueError for a line that is not a document."""
     total = 0
     for path in against:
         with gz.reading(path, longest=MAX_LINE_BYTES) as lines:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from olmo.corpus import json_lines
 from olmo.corpus.sources import DIRECT, Transfer, check_digest, fetch_any
 from olmo.io import file_types, gz
 from olmo.store.stage import Facts, Input, Output, Unhashed, Work, stage
@@ -22,20 +23,17 @@ Message = tuple[str, str]  # role, content
 
 # Reasons for dropping a line; the recipe's `allow` takes these names.
 REASONS = {
-    "long-line": "a line of more bytes than the recipe's documents.max_line_bytes",
-    "not-utf8": "bytes that are not UTF-8",
-    "bad-json": "not one JSON value",
-    "not-object": "JSON, but not an object",
+    **json_lines.REASONS,
     "no-messages": "no messages, or null",
     "bad-messages": "messages other than a list of objects with the strings role and content",
     "empty-conversation": "a conversation without a message",
     "unknown-role": f"a role other than {', '.join(ROLES)}",
-    "surrogate": "half a surrogate pair, which is no character",
+    **json_lines.SURROGATE,
 }
 PARQUET_MAGIC = b"PAR1"
 
 
-def parse_conversation(line: bytes) -> tuple[str | None, str | None, str | None]:
+def parse_conversation(line: bytes) -> json_lines.Parsed:
     """(id, text of all messages, reason) of one line. The reason is None if it is valid."""
     identity, messages, reason = decode_line(line)
     text = "\n".join(content for _, content in messages)
@@ -47,18 +45,13 @@ def parse_conversation(line: bytes) -> tuple[str | None, str | None, str | None]
 
 def decode_line(line: bytes) -> tuple[str | None, list[Message], str | None]:
     """(id, messages, reason) of one line; no messages if there is a reason to drop it."""
-    try:
-        found = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return None, [], "not-utf8"
-    except (ValueError, RecursionError):
-        return None, [], "bad-json"
-    if not isinstance(found, dict):
-        return None, [], "not-object"
+    found, reason = json_lines.load_object(line)
+    if reason is not None:
+        return None, [], reason
     identity = found.get("id") if isinstance(found.get("id"), str) else None
     bad_id = identity is not None and has_surrogate(identity)
     messages = found.get("messages")
-    reason, pairs = None, []
+    pairs: list[Message] = []
     if messages is None:
         reason = "no-messages"
     elif not isinstance(messages, list) or not all(map(is_message, messages)):
@@ -168,4 +161,4 @@ def read_parquet_rows(file: Path, name: str) -> Iterator[bytes]:
     except polars.exceptions.PolarsError as error:
         raise ValueError(f"{name}: expected parquet, found: {error}") from error
     for row in frame.iter_rows(named=True):
-        yield json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+        yield json_lines.dump_line(row, default=str)

@@ -1,7 +1,7 @@
 """The toolkit's `dolma dedupe`, run on files of documents: its requests, filters and output.
 
-The toolkit skips what it cannot read and reports success, so its output is compared with what it
-was given.
+The toolkit skips what it cannot read and reports success, so its output is compared with its
+input.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Search:
 
 @dataclass(frozen=True)
 class TrainFile:
-    """A file of training documents, and what its table says about it."""
+    """A file of training documents, and what its table has about it."""
 
     path: Path
     table: Path

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from itertools import count, islice
 from math import ceil, isfinite
 from pathlib import Path
@@ -20,7 +21,8 @@ from typing import Any
 
 from olmo.config import BaseConfig
 from olmo.config.strict import UNHASHED, check_range
-from olmo.corpus import conversations
+from olmo.corpus import conversations, json_lines
+from olmo.corpus.json_lines import Parsed
 from olmo.corpus.listing import Entry, read_listing, run_shards, write_listing
 from olmo.io import file_types, gz
 from olmo.runtime.log import log
@@ -28,18 +30,15 @@ from olmo.store.stage import Facts, Input, Output, stage
 
 # Reasons for dropping a line; the recipe's `allow` takes these names.
 REASONS = {
-    "long-line": "a line of more bytes than the recipe's documents.max_line_bytes",
-    "not-utf8": "bytes that are not UTF-8",
-    "bad-json": "not one JSON value",
-    "not-object": "JSON, but not an object",
+    **json_lines.REASONS,
     "no-id": "no id",
     "bad-id": "an id that is not a string",
     "no-text": "no text, or null",
     "bad-text": "a text that is not a string",
     "empty-text": "a text of white space only",
-    "too-long": "a text longer than the tokenizing toolkit can take",
-    "surrogate": "half a surrogate pair, which is no character",
-    "carriage-return": "a carriage return, which the toolkit takes for a line's end",
+    "too-long": "a text longer than the tokenizing toolkit can process",
+    **json_lines.SURROGATE,
+    "carriage-return": "a carriage return, which the toolkit treats as a line end",
 }
 PARQUET: dict[str, Any] = {
     "compression": "zstd",
@@ -62,9 +61,9 @@ MAX_LINE_BYTES = 256 * 2**20  # with its line end; memory holds a line twice for
 class DocumentsSection(BaseConfig):
     """Which lines of a source become documents. `allow` lists reasons for which lines may drop."""
 
-    keep_one_in: int = 1
-    offset: int = 0
-    heldout_share: float = 0.0
+    keep_one_in: int = 1  # lines
+    offset: int = 0  # the number, from 0, of the first line that is kept
+    heldout_share: float = 0.0  # of the documents, by the hash of the id
     # How often a source's documents are taken, by its name: "books-*=2.5". The first pattern that
     # matches counts; a source without a match has weight 1. Fractions go by the hash of the id.
     weights: list[str] = field(default_factory=list, metadata=UNHASHED)
@@ -90,10 +89,10 @@ class DocumentsSection(BaseConfig):
         for weight in self.weights:
             pattern, _, number = weight.partition("=")
             try:
-                known = pattern and 0 < float(number) <= 1000
+                is_valid = pattern and 0 < float(number) <= 1000
             except ValueError:
-                known = False
-            if not known:
+                is_valid = False
+            if not is_valid:
                 raise ValueError(
                     "documents.weights: expected pattern=number, the number above 0 and at most "
                     f"1000; found {weight!r}"
@@ -121,7 +120,6 @@ def batch(
     kind: str = TEXT,
 ) -> None:
     """Keep one line in N of each source of a batch, check each, split off the held-out ones."""
-
     outputs = {
         "documents": "documents/{}.json.gz",
         "heldout": "heldout/{}.json.gz",
@@ -171,7 +169,11 @@ def documents(
         raise ValueError(f"expected a weight above 0, found {weight}")
     if kind not in (TEXT, MESSAGES):
         raise ValueError(f"kind: expected {TEXT} or {MESSAGES}, found {kind!r}")
-    known = REASONS if kind == TEXT else conversations.REASONS
+    parse: Callable[[bytes], Parsed]
+    if kind == TEXT:
+        known, parse = REASONS, partial(parse_document, max_text_bytes=config.max_text_bytes)
+    else:
+        known, parse = conversations.REASONS, conversations.parse_conversation
     if unknown := sorted(set(config.allow) - set(known)):
         raise ValueError(f"allow: unknown reason {unknown[0]!r}. Known: {', '.join(known)}")
 
@@ -196,12 +198,8 @@ def documents(
                 for line, at in islice(
                     zip(lines, number, strict=False), config.offset, None, config.keep_one_in
                 ):
-                    if kind == TEXT and len(line) <= config.max_line_bytes:
-                        identity, text, reason = parse_document(line, config.max_text_bytes)
-                    elif len(line) <= config.max_line_bytes:
-                        identity, text, reason = conversations.parse_conversation(line)
-                    else:
-                        identity, text, reason = None, None, "long-line"
+                    is_long = len(line) > config.max_line_bytes
+                    identity, text, reason = (None, None, "long-line") if is_long else parse(line)
                     size = None if text is None else size_in_utf8(text)
                     if reason is not None:
                         if copy == 0:
@@ -245,9 +243,7 @@ def documents(
     }
 
 
-def parse_document(
-    line: bytes, max_text_bytes: int = MAX_TEXT_BYTES
-) -> tuple[str | None, str | None, str | None]:
+def parse_document(line: bytes, max_text_bytes: int = MAX_TEXT_BYTES) -> Parsed:
     """(id, text, reason) of one line. The reason is None if the line is a document.
 
     The decoder (msgspec) is the toolkit's, so that both accept the same lines.
@@ -279,14 +275,9 @@ def document_decoder() -> Any:
 
 def find_reason(line: bytes) -> str:
     """Why the decoder rejected a line."""
-    try:
-        found = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return "not-utf8"
-    except (ValueError, RecursionError):
-        return "bad-json"
-    if not isinstance(found, dict):
-        return "not-object"
+    found, reason = json_lines.load_object(line)
+    if reason is not None:
+        return reason
     if found.get("id") is None:
         return "no-id"
     if not isinstance(found["id"], str):
@@ -301,6 +292,7 @@ def find_reason(line: bytes) -> str:
 
 
 def size_in_utf8(text: str) -> int:
+    """The bytes of a text, without encoding one that is ASCII."""
     return len(text) if text.isascii() else len(text.encode())
 
 

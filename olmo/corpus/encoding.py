@@ -213,7 +213,7 @@ def why_not_tiktoken(tokenizer: dict[str, Any], content: str) -> str | None:
     model = tokenizer["model"]
     if model.get("type") != "BPE":
         return f"its model is {model.get('type')}, not BPE"
-    # ignore_merges is no obstacle: tiktoken also looks up a whole word first.
+    # The option ignore_merges makes no difference: tiktoken also looks up a whole word first.
     for option in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "unk_token"):
         if model.get(option):
             return f"its model has {option}"
@@ -227,7 +227,7 @@ def why_not_tiktoken(tokenizer: dict[str, Any], content: str) -> str | None:
         return f"its pre-tokenizer is {splitter}, not ByteLevel without a prefix, nor GPT-4's"
     for token in tokenizer["added_tokens"]:
         if token["single_word"] or token["lstrip"] or token["rstrip"]:
-            return f"its added token {token['content']!r} takes in the characters around it"
+            return f"its added token {token['content']!r} also matches characters around it"
     return find_merge_mismatch(model, {token["id"] for token in tokenizer["added_tokens"]}, content)
 
 

@@ -82,7 +82,7 @@ class Fast:
                 theirs, messages = self.dolma.tokenize(rest)
                 if theirs["id"].to_list() != [ids[row] for row in left]:
                     raise ValueError(
-                        f"expected {len(left):,} documents from the toolkit, as it was given, "
+                        f"expected {len(left):,} documents from the toolkit, its input, "
                         f"found {theirs.height:,}: {messages}"
                     )
                 sizes = dict(zip(left, theirs["end"] - theirs["start"], strict=True))

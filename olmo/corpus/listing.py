@@ -45,7 +45,7 @@ def read_listing(listings: Iterable[Path], output: str | None = None) -> list[En
         try:
             header, *rows = sealed.load_table(listing.read_bytes(), listing)
         except Damaged as error:
-            raise Damaged(f"{error}; run snakemake again, which makes it anew") from None
+            raise Damaged(f"{error}; run snakemake again to make it again") from None
         if tuple(header) != HEADER:
             raise ValueError(f"{listing}: expected the columns {HEADER}, found {header!r}")
         for shard, name, path, digest, size in rows:

@@ -111,8 +111,7 @@ def mixed(
             if not rewritten.exists():
                 log.info(messages)
                 raise ValueError(
-                    "expected mixed documents from the toolkit, found none; its messages stand "
-                    "above"
+                    "expected mixed documents from the toolkit, found none; its output is above"
                 )
             places = [f"{file}:{line}" for file, line in train.select("file", "line").iter_rows()]
             changes = write_kept(documents, rewritten, mixed, marks, places)

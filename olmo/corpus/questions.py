@@ -15,10 +15,10 @@ from pathlib import Path, PurePosixPath
 
 from olmo.config.strict import check_range
 from olmo.corpus.documents import hash_number
+from olmo.corpus.json_lines import dump_line
 from olmo.corpus.stdlib import (
     MAX_SHARDS,
     decode_source,
-    json_line,
     python_facts,
     source_files,
 )
@@ -62,7 +62,7 @@ def stdlib_questions(folder: Folder, shards: int, library: str | None = None) ->
     folder.mkdir()
     for shard, rows in enumerate(conversations):
         with gz.writing(folder / f"questions-{shard:02d}.json.gz") as lines:
-            lines.writelines(map(json_line, rows))
+            lines.writelines(map(dump_line, rows))
     return {**python_facts(), "files": files, "conversations": sum(map(len, conversations))}
 
 

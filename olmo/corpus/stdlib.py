@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import io
-import json
 import platform
 import sysconfig
 import tokenize
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from olmo.config.strict import check_range
+from olmo.corpus.json_lines import dump_line
 from olmo.io import gz
 from olmo.store.stage import Facts, Folder, stage
 
@@ -75,7 +75,7 @@ def stdlib(folder: Folder, shards: int, library: str | None = None) -> Facts:
                 content = (root / path).read_bytes()
                 rows.append((path, len(content), hashlib.sha256(content).hexdigest(), number))
                 for document in split_into_documents(path, content):
-                    lines.write(json_line(document))
+                    lines.write(dump_line(document))
                     documents += 1
     rows.sort()
     (folder / "manifest.tsv").write_text(
@@ -91,10 +91,6 @@ def python_facts() -> dict[str, str]:
         "implementation": platform.python_implementation(),
         "licence": "PSF-2.0",
     }
-
-
-def json_line(row: dict) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
 def library_digest() -> str:

@@ -22,6 +22,8 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")  # ids 0 and 1
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 PADDING = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
 
+ORIGINS = ("file", "hub", "dataset", "train_vocab_size")  # the fields of which one is set
+
 
 @dataclass
 class TokenizerSection(BaseConfig):
@@ -37,10 +39,10 @@ class TokenizerSection(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [n for n in ("file", "hub", "dataset", "train_vocab_size") if getattr(self, n)]
+        given = [name for name in ORIGINS if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(
-                "tokenizer: expected one of file, hub, dataset, train_vocab_size; found "
+                f"tokenizer: expected one of {', '.join(ORIGINS)}; found "
                 + (" and ".join(given) or "none")
             )
         for name in ("eos_token_id", "pad_token_id"):
@@ -111,7 +113,7 @@ def given_tokenizer(name: str, tokenizer: Output, sha256: str | None = None) -> 
     """Download a tokenizer by any URL of cached-path: hf://allenai/OLMo-7B/tokenizer.json, https://…
 
     Rewrites it in the form that the tokenizing toolkit reads. Raises ValueError if it has another
-    sha256, or is no tokenizer.
+    sha256, or is not a tokenizer.
     """
     try:
         from cached_path import cached_path

@@ -256,7 +256,7 @@ def merge_by_a_way_that_is_never_taken(tokenizer):
         (lambda t: t.update(normalizer={"type": "NFKC"}), "its normalizer is"),
         (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "its pre-tokenizer is"),
         (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "its pre-tokenizer is"),
-        (lambda t: t["added_tokens"][0].update(lstrip=True), "takes in the characters"),
+        (lambda t: t["added_tokens"][0].update(lstrip=True), "also matches characters around it"),
         (swap_two_merges, "do not follow the order of its merges|is not there"),
         (add_a_token_out_of_nothing, "not the bytes and the results"),
         (merge_by_a_way_that_is_never_taken, "its token ÿþý is not what its own"),
