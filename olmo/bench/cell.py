@@ -32,7 +32,7 @@ from olmo.distributed.world import World
 from olmo.model import OLMo
 from olmo.optim.build import build_optimizer
 from olmo.optim.master_weights import MasterWeights
-from olmo.precision import backends, msamp
+from olmo.precision import converters, msamp
 from olmo.runtime.energy import EnergyMeter
 from olmo.train.meters import device_flops
 from olmo.train.step import clear_gradients, forward_backward, keep_freed_memory
@@ -61,7 +61,7 @@ def build_workload(section: Section, cell: Cell) -> Workload:
     timing.fill_weights(model)
     attention = model.use_attention(device, cfg.autocast_precision, cfg.attention)
     model.to(device)
-    float8 = backends.convert_to_float8(model, cfg.fp8, device)[0] if cfg.fp8 else None
+    float8 = converters.convert_to_float8(model, cfg.fp8, device)[0] if cfg.fp8 else None
     if cfg.cross_entropy is not None:
         model.cross_entropy = cfg.cross_entropy
     parallelize(cfg, model, World(0, 0, 1, device, ""))

@@ -24,7 +24,7 @@ from olmo.optim.master_weights import MasterWeights
 from olmo.optim.optimizer import Optimizer
 from olmo.optim.schedule import BoltOnWarmupScheduler, Scheduler, build_scheduler
 from olmo.precision import msamp
-from olmo.precision.backends import Float8Converter, convert_to_float8
+from olmo.precision.converters import Float8Converter, convert_to_float8
 from olmo.runtime.log import format_count, log
 from olmo.runtime.process import FINISHED_FILE, PAUSED_FILE
 from olmo.train.meters import SpeedMeter, device_flops

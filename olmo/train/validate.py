@@ -19,7 +19,7 @@ from olmo.distributed.world import World
 from olmo.model import loss
 from olmo.model.kernel_choice import MaskType, choose_kernel
 from olmo.optim import master_weights
-from olmo.precision import backends, msamp
+from olmo.precision import converters, msamp
 from olmo.runtime.log import format_count, log
 from olmo.train.unused import check_unused
 
@@ -88,7 +88,7 @@ def check_device(cfg: TrainConfig, device: torch.device, sharded: bool) -> None:
             "set distributed_strategy: ddp or optimizer.packed_state: false"
         )
     if cfg.fp8 is not None:
-        backends.get_converter(cfg.fp8, device)
+        converters.get_converter(cfg.fp8, device)
     choose_kernel(cfg.model, device, cfg.autocast_precision, cfg.attention, attention_mask(cfg))
 
 

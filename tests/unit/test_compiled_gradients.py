@@ -20,7 +20,7 @@ from olmo.model import OLMo, loss
 from olmo.optim.build import build_optimizer
 from olmo.optim.master_weights import MasterWeights
 from olmo.precision import fp8
-from olmo.precision.backends import build_converter, convert_to_float8
+from olmo.precision.converters import build_converter, convert_to_float8
 from olmo.precision.fp8 import (
     DelayedScaling,
     ProductSettings,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from olmo.config import FP8Backend, FP8Config, FP8Recipe
 from olmo.precision import msamp
-from olmo.precision.backends import build_converter, convert_to_float8
+from olmo.precision.converters import build_converter, convert_to_float8
 from olmo.precision.fp8 import E4M3, DelayedScaling, compute_scale, quantize
 
 ROOT = Path(__file__).parents[2]
