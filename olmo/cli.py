@@ -40,7 +40,7 @@ OTHER_COMMANDS = {
     "positions": "olmo.corpus.order:positions",
     "environment": "olmo.corpus.environments:environment",
     "start": "olmo.pipeline.start:start",
-    "train": "olmo.pipeline.train:train",
+    "train": "olmo.pipeline.train:train_run",
     "soup": "olmo.pipeline.soup:soup",
     "hf": "olmo.pipeline.export:hf",
     "heldout": "olmo.pipeline.evaluate:heldout",

@@ -48,7 +48,7 @@ def to_plain(value: Any, all_fields: bool = False) -> Any:
     return value
 
 
-def convert(value: Any, hint: Any, where: str) -> Any:
+def convert_value(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type `hint`; `where` is the key that a ValueError names."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
 
@@ -65,29 +65,30 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             if isinstance(option, type) and type(value) is option and value == value:
                 return value
         if len(options) == 1:
-            return convert(value, options[0], where)
+            return convert_value(value, options[0], where)
         for option in options:
             if option is str and isinstance(value, (int, float)):
                 continue  # else 1.5 would become "1.5" where an int or text is expected
             try:
-                return convert(value, option, where)
+                return convert_value(value, option, where)
             except ValueError:
                 continue
         raise error(" or ".join(getattr(o, "__name__", str(o)) for o in options))
     if origin is list:
         if not isinstance(value, (list, tuple)):
             raise error("a list")
-        return [convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
+        return [convert_value(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(args):
             raise error(f"{len(args)} values")
         return tuple(
-            convert(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
+            convert_value(v, a, f"{where}[{i}]")
+            for i, (v, a) in enumerate(zip(value, args, strict=True))
         )
     if origin is dict:
         if not isinstance(value, dict):
             raise error("a mapping")
-        return {str(k): convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
+        return {str(k): convert_value(v, args[1], f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return _convert_to_dataclass(value, hint, where)
     if issubclass(hint, Enum):
@@ -136,7 +137,7 @@ def _convert_to_dataclass(value: Any, cls: Any, where: str) -> Any:
         place = f"{where}.{key}" if where else str(key)
         if key not in hints:
             raise unknown_key_error(key, cls, place)
-        values[key] = convert(part, hints[key], place)
+        values[key] = convert_value(part, hints[key], place)
     for f in dataclasses.fields(cls):
         if is_required(f) and f.name not in values:
             raise ValueError(f"{where}: " * bool(where) + f"the key '{f.name}' is missing")

@@ -111,7 +111,7 @@ def registered_resolvers(
         BaseContainer._resolvers.update(before)
 
 
-def resolve(
+def resolve_config(
     cls: type, raw: dict[str, Any], overrides: Iterable[str], validate_paths: bool, foreign: bool
 ) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     """Apply overrides and resolve ${interpolations}, by OmegaConf.

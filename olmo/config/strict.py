@@ -14,8 +14,14 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from olmo.config.conversion import convert, field_default, field_types, to_plain, unknown_key_error
-from olmo.config.interpolation import KeyPath, escape, get_at, resolve
+from olmo.config.conversion import (
+    convert_value,
+    field_default,
+    field_types,
+    to_plain,
+    unknown_key_error,
+)
+from olmo.config.interpolation import KeyPath, escape, get_at, resolve_config
 from olmo.config.yaml_io import read_yaml, to_yaml
 from olmo.runtime.urls import stash_secrets
 
@@ -28,12 +34,12 @@ class BaseConfig:
 
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():  # type: ignore[arg-type]
-            setattr(self, name, convert(stash_secrets(getattr(self, name)), hint, name))
+            setattr(self, name, convert_value(stash_secrets(getattr(self, name)), hint, name))
 
     @classmethod
     def new(cls, **values: Any) -> Self:
         """The config with `values` in place of the defaults; nested ones may be dictionaries."""
-        return convert(values, cls, "")
+        return convert_value(values, cls, "")
 
     @classmethod
     def load(
@@ -72,8 +78,10 @@ class BaseConfig:
         plain: Any = {}
         from_environment: dict[KeyPath, str] = {}
         try:
-            plain, from_environment = resolve(cls, raw, overrides or (), validate_paths, foreign)
-            config = convert(cls.update_legacy_settings(plain), cls, "")
+            plain, from_environment = resolve_config(
+                cls, raw, overrides or (), validate_paths, foreign
+            )
+            config = convert_value(cls.update_legacy_settings(plain), cls, "")
         except (ValueError, RecursionError) as error:
             message = str(error)
             for place, text in from_environment.items():  # the value may be a secret

@@ -32,7 +32,7 @@ PER_LABEL = "CrossEntropyLossPerLabel"  # of olmo.eval.perplexity, if labels are
 NOT_IN_CONTENT = ["metrics.jsonl", "loss.svg"]  # timings and plots: not in the output's digest
 
 
-def train(
+def train_run(
     config: Path,
     tokens: list[Path],
     order: Path,

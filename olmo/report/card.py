@@ -77,7 +77,7 @@ def card(
             made=made,
         ),
         "## Training\n",
-        markdown_table(("", ""), [row for row in rows.items() if row[1]]),
+        format_table(("", ""), [row for row in rows.items() if row[1]]),
         "## Evaluation\n",
         _evaluation(facts.get("heldout_loss", {}), name),
         "## Where it comes from\n",
@@ -86,7 +86,7 @@ def card(
     return "\n".join(parts)
 
 
-def markdown_table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+def format_table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     """A table in Markdown."""
     head = list(head)
     lines = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
@@ -102,7 +102,7 @@ def _evaluation(losses: dict[str, dict[str, float]], name: str) -> str:
     ]
     return (
         "Loss (nats per token) on documents that it was not trained on:\n\n"
-        + markdown_table(("held-out set", "before", "after"), rows)
+        + format_table(("held-out set", "before", "after"), rows)
         + f"\nMore by `snakemake eval/{name}`.\n"
     )
 
@@ -118,11 +118,11 @@ def _lineage(record: Record, store: Store) -> str:
             sources.append(found)
     lines = [
         f"Checkpoint `{record['content']}`, by action `{record['key']}`; its stages, last first:\n",
-        markdown_table(("stage", "actions"), counts.items()),
+        format_table(("stage", "actions"), counts.items()),
         f"The first {MAX_SOURCES} of {len(sources):,} sources:\n"
         if len(sources) > MAX_SOURCES
         else "Sources:\n",
-        markdown_table(("source", "sha256", "licence"), map(_source, sources[:MAX_SOURCES])),
+        format_table(("source", "sha256", "licence"), map(_source, sources[:MAX_SOURCES])),
     ]
     return "\n".join(lines)
 

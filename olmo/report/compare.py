@@ -11,6 +11,7 @@ from olmo.config import TrainConfig
 from olmo.inspect.documents import find_token_shards, object_digest
 from olmo.inspect.run import TrainedRun
 from olmo.io.downloads import check_not_in_store
+from olmo.report.card import format_table
 from olmo.runtime.log import log
 from olmo.runtime.numbers import from_json
 from olmo.store.stage import current_store
@@ -36,22 +37,21 @@ def compare(runs: list[Path], table: Path, picture: Path, label: str = LABEL) ->
     check_comparable(found, names, label)
     curves = {name: loss_curve(final, label) for name, final in zip(names, finals, strict=True)}
     all_tokens, target = curves[names[0]][-1]
-    lines = [
-        f"# Beside {names[0]}",
-        "",
-        f"Held-out loss in nats a token ({label}); tokens to {names[0]}'s last, {target:.4f}.",
-        "",
-        "| run | tokens | last loss | tokens to it | of the reference's |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, points in curves.items():
+        tokens, loss = points[-1]
         needed = tokens_to_loss(target, points)
-        cells = "never | " if needed is None else f"{needed:,.0f} | "
-        if needed is not None and all_tokens:  # 0 if the reference was only evaluated untrained
-            cells += f"{needed / all_tokens:.2f}"
-        lines.append(f"| {name} | {points[-1][0]:,} | {points[-1][1]:.4f} | {cells} |")
+        # all_tokens is 0 if the reference was only evaluated untrained.
+        share = f"{needed / all_tokens:.2f}" if needed is not None and all_tokens else ""
+        needed_text = "never" if needed is None else f"{needed:,.0f}"
+        rows.append((name, f"{tokens:,}", f"{loss:.4f}", needed_text, share))
+    head = ("run", "tokens", "last loss", "tokens to target", "of the reference's")
+    text = (
+        f"# Comparison with {names[0]}\n\nHeld-out loss in nats per token ({label}); the target is "
+        f"{names[0]}'s last loss, {target:.4f}.\n\n"
+    )
     table.parent.mkdir(parents=True, exist_ok=True)
-    table.write_text("\n".join(lines) + "\n")
+    table.write_text(text + format_table(head, rows))
     draw_curves(curves, picture)
 
 

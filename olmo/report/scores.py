@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.io.downloads import check_not_in_store
-from olmo.report.card import markdown_table
+from olmo.report.card import format_table
 from olmo.runtime.numbers import from_json
 
 SCHEMA = {
@@ -48,7 +48,7 @@ def format_run_table(rows: Sequence[Row]) -> str:
         (row["task"], row["scorer"], row["metric"], format_value(row), row["documents"] or "")
         for row in rows
     ]
-    return markdown_table(head, body)
+    return format_table(head, body)
 
 
 def scores(runs: list[Path], table: Path, parquet: Path) -> None:
@@ -104,7 +104,7 @@ def format_comparison_table(found: dict[str, list[Row]]) -> str:
             compared = reference.get(score) if name != next(iter(by_run)) else None
             cells.append("" if row is None else format_value(row) + improvement(row, compared))
         lines.append((*score, *cells))
-    return markdown_table(("task", "scorer", "metric", *found), lines)
+    return format_table(("task", "scorer", "metric", *found), lines)
 
 
 def format_value(row: Row) -> str:

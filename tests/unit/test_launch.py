@@ -348,7 +348,7 @@ LAUNCH = (
     "import sys; from pathlib import Path; from olmo.cli import main;"
     "import olmo.pipeline.train as r;"
     "from olmo.cluster.launch import Geometry, launch;"
-    "r.train = lambda config: launch(Path(config), Geometry({processes}), 1);"
+    "r.train_run = lambda config: launch(Path(config), Geometry({processes}), 1);"
     "r.train.__annotations__ = dict(config=str);"
     "main(['train', '--config', sys.argv[1]])"
 )
