@@ -1,25 +1,22 @@
-"""What finding and taking out duplicates costs: MB of text per CPU-second, for each kind.
+"""The cost of finding and removing duplicates: MB of text per CPU-second, for each kind.
 
     python bench/dedupe.py --environment environments/dolma.json [--copies 3]
 
-The text is the Python's own standard library, so many times over, in as many files. The toolkit's
-start-up is the first, tiny call and not counted; its process's CPU time and ours are added up.
+The text is the Python's standard library in --copies files. The toolkit starts up in a first, short
+call that is not timed; the CPU time of its process is added to ours.
 """
 
-import argparse
-import gzip
-import json
-import platform
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from tokens import REQUIREMENTS, of, own, prepare
+from tokens import REQUIREMENTS, cpu_with_toolkit, prepare, prepare_short
 
+from olmo.bench.script import describe_run, parse_options
 from olmo.corpus.attributes import attributes
-from olmo.corpus.dolma import Dolma, pinned_toolkit
-from olmo.corpus.environments import interpreter_path
+from olmo.corpus.dolma import Dolma, toolkit
+from olmo.corpus.environments import interpreter
 from olmo.corpus.mixed import mixed
 from olmo.corpus.stdlib import stdlib
 
@@ -32,66 +29,57 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--environment", type=Path, required=True)
-    parser.add_argument("--copies", type=int, default=3)
-    args = parser.parse_args()
-    python = interpreter_path(args.environment)
-    print(
-        f"{platform.machine()}, Python {platform.python_version()}, {pinned_toolkit(REQUIREMENTS)}"
-    )
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Dolma(python, pinned_toolkit(REQUIREMENTS)) as dolma,
-    ):
+    options = parse_options(__doc__, environment=Path, copies=3)
+    python = interpreter(options.environment)
+    print(describe_run(toolkit(REQUIREMENTS)))
+    with tempfile.TemporaryDirectory() as folder, Dolma(python, toolkit(REQUIREMENTS)) as dolma:
         root = Path(folder)
-        tiny = root / "tiny.gz"
-        tiny.write_bytes(gzip.compress(json.dumps({"id": "a", "text": "b"}).encode()))
-        run(dolma, [prepare(root, "tiny", tiny)], root, {"exact": True})
+        find_duplicates(dolma, [prepare_short(root)], root, KINDS["exact"])
         stdlib.build(folder=root / "stdlib", shards=2)
-        big, against = (
+        large, against = (
             prepare(root, name, root / "stdlib" / f"stdlib-{number:02d}.json.gz")
-            for number, name in enumerate(("big", "against"))
+            for number, name in enumerate(("large", "against"))
         )
-        megabytes = float((big / "bytes").read_text()) * args.copies
-        for name, asked in KINDS.items():
+        megabytes = float((large / "megabytes").read_text()) * options.copies
+        for name, kinds in KINDS.items():
             shutil.rmtree(root / "out", ignore_errors=True)
-            seconds, facts = run(dolma, [big] * args.copies, root / "out", asked, against)
+            files = [large] * options.copies
+            seconds, facts = find_duplicates(dolma, files, root / "out", kinds, against)
             print(
                 f"{name:10} {megabytes / seconds:6.1f} MB/CPU-s, filters "
                 f"{facts['filter_bytes']} for {facts['documents']:,} documents"
             )
-        before = own() + of(dolma)
-        for number in range(args.copies):
+        before = cpu_with_toolkit(dolma)
+        for number in range(options.copies):
             mixed.build(
-                documents=big / "documents.gz",
-                table=big / "table",
+                documents=large / "documents.gz",
+                table=large / "table",
                 attributes=root / f"out/attributes/{number:05d}.gz",
                 mixed=root / "mixed",
                 mixed_table=root / "mixed-table",
                 toolkit=dolma.toolkit,
                 dolma=dolma,
             )
-        print(f"{'mixed':10} {megabytes / (own() + of(dolma) - before):6.1f} MB/CPU-s")
+        print(f"{'mixed':10} {megabytes / (cpu_with_toolkit(dolma) - before):6.1f} MB/CPU-s")
 
 
-def run(
-    dolma: Dolma, folders: list[Path], out: Path, asked: dict[str, Any], against: Path | None = None
+def find_duplicates(
+    dolma: Dolma, folders: list[Path], out: Path, kinds: dict[str, Any], against: Path | None = None
 ) -> tuple[float, dict[str, Any]]:
-    """CPU seconds of the stage, the toolkit's process included, and its facts."""
-    before = own() + of(dolma)
+    """CPU seconds of the stage `attributes`, and its facts."""
+    before = cpu_with_toolkit(dolma)
     facts = attributes.build(
         documents=[folder / "documents.gz" for folder in folders],
         tables=[folder / "table" for folder in folders],
         heldout=[],
-        against=[against / "documents.gz"] if against and "ngram" in asked else [],
+        against=[against / "documents.gz"] if against and "ngram" in kinds else [],
         attributes=out / "attributes",
         progress=out / "progress",
         toolkit=dolma.toolkit,
         dolma=dolma,
-        **asked,
+        **kinds,
     )
-    return own() + of(dolma) - before, dict(facts)
+    return cpu_with_toolkit(dolma) - before, dict(facts)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,31 @@
-"""What the order of many instances costs: CPU time, and memory beyond that of the imports.
+"""The cost of ordering many instances: CPU time, and memory beyond that of the imports.
 
 python bench/order.py [--instances 100000000]
 """
 
-import argparse
-import platform
 import resource
 import tempfile
 import time
 from pathlib import Path
 
-from olmo.data import order
+from olmo.bench.script import cpu_time, describe_run, parse_options
+from olmo.data.order import global_indices, write_order
 
 
-def used() -> tuple[float, float]:
-    """CPU seconds and peak MB of this process."""
-    found = resource.getrusage(resource.RUSAGE_SELF)
-    return found.ru_utime + found.ru_stime, found.ru_maxrss / 1024
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--instances", type=int, default=100_000_000)
-    count = parser.parse_args().instances
-    before, imports = used()
-    began = time.monotonic()
+    count = parse_options(__doc__, instances=100_000_000).instances
+    imports_mb, cpu_s, began = peak_mb(), cpu_time(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        order.write_order(
-            order.global_indices(count, seed=6198), Path(folder) / "global_indices.npy"
-        )
-    wall = time.monotonic() - began
-    after, peak = used()
-    print(f"{platform.machine()}, Python {platform.python_version()}, {count:,} instances")
+        write_order(global_indices(count, seed=6198), Path(folder) / "global_indices.npy")
+    cpu_s, wall_s, peak = cpu_time() - cpu_s, time.monotonic() - began, peak_mb()
+    print(describe_run(f"{count:,} instances"))
     print(
-        f"{after - before:.1f} CPU-s, {wall:.1f} s, peak {peak:,.0f} MB, of which imports "
-        f"{imports:,.0f}; {(peak - imports) * 2**20 / count:.2f} bytes an instance"
+        f"{cpu_s:.1f} CPU-s, {wall_s:.1f} s, peak {peak:,.0f} MB, of which imports "
+        f"{imports_mb:,.0f}; {(peak - imports_mb) * 2**20 / count:.2f} bytes an instance"
     )
 
 

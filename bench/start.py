@@ -2,38 +2,41 @@
 
     python bench/start.py [--rounds 3] [--train config/train/olmo-tiny.yaml]
 
-Counted from the start of `python -m olmo.train` to its line about step 1: imports, data order,
+Measured from the start of `python -m olmo.train` to its line about step 1: imports, data order,
 model, the checkpoint before training, the step. Wall seconds, and CPU seconds of the process and
-its children, since a machine that does other things too stretches the wall's. Run as it is
-configured, and compiled with a cold and a warm compile cache. The tokens are random.
+its children. Eager, and compiled with a cold and a warm compile cache. The tokens are random.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
-import statistics
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
+from olmo.bench.script import (
+    cpu_time,
+    describe_run,
+    interleave,
+    medians,
+    parse_options,
+    process_cpu_time,
+)
+from olmo.bench.table import markdown_table
 from olmo.config import TrainConfig
 
-KINDS = ("eager", "compiled, cold cache", "compiled, warm cache")
 
-
-def resolve(train: str, folder: Path) -> Path:
-    """A config of its own, with random tokens for ten steps."""
+def write_config(train: str, folder: Path) -> Path:
+    """The config with its own folder and random tokens for ten steps."""
     cfg = TrainConfig.load(train, [], validate_paths=False)
     size = 10 * cfg.global_train_batch_size * cfg.model.max_sequence_length
     tokens = np.random.default_rng(0).integers(2, cfg.model.vocab_size, size, dtype=np.uint16)
-    (folder / "tokens.npy").write_bytes(tokens.tobytes())
+    tokens.tofile(folder / "tokens.npy")
     cfg = cfg.update_with(
         save_folder=str(folder / "run"),
         save_overwrite=True,
@@ -46,60 +49,54 @@ def resolve(train: str, folder: Path) -> Path:
 
 
 def first_step(config: Path, cache: Path | None) -> tuple[float, float]:
-    """Wall and CPU seconds to the first step's line."""
+    """Wall and CPU seconds to the line about the first step; compiled where there is a cache."""
     command = [sys.executable, "-m", "olmo.train", str(config), "--stop_after=1"]
     env = dict(os.environ)
     if cache is not None:
         command.append("--compile={}")
         env["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-    start, before = time.monotonic(), children()
+    began, before = time.monotonic(), cpu_time(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
     )
     assert process.stdout is not None
-    said: list[str] = []
+    lines: list[str] = []
     for line in process.stdout:
-        said.append(line)
+        lines.append(line)
         if "step 1/" in line:
             break
-    wall, cpu = time.monotonic() - start, cpu_of(process.pid)
+    wall, cpu = time.monotonic() - began, process_cpu_time(process.pid)
     rest = process.stdout.read()
-    if process.wait() != 0 and "step 1/" not in said[-1]:
-        raise SystemExit(f"{' '.join(command)} failed:\n{''.join(said)}{rest}")
-    # Children that the compiler started count when they are waited for, that is with the process.
-    return wall, cpu if cache is None else children() - before
-
-
-def cpu_of(pid: int) -> float:
-    """Seconds that a process, and its children that have ended, computed so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-
-
-def children() -> float:
-    spent = os.times()
-    return spent.children_user + spent.children_system
+    if process.wait() != 0 and "step 1/" not in lines[-1]:
+        raise SystemExit(f"{' '.join(command)} failed:\n{''.join(lines)}{rest}")
+    # The compiler's children are counted when they are waited for, at the end of the process.
+    return wall, cpu if cache is None else cpu_time(resource.RUSAGE_CHILDREN) - before
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", default="config/train/olmo-tiny.yaml")
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        config = resolve(args.train, folder)
-        for i in range(args.rounds):
-            found["eager"].append(first_step(config, None))
-            for kind in KINDS[1:]:
-                found[kind].append(first_step(config, folder / f"cache{i}"))
-            print(", ".join(f"{k} {v[-1][0]:.1f} s" for k, v in found.items()), flush=True)
-    print(f"\n{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {args.rounds} rounds\n")
-    print("| start | wall s | CPU s |\n|---|---|---|")
-    for kind, times in found.items():
-        wall, cpu = (statistics.median(column) for column in zip(*times, strict=True))
-        print(f"| {kind} | {wall:.1f} | {cpu:.1f} |")
+    options = parse_options(__doc__, rounds=3, train="config/train/olmo-tiny.yaml")
+    cpu: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_config(options.train, Path(folder))
+
+        def start(kind: str) -> float:
+            costs = cpu.setdefault(kind, [])
+            # The cold and the warm start of a round share a fresh cache.
+            cache = None if kind == "eager" else Path(folder, f"cache{len(costs)}")
+            wall, cpu_s = first_step(config, cache)
+            costs.append(cpu_s)
+            print(f"{kind} {wall:.1f} s", flush=True)
+            return wall
+
+        kinds = ("eager", "compiled, cold cache", "compiled, warm cache")
+        wall = interleave(options.rounds, {kind: lambda kind=kind: start(kind) for kind in kinds})
+    print(f"\n{describe_run(f'{options.rounds} rounds')}\n")
+    wall_s, cpu_s = medians(wall), medians(cpu)
+    rows = [
+        {"start": kind, "wall s": f"{wall_s[kind]:.1f}", "CPU s": f"{cpu_s[kind]:.1f}"}
+        for kind in kinds
+    ]
+    print(*markdown_table(rows), sep="\n")
 
 
 if __name__ == "__main__":

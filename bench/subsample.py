@@ -1,28 +1,26 @@
-"""One line in ten: ours beside bare decompression and beside the seed's `zcat | awk | gzip`.
+"""One line in ten: ours beside bare decompression and beside `zcat | awk | gzip`.
 
     python bench/subsample.py [--source FILE.gz | --copies 20] [--rounds 5]
 
-Text is the Python's own standard library, with other ids, so many times over. Every round runs
-each program once, in a process of its own; CPU seconds are medians over the rounds. Between bare
-decompression and ours stand its parts: finding the lines, writing the kept ones, and looking into
-them. Together they are the least that a compressed and checked output can cost.
+The text is the Python's standard library, --copies times with other ids. Each program runs in a
+process of its own; CPU seconds are medians of interleaved rounds. Between bare decompression and
+ours are ours' parts: finding the lines, writing the kept ones, and checking them. Together they are
+the least that a compressed and checked output can cost.
 """
 
-import argparse
 import gzip
 import json
-import platform
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from olmo.bench.script import describe_run, interleave, medians, parse_options
 from olmo.io import gz
 
 OURS = """
-import isal.igzip, msgspec, polars  # as every process of a batch has them already
+import isal.igzip, msgspec, polars  # not timed: a process imports them once for many files
 from pathlib import Path
 from olmo.corpus.documents import DocumentsSection, documents
 import resource
@@ -42,8 +40,8 @@ PARTS = """
 import isal.igzip, msgspec
 from itertools import islice
 from pathlib import Path
-from olmo.data import gz
-from olmo.corpus.documents import parse_document
+from olmo.io import gz
+from olmo.corpus.documents import parse
 import resource
 before = resource.getrusage(resource.RUSAGE_SELF)
 with gz.reading(Path(r"{source}")) as lines, gz.writing(Path(r"{out}")) as kept:
@@ -62,44 +60,41 @@ print(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", type=Path, help="JSON lines of your own, gz")
-    parser.add_argument("--copies", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        source = args.source or write_source(Path(folder) / "source.json.gz", args.copies)
-        megabytes = gz.verify_checksum(source) / 1e6
-        programs = {
-            "bare": (BARE, "SELF"),
-            "+ lines": (PARTS.replace("{body}", "pass"), "SELF"),
-            "+ writing": (PARTS.replace("{body}", "kept.write(line)"), "SELF"),
-            "+ checks": (PARTS.replace("{body}", "parse(line); kept.write(line)"), "SELF"),
-            "ours": (OURS, "SELF"),
-            "seed": (SEED, "CHILDREN"),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in programs}
-        for _ in range(args.rounds):
-            for name, (program, who) in programs.items():
-                text = (program + AFTER).format(source=source, out=Path(folder) / name, who=who)
-                done = subprocess.run([sys.executable, "-c", text], check=True, stdout=-1)
-                seconds[name].append(float(done.stdout))
-        ours, seed = (
-            gzip.decompress((Path(folder) / name).read_bytes()) for name in ("ours", "seed")
-        )
-        assert ours == seed, "expected the seed's lines"
-    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
-    print(f"{megabytes:,.0f} MB of lines, one in ten kept; output equal to the seed's")
-    cpu = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, time in cpu.items():
-        print(f"{name:9} {time:7.3f} CPU-s {megabytes / time:8,.0f} MB/CPU-s")
-    print(
-        f"ours / bare {cpu['bare'] / cpu['ours']:.2f}, ours / seed {cpu['seed'] / cpu['ours']:.2f}"
+    options = parse_options(
+        __doc__, source={"type": Path, "help": "JSON lines of your own, gz"}, copies=20, rounds=5
     )
+    programs = {
+        "bare": BARE,
+        "+ lines": PARTS.replace("{body}", "pass"),
+        "+ writing": PARTS.replace("{body}", "kept.write(line)"),
+        "+ checks": PARTS.replace("{body}", "parse(line); kept.write(line)"),
+        "ours": OURS,
+        "seed": SEED,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        source = options.source or write_source(Path(folder) / "source.json.gz", options.copies)
+        megabytes = gz.check(source) / 1e6
+
+        def run(name: str) -> float:
+            """CPU seconds."""
+            who = "CHILDREN" if name == "seed" else "SELF"
+            text = (programs[name] + AFTER).format(source=source, out=Path(folder, name), who=who)
+            return float(subprocess.check_output([sys.executable, "-c", text]))
+
+        runs = {name: lambda name=name: run(name) for name in programs}
+        cpu = medians(interleave(options.rounds, runs))
+        ours, seed = (gzip.decompress(Path(folder, name).read_bytes()) for name in ("ours", "seed"))
+        assert ours == seed, "expected the same lines from ours and from zcat | awk | gzip"
+    print(describe_run())
+    print(f"{megabytes:,.0f} MB of lines, one in ten kept; output equal to the seed's")
+    for name, seconds in cpu.items():
+        print(f"{name:9} {seconds:7.3f} CPU-s {megabytes / seconds:8,.0f} MB/CPU-s")
+    bare, seed_ratio = (cpu[name] / cpu["ours"] for name in ("bare", "seed"))
+    print(f"ours / bare {bare:.2f}, ours / seed {seed_ratio:.2f}")
 
 
 def write_source(path: Path, copies: int) -> Path:
-    """The standard library's documents in random order, so many times."""
+    """The standard library's documents in random order, `copies` times."""
     from olmo.corpus.stdlib import stdlib
 
     folder = path.parent / "stdlib"

@@ -4,25 +4,29 @@
         [--copies 1]
 
 The environment is the pipeline's (`snakemake environments/dolma.json`). The text is the Python's
-own standard library, --copies times over. `bare` is the toolkit's own command, one process a file,
-its start-up (the same command on one short document) taken off; the engines' start-up is their
-first file, not counted. Rounds are interleaved; CPU seconds are medians; outputs of the engines are
-compared.
+standard library, --copies times. `bare` is the toolkit's own command, one process a file, without
+its start-up (the same command on one short document); the engines start up on a first file that is
+not timed. CPU seconds are medians of interleaved rounds; the engines' outputs are compared.
 """
 
-import argparse
 import gzip
 import json
-import platform
 import resource
-import statistics
 import subprocess
 import tempfile
 from pathlib import Path
 
+from olmo.bench.script import (
+    cpu_time,
+    describe_run,
+    interleave,
+    medians,
+    parse_options,
+    process_cpu_time,
+)
 from olmo.corpus.documents import documents
-from olmo.corpus.dolma import Dolma, pinned_toolkit
-from olmo.corpus.environments import interpreter_path
+from olmo.corpus.dolma import Dolma, toolkit
+from olmo.corpus.environments import interpreter
 from olmo.corpus.fast import Fast
 from olmo.corpus.stdlib import stdlib
 from olmo.corpus.tokenizer import trained_tokenizer
@@ -32,56 +36,53 @@ REQUIREMENTS = Path(__file__).parent.parent / "envs" / "dolma.txt"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--environment", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, help="default: trained here, 32,768 tokens")
-    parser.add_argument("--eos-token-id", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--copies", type=int, default=1)
-    args = parser.parse_args()
-    python = interpreter_path(args.environment)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Dolma(python, pinned_toolkit(REQUIREMENTS)) as dolma,
-    ):
+    options = parse_options(
+        __doc__,
+        environment=Path,
+        tokenizer={"type": Path, "help": "default: trained here, 32,768 tokens"},
+        eos_token_id=0,
+        rounds=3,
+        copies=1,
+    )
+    python = interpreter(options.environment)
+    with tempfile.TemporaryDirectory() as folder, Dolma(python, toolkit(REQUIREMENTS)) as dolma:
         root = Path(folder)
         stdlib.build(folder=root / "stdlib", shards=1)
         text = root / "text.gz"
-        text.write_bytes((root / "stdlib" / "stdlib-00.json.gz").read_bytes() * args.copies)
-        big = prepare(root, "big", text)
-        tiny = root / "tiny.gz"
-        tiny.write_bytes(gzip.compress(json.dumps({"id": "a", "text": "b"}).encode()))
-        small = prepare(root, "small", tiny)
-        tokenizer = args.tokenizer or root / "tokenizer.json"
-        if args.tokenizer is None:
+        text.write_bytes((root / "stdlib" / "stdlib-00.json.gz").read_bytes() * options.copies)
+        large, short = prepare(root, "large", text), prepare_short(root)
+        tokenizer = options.tokenizer or root / "tokenizer.json"
+        if options.tokenizer is None:
             trained_tokenizer.build(
-                documents=[big / "documents.gz"], tokenizer=tokenizer, vocab_size=32_768
+                documents=[large / "documents.gz"], tokenizer=tokenizer, vocab_size=32_768
             )
-        given = (tokenizer, args.eos_token_id)
+        settings = (tokenizer, options.eos_token_id)
         engines: dict[str, Engine] = {"dolma": dolma, "fast": Fast(dolma, audit_share=0)}
+        outputs = set()
+
+        def by_engine(name: str) -> float:
+            seconds = tokenize(large, engines[name], dolma, *settings)
+            outputs.add((large / "tokens").read_bytes() + (large / "index").read_bytes())
+            return seconds
+
+        def by_command() -> float:
+            start_up = run_command(short, python, *settings)
+            return run_command(large, python, *settings) - start_up
+
         for engine in engines.values():
-            by_engine(small, engine, dolma, *given)
-        seconds: dict[str, list[float]] = {"bare": [], **{name: [] for name in engines}}
-        for _ in range(args.rounds):
-            start_up = bare(small, python, *given)
-            seconds["bare"].append(bare(big, python, *given) - start_up)
-            made = set()
-            for name, engine in engines.items():
-                seconds[name].append(by_engine(big, engine, dolma, *given))
-                made.add((big / "tokens").read_bytes() + (big / "index").read_bytes())
-            assert len(made) == 1, "expected the engines to give the same bytes"
-        megabytes = (big / "bytes").read_text()
-    print(
-        f"{platform.machine()}, Python {platform.python_version()}, {pinned_toolkit(REQUIREMENTS)}"
-    )
-    cpu = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, time in cpu.items():
-        rate = float(megabytes) / time
-        print(f"{name:5} {time:7.2f} CPU-s {rate:6.2f} MB/CPU-s, {cpu['bare'] / time:.2f} of bare")
+            tokenize(short, engine, dolma, *settings)
+        programs = {name: lambda name=name: by_engine(name) for name in engines}
+        cpu = medians(interleave(options.rounds, {"bare": by_command, **programs}))
+        assert len(outputs) == 1, "expected equal outputs of the engines"
+        megabytes = float((large / "megabytes").read_text())
+    print(describe_run(toolkit(REQUIREMENTS)))
+    for name, seconds in cpu.items():
+        rate = f"{megabytes / seconds:6.2f} MB/CPU-s, {cpu['bare'] / seconds:.2f} of bare"
+        print(f"{name:5} {seconds:7.2f} CPU-s {rate}")
 
 
 def prepare(root: Path, name: str, source: Path) -> Path:
-    """A folder with a file of documents and its table."""
+    """A folder with a file of documents, its table, and its size in MB of text."""
     folder = root / name
     folder.mkdir()
     facts = documents.build(
@@ -91,15 +92,27 @@ def prepare(root: Path, name: str, source: Path) -> Path:
         table=folder / "table",
         name=name,
     )
-    (folder / "bytes").write_text(str(facts["text_bytes"] / 1e6))
+    (folder / "megabytes").write_text(str(facts["text_bytes"] / 1e6))
     return folder
 
 
-def by_engine(
+def prepare_short(root: Path) -> Path:
+    """`prepare` of one short document, for the start-up."""
+    source = root / "short.gz"
+    source.write_bytes(gzip.compress(json.dumps({"id": "a", "text": "b"}).encode()))
+    return prepare(root, "short", source)
+
+
+def cpu_with_toolkit(dolma: Dolma) -> float:
+    """CPU seconds so far of this process and the toolkit's."""
+    return cpu_time() + (process_cpu_time(dolma.process.pid) if dolma.process else 0.0)
+
+
+def tokenize(
     folder: Path, engine: Engine, dolma: Dolma, tokenizer: Path, eos_token_id: int
 ) -> float:
-    """CPU seconds of the whole stage, the toolkit's process included."""
-    before = own() + of(dolma)
+    """CPU seconds of the stage `tokens`."""
+    before = cpu_with_toolkit(dolma)
     tokens.build(
         documents=folder / "documents.gz",
         table=folder / "table",
@@ -111,43 +124,25 @@ def by_engine(
         toolkit=engine.toolkit,
         engine=engine,
     )
-    return own() + of(dolma) - before
+    return cpu_with_toolkit(dolma) - before
 
 
-def bare(folder: Path, python: Path, tokenizer: Path, eos_token_id: int) -> float:
-    """CPU seconds of the toolkit's command."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def run_command(folder: Path, python: Path, tokenizer: Path, eos_token_id: int) -> float:
+    """CPU seconds of the toolkit's own command."""
+    before = cpu_time(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as destination:
-        subprocess.run(
-            [
-                python.parent / "dolma",
-                "tokens",
-                f"--documents={folder / 'documents.gz'}",
-                f"--destination={destination}",
-                f"--tokenizer.name_or_path={tokenizer}",
-                f"--tokenizer.eos_token_id={eos_token_id}",
-                "--tokenizer.pad_token_id=1",
-                "--processes=1",
-                "--max_size=50000000",
-            ],
-            check=True,
-            capture_output=True,
-        )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def own() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-def of(dolma: Dolma) -> float:
-    """CPU seconds of the toolkit's running process so far (Linux)."""
-    if dolma.process is None:
-        return 0.0
-    stat = Path(f"/proc/{dolma.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(stat[11]) + int(stat[12])) / 100
+        options = {
+            "documents": folder / "documents.gz",
+            "destination": destination,
+            "tokenizer.name_or_path": tokenizer,
+            "tokenizer.eos_token_id": eos_token_id,
+            "tokenizer.pad_token_id": 1,
+            "processes": 1,
+            "max_size": 50_000_000,
+        }
+        command = [python.parent / "dolma", "tokens", *(f"--{k}={v}" for k, v in options.items())]
+        subprocess.run(command, check=True, capture_output=True)
+    return cpu_time(resource.RUSAGE_CHILDREN) - before
 
 
 if __name__ == "__main__":

@@ -2,18 +2,16 @@
 
     python bench/two.py --environment environments/dolma.json [--files 20] [--rounds 3]
 
-Each process is `olmo tokens --engine fast` on so many files of the Python's own standard library
-(in each file, ids of its own). `together`: two of them at once, as snakemake starts them for two
-batches. `apart`: the same two, each with a store and a folder of its own. The start-up, the same
-command on one short document, is taken off. Rounds are interleaved; what is printed are medians,
-and the median of the rounds' ratios. On a loaded machine trust the CPU time.
+Each process is `olmo tokens --engine fast` on --files files of the Python's standard library, each
+with its own ids. `together`: two at once, as snakemake starts them for two batches. `apart`: the
+same two, each with its own store and folder. The start-up, the same command on one short document,
+is subtracted. Results are medians of interleaved rounds, and the median of the rounds' ratios. On a
+loaded machine use the CPU time.
 """
 
-import argparse
 import gzip
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -23,51 +21,51 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from olmo.corpus import documents, ingest
+from olmo.bench.script import describe_run, parse_options, ratios, wait_for
+from olmo.corpus import arriving, documents
 from olmo.corpus.stdlib import stdlib
 from olmo.corpus.tokenizer import trained_tokenizer
 
 REQUIREMENTS = Path(__file__).parent.parent / "envs" / "dolma.txt"
-Cost = tuple[float, float]  # seconds of the clock, of the processors
+Cost = tuple[float, float]  # wall seconds, CPU seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--environment", type=Path, required=True)
-    parser.add_argument("--files", type=int, default=20, help="of each process")
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+    options = parse_options(
+        __doc__, environment=Path, files={"default": 20, "help": "of each process"}, rounds=3
+    )
+    costs: dict[str, list[Cost]] = {"together": [], "apart": []}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        words = prepare(root, args.files, args.environment)
-        costs: dict[str, list[Cost]] = {"together": [], "apart": []}
-        for _ in range(args.rounds):
-            start = run(root, words, ["tiny"])
+        words = prepare(root, options.files, options.environment)
+        for _ in range(options.rounds):
+            start = run(root, words, ["short"])
             for name, stores in (("together", [["0", "1"]]), ("apart", [["0"], ["1"]])):
                 wall, cpu = run(root, words, *stores)
                 costs[name].append((wall - start[0], cpu - 2 * start[1]))
-    print(f"{platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} processors")
-    for name, found in costs.items():
-        wall, cpu = (statistics.median(cost[i] for cost in found) for i in (0, 1))
+    print(describe_run())
+    walls, cpus = ({n: [cost[i] for cost in c] for n, c in costs.items()} for i in (0, 1))
+    for name in costs:
+        wall, cpu = statistics.median(walls[name]), statistics.median(cpus[name])
         print(f"{name:9} {wall:6.2f} s, {cpu:6.2f} CPU-s")
-    pairs = list(zip(costs["together"], costs["apart"], strict=True))
-    speed = [statistics.median(apart[i] / ours[i] for ours, apart in pairs) for i in (0, 1)]
+    speed = [statistics.median(ratios(c["apart"], c["together"])) for c in (walls, cpus)]
     print(f"together is {speed[0]:.2f} times as fast as apart, {speed[1]:.2f} per CPU-second")
 
 
 def prepare(root: Path, files: int, environment: Path) -> list[str]:
-    """A store with documents in the batches 0, 1 and tiny; the words that all commands share."""
+    """Make a store with documents in the batches 0, 1 and short; the options of all commands."""
     (root / "sources").mkdir()
     stdlib.build(folder=root / "stdlib", shards=4)
     with mock.patch.dict(os.environ, OLMO_STORE=str(root / "store")):
-        for batch in ("0", "1", "tiny"):
+        for batch in ("0", "1", "short"):
             sources = []
-            for number in range(files if batch != "tiny" else 1):
+            for number in range(files if batch != "short" else 1):
                 path = root / "sources" / f"{batch}-{number}.json.gz"
-                rename(root / "stdlib" / f"stdlib-{number % 4:02d}.json.gz", path, batch, number)
+                source = root / "stdlib" / f"stdlib-{number % 4:02d}.json.gz"
+                write_renamed(source, path, f"{batch}-{number}", short=batch == "short")
                 sources.append(f"{batch}-{number}={path}")
             listing = root / "data" / "sources" / f"{batch}.tsv"
-            ingest.sources(listing=listing, sources=sources)
+            arriving.sources(listing=listing, sources=sources)
             documents.batch(
                 sources=[listing],
                 listing=root / "data" / "documents" / f"{batch}.tsv",
@@ -84,20 +82,21 @@ def prepare(root: Path, files: int, environment: Path) -> list[str]:
     return [*words, "--eos-token-id", "0", "--pad-token-id", "1"]
 
 
-def rename(given: Path, path: Path, batch: str, number: int) -> None:
-    """The documents of a file under other ids, so that none is in the store already."""
-    with gzip.open(given, "rt") as lines, gzip.open(path, "wt", compresslevel=1) as renamed:
-        for at, line in enumerate(lines):
-            document = json.loads(line) | {"id": f"{batch}-{number}-{at}"}
-            if batch == "tiny":
+def write_renamed(source: Path, path: Path, name: str, short: bool) -> None:
+    """The documents of a file under other ids, so that no shard has the content of another; with
+    `short` one document of one word."""
+    with gzip.open(source, "rt") as lines, gzip.open(path, "wt", compresslevel=1) as renamed:
+        for number, line in enumerate(lines):
+            document = json.loads(line) | {"id": f"{name}-{number}"}
+            if short:
                 document["text"] = "short"
             renamed.write(json.dumps(document) + "\n")
-            if batch == "tiny":
+            if short:
                 break
 
 
 def run(root: Path, words: list[str], *stores: list[str]) -> Cost:
-    """All batches at once, those of one list in one fresh store."""
+    """Tokenize all batches at once, those of one list in one fresh store."""
     started = []
     begin = time.monotonic()
     for number, batches in enumerate(stores):
@@ -112,14 +111,8 @@ def run(root: Path, words: list[str], *stores: list[str]) -> Cost:
             started.append(
                 subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, cwd=place)
             )
-    cpu = 0.0
-    for process in started:
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            sys.exit(f"{process.args} failed")
-        cpu += used.ru_utime + used.ru_stime
-    return time.monotonic() - begin, cpu
+    usages = [wait_for(process) for process in started]
+    return time.monotonic() - begin, sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 if __name__ == "__main__":

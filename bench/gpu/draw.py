@@ -39,7 +39,7 @@ def format_page(folder: Path) -> str:
     lines = [f"# {about['device']}", "", *format_head(about), ""]
     for title, rows in tables.items():
         lines += [f"## {title}", "", *table.markdown_table(rows), ""] if rows else []
-    lines += table.list_failures([*cell_records(folder), *peers])
+    lines += table.list_failures([*cell_records(folder), *peers])[1:]  # after one empty line
     return "\n".join(lines).rstrip() + "\n"
 
 

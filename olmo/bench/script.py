@@ -63,13 +63,13 @@ def ratios(costs: Sequence[float], others: Sequence[float]) -> list[float]:
     return sorted(a / b for a, b in zip(costs, others, strict=True))
 
 
-def cpu_seconds(who: int = resource.RUSAGE_SELF) -> float:
+def cpu_time(who: int = resource.RUSAGE_SELF) -> float:
     """CPU seconds of this process so far, or with RUSAGE_CHILDREN of its ended children."""
     usage = resource.getrusage(who)
     return usage.ru_utime + usage.ru_stime
 
 
-def process_cpu_seconds(pid: int) -> float:
+def process_cpu_time(pid: int) -> float:
     """CPU seconds so far of another process and its ended children (Linux)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
