@@ -1,16 +1,14 @@
-"""What the way through a cluster costs: the tiny chain here, then through SLURM, each from nothing.
+"""The cost of running on a cluster: the tiny chain on this machine, then through SLURM.
 
     python bench/cluster.py [--target checkpoints/olmo-tiny/final] [--site FILE]
 
-Without --site a SLURM of two nodes is brought up on this machine (tests/slurm/up.sh) and taken down
-again. Of each job's extra time it says how much was waiting in the queue, how much was what a job
-does beside its stage (two snakemakes start, srun), and how much passed until snakemake looked. The
-toolkit's environment is the repository's (`snakemake environments/dolma.json`).
+Without --site a SLURM of two nodes is started on this machine (tests/slurm/up.sh), and stopped at
+the end. A job's extra time is split into waiting in the queue, what a job does beside its stage
+(two snakemakes start, srun), and the time until snakemake noticed its end. The toolkit's
+environment is the repository's (`snakemake environments/dolma.json`).
 """
 
-import argparse
 import os
-import platform
 import re
 import shutil
 import signal
@@ -22,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+
+from olmo.bench.script import describe_run, parse_options
 
 REPOSITORY = Path(__file__).parent.parent
 STAMP = r"\[(\w{3} \w{3} +\d+ [\d:]+ \d{4})\]\n"
@@ -35,20 +35,21 @@ stages: {train: {cpus: 2}, tokenizer: {cpus: 2}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", default="checkpoints/olmo-tiny/final")
-    parser.add_argument("--site", type=Path, help="settings of a cluster that there is")
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so take SLURM down
-    with tempfile.TemporaryDirectory() as folder, cluster(Path(folder), args.site) as environment:
-        print(
-            f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}",
-            flush=True,
-        )
-        # As many files in a job as profiles/slurm has, so that the same jobs are compared.
-        here_words = ["--cores", "2", args.target, "--config", "shards_per_job=64"]
+    options = parse_options(
+        __doc__,
+        target="checkpoints/olmo-tiny/final",
+        site={"type": Path, "help": "settings of an existing cluster"},
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stops SLURM, too
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        cluster(Path(folder), options.site) as environment,
+    ):
+        print(describe_run(), flush=True)
+        # As many files a job as in profiles/slurm, so that the jobs are the same.
+        here_words = ["--cores", "2", options.target, "--config", "shards_per_job=64"]
         here, local = run(Path(folder) / "local", here_words, {})
-        words = ["--workflow-profile", "profiles/slurm", args.target]
+        words = ["--workflow-profile", "profiles/slurm", options.target]
         there, jobs = run(Path(folder) / "cluster", words, environment)
         print(f"here {here:.0f} s, through SLURM {there:.0f} s: {there - here:.0f} s more")
         print(f"{'here':>6} {'there':>6} {'queue':>6} {'start':>6} {'look':>6}  (seconds)")
@@ -62,7 +63,7 @@ def main() -> None:
 
 @contextmanager
 def cluster(folder: Path, site: Path | None) -> Iterator[dict[str, str]]:
-    """What the environment of snakemake needs for SLURM; one of our own unless there is one."""
+    """Environment variables for snakemake to use a SLURM: that of `site`, or one started here."""
     if site:
         yield {"OLMO_SITE": str(site.resolve())}
         return
@@ -82,11 +83,11 @@ def cluster(folder: Path, site: Path | None) -> Iterator[dict[str, str]]:
 def run(
     root: Path, words: list[str], environment: dict[str, str]
 ) -> tuple[float, dict[tuple[str, ...], tuple[float, float, float]]]:
-    """Make a target from nothing.
+    """Make a target in a fresh project.
 
     Returns:
-        Wall seconds. Of each job, by the rules in it: seconds from its choice to its end; of those
-        that were SLURM's, how long it waited and how long it ran.
+        Wall seconds; by the rules of a job, the seconds from its selection to its end and, for a
+        SLURM job, how long it waited and ran.
     """
     for name in ("rules", "profiles", "envs", "config"):
         shutil.copytree(REPOSITORY / name, root / name)
@@ -106,45 +107,45 @@ def run(
     wall = time.monotonic() - began
     if done.returncode:
         sys.exit(done.stdout[-4000:])
-    chosen = re.findall(STAMP + r" *(?:local)?rule (\w+):.*?jobid: (\d+)", done.stdout, re.S)
+    selected = re.findall(STAMP + r" *(?:local)?rule (\w+):.*?jobid: (\d+)", done.stdout, re.S)
     ended = {
-        number: moment(when)
+        number: parse_stamp(when)
         for when, number in re.findall(STAMP + r"Finished jobid: (\d+)", done.stdout)
     }
     submitted = dict(
         re.findall(r"Job (\S+) has been submitted with SLURM jobid (\d+)", done.stdout)
     )
-    # Stages that share a job are listed with an indent, and submitted under a name of their own.
+    # The rules of a group job are indented; the group is submitted under a name, not a number.
     shared = re.findall(r"Group job [^\n]*\n(.*?)(?=^\[|^Job \S+ has)", done.stdout, re.S | re.M)
     names = [name for name in submitted if not name.isdigit()]
     for name, listed in zip(names, shared, strict=True):
         submitted |= dict.fromkeys(re.findall(r"jobid: (\d+)", listed), submitted[name])
     jobs: dict[str, list[tuple[str, float, float]]] = {}
-    for when, rule, number in chosen:
-        spell = (rule, moment(when), ended[number])
+    for when, rule, number in selected:
+        spell = (rule, parse_stamp(when), ended[number])
         jobs.setdefault(submitted.get(number, f"here {number}"), []).append(spell)
     found: dict[tuple[str, ...], tuple[float, float, float]] = {}
     for job, spells in jobs.items():
         rules = tuple(rule for rule, _, _ in spells)
         seconds = max(end for _, _, end in spells) - min(begin for _, begin, _ in spells)
-        queued, ran = slurm_says(job, env) if job.isdigit() else (0.0, 0.0)
+        queued, ran = slurm_times(job, env) if job.isdigit() else (0.0, 0.0)
         before = found.get(rules, (0.0, 0.0, 0.0))
         found[rules] = (before[0] + seconds, before[1] + queued, before[2] + ran)
     return wall, found
 
 
-def slurm_says(job: str, env: dict[str, str]) -> tuple[float, float]:
-    """How long a job waited and ran."""
-    said = subprocess.check_output(["scontrol", "show", "job", job], env=env, text=True)
+def slurm_times(job: str, env: dict[str, str]) -> tuple[float, float]:
+    """How many seconds a job waited and ran."""
+    text = subprocess.check_output(["scontrol", "show", "job", job], env=env, text=True)
     submit, start, end = (
-        datetime.fromisoformat(re.search(rf"\b{what}Time=(\S+)", said)[1]).timestamp()
+        datetime.fromisoformat(re.search(rf"\b{what}Time=(\S+)", text)[1]).timestamp()
         for what in ("Submit", "Start", "End")
     )
     return start - submit, end - start
 
 
-def moment(stamp: str) -> float:
-    """Snakemake's way to write a time, in seconds."""
+def parse_stamp(stamp: str) -> float:
+    """A time in snakemake's log, in seconds."""
     return datetime.strptime(stamp, "%a %b %d %H:%M:%S %Y").timestamp()
 
 

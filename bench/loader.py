@@ -2,41 +2,35 @@
 
     python bench/loader.py --peer /some/where/bin/python [--length 2048] [--rounds 7]
 
-The peer is as in bench/step.py: each side runs `build_train_dataloader` of its own package in a
-process of its own, on the same random token file, and waits for its turn. Ours has a second row,
-`items`, for its data set read item by item and collated, as code written for OLMo may do. CPU
-seconds of the process are compared, with all of its threads; no workers. What an instance is
-worth is the same on all sides: the sums of ids and indices are compared.
+The peer is a Python with ai2-olmo (tests/parity/README.md). Each side runs `build_train_dataloader`
+of its own package without workers, in its own process, on the same random token file; sides take
+turns. `ours items` reads our data set item by item and collates, as code written for OLMo may do.
+The cost is CPU time of the process, all threads. The sums of ids and indices must agree.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import date
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-SIDES = ("ours", "ours items", "peer")
 
-
-def batches(side: str, folder: Path, length: int, size: int) -> Iterator[dict[str, Any]]:
-    """Batches for ever, the first epoch again and again."""
+def iterate_batches(side: str, folder: Path, length: int, size: int) -> Iterator[dict[str, Any]]:
+    """Batches of the first epoch, over and over. Here `olmo` may be AI2's."""
     from olmo.config import TrainConfig
     from olmo.data import DataCollator, build_train_dataloader
 
     cfg = TrainConfig.new(
         model={"max_sequence_length": length, "vocab_size": 50304, "pad_token_id": 1},
         data={"paths": [str(folder / "tokens.npy")], "drop_last": True, "num_workers": 0},
-        save_folder=str(folder / side),
+        save_folder=str(folder / f"{side}.run"),
         save_overwrite=True,
         global_train_batch_size=size,
     )
@@ -44,7 +38,9 @@ def batches(side: str, folder: Path, length: int, size: int) -> Iterator[dict[st
     loader = build_train_dataloader(cfg, world_size=1, rank=0, fs_local_rank=0)
     while True:
         if side == "ours items":
-            items = iter(loader.dataset)
+            from olmo.data import IterableDataset
+
+            items = IterableDataset.__iter__(loader.dataset)  # as OLMo's DataLoader would
             collate = DataCollator.from_train_config(cfg)
             while len(batch := list(islice(items, size))) == size:
                 yield collate(batch)
@@ -53,87 +49,77 @@ def batches(side: str, folder: Path, length: int, size: int) -> Iterator[dict[st
 
 
 def serve(side: str, folder: Path, length: int, size: int) -> None:
-    """Read as many batches as each line on stdin says, and answer with what they took."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    source = batches(side, folder, length, size)
+    """Read as many batches as each line on stdin says; reply with the rate and a checksum."""
+    sys.path.append(str(Path(__file__).parents[1] / "olmo/bench"))
+    import torch
+    from timing import open_reply_stream  # needs nothing of ours
+
+    torch.set_num_threads(1)
+    reply = open_reply_stream()
+    batches = iterate_batches(side, folder, length, size)
     for line in sys.stdin:
-        cpu, seen = time.process_time(), 0
-        for batch in islice(source, int(line)):
-            seen += int(batch["input_ids"].sum()) + int(batch["index"].sum())
-        answer = {"rate": int(line) * size / (time.process_time() - cpu), "sum": seen}
-        print(json.dumps(answer), file=answers, flush=True)
+        cpu, checksum = time.process_time(), 0
+        for batch in islice(batches, int(line)):
+            checksum += int(batch["input_ids"].sum()) + int(batch["index"].sum())
+        rate = int(line) * size / (time.process_time() - cpu)
+        reply({"rate": rate, "sum": checksum})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peer", default=os.environ.get("OLMO_PEER_PYTHON"))
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--size", type=int, default=32, help="instances a batch")
-    parser.add_argument("--batches", type=int, default=64, help="a round")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve:
-        import torch
-
-        torch.set_num_threads(1)
-        serve(args.serve[0], Path(args.serve[1]), args.length, args.size)
+    if sys.argv[1:2] == ["--serve"]:
+        side, folder, length, size = sys.argv[2:]
+        serve(side, Path(folder), int(length), int(size))
         return
 
     import numpy as np
 
-    sides = [side for side in SIDES if args.peer or side != "peer"]
-    if not args.peer:
+    from olmo.bench.pairs import PYTHON, peer_environment, start_worker
+    from olmo.bench.script import describe_run, interleave, medians, parse_options, ratios
+    from olmo.bench.table import markdown_table
+
+    options = parse_options(
+        __doc__,
+        peer={"default": os.environ.get(PYTHON)},
+        length=2048,
+        size={"default": 32, "help": "instances a batch"},
+        batches={"default": 64, "help": "a round"},
+        rounds=7,
+    )
+    pythons = {"ours": sys.executable, "ours items": sys.executable}
+    if options.peer:
+        pythons["peer"] = options.peer
+    else:
         print("the peer is left out: --peer names no Python; see tests/parity/README.md")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
+        folder, checksums = Path(place), []
         tokens = np.random.default_rng(0).integers(2, 50304, 16 * 2**20, dtype=np.uint16)
-        (Path(folder) / "tokens.npy").write_bytes(tokens.tobytes())
-        shape = ["--length", str(args.length), "--size", str(args.size)]
-        processes = {
-            side: subprocess.Popen(
-                [
-                    args.peer if side == "peer" else sys.executable,
-                    *[os.path.abspath(__file__), "--serve", side, folder, *shape],
-                ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-            )
-            for side in sides
-        }
+        tokens.tofile(folder / "tokens.npy")
+        shape = [str(options.length), str(options.size)]
+        workers = {}
+        for side, python in pythons.items():
+            command = [python, os.path.abspath(__file__), "--serve", side, str(folder), *shape]
+            env = peer_environment() if side == "peer" else None
+            workers[side] = stack.enter_context(start_worker(side, command, folder, env))
 
-        def ask(side: str) -> dict[str, float]:
-            process = processes[side]
-            assert process.stdin is not None and process.stdout is not None
-            print(args.batches, file=process.stdin, flush=True)
-            line = process.stdout.readline()
-            if not line:
-                raise SystemExit(f"{side} ended with exit code {process.wait()}")
-            return json.loads(line)
+        def read(side: str) -> float:
+            reply = workers[side].request(str(options.batches))
+            checksums.append(reply["sum"])
+            return reply["rate"]
 
-        try:
-            rounds = []
-            for _ in range(args.rounds + 1):  # the first one warms up
-                rounds.append({side: ask(side) for side in sides})
-                sums = {answer["sum"] for answer in rounds[-1].values()}
-                assert len(sums) == 1, f"the sides read different tokens: {rounds[-1]}"
-        finally:
-            for process in processes.values():
-                process.kill()
-                process.wait()
-
-    rounds = rounds[1:]
-    print(f"\n{date.today()}: batches of {args.size} x {args.length}, {args.rounds} rounds\n")
-    print("| side | instances per CPU-s | times the peer |\n|---|---|---|")
-    for side in sides:
-        rate = statistics.median(r[side]["rate"] for r in rounds)
-        ratio = "-"
-        if args.peer:
-            ratio = f"{statistics.median(r[side]['rate'] / r['peer']['rate'] for r in rounds):.2f}"
-        print(f"| {side} | {rate:,.0f} | {ratio} |")
+        programs = {side: lambda side=side: read(side) for side in workers}
+        rates = interleave(options.rounds + 1, programs)
+        rates = {side: values[1:] for side, values in rates.items()}  # the first is a warm-up
+    for first in range(0, len(checksums), len(pythons)):
+        sums = checksums[first : first + len(pythons)]
+        assert len(set(sums)) == 1, f"expected all sides to read the same tokens, found sums {sums}"
+    batches = f"batches of {options.size} x {options.length}"
+    print(f"\n{describe_run(batches, f'{options.rounds} rounds')}\n")
+    rows = []
+    for side, rate in medians(rates).items():
+        peer = rates.get("peer")
+        ratio = f"{statistics.median(ratios(rates[side], peer)):.2f}" if peer else "-"
+        rows.append({"side": side, "instances per CPU-s": f"{rate:,.0f}", "times the peer": ratio})
+    print(*markdown_table(rows), sep="\n")
 
 
 if __name__ == "__main__":

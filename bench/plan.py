@@ -1,17 +1,15 @@
-"""What a plan of many files costs: CPU time and peak memory of a dry run and of a no-op.
+"""The cost of a plan of many files: CPU time and peak memory of a dry run and of a no-op.
 
     python bench/plan.py [--files 10000] [--shards-per-job 4]
 
-A project of so many small local files, by the real Snakefile. The dry run plans everything. For
-the no-op one batch is run, and what it left is laid out as if every batch had run: a listing, a
-link for each shard, and snakemake's own record of the job. Order and training then run. The
-toolkit's environment is the repository's (`snakemake environments/dolma.json`).
+A project of many small local files, with the real Snakefile. The dry run plans everything. For the
+no-op one batch is run and its results are copied for every other batch: a listing, a link for each
+shard, and snakemake's record of the job. Order and training then run. The toolkit's environment is
+the repository's (`snakemake environments/dolma.json`).
 """
 
-import argparse
 import base64
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -22,27 +20,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from project import REPOSITORY, Project, documents, write_source
 
+from olmo.bench.script import describe_run, parse_options, wait_for
 from olmo.corpus.tokenizer import trained_tokenizer
 
 FINAL = "checkpoints/small/final"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", type=int, default=10_000)
-    parser.add_argument("--shards-per-job", type=int, default=4)
-    args = parser.parse_args()
+    options = parse_options(__doc__, files=10_000, shards_per_job=4)
+    files, size = options.files, options.shards_per_job
     with tempfile.TemporaryDirectory() as folder:
-        project = small_project(Path(folder) / "project", args.shards_per_job)
+        project = small_project(Path(folder) / "project", size)
         project.run("data/small/tokens/000.tsv")
-        for number in range(args.shards_per_job, args.files):  # links, each of a name of its own
-            os.link(source(project, number % args.shards_per_job), source(project, number))
-        print(f"{platform.machine()}, Python {platform.python_version()}, {args.files:,} files, ")
-        tell("dry run", snakemake(project, "-n", FINAL), "Job stats")
-        for batch in range(1, -(-args.files // args.shards_per_job)):
-            lay_out(project, batch, args.shards_per_job)
+        for number in range(size, files):  # hard links with names of their own
+            os.link(source(project, number % size), source(project, number))
+        print(describe_run(f"{files:,} files"))
+        print_cost(project, "dry run", ["-n", FINAL], "Job stats")
+        for batch in range(1, -(-files // size)):
+            copy_results(project, batch, size)
         project.run(FINAL, timeout=3600)
-        tell("no-op", snakemake(project, FINAL), "Nothing to be done")
+        print_cost(project, "no-op", [FINAL], "Nothing to be done")
 
 
 def small_project(root: Path, shards_per_job: int) -> Project:
@@ -66,11 +63,11 @@ def source(project: Project, number: int) -> Path:
     return project.root / f"sources/part-{number:05d}.json.gz"
 
 
-def lay_out(project: Project, batch: int, size: int) -> None:
-    """What the first batch left, as another batch would have left it."""
+def copy_results(project: Project, batch: int, size: int) -> None:
+    """The first batch's results, under the names of another batch."""
     data, records = project.root / "data/small", project.root / ".snakemake/metadata"
 
-    def here(text: str) -> str:
+    def renamed(text: str) -> str:
         text = re.sub("part-([0-9]{5})", lambda m: f"part-{batch * size + int(m[1]):05d}", text)
         return re.sub(r"/000\.(tsv|log)", rf"/{batch:03d}.\1", text)
 
@@ -78,15 +75,15 @@ def lay_out(project: Project, batch: int, size: int) -> None:
         text = (data / stage / "000.tsv").read_text()
         for row in text.splitlines()[1:]:
             link = data / row.split("\t")[2]
-            (data / here(str(link.relative_to(data)))).symlink_to(os.readlink(link))
-        (data / stage / f"{batch:03d}.tsv").write_text(here(text))
+            (data / renamed(str(link.relative_to(data)))).symlink_to(os.readlink(link))
+        (data / stage / f"{batch:03d}.tsv").write_text(renamed(text))
         name = f"data/small/{stage}/000.tsv"
         record = (records / base64.b64encode(name.encode()).decode()).read_text()
-        (records / base64.b64encode(here(name).encode()).decode()).write_text(here(record))
+        (records / base64.b64encode(renamed(name).encode()).decode()).write_text(renamed(record))
 
 
-def snakemake(project: Project, *words: str) -> tuple[str, float, float, float]:
-    """Run it to its end: what it said, CPU seconds, peak MB, wall seconds."""
+def print_cost(project: Project, what: str, words: list[str], expected: str) -> None:
+    """Run snakemake to its end; print its CPU seconds, peak memory and wall seconds."""
     environment = {
         **os.environ,
         "OLMO_STORE": str(project.store),
@@ -96,26 +93,14 @@ def snakemake(project: Project, *words: str) -> tuple[str, float, float, float]:
     output = project.root / "output.txt"
     began = time.monotonic()
     with output.open("w") as file:
+        command = [sys.executable, "-m", "snakemake", *words, "--cores", "2"]
         process = subprocess.Popen(
-            [sys.executable, "-m", "snakemake", *words, "--cores", "2"],
-            cwd=project.root,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
+            command, cwd=project.root, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
-        _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    said = output.read_text()
-    if process.returncode:
-        sys.exit(said[-4000:])
-    wall = time.monotonic() - began
-    return said, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, wall
-
-
-def tell(what: str, found: tuple[str, float, float, float], expected: str) -> None:
-    said, cpu, memory, wall = found
-    assert expected in said, said[-4000:]
-    print(f"{what:8} {cpu:7.1f} CPU-s {memory:6.0f} MB {wall:7.1f} s", flush=True)
+        usage = wait_for(process, output)
+    wall, cpu = time.monotonic() - began, usage.ru_utime + usage.ru_stime
+    assert expected in (text := output.read_text()), text[-4000:]
+    print(f"{what:8} {cpu:7.1f} CPU-s {usage.ru_maxrss / 1024:6.0f} MB {wall:7.1f} s", flush=True)
 
 
 if __name__ == "__main__":

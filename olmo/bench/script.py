@@ -75,10 +75,11 @@ def process_cpu_time(pid: int) -> float:
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
-def wait_for(process: subprocess.Popen[Any]) -> resource.struct_rusage:
-    """Wait for a process; what it used. Exits where it failed."""
+def wait_for(process: subprocess.Popen[Any], output: Path | None = None) -> resource.struct_rusage:
+    """Wait for a process; its resource usage. Exits where it failed, with the end of its output."""
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"{process.args!r} failed with exit status {process.returncode}")
+        end = output.read_text()[-4000:] if output else ""
+        sys.exit(f"{process.args!r} failed with exit status {process.returncode}\n{end}")
     return usage

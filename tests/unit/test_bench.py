@@ -87,6 +87,12 @@ def test_the_projects_matrix_is_whole(kind: str):
 def test_a_cell_stands_once_and_a_typo_is_refused(tmp_path: Path):
     section = load_section(matrix(tmp_path, {"microbatch": [1, 2]}, {"microbatch": [2, 4]}), "cpu")
     assert [cell.microbatch for cell in section.cells()] == [1, 2, 4]
+    shapes = {name: {"d_model": 32, "n_heads": 2, "n_layers": 1} for name in ("small", "other")}
+    both = load_section(matrix(tmp_path, {"shape": ["small", "other"]}, shapes=shapes), "cpu")
+    assert [cell.shape for cell in both.restricted_to(["other"]).cells()] == ["other"]
+    assert both.restricted_to([]).cells() == both.cells() and len(both.cells()) == 2
+    with pytest.raises(ValueError, match="shape: expected small, other; found big"):
+        both.restricted_to(["big"])
     for wrong in (
         {"shape": ["big"]},
         {"precision": ["bf8"]},
