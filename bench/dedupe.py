@@ -15,8 +15,8 @@ from tokens import REQUIREMENTS, cpu_with_toolkit, prepare, prepare_short
 
 from olmo.bench.script import describe_run, parse_options
 from olmo.corpus.attributes import attributes
-from olmo.corpus.dolma import Dolma, toolkit
-from olmo.corpus.environments import interpreter
+from olmo.corpus.dolma import Dolma, pinned_toolkit
+from olmo.corpus.environments import interpreter_path
 from olmo.corpus.mixed import mixed
 from olmo.corpus.stdlib import stdlib
 
@@ -30,9 +30,12 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     options = parse_options(__doc__, environment=Path, copies=3)
-    python = interpreter(options.environment)
-    print(describe_run(toolkit(REQUIREMENTS)))
-    with tempfile.TemporaryDirectory() as folder, Dolma(python, toolkit(REQUIREMENTS)) as dolma:
+    python = interpreter_path(options.environment)
+    print(describe_run(pinned_toolkit(REQUIREMENTS)))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Dolma(python, pinned_toolkit(REQUIREMENTS)) as dolma,
+    ):
         root = Path(folder)
         find_duplicates(dolma, [prepare_short(root)], root, KINDS["exact"])
         stdlib.build(folder=root / "stdlib", shards=2)

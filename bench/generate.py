@@ -25,10 +25,10 @@ import transformers
 from torch import Tensor, nn
 
 from olmo.bench.script import describe_run, interleave, medians, parse_options, ratios
-from olmo.checkpoint.huggingface import config_json, exported
+from olmo.checkpoint.huggingface import build_config_json, to_hf_weights
 from olmo.config import ModelConfig
 from olmo.model import OLMo
-from olmo.model.product import by_columns, linear
+from olmo.model.linear import linear, use_column_major_weights
 
 SIZES = {
     "85m": {"d_model": 512, "n_heads": 8, "n_layers": 14},
@@ -46,11 +46,11 @@ def build_models(size: str) -> tuple[OLMo, Any]:
     )  # fmt: skip
     torch.manual_seed(0)
     ours = OLMo(config).eval()
-    settings = transformers.OlmoConfig(**config_json(config))
+    settings = transformers.OlmoConfig(**build_config_json(config))
     theirs = transformers.OlmoForCausalLM(settings).eval()
-    theirs.load_state_dict(exported(ours.state_dict(), config), strict=True)
+    theirs.load_state_dict(to_hf_weights(ours.state_dict(), config), strict=True)
     ours.use_attention()
-    by_columns(ours)
+    use_column_major_weights(ours)
     theirs.generation_config.eos_token_id = None  # always generate all tokens
     return ours, theirs
 

@@ -41,7 +41,7 @@ import isal.igzip, msgspec
 from itertools import islice
 from pathlib import Path
 from olmo.io import gz
-from olmo.corpus.documents import parse
+from olmo.corpus.documents import parse_document
 import resource
 before = resource.getrusage(resource.RUSAGE_SELF)
 with gz.reading(Path(r"{source}")) as lines, gz.writing(Path(r"{out}")) as kept:
@@ -67,13 +67,13 @@ def main() -> None:
         "bare": BARE,
         "+ lines": PARTS.replace("{body}", "pass"),
         "+ writing": PARTS.replace("{body}", "kept.write(line)"),
-        "+ checks": PARTS.replace("{body}", "parse(line); kept.write(line)"),
+        "+ checks": PARTS.replace("{body}", "parse_document(line); kept.write(line)"),
         "ours": OURS,
         "seed": SEED,
     }
     with tempfile.TemporaryDirectory() as folder:
         source = options.source or write_source(Path(folder) / "source.json.gz", options.copies)
-        megabytes = gz.check(source) / 1e6
+        megabytes = gz.verify_checksum(source) / 1e6
 
         def run(name: str) -> float:
             """CPU seconds."""

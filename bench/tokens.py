@@ -25,8 +25,8 @@ from olmo.bench.script import (
     process_cpu_time,
 )
 from olmo.corpus.documents import documents
-from olmo.corpus.dolma import Dolma, toolkit
-from olmo.corpus.environments import interpreter
+from olmo.corpus.dolma import Dolma, pinned_toolkit
+from olmo.corpus.environments import interpreter_path
 from olmo.corpus.fast import Fast
 from olmo.corpus.stdlib import stdlib
 from olmo.corpus.tokenizer import trained_tokenizer
@@ -44,8 +44,11 @@ def main() -> None:
         rounds=3,
         copies=1,
     )
-    python = interpreter(options.environment)
-    with tempfile.TemporaryDirectory() as folder, Dolma(python, toolkit(REQUIREMENTS)) as dolma:
+    python = interpreter_path(options.environment)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Dolma(python, pinned_toolkit(REQUIREMENTS)) as dolma,
+    ):
         root = Path(folder)
         stdlib.build(folder=root / "stdlib", shards=1)
         text = root / "text.gz"
@@ -75,7 +78,7 @@ def main() -> None:
         cpu = medians(interleave(options.rounds, {"bare": by_command, **programs}))
         assert len(outputs) == 1, "expected equal outputs of the engines"
         megabytes = float((large / "megabytes").read_text())
-    print(describe_run(toolkit(REQUIREMENTS)))
+    print(describe_run(pinned_toolkit(REQUIREMENTS)))
     for name, seconds in cpu.items():
         rate = f"{megabytes / seconds:6.2f} MB/CPU-s, {cpu['bare'] / seconds:.2f} of bare"
         print(f"{name:5} {seconds:7.2f} CPU-s {rate}")

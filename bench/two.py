@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 from olmo.bench.script import describe_run, parse_options, ratios, wait_for
-from olmo.corpus import arriving, documents
+from olmo.corpus import documents, ingest
 from olmo.corpus.stdlib import stdlib
 from olmo.corpus.tokenizer import trained_tokenizer
 
@@ -65,7 +65,7 @@ def prepare(root: Path, files: int, environment: Path) -> list[str]:
                 write_renamed(source, path, f"{batch}-{number}", short=batch == "short")
                 sources.append(f"{batch}-{number}={path}")
             listing = root / "data" / "sources" / f"{batch}.tsv"
-            arriving.sources(listing=listing, sources=sources)
+            ingest.sources(listing=listing, sources=sources)
             documents.batch(
                 sources=[listing],
                 listing=root / "data" / "documents" / f"{batch}.tsv",

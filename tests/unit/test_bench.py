@@ -91,7 +91,7 @@ def test_a_cell_stands_once_and_a_typo_is_refused(tmp_path: Path):
     both = load_section(matrix(tmp_path, {"shape": ["small", "other"]}, shapes=shapes), "cpu")
     assert [cell.shape for cell in both.restricted_to(["other"]).cells()] == ["other"]
     assert both.restricted_to([]).cells() == both.cells() and len(both.cells()) == 2
-    with pytest.raises(ValueError, match="shape: expected small, other; found big"):
+    with pytest.raises(ValueError, match="shape: expected other, small; found big"):
         both.restricted_to(["big"])
     for wrong in (
         {"shape": ["big"]},
