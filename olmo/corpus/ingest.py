@@ -19,8 +19,8 @@ from olmo.io.downloads import Progress, ignore_progress
 from olmo.io.progress import DownloadProgress, Totals
 from olmo.runtime.log import log
 from olmo.store.lease import lease
+from olmo.store.record import Record
 from olmo.store.stage import current_store
-from olmo.store.store import Record
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 from olmo.io import gz
 from olmo.store.lineage import records_by_content
-from olmo.store.store import Record, Store
+from olmo.store.record import Record
+from olmo.store.store import Store
 
 
 @dataclass(frozen=True)

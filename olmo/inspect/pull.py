@@ -15,9 +15,10 @@ from olmo.inspect.order import parse_steps
 from olmo.store import remote as second
 from olmo.store.lineage import ancestors
 from olmo.store.naming import record_of
+from olmo.store.record import output_files
 from olmo.store.remote import Remote, TransferStats
 from olmo.store.stage import current_store
-from olmo.store.store import Store, output_files
+from olmo.store.store import Store
 
 
 def pull(

@@ -26,8 +26,8 @@ from olmo.inspect.order import SeenInstances
 from olmo.io import downloads
 from olmo.runtime.log import log
 from olmo.runtime.process import SEGMENTS_FILE
+from olmo.store.record import Record, parse_record
 from olmo.store.stage import current_store
-from olmo.store.store import parse_record
 
 MAX_CONFIG_BYTES = 64 * 2**20  # bytes
 
@@ -72,10 +72,10 @@ class TrainedRun:
         self._order, self._world_size = order, world_size
 
     @cached_property
-    def record(self) -> dict[str, Any]:
-        """What the store knows of a final checkpoint; {} of others."""
+    def record(self) -> Record | None:
+        """What the store knows of a final checkpoint; None for others."""
         path = Path(self.folder, "record.json")
-        return parse_record(path.read_bytes(), path) if path.exists() else {}
+        return parse_record(path.read_bytes(), path) if path.exists() else None
 
     @cached_property
     def home(self) -> Path:
@@ -86,7 +86,7 @@ class TrainedRun:
     @cached_property
     def steps(self) -> int | None:
         """How many it has trained, where that is known."""
-        steps: int | None = self.record.get("facts", {}).get("steps")
+        steps: int | None = self.record["facts"].get("steps") if self.record else None
         metrics = self.home / "metrics.jsonl"
         if steps is None and self.segments and metrics.exists():
             from olmo.train.sinks import read_metrics  # which imports torch

@@ -49,5 +49,5 @@ def huggingface_export(
     (folder / "README.md").write_text(text)
     return {
         "facts": {"architecture": settings["architectures"][0], "parameters": parameters},
-        "aside": ["README.md"],
+        "not_in_content": ["README.md"],
     }

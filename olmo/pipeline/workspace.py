@@ -17,7 +17,8 @@ from olmo.pipeline.recipe import recipe_path
 from olmo.pipeline.terminal import print_at_exit, shorten_errors
 from olmo.runtime.log import FAILED
 from olmo.store.lease import LEASE_TIMEOUT_S, lease
-from olmo.store.store import Store, parse_record
+from olmo.store.record import parse_record
+from olmo.store.store import Store
 
 STARTED = time.time()
 INTERRUPTED = (SystemExit.__name__, KeyboardInterrupt.__name__)  # ended by a signal: no failure

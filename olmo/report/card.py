@@ -9,7 +9,8 @@ from typing import Any
 
 from olmo.config import TrainConfig
 from olmo.store.lineage import ancestors
-from olmo.store.store import Record, Store, parse_record
+from olmo.store.record import Record, parse_record
+from olmo.store.store import Store
 
 LIBRARY = ("stdlib", "stdlib_questions")
 CHECKPOINTS = ("local_checkpoint", "fetched_checkpoint")

@@ -11,8 +11,9 @@ from olmo.store import naming, remote
 from olmo.store.lease import PROBE_PREFIX, held_names, lease
 from olmo.store.lineage import diff_actions, find_nearest
 from olmo.store.lineage import format_lineage as trace_lines
+from olmo.store.record import output_files
 from olmo.store.stage import current_store
-from olmo.store.store import GC_LEASE, Store, hash_file, output_files
+from olmo.store.store import GC_LEASE, Store, hash_file
 
 
 def verify() -> None:

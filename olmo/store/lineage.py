@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from olmo.store.naming import record_of
-from olmo.store.store import Record, Store, output_files
+from olmo.store.record import Record, output_files
+from olmo.store.store import Store
 
 
 def diff_actions(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

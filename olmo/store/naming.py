@@ -23,7 +23,8 @@ from olmo.io import sealed
 from olmo.io.sealed import Damaged
 from olmo.runtime.log import log
 from olmo.store.lease import lease
-from olmo.store.store import Record, Store, output_files
+from olmo.store.record import Record, list_files, output_files
+from olmo.store.store import Store
 
 Name = dict[str, str]  # {"path", "project", "key", "output"}
 NO_LINK_LEFT = (
@@ -275,9 +276,8 @@ def _is_complete(store: Store, name: Name) -> bool:
     record = store.record(name["key"])
     if record is None:
         return False
-    made = record["outputs"][name["output"]]
-    inner = [*made["files"].values(), *made["aside"].values()] if "files" in made else [made]
-    return all(store.object_path(file["sha256"]).exists() for file in inner)
+    files = list_files(record["outputs"][name["output"]])
+    return all(store.object_path(file["sha256"]).exists() for file in files)
 
 
 def remove_name(path: Path) -> None:

@@ -31,9 +31,9 @@ from olmo.io.sealed import Damaged
 from olmo.runtime import urls
 from olmo.runtime.log import log
 from olmo.store import naming
-from olmo.store.action import Action
 from olmo.store.lineage import ancestors, records_by_content
-from olmo.store.store import Record, Store, content, hash_file, output_files, parse_record
+from olmo.store.record import Record, check_record, output_files, parse_record
+from olmo.store.store import Store, hash_file
 
 MAX_CONCURRENT = 16  # transfers; a bucket answers slowly, but many at a time
 ATTEMPTS = 3  # at an object whose bytes arrive damaged
@@ -332,11 +332,7 @@ def read_record(remote: Remote, key: str, folder: Path) -> Record:
         raise ValueError(f"{remote.url}: the record {key[:12]}… is gone; push again") from None
     except Damaged:
         raise Damaged(f"{whose}: the record was changed after it was written; push again") from None
-    record = untrusted.check_record(found, key, whose)
-    asked = Action(**record["action"]).key
-    if asked != key or content(record["outputs"]) != record.get("content"):
-        raise ValueError(f"{whose}: the record was changed after it was written")
-    return record
+    return check_record(found, key, whose)
 
 
 def object_sizes(store: Store, record: Record, whose: str) -> dict[str, int]:

@@ -44,7 +44,8 @@ from olmo.runtime.log import log
 from olmo.runtime.urls import redact, stash_secrets
 from olmo.store import naming
 from olmo.store.action import Action
-from olmo.store.store import Record, Store, utc_now
+from olmo.store.record import Record
+from olmo.store.store import Store, utc_now
 
 T = TypeVar("T")
 Input = Annotated[Path, "input"]

@@ -1,27 +1,24 @@
 """The store: every artifact by its content, every stage run once.
 
     objects/<d2>/<sha256>     contents, read-only, never changed
-    actions/<k2>/<key>.json   what was asked, what came out, how it went: the record, written last
-    actions/<k2>/<key>.copy   the same once more, for when a byte of the record has changed
-    drafts/                   files on their way in from another store
-    work/<key>/               a stage's own folder while it runs; a training run's checkpoints
-    leases/                   who runs what right now
-    arriving/                 how downloads get on, for the line that tells of them
-    links/                    the human names that point into the store: what `gc` keeps
-    pins/                     actions that `gc` keeps whatever points to them
-    unnamed/                  actions that are asked for and have no names yet: `gc` keeps them too
-    quarantine/               contents that were not what their name says
+    actions/<k2>/<key>.json   the record of an action: inputs, outputs, cost; written last
+    actions/<k2>/<key>.copy   a copy of the record, read if the record is damaged
+    drafts/                   files that are being fetched from another store
+    work/<key>/               the folder of a stage while it runs; a training run's checkpoints
+    leases/                   which process runs which stage
+    arriving/                 the progress of downloads
+    links/                    the names: paths of projects that link to objects; `gc` keeps them
+    pins/                     actions whose outputs `gc` keeps without a name
+    unnamed/                  actions that were started and have no names yet; `gc` keeps them too
+    quarantine/               damaged objects and records
 
-An action (`olmo.store.action`) is what was asked, a content is what came out; `olmo.store.naming`
-gives them the paths that people use. Consumers know an input by its content, not by the action
-that made it: where an edit upstream ends in equal bytes, everything after it is found again.
-
-Imports nothing of ours but `action`, `foreign`, `lease` and `sealed`.
+An action (olmo.store.action) is the request, a content is the result. olmo.store.naming gives
+contents the paths that people use. A consumer's key holds the contents of its inputs, not the
+actions that made them: where a change upstream gives equal bytes, everything after it is found.
 """
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import stat
@@ -32,29 +29,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from olmo.io import sealed, untrusted
+from olmo.io import sealed
 from olmo.io.sealed import Damaged, fsync_path
 from olmo.runtime.log import log
-from olmo.store.action import Action, canonical_json
+from olmo.store.action import Action
 from olmo.store.lease import lease, refresh_listing
+from olmo.store.record import Record, content, digests_by_path, load_record, output_files
 
-# Objects up to this size are hashed again whenever they are used. Larger ones are, when their
-# size or time of change is not as the store left it; `olmo store verify` hashes them all.
+# Objects up to this size are hashed at each use, larger ones only if their size or mtime changed
+# since they were stored (a GB takes about a second). `olmo store verify` hashes them all.
 REHASH_MAX_BYTES = 256 * 2**20
-OBJECT_MTIME_NS = (
-    1_000_000_000 * 10**9
-)  # the mtime of every object: 2001-09-09, older than any link
-GC_LEASE = "gc"  # the lease of who removes what has no name
-# The fields of a record that was written before records were sealed.
-UNSEALED = {"key", "action", "content", "outputs", "facts", "conditions", "run"}
+OBJECT_MTIME_NS = 1_000_000_000 * 10**9  # of every object: 2001-09-09, older than any link
+GC_LEASE = "gc"  # held by `olmo store gc` while it removes objects
 
 
 class CorruptObject(ValueError):
-    """An object whose bytes are not what its name says."""
+    """An object whose bytes do not match its name."""
 
 
 class NondeterministicStage(ValueError):
-    """One action gave two contents: its stage is not deterministic."""
+    """One action gave two contents."""
 
 
 def hash_file(path: Path) -> str:
@@ -63,21 +57,18 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-Record = dict[str, Any]
-
-
 class Store:
     """A folder that holds every artifact by its content.
 
     Args:
-        root: the folder; made when the first object is put.
+        root: the folder; it is created with the first object.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))
 
     def create(self) -> None:
-        """Make the store's folder. Raises ValueError where it cannot be written."""
+        """Create the store's folder. Raises ValueError if it is not writable."""
         with self.explain_write_errors():
             self.root.mkdir(parents=True, exist_ok=True)
             if not os.access(self.root, os.W_OK | os.X_OK):
@@ -91,12 +82,12 @@ class Store:
     def put(self, path: Path) -> dict[str, Any]:
         """Move a file into the store; returns {"sha256", "size"}.
 
-        The object appears under its name whole or not at all, also when the power fails.
+        Atomic, also if the power fails: the file is synced before it gets its name.
         """
-        if path.stat().st_uid != os.geteuid():  # its owner began what we finish, and alone may seal
-            mine = path.with_name(f".{uuid.uuid4().hex}")
-            shutil.copyfile(path, mine)
-            os.replace(mine, path)
+        if path.stat().st_uid != os.geteuid():  # only the owner may change its mode and mtime
+            copy = path.with_name(f".{uuid.uuid4().hex}")
+            shutil.copyfile(path, copy)
+            os.replace(copy, path)
         with path.open("rb+") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
@@ -113,16 +104,16 @@ class Store:
         return {"sha256": digest, "size": size}
 
     def is_object(self, path: Path) -> bool:
-        """Whether a path leads to one of this store's objects."""
+        """Whether a path is, or links to, an object of this store."""
         folder = Path(os.path.realpath(path)).parent.parent
         return folder == Path(os.path.realpath(self.root)) / "objects"
 
     def digest(self, path: Path) -> str:
-        """The sha256 of a file. Free for a link into the store: it is the object's name.
+        """The sha256 of a file; for a link to an object its name, without hashing a large one.
 
         Raises:
-            Corrupt: the object is not what its name says; it is in quarantine now.
-            ValueError: there is no such file.
+            CorruptObject: the object is damaged or missing.
+            ValueError: no regular file at `path`.
         """
         target = Path(os.path.realpath(path))
         if self.is_object(path):
@@ -137,12 +128,12 @@ class Store:
         return hash_file(target)
 
     def is_intact(self, digest: str, size: int | None = None) -> bool:
-        """Whether an object is here and is what its name says; if not, it goes to quarantine."""
+        """Whether an object exists and matches its name and `size`; a damaged one is moved away."""
         path = self.object_path(digest)
         try:
             found = path.stat()
         except FileNotFoundError:
-            refresh_listing(path.parent)  # another machine may have just put it there
+            refresh_listing(path.parent)  # another machine may have just stored it
             try:
                 found = path.stat()
             except FileNotFoundError:
@@ -155,22 +146,22 @@ class Store:
         ):
             return True
         if hash_file(path) == digest:
-            if found.st_mtime_ns != OBJECT_MTIME_NS:  # touched, or copied here by other means
-                with suppress(PermissionError):  # another's: it is hashed again next time
+            if found.st_mtime_ns != OBJECT_MTIME_NS:  # touched, or copied here by other tools
+                with suppress(PermissionError):  # another user's: it is hashed again next time
                     os.utime(path, ns=(OBJECT_MTIME_NS, OBJECT_MTIME_NS))
-            return not wrong_size  # else it is who asks that is wrong
-        self.quarantine(path, f"its {found.st_size:,} bytes are not what its name says")
+            return not wrong_size  # if wrong, it is the caller's size
+        self.quarantine(path, f"its {found.st_size:,} bytes do not match its name")
         return False
 
     def quarantine(self, path: Path, reason: str) -> None:
-        """Put a file that is not what its name says out of the way, for whoever wants to see it."""
-        cell = self.root / "quarantine" / f"{path.name}.{uuid.uuid4().hex[:8]}"
-        cell.parent.mkdir(parents=True, exist_ok=True)
+        """Move a damaged object, record or name to quarantine/, where it can be inspected."""
+        target = self.root / "quarantine" / f"{path.name}.{uuid.uuid4().hex[:8]}"
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.replace(path, cell)
-        except FileNotFoundError:  # another process has found it too
+            os.replace(path, target)
+        except FileNotFoundError:  # another process has moved it
             return
-        log.warning(f"store: {path.name[:12]}… is set aside: {reason}; moved to {cell}")
+        log.warning(f"store: {path.name[:12]}… is damaged ({reason}) and was moved to {target}")
 
     # --- actions ----------------------------------------------------------------------------
 
@@ -178,10 +169,9 @@ class Store:
         return self.root / "actions" / key[:2] / f"{key}.json"
 
     def record(self, key: str) -> Record | None:
-        """What is known of an action; None if it never ended, or nothing sound is left of it.
+        """The record of an action; None if it has not ended, or if record and copy are damaged.
 
-        A damaged record goes to quarantine and is written anew from its copy; without one the
-        action runs again.
+        A damaged record is quarantined and restored from its copy.
         """
         path = self.record_path(key)
         try:
@@ -189,11 +179,11 @@ class Store:
         except FileNotFoundError:
             return None
         except OSError as error:
-            if error.errno != errno.ESTALE:  # another machine has just written it anew
+            if error.errno != errno.ESTALE:  # another machine has just replaced it
                 raise
             return self.record(key)
         except Damaged:
-            self.quarantine(path, "a damaged record")
+            self.quarantine(path, "the record does not match its seal")
         try:
             record = load_record(self._copy_path(key).read_bytes(), key)
         except (FileNotFoundError, Damaged):
@@ -210,22 +200,25 @@ class Store:
                 yield record
 
     def lookup(self, key: str) -> Record | None:
-        """The record of an action all of whose outputs are here and sound."""
+        """The record of an action if all files of its outputs are intact."""
         record = self.record(key)
         if record is None:
             return None
-        sound = [self.is_intact(file["sha256"], file["size"]) for file in output_files(record)]
-        return record if all(sound) else None
+        # A list, not a generator: all damaged files go to quarantine at once.
+        intact = [self.is_intact(file["sha256"], file["size"]) for file in output_files(record)]
+        return record if all(intact) else None
 
     def run(self, action: Action, build: Callable[[Path], Mapping[str, Any]]) -> Record:
-        """The record of `action`: found, or made by `build`, once, however many ask.
+        """The record of `action`: found in the store, or made by one call of `build`.
+
+        Processes that ask for the same action wait for the one that builds it.
 
         Args:
-            build: called with the action's work folder, which it may find as an earlier attempt
-                left it. Makes the outputs in its folder `outputs`, one file or folder a name,
-                and returns what else the record is to hold: "facts", "aside" (names of files
-                that belong to an output but not to its content: timings, plots), "conditions"
-                (what may change the bytes without being part of the action: world size, device).
+            build: called with the action's work folder, which may hold files of an earlier
+                attempt. It makes the outputs in the subfolder `outputs`, one file or folder for
+                each name, and returns the record's "facts", "conditions" and "run", and
+                "not_in_content": paths of files in output folders that the content does not cover
+                (timings, plots).
 
         Raises:
             NondeterministicStage: an earlier run, under equal conditions, gave other bytes.
@@ -235,7 +228,7 @@ class Store:
             if (record := self.lookup(key)) is not None:
                 return record
             with lease(self.root / "leases", key, self._waiting(action)):
-                # Whoever held it before us, on another machine, may have written the record.
+                # The previous holder, on another machine, may have written the record.
                 refresh_listing(self.record_path(key).parent)
                 if (record := self.lookup(key)) is not None:
                     return record
@@ -244,25 +237,26 @@ class Store:
     def _build(self, action: Action, build: Callable[[Path], Mapping[str, Any]]) -> Record:
         work = self.root / "work" / action.key
         outputs = work / "outputs"
-        shutil.rmtree(outputs, ignore_errors=True)  # an attempt that was cut off
+        shutil.rmtree(outputs, ignore_errors=True)  # of an interrupted attempt
         outputs.mkdir(parents=True)
         try:
-            extra = dict(build(work))
+            result = build(work)
         except BaseException:
             shutil.rmtree(outputs, ignore_errors=True)
             raise
-        aside = set(extra.pop("aside", ()))
+        aside = set(result.get("not_in_content", ()))
         put = {path.name: self._put_output(path, aside) for path in sorted(outputs.iterdir())}
-        record = {
-            "key": action.key,
-            "action": action.as_dict(),
-            "content": content(put),
-            "outputs": put,
-            "facts": extra.pop("facts", {}),
-            "conditions": extra.pop("conditions", {}),
-            **extra,
-        }
-        self._compare(record)
+        record = Record(
+            key=action.key,
+            action=action.as_dict(),
+            content=content(put),
+            outputs=put,
+            facts=result.get("facts", {}),
+            conditions=result.get("conditions", {}),
+        )
+        if "run" in result:
+            record["run"] = result["run"]
+        self._check_deterministic(record)
         self._write_record(record)
         outputs.rmdir()
         if not any(work.iterdir()):
@@ -270,7 +264,7 @@ class Store:
         return record
 
     def _put_output(self, path: Path, aside: set[str]) -> dict[str, Any]:
-        """Put a file, or a folder's files: {"sha256", "size"} or {"files": …, "aside": …}."""
+        """Store a file ({"sha256", "size"}) or a folder's files ({"files": …, "aside": …})."""
         if path.is_file():
             return self.put(path)
         tree: dict[str, Any] = {"files": {}, "aside": {}}
@@ -280,8 +274,8 @@ class Store:
         shutil.rmtree(path)
         return tree
 
-    def _compare(self, record: Record) -> None:
-        """The alarm: one action, two contents."""
+    def _check_deterministic(self, record: Record) -> None:
+        """Compare with the known record of the same action. Raises NondeterministicStage."""
         known = self.record(record["key"])
         if known is None or known["content"] == record["content"]:
             return
@@ -292,35 +286,30 @@ class Store:
                 f"{known['conditions']} then, {record['conditions']} now"
             )
             return
-        before, now = _contents_by_path(known), _contents_by_path(record)
+        before, now = digests_by_path(known["outputs"]), digests_by_path(record["outputs"])
         differing = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
         raise NondeterministicStage(
             f"{what} gave two contents for one action; differing: {', '.join(differing)}. "
             "Expected equal bytes from equal inputs: its stage is not deterministic, or its code "
-            "changed without a new VERSION. The earlier record stands; both contents are in "
+            "changed without a new version. The earlier record is kept; both contents are in "
             f"{self.root}/objects. To accept the new one: rm {self.record_path(record['key'])}"
         )
 
     def import_record(self, record: Record) -> None:
-        """Take another store's record of an action whose contents are here, or may come later.
+        """Store another store's record, which olmo.store.record.check_record has checked.
 
         Raises:
-            ValueError: its parts are not of one piece.
-            NondeterministicStage: another content is known for it here, under equal conditions.
+            NondeterministicStage: the action has another content here, under equal conditions.
         """
-        whose = f"the record {record['key'][:12]}…"
-        asked = Action(**untrusted.check_record(record, record["key"], whose)["action"])
-        if asked.key != record["key"] or content(record["outputs"]) != record["content"]:
-            raise ValueError(f"{whose} was changed after it was written")
-        self._compare(record)
+        self._check_deterministic(record)
         if self.record(record["key"]) is None:
             self._write_record(record)
 
     @contextmanager
     def protect_from_gc(self, key: str) -> Iterator[None]:
-        """Keep what an action makes, or made, from `gc`: for the block, in which it gets its names.
+        """Keep an action's outputs from `gc` in the block, in which they get their names.
 
-        If the process is killed in it, until somebody names it: the same command, asked again.
+        If the process is killed in it, they are kept until the same command has run again.
         """
         mark = self.root / "unnamed" / key
         with self.explain_write_errors():
@@ -328,18 +317,18 @@ class Store:
             mark.touch()
             fsync_path(mark.parent)
         if self._wait_for_gc():
-            mark.touch()  # which it may have taken for a failed one's
+            mark.touch()  # `gc` removes marks of actions that have no record
         try:
             yield
         except Exception:
             if self.record_path(key).exists():
-                raise  # it ended, but has no name
+                raise  # it ended and has no name yet: the mark stays
             mark.unlink(missing_ok=True)
             raise
         mark.unlink(missing_ok=True)
 
     def _wait_for_gc(self) -> bool:
-        """Wait for `gc`, if it runs. If it begins later, it sees our mark or lease."""
+        """Wait while `gc` runs; whether it did. A `gc` that starts later sees our mark or lease."""
         if not any((self.root / "leases").glob(f"{GC_LEASE}.*")):
             return False
         with lease(self.root / "leases", GC_LEASE, lambda _: log.info("store: gc runs; waiting")):
@@ -347,7 +336,7 @@ class Store:
 
     @contextmanager
     def temp_folder(self) -> Iterator[Path]:
-        """A folder of one's own on the store's disk, gone with the block."""
+        """A new folder on the store's disk for the block; `gc` does not run meanwhile."""
         with self.explain_write_errors(), lease(self.root / "leases", f"draft-{uuid.uuid4().hex}"):
             self._wait_for_gc()
             folder = self.root / "drafts" / uuid.uuid4().hex
@@ -370,12 +359,12 @@ class Store:
 
     @contextmanager
     def explain_write_errors(self) -> Iterator[None]:
-        """Say what to do where the disk is full or the store may not be written."""
+        """Raise ValueError, with a remedy, if the disk is full or the store is not writable."""
         try:
             yield
         except OSError as error:
             if error.filename is not None and not self._is_inside(error.filename):
-                raise  # an input that may not be read, another disk
+                raise  # an unreadable input, another disk
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 free = shutil.disk_usage(self.root).free
                 raise ValueError(
@@ -391,71 +380,9 @@ class Store:
             raise
 
     def _is_inside(self, path: str | bytes | int) -> bool:
-        if isinstance(path, int):  # an open file's number
+        if isinstance(path, int):  # a file descriptor
             return True
         return Path(os.path.abspath(os.fsdecode(path))).is_relative_to(self.root)
-
-
-def load_record(text: bytes, key: str) -> Record:
-    """The record of the action `key`, from the bytes of its file.
-
-    Raises:
-        Damaged: they are not as they were written, or another action's.
-    """
-    record = parse_record(text, f"the record {key[:12]}…")
-    if record["key"] != key:
-        raise Damaged(f"expected the record of {key[:12]}…, found another action's")
-    return record
-
-
-def parse_record(text: bytes, name: str | Path) -> Record:
-    """A record from the bytes of its file. Raises Damaged."""
-    try:
-        return sealed.loads(text, name)
-    except Damaged:
-        if (record := _parse_unsealed(text)) is None:
-            raise
-        return record
-
-
-def _parse_unsealed(text: bytes) -> Record | None:
-    """A record from before records were sealed, if what of it can be computed again agrees."""
-    try:
-        record: Record = json.loads(text)
-        asked = Action(**record["action"]).key
-        whole = (asked, content(record["outputs"])) == (record["key"], record["content"])
-        return record if whole and set(record) <= UNSEALED else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def output_files(record: Record) -> list[dict[str, Any]]:
-    """Every file of an action's outputs, those aside too: {"sha256", "size"}."""
-    return [
-        file
-        for output in record["outputs"].values()
-        for file in (
-            [*output["files"].values(), *output["aside"].values()]
-            if "files" in output
-            else [output]
-        )
-    ]
-
-
-def content(outputs: Mapping[str, Any]) -> str:
-    """The digest of what came out; what lies aside (plots, timings) is not in it."""
-    names = _contents_by_path({"outputs": outputs})
-    return hashlib.sha256(canonical_json(names)).hexdigest()
-
-
-def _contents_by_path(record: Mapping[str, Any]) -> dict[str, str]:
-    names: dict[str, str] = {}
-    for name, output in record["outputs"].items():
-        if "files" in output:
-            names |= {f"{name}/{inner}": f["sha256"] for inner, f in output["files"].items()}
-        else:
-            names[name] = output["sha256"]
-    return names
 
 
 def _describe_file(path: Path) -> str:

@@ -17,8 +17,8 @@ from olmo.checkpoint import huggingface, layout, mirror
 from olmo.corpus import listing as listings
 from olmo.corpus import source_table
 from olmo.io import sealed, untrusted
+from olmo.store.record import content
 from olmo.store.remote import Remote, pull_names, push_names
-from olmo.store.store import content
 
 OUTSIDE = [
     "",
@@ -225,7 +225,7 @@ def test_members_that_are_file_and_folder_at_once(theirs: Place, evil: Evil) -> 
 
     evil.change(alter)
     theirs.here()
-    with pytest.raises(ValueError, match="'a' is there twice"):
+    with pytest.raises(ValueError, match="expected each path once, found 'a' twice"):
         pull_names(theirs.store, Remote(str(evil.root)), ["checkpoints/run/final"])
 
 

@@ -23,7 +23,8 @@ from olmo.pipeline.convert import convert
 from olmo.pipeline.start import fetched_checkpoint, local_checkpoint
 from olmo.report.card import card
 from olmo.store.action import Action
-from olmo.store.store import Store, output_files
+from olmo.store.record import output_files
+from olmo.store.store import Store
 
 OLMO1: dict[str, Any] = {
     "d_model": 32,

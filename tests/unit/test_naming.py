@@ -12,7 +12,8 @@ import pytest
 from olmo.store import naming
 from olmo.store.action import Action
 from olmo.store.commands import collect_garbage, gc, quarantine_damaged
-from olmo.store.store import Record, Store
+from olmo.store.record import Record
+from olmo.store.store import Store
 
 ONE = Action("demo", 1)
 

@@ -177,7 +177,7 @@ def test_what_lies_aside_is_kept_but_not_in_the_content(store: Store, tmp_path: 
             folder.mkdir()
             (folder / "model").write_text("weights")
             (folder / "timings").write_text(text)
-            return {"aside": ["timings"]}
+            return {"not_in_content": ["timings"]}
 
         return make
 
