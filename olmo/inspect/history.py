@@ -25,7 +25,8 @@ from olmo.data.files import TokenFile, file_sizes
 from olmo.data.order import ORDER_DTYPE, global_indices
 from olmo.inspect.order import SeenInstances
 from olmo.store.lineage import records_by_content
-from olmo.store.store import Record, Store
+from olmo.store.record import Record
+from olmo.store.store import Store
 from olmo.train.sinks import lines_upto
 
 
@@ -135,7 +136,7 @@ def find_step_range(step: int, found: list[StepRange]) -> StepRange:
     return held[-1]
 
 
-def collect_segments(store: Store, record: Record) -> list[dict[str, Any]]:
+def collect_segments(store: Store, record: Record | None) -> list[dict[str, Any]]:
     """All segments of a finished run; of a chain, also those of the links before."""
     found: list[dict[str, Any]] = []
     made_by: dict[str, list[Record]] = {}
@@ -149,7 +150,7 @@ def collect_segments(store: Store, record: Record) -> list[dict[str, Any]]:
             break
         made_by = made_by or records_by_content(store)
         training = [r for r in made_by.get(links[0], []) if r["action"]["stage"] == "training"]
-        record = training[0] if training else {}
+        record = training[0] if training else None
     return found
 
 

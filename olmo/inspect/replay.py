@@ -46,7 +46,7 @@ def replay(checkpoint: str, /, steps: str) -> None:
         resumed = {"load_path": str(begin)}
         resumed |= {"reset_trainer_state": False, "reset_optimizer_state": False}
     with tempfile.TemporaryDirectory() as folder:
-        if begin is None and (given := run.record["action"]["inputs"].get("start")):
+        if begin is None and run.record and (given := run.record["action"]["inputs"].get("start")):
             resumed = {"load_path": str(link_initial_checkpoint(given, Path(folder, "start")))}
         place = run.cfg.update_with(
             save_folder=folder,

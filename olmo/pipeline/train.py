@@ -160,7 +160,7 @@ def training(
             "segments": segments(attempt),
         },
         "conditions": training_conditions(segments(attempt)),
-        "aside": NOT_IN_CONTENT,
+        "not_in_content": NOT_IN_CONTENT,
     }
 
 
