@@ -29,29 +29,29 @@ def inspect(
     tokenizer: str | None = None,
     json: bool = False,
 ) -> None:
-    """Show exactly what a step of a run saw: tokens, text and, for our own data, documents.
+    """Show what a step of a run was trained on: tokens, text and, for our own data, documents.
 
     RUN is a name in config/config.yaml, a folder or a URL with a config.yaml, AI2's too; --order
-    is its global_indices.npy, --tokenizer a tokenizer.json or a name on the hub, where the run
-    does not lead to them. With --json a line for each instance.
+    is its global_indices.npy and --tokenizer a tokenizer.json or a name on the hub, if the run does
+    not name them. With --json a line for each instance.
     """
-    opened = TrainedRun(run, order, world_size)
-    known = find_token_shards(current_store())
-    words = load_run_tokenizer(opened, known, tokenizer)
-    for instance in opened.instances(step, rank):
-        shard = known.get(object_digest(instance.path))
+    trained = TrainedRun(run, order, world_size)
+    shards = find_token_shards(current_store())
+    words = load_run_tokenizer(trained, shards, tokenizer)
+    for instance in trained.instances(step, rank):
+        shard = shards.get(object_digest(instance.path))
         end = instance.start + len(instance.tokens)
         documents = shard.documents(instance.start, end) if shard else []
         print((format_json if json else format_text)(instance, documents, words))
 
 
 def load_run_tokenizer(
-    run: TrainedRun, known: dict[str, TokenShard], tokenizer: str | None
+    run: TrainedRun, shards: dict[str, TokenShard], tokenizer: str | None
 ) -> Tokenizer | None:
-    """The tokenizer that reads a run's tokens; None, and a warning, where it cannot be had."""
+    """The tokenizer of a run's tokens; None, with a warning, if it is not available."""
     from tokenizers import Tokenizer
 
-    ours = next((known[n] for n in map(object_digest, run.dataset.paths) if n in known), None)
+    ours = next((shards[n] for n in map(object_digest, run.dataset.paths) if n in shards), None)
     place = tokenizer or (str(ours.tokenizer) if ours else run.cfg.tokenizer.identifier)
     try:
         if Path(place).is_file():
@@ -59,7 +59,7 @@ def load_run_tokenizer(
         return Tokenizer.from_pretrained(hub_name(place))
     except Exception as error:  # the hub's client raises many kinds
         log.warning(
-            f"no text, only ids: the tokenizer {place} cannot be had ({error}); give --tokenizer"
+            f"only ids, no text: the tokenizer {place} is not available ({error}); give --tokenizer"
         )
         return None
 
@@ -76,7 +76,7 @@ def format_json(instance: Instance, documents: list[Document], words: Tokenizer 
 
 
 def format_text(instance: Instance, documents: list[Document], words: Tokenizer | None) -> str:
-    """An instance for a person: where it is, and each document's part of it."""
+    """An instance as text: its position, and each document's part of it."""
     size = len(instance.tokens)
     lines = [
         f"step {instance.step}, position {instance.position} (rank {instance.rank}): instance "
@@ -84,18 +84,18 @@ def format_text(instance: Instance, documents: list[Document], words: Tokenizer 
         f"{instance.path}"
     ]
 
-    def said(first: int, last: int) -> str:
+    def decode(first: int, last: int) -> str:
         tokens = instance.tokens[first:last].tolist()
         return str(tokens) if words is None else repr(words.decode(tokens, False))
 
     if not documents:
-        return "\n".join([*lines, f"  {said(0, size)}"])
+        return "\n".join([*lines, f"  {decode(0, size)}"])
     for document in documents:
         first = max(document.start - instance.start, 0)
         last = min(document.end - instance.start, size)
         place = f"{document.source}:{document.line}"
         origin = f" of {document.origin}" if document.origin else ""
-        lines += [f"  {document.id} ({place}{origin})", f"    {said(first, last)}"]
+        lines += [f"  {document.id} ({place}{origin})", f"    {decode(first, last)}"]
     return "\n".join(lines)
 
 
@@ -107,24 +107,24 @@ def seen(
     sha256: str | None = None,
     world_size: int | None = None,
 ) -> None:
-    """Tell every step and batch position at which a run of ours trained on a document.
+    """Print every step and batch position at which a run of ours was trained on a document.
 
-    A document by its --id, by a fragment of its --text, or all of a source file, by its --url or
-    its --sha256.
+    Give a document's --id or a part of its --text, or for all documents of a source file its --url
+    or its --sha256.
     """
-    opened = TrainedRun(run, world_size=world_size)
+    trained = TrainedRun(run, world_size=world_size)
     wanted = {"id": id, "url": url, "text": text, "sha256": sha256}
     if sum(value is not None for value in wanted.values()) != 1:
         raise ValueError("expected one of --id, --url, --text, --sha256")
     count = 0
-    for document, times in find_sightings(opened, **wanted):
+    for document, times in find_sightings(trained, **wanted):
         count += 1
         print(f"{document.id} ({document.source}:{document.line})")
         for step, position, index in times:
-            rank = position % opened.world_size(step)
+            rank = position % trained.world_size(step)
             print(f"  step {step}, position {position} (rank {rank}), instance {index}")
         if not times:
-            print("  not seen: the run ended before, or it is in the tail that fills no instance")
+            print("  not seen: the run ended before, or it is in a file's incomplete last instance")
     if not count:
         what = " ".join(f"{name} {value!r}" for name, value in wanted.items() if value is not None)
         raise ValueError(f"no document of {run}'s data has the {what}")
@@ -137,10 +137,10 @@ def find_sightings(
     text: str | None = None,
     sha256: str | None = None,
 ) -> Iterator[tuple[Document, list[tuple[int, int, int]]]]:
-    """Each such document of a run's data, with (step, position, instance) of each time."""
-    known = find_token_shards(current_store())
+    """Each such document of a run's data, with (step, position, instance) of each use."""
+    shards = find_token_shards(current_store())
     for number, path in enumerate(run.dataset.paths):
-        shard = known.get(object_digest(path))
+        shard = shards.get(object_digest(path))
         if shard is None:
             raise ValueError(
                 f"{path} is not known to the store {current_store().root}: documents can be looked "
@@ -150,13 +150,13 @@ def find_sightings(
         for document in select_documents(shard, id, url, text, sha256):
             rows = np.arange(document.start // run.length, (document.end - 1) // run.length + 1)
             instances = first + rows[rows < end - first]
-            yield document, list(run.when(instances))
+            yield document, list(run.find_instances(instances))
 
 
 def select_documents(
     shard: TokenShard, id: str | None, url: str | None, text: str | None, sha256: str | None
 ) -> list[Document]:
-    """The documents of a shard that are asked for."""
+    """The documents of a shard that match."""
     if url is not None and shard.origin != url:
         return []
     if sha256 is not None and sha256 not in shard.sources:

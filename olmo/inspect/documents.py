@@ -1,4 +1,4 @@
-"""From tokens back to documents, and from documents to tokens: by the store's records."""
+"""Finds the documents of token files, and their tokens, through the store's records."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Document:
 
     id: str
     source: str  # its file's name
-    line: int  # in there, from 1
-    origin: str | None  # url of that file, where it came over the net
+    line: int  # in that file, from 1
+    origin: str | None  # URL of that file, if it was downloaded
     shard: str  # sha256 of the token file
-    start: int  # its tokens in there, the end-of-text token included
-    end: int
+    start: int  # its first token in there
+    end: int  # one past its last, the end-of-text token
 
 
 class TokenShard:
-    """A token file that the pipeline made, with what it was made from."""
+    """A token file that the pipeline made, with the records of what it was made from."""
 
     def __init__(self, store: Store, record: Record, made_by: dict[str, list[Record]]) -> None:
         self.store, self.record = store, record
@@ -37,31 +37,31 @@ class TokenShard:
         self._made_by = made_by
 
     @cached_property
-    def _way(self) -> list[Record]:
-        """The actions that the documents themselves came through, from the tokens back.
+    def _ancestry(self) -> list[Record]:
+        """The records of the stages that the documents passed through, from the tokens back.
 
-        Not those that only had a say: the tokenizer's, or attributes', which know all files.
+        Not those of other inputs, as the tokenizer or attributes, which come from all files.
         """
-        way, seen = [self.record], {self.record["key"]}
-        for record in way:  # which grows
+        ancestry, seen = [self.record], {self.record["key"]}
+        for record in ancestry:  # grows in the loop
             inputs = record["action"]["inputs"]
             for digest in (inputs[name] for name in ("documents", "source") if name in inputs):
                 new = [r for r in self._made_by.get(digest, []) if r["key"] not in seen]
                 seen |= {r["key"] for r in new}
-                way += new
-        return way
+                ancestry += new
+        return ancestry
 
     @property
     def origin(self) -> str | None:
-        urls = [r["action"]["params"].get("url") for r in self._way]
+        urls = [r["action"]["params"].get("url") for r in self._ancestry]
         return next((url for url in urls if url), None)
 
     @property
     def sources(self) -> set[str]:
-        """Digests of the source files behind it."""
+        """Digests of its source files."""
         return {
             file["sha256"]
-            for record in self._way
+            for record in self._ancestry
             for name, file in record["outputs"].items()
             if name == "source"
         }
@@ -72,14 +72,14 @@ class TokenShard:
 
     @property
     def heldout(self) -> set[str]:
-        """Digests of the documents that were held out where these were kept."""
+        """Digests of the documents that were held out from the same source files."""
         outputs = [
-            r["outputs"]["heldout"]["sha256"] for r in self._way if "heldout" in r["outputs"]
+            r["outputs"]["heldout"]["sha256"] for r in self._ancestry if "heldout" in r["outputs"]
         ]
         return set(outputs)
 
     def documents(self, start: int = 0, end: int | None = None) -> list[Document]:
-        """Those with a token in [start, end), in order."""
+        """The documents with a token in [start, end), in order."""
         import polars
 
         table = self._rows().filter(polars.col("end") > start)
@@ -92,19 +92,19 @@ class TokenShard:
         ]
 
     def texts(self) -> Iterator[str]:
-        """What stands in the documents, or is said in the conversations, in `documents`' order."""
+        """The texts of the documents or conversations, in the order of `documents()`."""
         import polars
 
         table = polars.read_parquet(self._object("index"))
-        kept = table["start"] < table["end"]
+        has_tokens = table["start"] < table["end"]
         documents = self.store.object_path(self.record["action"]["inputs"]["documents"])
         with gz.reading(documents) as lines:
-            for line, here in zip(lines, kept, strict=True):
-                if here:
+            for line, is_kept in zip(lines, has_tokens, strict=True):
+                if is_kept:
                     yield document_text(json.loads(line, parse_int=float))  # some are too long
 
     def _rows(self) -> Any:
-        """The table of the documents that have tokens; a conversation may have been left out."""
+        """The table of the documents that have tokens; conversations may have none."""
         import polars
 
         table = polars.scan_parquet(self._object("index"))
@@ -122,7 +122,7 @@ class TokenShard:
 
 
 def document_text(line: dict[str, Any]) -> str:
-    """What stands in a document, or is said in a conversation."""
+    """The text of a document, or of all messages of a conversation."""
     if "messages" in line:
         return "\n".join(message["content"] for message in line["messages"])
     text: str = line["text"]
@@ -130,12 +130,12 @@ def document_text(line: dict[str, Any]) -> str:
 
 
 def object_digest(path: str | Path) -> str:
-    """The name of a file, here or at a URL; of an object of the store that is its digest."""
+    """The last part of a path or URL; for an object of the store that is its digest."""
     return Path(path).name
 
 
 def find_token_shards(store: Store) -> dict[str, TokenShard]:
-    """Every token file that the pipeline made from documents, by its sha256."""
+    """All token files that the pipeline made from documents, by sha256."""
     made_by = records_by_content(store)
     return {
         record["outputs"]["tokens"]["sha256"]: TokenShard(store, record, made_by)

@@ -1,4 +1,4 @@
-"""`olmo generate`: a checkpoint goes on with a prompt, word by word."""
+"""`olmo generate`: a checkpoint continues a prompt, printed token by token."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ from olmo.runtime.log import log
 from olmo.store.stage import current_store
 from olmo.tokenizer import Tokenizer, hub_name
 
-CHECKPOINT_FILES = (
-    "model.safetensors",
-    "model.pt",
-    "model_and_optim",
-)  # what a checkpoint folder has
+# One of these is in every checkpoint folder.
+CHECKPOINT_FILES = ("model.safetensors", "model.pt", "model_and_optim")
 
 
 def generate_text(
@@ -33,14 +30,14 @@ def generate_text(
     system: str | None = None,
     tokenizer: str | None = None,
 ) -> None:
-    """Continue a prompt (- reads it from stdin), and write what comes as it comes.
+    """Continue a prompt (- reads it from stdin), and print the text as it is generated.
 
     CHECKPOINT is the name of a run, a checkpoint's folder, or a URL of one, AI2's too. With
-    --temperature 0 it takes the likeliest token each time, else it samples, from the likeliest
-    --top-k, or from the likeliest that together reach the probability --top-p; the same --seed
-    gives the same text. --chat asks as an instruction run was asked, after a --system message;
-    such a run is, unless --no-chat. --tokenizer is a tokenizer.json or a name on the hub, where the
-    checkpoint does not lead to it. --tokens are by default 256, or what is left of the context.
+    --temperature 0 it takes the likeliest token, else it samples: from the likeliest --top-k, or
+    from the likeliest that together reach the probability --top-p. The same --seed gives the same
+    text. --chat formats the prompt, after a --system message, as in instruction tuning; it is the
+    default for such a run, unless --no-chat. --tokenizer is a tokenizer.json or a name on the hub,
+    if the checkpoint does not name one. --tokens is 256 by default, or the rest of the context.
     """
     import torch
 
@@ -48,7 +45,7 @@ def generate_text(
     from olmo.model.linear import use_column_major_weights
 
     if temperature == 0 and not (top_k is top_p is seed is None):
-        raise ValueError("--top-k, --top-p and --seed are for sampling: give a --temperature")
+        raise ValueError("--top-k, --top-p and --seed need sampling: give a --temperature")
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"expected a --seed of 64 bits, found {seed}")
     place = find_checkpoint(checkpoint)
@@ -61,7 +58,7 @@ def generate_text(
     text = sys.stdin.read() if prompt == "-" else prompt
     try:
         (text + (system or "")).encode()
-    except UnicodeEncodeError as error:  # a terminal's bytes that are none
+    except UnicodeEncodeError as error:  # the terminal sent other bytes
         raise ValueError(
             f"expected --prompt and --system in UTF-8, found {error.object!r}"
         ) from None
@@ -70,7 +67,7 @@ def generate_text(
         tokens = min(256, max(run.length - len(ids), 1))
     if len(ids) + tokens > run.length:
         log.warning(
-            f"{len(ids)} tokens and {tokens} more are longer than the {run.length} that the model "
+            f"{len(ids)} tokens of prompt and {tokens} more exceed the {run.length} that the model "
             "was trained on"
         )
     generator = None
@@ -92,10 +89,9 @@ def generate_text(
 
 
 def find_checkpoint(checkpoint: str) -> str:
-    """The folder or URL of a checkpoint: its own, or of a run the final or the newest one.
+    """The folder or URL of a checkpoint; of a run the final or else the newest one.
 
-    Raises:
-        ValueError: there is none.
+    Raises ValueError if there is none.
     """
     from olmo.checkpoint.read import find_newest
 
@@ -116,8 +112,7 @@ def find_checkpoint(checkpoint: str) -> str:
 def load_checkpoint_tokenizer(place: str, run: TrainedRun, given: str | None) -> Tokenizer:
     """The tokenizer that a checkpoint was trained with.
 
-    Raises:
-        ValueError: it cannot be had, or is another model's.
+    Raises ValueError if it is not available, or is another model's.
     """
     model = run.cfg.model
     ends = {"eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id}
@@ -133,7 +128,7 @@ def load_checkpoint_tokenizer(place: str, run: TrainedRun, given: str | None) ->
             found = Tokenizer.from_train_config(run.cfg)
     except Exception as error:  # the libraries raise no narrower class
         raise ValueError(
-            f"the tokenizer of {place} cannot be had ({error}); give --tokenizer FILE"
+            f"the tokenizer of {place} is not available ({error}); give --tokenizer FILE"
         ) from error
     rows = model.embedding_size or model.vocab_size
     if found.vocab_size > rows:
@@ -147,21 +142,21 @@ def load_checkpoint_tokenizer(place: str, run: TrainedRun, given: str | None) ->
 def encode_prompt(
     text: str, tokenizer: Tokenizer, chat: bool = False, system: str | None = None
 ) -> list[int]:
-    """The ids that the model goes on from.
+    """The ids of a prompt, which the model continues.
 
-    With `chat` as `olmo.corpus.instructions` makes a conversation, up to where the assistant
-    speaks. A text without a token begins where a document does, after the end of another.
+    `chat` formats it as `olmo.corpus.instructions` formats a conversation, up to the assistant's
+    answer. An empty text is one end-of-text token, as at the start of a document.
     """
     if chat:
-        said = [] if system is None else [("system", system)]
-        said.append(("user", text))
-        parts = [f"<|{role}|>\n{content.strip()}\n" for role, content in said]
+        messages = [] if system is None else [("system", system)]
+        messages.append(("user", text))
+        parts = [f"<|{role}|>\n{content.strip()}\n" for role, content in messages]
         text = "".join([tokenizer.eos_token, *parts, "<|assistant|>\n"])
     return tokenizer.encode(text, add_special_tokens=False) or [tokenizer.eos_token_id]
 
 
 def generate_ids(model: Any, ids: list[int], **options: Any) -> Iterator[int]:
-    """The ids that come after `ids`, one by one, up to the end of the text."""
+    """Generate the ids after `ids`, one by one, up to the end-of-text token."""
     import torch
 
     from olmo.model.generate import generate_steps
@@ -174,18 +169,18 @@ def generate_ids(model: Any, ids: list[int], **options: Any) -> Iterator[int]:
 
 
 def stream_text(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """The text of some ids, each piece as soon as its last character is whole.
+    """Decode ids to pieces of text, each as soon as its last character is complete.
 
-    A character may take several ids, and what an id says may depend on the one before it: what
-    was last said is decoded along.
+    A character may take several ids, and the text of an id may depend on the id before it: so the
+    ids of the last piece are decoded again with the new ones.
     """
     before: list[int] = []
-    held: list[int] = []
+    pending: list[int] = []
     for id in ids:
-        held.append(id)
-        said = decode(before + held)
-        if not said.endswith("\ufffd"):
-            yield said[len(decode(before)) :]
-            before, held = held, []
-    if held:
-        yield decode(before + held)[len(decode(before)) :]
+        pending.append(id)
+        text = decode(before + pending)
+        if not text.endswith("\ufffd"):
+            yield text[len(decode(before)) :]
+            before, pending = pending, []
+    if pending:
+        yield decode(before + pending)[len(decode(before)) :]

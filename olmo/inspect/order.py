@@ -1,4 +1,4 @@
-"""Which instances a run saw at a step, from a config, an order and a place in it."""
+"""Which instances a run was trained on at a step, from a config, an order and a position in it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ ReadSlice = Callable[
 
 
 class SeenInstances:
-    """The instances of a run in the order in which it saw them, while its config stayed the same.
+    """The instances of a run in training order, while its config stayed the same.
 
     Args:
-        cfg: the run's config; the order read is that of its `epoch`.
-        n: how many instances its data holds.
-        stored: how many numbers its order file holds: n, or what OLMo wrote, n fitted to the
-            world size.
-        read: reads a part of that file.
-        world_size: of the run; it decides how an epoch ends (`order.total_size`), and who saw what.
-        after: the step after which it began, or went on, with this config.
-        epoch: that in which it did, counted from the config's.
-        examples: how many instances of that epoch were behind it.
+        cfg: the run's config; `read` reads the order of its `epoch`.
+        n: instances in its data.
+        stored: numbers in its order file: n, or in OLMo's files n fitted to the world size.
+        read: reads a slice of that file.
+        world_size: decides where an epoch ends (`order.total_size`), and which rank reads what.
+        after: the step after which the run began, or continued, with this config.
+        epoch: the epoch of that step, counted from the config's.
+        examples: instances of that epoch that were trained before.
     """
 
     def __init__(
@@ -51,77 +50,76 @@ class SeenInstances:
         drop_last = cfg.data.drop_last
         if stored != n and stored not in {total_size(n, w, drop_last) for w in worlds}:
             raise ValueError(
-                f"expected an order of {n} instances, or that fitted to a number of processes that "
+                f"expected an order of {n} instances, or one fitted to a number of processes that "
                 f"divides global_train_batch_size={self.batch_size}, found {stored}: it belongs to "
-                "other data, or another max_sequence_length"
+                "other data, or to another max_sequence_length"
             )
-        # What OLMo wrote is fitted to its world size, which nobody may know any more.
-        self.fitted = stored != n
-        total = stored if self.fitted else total_size(n, world_size, drop_last)
+        # OLMo's order files are fitted to the run's world size, which may not be known.
+        self.is_fitted = stored != n
+        total = stored if self.is_fitted else total_size(n, world_size, drop_last)
         self.steps_per_epoch = total // self.batch_size
         self.after, self._epoch, self._examples = after, epoch, examples
         self._first_steps = max(total - examples, 0) // self.batch_size  # of that epoch
 
     def instances(self, step: int, rank: int | None = None) -> np.ndarray:
-        """The instances of step 1, 2, …; (G,), or (G / W,) of one rank.
+        """The instances of a step, counted from 1: (G,), or (G / W,) of one rank.
 
-        Raises:
-            ValueError: there is no such step or rank.
+        Raises ValueError if there is no such step or rank.
         """
         if step <= self.after:
             raise ValueError(f"expected a step from {self.after + 1} on, found {step}")
-        epoch, start = self.place(step)
-        found = self._part(epoch, start, start + self.batch_size)
+        epoch, start = self.locate(step)
+        batch = self._slice(epoch, start, start + self.batch_size)
         if rank is None:
-            return found
+            return batch
         if not 0 <= rank < self.world_size:
             raise ValueError(f"expected a rank from 0 to {self.world_size - 1}, found {rank}")
-        return found[rank :: self.world_size]
+        return batch[rank :: self.world_size]
 
-    def place(self, step: int) -> tuple[int, int]:
-        """The epoch of a step, counted from the config's, and its first place in that order."""
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, counted from the config's, and where its batch begins in there."""
         number = step - 1 - self.after
         if number < self._first_steps:
             return self._epoch, self._examples + number * self.batch_size
         later, number = divmod(number - self._first_steps, self.steps_per_epoch)
         return self._epoch + 1 + later, number * self.batch_size
 
-    def when(self, instances: np.ndarray, last_step: int) -> Iterator[tuple[int, int, int]]:
-        """(step, position in its batch, instance) of each time one of these was seen, in order."""
+    def find(self, instances: np.ndarray, last_step: int) -> Iterator[tuple[int, int, int]]:
+        """(step, position in its batch, instance) of each use of one of these, in order."""
         step = self.after + 1
         while step <= last_step:
-            epoch, start = self.place(step)
-            first = epoch == self._epoch
-            left = self._first_steps - (step - 1 - self.after) if first else self.steps_per_epoch
+            epoch, start = self.locate(step)
+            is_first = epoch == self._epoch
+            left = self._first_steps - (step - 1 - self.after) if is_first else self.steps_per_epoch
             steps = min(left, last_step + 1 - step)
-            order = self._part(epoch, start, start + steps * self.batch_size)
-            for place in np.flatnonzero(np.isin(order, instances)).tolist():
-                more, position = divmod(place, self.batch_size)
-                yield step + more, position, int(order[place])
+            order = self._slice(epoch, start, start + steps * self.batch_size)
+            for index in np.flatnonzero(np.isin(order, instances)).tolist():
+                offset, position = divmod(index, self.batch_size)
+                yield step + offset, position, int(order[index])
             step += steps
 
-    def _part(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        if epoch == 0 and (self.fitted or stop <= self.n):
+    def _slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        if epoch == 0 and (self.is_fitted or stop <= self.n):
             return self.read(start, stop)
-        if self.fitted and self.steps_per_epoch != self._steps_of_world_size():
+        if self.is_fitted and self.steps_per_epoch != self._steps_of_world_size():
             raise ValueError(
-                f"a step of epoch {epoch + 1} depends on the run's world size, and "
-                f"{self.world_size} is not it: its order has another length; give --world-size"
+                f"a step of epoch {epoch + 1} depends on the run's world size, and the length of "
+                f"its order does not fit {self.world_size} processes; give --world-size"
             )
         seed = self.cfg.data_seed
-        whole = (
+        order = (
             self.read(0, self.n)
             if epoch == 0
             else global_indices(self.n, seed, epoch + (self.cfg.epoch or 0))
         )
-        return fit_to_world_size(whole, self.world_size, self.cfg.data.drop_last)[start:stop]
+        return fit_to_world_size(order, self.world_size, self.cfg.data.drop_last)[start:stop]
 
     def _steps_of_world_size(self) -> int:
         return total_size(self.n, self.world_size, self.cfg.data.drop_last) // self.batch_size
 
 
 def parse_steps(text: str) -> range:
-    """Steps as a user writes them: "5", or "5..9" with both ends.
+    """Parse steps as a user writes them: "5", or "5..9" with both ends.
 
     >>> list(steps_of("5..7")), list(steps_of("3"))
     ([5, 6, 7], [3])
@@ -130,5 +128,6 @@ def parse_steps(text: str) -> range:
     if not (first.isdecimal() and (last or first).isdecimal()):
         raise ValueError(f"expected steps as 5 or 5..9, found {text!r}")
     if not (steps := range(int(first), int(last or first) + 1)):
-        raise ValueError(f"expected steps from the earlier to the later, as 5..9, found {text!r}")
+        raise ValueError(f"expected the earlier step first, as 5..9, found {text!r}")
+
     return steps

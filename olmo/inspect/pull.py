@@ -1,4 +1,4 @@
-"""`olmo store pull`, and what of a run's data its steps need: a laptop takes that, not the rest."""
+"""`olmo store pull`, and the part of a run's data that some steps need: it fits on a laptop."""
 
 from __future__ import annotations
 
@@ -24,31 +24,30 @@ from olmo.store.store import Store
 def pull(
     source: str, patterns: list[str], /, inputs: bool = False, steps: str | None = None
 ) -> None:
-    """Take what PATTERNS name, or all names there, from a second store: also by http(s).
+    """Copy what PATTERNS name, or all names, from a second store, also by http(s).
 
-    Each object is hashed as it arrives. With --inputs also the contents that they were made from,
-    so that snakemake finds everything done. With --steps 5..9, of a final checkpoint's data the
-    token shards that hold what these steps saw.
+    Each object is hashed as it arrives. With --inputs also the objects that they were made from, so
+    that snakemake has nothing to do. With --steps 5..9 also the token shards that these steps of a
+    final checkpoint's run were trained on.
     """
-    there = Remote(source)
-    pulled, moved = second.pull_names(current_store(), there, patterns, inputs)
-    print(f"{source}: {len(pulled):,} names; {moved}")
+    remote = Remote(source)
+    pulled, stats = second.pull_names(current_store(), remote, patterns, inputs)
+    print(f"{source}: {len(pulled):,} names; {stats}")
     if steps is None:
         return
     for final in [Path(name) for name in pulled if Path(name, "config.yaml").exists()]:
-        moved = pull_shards(current_store(), there, final, parse_steps(steps))
-        print(f"steps {steps} of {final}: {moved}")
+        stats = pull_shards(current_store(), remote, final, parse_steps(steps))
+        print(f"steps {steps} of {final}: {stats}")
 
 
 def pull_shards(store: Store, remote: Remote, final: Path, steps: Iterable[int]) -> TransferStats:
-    """Bring the order of a run, and the shards of tokens and labels that these steps saw.
+    """Copy the order of a run, and the token and label shards that some steps were trained on.
 
     Args:
-        final: the run's final checkpoint, which is here.
-        steps: from 1 on.
+        final: the run's final checkpoint, in the local store.
+        steps: counted from 1.
 
-    Raises:
-        ValueError: `final` is no checkpoint of the pipeline's; a step that the run has not.
+    Raises ValueError if `final` is not the pipeline's, or the run has no such step.
     """
     record = record_of(store, final)
     cfg = TrainConfig.load(final / "config.yaml", foreign=True)
@@ -56,25 +55,26 @@ def pull_shards(store: Store, remote: Remote, final: Path, steps: Iterable[int])
     if wrong := [step for step in steps if not 1 <= step <= last]:
         raise ValueError(f"{final}: expected steps from 1 to {last}, found {wrong[0]}")
     sizes = {f["sha256"]: f["size"] for _, r in ancestors(store, record) for f in output_files(r)}
-    given = record["action"]["inputs"]
-    of_order: str = given.get("order", "")
-    of_tokens: list[str] = given.get("tokens", [])
-    of_labels: list[str] = given.get("labels", [])  # one for each, where there are any
-    if not of_tokens or any(digest not in sizes for digest in (of_order, *of_tokens, *of_labels)):
+    inputs = record["action"]["inputs"]
+    order: str = inputs.get("order", "")
+    tokens: list[str] = inputs.get("tokens", [])
+    labels: list[str] = inputs.get("labels", [])  # none, or one for each of `tokens`
+    if not tokens or any(digest not in sizes for digest in (order, *tokens, *labels)):
         raise ValueError(
-            f"{final}: expected the records of its order and its tokens, found some missing; pull "
-            "it again from a store that was pushed to by who trained it"
+            f"{final}: expected the records of its order and its tokens, found some missing; push "
+            "it again from the store that trained it, and pull again"
         )
     with store.temp_folder() as folder:
-        moved = second.fetch_objects(store, remote, {of_order: sizes[of_order]}, folder)
+        stats = second.fetch_objects(store, remote, {order: sizes[order]}, folder)
         width = np.dtype(cfg.data.effective_memmap_dtype).itemsize * cfg.model.max_sequence_length
-        ends = list(accumulate(sizes[digest] // width for digest in of_tokens))
-        place = str(store.object_path(of_order))
-        origin = OrderSource(cfg, ends[-1], place, given=True, fixed=True)
-        found = history.build_step_ranges(history.collect_segments(store, record), origin)
-        batches = [history.find_step_range(step, found).seen.instances(step) for step in steps]
-        instances = np.concatenate(batches)
-        which = set(np.searchsorted(ends, instances, side="right").tolist())
-        needed = {digests[i] for digests in (of_tokens, of_labels) if digests for i in which}
+        ends = list(accumulate(sizes[digest] // width for digest in tokens))
+        path = str(store.object_path(order))
+        origin = OrderSource(cfg, ends[-1], path, is_given=True, is_fixed=True)
+        ranges = history.build_step_ranges(history.collect_segments(store, record), origin)
+        batches = [history.find_step_range(step, ranges).seen.instances(step) for step in steps]
+        files = np.searchsorted(ends, np.concatenate(batches), side="right")
+        needed = {
+            digests[i] for digests in (tokens, labels) if digests for i in set(files.tolist())
+        }
         wanted = {digest: sizes[digest] for digest in sorted(needed)}
-        return moved + second.fetch_objects(store, remote, wanted, folder)
+        return stats + second.fetch_objects(store, remote, wanted, folder)

@@ -1,4 +1,4 @@
-"""Run some steps of a finished run again and compare: is the record what the data and code give?"""
+"""Trains some steps of a finished run again, and checks that data and code give its record."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LOSS, NORM = "train/CrossEntropyLoss", "optim/total_grad_norm"
 
 
 def replay(checkpoint: str, /, steps: str) -> None:
-    """Train STEPS (as 5..9) of a finished run again, and compare with what its record says.
+    """Train STEPS (as 5..9) of a finished run again, and compare them with its record.
 
-    CHECKPOINT is a run's name or its final folder. Begins at the last of the run's own checkpoints
-    before these steps, or at its start, with as many processes as each step had. Where the machine
-    is of the same kind the losses, the gradients' norms and, at the end of the run, the weights are
-    equal to the bit; elsewhere the gap is told. A step that differs where none should is an error,
-    and named.
+    CHECKPOINT is a run's name or its final folder. Training starts at the run's last checkpoint
+    before these steps, or at its start, with the number of processes that each step had. On a
+    machine of the same kind the losses, the gradient norms and, at the end of the run, the weights
+    are equal to the bit, and the first step that differs is an error. Elsewhere the largest
+    difference is reported.
     """
     from olmo.train.segments import (  # which imports torch
         merge_equal,
@@ -33,57 +33,32 @@ def replay(checkpoint: str, /, steps: str) -> None:
         training_conditions,
     )
 
-    run, asked = TrainedRun(checkpoint), parse_steps(steps)
+    run, chosen = TrainedRun(checkpoint), parse_steps(steps)
     last_step = run.steps
     if last_step is None:
         raise ValueError(f"{checkpoint}: expected a final checkpoint with its record.json")
-    if not (asked[0] >= 1 and asked[-1] <= last_step):
+    if not (chosen[0] >= 1 and chosen[-1] <= last_step):
         raise ValueError(f"expected steps from 1 to {last_step}, found {steps}")
     recorded = read_step_metrics(Path(run.folder, "metrics.jsonl"))
-    start, begin = find_start_checkpoint(Path(run.folder).parent / "run", asked[0])
-    resumed: dict[str, Any] = {}  # else from its start: no weights, or those that it was given
-    if begin is not None:
-        resumed = {"load_path": str(begin)}
-        resumed |= {"reset_trainer_state": False, "reset_optimizer_state": False}
+    start, start_folder = find_start_checkpoint(Path(run.folder).parent / "run", chosen[0])
+    parts = merge_equal(run.segments, start, chosen[-1])
     with tempfile.TemporaryDirectory() as folder:
-        if begin is None and run.record and (given := run.record["action"]["inputs"].get("start")):
-            resumed = {"load_path": str(link_initial_checkpoint(given, Path(folder, "start")))}
-        place = run.cfg.update_with(
-            save_folder=folder,
-            save_overwrite=True,
-            evaluators=[],
-            eval_interval=last_step + 1,
-            save_interval=None,
-            save_interval_unsharded=last_step + 1,
-            no_pre_train_checkpoint=True,
-            wandb=None,
-            **resumed,
-        )
-        log.info(f"steps {start + 1} to {asked[-1]}, from {begin or 'the start'}")
-        pieces = merge_equal(run.segments, start, asked[-1])
-        ends = [*(piece["after"] for piece in pieces[1:]), asked[-1]]
-        for piece, end in zip(pieces, ends, strict=True):
-            goes_on = piece["after"] > start  # with what the piece before it has saved
-            alike = place.update_with(stop_at=end, try_load_latest_save=goes_on)
-            alike.save(Path(folder, "given.yaml"))
-            processes = piece["processes"]
-            log.info(f"steps {piece['after'] + 1} to {end}: processes as then, {processes}")
-            launch(Path(folder, "given.yaml"), Geometry(processes), place.intra_op_threads)
+        log.info(f"steps {start + 1} to {chosen[-1]}, from {start_folder or 'the start'}")
+        train_again(run, start, start_folder, parts, chosen[-1], Path(folder))
         again = read_step_metrics(Path(folder, "metrics.jsonl"))
-        weights = max_weight_difference(run, Path(folder)) if asked[-1] == last_step else None
-
-        here, there = training_conditions(segments(Path(folder))), training_conditions(pieces)
+        weights = max_weight_difference(run, Path(folder)) if chosen[-1] == last_step else None
+        here, there = training_conditions(segments(Path(folder))), training_conditions(parts)
 
     differing = [
-        step for step in asked if any(recorded[step][n] != again[step][n] for n in (LOSS, NORM))
+        step for step in chosen if any(recorded[step][n] != again[step][n] for n in (LOSS, NORM))
     ]
-    for step in asked:
+    for step in chosen:
         mark = "  differs" if step in differing else ""
         log.info(f"step {step}: loss {recorded[step][LOSS]!r}, again {again[step][LOSS]!r}{mark}")
     if weights is not None:
         log.info(f"weights: largest difference {weights:g}")
     if not differing and not weights:
-        log.info(f"{len(asked)} steps, equal to the bit")
+        log.info(f"{len(chosen)} steps, equal to the bit")
         return
     what = f"step {differing[0]}" if differing else "the weights"
     gap = max((abs(recorded[s][LOSS] - again[s][LOSS]) for s in differing), default=0.0)
@@ -93,13 +68,53 @@ def replay(checkpoint: str, /, steps: str) -> None:
         return
     raise ValueError(
         f"the first difference is {what} (losses differ by up to {gap:.3g}) under the run's own "
-        "conditions: its data, its code or its record was changed since. `olmo store verify` looks "
-        "at the data"
+        "conditions: its data, its code or its record changed since. `olmo store verify` checks "
+        "the data"
     )
 
 
+def train_again(
+    run: TrainedRun,
+    start: int,
+    start_folder: Path | None,
+    parts: list[dict[str, Any]],
+    last: int,
+    folder: Path,
+) -> None:
+    """Train the steps `start` + 1 to `last` of a run in `folder`, from one of its checkpoints.
+
+    `parts` are its segments of these steps; each has its own number of processes.
+    """
+    initial: dict[str, Any] = {}  # by default the run's start, without a checkpoint
+    if start_folder is not None:
+        initial = {"load_path": str(start_folder)}
+        initial |= {"reset_trainer_state": False, "reset_optimizer_state": False}
+    elif run.record and (digests := run.record["action"]["inputs"].get("start")):
+        initial = {"load_path": str(link_initial_checkpoint(digests, folder / "start"))}
+    never = (run.steps or 0) + 1
+    cfg = run.cfg.update_with(
+        save_folder=str(folder),
+        save_overwrite=True,
+        evaluators=[],
+        eval_interval=never,
+        save_interval=None,
+        save_interval_unsharded=never,
+        no_pre_train_checkpoint=True,
+        wandb=None,
+        **initial,
+    )
+    ends = [*(part["after"] for part in parts[1:]), last]
+    for part, end in zip(parts, ends, strict=True):
+        resumes = part["after"] > start  # from the checkpoint that the previous part saved
+        part_cfg = cfg.update_with(stop_at=end, try_load_latest_save=resumes)
+        part_cfg.save(folder / "given.yaml")
+        processes = part["processes"]
+        log.info(f"steps {part['after'] + 1} to {end}: world size {processes}, as in the run")
+        launch(folder / "given.yaml", Geometry(processes), cfg.intra_op_threads)
+
+
 def link_initial_checkpoint(digests: list[str], folder: Path) -> Path:
-    """The checkpoint that a run was given to start from, by its files' digests, as a folder."""
+    """Link the files of the checkpoint that a run started from, by digest, into a folder."""
     folder.mkdir()
     for digest, name in zip(digests, STATE, strict=False):
         if not (file := current_store().object_path(digest)).exists():
@@ -112,12 +127,12 @@ def link_initial_checkpoint(digests: list[str], folder: Path) -> Path:
 
 
 def read_step_metrics(path: Path) -> dict[int, dict[str, Any]]:
-    """A training step's row of metrics.jsonl, by its number."""
+    """The rows of metrics.jsonl that have a training loss, by step."""
     return {row["step"]: row for row in read_metrics(path) if LOSS in row}
 
 
 def find_start_checkpoint(folder: Path, first: int) -> tuple[int, Path | None]:
-    """The last checkpoint of a run before step `first`: (its step, its folder), or the start."""
+    """Step and folder of a run's last checkpoint before step `first`; (0, None) without one."""
     for path in reversed(layout.list_checkpoints(folder, unsharded=True)):
         if 0 < (step := layout.parse_step(path) or 0) < first:
             return step, path.resolve()
@@ -125,7 +140,7 @@ def find_start_checkpoint(folder: Path, first: int) -> tuple[int, Path | None]:
 
 
 def max_weight_difference(run: TrainedRun, folder: Path) -> float:
-    """The largest difference between a final checkpoint's weights and those that came out now."""
+    """The largest absolute difference between a final checkpoint's weights and the new ones."""
     import torch
     from safetensors.torch import load_file
 

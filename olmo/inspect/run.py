@@ -1,6 +1,6 @@
-"""A run, opened to be looked into: its config, the order of its data, its token files.
+"""Opens a trained run for inspection: its config, the order of its data, its token files.
 
-Of ours or of OLMo's, from files or by URL; only the bytes that are asked for are read.
+Ours or OLMo's, local or at a URL. Reads only the bytes that a question needs.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ MAX_CONFIG_BYTES = 64 * 2**20  # bytes
 if TYPE_CHECKING:
     from olmo.data.memmap import MemMapDataset
 
-# An order of which nothing is known but its numbers is looked for in so many epochs, if it is not
-# too large for that (0.2 s an epoch).
+# How many epochs `_epoch_of` compares with an order file, and up to how many instances (0.2 s an
+# epoch).
 MAX_EPOCHS, MAX_INSTANCES = 16, 1 << 24
 
 
@@ -53,16 +53,16 @@ class Instance:
 
 
 class TrainedRun:
-    """A run: by its name in config/config.yaml, its folder or config.yaml, or a URL of these.
+    """A run by its name in config/config.yaml, its folder or config.yaml, or a URL of these.
 
     Args:
-        where: see above.
-        order: global_indices.npy, here or by URL, where the config does not lead to it.
-        world_size: of the run, where no record tells it: it says who computed what.
+        where: one of these.
+        order: path or URL of global_indices.npy, if the config does not name it.
+        world_size: the run's, if no record has it; it decides which rank read what.
 
     Raises:
-        ValueError: there is no such run; its order belongs to other data.
-        FileNotFoundError: a token file is not here.
+        ValueError: there is no such run, or its order belongs to other data.
+        FileNotFoundError: a token file is missing.
     """
 
     def __init__(self, where: str, order: str | None = None, world_size: int | None = None) -> None:
@@ -73,21 +73,21 @@ class TrainedRun:
 
     @cached_property
     def record(self) -> Record | None:
-        """What the store knows of a final checkpoint; None for others."""
+        """The store's record of a final checkpoint; None for any other."""
         path = Path(self.folder, "record.json")
         return parse_record(path.read_bytes(), path) if path.exists() else None
 
     @cached_property
-    def home(self) -> Path:
-        """The run's own folder, also of one of its checkpoints; that of a final checkpoint."""
+    def run_folder(self) -> Path:
+        """The run's folder, or a final checkpoint's; of a checkpoint folder the parent."""
         folder = Path(self.folder).resolve()
         return folder.parent if layout.is_checkpoint_name(folder) else folder
 
     @cached_property
     def steps(self) -> int | None:
-        """How many it has trained, where that is known."""
+        """The number of steps trained; None if it is not known."""
         steps: int | None = self.record["facts"].get("steps") if self.record else None
-        metrics = self.home / "metrics.jsonl"
+        metrics = self.run_folder / "metrics.jsonl"
         if steps is None and self.segments and metrics.exists():
             from olmo.train.sinks import read_metrics  # which imports torch
 
@@ -96,16 +96,16 @@ class TrainedRun:
 
     @cached_property
     def segments(self) -> list[dict[str, Any]]:
-        """From which step on it was trained how; [] where nobody wrote that down.
+        """The run's segments (olmo.train.segments): settings by step; [] if none are recorded.
 
-        An order that is given for a run by URL is asked alone, as OLMo's runs have nothing else.
+        For a run by URL with a given order only that is used, since OLMo's runs have no segments.
         """
         from olmo.train.segments import segments  # which imports torch
 
         if self.record:
             return history.collect_segments(current_store(), self.record)
         if not is_url(self.folder):
-            return segments(self.home)
+            return segments(self.run_folder)
         url, _, name = self.folder.rpartition("/")
         place = url if layout.is_checkpoint_name(Path(name)) else self.folder
         if self._order or not downloads.is_http(downloads.to_public_url(place)):
@@ -123,50 +123,54 @@ class TrainedRun:
         places = chain(self.cfg.data.paths or (), *(self.cfg.data.datasets or {}).values())
         if unknown := next((place for place in places if "${" in place), None):
             raise ValueError(
-                f"{self.config_path}: {unknown} depends on the machine, of which a config that "
-                "comes with a checkpoint learns nothing; write the path in its place"
+                f"{self.config_path}: {unknown} depends on this machine's environment, which is "
+                "hidden from a config that comes with a checkpoint; replace it by the path"
             )
         return build_memmap_dataset(self.cfg, self.cfg.data)
 
     @cached_property
-    def stretches(self) -> list[StepRange]:
-        """The same with what their steps saw; [] where nobody wrote that down."""
+    def step_ranges(self) -> list[StepRange]:
+        """The same as objects that derive the instances of their steps."""
         order = self._order or self.cfg.data.order_path
         if self._order and not any("order" in segment for segment in self.segments):
-            log.warning("--order is not needed: the run wrote down what decided its order")
+            log.warning("--order is not needed: the run recorded what decided its order")
         origin = OrderSource(
-            self.cfg, len(self.dataset), order, given=bool(self._order), fixed=bool(self.record)
+            self.cfg,
+            len(self.dataset),
+            order,
+            is_given=bool(self._order),
+            is_fixed=bool(self.record),
         )
         return history.build_step_ranges(self.segments, origin)
 
     @cached_property
-    def by_config(self) -> SeenInstances:
-        """What its steps saw if it was trained from its start with this config and order."""
+    def seen_by_config(self) -> SeenInstances:
+        """The instances of its steps if all of them had this config and order."""
         if self.cfg.load_path and not self.cfg.reset_trainer_state:
             log.warning(
-                f"{self.config_path} goes on from {self.cfg.load_path}: what is told of the steps "
-                "before holds if they had the same batch size, seed and data"
+                f"{self.config_path} continues {self.cfg.load_path}: the instances of the steps "
+                "before are correct only if these had the same batch size, seed and data"
             )
         n, seed, first = len(self.dataset), self.cfg.data_seed, self.cfg.epoch or 0
         place, size = self._order or self.cfg.data.order_path, self._world_size or 1
         if place is not None:
             if (epoch := self._epoch_of(place, n)) not in (None, first):
                 raise ValueError(
-                    f"{place} is the order of epoch {epoch}, which was written over that of epoch "
-                    f"{first}; leave --order out, and it is made from the seed"
+                    f"{place} is the order of epoch {epoch}, which has replaced that of epoch "
+                    f"{first}; omit --order, and the order is made from the seed"
                 )
             return SeenInstances(self.cfg, n, *history.open_order(place), size)
-        beside = str(self.home / "train_data/global_indices.npy")
-        known = is_url(self.folder) or not Path(beside).exists() or n > MAX_INSTANCES
-        if not known and self._epoch_of(beside, n) is None:
+        saved = str(self.run_folder / "train_data/global_indices.npy")
+        is_comparable = not is_url(self.folder) and Path(saved).exists() and n <= MAX_INSTANCES
+        if is_comparable and self._epoch_of(saved, n) is None:
             raise ValueError(
-                f"{beside} is not the order of {n} instances by seed {seed} in any of {MAX_EPOCHS} "
+                f"{saved} is not the order of {n} instances by seed {seed} in any of {MAX_EPOCHS} "
                 "epochs: the config or the data changed since. Give the first epoch's: --order"
             )
         return SeenInstances(self.cfg, n, n, history.derive_order(n, seed, first), size)
 
     def _epoch_of(self, place: str, n: int) -> int | None:
-        """Which epoch's order a file is; None: of none, or too large or too far to look at it."""
+        """The epoch whose order a file holds; None if it is no epoch's, remote or too large."""
         if is_url(place) or not Path(place).exists() or n > MAX_INSTANCES:
             return None
         stored, read = history.open_order(place)
@@ -178,71 +182,69 @@ class TrainedRun:
         return None
 
     @cached_property
-    def recorded(self) -> RecordedBatches:
-        return RecordedBatches(self.home)
+    def recorded_batches(self) -> RecordedBatches:
+        return RecordedBatches(self.run_folder)
 
     def batch(self, step: int) -> tuple[np.ndarray, int]:
-        """The (G,) instances of a step in the order of its batch, and how many processes it had.
+        """The (G,) instances of a step in the order of its batch, and the number of processes.
 
-        Raises:
-            ValueError: there is no such step, or what it saw is not known any more.
+        Raises ValueError if there is no such step, or if its instances are no longer known.
         """
         if step < 1 or (self.steps is not None and step > self.steps):
-            upto = "on" if self.steps is None else f"to {self.steps}"
-            raise ValueError(f"expected a step from 1 {upto}, found {step}")
-        stretch = history.find_step_range(step, self.stretches) if self.segments else None
-        size = self.cfg.global_train_batch_size if stretch is None else stretch.batch_size
-        if stretch is not None and step <= stretch.again_to:
+            end = "on" if self.steps is None else f"to {self.steps}"
+            raise ValueError(f"expected a step from 1 {end}, found {step}")
+        step_range = history.find_step_range(step, self.step_ranges) if self.segments else None
+        size = self.cfg.global_train_batch_size if step_range is None else step_range.batch_size
+        if step_range is not None and step <= step_range.repeated_to:
             log.warning(
-                f"step {step} was trained more than once: the last time is told, which counts"
+                f"step {step} was trained more than once: this is the last time, which counts"
             )
-        if (batch := self.recorded.batch(step, size)) is None:
-            seen = self.by_config if stretch is None else stretch.seen
+        if (batch := self.recorded_batches.batch(step, size)) is None:
+            seen = self.seen_by_config if step_range is None else step_range.seen
             batch = seen.instances(step), seen.world_size
         if self._world_size not in (None, batch[1]):
             raise ValueError(
                 f"--world-size: step {step} was trained by {batch[1]} processes, found "
-                f"{self._world_size}; leave it out"
+                f"{self._world_size}; omit it"
             )
-        if stretch is not None and not self._has_files_of(stretch):
+        if step_range is not None and not self._has_files_of(step_range):
             raise ValueError(
                 f"step {step} was trained on other token files than {self.config_path} names; give "
-                f"the config of a checkpoint of that time: --run {self.home}/step…/config.yaml"
+                f"a config of that time: --run {self.run_folder}/step…/config.yaml"
             )
         return batch
 
     def world_size(self, step: int) -> int:
-        """How many processes trained a step."""
+        """The number of processes that trained a step."""
         if self.segments:
-            return history.find_step_range(step, self.stretches).world_size
-        return self.by_config.world_size
+            return history.find_step_range(step, self.step_ranges).world_size
+        return self.seen_by_config.world_size
 
-    def when(self, instances: np.ndarray) -> Iterator[tuple[int, int, int]]:
-        """(step, position in its batch, instance) of each time one of these was seen, in order."""
+    def find_instances(self, instances: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        """(step, position in its batch, instance) of each use of one of these, in order."""
         if not self.segments:
-            last = self.steps or self.by_config.steps_per_epoch
-            yield from self.by_config.when(instances, last)
+            last = self.steps or self.seen_by_config.steps_per_epoch
+            yield from self.seen_by_config.find(instances, last)
             return
-        ends = [*(stretch.after for stretch in self.stretches[1:]), self.steps]
-        for stretch, end in zip(self.stretches, ends, strict=True):
-            last = end if end is not None else stretch.after + stretch.seen.steps_per_epoch
-            if self._has_files_of(stretch):
-                yield from stretch.seen.when(instances, last)
+        ends = [*(step_range.after for step_range in self.step_ranges[1:]), self.steps]
+        for step_range, end in zip(self.step_ranges, ends, strict=True):
+            last = end if end is not None else step_range.after + step_range.seen.steps_per_epoch
+            if self._has_files_of(step_range):
+                yield from step_range.seen.find(instances, last)
             else:
                 log.warning(
-                    f"steps {stretch.after + 1} to {last} had other token files, not looked at"
+                    f"steps {step_range.after + 1} to {last} had other token files and are skipped"
                 )
 
-    def _has_files_of(self, stretch: StepRange) -> bool:
+    def _has_files_of(self, step_range: StepRange) -> bool:
         from olmo.train.segments import fingerprint  # which imports torch
 
-        return stretch.files in (None, fingerprint(self.dataset))
+        return step_range.files in (None, fingerprint(self.dataset))
 
     def instances(self, step: int, rank: int | None = None) -> Iterator[Instance]:
-        """What a step saw, in the order of its batch; or the share of one rank.
+        """The instances of a step in the order of its batch, of all ranks or of one.
 
-        Raises:
-            ValueError: as `batch`, and where there is no such rank.
+        Raises ValueError as `batch`, and if there is no such rank.
         """
         batch, size = self.batch(step)
         if rank is not None and not 0 <= rank < size:
@@ -251,7 +253,7 @@ class TrainedRun:
         indices = batch[list(positions)]
         rows = self.dataset.batch(indices)["input_ids"].numpy()
         for position, index, tokens in zip(positions, indices.tolist(), rows, strict=True):
-            path, row = self.place(index)
+            path, row = self.locate(index)
             start = row * self.length
             yield Instance(step, position, position % size, index, path, start, tokens)
 
@@ -260,14 +262,14 @@ class TrainedRun:
         """Tokens of an instance."""
         return self.cfg.model.max_sequence_length
 
-    def place(self, index: int) -> tuple[str, int]:
-        """The token file of an instance, and its row in there."""
+    def locate(self, index: int) -> tuple[str, int]:
+        """The token file of an instance, and its row in that file."""
         file = bisect_right([end for _, end in self.dataset.offsets], index)
         return str(self.dataset.paths[file]), index - self.dataset.offsets[file][0]
 
 
 def find_config(where: str) -> str:
-    """The place of a run's config."""
+    """The path or URL of a run's config."""
     if is_url(where):
         return where if where.endswith((".yaml", ".yml")) else f"{where.rstrip('/')}/config.yaml"
     if Path(where).is_file():
@@ -283,7 +285,7 @@ def find_config(where: str) -> str:
 
 
 def load_run_config(place: str) -> TrainConfig:
-    """A run's config, here or by URL; its paths are not looked for yet."""
+    """Load a run's config from a path or URL, without checking the paths in it."""
     if not is_url(place):
         ours = Path(place).resolve().is_relative_to(Path("config").resolve())
         return TrainConfig.load(place, validate_paths=False, foreign=not ours)

@@ -206,7 +206,7 @@ def test_a_checkpoint_with_a_hostile_config(
     assert SECRET not in str(caught.value)
     looked = TrainedRun(str(there))
     assert looked.cfg.remote_save_folder == "${oc.env:SECRET_KEY}"
-    with pytest.raises(ValueError, match=r"oc\.env:SECRET_KEY.*write the path in its place"):
+    with pytest.raises(ValueError, match=r"oc\.env:SECRET_KEY.*replace it by the path"):
         _ = looked.dataset
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []

@@ -122,7 +122,7 @@ def test_epochs_another_batch_size_and_other_numbers_of_processes(
         assert shares == [(p, 1, saw[5][p]) for p in range(1, 12, 2)]
         for instance in (0, 7, 40):
             times = [(s, b.index(instance), instance) for s, b in saw.items() if instance in b]
-            assert list(opened.when(np.array([instance]))) == times
+            assert list(opened.find_instances(np.array([instance]))) == times
 
 
 def test_what_is_trained_twice_counts_the_last_time(
@@ -173,7 +173,7 @@ def test_steps_before_the_other_run_that_goes_on_here(
     saw = written(place / "here")
     assert list(saw) == list(range(5, 11))
     opened = TrainedRun(str(place / "here"))
-    with pytest.raises(ValueError, match=r"step 4 was not trained here: .* after step 4 of .*/run"):
+    with pytest.raises(ValueError, match=r"step 4 was not trained here: .* from step 4 of .*/run"):
         opened.batch(4)
     assert {step: opened.batch(step)[0].tolist() for step in saw} == saw
     monkeypatch.setattr(RecordedBatches, "batch", lambda *_: None)
@@ -208,7 +208,7 @@ def test_an_order_that_was_given_is_that_of_its_epoch(place: Path, monkeypatch: 
     assert train(place, **again) == 0
     assert TrainedRun(str(place / "run")).batch(1)[0].tolist() == saw[1]
     monkeypatch.setattr(RecordedBatches, "batch", lambda *_: None)
-    with pytest.raises(ValueError, match=r"followed the order reversed, .* --order reversed"):
+    with pytest.raises(ValueError, match=r"expected the order reversed of .* --order reversed"):
         TrainedRun(str(place / "run")).batch(1)
     assert TrainedRun(str(place / "run"), str(place / "reversed")).batch(1)[0].tolist() == saw[1]
 
@@ -225,7 +225,7 @@ def test_a_run_that_nobody_wrote_of(place: Path, monkeypatch: Any) -> None:
     for _ in "ab":
         assert {step: TrainedRun(str(folder)).batch(step)[0].tolist() for step in saw} == saw
         monkeypatch.setattr(RecordedBatches, "batch", lambda *_: None)
-    with pytest.raises(ValueError, match=r"global_indices.npy is the order of epoch 1, which was"):
+    with pytest.raises(ValueError, match=r"global_indices.npy is the order of epoch 1, which has"):
         TrainedRun(str(folder), str(folder / "train_data/global_indices.npy")).batch(1)
     cfg = TrainConfig.load(folder / "config.yaml")
     cfg.update_with(seed=8).save(folder / "config.yaml")
@@ -329,8 +329,8 @@ def test_a_replay_has_as_many_processes_as_each_step_had(
     capsys.readouterr()
     replay("r", steps="3..7")
     said = capsys.readouterr().out
-    assert "steps 3 to 4: processes as then, 1" in said
-    assert "steps 5 to 7: processes as then, 2" in said
+    assert "steps 3 to 4: world size 1, as in the run" in said
+    assert "steps 5 to 7: world size 2, as in the run" in said
     assert "5 steps, equal to the bit" in said and "weights: largest difference 0" in said
 
 
@@ -348,7 +348,7 @@ def test_a_chain_is_told_link_by_link() -> None:
     found = collect_segments(store, last)
     assert [(s["after"], s["processes"]) for s in found] == [(0, 1), (2, 2), (4, 4), (6, 8)]
     cfg = TrainConfig(global_train_batch_size=8, data=DataConfig(drop_last=True))
-    told = build_step_ranges(found, OrderSource(cfg, N, None, fixed=True))
+    told = build_step_ranges(found, OrderSource(cfg, N, None, is_fixed=True))
     assert [history.find_step_range(step, told).world_size for step in (2, 3, 5, 9)] == [1, 2, 4, 8]
     ids = [order.global_indices(N, 6198, epoch).tolist() for epoch in range(2)]
     for step in range(1, 10):
@@ -356,10 +356,12 @@ def test_a_chain_is_told_link_by_link() -> None:
         batch = history.find_step_range(step, told).seen.instances(step).tolist()
         assert batch == ids[epoch][place * 8 : place * 8 + 8]
     store = SimpleNamespace(records=lambda: [last])  # the others were removed
-    told = build_step_ranges(collect_segments(store, last), OrderSource(cfg, N, None, fixed=True))
-    with pytest.raises(ValueError, match="step 6 was not trained here: this run goes on after ste"):
+    told = build_step_ranges(
+        collect_segments(store, last), OrderSource(cfg, N, None, is_fixed=True)
+    )
+    with pytest.raises(ValueError, match="step 6 was not trained here: this run continues from"):
         history.find_step_range(6, told)
-    with pytest.raises(ValueError, match="what the steps after 6 saw was not written down"):
+    with pytest.raises(ValueError, match="the instances of the steps after 6 were not recorded"):
         _ = history.find_step_range(7, told).seen
 
 
@@ -368,7 +370,9 @@ def test_steps_whose_segments_were_damaged_are_refused_and_later_ones_told() -> 
     later = {"after": 2, "processes": 1, "instances": N, **settings}
     cfg = TrainConfig(global_train_batch_size=8, data=DataConfig(drop_last=True))
     told = build_step_ranges([{"after": 0, "damaged": True}, later], OrderSource(cfg, N, None))
-    with pytest.raises(ValueError, match=r"segments.jsonl was damaged, so how the steps after 0"):
+    with pytest.raises(
+        ValueError, match=r"segments.jsonl was damaged, so the settings of the steps after 0"
+    ):
         _ = history.find_step_range(2, told).seen
     expected = order.global_indices(N, 6198, 0).tolist()[16:24]
     assert history.find_step_range(3, told).seen.instances(3).tolist() == expected

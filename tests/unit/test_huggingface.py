@@ -156,7 +156,7 @@ def test_the_tokenizer_is_the_one_that_the_store_knows(
     found, known = (json.loads(p.read_text()) for p in (tmp_path / "hf/tokenizer.json", tokenizer))
     assert found["model"]["vocab"] == known["model"]["vocab"]
     store.record_path(record["key"]).unlink()
-    with pytest.raises(ValueError, match=r"cannot be had .*give --tokenizer FILE"):
+    with pytest.raises(ValueError, match=r"is not available .*give --tokenizer FILE"):
         convert(final, tmp_path / "none", kind="hf")
 
 

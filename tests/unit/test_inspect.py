@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_refused():
     assert parse_steps("5..9") == range(5, 10) and parse_steps("4") == range(4, 5)
     with pytest.raises(ValueError, match=r"expected steps as 5 or 5\.\.9"):
         parse_steps("5-9")
-    with pytest.raises(ValueError, match=r"the earlier to the later, as 5\.\.9, found '9\.\.5'"):
+    with pytest.raises(ValueError, match=r"the earlier step first, as 5\.\.9, found '9\.\.5'"):
         parse_steps("9..5")
 
 
@@ -89,7 +89,7 @@ def test_when_is_the_inverse_of_what_a_step_saw():
     steps = {step: seen.instances(step).tolist() for step in range(1, 15)}
     assert seen.steps_per_epoch == 6, "so that these are more than two epochs"
     for instance in range(50):
-        times = list(seen.when(np.array([instance]), last_step=14))
+        times = list(seen.find(np.array([instance]), last_step=14))
         assert times == [
             (step, batch.index(instance), instance)
             for step, batch in steps.items()
