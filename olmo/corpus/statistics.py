@@ -69,13 +69,13 @@ def statistics(
     lengths = indexed.filter(polars.col("reason").is_null()).drop("reason")
     rows = polars.concat([polars.scan_parquet(path) for path in tables])
     lost = left_out.select("file", split=polars.lit(DROPPED), reason="reason")
-    in_all = {"file": polars.lit(ALL)}
-    kept = polars.concat([count_kept(lengths), count_kept(lengths.with_columns(**in_all))])
     dropped = polars.concat([rows.select("file", "split", "reason"), lost])
-    drops = polars.concat([count_drops(dropped), count_drops(dropped.with_columns(**in_all))])
-    parts = [kept, drops]
-    if "removed_bytes" in rows.collect_schema().names():
-        parts += [count_cut(rows), count_cut(rows.with_columns(**in_all))]
+    has_cuts = "removed_bytes" in rows.collect_schema().names()
+    parts = []
+    for change in ({}, {"file": polars.lit(ALL)}):
+        parts += [count_kept(lengths.with_columns(**change))]
+        parts += [count_drops(dropped.with_columns(**change))]
+        parts += [count_cut(rows.with_columns(**change))] if has_cuts else []
     found = polars.concat(parts, how="diagonal").sort(
         polars.col("file") == ALL, "file", "split", "reason", descending=[False, False, True, False]
     )

@@ -1,4 +1,4 @@
-"""Duplicates, paragraphs and overlaps by the real toolkit: what is planted goes, nothing else."""
+"""Duplicates, paragraphs and overlaps by the real toolkit: the planted ones, and no others."""
 
 import gzip
 import json
@@ -64,19 +64,19 @@ def files(tmp_path_factory):
     return {"pairs": made, "heldout": held["documents"], "against": against["documents"]}
 
 
-def tell(files, folder, dolma, **asked):
-    """Runs the stage: its facts, and the attributes of every document by its id."""
+def find(files, folder, dolma, **options):
+    """Run the stage: its facts, and the attributes of every document by its id."""
     facts = attributes.build(
         **{
             "documents": [pair["documents"] for pair in files["pairs"]],
             "tables": [pair["table"] for pair in files["pairs"]],
-            "heldout": [files["heldout"]] if asked.get("exact") else [],
-            "against": [files["against"]] if asked.get("ngram") else [],
+            "heldout": [files["heldout"]] if options.get("exact") else [],
+            "against": [files["against"]] if options.get("ngram") else [],
             "attributes": folder / "attributes",
             "progress": folder / "progress",
             "toolkit": dolma.toolkit,
             "dolma": dolma,
-            **asked,
+            **options,
         }
     )
     assert not (folder / "progress").exists()
@@ -87,8 +87,8 @@ def tell(files, folder, dolma, **asked):
     return facts, found
 
 
-def gone(found, kind):
-    """What is told of a kind: the pieces of text, by document."""
+def marked_pieces(found, kind):
+    """The pieces of text with a mark of this kind, by document."""
     texts = FIRST | SECOND
     return {
         name: [texts[name][int(start) : int(end)] for start, end, _ in spans[kind]]
@@ -108,9 +108,9 @@ def test_a_filter_file_is_the_smallest_for_its_rate(tmp_path):
     assert bloom.filter_dimensions(0, 1e-6) == (1, 20)
 
 
-def test_exact_duplicates_and_copies_of_what_is_held_out(files, tmp_path, dolma):
-    facts, found = tell(files, tmp_path, dolma, exact=True)
-    assert set(gone(found, dedupe.DUPLICATE)) == {
+def test_exact_duplicates_and_copies_of_heldout_documents(files, tmp_path, dolma):
+    facts, found = find(files, tmp_path, dolma, exact=True)
+    assert set(marked_pieces(found, dedupe.DUPLICATE)) == {
         "a again",
         "held copy",
         "a once more",
@@ -122,8 +122,8 @@ def test_exact_duplicates_and_copies_of_what_is_held_out(files, tmp_path, dolma)
 
 
 def test_paragraphs_are_lines_and_blank_ones_stay(files, tmp_path, dolma):
-    _, found = tell(files, tmp_path, dolma, paragraphs=True)
-    assert gone(found, dedupe.PARAGRAPH) == {
+    _, found = find(files, tmp_path, dolma, paragraphs=True)
+    assert marked_pieces(found, dedupe.PARAGRAPH) == {
         "b": ["A line that many have.\n"],
         "a again": ["A text.\n", "A line of its own.\n", "A line that many have."],
         "later": ["Only asks and later have this.\n", "Größer als 字."],
@@ -138,31 +138,31 @@ def test_paragraphs_are_lines_and_blank_ones_stay(files, tmp_path, dolma):
 def test_overlap_is_an_n_gram_of_one_line(files, tmp_path, dolma):
     (tmp_path / "any").mkdir()
     (tmp_path / "half").mkdir()
-    _, found = tell(files, tmp_path / "any", dolma, ngram=13)
-    assert set(gone(found, dedupe.OVERLAP)) == {"asks", "asks again"}
+    _, found = find(files, tmp_path / "any", dolma, ngram=13)
+    assert set(marked_pieces(found, dedupe.OVERLAP)) == {"asks", "asks again"}
     [(_, _, share)] = found["asks"][dedupe.OVERLAP]
     assert share == pytest.approx(1 / 4)
-    _, found = tell(files, tmp_path / "half", dolma, ngram=13, overlap=0.5)
-    assert not gone(found, dedupe.OVERLAP)
+    _, found = find(files, tmp_path / "half", dolma, ngram=13, overlap=0.5)
+    assert not marked_pieces(found, dedupe.OVERLAP)
 
 
 ALL = {"exact": True, "paragraphs": True, "ngram": 13}
 
 
 @pytest.fixture(scope="module")
-def told(files, tmp_path_factory, dolma):
-    folder = tmp_path_factory.mktemp("told")
-    return tell(files, folder, dolma, **ALL), folder / "attributes"
+def marked(files, tmp_path_factory, dolma):
+    folder = tmp_path_factory.mktemp("marked")
+    return find(files, folder, dolma, **ALL), folder / "attributes"
 
 
-def test_lines_of_documents_that_go_do_not_count_as_seen(told):
-    (_, found), _ = told
-    assert "asks" in gone(found, dedupe.OVERLAP)
-    assert gone(found, dedupe.PARAGRAPH)["later"] == ["Größer als 字."]
+def test_lines_of_dropped_documents_do_not_count(marked):
+    (_, found), _ = marked
+    assert "asks" in marked_pieces(found, dedupe.OVERLAP)
+    assert marked_pieces(found, dedupe.PARAGRAPH)["later"] == ["Größer als 字."]
 
 
-def test_what_stays_and_what_was_cut(files, told, tmp_path, dolma):
-    _, folder = told
+def test_kept_documents_and_removed_lines(files, marked, tmp_path, dolma):
+    _, folder = marked
     kept, rows = {}, []
     for number, pair in enumerate(files["pairs"]):
         out = {"mixed": tmp_path / f"{number}", "mixed_table": tmp_path / f"{number}.parquet"}
@@ -210,7 +210,7 @@ def test_what_stays_and_what_was_cut(files, told, tmp_path, dolma):
     }
 
 
-def test_nothing_is_mixed_where_nothing_goes(files, tmp_path):
+def test_documents_without_marks_are_copied(files, tmp_path):
     pair = files["pairs"][0]
     with gzip.open(tmp_path / "none.gz", "wt") as lines:
         lines.writelines(json.dumps({"id": name, "attributes": {}}) + "\n" for name in FIRST)
@@ -232,9 +232,9 @@ def contents(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
-def test_equal_bytes_again_by_small_steps_and_after_a_kill(files, told, tmp_path, python, dolma):
-    _, folder = told
-    tell(files, tmp_path / "again", dolma, **ALL, step_bytes=1)
+def test_equal_bytes_with_small_steps_and_after_a_kill(files, marked, tmp_path, python, dolma):
+    _, folder = marked
+    find(files, tmp_path / "again", dolma, **ALL, step_bytes=1)
     assert contents(tmp_path / "again/attributes") == contents(folder)
     # Killed in the second step, it goes on after the first.
     with Dolma(python, dolma.toolkit) as killed:
@@ -248,11 +248,11 @@ def test_equal_bytes_again_by_small_steps_and_after_a_kill(files, told, tmp_path
 
         killed.request = request
         with pytest.raises(ChildProcessError, match="SIGKILL"):
-            tell(files, tmp_path / "cut", killed, **ALL, step_bytes=1)
+            find(files, tmp_path / "cut", killed, **ALL, step_bytes=1)
     first = tmp_path / "cut/progress/00000.gz"
     written = first.stat().st_mtime_ns
     (tmp_path / "cut/progress/scratch/in").mkdir(exist_ok=True, parents=True)
-    facts, _ = tell(files, tmp_path / "cut", dolma, **ALL, step_bytes=1)
+    facts, _ = find(files, tmp_path / "cut", dolma, **ALL, step_bytes=1)
     assert contents(tmp_path / "cut/attributes") == contents(folder)
     assert (tmp_path / "cut/attributes/00000.gz").stat().st_mtime_ns == written
     assert facts["overlap"] == 2
@@ -274,18 +274,18 @@ def test_equal_bytes_again_by_small_steps_and_after_a_kill(files, told, tmp_path
     ],
     ids=["broken", "no text", "missing", "swapped"],
 )
-def test_what_the_toolkit_does_not_tell_fails_the_stage(files, tmp_path, dolma, damage, message):
+def test_a_document_without_attributes_fails_the_stage(files, tmp_path, dolma, damage, message):
     first, second = files["pairs"]
     lines = gzip.decompress(first["documents"].read_bytes()).splitlines()
     other = tmp_path / "other.gz"
     other.write_bytes(gzip.compress(b"\n".join(damage(lines)) + b"\n"))
     pairs = [{**first, "documents": other}, second]
     with pytest.raises(ValueError, match=message):
-        tell({**files, "pairs": pairs}, tmp_path, dolma, exact=True)
+        find({**files, "pairs": pairs}, tmp_path, dolma, exact=True)
 
 
 NESTED = "[" * 127 + "]" * 127
-ODD = {  # what `dolma tokens` reads and `dolma dedupe` does not
+ONLY_FOR_TOKENS = {  # what `dolma tokens` reads and `dolma dedupe` does not
     "more": ('{"id": "a", "text": "b", "more": 1e400}', "a number that does not fit"),
     "whole": (
         f'{{"id": "a", "text": "b", "more": -{"9" * 400}}}',
@@ -295,9 +295,9 @@ ODD = {  # what `dolma tokens` reads and `dolma dedupe` does not
 }
 
 
-@pytest.mark.parametrize("case", ODD)
-def test_a_line_that_only_dedupe_cannot_read_is_named(files, tmp_path, dolma, case):
-    line, message = ODD[case]
+@pytest.mark.parametrize("case", ONLY_FOR_TOKENS)
+def test_a_line_that_dedupe_cannot_read_is_an_error_with_its_place(files, tmp_path, dolma, case):
+    line, message = ONLY_FOR_TOKENS[case]
     lines = ['{"id": "g", "text": "c"}', "broken", line, '{"id": "h", "text": "d"}']
     (tmp_path / "source.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     made = {kind: tmp_path / kind for kind in ("documents", "heldout", "table")}
@@ -309,13 +309,13 @@ def test_a_line_that_only_dedupe_cannot_read_is_named(files, tmp_path, dolma, ca
     )
     said = f"^s.gz:3: expected a document that dolma dedupe can read, found {message}"
     with pytest.raises(ValueError, match=said):
-        tell({**files, "pairs": [made, files["pairs"][1]]}, tmp_path / "one", dolma, exact=True)
+        find({**files, "pairs": [made, files["pairs"][1]]}, tmp_path / "one", dolma, exact=True)
     against = {**files, "against": made["documents"]}
     with pytest.raises(ValueError, match=f"documents:2: expected a document .* found {message}"):
-        tell(against, tmp_path / "two", dolma, ngram=13)
+        find(against, tmp_path / "two", dolma, ngram=13)
 
 
-def test_what_dedupe_reads_is_not_refused():
+def test_lines_that_dedupe_can_read_are_accepted():
     for line in (
         b'{"a": 1e308, "b": [-1, 2.5e-400]}',
         b'{"a": "[[[{ 1e999 \\" [["}',
@@ -326,8 +326,8 @@ def test_what_dedupe_reads_is_not_refused():
     assert dedupe.find_unreadable(f'{{"a": {NESTED}}}'.encode())
 
 
-def test_attributes_of_other_documents_are_refused(files, told, tmp_path, dolma):
-    _, folder = told
+def test_attributes_of_other_documents_are_refused(files, marked, tmp_path, dolma):
+    _, folder = marked
     with gzip.open(folder / "00000.gz", "rt") as file:
         lines = [json.loads(line) for line in file]
     for wrong, message in (
@@ -348,25 +348,25 @@ def test_attributes_of_other_documents_are_refused(files, told, tmp_path, dolma)
             )
 
 
-def test_memory_is_asked_for_before_anything_starts(files, tmp_path, monkeypatch):
+def test_too_little_memory_is_an_error_before_the_start(files, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "available_memory", lambda: 20)
-    nobody = Dolma(Path("never started"), "")
+    not_started = Dolma(Path("never started"), "")
     with pytest.raises(
         ValueError, match=r"duplicate holds up to 15 elements and needs 56 bytes.*20"
     ):
-        tell(files, tmp_path, nobody, exact=True)
+        find(files, tmp_path, not_started, exact=True)
 
 
-def test_an_evaluation_set_without_a_document_is_told(files, tmp_path, dolma, capsys):
+def test_an_evaluation_set_without_documents_is_a_warning(files, tmp_path, dolma, capsys):
     empty = tmp_path / "empty.gz"
     empty.write_bytes(gzip.compress(b""))
-    facts, _ = tell({**files, "against": empty}, tmp_path, dolma, ngram=13)
+    facts, _ = find({**files, "against": empty}, tmp_path, dolma, ngram=13)
     assert facts["overlap"] == 0 and facts["against"] == 1
     assert "expected text in 1 files to decontaminate against" in capsys.readouterr().err
 
 
-def test_an_evaluation_set_is_documents(files, tmp_path):
+def test_an_evaluation_set_must_hold_documents(files, tmp_path):
     bad = tmp_path / "bad.gz"
     bad.write_bytes(gzip.compress(b'{"id": "a", "text": "b"}\n{"question": "?"}\n'))
     with pytest.raises(ValueError, match=r"bad.gz:2: expected a document .*no-id"):
-        tell({**files, "against": bad}, tmp_path, Dolma(Path("never started"), ""), ngram=13)
+        find({**files, "against": bad}, tmp_path, Dolma(Path("never started"), ""), ngram=13)

@@ -51,7 +51,7 @@ def test_keeps_what_the_seed_s_awk_keeps(run, tmp_path, end):
     assert facts["lines"] == 103 and facts["documents"] == facts["rows"] == 11
 
 
-def test_offset_moves_the_subsample_and_the_parts_make_the_whole(run, tmp_path):
+def test_the_subsamples_of_all_offsets_make_the_whole(run, tmp_path):
     source = pack(tmp_path / "a.gz", [line(n) for n in range(1, 30)])
     ids = []
     for offset in range(4):
@@ -62,7 +62,7 @@ def test_offset_moves_the_subsample_and_the_parts_make_the_whole(run, tmp_path):
     assert sorted(ids) == sorted(f"doc-{n}" for n in range(1, 30))
 
 
-def test_bytes_that_the_subsample_drops_change_nothing(run, tmp_path):
+def test_bad_bytes_outside_the_subsample_change_nothing(run, tmp_path):
     lines = [line(n) for n in range(1, 41)]
     _, out = run(pack(tmp_path / "a.gz", lines), keep_one_in=10, heldout_share=0.5)
     before = {kind: path.read_bytes() for kind, path in out.items()}
@@ -74,7 +74,7 @@ def test_bytes_that_the_subsample_drops_change_nothing(run, tmp_path):
     assert before != {kind: path.read_bytes() for kind, path in out.items()}
 
 
-def test_each_document_is_on_one_side_and_stays_there(run, tmp_path):
+def test_each_document_is_in_one_split_and_stays_there(run, tmp_path):
     lines = [line(n) for n in range(2000)]
     facts, out = run(pack(tmp_path / "a.gz", lines), heldout_share=0.1, name="a b.gz")
     assert facts["documents"] + facts["heldout"] == 2000 and 150 < facts["heldout"] < 250
@@ -122,7 +122,7 @@ def test_a_weight_above_one_repeats_the_whole_and_then_a_part(run, tmp_path):
     assert table.filter(split="train")["row"].to_list() == list(range(1, len(ids) + 1))
 
 
-def test_many_documents_of_the_empty_id_are_told(run, tmp_path, capsys):
+def test_many_documents_with_an_empty_id_are_a_warning(run, tmp_path, capsys):
     lines = [json.dumps({"id": "", "text": f"text {n}"}).encode() for n in range(50)]
     facts, _ = run(pack(tmp_path / "a.gz", lines), heldout_share=0.5)
     assert sorted((facts["documents"], facts["heldout"])) == [0, 50]
@@ -168,11 +168,11 @@ def test_a_bad_line_fails_the_stage_unless_its_reason_is_allowed(run, tmp_path, 
 @pytest.mark.parametrize(
     "other", [b"", b'{"id": "a", "text": "b", "more": NaN}', b'\xef\xbb\xbf{"id": "a"}']
 )
-def test_what_is_nearly_json_is_no_document(other):
+def test_almost_json_is_not_a_document(other):
     assert parse_document(other)[2] == "bad-json"
 
 
-def test_a_field_that_is_not_read_counts_too():
+def test_errors_in_other_fields_count():
     assert parse_document(b'{"id": "a", "text": "b", "more": "\xff"}')[2] == "not-utf8"
     assert parse_document(b'{"id": "a", "text": "b", "more": "\\ud800"}')[2] == "surrogate"
 
@@ -194,7 +194,7 @@ def test_windows_line_ends_and_characters_beyond_the_first_plane_are_documents()
         ({"allow": ("no-txt",)}, "unknown reason 'no-txt'. Known: .*no-text"),
     ],
 )
-def test_a_recipe_that_means_nothing_is_refused(run, tmp_path, parameters, message):
+def test_a_senseless_recipe_is_refused(run, tmp_path, parameters, message):
     with pytest.raises(ValueError, match=message):
         run(pack(tmp_path / "a.gz", [line(1)]), **parameters)
 
@@ -230,7 +230,7 @@ def test_several_gzip_members_are_one_file(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_standard_library_as_a_source_is_the_same_whoever_asks(run, tmp_path):
+def test_the_standard_library_as_a_source_is_the_same_in_every_process(run, tmp_path):
     facts = stdlib.build(folder=tmp_path / "here", shards=3)
     subprocess.run(
         [
@@ -269,7 +269,7 @@ def test_definitions_and_the_rest_of_a_module_are_its_lines():
     ]
 
 
-def test_a_gz_file_s_bytes_hold_no_time_and_no_name(run, tmp_path):
+def test_a_gz_file_has_no_time_and_no_name(run, tmp_path):
     _, out = run(pack(tmp_path / "a.gz", [line(1)]))
     content = out["documents"].read_bytes()
     assert content[3:8] == bytes(5), "flags (a name would set one) and mtime"

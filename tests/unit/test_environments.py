@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 
-def test_two_who_build_the_same_at_once_have_it_once(tmp_path: Path):
+def test_two_concurrent_builds_make_one_environment(tmp_path: Path):
     """As two projects do that share the folder."""
     requirements = tmp_path / "tool.txt"
     requirements.write_text("# nothing\n")

@@ -45,7 +45,7 @@ def texts(seed, count=400):
         yield "." + "".join(chance.choices(everything, k=chance.randrange(1, 40)))
 
 
-def of_other_kinds():
+def other_tokenizers():
     """Tokenizers to be trained: GPT-4's splitting, Llama's letters, BERT's words, T5's unigrams."""
     gpt4 = Tokenizer(models.BPE())
     by_bytes = pre.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -109,7 +109,7 @@ def tokenizers(tmp_path_factory):
     model.add_tokens([AddedToken("a b", normalized=False)])  # spaces cannot join the pattern
     raw.write_text(to_portable(model.to_str().replace('"normalizer":{"type":"NFC"}', "")))
     found = {"plain": plain, "olmo": olmo, "raw": raw}
-    for name, model, trainer in of_other_kinds():
+    for name, model, trainer in other_tokenizers():
         model.train_from_iterator([*PROSE * 3, *texts(1, 100)], trainer)
         found[name] = folder / f"{name}.json"
         made = json.loads(to_portable(model.to_str()))  # Llama's bytes are tokens like others
@@ -163,9 +163,7 @@ def test_the_engines_agree_on_text_of_all_kinds(tmp_path, tokenizers, dolma, nam
     assert (why_not_tiktoken(json.loads(content), content) is None) == (name in BY_TIKTOKEN)
 
 
-def test_characters_on_which_editions_of_unicode_differ_go_to_the_toolkit(
-    tmp_path, tokenizers, dolma
-):
+def test_characters_on_which_unicode_versions_differ_go_to_the_toolkit(tmp_path, tokenizers, dolma):
     young = ["\u1c89", "\U0001e030", "\u08cf", "\U00011f02", "\U0001faef", "\U000323af", "\u0378"]
     written = ["plain", *(f"a\u0345{c}\u0327b 1{c}1 {c} {c}" for c in young), "the last 👍"]
     both(tmp_path, written, tokenizers["olmo"], dolma)
@@ -174,35 +172,35 @@ def test_characters_on_which_editions_of_unicode_differ_go_to_the_toolkit(
 
 
 @pytest.fixture(scope="module")
-def settled():
-    """Texts of every settled character below U+3000, and of each 29th above, in company."""
+def stable():
+    """Texts of every stable character below U+3000, and of each 29th above, in company."""
     letters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    settled = [c for c in letters if is_stable(c)]
-    assert len(settled) > 200_000
-    sample = settled[:0x3000] + settled[0x3000::29]
+    stable = [c for c in letters if is_stable(c)]
+    assert len(stable) > 200_000
+    sample = stable[:0x3000] + stable[0x3000::29]
 
-    def around(c):
+    def in_context(c):
         apart = unicodedata.normalize("NFD", c)
         return f"a\u0345{c}\u0327{apart}\u0338x{apart}\u0301 {c}9{c}.{c} {c}\u1161{c}\u3099{apart}"
 
-    return ["\n".join(map(around, sample[n : n + 50])) for n in range(0, len(sample), 50)]
+    return ["\n".join(map(in_context, sample[n : n + 50])) for n in range(0, len(sample), 50)]
 
 
 @pytest.mark.parametrize("name", ["plain", "gpt4", "unigram"])
-def test_settled_characters_are_split_and_composed_as_by_the_toolkit(
-    tmp_path, tokenizers, dolma, settled, name
+def test_stable_characters_are_split_and_composed_as_by_the_toolkit(
+    tmp_path, tokenizers, dolma, stable, name
 ):
-    both(tmp_path, settled, tokenizers[name], dolma)
+    both(tmp_path, stable, tokenizers[name], dolma)
 
 
-def test_a_run_of_space_that_breaks_the_library_goes_to_the_toolkit(tmp_path, tokenizers, dolma):
+def test_a_run_of_spaces_that_overflows_tiktoken_goes_to_the_toolkit(tmp_path, tokenizers, dolma):
     written = ["a" + " " * (MAX_SPACE_RUN + 1) + "b", "a" + " \n" * MAX_SPACE_RUN + "b", "c"]
     encode = make_encoder(tokenizers["plain"].read_bytes(), False)
     assert [encode(text) is None for text in written] == [True, True, False]
     both(tmp_path, written, tokenizers["plain"], dolma)
 
 
-def test_an_audit_finds_a_token_that_is_wrong(tmp_path, tokenizers, dolma, monkeypatch):
+def test_an_audit_finds_a_wrong_token(tmp_path, tokenizers, dolma, monkeypatch):
     encode = make_encoder(tokenizers["plain"].read_bytes(), False)
     assert Fast(dolma, 0).toolkit.startswith("fast==2 tiktoken==")
 
@@ -238,11 +236,11 @@ def swap_two_merges(tokenizer):
     merges[10], merges[500] = merges[500], merges[10]
 
 
-def add_a_token_out_of_nothing(tokenizer):
+def add_a_token_without_a_merge(tokenizer):
     tokenizer["model"]["vocab"]["ĠunreachableĠ"] = len(tokenizer["model"]["vocab"])
 
 
-def merge_by_a_way_that_is_never_taken(tokenizer):
+def add_an_unreachable_merge(tokenizer):
     """`abc` of a and bc, where ab merges first: only tiktoken would find abc."""
     vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
     for left, right in ("ÿ", "þ"), ("þ", "ý"), ("ÿ", "þý"):
@@ -256,13 +254,16 @@ def merge_by_a_way_that_is_never_taken(tokenizer):
         (lambda t: t.update(normalizer={"type": "NFKC"}), "its normalizer is"),
         (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "its pre-tokenizer is"),
         (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "its pre-tokenizer is"),
-        (lambda t: t["added_tokens"][0].update(lstrip=True), "also matches characters around it"),
+        (
+            lambda t: t["added_tokens"][0].update(lstrip=True),
+            "also matches characters around it",
+        ),
         (swap_two_merges, "do not follow the order of its merges|is not there"),
-        (add_a_token_out_of_nothing, "not the bytes and the results"),
-        (merge_by_a_way_that_is_never_taken, "its token ÿþý is not what its own"),
+        (add_a_token_without_a_merge, "not the bytes and the results"),
+        (add_an_unreachable_merge, "its token ÿþý is not what its own"),
     ],
 )
-def test_where_tiktoken_would_do_otherwise_it_is_not_asked(
+def test_tiktoken_is_not_used_for_a_tokenizer_that_it_cannot_reproduce(
     tmp_path, tokenizers, dolma, change, reason
 ):
     tokenizer = json.loads(tokenizers["plain"].read_text())

@@ -163,7 +163,7 @@ def test_ids_and_labels_by_hand(make, encode, name: str):
     assert made.facts["special_tokens_in_text"] == ({END: inside} if inside else {})
 
 
-def test_what_is_too_long_is_cut_and_without_a_label_left_out(make, encode):
+def test_long_conversations_are_cut_and_dropped_without_a_label(make, encode):
     long = talk("What is 1?", "It is the number 1. " * 20, id="long")
     late = talk("What is 1? " * 20, "It is 1.", id="late")
     made = make(late, long, talk("only a question", id="question"), sequence_length=48)
@@ -179,7 +179,7 @@ def test_what_is_too_long_is_cut_and_without_a_label_left_out(make, encode):
     assert ranges == [(0, 0), (0, 48), (48, 48)]
 
 
-def test_where_nothing_is_left_it_says_so(make, capfd):
+def test_no_instances_are_a_warning(make, capfd):
     made = make(talk("only a question"), talk("and another"))
     assert made.facts["examples"] == 0 and len(made.ids) == 0
     assert "all 2 conversations" in (said := capfd.readouterr().err) and "assistant" in said
@@ -203,7 +203,7 @@ def test_packed_holds_the_same_examples_one_after_the_other(make):
     assert (packed.ids.ravel()[~covered] == PAD).all() and not packed.labels.ravel()[~covered].any()
 
 
-def test_what_just_fits_is_not_cut_and_shares_an_instance(make):
+def test_conversations_that_just_fit_are_not_cut_and_share_an_instance(make):
     talks = [talk("What is 1?", "It is 1."), talk("What is 20?", "It is the number 20.")]
     lengths = make(*talks).index["length"].to_list()
     whole = make(talks[1], sequence_length=lengths[1])
@@ -226,7 +226,7 @@ def test_many_token_ids_are_written_as_uint32(make, tokenizer: Path, tmp_path: P
     assert wide.ids.tolist() == small.ids.tolist()
 
 
-def test_how_many_are_tokenized_together_changes_nothing(make, monkeypatch: pytest.MonkeyPatch):
+def test_the_size_of_an_encoded_batch_changes_nothing(make, monkeypatch: pytest.MonkeyPatch):
     talks = [talk(f"What is {i}?", *["It is."] * (i % 3), id=str(i)) for i in range(20)]
     at_once = make(*talks)
     monkeypatch.setattr(instructions, "ENCODE_BATCH", 3)
@@ -235,7 +235,7 @@ def test_how_many_are_tokenized_together_changes_nothing(make, monkeypatch: pyte
         assert (at_once.folder / name).read_bytes() == (few.folder / name).read_bytes()
 
 
-def test_the_same_again(make):
+def test_a_second_run_gives_the_same_bytes(make):
     talks = [talk(f"What is {i}?", f"It is {i}.") for i in range(40)]
     one, other = make(*talks, heldout_share=0.3), make(*talks, heldout_share=0.3)
     for name in ("tokens", "labels", "index", "table"):
@@ -288,14 +288,14 @@ def test_half_a_surrogate_pair_in_an_id(make, half: str, messages: str | None, r
     "messages",
     ["hello", [1], ["hello"], {"role": "user"}, [{"role": "user"}], [{"content": "a"}]],
 )
-def test_what_are_no_messages(messages):
+def test_bad_messages(messages):
     assert parse_conversation(json.dumps({"messages": messages}).encode())[2] == "bad-messages"
     assert (
         parse_conversation(b'{"messages": [{"role": "user", "content": "\xff"}]}')[2] == "not-utf8"
     )
 
 
-def test_conversations_in_are_examples_out_and_drops(make, tmp_path: Path):
+def test_conversations_are_examples_and_drops(make, tmp_path: Path):
     talks = [talk(f"What is {i}?", f"It is {i}.", id=str(i)) for i in range(20)]
     lines = [*talks, talk("no answer"), BAD["unknown-role"]]
     made = make(*lines, allow=("unknown-role",))
@@ -322,7 +322,7 @@ def test_a_tokenizer_that_does_not_end_an_answer_is_refused(make):
         make(talk("a", "b"), eos_token_id=5)
 
 
-def test_conversations_come_as_lines_gz_or_parquet(tmp_path: Path):
+def test_conversations_from_json_lines_gz_or_parquet(tmp_path: Path):
     talks = [talk("a", "b", id="1"), talk("ü", "d", id="2")]
     text = "".join(json.dumps(talk) + "\n" for talk in talks)
     (tmp_path / "a.jsonl").write_text(text)

@@ -128,13 +128,13 @@ def get(url, folder, sha256=None, **transfer):
     return facts
 
 
-def test_a_file_arrives(server, tmp_path):
+def test_a_file_is_downloaded(server, tmp_path):
     url = server("a.gz", lambda h, n: h.file())
     facts = get(url, tmp_path / "a", bytes=len(FILE), sha256=hashlib.sha256(FILE).hexdigest())
     assert facts["received"] == len(FILE) and facts["validator"] == '"1"'
 
 
-def test_a_file_that_lies_in_the_store_is_not_fetched(server, tmp_path):
+def test_a_file_in_the_store_is_not_downloaded(server, tmp_path):
     url = server("a.gz", lambda h, n: h.file())
     record = download(url=url, source=tmp_path / "a.gz", part=tmp_path / "part")
     digest = record["outputs"]["source"]["sha256"]
@@ -143,7 +143,7 @@ def test_a_file_that_lies_in_the_store_is_not_fetched(server, tmp_path):
     assert (tmp_path / "b.gz").read_bytes() == FILE and len(server.requests) == 1
 
 
-def test_a_cut_connection_is_taken_up_where_it_broke(server, tmp_path):
+def test_a_cut_connection_resumes(server, tmp_path):
     url = server("a.gz", lambda h, n: h.file(cut=50_000 if n < 4 else None))
     assert get(url, tmp_path / "a")["resumed"] == 3
     assert server.sent == len(FILE), "no byte came twice"
@@ -151,7 +151,7 @@ def test_a_cut_connection_is_taken_up_where_it_broke(server, tmp_path):
     assert server.requests[1][1]["If-Range"] == '"1"'
 
 
-def test_a_server_without_ranges_is_asked_again_from_the_start(server, tmp_path):
+def test_a_server_without_ranges_restarts_from_the_start(server, tmp_path):
     def whole(handler, n):
         handler.answer(200, FILE[: 50_000 * n], length=len(FILE)) if n < 4 else handler.answer(
             200, FILE
@@ -160,14 +160,14 @@ def test_a_server_without_ranges_is_asked_again_from_the_start(server, tmp_path)
     assert get(server("a.gz", whole), tmp_path / "a")["resumed"] == 0
 
 
-def test_a_file_that_changes_between_attempts_comes_from_the_start(server, tmp_path):
+def test_a_file_that_changes_between_attempts_restarts(server, tmp_path):
     def changing(handler, n):
         handler.file(OTHER, cut=50_000, etag='"0"') if n == 1 else handler.file(FILE, etag='"1"')
 
     get(server("a.gz", changing), tmp_path / "a")
 
 
-def test_a_changing_file_that_nothing_gives_away_is_fetched_once_more_whole(server, tmp_path):
+def test_a_changed_file_with_the_same_etag_is_downloaded_once_more(server, tmp_path):
     other = OTHER[: len(FILE)].ljust(len(FILE), b"\0")
 
     def sly(handler, n):
@@ -186,7 +186,7 @@ def test_a_busy_server_s_retry_after_is_honoured(server, tmp_path, quick, status
     assert quick == [7, 14]
 
 
-def test_retry_after_may_be_a_date_and_is_never_for_ever(server, tmp_path, quick):
+def test_retry_after_may_be_a_date_and_is_limited(server, tmp_path, quick):
     def busy(handler, n):
         when = "Wed, 21 Oct 2099 07:28:00 GMT" if n == 1 else "soon"
         handler.answer(503, b"", Retry_After=when) if n < 3 else handler.file()
@@ -195,7 +195,7 @@ def test_retry_after_may_be_a_date_and_is_never_for_ever(server, tmp_path, quick
     assert quick[0] == downloads.MAX_WAIT_S and quick[1] < 5
 
 
-def test_a_server_that_stalls_is_asked_again(server, tmp_path, monkeypatch):
+def test_a_stalled_server_is_retried(server, tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "READ_TIMEOUT_S", 0.2)
     woken = threading.Event()
 
@@ -222,7 +222,7 @@ def reset(handler):
     handler.close_connection = True
 
 
-def test_a_connection_that_is_reset_is_taken_up_where_it_broke(server, tmp_path):
+def test_a_reset_connection_resumes(server, tmp_path):
     def resets(handler, n):
         if n == 2:
             return reset(handler)
@@ -246,7 +246,7 @@ def test_a_body_without_a_length_that_is_cut_is_found_by_its_content(server, tmp
     get(server("a.gz", chunked), tmp_path / "a")
 
 
-def test_a_length_that_promises_too_much_is_believed_only_until_the_end_is_seen(server, tmp_path):
+def test_a_content_length_beyond_the_end_is_an_error_at_the_end(server, tmp_path):
     def promises(handler, n):
         handler.answer(200, FILE, length=len(FILE) + 9, ETag='"1"') if n == 1 else handler.file()
 
@@ -274,7 +274,7 @@ def test_a_length_that_promises_too_much_is_believed_only_until_the_end_is_seen(
         *["reset", "other scheme"],
     ],
 )
-def test_what_cannot_be_had_is_one_line(server, tmp_path, behaviour, message, requests):
+def test_a_failed_download_is_one_line(server, tmp_path, behaviour, message, requests):
     url = server("a.gz", behaviour)
     with pytest.raises(ValueError, match=f"^{url}: (?s:.*)({message})") as error:
         get(url, tmp_path / "a")
@@ -294,12 +294,12 @@ def test_a_host_that_does_not_answer_is_one_line(tmp_path):
         ({"sha256": "0" * 64}, "expected sha256 0000.* by the source table, found"),
     ],
 )
-def test_a_file_that_is_not_what_the_table_says_is_refused(server, tmp_path, known, message):
+def test_a_file_that_differs_from_the_table_is_refused(server, tmp_path, known, message):
     with pytest.raises(ValueError, match=message):
         get(server("a.gz", lambda h, n: h.file()), tmp_path / "a", **known)
 
 
-def test_a_download_that_was_killed_goes_on_in_the_next_process(server, tmp_path):
+def test_a_killed_download_resumes_in_the_next_process(server, tmp_path):
     held = threading.Event()
 
     def slow(handler, n):
@@ -366,7 +366,7 @@ def test_mirrors_are_tried_in_their_order(server, tmp_path):
         get(a, tmp_path / "b", mirrors=(b,))
 
 
-def test_the_others_come_although_one_fails(server, tmp_path):
+def test_one_failure_does_not_stop_the_other_downloads(server, tmp_path):
     gone = server("gone.gz", lambda h, n: h.answer(404))
     page = server("page.gz", lambda h, n: h.answer(200, b"<html>"))
     good = [server(f"{n}.gz", lambda h, n: h.file()) for n in range(5)]
@@ -385,7 +385,7 @@ def test_the_others_come_although_one_fails(server, tmp_path):
     assert all(entry.object.read_bytes() == FILE for entry in found)
 
 
-def test_the_arrival_of_a_whole_data_set_is_one_display(tmp_path, capsys, monkeypatch):
+def test_a_whole_data_set_has_one_progress_display(tmp_path, capsys, monkeypatch):
     def job():
         return DownloadProgress(tmp_path, Totals(9, 4_000_000), lambda: Totals(2, 500_000))
 
@@ -432,13 +432,13 @@ def test_a_list_becomes_a_table_with_sizes(server, tmp_path, capsys):
         b"ok://a/b c.gz\n",
     ],
 )
-def test_what_is_no_list_is_refused(server, tmp_path, content):
+def test_a_bad_url_list_is_refused(server, tmp_path, content):
     url = server("list.txt", lambda h, n: h.answer(200, content))
     with pytest.raises(ValueError, match=r"expected a (list of URLs|URL a line), found"):
         source_list.build(url=url, table=tmp_path / "table.tsv")
 
 
-def test_tokens_that_somebody_else_made_are_fetched_and_counted(server, tmp_path):
+def test_given_tokens_are_downloaded_and_counted(server, tmp_path):
     raw = bytes(range(256)) * 512
     url = server("part.npy", lambda h, n: h.file(raw, cut=70_000 if n == 1 else None))
     facts = download_tokens.build(url=url, tokens=tmp_path / "out", part=tmp_path / "part")
@@ -457,13 +457,13 @@ def test_tokens_that_somebody_else_made_are_fetched_and_counted(server, tmp_path
         (b"", "found 0 bytes"),
     ],
 )
-def test_what_cannot_be_raw_tokens_is_refused(server, tmp_path, content, message):
+def test_files_that_are_not_raw_tokens_are_refused(server, tmp_path, content, message):
     url = server("part.npy", lambda h, n: h.answer(200, content))
     with pytest.raises(ValueError, match=message):
         download_tokens.build(url=url, tokens=tmp_path / "out", part=tmp_path / "part")
 
 
-def test_r2_buckets_that_are_public_are_asked_by_https():
+def test_public_r2_buckets_are_read_by_https():
     assert downloads.to_public_url("r2://olmo-data/a/b.npy") == "https://olmo-data.org/a/b.npy"
     assert downloads.to_public_url("r2://mine/a/b.npy") == "r2://mine/a/b.npy"
 

@@ -71,7 +71,7 @@ def test_documents_bytes_tokens_lengths_and_drops_are_counted(shards, tmp_path):
     assert again["summary"].read_bytes() == out["summary"].read_bytes()
 
 
-def test_shards_that_do_not_fit_the_documents_are_refused(shards, tmp_path):
+def test_shards_of_other_documents_are_refused(shards, tmp_path):
     with pytest.raises(ValueError, match=r"expected 6 documents in the token shards.*found 5"):
         statistics.build(
             **{**shards, "tokens": shards["tokens"][:1]},
@@ -80,7 +80,7 @@ def test_shards_that_do_not_fit_the_documents_are_refused(shards, tmp_path):
         )
 
 
-def test_what_was_cut_out_of_documents_is_counted(shards, tmp_path):
+def test_removed_lines_are_counted(shards, tmp_path):
     for path in shards["tables"]:
         table = polars.read_parquet(path)
         spans = ([2, 1] if table.height > 1 else []) + [0] * table.height

@@ -113,7 +113,7 @@ def test_a_tokenizer_that_would_lose_something_is_refused(trained, tmp_path, cha
 RIGHT = {"eos_token_id": 0, "pad_token_id": 1, "vocab_size": 320, "embedding_size": 384}
 
 
-def test_a_config_that_fits_passes(trained):
+def test_a_matching_config_is_accepted(trained):
     check_tokenizer(trained, **RIGHT)
     check_tokenizer(trained, **{**RIGHT, "pad_token_id": 0, "embedding_size": None})
 
@@ -128,6 +128,6 @@ def test_a_config_that_fits_passes(trained):
         ({"embedding_size": 256}, "embedding_size: expected more .* 319; found 256"),
     ],
 )
-def test_each_disagreement_with_the_config_is_a_sentence(trained, wrong, message):
+def test_each_mismatch_with_the_config_is_a_sentence(trained, wrong, message):
     with pytest.raises(ValueError, match=message):
         check_tokenizer(trained, **{**RIGHT, **wrong})

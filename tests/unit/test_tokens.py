@@ -74,7 +74,7 @@ def tokenize(shard, folder, dolma, **parameters):
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_every_document_is_there_in_order_and_ends_with_eos(shard, tmp_path, dolma, split):
+def test_every_document_is_in_order_and_ends_with_eos(shard, tmp_path, dolma, split):
     file = shard["documents" if split == "train" else "heldout"]
     facts, array, index = tokenize(shard, tmp_path, dolma, documents=file, split=split)
     kept = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
@@ -90,7 +90,7 @@ def test_every_document_is_there_in_order_and_ends_with_eos(shard, tmp_path, dol
     assert facts["documents"] == len(kept) and facts["tokens"] == len(array)
 
 
-def test_bytes_are_the_same_again_and_however_the_toolkit_cuts_its_files(shard, tmp_path, dolma):
+def test_bytes_do_not_depend_on_the_run_or_on_the_toolkit_s_parts(shard, tmp_path, dolma):
     found = set()
     for name, most in ("whole", 2**30), ("again", 2**30), ("in parts", 3000):
         (tmp_path / name).mkdir()
@@ -185,12 +185,12 @@ def test_another_version_of_the_toolkit_is_refused(shard, tmp_path, dolma):
         tokenize(shard, tmp_path, another)
 
 
-def test_the_toolkit_s_own_error_is_told(shard, tmp_path, dolma):
+def test_the_toolkit_s_own_error_is_reported(shard, tmp_path, dolma):
     with pytest.raises(ValueError, match=r"the toolkit failed: .*separated"):
         tokenize(shard, tmp_path, dolma, eos_token_id=None)
 
 
-def test_a_killed_toolkit_is_an_error_at_once_and_leaves_no_process(shard, tmp_path, python):
+def test_a_killed_toolkit_is_an_immediate_error_and_leaves_no_process(shard, tmp_path, python):
     with Dolma(python, TOOLKIT) as dolma:
         dolma.start()
         versions = dolma.read_reply(time.monotonic() + 60)
@@ -202,7 +202,7 @@ def test_a_killed_toolkit_is_an_error_at_once_and_leaves_no_process(shard, tmp_p
     assert not is_alive(pid) and not list(tmp_path.iterdir())
 
 
-def test_a_toolkit_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch, capsys):
+def test_a_hanging_toolkit_is_killed_with_its_children(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     program = tmp_path / "hangs"
     program.write_text("#!/bin/sh\necho never mind >&2\nsleep 1000 & echo $! > pid; wait\n")
@@ -216,7 +216,7 @@ def test_a_toolkit_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch, 
     assert state[:1] in (b"", b"Z"), "gone, or dead and waiting for init"
 
 
-def test_an_environment_of_other_versions_says_how_to_build_it_again(tmp_path):
+def test_an_environment_of_other_versions_is_an_error_with_the_command_to_rebuild_it(tmp_path):
     program = tmp_path / "environments/dolma-0/bin/python"
     program.parent.mkdir(parents=True)
     program.write_text('#!/bin/sh\necho \'{"dolma": "0.1", "tokenizers": "0.2"}\'; cat >&2\n')
