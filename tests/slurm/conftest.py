@@ -38,7 +38,7 @@ def with_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
 
 def brought_up(folder: Path, accounting: bool, machine: str = "") -> Iterator[Cluster]:
     if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
-        pytest.skip("no executor plugin for SLURM; uv run --extra slurm pytest tests/slurm")
+        pytest.skip("no executor plugin for SLURM; uv run --extra slurm pytest -n 0 tests/slurm")
     here = Path(__file__).parent
     done = subprocess.run(
         [here / "up.sh", folder],

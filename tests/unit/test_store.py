@@ -56,7 +56,9 @@ def test_key_is_the_sha256_of_canonical_json():
 
 
 @pytest.mark.parametrize(
-    "value", [math.nan, math.inf, Path("x"), {1, 2}, b"x", {1: 2}, object()], ids=repr
+    "value",
+    [math.nan, math.inf, Path("x"), {1, 2}, b"x", {1: 2}, object()],
+    ids=lambda value: type(value).__name__,  # a repr with an address differs between workers
 )
 def test_what_has_no_canonical_form_is_refused(value):
     with pytest.raises(ValueError, match="params"):
