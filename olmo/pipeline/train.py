@@ -11,7 +11,7 @@ from typing import Any
 from olmo.cluster.launch import Geometry, launch
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
 from olmo.config.identity import identity
-from olmo.corpus.listing import read_listing
+from olmo.corpus.listing import read_listing, read_objects
 from olmo.corpus.tokenizer import check_tokenizer
 from olmo.runtime.numbers import encode_non_finite, to_json
 from olmo.store.stage import (
@@ -65,9 +65,10 @@ def train_run(
         model.embedding_size,
         cfg.data.memmap_dtype,
     )
+    labels = read_listing(tokens, "heldout-labels")
     training(
-        tokens=[entry.object for entry in read_listing(tokens, "tokens")],
-        labels=[entry.object for entry in read_listing(tokens, "labels")] or None,
+        tokens=read_objects(tokens, "tokens"),
+        labels=read_objects(tokens, "labels") or None,
         order=order,
         start=None if start is None else start_files(start, cfg),
         after=None if after is None else [after / name for name in STATE],
@@ -76,15 +77,10 @@ def train_run(
         final=final,
         attempt=final.parent / "run",
         cfg=cfg,
-        heldout=[entry.object for entry in read_listing(tokens, "heldout-tokens") if entry.bytes],
-        heldout_labels=heldout_label_masks(tokens),
+        heldout=[e.object for e in read_listing(tokens, "heldout-tokens") if e.bytes],
+        heldout_labels=[e.object for e in labels if e.bytes] or None,
         geometry=Geometry(processes, nodes, min_nodes, max_restarts, cfg.global_train_batch_size),
     )
-
-
-def heldout_label_masks(tokens: list[Path]) -> list[Path] | None:
-    """The label masks of the held-out shards; None if all tokens count."""
-    return [entry.object for entry in read_listing(tokens, "heldout-labels") if entry.bytes] or None
 
 
 def start_files(checkpoint: Path, cfg: TrainConfig) -> list[Path]:

@@ -109,13 +109,5 @@ def build_chart(title: str, cells: list[dict[str, Any]]) -> Any:
     )
     layers += base.mark_text(fontSize=11).encode(text="text:N", color=ink)
     heading = altair.TitleParams(title, anchor="start")
-    size = {
-        "width": 150 * count_distinct(cells, "step"),
-        "height": 26 * count_distinct(cells, "kernel"),
-    }
-    return layers.properties(title=heading, **size)
-
-
-def count_distinct(cells: list[dict[str, Any]], name: str) -> int:
-    """The number of different values of a field."""
-    return len({cell[name] for cell in cells})
+    width, height = 150 * len(set(columns)), 26 * len({cell["kernel"] for cell in cells})
+    return layers.properties(title=heading, width=width, height=height)
