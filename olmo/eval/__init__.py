@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, tasks, choices. OLMo's path `olmo.eval`."""
+"""Evaluation: perplexity, multiple-choice tasks, lm-eval. OLMo's path `olmo.eval`."""

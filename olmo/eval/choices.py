@@ -1,8 +1,8 @@
-"""Multiple choice: which option does a model think most likely? One scorer for every task.
+"""Multiple choice: which option is the most likely to a model? One scorer for every task.
 
-A request's tokens are its context's and its continuation's, cut on the left to what the model
-takes in; what counts is the sum of the log-probabilities of the continuation's. Requests that
-differ in their last token only, such as the letters A to D, are one row to the model.
+A request's tokens are its context's and its continuation's, truncated on the left to the model's
+sequence length. Its score is the sum of the log-probabilities of the continuation's tokens.
+Requests that differ in their last token only, as the letters A to D, share one row of a batch.
 
 Shapes: N prompts, B rows of a batch, T tokens of a row, V rows of the head.
 """
@@ -22,27 +22,27 @@ from olmo.distributed.watchdog import report_progress
 from olmo.distributed.world import World
 from olmo.eval.tasks import Request
 
-# As OLMo has it, even where a model takes in more: the numbers of long prompts depend on it.
+# OLMo's limit, even for a model with longer sequences: the scores of long prompts depend on it.
 MAX_PROMPT_LENGTH = 2048
 
 
 class Prompt(NamedTuple):
-    ids: np.ndarray  # (T + 1,) uint32, the last of them only predicted
-    scored: int  # so many at the end are the continuation
+    ids: np.ndarray  # (T + 1,) uint32; the last one is predicted only
+    scored: int  # tokens of the continuation, at the end
 
 
 class Score(NamedTuple):
     value: float
     stderr: float
-    """Of the mean over documents; NaN for f1, which is none, and for a single document."""
+    """Standard error of the mean over documents; NaN for f1, no mean, and for one document."""
 
     documents: int
 
 
 def encode_prompts(pairs: Iterable[tuple[str, str]], tokenizer: Any, length: int) -> list[Prompt]:
-    """(context, continuation) as a model with `length` positions is given them.
+    """Encode (context, continuation) pairs for a model with `length` positions.
 
-    `tokenizer` is a tokenizers.Tokenizer. Each part is encoded on its own, without special tokens.
+    `tokenizer` is a tokenizers.Tokenizer. Each part is encoded separately, without special tokens.
     """
     pairs = list(pairs)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
@@ -52,11 +52,11 @@ def encode_prompts(pairs: Iterable[tuple[str, str]], tokenizer: Any, length: int
             texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True
         )
     }
-    found = []
+    prompts = []
     for context, continuation in pairs:
         ids = np.concatenate([tokens[context], tokens[continuation]])[-(length + 1) :]
-        found.append(Prompt(ids, min(len(tokens[continuation]), len(ids) - 1)))
-    return found
+        prompts.append(Prompt(ids, min(len(tokens[continuation]), len(ids) - 1)))
+    return prompts
 
 
 def compute_log_likelihoods(
@@ -69,17 +69,17 @@ def compute_log_likelihoods(
 ) -> Tensor:
     """Log-probability of each prompt's continuation in nats, (N,) float32 on the CPU.
 
-    Every process computes its share, in as many batches as the others, and gets all numbers.
+    Every process computes its share, in as many batches as the others, and returns all of them.
     """
     rows: dict[bytes, list[int]] = {}
     for i, prompt in enumerate(prompts):
         rows.setdefault(prompt.ids[:-1].tobytes(), []).append(i)
-    # The longest first: should they need more memory than there is, that is known at once.
+    # The longest first, so that they run out of memory at the start if at all.
     order = sorted(rows.values(), key=lambda row: -len(prompts[row[0]].ids))
     mine = order[world.rank :: world.size]
     values = torch.zeros(len(prompts), device=world.device)
     for start in range(0, math.ceil(len(order) / world.size), batch_size):
-        # A process that has no row left computes the shortest again, for nobody.
+        # A process without rows computes the shortest again: a sharded model needs all processes.
         batch = mine[start : start + batch_size]
         inputs = [prompts[row[0]].ids[:-1].astype(np.int64) for row in batch or order[-1:]]
         input_ids = torch.full((len(inputs), max(map(len, inputs))), pad_token_id)
@@ -107,13 +107,13 @@ def compute_score(
 ) -> Score:
     """A task's metric from the log-likelihood of each request, as OLMo computes it.
 
-    acc: the right option has the highest. len_norm: the highest per character. pmi_dc: the highest
-    ratio to the `unconditional` one. f1: of the first option. ce_loss and bpb, which are means over
-    documents: nats per character and bits per byte of the right option.
+    acc: share of documents whose right option has the highest likelihood. len_norm: the highest
+    per character. pmi_dc: the highest ratio to the `unconditional` one. f1: of the first option.
+    ce_loss, bpb: means over documents of nats per character, bits per byte of the right option.
     """
-    # float32, as in OLMo: which of two options wins can hang on it.
+    # float32, as in OLMo: it can decide which of two options wins.
     values = likelihoods.float()
-    if values.isnan().any():  # argmax would take the first of them for an answer
+    if values.isnan().any():  # argmax would choose the first NaN
         return Score(math.nan, math.nan, len({request.document for request in requests}))
     if metric in ("len_norm", "ce_loss"):
         values = values / torch.tensor([len(r.continuation) - 1 for r in requests])
@@ -132,20 +132,20 @@ def compute_score(
     if metric in ("ce_loss", "bpb"):
         results = [-value for ((_, value, _),) in documents.values()]
     else:
-        chosen = []
+        predictions = []
         for options in documents.values():
-            best = int(np.argmax([value for _, value, _ in options]))  # of equal ones the first
-            chosen.append((options[best][0], options[best][2]))
+            best = int(np.argmax([value for _, value, _ in options]))  # the first of equal ones
+            predictions.append((options[best][0], options[best][2]))
         if metric == "f1":
-            return Score(_f1(chosen), math.nan, len(chosen))
-        results = [float(option == target) for option, target in chosen]
+            return Score(_f1(predictions), math.nan, len(predictions))
+        results = [float(option == target) for option, target in predictions]
     n, mean = len(results), sum(results) / len(results)
     variance = sum((result - mean) ** 2 for result in results) / (n - 1) if n > 1 else math.nan
     return Score(mean, math.sqrt(variance / n), n)
 
 
-def _f1(chosen: Sequence[tuple[int, int]]) -> float:
-    """Harmonic mean of precision and recall of option 0, from (chosen, right) pairs."""
-    both = sum(option == target == 0 for option, target in chosen)
-    either = sum((option == 0) + (target == 0) for option, target in chosen)
-    return 2 * both / either if either else 0.0
+def _f1(predictions: Sequence[tuple[int, int]]) -> float:
+    """F1 of option 0, from (predicted, right) pairs: 2 TP / (predicted + right positives)."""
+    true_positives = sum(option == target == 0 for option, target in predictions)
+    positives = sum((option == 0) + (target == 0) for option, target in predictions)
+    return 2 * true_positives / positives if positives else 0.0

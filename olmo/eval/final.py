@@ -1,4 +1,4 @@
-"""Evaluate a finished checkpoint, outside its run, by our own scorer."""
+"""Evaluates a finished checkpoint with our own scorers."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ LABEL = "heldout"
 
 
 def load_final(checkpoint: Path) -> tuple[TrainConfig, World, OLMo]:
-    """A final checkpoint's config, and its model as its run computed."""
+    """A final checkpoint's config, this process's world, and the model."""
     cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
     if cfg.intra_op_threads is not None:
         torch.set_num_threads(cfg.intra_op_threads)
@@ -31,13 +31,12 @@ def load_final(checkpoint: Path) -> tuple[TrainConfig, World, OLMo]:
 def measure_perplexity(
     checkpoint: Path, heldout: list[Path], labels: list[Path] | None = None
 ) -> dict[str, Any]:
-    """Loss (nats a token), its standard error over instances, and perplexity on token files.
+    """Loss (nats per token), its standard error over instances, and perplexity on token files.
 
-    Computed as the run computed it: same precision, same batches. `labels`, a mask for each file,
-    say which tokens count; then there is also CrossEntropyLossPerLabel, the mean over these alone.
+    It uses the run's precision and batches. `labels`, a mask for each file, says which tokens
+    count; then the result also has CrossEntropyLossPerLabel, the mean over these tokens.
 
-    Raises:
-        ValueError: the files hold no instance as long as the model's sequences.
+    Raises ValueError if the files hold no instance of the model's sequence length.
     """
     cfg, world, model = load_final(checkpoint)
     data = DataConfig(
@@ -80,46 +79,40 @@ def score_task(
     """A multiple-choice task: its metrics, and each request with its log-likelihood in nats.
 
     Args:
-        folder: where its data set is, laid out as OLMo ships its own; None asks the hub.
-        limit: the first so many documents; None: all of them.
+        folder: holds the data set in OLMo's layout (olmo.eval.rows); None: the hub's.
+        limit: only the first so many documents; None: all.
 
-    Raises:
-        ValueError: the data set is not to be had, or its documents have no answers.
+    Raises ValueError if the data set is not available, or its documents have no answers.
     """
     from tokenizers import Tokenizer
 
     cfg, world, model = load_final(checkpoint)
     cfg = cfg.update_with(hf_datasets_cache_dir=None if folder is None else str(folder))
-    evaluator = EvaluatorConfig(
+    settings = EvaluatorConfig(
         task.label,
         type=EvaluatorType.downstream,
         device_eval_batch_size=batch_size,
         subset_num_batches=-1,
     )
-    asked = ChoiceEvaluator(cfg, evaluator, world, task, Tokenizer.from_file(str(tokenizer)), limit)
+    encoder = Tokenizer.from_file(str(tokenizer))
+    evaluator = ChoiceEvaluator(cfg, settings, world, task, encoder, limit)
     with torch.no_grad():
-        given, alone = asked.likelihoods(model)
+        conditional, unconditional = evaluator.likelihoods(model)
     metrics = [task.metric]
-    if task.metric not in TARGET_METRICS:  # every option was asked: so these are known too
+    if task.metric not in TARGET_METRICS:  # every option is scored, so these cost nothing
         metrics += [name for name in ("acc", "len_norm") if name != task.metric]
     rows = []
     for metric in metrics:
-        value, stderr, documents = compute_score(metric, asked.requests, given, alone)
-        rows.append(
-            {
-                "metric": metric,
-                "value": value,
-                "stderr": nan_to_none(stderr),
-                "documents": documents,
-            }
-        )
+        score = compute_score(metric, evaluator.requests, conditional, unconditional)
+        row = {"metric": metric, "value": score.value, "stderr": nan_to_none(score.stderr)}
+        rows.append(row | {"documents": score.documents})
     requests = [
         request._asdict() | {"loglikelihood": value}
-        for request, value in zip(asked.requests, given.tolist(), strict=True)
+        for request, value in zip(evaluator.requests, conditional.tolist(), strict=True)
     ]
     return rows, requests
 
 
 def nan_to_none(value: float) -> float | None:
-    """JSON has no NaN."""
+    """NaN as None, since JSON has no NaN."""
     return None if math.isnan(value) else value

@@ -1,7 +1,7 @@
-"""EleutherAI's lm-evaluation-harness (lm_eval) on an exported model.
+"""Runs EleutherAI's lm-evaluation-harness (lm_eval) on an exported model.
 
-Its own tasks come from the hub; those of tasks.yaml whose documents are here, and task files of
-one's own, need no network.
+Its own tasks come from the hub. Tasks of tasks.yaml with local documents, and the user's own task
+files, need no network.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from olmo.eval.tasks import TARGET_METRICS, ChoiceTask, build_requests
 
 
 def write_task(task: ChoiceTask, data: Path, folder: Path) -> None:
-    """One of our tasks as one of the harness's: <label>.yaml and <label>.jsonl in `folder`.
+    """Write one of our tasks as a harness task: <label>.yaml and <label>.jsonl in `folder`.
 
-    The documents are written as we ask them, so that both scorers see the same text.
+    The documents are written with our prompts, so that both scorers read the same text.
 
-    Raises:
-        ValueError: its documents are not in `data`, or its context depends on the option, which
-            the harness's multiple choice has no place for.
+    Raises ValueError if its documents are not in `data`, or if its context depends on the option,
+    which the harness's multiple choice cannot express.
     """
     import yaml
 
@@ -40,8 +39,8 @@ def write_task(task: ChoiceTask, data: Path, folder: Path) -> None:
         )
         if row["context"] != request.context:
             raise ValueError(
-                f"harness: '{task.label}' has a context for each option, which lm-eval's "
-                "multiple_choice has not; ask it by `choices`"
+                f"harness: '{task.label}' has a context for each option, but lm-eval's "
+                "multiple_choice has one; use `choices`"
             )
         row["choices"].append(request.continuation.removeprefix(" "))
     file = folder / f"{task.label}.jsonl"
@@ -73,16 +72,15 @@ def run_harness(
     batch_size: int = 8,
     limit: int | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Ask an exported model; the metrics, and each request with its log-likelihood in nats.
+    """Evaluate an exported model: the metrics, and each request with its log-likelihood in nats.
 
     Args:
         model: a folder that transformers reads.
-        names: of tasks and groups, the harness's own or of `task_files`.
+        names: tasks and groups, the harness's own or from `task_files`.
         task_files: folders of task files (YAML).
-        limit: the first so many documents of each task; None: all of them.
+        limit: only the first so many documents of each task; None: all.
 
-    Raises:
-        ValueError: there is no such task, it is broken, or its data is not to be had.
+    Raises ValueError for an unknown or broken task, or if its data is not available.
     """
     with silence_output():
         import lm_eval
@@ -97,42 +95,41 @@ def run_harness(
     if unknown := sorted(set(names) - set(known.all_tasks)):
         raise ValueError(
             f"harness: there is no task '{unknown[0]}'. `lm-eval ls tasks` names the harness's "
-            f"own; task files are looked for in {', '.join(folders) or 'no folder'}"
+            f"own; folders with task files: {', '.join(folders) or 'none'}"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with silence_output():
-        asked = HFLM(pretrained=str(model), device=device, batch_size=batch_size, dtype="auto")
+        lm = HFLM(pretrained=str(model), device=device, batch_size=batch_size, dtype="auto")
     try:
         with silence_output():
-            found = lm_eval.simple_evaluate(
-                asked, tasks=list(names), task_manager=known, limit=limit, bootstrap_iters=1000
+            results = lm_eval.simple_evaluate(
+                lm, tasks=list(names), task_manager=known, limit=limit, bootstrap_iters=1000
             )
     except OverflowError as error:
         raise ValueError(
-            f"harness: {', '.join(names)}: lm-eval computes no perplexity beyond 1.8e308, and the "
-            "model's loss there is above 709 nats: it diverged, or its tokenizer is another's"
+            f"harness: {', '.join(names)}: lm-eval computes no perplexity above 1.8e308, and the "
+            "model's loss is above 709 nats: it diverged, or its tokenizer is another model's"
         ) from error
-    except Exception as error:  # tasks raise what they like: their files are code of others'
+    except Exception as error:  # task files are other people's code
         first = str(error).strip().splitlines()[:1]
         raise ValueError(
-            f"harness: {', '.join(names)}: {first[0] if first else type(error).__name__}. Where "
-            "the hub cannot be reached, give task files of local data (`task_files`), or take "
-            "the task out"
+            f"harness: {', '.join(names)}: {first[0] if first else type(error).__name__}. Without "
+            "access to the hub, give task files of local data (`task_files`), or remove the task"
         ) from error
-    return extract_metrics(found), extract_requests(found)
+    return extract_metrics(results), extract_requests(results)
 
 
 def silence_output() -> AbstractContextManager[Any]:
-    """Its progress bars are for a terminal, and its remarks for nobody; its errors are kept."""
+    """Hide lm_eval's progress bars where there is no terminal, and its log below errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
 
 
-def extract_metrics(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each task and metric; a group's are rows too."""
+def extract_metrics(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each task or group and metric of lm_eval's results."""
     rows = []
-    for task, values in found["results"].items():
+    for task, values in results["results"].items():
         for key, value in values.items():
             name, _, kind = key.partition(",")
             if not kind or name.endswith("_stderr") or not isinstance(value, int | float):
@@ -144,18 +141,18 @@ def extract_metrics(found: dict[str, Any]) -> list[dict[str, Any]]:
                     "metric": name if kind == "none" else f"{name} ({kind})",
                     "value": float(value),
                     "stderr": nan_to_none(stderr) if isinstance(stderr, int | float) else None,
-                    "documents": found["n-samples"].get(task, {}).get("effective"),
+                    "documents": results["n-samples"].get(task, {}).get("effective"),
                 }
             )
     return rows
 
 
-def extract_requests(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each text whose likelihood was asked for; generated texts are not among them."""
+def extract_requests(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each request with a log-likelihood of lm_eval's results; no generated texts."""
     rows = []
-    for task, samples in found["samples"].items():
+    for task, samples in results["samples"].items():
         for sample in samples:
-            for option, (asked, answer) in enumerate(
+            for option, (arguments, answer) in enumerate(
                 zip(sample["arguments"], sample["filtered_resps"], strict=False)
             ):
                 if isinstance(answer, tuple | list) and isinstance(answer[0], float):
@@ -164,8 +161,8 @@ def extract_requests(found: dict[str, Any]) -> list[dict[str, Any]]:
                             "task": task,
                             "document": sample["doc_id"],
                             "option": option,
-                            "context": asked[0],
-                            "continuation": asked[1],
+                            "context": arguments[0],
+                            "continuation": arguments[1],
                             "loglikelihood": answer[0],
                         }
                     )

