@@ -145,9 +145,8 @@ def request_stop_on_signal(request: Path) -> Iterator[None]:
     before = {s: signal.signal(s, write_request) for s in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
-    except (
-        KeyboardInterrupt
-    ):  # Ctrl-C does not reach the trainer, which is in another process group
+    except KeyboardInterrupt:
+        # Ctrl-C does not reach the trainer, which is in another process group.
         request.write_text(f"{signal.SIGINT.name}\n")
         raise
     finally:
@@ -156,7 +155,7 @@ def request_stop_on_signal(request: Path) -> Iterator[None]:
 
 
 def requeue_slurm_job(folder: Path, paused: Mapping[str, Any]) -> None:
-    """Requeue this SLURM job if its time limit is near, which then is no failed attempt.
+    """Requeue this SLURM job if its time limit is near, so that the stop is no failed attempt.
 
     A job that has completed no step is not requeued, since it would repeat that for ever: it
     fails, and is submitted again with more time. Nor is one that got SIGTERM: it was cancelled, or

@@ -125,7 +125,7 @@ def _write_hf(source: Path, into: Path, tokenizer: Path | None) -> Path:
 def _convert_hf(source: Path, into: Path, kind: str) -> Path:
     if kind != "safetensors":
         raise ValueError(
-            f"{source}: expected optimizer state for a {kind} checkpoint, found a model only; "
+            f"{source}: expected optimizer state, which --kind {kind} needs, found a model only; "
             "write it with --kind safetensors"
         )
     weights, config_yaml = huggingface.read_hf_folder(source)

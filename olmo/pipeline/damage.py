@@ -114,7 +114,7 @@ class Damage:
             for name, _, _, digest, size in rows:
                 source = known.get(name)
                 if source and not source.allows(int(size), digest):
-                    wrong.add(f"{source.place} as {table} says now")
+                    wrong.add(f"{source.place}: its size or sha256 in {table} has changed")
                     self._delete_listing(listing)
         return wrong
 

@@ -49,7 +49,7 @@ class Plan:
     def __init__(self, config: dict[str, Any]) -> None:
         with prefix_errors("config/config.yaml: "):
             self.pipeline = PipelineConfig.new(**config)
-        # Runs without a dataset: each is a data set of its own, of the token files it names.
+        # Runs without `dataset`: the token files that each names are a data set of the run's name.
         self.tokenized_datasets = {
             n: run for n, run in self.pipeline.runs.items() if not run.dataset
         }
@@ -127,12 +127,12 @@ class Plan:
             dataset = self.dataset(run)
             tokenizer = self.recipe(dataset).tokenizer
             for name in ("eos_token_id", "pad_token_id"):
-                wanted, found = getattr(tokenizer, name), getattr(cfg.model, name)
-                if wanted != found:
+                expected, found = getattr(tokenizer, name), getattr(cfg.model, name)
+                if expected != found:
                     raise ValueError(
                         f"{path}: model.{name} is {found}, but the tokenizer of "
-                        f"{recipe_path(dataset)} has {wanted}; set model.{name}: "
-                        f"{wanted}"
+                        f"{recipe_path(dataset)} has {expected}; set model.{name}: "
+                        f"{expected}"
                     )
             with prefix_errors(f"{path}: "):
                 identity(cfg)
@@ -144,7 +144,7 @@ class Plan:
         return self._train_configs[run]
 
     def _check_vocabulary(self, run: str, cfg: TrainConfig) -> None:
-        """Refuse a model of another size than a tokenizer that is still to be trained."""
+        """Refuse a model.vocab_size that differs from the size of a tokenizer to be trained."""
         path, dataset = self.run(run).train, self.dataset(run)
         while dataset in self._tokenizer_from:
             dataset = self._tokenizer_from[dataset]
@@ -204,13 +204,12 @@ class Plan:
             ours, theirs = self.tokenizer_name(dataset), self.tokenizer_name(self.dataset(base))
             if ours != theirs:
                 raise ValueError(
-                    f"{run} starts from {base}, whose tokenizer is that of {theirs}; expected the "
-                    f"same in {recipe_path(dataset)} (tokenizer: {{dataset: "
-                    f"{self.dataset(base)}}}), found that of {ours}"
+                    f"{recipe_path(dataset)}: expected the tokenizer of {base}, from which {run} "
+                    f"starts, {theirs} (tokenizer: {{dataset: {self.dataset(base)}}}); found {ours}"
                 )
 
     def tokenizer_name(self, dataset: str) -> str:
-        """What a data set's tokenizer is known by: a file, or a name on the hub."""
+        """The identifier of a data set's tokenizer: a file, or a name on the hub."""
         tokenizer = self.recipe(dataset).tokenizer
         if dataset in self._tokenizer_from:
             return self.tokenizer_name(self._tokenizer_from[dataset])

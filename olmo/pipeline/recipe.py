@@ -150,7 +150,7 @@ def prefix_errors(prefix: str) -> Iterator[None]:
 
 
 def json_flag(flag: str, config: BaseConfig) -> str:
-    """A config as a command takes it: its fields that differ from their defaults, as JSON."""
+    """A command's flag with a config as JSON: the fields that differ from their defaults."""
     return shlex.join([f"--{flag}", json.dumps(non_default_fields(config))])
 
 

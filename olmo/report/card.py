@@ -57,8 +57,8 @@ def card(
     per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length
     rows = {
         "Layers, width, heads": f"{cfg.model.n_layers}, {cfg.model.d_model}, {cfg.model.n_heads}",
-        "Positions": f"{cfg.model.max_sequence_length:,}",
-        "Tokens known": f"{cfg.model.vocab_size:,}",
+        "Sequence length": f"{cfg.model.max_sequence_length:,}",
+        "Vocabulary": f"{cfg.model.vocab_size:,}",
         "Steps": f"{facts['steps']:,}, of {per_step:,} tokens each" if "steps" in facts else "",
         "Optimizer": f"{cfg.optimizer.name}, learning rate {cfg.optimizer.learning_rate:g}, "
         f"weight decay {cfg.optimizer.weight_decay:g}; {cfg.scheduler.name}",

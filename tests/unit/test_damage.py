@@ -83,7 +83,7 @@ def test_a_table_that_says_something_else_now_is_damage():
     assert damage(table="table.tsv").missing("mine") == set()
     table.write_text(table.read_text().replace("a" * 64, "b" * 64))
     assert damage(table="table.tsv").missing("mine") == {
-        "https://x/a.json.gz as table.tsv says now"
+        "https://x/a.json.gz: its size or sha256 in table.tsv has changed"
     }
     assert not listing.exists()
 

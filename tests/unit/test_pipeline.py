@@ -413,7 +413,10 @@ def test_a_tuned_run_starts_from_another_or_from_a_checkpoint():
 def test_a_tuned_run_that_does_not_fit_is_refused():
     for changes, message in (
         ({"talks": {"instructions": {"sequence_length": 32}}}, "max_sequence_length of t.yaml, 64"),
-        ({"talks": {"tokenizer": {"train_vocab_size": 512}}}, "expected the same in config/data/t"),
+        (
+            {"talks": {"tokenizer": {"train_vocab_size": 512}}},
+            "config/data/talks.yaml: expected the tokenizer of base",
+        ),
         ({"config": {"reset_trainer_state": False}}, "expected reset_trainer_state: true"),
     ):
         with pytest.raises(ValueError, match=message):
