@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from olmo.corpus import json_lines
-from olmo.corpus.sources import DIRECT, Transfer, check_digest, fetch_any
+from olmo.corpus.sources import DIRECT, Transfer, check_against_table, fetch_any
 from olmo.io import file_types, gz
 from olmo.store.stage import Facts, Input, Output, Unhashed, Work, stage
 
@@ -94,7 +94,7 @@ def parse_messages(line: bytes) -> list[Message]:
 @stage(version=1, conditions=gz.conditions)
 def local_conversations(file: Input, source: Output, sha256: str | None = None) -> Facts:
     """Convert a local file: JSON lines, gz or plain, or parquet."""
-    check_digest(file, str(file), None, sha256)
+    check_against_table(file, str(file), None, sha256)
     return {"text_bytes": convert_to_json_lines(file, source, str(file))}
 
 
@@ -113,7 +113,7 @@ def download_conversations(
     downloaded = source.with_name("arrived")
 
     def convert(place: str) -> int:
-        check_digest(downloaded, place, transfer.bytes, sha256)
+        check_against_table(downloaded, place, transfer.bytes, sha256)
         return convert_to_json_lines(downloaded, source, place)
 
     found = fetch_any(url, transfer, downloaded, part, convert)

@@ -56,9 +56,10 @@ def read_listing(listings: Iterable[Path], output: str | None = None) -> list[En
     return entries
 
 
-def read_objects(listings: Iterable[Path], output: str) -> list[Path]:
-    """The files in the store of one output, over several listings, in order."""
-    return [entry.object for entry in read_listing(listings, output)]
+def read_objects(listings: Iterable[Path], output: str, skip_empty: bool = False) -> list[Path]:
+    """The files, in the store, of one output; of several listings, in order."""
+    entries = read_listing(listings, output)
+    return [entry.object for entry in entries if entry.bytes or not skip_empty]
 
 
 def write_listing(listing: Path, entries: Iterable[Entry]) -> None:

@@ -200,14 +200,14 @@ def check_source(source: Path, name: str, bytes: int | None, sha256: str | None)
     Raises ValueError unless the file is complete and agrees with the table.
     """
     gz.check_is_gzip(source, name)
-    check_digest(source, name, bytes, sha256)
+    check_against_table(source, name, bytes, sha256)
     text_bytes = gz.verify_checksum(source, name)
     if text_bytes == 0:
         raise ValueError(f"{name}: expected lines, found an empty source. Remove it from the list")
     return text_bytes
 
 
-def check_digest(path: Path, name: str, bytes: int | None, sha256: str | None) -> None:
+def check_against_table(path: Path, name: str, bytes: int | None, sha256: str | None) -> None:
     """Raises ValueError unless a file has the length and the sha256 that the table says."""
     if bytes is not None and (size := path.stat().st_size) != bytes:
         raise ValueError(wrong_size(name, bytes, size))

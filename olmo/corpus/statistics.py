@@ -90,7 +90,7 @@ def statistics(
             f"found {counted['documents'].sum():,}: make statistics of all shards of one data set"
         )
     frame.write_parquet(summary, **PARQUET)
-    text.write_text(format_table(frame), encoding="utf-8")
+    text.write_text(format_columns(frame), encoding="utf-8")
     return {"files": len(tables)} | {
         split: frame.filter(file=ALL, split=split)
         .select("documents", "bytes", "tokens")
@@ -153,7 +153,7 @@ def count_cut(rows: polars.LazyFrame) -> polars.LazyFrame:
     )
 
 
-def format_table(frame: polars.DataFrame) -> str:
+def format_columns(frame: polars.DataFrame) -> str:
     """A table with aligned columns and thousands separators; null is blank."""
 
     def cell(value: object) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from olmo.config import TrainConfig
 from olmo.corpus.docstrings import DATASET, stdlib_docstrings
-from olmo.corpus.listing import read_listing
+from olmo.corpus.listing import read_listing, read_objects
 from olmo.corpus.stdlib import library_digest
 from olmo.inspect.documents import find_token_shards, object_digest
 from olmo.pipeline.recipe import EvaluationConfig
@@ -44,7 +44,7 @@ def heldout(
             + "; set the recipe's `tokenizer: {file: …}` to the run's, or remove the data set from "
             "`heldout`"
         )
-    heldout = [entry.object for entry in read_listing(tokens, "heldout-tokens") if entry.bytes]
+    heldout = read_objects(tokens, "heldout-tokens", skip_empty=True)
     if not heldout:
         raise ValueError(
             f"expected held-out documents, found none in {len(tokens)} listings, as "
@@ -55,8 +55,7 @@ def heldout(
         model=checkpoint / "model.safetensors",
         config=checkpoint / "config.yaml",
         heldout=heldout,
-        labels=[entry.object for entry in read_listing(tokens, "heldout-labels") if entry.bytes]
-        or None,
+        labels=read_objects(tokens, "heldout-labels", skip_empty=True) or None,
         results=results,
         checkpoint=checkpoint,
     )

@@ -11,7 +11,7 @@ from typing import Any
 from olmo.cluster.launch import Geometry, launch
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
 from olmo.config.identity import identity
-from olmo.corpus.listing import read_listing, read_objects
+from olmo.corpus.listing import read_objects
 from olmo.corpus.tokenizer import check_tokenizer
 from olmo.runtime.numbers import encode_non_finite, to_json
 from olmo.store.stage import (
@@ -65,7 +65,6 @@ def train_run(
         model.embedding_size,
         cfg.data.memmap_dtype,
     )
-    labels = read_listing(tokens, "heldout-labels")
     training(
         tokens=read_objects(tokens, "tokens"),
         labels=read_objects(tokens, "labels") or None,
@@ -77,8 +76,8 @@ def train_run(
         final=final,
         attempt=final.parent / "run",
         cfg=cfg,
-        heldout=[e.object for e in read_listing(tokens, "heldout-tokens") if e.bytes],
-        heldout_labels=[e.object for e in labels if e.bytes] or None,
+        heldout=read_objects(tokens, "heldout-tokens", skip_empty=True),
+        heldout_labels=read_objects(tokens, "heldout-labels", skip_empty=True) or None,
         geometry=Geometry(processes, nodes, min_nodes, max_restarts, cfg.global_train_batch_size),
     )
 
