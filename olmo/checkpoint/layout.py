@@ -12,7 +12,6 @@ each file) shows later damage.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -94,7 +93,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         for path in sorted(p for p in partial.rglob("*") if p.is_file()):
             manifest[str(path.relative_to(partial))] = {
                 "bytes": path.stat().st_size,
-                "sha256": hash_file(path),
+                "sha256": sealed.hash_file(path),
             }
             sealed.fsync_path(path)
         sealed.write_atomic(partial / MANIFEST, sealed.dumps({"files": manifest}, 1))
@@ -235,13 +234,8 @@ def verify_checkpoint(folder: Path) -> None:
                 f"the checkpoint {folder} is truncated or overwritten: {name} has {size} bytes, "
                 f"expected {expected['bytes']}; {remedy}"
             )
-        if (found := hash_file(path)) != expected["sha256"]:
+        if (found := sealed.hash_file(path)) != expected["sha256"]:
             raise ValueError(
                 f"the checkpoint {folder} is corrupt: {name} has sha256 {found[:12]}…, "
                 f"expected {expected['sha256'][:12]}…; {remedy}"
             )
-
-
-def hash_file(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -14,7 +14,7 @@ from olmo.checkpoint import layout
 from olmo.io import untrusted
 from olmo.io.bucket import Bucket
 from olmo.io.downloads import fetch
-from olmo.io.sealed import Damaged
+from olmo.io.sealed import Damaged, hash_file
 from olmo.runtime.log import log
 from olmo.runtime.urls import stash_secrets
 
@@ -158,7 +158,7 @@ def _download_mirrored(bucket: Bucket, folder: Path) -> None:
     partial.mkdir(parents=True, exist_ok=True)
     for name, facts in files.items():
         path = untrusted.resolve_inside(partial, name, source)
-        if not (path.is_file() and layout.hash_file(path) == facts["sha256"]):
+        if not (path.is_file() and hash_file(path) == facts["sha256"]):
             path.parent.mkdir(parents=True, exist_ok=True)
             bucket.get(f"{folder.name}/{name}", path, facts["bytes"])
     (partial / layout.MANIFEST).write_bytes(manifest)

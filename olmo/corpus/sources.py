@@ -14,10 +14,10 @@ from olmo.config.strict import check_range
 from olmo.corpus.source_table import COLUMNS
 from olmo.corpus.stdlib import MAX_SHARDS
 from olmo.io import downloads, file_types, gz
+from olmo.io.sealed import hash_file
 from olmo.runtime.log import log
 from olmo.runtime.urls import redact, stash_secrets
 from olmo.store.stage import Facts, Input, Output, Unhashed, Work, current_store, stage
-from olmo.store.store import hash_file
 
 MAX_URL_LIST_BYTES = 256 * 2**20
 

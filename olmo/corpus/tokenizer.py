@@ -14,8 +14,8 @@ from olmo.config.strict import check_range
 from olmo.corpus.documents import parse_document
 from olmo.corpus.listing import read_objects
 from olmo.io import file_types, gz
+from olmo.io.sealed import hash_file
 from olmo.store.stage import Facts, Input, Inputs, Output, current_store, stage
-from olmo.store.store import hash_file
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")  # ids 0 and 1
 # Names of the end-of-text token and of the padding token in common tokenizers.

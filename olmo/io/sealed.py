@@ -52,6 +52,12 @@ def write_atomic(path: Path, text: str, read_only: bool = False, alone: bool = F
     fsync_path(path.parent)
 
 
+def hash_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fsync_path(path: Path) -> None:
     """Bring a file's bytes, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from olmo.io import sealed
+from olmo.io.sealed import hash_file
 from olmo.store import naming, remote
 from olmo.store.lease import PROBE_PREFIX, held_names, lease
 from olmo.store.lineage import diff_actions, find_nearest
 from olmo.store.lineage import format_lineage as trace_lines
 from olmo.store.record import output_files
 from olmo.store.stage import current_store
-from olmo.store.store import GC_LEASE, Store, hash_file
+from olmo.store.store import GC_LEASE, Store
 
 
 def verify() -> None:

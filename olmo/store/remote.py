@@ -27,13 +27,13 @@ from urllib.parse import quote
 from olmo.io import downloads, sealed, untrusted
 from olmo.io.bucket import Bucket
 from olmo.io.downloads import NotFound
-from olmo.io.sealed import Damaged
+from olmo.io.sealed import Damaged, hash_file
 from olmo.runtime import urls
 from olmo.runtime.log import log
 from olmo.store import naming
 from olmo.store.lineage import ancestors, records_by_content
 from olmo.store.record import Record, check_record, output_files, parse_record
-from olmo.store.store import Store, hash_file
+from olmo.store.store import Store
 
 MAX_CONCURRENT = 16  # transfers; a bucket answers slowly, but many at a time
 ATTEMPTS = 3  # at an object whose bytes arrive damaged

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.io import sealed
-from olmo.io.sealed import Damaged, fsync_path
+from olmo.io.sealed import Damaged, fsync_path, hash_file
 from olmo.runtime.log import log
 from olmo.store.action import Action
 from olmo.store.lease import lease, refresh_listing
@@ -49,12 +49,6 @@ class CorruptObject(ValueError):
 
 class NondeterministicStage(ValueError):
     """One action gave two contents."""
-
-
-def hash_file(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Store:

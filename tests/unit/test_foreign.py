@@ -352,7 +352,7 @@ def test_a_manifest_sends_nothing_from_outside(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("mine")
     folder = tmp_path / "run/step5"
     folder.mkdir(parents=True)
-    facts = {"bytes": 4, "sha256": layout.hash_file(tmp_path / "secret")}
+    facts = {"bytes": 4, "sha256": sealed.hash_file(tmp_path / "secret")}
     (folder / layout.MANIFEST).write_text(sealed.dumps({"files": {"../../secret": facts}}))
     with pytest.raises(ValueError, match=r"found '\.\./\.\./secret'"):
         mirror.mirror_checkpoints(tmp_path / "run", str(tmp_path / "mirror"))
