@@ -6,9 +6,9 @@ import math
 import sys
 from typing import Any
 
-from olmo.config.enums import ActivationType
+from olmo.config.enums import ActivationType, FSDPWrapStrategy, OptimizerType
 from olmo.config.strict import check_range
-from olmo.config.train_config import ModelConfig, TrainConfig
+from olmo.config.train_config import ModelConfig, OptimizerConfig, TrainConfig
 
 # (minimum, maximum, keys): values outside would fail later, or train nonsense.
 RANGES = (
@@ -40,7 +40,7 @@ RANGES = (
 
 
 def check_train_config(cfg: TrainConfig) -> None:
-    """Raises ValueError for a number out of range, and for a model that cannot be built."""
+    """Raises ValueError for a number out of range, and for keys that exclude each other."""
     for least, most, names in RANGES:
         for name in names.split():
             found: Any = cfg
@@ -51,6 +51,42 @@ def check_train_config(cfg: TrainConfig) -> None:
         name = f"evaluators.{evaluator.label}.device_eval_batch_size"
         check_range(name, evaluator.device_eval_batch_size, 1)
     check_model(cfg.model)
+    check_optimizer(cfg.optimizer)
+    lowest, peak = cfg.scheduler.warmup_min_lr, cfg.optimizer.learning_rate
+    if lowest is not None and not 0 <= lowest < peak:
+        raise ValueError(
+            f"scheduler.warmup_min_lr must be from 0 to below optimizer.learning_rate ({peak}), "
+            f"found {lowest}"
+        )
+    by_group = (FSDPWrapStrategy.by_block_group, FSDPWrapStrategy.by_block_group_and_size)
+    if cfg.fsdp and cfg.fsdp.wrapping_strategy in by_group and cfg.model.block_group_size == 1:
+        raise ValueError(
+            f"fsdp.wrapping_strategy={cfg.fsdp.wrapping_strategy} needs model.block_group_size "
+            "above 1"
+        )
+    if cfg.data.custom_dataset and (cfg.data.paths or cfg.data.datasets):
+        raise ValueError("data.custom_dataset excludes data.paths and data.datasets; keep one")
+    if cfg.compile and cfg.compile.coordinate_descent_tuning and cfg.compile.mode:
+        raise ValueError(
+            f"compile.coordinate_descent_tuning: expected compile.mode: null, found "
+            f"{cfg.compile.mode}, which says by itself what is tuned; --compile.mode=null"
+        )
+
+
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Raises ValueError for settings that the optimizer does not have."""
+    if config.packed_state and config.name != OptimizerType.adamw:
+        raise ValueError(f"optimizer.packed_state is for adamw, not for {config.name}")
+    if config.packed_state and config.selective_updates:
+        raise ValueError(
+            "optimizer.packed_state has one scale for a whole tensor, selective_updates works "
+            "entry by entry; set one of them to false"
+        )
+    if config.name == OptimizerType.muon and config.selective_updates:
+        raise ValueError(
+            "optimizer.selective_updates works entry by entry, Muon on whole matrices; "
+            "set --optimizer.selective_updates=false or another optimizer.name"
+        )
 
 
 def check_model(config: ModelConfig) -> None:

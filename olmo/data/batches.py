@@ -260,8 +260,6 @@ def build_train_dataloader(
     try_load_latest_save is set, and if the config names both a custom dataset and token files.
     """
     data = train_config.data
-    if data.custom_dataset and (data.paths or data.datasets):
-        raise ValueError("data.custom_dataset excludes data.paths and data.datasets; keep one")
     work_dir = Path(train_config.save_folder) / "train_data"
     rank = get_global_rank() if rank is None else rank
     may_exist = train_config.save_overwrite or train_config.try_load_latest_save

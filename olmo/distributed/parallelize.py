@@ -132,9 +132,6 @@ def _fsdp_units(strategy: FSDPWrapStrategy | None, model: OLMo) -> list[nn.Modul
 
     Embedding and head always stay with the root: a tied head reads the embedding's weight without
     calling the embedding, so an embedding of its own would not be gathered then.
-
-    Raises:
-        ValueError: a strategy by block group, for a model without groups.
     """
     names = FSDPWrapStrategy
     blocks: list[nn.Module] = list(model.blocks())
@@ -143,9 +140,5 @@ def _fsdp_units(strategy: FSDPWrapStrategy | None, model: OLMo) -> list[nn.Modul
     if strategy is None:
         return []
     if strategy in (names.by_block_group, names.by_block_group_and_size):
-        if "block_groups" not in model.transformer:
-            raise ValueError(
-                f"fsdp.wrapping_strategy={strategy} needs model.block_group_size above 1"
-            )
         return list(model.transformer["block_groups"])
     return blocks[:: one_in.get(strategy, 1)]

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from olmo.config import OptimizerType, TrainConfig
+from olmo.config.checks import check_optimizer
 from olmo.model.norm import LayerNormBase
 from olmo.model.regroup import strip_wrappers
 from olmo.optim.adamw import AdamW
@@ -89,9 +90,9 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> Optimizer:
     """The optimizer that cfg.optimizer describes, over the trainable parameters of `model`.
 
     Raises:
-        ValueError: selective_updates with Muon, whose updates are never selective; packed_state
-            with another optimizer than AdamW.
+        ValueError: settings that this optimizer does not have (`check_optimizer`).
     """
+    check_optimizer(cfg.optimizer)
     groups = get_param_groups(cfg, model)
     config = cfg.optimizer
     shared: dict[str, Any] = {
@@ -102,15 +103,8 @@ def build_optimizer(cfg: TrainConfig, model: nn.Module) -> Optimizer:
         "selective_updates": config.selective_updates,
     }
     name = OptimizerType(config.name)
-    if config.packed_state and name is not OptimizerType.adamw:
-        raise ValueError(f"optimizer.packed_state is for adamw, not for {name}")
     if name is OptimizerType.lionw:
         return LionW(groups, **shared)
-    if name is OptimizerType.muon and config.selective_updates:
-        raise ValueError(
-            "optimizer.selective_updates works entry by entry, Muon on whole matrices; "
-            "set --optimizer.selective_updates=false or another optimizer.name"
-        )
     optimizer_class: type[AdamW] = Muon if name is OptimizerType.muon else AdamW
     if config.packed_state:
         optimizer_class = PackedAdamW

@@ -42,26 +42,16 @@ def unpack(packed: PackedTensor) -> Tensor:
 class PackedAdamW(AdamW):
     """AdamW with packed moments, for one process or replicas (ddp).
 
-    Raises:
-        ValueError: at the first step, if parameters are sharded.
+    `check_optimizer` refuses selective updates, `check_device` sharded parameters.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self._selective_updates:
-            raise ValueError(
-                "optimizer.packed_state has one scale for a whole tensor, selective_updates works "
-                "entry by entry; set one of them to false"
-            )
         self.register_state_dict_post_hook(_unpack_state_dict)
 
     def _step_group(self, group: ParamGroup) -> None:
         for name, p in params_with_grad(group):
-            if is_dtensor(p):
-                raise ValueError(
-                    f"optimizer.packed_state keeps whole tensors, and {name} is sharded over "
-                    "processes; set distributed_strategy: ddp or optimizer.packed_state: false"
-                )
+            assert not is_dtensor(p)
             state = self.state[p]
             state.update(_unpack_all(state))
             super()._step_group({**group, "params": [p], "param_names": [name]})

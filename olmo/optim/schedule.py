@@ -55,11 +55,6 @@ class Scheduler:
 
     def _warm_up(self, initial_lr: float, step: int, warmup_steps: int) -> float:
         start = initial_lr * 0.10 if self.warmup_min_lr is None else self.warmup_min_lr
-        if not 0 <= start < initial_lr:
-            raise ValueError(
-                f"scheduler.warmup_min_lr must be from 0 to below optimizer.learning_rate "
-                f"({initial_lr}), found {start}"
-            )
         return start + (initial_lr - start) * min(step, warmup_steps) / warmup_steps
 
 

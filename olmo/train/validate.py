@@ -77,11 +77,6 @@ def check_device(cfg: TrainConfig, device: torch.device, sharded: bool) -> None:
         raise ValueError(f"master_weights: {reason}")
     if cfg.cross_entropy is not None and (reason := loss.find_loss_problem(cfg)):
         raise ValueError(f"cross_entropy: {cfg.cross_entropy} is not available: {reason}")
-    if cfg.compile and cfg.compile.coordinate_descent_tuning and cfg.compile.mode:
-        raise ValueError(
-            f"compile.coordinate_descent_tuning: expected compile.mode: null, found "
-            f"{cfg.compile.mode}, which says by itself what is tuned; --compile.mode=null"
-        )
     if cfg.optimizer.packed_state and sharded:
         raise ValueError(
             "optimizer.packed_state keeps whole tensors, and these are split over processes; "

@@ -66,8 +66,3 @@ def test_bolt_on() -> None:
     assert bolted.get_lr(1.0, 7000, 11_000) == inner.get_lr(1.0, 7000, 11_000)
     assert bolted.get_max_grad_norm(1.0, 10, 100) == 3.0
     assert bolted.get_max_grad_norm(None, 10, 100) is None
-
-
-def test_warmup_from_above_the_peak_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"scheduler\.warmup_min_lr must be from 0 to below"):
-        build(t_warmup=10, warmup_min_lr=1.0).get_lr(1.0, 0, 100)

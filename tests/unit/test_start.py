@@ -1,6 +1,7 @@
 """What the trainer says of a config before it starts."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"compile": {"mode": "max-autotune", "coordinate_descent_tuning": True}},
         "--compile.mode=null",
     ),
+    ({"optimizer": {"name": "lionw", "packed_state": True}}, "packed_state is for adamw"),
+    ({"optimizer": {"packed_state": True, "selective_updates": True}}, "one scale for a whole"),
+    ({"optimizer": {"name": "muon", "selective_updates": True}}, "Muon on whole matrices"),
+    (
+        {"optimizer": {"learning_rate": 1.0}, "scheduler": {"warmup_min_lr": 1.0}},
+        r"scheduler\.warmup_min_lr must be from 0 to below",
+    ),
+    ({"fsdp": {"wrapping_strategy": "by_block_group"}}, "needs model.block_group_size above 1"),
+    ({"wandb": {"name": "x"}}, "Weights & Biases, which is not installed"),
     ({"load_path": "nowhere"}, "nowhere"),
 ]
 
@@ -114,6 +124,7 @@ def test_what_cannot_be_computed_is_refused_before_a_model_is_built(
         raise AssertionError("a model was built first")
 
     monkeypatch.setattr(setup, "OLMo", built)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises((ValueError, OSError), match=told):
         small_run.run(tmp_path, **changes)
 
