@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -144,6 +144,16 @@ def check_range(name: str, found: float | None, least: float, most: float = math
     if found is not None and not least <= found <= most:
         expected = f"at least {least}" if most == math.inf else f"from {least} to {most}"
         raise ValueError(f"{name}: expected {expected}, found {found}")
+
+
+def check_one_set(name: str, section: Any, fields: Collection[str]) -> None:
+    """Raises ValueError unless exactly one of these fields of a section is set."""
+    found = [key for key in fields if getattr(section, key)]
+    if len(found) != 1:
+        expected = ", ".join(fields)
+        raise ValueError(
+            f"{name}: expected one of {expected}; found {' and '.join(found) or 'none'}"
+        )
 
 
 def extension(default: Any = None) -> Any:

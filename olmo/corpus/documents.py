@@ -40,11 +40,7 @@ REASONS = {
     **json_lines.SURROGATE,
     "carriage-return": "a carriage return, which the toolkit treats as a line end",
 }
-PARQUET: dict[str, Any] = {
-    "compression": "zstd",
-    "compression_level": 3,
-    "row_group_size": 1 << 17,
-}
+PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "row_group_size": 1 << 17}
 TRAIN, HELDOUT, DROPPED = "train", "heldout", "dropped"
 TEXT, MESSAGES = "text", "messages"  # kinds of lines: documents, conversations
 
@@ -113,12 +109,7 @@ class DocumentsSection(BaseConfig):
 EVERY_LINE = DocumentsSection()
 
 
-def batch(
-    sources: list[Path],
-    listing: Path,
-    config: DocumentsSection,
-    kind: str = TEXT,
-) -> None:
+def batch(sources: list[Path], listing: Path, config: DocumentsSection, kind: str = TEXT) -> None:
     """Keep one line in N of each source of a batch, check each, split off the held-out ones."""
     outputs = {
         "documents": "documents/{}.json.gz",

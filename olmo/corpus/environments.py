@@ -74,14 +74,11 @@ def interpreter_path(environment: Path) -> Path:
     try:
         path = environment.parent / json.loads(environment.read_text())["python"]
     except (ValueError, KeyError, TypeError):
+        path = None
+    if path is None or not path.exists():
         raise ValueError(
-            f"{environment}: expected JSON with the path of a Python, found something else. Build "
-            f"the environment again: rm {environment}, then run the same command"
-        ) from None
-    if not path.exists():
-        raise ValueError(
-            f"{environment}: expected an interpreter at {path}, found none. Build it again: "
-            f"rm {environment}, then run the same command"
+            f"{environment}: expected the path of an existing Python, found {path or 'none'}. "
+            f"Build the environment again: rm {environment}, then run the same command"
         )
     return path
 

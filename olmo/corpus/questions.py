@@ -16,12 +16,7 @@ from pathlib import Path, PurePosixPath
 from olmo.config.strict import check_range
 from olmo.corpus.documents import hash_number
 from olmo.corpus.json_lines import dump_line
-from olmo.corpus.stdlib import (
-    MAX_SHARDS,
-    decode_source,
-    python_facts,
-    source_files,
-)
+from olmo.corpus.stdlib import MAX_SHARDS, decode_source, python_facts, source_files
 from olmo.io import gz
 from olmo.store.stage import Facts, Folder, stage
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import BaseConfig
-from olmo.config.strict import check_range
+from olmo.config.strict import check_one_set, check_range
 from olmo.corpus.source_table import COLUMNS
 from olmo.corpus.stdlib import MAX_SHARDS
 from olmo.io import downloads, file_types, gz
@@ -43,12 +43,7 @@ class SourcesSection(BaseConfig):
         super().__post_init__()
         for name in GENERATED:
             check_range(f"sources.{name}", getattr(self, name), 1, MAX_SHARDS)
-        given = [name for name in KINDS if getattr(self, name)]
-        if len(given) != 1:
-            raise ValueError(
-                f"sources: expected one of {', '.join(KINDS)}; found "
-                + (" and ".join(given) or "none")
-            )
+        check_one_set("sources", self, KINDS)
         if wrong := [mirror for mirror in self.mirrors if mirror.count("=") != 1]:
             raise ValueError(f"sources.mirrors: expected beginning=beginning, found {wrong[0]!r}")
 

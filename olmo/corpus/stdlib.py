@@ -22,15 +22,7 @@ from olmo.io import gz
 from olmo.store.stage import Facts, Folder, stage
 
 # Tests, demonstrations, character tables, and files that differ between builds of one Python.
-EXCLUDED = {
-    "test",
-    "tests",
-    "idlelib",
-    "turtledemo",
-    "encodings",
-    "site-packages",
-    "dist-packages",
-}
+EXCLUDED = {"test", "tests", "idlelib", "turtledemo", "encodings", "site-packages", "dist-packages"}
 EXCLUDED_PREFIXES = ("_sysconfigdata", "config-", "__pycache__")
 TOPICS = PurePosixPath("pydoc_data/topics.py")
 MAX_SHARDS = 100  # their names have two digits

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import BaseConfig
-from olmo.config.strict import check_range
+from olmo.config.strict import check_one_set, check_range
 from olmo.corpus.documents import parse_document
 from olmo.corpus.listing import read_objects
 from olmo.io import file_types, gz
@@ -39,12 +39,7 @@ class TokenizerSection(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in ORIGINS if getattr(self, name)]
-        if len(given) != 1:
-            raise ValueError(
-                f"tokenizer: expected one of {', '.join(ORIGINS)}; found "
-                + (" and ".join(given) or "none")
-            )
+        check_one_set("tokenizer", self, ORIGINS)
         for name in ("eos_token_id", "pad_token_id"):
             check_range(f"tokenizer.{name}", getattr(self, name), 0)
         check_range("tokenizer.train_vocab_size", self.train_vocab_size, 1)
