@@ -13,17 +13,11 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 from olmo.cluster.slurm_plugin import patch_plugin
+from olmo.pipeline import workspace
 from olmo.pipeline.damage import Damage
 from olmo.pipeline.plan import Plan, match_any
-from olmo.pipeline.workspace import (
-    check_config_file,
-    lock_folder,
-    next_steps,
-    report_failures,
-    set_job_environment,
-)
 
-check_config_file("config/config.yaml")
+workspace.check_config_file("config/config.yaml")
 
 
 configfile: "config/config.yaml"
@@ -32,7 +26,7 @@ configfile: "config/config.yaml"
 plan = Plan(config)
 # A job on another machine reads this file again; it runs one rule and looks for no damage.
 damage = Damage(plan, dry_run=lambda: workflow.dryrun, enabled=workflow.is_main_process)
-set_job_environment(plan.store)
+workspace.set_job_environment(plan.store)
 if workflow.is_main_process:
     patch_plugin()
 
@@ -71,12 +65,12 @@ include: "rules/bench.smk"
 
 
 onstart:
-    lock_folder(plan.store)
+    workspace.lock_folder(plan.store)
 
 
 onsuccess:
-    print(next_steps(plan))
+    print(workspace.next_steps(plan))
 
 
 onerror:
-    report_failures()
+    workspace.report_failures()

@@ -10,6 +10,9 @@ import typing
 from enum import Enum
 from typing import Any, Union
 
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+SCALARS = {int: "a whole number", float: "a number", str: "text"}
+
 
 @functools.cache
 def field_types(cls: Any) -> dict[str, Any]:
@@ -97,20 +100,12 @@ def convert_value(value: Any, hint: Any, where: str) -> Any:
         except ValueError:
             raise error(f"one of {', '.join(hint)}") from None
     if hint is bool:
-        if isinstance(value, str) and value.lower() in (
-            "true",
-            "yes",
-            "on",
-            "false",
-            "no",
-            "off",
-        ):
-            return value.lower() in ("true", "yes", "on")
+        value = BOOLEANS.get(value.lower(), value) if isinstance(value, str) else value
         if value not in (0, 1):
             raise error("true or false")
         return bool(value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise error({int: "a whole number", float: "a number", str: "text"}[hint])
+        raise error(SCALARS[hint])
     try:
         if hint is int and isinstance(value, float) and value != int(value):
             raise ValueError
@@ -119,10 +114,11 @@ def convert_value(value: Any, hint: Any, where: str) -> Any:
             raise ValueError
         return found
     except (ValueError, OverflowError):
-        raise error("a whole number" if hint is int else "a number") from None
+        raise error(SCALARS[hint]) from None
 
 
 def unknown_key_error(key: Any, cls: Any, place: str) -> ValueError:
+    """The error for a key that a dataclass lacks, with the most similar key."""
     near = difflib.get_close_matches(str(key), field_types(cls), n=1, cutoff=0.0)
     return ValueError(f"{place}: no such key in {cls.__name__}; the nearest is '{near[0]}'")
 
@@ -145,6 +141,7 @@ def _convert_to_dataclass(value: Any, cls: Any, where: str) -> Any:
 
 
 def default_values(cls: type) -> dict[str, Any]:
+    """All fields' defaults as plain values; {} if a field is required."""
     if any(is_required(f) for f in dataclasses.fields(cls)):
         return {}
     return to_plain(cls(), all_fields=True)

@@ -51,7 +51,7 @@ class Damage:
         return self._journals[dataset]
 
     def _update_journal(self, dataset: str) -> list[str]:
-        path, missing = _journal_path(dataset), sorted(self.missing(dataset))
+        path, missing = _journal_path(dataset), sorted(self.find_missing_files(dataset))
         if self.dry_run():
             if missing:
                 path = Path(self._temporary.name, f"{dataset}.log")
@@ -68,7 +68,7 @@ class Damage:
                 file.writelines(f"{utc_now()} missing: {name}\n" for name in missing)
         return [str(path)]
 
-    def missing(self, dataset: str) -> set[str]:
+    def find_missing_files(self, dataset: str) -> set[str]:
         """Files of a data set and of its runs that were made and no longer exist.
 
         A listing that names one of them is deleted, so that its job runs when it is needed, and
@@ -85,7 +85,7 @@ class Damage:
             if lost := {str(file) for file in files if not file.exists()}:
                 missing |= lost
                 self._delete_listing(listing)
-        missing |= self.contradicting_source_table(dataset)
+        missing |= self.find_changed_sources(dataset)
         needed: list[Path] = []
         for name in (*self.plan.pipeline.runs, *self.plan.pipeline.soups):
             final = Path("checkpoints", name, "final")
@@ -98,7 +98,7 @@ class Damage:
             needed += [folder / "tokenizer.json", *map(Path, listings)]
         return missing | {str(file) for file in needed if not file.exists()}
 
-    def contradicting_source_table(self, dataset: str) -> set[str]:
+    def find_changed_sources(self, dataset: str) -> set[str]:
         """Downloaded sources whose size or sha256 the recipe's table now gives differently."""
         recipe = self.plan.recipe(dataset)
         table = recipe.sources.table
@@ -110,7 +110,7 @@ class Damage:
             try:
                 rows = _read_rows(listing)
             except Damaged:
-                continue  # reported by `missing` already
+                continue  # reported by `find_missing_files` already
             for name, _, _, digest, size in rows:
                 source = known.get(name)
                 if source and not source.allows(int(size), digest):
@@ -125,7 +125,7 @@ class Damage:
     def _delete_dangling_links(self) -> None:
         """Delete links to objects that the store no longer has, on which snakemake would fail.
 
-        Final checkpoints stay: `missing` reports what they lack, and so their data set's jobs run.
+        Final checkpoints stay: `find_missing_files` reports what they lack.
         """
         store = Path(os.path.realpath(self.plan.store))
         for place in untrusted.OUTPUT_FOLDERS:

@@ -12,8 +12,8 @@ def refuse_unsupported_keys(name: str, run: RunConfig, cfg: TrainConfig) -> None
     path, dataset = run.train, run.dataset
     if cfg.load_path is not None:  # the digest of what it names must be in the action
         raise ValueError(
-            f"{path}: load_path works with `python -m olmo.train` only; set start_from: "
-            f"{cfg.load_path} of {name} in config/config.yaml"
+            f"{path}: load_path works with `python -m olmo.train` only; give {name} in "
+            f"config/config.yaml start_from: {cfg.load_path}"
         )
     values = {
         "dry_run": cfg.dry_run,

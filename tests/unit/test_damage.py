@@ -63,14 +63,14 @@ def test_a_checkpoint_needs_its_files_its_order_and_its_data():
         "data/mine/tokenizer.json",
         "data/mine/tokens/000.tsv",
     }
-    assert damage().missing("mine") == needed
+    assert damage().find_missing_files("mine") == needed
     for name in needed:
         made(name, dump_table([HEADER]))
-    assert damage().missing("mine") == set()
+    assert damage().find_missing_files("mine") == set()
     weights = Path("checkpoints/soup/final/model.safetensors")
     weights.unlink()
     weights.symlink_to("gone")
-    assert damage().missing("mine") == {str(weights)}
+    assert damage().find_missing_files("mine") == {str(weights)}
 
 
 def test_a_table_that_says_something_else_now_is_damage():
@@ -78,11 +78,11 @@ def test_a_table_that_says_something_else_now_is_damage():
     row = ["a", "source", "sources/a.json.gz", "a" * 64, "12"]
     listing = made("data/mine/sources/000.tsv", dump_table([HEADER, row]))
     made("data/mine/sources/a.json.gz")
-    assert damage(table="table.tsv").missing("mine") == set()
+    assert damage(table="table.tsv").find_missing_files("mine") == set()
     complete_table(table, {"https://x/a.json.gz": (12, "a" * 64)})
-    assert damage(table="table.tsv").missing("mine") == set()
+    assert damage(table="table.tsv").find_missing_files("mine") == set()
     table.write_text(table.read_text().replace("a" * 64, "b" * 64))
-    assert damage(table="table.tsv").missing("mine") == {
+    assert damage(table="table.tsv").find_missing_files("mine") == {
         "https://x/a.json.gz: its size or sha256 in table.tsv has changed"
     }
     assert not listing.exists()
@@ -91,7 +91,7 @@ def test_a_table_that_says_something_else_now_is_damage():
 def test_a_table_that_is_an_artifact_is_no_listing():
     """The standard library's own manifest lies beside the listings, and names no file of ours."""
     manifest = made("data/mine/stdlib/manifest.tsv", "module\tbytes\tsha256\nast\t17\tabc\n")
-    assert not damage().missing("mine") and manifest.exists()
+    assert not damage().find_missing_files("mine") and manifest.exists()
 
 
 @pytest.mark.parametrize("dry", [False, True])
@@ -100,5 +100,5 @@ def test_a_damaged_listing_is_made_again(dry: bool):
     row = ["a", "source", "sources/a.json.gz", "a" * 64, "12"]
     made("data/mine/sources/a.json.gz")
     listing = made("data/mine/sources/000.tsv", dump_table([HEADER, row])[:-2])
-    assert damage(dry, table="table.tsv").missing("mine") == {f"{listing}/damaged"}
+    assert damage(dry, table="table.tsv").find_missing_files("mine") == {f"{listing}/damaged"}
     assert listing.exists() is dry
