@@ -24,9 +24,6 @@ from olmo.data.collator import build_collator
 from olmo.data.custom_datasets import build_custom_dataset
 from olmo.data.memmap import MemMapDataset, build_memmap_dataset
 from olmo.distributed.world import barrier, get_fs_local_rank, get_global_rank, get_world_size
-from olmo.runtime.log import log
-
-MAX_INSTANCES_CHECKED = 4096  # where none has a label, reading so many takes seconds
 
 
 def get_labels(batch: dict[str, Any]) -> torch.Tensor:
@@ -43,35 +40,6 @@ def get_labels(batch: dict[str, Any]) -> torch.Tensor:
     if (instance_mask := batch.get("instance_mask")) is not None:
         labels.masked_fill_(~instance_mask[:, None], -100)
     return F.pad(labels[:, 1:], (0, 1), value=-100)
-
-
-def check_labels(dataset: MemMapDataset, section: str = "data", required: bool = True) -> None:
-    """Check that label masks, padding and the instance filter leave something to learn.
-
-    Reads up to MAX_INSTANCES_CHECKED instances, spread over the dataset, until one has a label.
-    If none has, it warns, or raises ValueError where that was all of them and labels are
-    `required`. `section` is the config's section, for the message.
-    """
-    options = {
-        "label_mask_paths": dataset.label_mask_paths,
-        "instance_filter": dataset.instance_filter_config,
-        "generate_attention_mask": dataset.generate_attention_mask,
-    }
-    keys = [f"{section}.{name}" for name, value in options.items() if value]
-    if not keys:
-        return
-    n, batch_size = len(dataset), 8
-    sample = np.unique(np.linspace(0, n - 1, min(n, MAX_INSTANCES_CHECKED)).astype(np.int64))
-    for start in range(0, len(sample), batch_size):
-        if (get_labels(dataset.batch(sample[start : start + batch_size])) != -100).any():
-            return
-    message = (
-        f"{section}: expected tokens to learn, found none in {len(sample)} of {n} instances: all "
-        f"are masked; change {' or '.join(keys)}"
-    )
-    if required and len(sample) == n:
-        raise ValueError(message)
-    log.warning(message)
 
 
 def select_model_inputs(batch: dict[str, Any]) -> dict[str, Any]:

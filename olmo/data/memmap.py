@@ -20,9 +20,7 @@ import numpy as np
 import torch
 
 from olmo.config import DataConfig, InstanceFilterConfig, TrainConfig
-from olmo.data import raw
 from olmo.data.files import TokenFile, file_sizes, is_url
-from olmo.runtime.log import log
 
 
 class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -258,82 +256,3 @@ def build_memmap_dataset(
         label_mask_paths=data_config.label_mask_paths,
         instance_filter_config=data_config.instance_filter,
     )
-
-
-def check_token_files(dataset: MemMapDataset, vocab_size: int, section: str = "data") -> int:
-    """Check sizes, format and ids of token files and label masks; returns the number of ids read.
-
-    Reads all of small data, and the beginning of each file of large data. `vocab_size` is the
-    number of embeddings. `section` is the config's section, for the messages. Raises ValueError or
-    FileNotFoundError.
-    """
-    try:
-        sizes = file_sizes(dataset.paths)
-        masks = file_sizes(dataset.label_mask_paths or ())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{section}: {error}; correct --{section}.paths=[…]") from None
-    dtype, itemsize = np.dtype(dataset.dtype).name, np.dtype(dataset.dtype).itemsize
-
-    def check_is_raw(path: str | Path, size: int, expected: str) -> None:
-        """Another format is the likely cause of a wrong length, and the better message."""
-        start = TokenFile(path, np.uint8).read(0, min(size, 64)).tobytes() if size else b""
-        raw.check_is_raw(str(path), start, expected, f"{section}: ")
-
-    for path, size in zip(dataset.paths, sizes, strict=True):
-        if size % itemsize:
-            check_is_raw(path, size, dtype)
-            raise ValueError(
-                f"{section}: {path} has {size} bytes, not a whole number of {dtype} tokens: it is "
-                f"truncated, or {section}.memmap_dtype is wrong"
-            )
-    for path, size, mask in zip(dataset.label_mask_paths or (), sizes, masks, strict=False):
-        if mask != size // itemsize:
-            check_is_raw(path, mask, "bool")
-            raise ValueError(
-                f"{section}: expected a label for each of {size // itemsize} tokens, found {mask} "
-                f"in {path}, one byte each (numpy's bool); correct --{section}.label_mask_paths=[…]"
-            )
-    if len(dataset) == 0:
-        for path, size in zip(dataset.paths, sizes, strict=True):
-            check_is_raw(path, size, dtype)
-        raise ValueError(
-            f"{section}: {sum(sizes) // itemsize} tokens in {len(sizes)} files give no instance of "
-            f"{dataset.chunk_size}; give more data, or a smaller model.max_sequence_length"
-        )
-    checked, budget = 0, 64_000_000 // len(sizes)
-    for path, size in zip(dataset.paths, sizes, strict=True):
-        if size == 0:
-            continue
-        most = 4096 if is_url(path) else max(budget, 4096)
-        tokens = TokenFile(path, dataset.dtype).read(0, min(most, size // itemsize))
-        raw.check_is_raw(str(path), tokens[:64].tobytes(), dtype, f"{section}: ")
-        if (wider := raw.guess_wider_dtype(tokens, vocab_size)) is not None:
-            name, is_certain = wider
-            message = (
-                f"{section}: {path} is read as {dtype}, but it looks like {name} token ids; set "
-                f"--{section}.memmap_dtype={name}"
-            )
-            if is_certain:
-                raise ValueError(message)
-            log.warning(f"{message}, unless most of it is padding")
-        if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-            at = int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
-            fits = raw.find_fitting_dtype(tokens, vocab_size)
-            remedy = f"the file is another tokenizer's, or {section}.memmap_dtype is wrong"
-            if fits is not None:
-                remedy = f"as {fits} all ids fit: set --{section}.memmap_dtype={fits}"
-            raise ValueError(
-                f"{section}: token {at} of {path} is {tokens[at]} and the largest {tokens.max()}, "
-                f"but the model has {vocab_size} embeddings; {remedy}"
-            )
-        checked += len(tokens)
-    for path, size in zip(dataset.label_mask_paths or (), masks, strict=True):
-        most = 4096 if is_url(path) else max(budget, 4096)
-        labels = TokenFile(path, np.uint8).read(0, min(most, size))
-        if size and (largest := labels.max()) > 1:
-            raw.check_is_raw(str(path), labels[:64].tobytes(), "bool", f"{section}: ")
-            raise ValueError(
-                f"{section}: {path}: expected a byte for each token, 1 where it is learned and 0 "
-                f"elsewhere (numpy's bool), found {largest}; rewrite it: (labels != 0).tofile(…)"
-            )
-    return checked

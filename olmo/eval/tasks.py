@@ -1,6 +1,6 @@
 """The multiple-choice tasks of tasks.yaml: from a document's fields to a model's requests.
 
-    for request in requests(tasks()["piqa"], folder): …
+    for request in build_requests(load_tasks()["piqa"], folder): …
 
 A request is a context and a continuation; a document has one for each of its options.
 """
@@ -186,7 +186,7 @@ def _jinja_environment() -> Any:
 def strip_markup(text: str) -> str:
     """Remove the markup that WikiHow's pages left in HellaSwag.
 
-    >>> without_markup("Cook rice. [header] How [title] Boil water")
+    >>> strip_markup("Cook rice. [header] How [title] Boil water")
     'Cook rice. How. Boil water'
     """
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
@@ -196,7 +196,7 @@ def strip_markup(text: str) -> str:
 def join_punctuation(text: str) -> str:
     """Join the punctuation of GLUE's sentences to the words, as they were written.
 
-    >>> joined("It did n't ( yet ) work , she said .")
+    >>> join_punctuation("It did n't ( yet ) work , she said .")
     "It didn't (yet) work, she said."
     """
     for split, joined in ((" n't", "n't"), (" )", ")"), ("( ", "("), ('" ', '"'), (' "', '"')):

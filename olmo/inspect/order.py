@@ -121,7 +121,7 @@ class SeenInstances:
 def parse_steps(text: str) -> range:
     """Parse steps as a user writes them: "5", or "5..9" with both ends.
 
-    >>> list(steps_of("5..7")), list(steps_of("3"))
+    >>> list(parse_steps("5..7")), list(parse_steps("3"))
     ([5, 6, 7], [3])
     """
     first, _, last = text.partition("..")

@@ -12,8 +12,8 @@ import torch
 
 from olmo.config import CustomDatasetCollatorConfig, EvaluatorType, TrainConfig
 from olmo.config.checks import check_train_config
-from olmo.data.batches import check_labels
-from olmo.data.memmap import build_memmap_dataset, check_token_files
+from olmo.data.checks import check_labels, check_token_files
+from olmo.data.memmap import build_memmap_dataset
 from olmo.distributed.parallelize import is_fsdp
 from olmo.distributed.world import World
 from olmo.model import loss

@@ -10,10 +10,10 @@ import small_run
 
 from olmo.config import InstanceFilterConfig
 from olmo.corpus.sources import check_token_file
-from olmo.data import batches
-from olmo.data.batches import check_labels
-from olmo.data.memmap import MemMapDataset, check_token_files
-from olmo.train import loop
+from olmo.data import checks
+from olmo.data.checks import check_labels, check_token_files
+from olmo.data.memmap import MemMapDataset
+from olmo.train import setup
 
 VOCABULARY = 50_304
 
@@ -181,7 +181,7 @@ def test_data_of_which_nothing_is_learned(
             check_labels(labelled(tmp_path, labels))
     check_labels(labelled(tmp_path, nothing), "evaluators.x.data", required=False)
     assert "change evaluators.x.data.label_mask_paths" in capsys.readouterr().err
-    monkeypatch.setattr(batches, "MAX_INSTANCES_CHECKED", 4)
+    monkeypatch.setattr(checks, "MAX_INSTANCES_CHECKED", 4)
     check_labels(labelled(tmp_path, nothing))
     assert "WARNING: data: expected tokens to learn, found none in 4 of 40" in (
         capsys.readouterr().err
@@ -206,7 +206,7 @@ def test_the_trainer_tells_of_it_before_a_model_is_built(
     def built(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was built first")
 
-    monkeypatch.setattr(loop, "OLMo", built)
+    monkeypatch.setattr(setup, "OLMo", built)
     (ids(4000) % 60).astype(np.int64).tofile(tmp_path / "wide.npy")
     with pytest.raises(ValueError, match=r"looks like int64.*memmap_dtype=int64"):
         small_run.run(tmp_path, data={"paths": [str(tmp_path / "wide.npy")]})

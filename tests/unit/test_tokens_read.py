@@ -10,7 +10,8 @@ from servers import serving
 from olmo.config import DataConfig, TrainConfig
 from olmo.data import order
 from olmo.data.batches import build_train_dataloader
-from olmo.data.memmap import MemMapDataset, check_token_files
+from olmo.data.checks import check_token_files
+from olmo.data.memmap import MemMapDataset
 
 
 def tokens(path: Path, values: np.ndarray) -> Path:
