@@ -25,6 +25,10 @@ from olmo.config import (
 from olmo.distributed.world import World
 from olmo.model import OLMo
 
+# Strategies, of checkpointing and of FSDP, that take every nth block, or all but every nth.
+ONE_IN = {"one_in_two": 2, "one_in_three": 3, "one_in_four": 4, "one_in_five": 5, "one_in_eight": 8}
+ALL_BUT_ONE_IN = {"two_in_three": 3, "three_in_four": 4}
+
 
 def parallelize(cfg: TrainConfig, model: OLMo, world: World) -> str:
     """Change the model in place; returns a description for the log.
@@ -71,15 +75,10 @@ def is_fsdp(cfg: TrainConfig, world: World) -> bool:
 
 def _checkpointed_blocks(strategy: ActivationCheckpointingStrategy, n_layers: int) -> set[int]:
     """Indices of the blocks whose activations are recomputed in backward instead of kept."""
-    names = ActivationCheckpointingStrategy
-    one_in = {names.one_in_two: 2, names.one_in_three: 3, names.one_in_four: 4,
-              names.one_in_eight: 8}  # fmt: skip
-    all_but_one_in = {names.two_in_three: 3, names.three_in_four: 4}
-    if strategy in one_in:
-        return {i for i in range(n_layers) if i % one_in[strategy] == 0}
-    if strategy in all_but_one_in:
-        return {i for i in range(n_layers) if i % all_but_one_in[strategy] != 0}
-    return set(range(n_layers))
+    if strategy in ONE_IN:
+        return set(range(0, n_layers, ONE_IN[strategy]))
+    kept = range(0, n_layers, ALL_BUT_ONE_IN[strategy]) if strategy in ALL_BUT_ONE_IN else ()
+    return set(range(n_layers)).difference(kept)
 
 
 def _shard(cfg: TrainConfig, model: OLMo, world: World) -> str:
@@ -133,12 +132,9 @@ def _fsdp_units(strategy: FSDPWrapStrategy | None, model: OLMo) -> list[nn.Modul
     Embedding and head always stay with the root: a tied head reads the embedding's weight without
     calling the embedding, so an embedding of its own would not be gathered then.
     """
-    names = FSDPWrapStrategy
-    blocks: list[nn.Module] = list(model.blocks())
-    one_in = {names.one_in_two: 2, names.one_in_three: 3, names.one_in_four: 4,
-              names.one_in_five: 5}  # fmt: skip
     if strategy is None:
         return []
-    if strategy in (names.by_block_group, names.by_block_group_and_size):
+    if strategy in (FSDPWrapStrategy.by_block_group, FSDPWrapStrategy.by_block_group_and_size):
         return list(model.transformer["block_groups"])
-    return blocks[:: one_in.get(strategy, 1)]
+    blocks: list[nn.Module] = list(model.blocks())
+    return blocks[:: ONE_IN.get(strategy, 1)]

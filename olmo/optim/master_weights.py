@@ -52,7 +52,7 @@ class MasterWeights:
         embedding_weights = {embedding.weight for embedding in embeddings}
         for p in model.parameters():
             if p.ndim < 2 or not p.requires_grad or p in embedding_weights:
-                continue  # norms and biases are small, and their layers compute in float32
+                continue  # norms and biases are small: they stay in float32
             master = p.detach()
             master.requires_grad_()
             self._master_of[p] = master
