@@ -37,7 +37,7 @@ def test_the_same_bits_after_a_pause_and_the_same_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     straight = run(tmp_path, "masters")
-    assert "weights in bfloat16, masters and optimizer in float32" in capsys.readouterr().out
+    assert "weights in bfloat16, master weights and optimizer in float32" in capsys.readouterr().out
     run(tmp_path, "masters-paused", stop_after=20)
     assert run(tmp_path, "masters-paused", try_load_latest_save=True) == straight
     whole, paused = (small_run.state(tmp_path / n) for n in ("masters", "masters-paused"))
