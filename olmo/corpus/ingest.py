@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from olmo.corpus import source_table
 from olmo.corpus.conversations import download_conversations, local_conversations
 from olmo.corpus.listing import Entry, read_listing, run_shard, write_listing
 from olmo.corpus.questions import stdlib_questions
+from olmo.corpus.source_table import Source
 from olmo.corpus.sources import Transfer, download, download_tokens, local_source, local_tokens
 from olmo.corpus.stdlib import library_digest, stdlib
 from olmo.io import untrusted
@@ -23,25 +24,7 @@ from olmo.store.record import Record
 from olmo.store.stage import current_store
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of a batch: its name, its place and mirrors, and what the source table says of it."""
-
-    name: str
-    place: str
-    mirrors: tuple[str, ...] = ()
-    bytes: int | None = None
-    sha256: str | None = None
-
-    @property
-    def is_remote(self) -> bool:
-        return "://" in self.place
-
-    def transfer(self, progress: Progress) -> Transfer:
-        return Transfer(self.mirrors, self.bytes, progress)
-
-
-def parse_sources(words: list[str], table: Path | None = None) -> list[SourceFile]:
+def parse_sources(words: list[str], table: Path | None = None) -> list[Source]:
     """Parse name=place or name=place#mirror#mirror; sizes and sha256s come from the table."""
     known = {row.place: row for row in source_table.read_table(table)} if table else {}
     files = []
@@ -49,16 +32,15 @@ def parse_sources(words: list[str], table: Path | None = None) -> list[SourceFil
         name, _, places = word.partition("=")
         place, *mirrors = map(source_table.unquote, places.split("#"))
         untrusted.check_part(name, "--sources")
-        row = known.get(place)
-        size, digest = (row.bytes, row.sha256) if row else (None, None)
-        files.append(SourceFile(name, place, tuple(mirrors), size, digest))
+        source = known.get(place, Source(name, place))
+        files.append(replace(source, name=name, mirrors=tuple(mirrors)))
     return files
 
 
 def ingest_files(
     listing: Path,
-    files: list[SourceFile],
-    ingest: Callable[[SourceFile, Progress], list[Entry]],
+    files: list[Source],
+    ingest: Callable[[Source, Progress], list[Entry]],
     parallel: int,
     allow_missing: bool,
     table: Path | None = None,
@@ -76,7 +58,7 @@ def ingest_files(
         rows = read_listing(others)
         return Totals(len(rows), sum(entry.bytes for entry in rows))
 
-    def ingest_remote(file: SourceFile) -> list[Entry]:
+    def ingest_remote(file: Source) -> list[Entry]:
         try:
             return ingest(file, progress.add)
         finally:
@@ -126,9 +108,9 @@ def sources(
     remote = download_conversations if conversations else download
     outputs = {"source": "sources/{}.json.gz"}
 
-    def ingest(file: SourceFile, progress: Progress) -> list[Entry]:
+    def ingest(file: Source, progress: Progress) -> list[Entry]:
         if file.is_remote:
-            fetch = {"url": file.place, "transfer": file.transfer(progress)}
+            fetch = {"url": file.place, "transfer": transfer(file, progress)}
             return run_shard(remote, listing, file.name, outputs, sha256=file.sha256, **fetch)
         kind, _, shard = file.place.partition(":")
         if kind in STDLIB_STAGES:
@@ -147,6 +129,10 @@ def sources(
     write_listing(listing, entries)
 
 
+def transfer(file: Source, progress: Progress) -> Transfer:
+    return Transfer(file.mirrors, file.bytes, progress)
+
+
 def path_key(path: Path) -> str:
     """A name, in the store, for something that belongs to this path."""
     return hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]
@@ -162,9 +148,9 @@ def given_tokens(
     """Get a batch of token files made elsewhere; otherwise as `olmo sources`."""
     outputs = {"tokens": "tokens/{}.npy"}
 
-    def ingest(file: SourceFile, progress: Progress) -> list[Entry]:
+    def ingest(file: Source, progress: Progress) -> list[Entry]:
         if file.is_remote:
-            fetch = {"url": file.place, "transfer": file.transfer(progress)}
+            fetch = {"url": file.place, "transfer": transfer(file, progress)}
             return run_shard(download_tokens, listing, file.name, outputs, dtype=dtype, **fetch)
         path = Path(file.place)
         return run_shard(local_tokens, listing, file.name, outputs, file=path, dtype=dtype)

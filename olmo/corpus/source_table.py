@@ -30,6 +30,11 @@ class Source:
     bytes: int | None = None
     sha256: str | None = None
     licence: str = ""
+    mirrors: tuple[str, ...] = ()  # other places of the file
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.place
 
     def allows(self, size: int, sha256: str) -> bool:
         """Whether a file of `size` bytes and this sha256 agrees with the table."""
@@ -118,7 +123,7 @@ def assign_names(sources: list[Source]) -> list[Source]:
     The last part of its place, without the suffix; where two would be equal, with the folders
     before it. A place that is listed twice, to be used twice, has one name.
     """
-    places = [urlparse(s.place).path if "://" in s.place else s.place for s in sources]
+    places = [urlparse(s.place).path if s.is_remote else s.place for s in sources]
     parts = [[part for part in place.split("/") if part] for place in places]
     different = len({source.place for source in sources})
     for depth in range(1, max([1, *map(len, parts)]) + 1):
