@@ -164,7 +164,7 @@ def energy_meter(device: torch.device) -> Callable[[], float | None]:
     """A function that returns the joules that the GPU, or the processor, used since this call;
     None where there is no meter."""
     if device.type != "cuda":
-        return EnergyMeter().used
+        return EnergyMeter().joules
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     before = _read_nvml_joules(uuid)
 

@@ -13,7 +13,7 @@ from olmo.config import BaseConfig
 from olmo.config.strict import check_one_set, check_range
 from olmo.corpus.source_table import COLUMNS
 from olmo.corpus.stdlib import MAX_SHARDS
-from olmo.io import downloads, file_types, gz
+from olmo.io import downloads, file_types, gz, http_client
 from olmo.io.sealed import hash_file
 from olmo.runtime.log import log
 from olmo.runtime.urls import redact, stash_secrets
@@ -75,7 +75,7 @@ def source_list(url: str, table: Output, licence: str = "") -> Facts:
             )
     if not urls:
         raise ValueError(f"{url}: expected a list of URLs, found an empty file")
-    found = downloads.request_sizes(urls)
+    found = http_client.request_sizes(urls)
     known = [size for size in found if size is not None]
     unknown = f", and {len(urls) - len(known)} files of unknown size" * (len(known) < len(urls))
     log.info(f"{len(urls):,} files, {sum(known):,} bytes ({sum(known) / 1e9:,.1f} GB){unknown}")

@@ -5,7 +5,6 @@ A file of AI2's published data has gigabytes; one batch of it is a few kilobytes
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from glob import has_magic
 from pathlib import Path
@@ -14,8 +13,6 @@ from typing import Any
 import numpy as np
 
 from olmo.config.enums import TokenType
-
-TRIES = 5  # of one range; the wait doubles from half a second
 
 
 def is_url(path: str | Path) -> bool:
@@ -26,7 +23,7 @@ def file_sizes(paths: Sequence[str | Path]) -> list[int]:
     """Bytes of each file, in order. Raises FileNotFoundError for a missing one."""
     from_urls: dict[str, int | None] = {}
     if urls := sorted({str(path) for path in paths if is_url(path)}):
-        from olmo.io.downloads import request_sizes
+        from olmo.io.http_client import request_sizes
 
         from_urls = dict(zip(urls, request_sizes(urls), strict=True))
     found = []
@@ -68,42 +65,7 @@ class TokenFile:
         """Tokens `start` … `stop` - 1, (stop - start,); fewer at the file's end."""
         if self._mapped is not None:
             return self._mapped[start:stop]
+        from olmo.io.http_client import read_range
+
         width = self._dtype.itemsize
-        return np.frombuffer(_read_range(self._url, start * width, stop * width), self._dtype)
-
-
-def _read_range(url: str, start: int, stop: int) -> bytes:
-    """Bytes `start` … `stop` - 1 of a URL. Raises ValueError after TRIES failures."""
-    import requests
-    import urllib3
-
-    from olmo.io.downloads import is_http, to_public_url
-    from olmo.runtime.urls import restore_secrets, stash_secrets
-
-    url = stash_secrets(url)
-    address = to_public_url(url)
-    if not is_http(address):
-        raise ValueError(f"token files are read from local paths or http(s), not from {url}")
-    wait, reason = 0.5, ""
-    for _ in range(TRIES):
-        try:
-            span = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-            with requests.get(
-                restore_secrets(address), headers=span, timeout=30, stream=True
-            ) as response:
-                if response.status_code == 206:
-                    content: bytes = response.raw.read(stop - start + 1, decode_content=False)
-                    if len(content) <= stop - start:
-                        return content
-                    raise ValueError(f"{url}: expected {stop - start:,} bytes at most, found more")
-                if response.status_code < 500:
-                    raise ValueError(
-                        f"{url}: expected a part of the file (206), the server answered "
-                        f"{response.status_code}; download the file and give its path"
-                    )
-                reason = f"the server answered {response.status_code}"
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            reason = type(error).__name__
-        time.sleep(wait)
-        wait *= 2
-    raise ValueError(f"{url}: {reason}, {TRIES} times in a row")
+        return np.frombuffer(read_range(self._url, start * width, stop * width), self._dtype)

@@ -23,7 +23,7 @@ from olmo.data.files import is_url
 from olmo.inspect import history
 from olmo.inspect.history import OrderSource, RecordedBatches, StepRange
 from olmo.inspect.order import SeenInstances
-from olmo.io import downloads
+from olmo.io import downloads, http_client
 from olmo.runtime.log import log
 from olmo.runtime.process import SEGMENTS_FILE
 from olmo.store.record import Record, parse_record
@@ -108,9 +108,9 @@ class TrainedRun:
             return segments(self.run_folder)
         url, _, name = self.folder.rpartition("/")
         place = url if layout.is_checkpoint_name(Path(name)) else self.folder
-        if self._order or not downloads.is_http(downloads.to_public_url(place)):
+        if self._order or not http_client.is_http(http_client.to_public_url(place)):
             return []
-        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(downloads.NotFound):
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(http_client.NotFound):
             file, part = Path(folder, SEGMENTS_FILE), Path(folder, "part")
             downloads.fetch(f"{place}/{SEGMENTS_FILE}", file, part, max_bytes=MAX_CONFIG_BYTES)
             return segments(Path(folder))

@@ -1,10 +1,10 @@
-"""A place that files are put into: a bucket (s3, r2, weka, gs: by fsspec) or another folder.
+"""A remote folder: a bucket (s3, r2, weka, gs, by fsspec) or a folder of the file system.
 
-    place = Bucket("s3://name/runs/a")
-    place.put(path, "step10/model.pt")
-    place.sizes()  # {"step10/model.pt": 1234}
+    bucket = Bucket("s3://name/runs/a")
+    bucket.put(path, "step10/model.pt")
+    bucket.sizes()  # {"step10/model.pt": 1234}
 
-A file is there whole or not at all.
+Uploads are atomic.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.io.downloads import NotFound, TooLarge, check_size
+from olmo.io.downloads import TooLarge, check_size
+from olmo.io.http_client import NotFound
 from olmo.runtime.urls import check_no_secrets, redact, restore_secrets, stash_secrets
 
-# Schemes that speak S3's protocol: R2_ENDPOINT_URL says where R2 is, R2_PROFILE whose keys count.
-# S3 itself goes by its own AWS_… variables, and S3_PROFILE.
+# Schemes with S3's protocol. R2_ENDPOINT_URL is the address of R2, R2_PROFILE the profile with its
+# credentials. S3 itself is configured by its own AWS_… variables, and S3_PROFILE.
 S3_SCHEMES = ("s3", "r2", "weka")
-MAX_READ_BYTES = 256 * 2**20  # bytes that are read into memory
+MAX_READ_BYTES = 256 * 2**20  # of a file that is read into memory
 
 
 class Bucket:
-    """Files by their names under a URL. All raise ValueError, one line, where they are refused."""
+    """Files by their names under a URL. Methods raise ValueError, one line, for any error there."""
 
     def __init__(self, url: str) -> None:
         self.url = stash_secrets(url).rstrip("/")
-        place = restore_secrets(self.url)
-        scheme, is_url, rest = place.partition("://")
-        # What was listed is not remembered: it is we who change it.
+        address = restore_secrets(self.url)
+        scheme, is_url, rest = address.partition("://")
+        # No cached listings: this process changes the files.
         options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
         if is_url and scheme in (*S3_SCHEMES, "gs"):
             check_no_secrets(self.url)
@@ -41,26 +42,26 @@ class Bucket:
             endpoint = os.environ.get(f"{scheme.upper()}_ENDPOINT_URL")
             if scheme != "s3" and endpoint is None:
                 raise ValueError(
-                    f"{self.url}: {scheme.upper()}_ENDPOINT_URL is not set; it says where that is"
+                    f"{self.url}: {scheme.upper()}_ENDPOINT_URL is not set; it must name the server"
                 )
             profile = os.environ.get(f"{scheme.upper()}_PROFILE")
             options |= {"endpoint_url": endpoint, "profile": profile}
-            place = f"s3://{rest}"
+            address = f"s3://{rest}"
         with self._explain_errors(""):
             import fsspec
 
-            self._fs, self._root = fsspec.core.url_to_fs(place, **options)
+            self._fs, self._root = fsspec.core.url_to_fs(address, **options)
         self.folder = "file" in self._fs.protocol
 
     def sizes(self, below: str = "") -> dict[str, int]:
-        """Bytes of each file there, or in its folder `below`, by its name in that."""
+        """Bytes of each file, by its name in the bucket's folder `below`."""
         folder = f"{self._root}/{below}".rstrip("/")
         with self._explain_errors(below):
             found = self._fs.find(folder, detail=True)
         return {path.removeprefix(f"{folder}/"): int(info["size"]) for path, info in found.items()}
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
+        """Bytes of a file; None if it does not exist."""
         try:
             with self._explain_errors(name):
                 return int(self._fs.info(f"{self._root}/{name}")["size"])
@@ -68,18 +69,20 @@ class Bucket:
             return None
 
     def put(self, path: Path, name: str) -> None:
-        """Send a file, and look whether all of it came."""
+        """Upload a file, and check the size of the upload."""
         with self._explain_errors(name):
             if self.folder:
                 target = Path(self._root, name)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                draft = target.with_name(f".{uuid.uuid4().hex[:8]}")  # two may send one file
+                draft = target.with_name(
+                    f".{uuid.uuid4().hex[:8]}"
+                )  # two processes may upload one file
                 try:
                     shutil.copyfile(path, draft)
                     os.replace(draft, target)
                 finally:
                     draft.unlink(missing_ok=True)
-            else:  # a bucket shows a file when all of it has come
+            else:  # atomic by itself
                 self._fs.put_file(str(path), f"{self._root}/{name}")
             expected = path.stat().st_size
         if (size := self.size(name)) != expected:
@@ -96,12 +99,12 @@ class Bucket:
         size = self.size(name) or 0
         check_size(f"{self.url}/{name}", size, max_bytes, path)
         with self._explain_errors(name):
-            # A folder's copy knows no callback; there the file is what it was a moment ago.
+            # A folder's copy has no callback; its file is not expected to grow meanwhile.
             options = {} if self.folder else {"callback": _size_limit(f"{self.url}/{name}", size)}
             self._fs.get_file(f"{self._root}/{name}", str(path), **options)
 
     def read(self, name: str, max_bytes: int = MAX_READ_BYTES) -> bytes:
-        """A small file's content; TooLarge for one of more than `max_bytes` bytes."""
+        """The content of a small file. Raises NotFound; TooLarge above `max_bytes`."""
         check_size(f"{self.url}/{name}", self.size(name) or 0, max_bytes)
         with self._explain_errors(name):
             return self._fs.cat_file(f"{self._root}/{name}")
@@ -112,33 +115,33 @@ class Bucket:
 
     @contextlib.contextmanager
     def _explain_errors(self, name: str) -> Iterator[None]:
-        """What a place's client raises, as one line that begins with the place."""
-        place = f"{self.url}/{name}".rstrip("/")
+        """Raise errors of the client as ValueError: one line that begins with the URL."""
+        url = f"{self.url}/{name}".rstrip("/")
         try:
             yield
         except TooLarge:
             raise
-        except ImportError as error:  # fsspec names the package that it lacks
-            raise ValueError(f"{place}: {error}") from error
+        except ImportError as error:  # fsspec names the missing package
+            raise ValueError(f"{url}: {error}") from error
         except Exception as error:
             kind = NotFound if isinstance(error, FileNotFoundError) else ValueError
             reason = redact(next(iter(str(error).splitlines()), ""))
-            raise kind(f"{place}: {type(error).__name__}: {reason}") from error
+            raise kind(f"{url}: {type(error).__name__}: {reason}") from error
 
 
 def _size_limit(name: str, max_bytes: int) -> Any:
-    """What ends a transfer at the first block that goes beyond the size that was told."""
+    """A callback that ends a transfer at the first block beyond the announced size."""
     from fsspec.callbacks import Callback
 
     class Bounded(Callback):  # type: ignore[misc]
         def set_size(self, size: int | None) -> None:
-            self.judge(size or 0)
+            self.check(size or 0)
 
         def relative_update(self, inc: int = 1) -> None:
             self.value += inc
-            self.judge(self.value)
+            self.check(self.value)
 
-        def judge(self, size: int) -> None:
+        def check(self, size: int) -> None:
             check_size(name, size, max_bytes)
 
     return Bounded()

@@ -1,62 +1,45 @@
-"""Bytes from elsewhere: resumable downloads, sizes, and the schemes that name places.
-
-A URL's secrets are put back here, where its server is asked, and nowhere else: olmo.runtime.urls.
-"""
+"""Downloads: resumable by http(s), else by the client of a URL's scheme (hf, s3, gs, …)."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olmo.io import sealed
+from olmo.io.http_client import (
+    TransientError,
+    check_status,
+    content_length,
+    get_validator,
+    is_http,
+    request,
+    to_public_url,
+)
 from olmo.io.sealed import Damaged
-from olmo.runtime.urls import check_no_secrets, redact, restore_secrets, stash_secrets
+from olmo.runtime.urls import check_no_secrets, redact, stash_secrets
 
 if TYPE_CHECKING:
     import requests
 
 BLOCK_BYTES = 1 << 20
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 20, 60  # no connection, no byte for so long: the attempt failed
-MAX_FRUITLESS_ATTEMPTS = 6  # attempts in a row that bring not one new byte, until we give up
-MAX_WAIT_S = 300.0  # however long a server asks us to wait
-MIN_FREE_BYTES = (
-    1 << 30
-)  # bytes of a disk, or a hundredth of it, that what has no known end leaves free
-# Buckets whose contents are public by http as well, where no key is needed.
-PUBLIC_MIRRORS = {
-    "r2://olmo-data/": "https://olmo-data.org/",
-    "r2://olmo-checkpoints/": "https://olmo-checkpoints.org/",
-}
+MAX_FRUITLESS_ATTEMPTS = 6  # attempts in a row without a new byte
+MAX_WAIT_S = 300.0  # of a Retry-After header
+MIN_FREE_BYTES = 1 << 30  # left free on the disk (1 % of a small one) while a size is not known
 HUB_DATASETS = "hf://datasets/"  # owner/name[@revision]/file
 Progress = Callable[[int], None]  # called with the number of bytes that have just arrived
 
 
 def ignore_progress(_: int) -> None:
-    """Progress that nobody looks at."""
-
-
-class TransientError(Exception):
-    """A failure that may pass: the attempt is made again, after `wait_s` if the server said so."""
-
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait_s = wait_s
-
-
-class NotFound(ValueError):
-    """The server has no such file, and says so."""
+    """The default Progress."""
 
 
 class TooLarge(ValueError):
-    """More bytes than belong there: at least `found`."""
+    """A file has more bytes than `max_bytes`: at least `found`."""
 
     def __init__(self, name: str, max_bytes: int, found: int) -> None:
         super().__init__(f"{name}: expected {max_bytes:,} bytes at most, found {found:,} or more")
@@ -64,7 +47,7 @@ class TooLarge(ValueError):
 
 
 class DiskFull(ValueError):
-    """More bytes than the disk has room for."""
+    """A file has more bytes than the disk has room for."""
 
 
 def check_size(name: str, size: int, max_bytes: int | None, path: Path | None = None) -> None:
@@ -83,39 +66,6 @@ def check_size(name: str, size: int, max_bytes: int | None, path: Path | None = 
         )
 
 
-def check_not_in_store(*places: Path) -> None:
-    """Raises ValueError where a file, or a file in a folder, that is to be written lies in a store.
-
-    A write goes through a link: it would change an object that must never change (and as root,
-    whom no permission stops, it would not even be noticed).
-    """
-    for place in places:
-        inner = place.iterdir() if place.is_dir() else ()
-        if any(is_in_store(path) for path in (place, *inner)):
-            raise ValueError(
-                f"expected a place of your own to write to, found {place}, which the pipeline made "
-                "of links into its store; name another one"
-            )
-
-
-def is_in_store(path: Path) -> bool:
-    """Whether a path leads into a store, which is known by its folders; see olmo.store.store."""
-    parents = Path(os.path.realpath(path)).parents
-    return any((p / "objects").is_dir() and (p / "actions").is_dir() for p in parents)
-
-
-def to_public_url(url: str) -> str:
-    """The address that needs no credentials, where there is one: r2://olmo-data/… by https."""
-    for root, place in PUBLIC_MIRRORS.items():
-        if url.startswith(root):
-            return place + url.removeprefix(root)
-    return url
-
-
-def is_http(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
-
-
 def fetch(
     url: str,
     path: Path,
@@ -123,43 +73,44 @@ def fetch(
     progress: Progress = ignore_progress,
     max_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Bring what `url` names to `path`. Facts: how many bytes, how many came over the net.
+    """Download a file to `path`. Facts: its bytes, and by http how many were received.
 
-    It ends at the first byte beyond `max_bytes`, and before the disk is full.
+    Stops at the first byte beyond `max_bytes`, and before the disk is full.
 
-    http and https resume where an attempt ended, also one of an earlier process: `part` is a
-    folder that keeps what has arrived. hf://, s3://, gs:// and so on go through their clients.
+    http(s) resumes an interrupted download, of an earlier process too, from the folder `part`.
+    hf://, s3://, gs:// and other schemes use their own clients.
 
-    Raises ValueError, one line, when it is not available (NotFound, TooLarge, DiskFull); OSError
-    when it cannot be written.
+    Raises:
+        ValueError: the file is not available (TooLarge, DiskFull; NotFound by http); one line.
+        OSError: `path` cannot be written.
     """
     url = to_public_url(stash_secrets(url))
     part.mkdir(parents=True, exist_ok=True)
     if is_http(url):
         return Download(url, part, progress, max_bytes).run(path)
     try:
-        found = fetch_by_client(url, part, max_bytes)
+        cached = fetch_by_client(url, part, max_bytes)
     except (TooLarge, DiskFull):
         raise
-    except Exception as error:  # each scheme's client raises its own
+    except Exception as error:  # each client has its own errors
         if isinstance(error, ImportError):
             raise ValueError(f"{url} needs a package: {error}") from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
             raise
-        said = redact(" ".join(str(error).split()))  # some speak in paragraphs
-        said = "not found" if said == url else said  # Google's client has no more to say
-        raise ValueError(f"{url}: {type(error).__name__}: {said}") from error
-    shutil.copyfile(found, path)
+        message = redact(" ".join(str(error).split()))  # some have several lines
+        message = "not found" if message == url else message  # Google's client gives the URL alone
+        raise ValueError(f"{url}: {type(error).__name__}: {message}") from error
+    shutil.copyfile(cached, path)
     return {"bytes": path.stat().st_size}
 
 
 def fetch_by_client(url: str, part: Path, max_bytes: int | None = None) -> Path:
-    """Bring a file by the client of its scheme; where it lies in that client's cache.
+    """Download a file by the client of its scheme; its path in that client's cache.
 
-    These clients are asked for its size first: they cannot be stopped.
+    The size is checked first, since these clients cannot be stopped.
     """
     check_no_secrets(url)
-    if url.startswith(HUB_DATASETS):  # cached-path knows only the hub's models
+    if url.startswith(HUB_DATASETS):  # cached-path supports the hub's models only
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
         parts = url.removeprefix(HUB_DATASETS).split("/", 2)
@@ -167,14 +118,14 @@ def fetch_by_client(url: str, part: Path, max_bytes: int | None = None) -> Path:
             raise ValueError(f"expected {HUB_DATASETS}<owner>/<name>/<file>")
         owner, name, file = parts
         name, _, revision = name.partition("@")
-        there: dict[str, Any] = {"repo_type": "dataset", "revision": revision or None}
-        told = get_hf_file_metadata(hf_hub_url(f"{owner}/{name}", file, **there)).size
-        check_size(url, told or 0, max_bytes, part)
-        return Path(hf_hub_download(f"{owner}/{name}", file, cache_dir=part / "hub", **there))
+        repository: dict[str, Any] = {"repo_type": "dataset", "revision": revision or None}
+        size = get_hf_file_metadata(hf_hub_url(f"{owner}/{name}", file, **repository)).size
+        check_size(url, size or 0, max_bytes, part)
+        return Path(hf_hub_download(f"{owner}/{name}", file, cache_dir=part / "hub", **repository))
     from cached_path import cached_path
     from cached_path.schemes import get_scheme_client
 
-    if not url.startswith("hf://"):  # which is a hub's model; its files are those of a repository
+    if not url.startswith("hf://"):  # of the hub's models cached-path reports no size
         check_size(url, get_scheme_client(url).get_size() or 0, max_bytes, part)
     return Path(cached_path(url, cache_dir=part / "cached-path"))
 
@@ -196,7 +147,7 @@ class Download:
         self.progress = progress
         self.metadata: dict[str, Any] = {}
         if self.body.exists() and self.metadata_path.exists():
-            with suppress(Damaged):  # else what has arrived is of no use
+            with suppress(Damaged):  # then the download starts over
                 self.metadata = sealed.load_file(self.metadata_path)
         if max_bytes is not None and self.size > max_bytes:
             self.reset()
@@ -208,7 +159,7 @@ class Download:
         return self.body.stat().st_size if self.metadata else 0
 
     def run(self, path: Path) -> dict[str, Any]:
-        """Attempt until the whole is here, then move it to `path`."""
+        """Retry until the file is complete, then move it to `path`."""
         import requests
         from tenacity import RetryCallState, Retrying, retry_if_exception_type
         from tenacity.wait import wait_exponential_jitter
@@ -223,16 +174,16 @@ class Download:
 
         def wait(state: RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
-            asked = error.wait_s if isinstance(error, TransientError) else None
-            return backoff(state) if asked is None else min(asked, MAX_WAIT_S)
+            wait_s = error.wait_s if isinstance(error, TransientError) else None
+            return backoff(state) if wait_s is None else min(wait_s, MAX_WAIT_S)
 
         backoff = wait_exponential_jitter(multiplier=0.2, max=30, jitter=0.2)
-        again = Retrying(
+        retry = Retrying(
             retry=retry_if_exception_type(TransientError), stop=give_up, wait=wait, reraise=True
         )
         with requests.Session() as session:
             try:
-                again(self.attempt, session)
+                retry(self.attempt, session)
             except TransientError as error:
                 raise ValueError(
                     f"{self.url}: {error}; gave up after {MAX_FRUITLESS_ATTEMPTS} attempts without "
@@ -249,41 +200,25 @@ class Download:
         }
 
     def attempt(self, session: requests.Session) -> None:
-        """Ask for what is missing; returns when all is here, raises Passing when not yet."""
-        import requests
-        import urllib3
-
+        """Request the missing bytes. Raises TransientError if some are missing afterwards."""
         have = self.size
-        headers = {"Accept-Encoding": "identity"}
+        headers = {}
         if have:
             headers["Range"] = f"bytes={have}-"
             if self.metadata["validator"]:
                 headers["If-Range"] = self.metadata["validator"]
-        try:
-            with session.get(
-                restore_secrets(self.url),
-                headers=headers,
-                stream=True,
-                timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
-            ) as response:
-                if self.accept(response, have):
-                    return
-                self.receive(response)
-        except requests.TooManyRedirects as error:
-            raise ValueError(f"{self.url}: the server redirects in a circle") from error
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
-            said = redact(str(error))
-            raise ValueError(f"{self.url}: not an address that can be asked: {said}") from error
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            raise TransientError(f"the connection failed: {root_cause(error)}") from error
+        with request("GET", self.url, headers, session) as response:
+            if self.accept(response, have):
+                return
+            self.receive(response)
         total = self.metadata["bytes"]
         if total is not None and self.size < total:
             raise TransientError(f"expected {total:,} bytes, found {self.size:,}")
 
     def accept(self, response: requests.Response, have: int) -> bool:
-        """Judge an answer's head and ready the file for its body. True: nothing is missing."""
+        """Check the headers and prepare the file for the body. True: the file is complete."""
         check_status(response, self.url)
-        if response.status_code == 416:  # we asked for what lies after the end
+        if response.status_code == 416:  # nothing after the `have` bytes
             total = response.headers.get("Content-Range", "").rpartition("/")[2]
             if total == str(have):
                 return True
@@ -308,8 +243,8 @@ class Download:
         return False
 
     def receive(self, response: requests.Response) -> None:
+        """Append the body to the file."""
         with open(self.body, "ab") as file:
-            # As sent: some servers call a .gz file's own compression a Content-Encoding.
             size = file.tell()
             for block in response.raw.stream(BLOCK_BYTES, decode_content=False):
                 size += len(block)
@@ -330,7 +265,7 @@ class Download:
                 self.progress(len(block))
 
     def check_room(self) -> None:
-        """Raises DiskFull where what has no known end is about to fill the disk."""
+        """Raises DiskFull if a file of unknown size is about to fill the disk."""
         disk = shutil.disk_usage(self.body.parent)
         if self.metadata["bytes"] is None and disk.free < min(MIN_FREE_BYTES, disk.total // 100):
             raise DiskFull(
@@ -340,77 +275,6 @@ class Download:
             )
 
     def reset(self) -> None:
-        """Start over: what has arrived is of no use."""
+        """Forget the received bytes."""
         self.metadata = {}
         self.metadata_path.unlink(missing_ok=True)
-
-
-def check_status(response: requests.Response, url: str) -> None:
-    """Raises ValueError for an answer that is final, Passing for one that may change."""
-    status = response.status_code
-    said = f"the server answered {status} {response.reason or ''}".rstrip()
-    if status in (200, 206, 416):
-        return
-    if status in (408, 425, 429) or status >= 500:
-        raise TransientError(said, parse_retry_after(response.headers.get("Retry-After")))
-    remedy = {
-        401: "it wants credentials",
-        403: "access is refused: check the address, or ask its owner for access",
-        404: "there is no such file: check the address",
-        410: "the file was taken away",
-    }
-    kind = NotFound if status in (404, 410) else ValueError
-    raise kind(f"{url}: {said}; {remedy.get(status, 'expected 200')}")
-
-
-def parse_retry_after(value: str | None) -> float | None:
-    """Seconds to wait by a Retry-After header, which holds seconds or a date."""
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return None
-
-
-def get_validator(response: requests.Response) -> str | None:
-    """What names this version of the file; a weak ETag does not vouch for single bytes."""
-    tag = response.headers.get("ETag")
-    return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
-
-
-def root_cause(error: BaseException) -> str:
-    """The innermost cause in a few words: the libraries wrap it many times over."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return redact(f"{type(error).__name__}: {error}")
-
-
-def content_length(response: requests.Response) -> int | None:
-    """Content-Length; None where there is none, or no number."""
-    length = response.headers.get("Content-Length", "")
-    return int(length) if length.isascii() and length.isdecimal() and len(length) < 19 else None
-
-
-def request_sizes(urls: Iterable[str], threads: int = 16) -> list[int | None]:
-    """Bytes of each file as its server tells them, without fetching; None where it does not."""
-    import requests
-
-    def ask_size(url: str) -> int | None:
-        try:
-            with session.head(
-                restore_secrets(to_public_url(stash_secrets(url))),
-                allow_redirects=True,
-                headers={"Accept-Encoding": "identity"},
-                timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
-            ) as response:
-                return content_length(response) if response.ok else None
-        except requests.RequestException:
-            return None
-
-    with requests.Session() as session, ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(ask_size, urls))

@@ -12,9 +12,9 @@ from olmo.checkpoint.mirror import download_checkpoint
 from olmo.checkpoint.optim_state import State
 from olmo.checkpoint.read import load_checkpoint
 from olmo.checkpoint.save import save_unsharded
-from olmo.io.downloads import check_not_in_store
 from olmo.runtime.log import log
 from olmo.runtime.numbers import to_json
+from olmo.store.naming import check_not_in_store
 
 FORMATS = ("unsharded", "sharded", "safetensors", "hf")
 

@@ -10,10 +10,10 @@ from typing import Any
 from olmo.config import TrainConfig
 from olmo.inspect.documents import find_token_shards, object_digest
 from olmo.inspect.run import TrainedRun
-from olmo.io.downloads import check_not_in_store
 from olmo.report.card import format_table
 from olmo.runtime.log import log
 from olmo.runtime.numbers import from_json
+from olmo.store.naming import check_not_in_store
 from olmo.store.stage import current_store
 
 LABEL = "heldout"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from olmo.io.downloads import check_not_in_store
 from olmo.report.card import format_table
 from olmo.runtime.numbers import from_json
+from olmo.store.naming import check_not_in_store
 
 SCHEMA = {
     "scorer": str,

@@ -15,7 +15,7 @@ class EnergyMeter:
     def __init__(self) -> None:
         self._began, self._before = time.monotonic(), read_counters()
 
-    def used(self) -> float | None:
+    def joules(self) -> float | None:
         """So far; None where the kernel does not tell, or its counters came round too often."""
         longest = (time.monotonic() - self._began) * MAX_WATTS * 1e6
         now, total = read_counters(), 0

@@ -1,8 +1,7 @@
-"""What a stage is asked for, and the one name that this has.
+"""Actions: a stage, its version, the parameters that change bytes, the digests of its inputs.
 
-An action is a stage, the version of its code, the parameters that change bytes and the digests
-of its inputs. Its key is the sha256 of that as canonical JSON. Paths, hosts, threads and times
-are not in it.
+An action's key is the sha256 of these as canonical JSON. Paths, hosts, threads and times are not
+part of it.
 """
 
 import hashlib
@@ -14,10 +13,10 @@ from typing import Any
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON with one spelling a value: sorted keys, no spaces, UTF-8.
+    """JSON that is the same for equal values: sorted keys, no spaces, UTF-8.
 
     Raises:
-        ValueError: for what has no single spelling: NaN, infinities, paths, sets, objects.
+        ValueError: NaN, infinities, and types that JSON does not have.
     """
     _check_canonical(value, "action")
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -42,7 +41,7 @@ def _check_canonical(value: Any, where: str) -> None:
 
 @dataclass(frozen=True)
 class Action:
-    """What a stage is asked for; equal actions give equal bytes."""
+    """A call of a stage; equal actions give equal bytes."""
 
     stage: str
     version: int

@@ -1,4 +1,4 @@
-"""`olmo store …`: look after the store by hand."""
+"""`olmo store …`: verify, collect garbage, check out, explain and push."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from olmo.store.store import GC_LEASE, Store
 def verify() -> None:
     """Hash every object, read every record and name.
 
-    What is damaged goes to quarantine, and the names of this project that stand for it are removed:
-    the next run makes them anew.
+    Damaged files are moved to quarantine, and the names of this project that need them are removed:
+    the next run remakes them.
     """
     store = current_store()
     objects = len(list((store.root / "objects").glob("??/[0-9a-f]*")))
@@ -32,27 +32,27 @@ def verify() -> None:
     )
     found, unknown = naming.read_names(store, all_links=True)
     lost = [] if unknown else naming.broken_names(store)
-    complaints = []
+    problems = []
     if corrupt:
-        complaints.append(
+        problems.append(
             f"{len(corrupt)} of {objects} objects were corrupt: {format_digests(corrupt)}"
         )
     if broken:
-        complaints.append(
+        problems.append(
             f"{len(broken)} of {len(keys)} records were damaged: {format_digests(broken)}"
         )
     if corrupt or broken:
-        complaints.append(f"they are in {store.root}/quarantine")
+        problems.append(f"they are in {store.root}/quarantine")
     if lost:
-        complaints.append(f"{len(lost)} names have lost their record or objects: {lost[0]}, …")
+        problems.append(f"{len(lost)} names lack their record or objects: {lost[0]}, …")
     for path in lost:
         if path.is_relative_to(Path.cwd()):
-            naming.remove_name(path)  # and so it is missed
-    if complaints:
-        raise ValueError("; ".join(complaints) + ". Run snakemake again: it makes them anew")
+            naming.remove_name(path)  # snakemake then remakes it
+    if problems:
+        raise ValueError("; ".join(problems) + ". Run snakemake again: it remakes them")
     if unknown:
         raise ValueError(f"{unknown[0]} is damaged, and {naming.NO_LINK_LEFT}")
-    print(f"{store.root}: {objects} objects, {len(keys)} records, {len(found)} names, all sound")
+    print(f"{store.root}: {objects} objects, {len(keys)} records, {len(found)} names, all intact")
 
 
 def format_digests(digests: list[str]) -> str:
@@ -60,7 +60,7 @@ def format_digests(digests: list[str]) -> str:
 
 
 def quarantine_damaged(store: Store) -> list[str]:
-    """Hash every object; the digests of those that were not what their name says."""
+    """Hash every object and quarantine the damaged ones; their digests."""
     corrupt = []
     for path in sorted((store.root / "objects").glob("??/*")):
         is_object = path.is_file() and not path.name.startswith(".")
@@ -71,34 +71,35 @@ def quarantine_damaged(store: Store) -> list[str]:
 
 
 def gc(dry_run: bool = False, forget: Path | None = None) -> None:
-    """Remove the objects that no path and no pin points to, and what finished runs worked in.
+    """Remove the objects without a path or a pin, and the work folders of finished actions.
 
-    Records stay, and what a run that has not ended has saved. With --forget PROJECT, a folder that
-    is gone for good, what only its paths pointed to goes as well.
+    Records stay, and checkpoints of runs that have not ended. With --forget PROJECT, a folder that
+    no longer exists, its paths do not count.
     """
     store = current_store()
     objects = (p for p in (store.root / "objects").glob("??/[0-9a-f]*") if p.is_file())
     sizes = {p.name: p.stat().st_size for p in objects}
-    left = {folder: folder_bytes(folder) for folder in finished_work_folders(store)}
+    work = {folder: folder_bytes(folder) for folder in finished_work_folders(store)}
     removed = collect_garbage(store, dry_run, forget)
     for line in describe_removed(store, removed):
         print(line)
     freed = sum(sizes[digest] for digest in removed)
     verb = "would remove" if dry_run else "removed"
     print(
-        f"{store.root}: {verb} {len(removed)} of {len(sizes)} objects, {freed:,} bytes, and what "
-        f"{len(left)} finished actions worked in (a run's earlier checkpoints), "
-        f"{sum(left.values()):,} bytes"
+        f"{store.root}: {verb} {len(removed)} of {len(sizes)} objects, {freed:,} bytes, and the "
+        f"work folders of {len(work)} finished actions (a run's earlier checkpoints), "
+        f"{sum(work.values()):,} bytes"
     )
 
 
 def collect_garbage(store: Store, dry_run: bool = False, forget: Path | None = None) -> list[str]:
-    """Remove what no human name and no pin points to; the digests removed.
+    """Remove the objects that no name and no pin needs; their digests.
 
-    The names of the project `forget` count no longer.
+    Records stay: they are small, and a rebuilt object is compared with them. So do the work folders
+    of actions that have not ended: a training run's checkpoints.
 
-    Records stay: they are small, and they are what a rebuilt object is compared with. So do the
-    work folders of actions that have not ended: a training run's checkpoints.
+    Args:
+        forget: a project whose names do not count.
     """
     with lease(store.root / "leases", GC_LEASE):  # stages that begin now wait for it
         return _collect_garbage(store, dry_run, forget)
@@ -107,10 +108,10 @@ def collect_garbage(store: Store, dry_run: bool = False, forget: Path | None = N
 def _collect_garbage(store: Store, dry_run: bool, forget: Path | None) -> list[str]:
     if running := set(held_names(store.root / "leases")) - {GC_LEASE}:
         raise ValueError(
-            f"expected a store at rest, found {len(running)} stages running, whose new objects "
-            "have no name yet; run gc again when they are done"
+            f"expected no running stage, found {len(running)}, whose new objects have no name yet; "
+            "run gc again when they are done"
         )
-    naming.read_names(store, all_links=True)  # a name that is not written down counts too
+    naming.read_names(store, all_links=True)  # links that links/ lacks count too
     forgotten = naming.names_of_project(store, forget) if forget else {}
     for project in naming.missing_projects(store):
         if forget is None or project != Path(os.path.abspath(forget)):
@@ -120,9 +121,9 @@ def _collect_garbage(store: Store, dry_run: bool, forget: Path | None) -> list[s
                 f"its old place (ln -s); if it is gone for good: olmo store gc --forget {project}"
             )
     found = [name for name in naming.live_names(store) if name["path"] not in forgotten]
-    # A name is written down before it is made: one that was cut off points to what it did before.
+    # A name is written to links/ before its link is made: after a kill the old link may remain.
     keep = {name["target"] for name in found}
-    for name in found:  # what is in a folder, also where its record is damaged
+    for name in found:  # a folder's objects, even if its record is damaged
         path = Path(name["path"])
         if path.is_dir() and not path.is_symlink():
             keep |= {Path(os.path.realpath(inner)).name for inner in path.rglob("*")}
@@ -130,8 +131,8 @@ def _collect_garbage(store: Store, dry_run: bool, forget: Path | None) -> list[s
     for key in pinned_keys(store):
         if store.record(key) is None:
             raise ValueError(
-                f"the record of the pinned action {key[:12]}… is gone or damaged, so that nobody "
-                f"knows what to keep; run snakemake again, or remove {store.root}/pins/{key}"
+                f"the record of the pinned action {key[:12]}… is missing or damaged, so its "
+                f"outputs are unknown; run snakemake again, or remove {store.root}/pins/{key}"
             )
     for key in keys | set(pinned_keys(store)) | set(unnamed_keys(store)):
         if (record := store.record(key)) is not None:
@@ -161,14 +162,14 @@ def finished_work_folders(store: Store) -> list[Path]:
 
 
 def unnamed_keys(store: Store) -> list[str]:
-    """Actions that were asked for, and whose process was killed before they had their names."""
+    """Keys of actions that run, or whose process was killed before their outputs had names."""
     return sorted(path.name for path in (store.root / "unnamed").glob("*"))
 
 
 def leftover_drafts(store: Store) -> list[Path]:
-    """What was killed while it wrote a record or a name has left."""
+    """Drafts of records and names that killed processes left."""
     folders = [store.root / "links", *(store.root / "actions").glob("??")]
-    looks = store.root.glob(f"*/??/{PROBE_PREFIX}*")  # of those killed in see_anew
+    looks = store.root.glob(f"*/??/{PROBE_PREFIX}*")  # left in refresh_listing
     return [*looks, *(path for folder in folders for path in sealed.find_drafts(folder))]
 
 
@@ -178,10 +179,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def describe_removed(store: Store, removed: list[str]) -> Iterator[str]:
-    """Lines that say which names, deleted since, stood for what was removed.
-
-    A person who deleted one, or whose run was cut off before it made it again, may want it back.
-    """
+    """Lines with the deleted names whose objects were removed, for a user who wants one back."""
     gone = set(removed)
     for _, name in naming.all_names(store):
         record = store.record(name["key"])
@@ -193,9 +191,9 @@ def describe_removed(store: Store, removed: list[str]) -> Iterator[str]:
 
 
 def checkout(name: str, /, to: Path | None = None) -> None:
-    """Make an artifact's path again, or another one with --to.
+    """Restore the path of an artifact, or link it at another one with --to.
 
-    NAME is a path that the store made, deleted since or not, or an action's key (with --to).
+    NAME is a path that the store made, deleted or not, or an action's key (with --to).
     """
     store = current_store()
     known = naming.find_name(store, Path(name))
@@ -204,7 +202,7 @@ def checkout(name: str, /, to: Path | None = None) -> None:
         raise ValueError(f"expected a path that the store {store.root} made, found {name}")
     with store.protect_from_gc(record["key"]):
         if not store.lookup(record["key"]):
-            raise ValueError(f"objects of {name} are gone from {store.root}; run snakemake again")
+            raise ValueError(f"objects of {name} are missing in {store.root}; run snakemake again")
         for output in [known["output"]] if known else record["outputs"]:
             path = to or Path(name)
             path = path if known or len(record["outputs"]) == 1 else path / output
@@ -213,7 +211,7 @@ def checkout(name: str, /, to: Path | None = None) -> None:
 
 
 def why(path: Path, /) -> None:
-    """What made PATH, and what differs from the nearest other action, field by field."""
+    """Print the action that made PATH, and how it differs from the most similar other one."""
     store = current_store()
     record = naming.record_of(store, path)
     print(json.dumps(record["action"], indent=1))
@@ -227,12 +225,12 @@ def why(path: Path, /) -> None:
 
 
 def trace(path: Path, /) -> None:
-    """The way back from PATH to its sources, an action a line."""
+    """Print the actions that PATH was made from, back to its sources."""
     print("\n".join(trace_lines(current_store(), path)))
 
 
 def pin(path: Path, /, remove: bool = False) -> None:
-    """Keep what PATH names through `gc`, also when the path is deleted."""
+    """Keep the objects of PATH in `gc`, even if the path is deleted."""
     store = current_store()
     key = naming.record_of(store, path)["key"]
     set_pin(store, key, remove)
@@ -240,7 +238,7 @@ def pin(path: Path, /, remove: bool = False) -> None:
 
 
 def set_pin(store: Store, key: str, remove: bool = False) -> None:
-    """Keep an action's outputs whatever points to them; or no longer."""
+    """Pin an action, whose outputs `gc` then keeps; or remove its pin."""
     pins = store.root / "pins"
     pins.mkdir(parents=True, exist_ok=True)
     (pins / key).unlink(missing_ok=True) if remove else (pins / key).touch()
@@ -251,9 +249,9 @@ def pinned_keys(store: Store) -> list[str]:
 
 
 def push(to: str, paths: list[Path], /, inputs: bool = False, verify: bool = False) -> None:
-    """Send what PATHS name, or all names here, to a second store: a folder or a bucket.
+    """Send the outputs of PATHS, or of all names here, to a remote store: a folder or a bucket.
 
-    The records of what they were made from go along; the contents only with --inputs. With
-    --verify, what is there is fetched and hashed, and replaced where it is damaged.
+    The records of the actions that they were made from are sent too, the contents of those only
+    with --inputs. With --verify, existing objects are downloaded, hashed and, if damaged, replaced.
     """
     print(f"{to}: {remote.push_names(current_store(), remote.Remote(to), paths, inputs, verify)}")

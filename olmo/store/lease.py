@@ -1,18 +1,17 @@
 """Leases: one holder of a name at a time, among processes of one machine or of several.
 
-A lease is a file `<name>.<n>` made by a hard link, which fails where the name is taken; network
-file systems keep to that, where flock is not to be trusted. Its holder touches it every few
-seconds. A holder on this machine whose process is gone has lost it at once; one elsewhere when
-the touches stop coming, measured with the clock of whoever waits, so that the clocks of two
-machines need not agree.
+A lease is a file `<name>.<n>`, created by a hard link, which fails if the name exists; network file
+systems guarantee this, but not flock. The holder touches it every few seconds. A holder on this
+machine is dead as soon as its process is gone; one on another machine when its touches stop, by
+the clock of the waiting process, so that the clocks of machines need not agree.
 
-Whoever finds only dead holders makes the next number. The link decides between two who do so at
-once; a look around afterwards finds the one whose view was old. A holder that was away for so
-long that another took its place (a suspended machine, a file server out of reach) ends itself as
-soon as it finds out: two would write into one folder.
+A process that finds dead holders only creates the next number. If two do so at once, the link
+decides; a second listing finds one that acted on an old listing. A holder that was suspended, or
+could not reach its file server, for so long that another replaced it exits as soon as it notices:
+two would write to one folder.
 
-What a network file system shows may be old: names in a folder for up to a minute. Before it
-counts that a name is not there, we change the folder ourselves, which makes them look again.
+A network file system may show a folder's names as they were up to a minute ago. Before a missing
+name counts, we change the folder ourselves, which makes the client list it again.
 """
 
 import contextlib
@@ -30,9 +29,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-HEARTBEAT_S = 5.0  # the holder touches its lease this often
-PROBE_PREFIX = ".look-"  # begins the names of files that are there for a moment, to be seen
-LEASE_TIMEOUT_S = 60.0  # without a touch for this long it is dead
+HEARTBEAT_S = 5.0  # between two touches
+PROBE_PREFIX = ".look-"  # of the files by which `refresh_listing` changes a folder
+LEASE_TIMEOUT_S = 60.0  # a holder without a touch for this long is dead
 
 Holder = dict[str, Any]  # {"host", "boot", "pids", "pid", "start"}
 
@@ -44,11 +43,11 @@ def lease(
     waiting: Callable[[Holder], None] | None = None,
     alive: Callable[[Holder], None] | None = None,
 ) -> Iterator[None]:
-    """Hold `name` for the block, waiting for whoever holds it now.
+    """Hold `name` for the block, after the present holder.
 
     Args:
-        waiting: called once with the holder if there is one to wait for.
-        alive: called when that holder is known to live: for who would rather not wait.
+        waiting: called once with the holder, before the wait.
+        alive: called with the holder when it is known to be alive; it may raise instead of waiting.
 
     Raises:
         ValueError: the file system has no hard links.
@@ -61,7 +60,7 @@ def lease(
             try:
                 os.utime(mine)
             except OSError as error:
-                # `done` is set before the lease is given back: then it is no loss.
+                # `done` is set before the lease is released: then this is no loss.
                 if error.errno in (errno.ENOENT, errno.ESTALE) and not done.is_set():
                     _exit_after_loss(name)
 
@@ -74,7 +73,7 @@ def lease(
 
 
 def held_names(folder: Path) -> list[str]:
-    """The names whose leases somebody may still hold (as far as one look can tell)."""
+    """The names whose leases may still be held; one look cannot exclude holders elsewhere."""
     leases = [
         path for path in folder.glob("[!.]*") if _state(_read_lease(path), {}, path) != "dead"
     ]
@@ -82,9 +81,9 @@ def held_names(folder: Path) -> list[str]:
 
 
 def refresh_listing(folder: Path) -> None:
-    """Make a network file system forget what it remembers of the names in a folder.
+    """Make a network file system's client list a folder again, by a change of the folder.
 
-    It keeps them, and that a name is not there, for as long as it believes the folder unchanged.
+    It caches names, and missing names, until it sees that the folder has changed.
     """
     with contextlib.suppress(FileNotFoundError):
         handle, path = tempfile.mkstemp(prefix=PROBE_PREFIX, dir=folder)
@@ -99,8 +98,8 @@ def _acquire(
     alive: Callable[[Holder], None] | None,
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    seen: dict[Path, tuple[int, float]] = {}  # lease → its last touch, and when we saw that
-    fresh = False  # whether what we know of the folder is of this moment
+    seen: dict[Path, tuple[int, float]] = {}  # lease → its last touch, and when we saw it
+    fresh = False  # whether the listing is current
     while True:
         looks = {path: _read_lease(path) for path in folder.glob(f"{name}.*")}
         states = {path: _state(look, seen, path) for path, look in looks.items()}
@@ -126,9 +125,9 @@ def _acquire(
             fresh = False
             time.sleep(random.uniform(0.01, 0.1))
             continue
-        # Making it has changed the folder: what is seen now is of this moment.
+        # The new file has changed the folder, so this listing is current.
         if set(folder.glob(f"{name}.*")) - set(looks) - {mine}:
-            mine.unlink(missing_ok=True)  # someone else got through: both step back
+            mine.unlink(missing_ok=True)  # another process created one too: both retry
             time.sleep(random.uniform(0.05, 0.5))
             fresh = False
             continue
@@ -138,19 +137,19 @@ def _acquire(
 
 
 def _create(path: Path, draft: Path) -> bool:
-    """Make a lease, whole from its first moment; False where it exists."""
+    """Create a lease, atomically with its content; False if it exists."""
     draft.write_text(json.dumps(_own_holder()))
     try:
         os.link(draft, path)
     except FileExistsError:
-        # A server's answer may get lost and the request be sent again: then it was ours.
+        # A client repeats a request whose answer was lost: then the existing link is ours.
         return draft.stat().st_nlink == 2
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         raise ValueError(
-            f"the file system of {path.parent.resolve()} has no hard links ({error.strerror}), by "
-            "which processes keep out of each other's way; put the project and its store "
+            f"the file system of {path.parent.resolve()} has no hard links ({error.strerror}), "
+            "which leases need; put the project and its store "
             "(OLMO_STORE) on one that has them: a local disk, NFS, GlusterFS, Lustre"
         ) from None
     finally:
@@ -164,7 +163,7 @@ def _own_holder() -> Holder:
 
 
 def _this_machine() -> Holder:
-    """Where a process number means something: this boot of this machine, this container."""
+    """Where a process id is valid: this boot of this machine, this container."""
     try:
         pids = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -177,9 +176,9 @@ def _is_here(holder: Holder) -> bool:
 
 
 def _read_lease(path: Path) -> tuple[Holder, int]:
-    """Who holds a lease, and its last touch; {} when it has just gone.
+    """The holder of a lease and its last touch (ns); {} if the lease is gone.
 
-    Opened, since that is when a network file system asks its server.
+    The file is opened, since a network file system asks its server at an open.
     """
     try:
         with path.open() as file:
@@ -190,7 +189,7 @@ def _read_lease(path: Path) -> tuple[Holder, int]:
                     return holder, touched
             except (ValueError, KeyError, TypeError):
                 pass
-            return {"host": "unknown"}, touched  # the power failed before its bytes were on disk
+            return {"host": "unknown"}, touched  # a power failure before its bytes were on disk
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ESTALE):
             raise
@@ -198,7 +197,7 @@ def _read_lease(path: Path) -> tuple[Holder, int]:
 
 
 def _state(look: tuple[Holder, int], seen: dict[Path, tuple[int, float]], path: Path) -> str:
-    """Of a lease: gone, dead, alive, or silent: elsewhere, and not known yet."""
+    """The state of a lease: gone, dead, alive, or silent (elsewhere, and not known yet)."""
     holder, touched = look
     if not holder:
         return "gone"
@@ -212,18 +211,18 @@ def _state(look: tuple[Holder, int], seen: dict[Path, tuple[int, float]], path: 
 
 
 def _exit_after_loss(name: str) -> None:
-    """Another has taken over: end at once, and with us all that we have started."""
+    """Exit at once, with all child processes: another process has taken over."""
     sys.stderr.write(
-        f"this process held {name}, and its lease is gone: it was not heard of for "
+        f"this process held {name}, and its lease is gone: it was not renewed for "
         f"{LEASE_TIMEOUT_S:.0f} s (suspended, or its file server out of reach) and another has "
-        "taken over, or somebody deleted it. It ends here: two would write into one folder\n"
+        "taken over, or the lease was deleted. It exits: two would write to one folder\n"
     )
     sys.stderr.flush()
     os._exit(1)
 
 
 def _boot_id() -> str:
-    """Names this boot of this machine: process numbers mean something only within it."""
+    """The id of this boot of this machine; "" where the kernel has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -231,13 +230,13 @@ def _boot_id() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process started, which tells it from a later one of the same number."""
+    """When a process started, which distinguishes it from a later one with the same id."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         if Path("/proc/self").exists():
             return None
-        try:  # no /proc here: the number alone has to do
+        try:  # no /proc: the id alone must do
             os.kill(pid, 0)
             return "running"
         except ProcessLookupError:

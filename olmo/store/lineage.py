@@ -1,4 +1,4 @@
-"""Lineage: what made this, what did it make, and why did it run again."""
+"""Lineage: what an artifact was made from, and how two actions differ."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from olmo.store.store import Store
 
 
 def diff_actions(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Field by field, what two actions differ in: "params.keep_one_in: 10 → 5"."""
+    """The fields in which two actions differ: "params.keep_one_in: 10 → 5"."""
     changed = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name, "default"), now.get(name, "default")
@@ -36,7 +36,7 @@ def find_nearest(store: Store, action: dict[str, Any], besides: str = "") -> Rec
 
 
 def records_by_content(store: Store) -> dict[str, list[Record]]:
-    """For each content in the store, the actions that made it."""
+    """For each content in the store, the records of the actions that made it."""
     made: dict[str, list[Record]] = {}
     for record in store.records():
         for digest in {file["sha256"] for file in output_files(record)}:
@@ -47,9 +47,10 @@ def records_by_content(store: Store) -> dict[str, list[Record]]:
 def ancestors(
     store: Store, record: Record, made_by: dict[str, list[Record]] | None = None
 ) -> Iterator[tuple[int, Record]]:
-    """The way back from an artifact to its sources: (depth, record), each action once.
+    """The actions that an artifact was made from, back to its sources: (depth, record), each once.
 
-    `made_by` is what `makers` found, for who asks more than once.
+    The first is `record` itself, at depth 0. `made_by` is the result of `records_by_content`, which
+    reads every record: pass it when calling repeatedly.
     """
     made_by, seen = records_by_content(store) if made_by is None else made_by, {record["key"]}
     level, depth = [record], 0
@@ -67,7 +68,7 @@ def ancestors(
 
 
 def format_lineage(store: Store, path: Path) -> list[str]:
-    """Lines for a person: an artifact and everything it came from."""
+    """An artifact and everything it was made from, an indented line for each action."""
     lines = []
     for depth, record in ancestors(store, record_of(store, path)):
         action = record["action"]

@@ -1,13 +1,13 @@
-"""Human names: the paths of a project that point into a store.
+"""Names: the paths of a project that link into a store.
 
-A file is a link to its object, a folder is one of links, with `record.json` beside them. What
-was named is written down in the store's `links/`, one sealed file a name: `gc` keeps what a name
-points to, and a name that was deleted is still known, for who asks why its stage runs again. A
-file that is damaged is written anew from the link itself.
+A file is a link to its object, a folder is one of links, with `record.json` in it. Each name is
+also written to the store's `links/`, a sealed file each: `gc` keeps the objects of a name, and a
+deleted name is still known, to report why its stage runs again. A damaged file there is restored
+from the link itself.
 
-Where the store lies in the project, links are relative, and so is what is written down: the folder
-can be moved or copied whole. A name is written down with its project, without which `gc` would
-take a disk that is not mounted for names that were deleted.
+If the store lies in the project, links and the paths in `links/` are relative: the folder can be
+moved or copied as a whole. A name is written down with its project, or `gc` would take names on a
+disk that is not mounted for deleted ones.
 """
 
 import glob
@@ -28,15 +28,15 @@ from olmo.store.store import Store
 
 Name = dict[str, str]  # {"path", "project", "key", "output"}
 NO_LINK_LEFT = (
-    "no link below this folder tells which name it was; run `olmo store verify` in the project "
-    "that it is of, or delete that file if the project is gone"
+    "no link below this folder shows which name it was; run `olmo store verify` in the project of "
+    "that name, or delete the file if the project is gone"
 )
 
 
 def link_output(store: Store, record: Record, output: str, path: Path) -> None:
-    """Make `path` a name for an output: a link, or a folder of links with its record.json.
+    """Make `path` a name of an output: a link, or a folder of links with record.json.
 
-    Replaces what was there. A folder is there whole or, for a moment, not at all.
+    Replaces what exists there; a folder is missing for a moment.
     """
     path = Path(os.path.abspath(path))
     made = record["outputs"][output]
@@ -53,7 +53,7 @@ def link_output(store: Store, record: Record, output: str, path: Path) -> None:
 
 
 def _save_name(store: Store, path: Path, key: str, output: str) -> Name:
-    """Write a name down."""
+    """Write a name to links/."""
     name = {
         "path": _stored_path(store, path),
         "project": _stored_path(store, _project_of(store, path)),
@@ -64,7 +64,7 @@ def _save_name(store: Store, path: Path, key: str, output: str) -> Name:
 
 
 def symlink_atomic(store: Store, path: Path, target: Path) -> None:
-    """Make `path` a link to something in the store, a folder that is worked in for example."""
+    """Make `path` a link to a path in the store: an object, or the work folder of an action."""
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".{path.name}.link"
@@ -73,17 +73,17 @@ def symlink_atomic(store: Store, path: Path, target: Path) -> None:
             _symlink(store, draft, target)
             os.replace(draft, path)
             return
-        except FileExistsError:  # of a process that was killed here, or names it just now
+        except FileExistsError:  # of a killed process, or one that does the same now
             draft.unlink(missing_ok=True)
-        except FileNotFoundError:  # that one took ours for its own
+        except FileNotFoundError:  # that process moved our link
             continue
 
 
 def _link_folder(store: Store, path: Path, targets: Mapping[str, Path]) -> None:
-    """A folder cannot be replaced as a file can, so one process at a time does it."""
+    """Replace a folder by one of links; it takes two renames, so one process at a time does it."""
     with lease(store.root / "leases", f"name-{_name_file(store, path).name}"):
         for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"):
-            shutil.rmtree(left)  # by a process that was killed here
+            shutil.rmtree(left)  # of a killed process
         if path.is_dir() and all(
             os.path.realpath(path / name) == os.path.realpath(target)
             for name, target in targets.items()
@@ -106,16 +106,16 @@ def _temp_sibling(path: Path) -> Path:
 
 
 def _symlink(store: Store, path: Path, target: Path) -> None:
-    """Relative where name and store lie in the project that we are in."""
+    """Make a link, a relative one if the name and the store lie in the current project."""
     here = Path.cwd()
     inside = path.is_relative_to(here) and store.root.is_relative_to(here)
     path.symlink_to(os.path.relpath(target, path.parent) if inside else target)
 
 
 def _stored_path(store: Store, path: Path) -> str:
-    """A path as the store writes it down: from its own folder, where it lies beside that."""
-    beside = path.is_relative_to(store.root.parent)
-    return os.path.relpath(path, store.root) if beside else str(path)
+    """A path as in links/: relative to the store if it lies below the store's parent folder."""
+    is_near = path.is_relative_to(store.root.parent)
+    return os.path.relpath(path, store.root) if is_near else str(path)
 
 
 def _project_of(store: Store, path: Path) -> Path:
@@ -125,14 +125,14 @@ def _project_of(store: Store, path: Path) -> Path:
 
 
 def _name_file(store: Store, path: Path) -> Path:
-    """Where a name is written down."""
+    """The file of a name in links/."""
     path = Path(os.path.abspath(path))
     digest = hashlib.sha256(_stored_path(store, path).encode()).hexdigest()
     return store.root / "links" / digest[:32]
 
 
 def find_name(store: Store, path: Path) -> Name | None:
-    """What a name stands for, or stood for before it was deleted."""
+    """What a name stands for, or stood for before it was deleted; None if it is unknown."""
     path = Path(os.path.abspath(path))
     file = _name_file(store, path)
     try:
@@ -141,21 +141,17 @@ def find_name(store: Store, path: Path) -> Name | None:
         return None
     except Damaged:
         if (name := _restore_name(store, path, _output_index(store))) is None:
-            store.quarantine(file, f"the damaged name of {path}, where there is no link")
+            store.quarantine(file, f"the name {path}, which has no link now")
         return name
 
 
 def _load_name(file: Path) -> Name:
-    """A name as it is written down.
-
-    Raises:
-        Damaged: the file is not as it was written.
-    """
+    """A name from its file in links/. Raises Damaged."""
     content = file.read_bytes()
     try:
         return sealed.loads(content, file)
     except Damaged:
-        try:  # from before names were sealed
+        try:  # an old version did not seal names
             name: Name = json.loads(content)
             path = hashlib.sha256(name["path"].encode()).hexdigest()[:32]
             if set(name) - {"project"} == {"path", "key", "output"} and path == file.name:
@@ -166,7 +162,7 @@ def _load_name(file: Path) -> Name:
 
 
 def _output_index(store: Store) -> dict[str, tuple[str, str]]:
-    """What a link leads to, a content's digest or a folder's key → (key, output)."""
+    """The target of a link (an object's digest, or a folder's key) → (key, output)."""
     found: dict[str, tuple[str, str]] = {}
     for record in store.records():
         for output, made in record["outputs"].items():
@@ -175,7 +171,7 @@ def _output_index(store: Store) -> dict[str, tuple[str, str]]:
 
 
 def _restore_name(store: Store, path: Path, outputs: Mapping[str, tuple[str, str]]) -> Name | None:
-    """Write a name down from its link; None where there is no link to what the store made."""
+    """Write a name to links/ from its link; None if `path` does not link to an output."""
     made = _output_behind(store, path, outputs)
     return None if made is None else _save_name(store, path, *made)
 
@@ -183,7 +179,7 @@ def _restore_name(store: Store, path: Path, outputs: Mapping[str, tuple[str, str
 def _output_behind(
     store: Store, path: Path, outputs: Mapping[str, tuple[str, str]]
 ) -> tuple[str, str] | None:
-    """Which action's output a link, or a folder of links, leads to."""
+    """The (key, output) that a link, or a folder of links, leads to."""
     is_folder = path.is_dir() and not path.is_symlink()
     target = Path(os.path.realpath(path / "record.json" if is_folder else path))
     inside = target.is_relative_to(os.path.realpath(store.root))
@@ -191,18 +187,17 @@ def _output_behind(
 
 
 def read_names(store: Store, all_links: bool = False) -> tuple[dict[Path, Name], list[Path]]:
-    """Every name that was ever made, by the file that it is written down in.
+    """Every name that was ever made, by its file in links/; and the damaged files.
 
-    Damaged ones of the project that we are in are written down anew, from their links, and with
-    `all_links` also those that are not written down at all. The second list is of the files that
-    were damaged and for which there is no link here.
+    Damaged ones of the current project are restored from their links; with `all_links` missing
+    ones too. The second list is of the damaged files without a link here.
     """
     found: dict[Path, Name] = {}
     damaged = set()
     for file in sorted((store.root / "links").glob("[0-9a-f]" * 32)):
         try:
             found[file] = _load_name(file)
-        except IsADirectoryError:  # nothing of ours
+        except IsADirectoryError:  # not ours
             continue
         except Damaged:
             damaged.add(file)
@@ -214,14 +209,14 @@ def read_names(store: Store, all_links: bool = False) -> tuple[dict[Path, Name],
         file = _name_file(store, path)
         lost = all_links and file not in found and _output_behind(store, path, outputs) not in named
         if (file in damaged or lost) and (name := _restore_name(store, path, outputs)):
-            log.warning(f"store: the name of {path} was damaged or gone and is written down again")
+            log.warning(f"store: the name of {path} was damaged or missing, and was restored")
             found[file] = name
             damaged.discard(file)
     return found, sorted(damaged)
 
 
 def _find_links(store: Store) -> Iterator[Path]:
-    """All that can be a name in the folder that we are in: links, and folders with a record."""
+    """All paths that may be names in the current folder: links, and folders with a record."""
     for folder, folders, names in os.walk(Path.cwd()):
         here = Path(folder)
         if here != Path.cwd() and "record.json" in names:
@@ -233,42 +228,45 @@ def _find_links(store: Store) -> Iterator[Path]:
 
 
 def last_record(store: Store, path: Path) -> Record | None:
-    """The action that a name stands for, or stood for before it was deleted."""
+    """The record of the action that a name stands for, or stood for before it was deleted."""
     name = find_name(store, path)
     return store.record(name["key"]) if name else None
 
 
 def all_names(store: Store) -> Iterator[tuple[Path, Name]]:
-    """Every name that was ever made, and the file it is written down in."""
+    """Every name that was ever made, with its file in links/. Raises Damaged."""
     found, lost = read_names(store)
     if lost:
         raise Damaged(f"{lost[0]} is damaged, and {NO_LINK_LEFT}")
     for file, name in sorted(found.items()):
-        places = {"path": name["path"], "project": name.get("project", "..")}  # not told, once
+        places = {
+            "path": name["path"],
+            "project": name.get("project", ".."),
+        }  # old versions had none
         yield file, name | {n: os.path.normpath(store.root / p) for n, p in places.items()}
 
 
 def live_names(store: Store) -> Iterator[Name]:
-    """The names that still point into the store, and what they point to: {…, "target"}.
+    """The names that still link into the store, with their "target": the name of a file in it.
 
-    Those too that this user may not look at: that they are gone is not known.
+    Names that this user may not read are included, with target "": they may still exist.
     """
     root = os.path.realpath(store.root)
     for _, name in all_names(store):
         path = Path(name["path"])
         try:
             probe = path / "record.json" if path.is_dir() and not path.is_symlink() else path
-            there = probe.is_symlink()
+            is_link = probe.is_symlink()
         except PermissionError:
             yield name | {"target": ""}
             continue
         target = Path(os.path.realpath(probe))
-        if there and target.is_relative_to(root):
+        if is_link and target.is_relative_to(root):
             yield name | {"target": target.name}
 
 
 def broken_names(store: Store) -> list[Path]:
-    """The names, of whichever project, whose record or objects are gone from the store."""
+    """The names, of all projects, whose record or objects are missing in the store."""
     return [Path(name["path"]) for name in live_names(store) if not _is_complete(store, name)]
 
 
@@ -299,8 +297,8 @@ def record_of(store: Store, path: Path) -> Record:
             record = store.record(target.removesuffix(".json") if is_folder else name["key"])
             if record is None:
                 raise ValueError(
-                    f"the record of {path} is damaged or gone from the store {store.root}; "
-                    "`olmo store verify`, then the command that made it, makes it anew"
+                    f"the record of {path} is damaged or missing in the store {store.root}; "
+                    "run `olmo store verify`, then the command that made it"
                 )
             if is_folder or target in {file["sha256"] for file in output_files(record)}:
                 return record
@@ -308,14 +306,14 @@ def record_of(store: Store, path: Path) -> Record:
 
 
 def missing_projects(store: Store) -> list[Path]:
-    """The projects that have names here and are not where they were."""
+    """The projects with names in this store whose folder is missing or empty."""
     found = {Path(name["project"]) for _, name in all_names(store)}
     return sorted(project for project in found if _is_missing(project))
 
 
 def _is_missing(project: Path) -> bool:
     try:
-        return not os.listdir(project)  # nothing is mounted there
+        return not os.listdir(project)  # empty: not mounted
     except PermissionError:
         return False
     except (FileNotFoundError, NotADirectoryError):
@@ -323,13 +321,29 @@ def _is_missing(project: Path) -> bool:
 
 
 def names_of_project(store: Store, project: Path) -> dict[str, Path]:
-    """A project's names, and the files they are written down in.
-
-    Raises:
-        ValueError: it has none here.
-    """
+    """A project's names, and their files in links/. Raises ValueError if it has none."""
     project = Path(os.path.abspath(project))
     found = {n["path"]: file for file, n in all_names(store) if n["project"] == str(project)}
     if not found:
         raise ValueError(f"expected a project that has names in {store.root}, found {project}")
     return found
+
+
+def check_not_in_store(*places: Path) -> None:
+    """Raises ValueError if a file or folder to be written is, or contains, a link into a store.
+
+    A write follows the link: it would change an object (root is not stopped by its mode).
+    """
+    for place in places:
+        inner = place.iterdir() if place.is_dir() else ()
+        if any(is_in_store(path) for path in (place, *inner)):
+            raise ValueError(
+                f"expected a place of your own to write to, found {place}, which the pipeline made "
+                "of links into its store; name another one"
+            )
+
+
+def is_in_store(path: Path) -> bool:
+    """Whether a path leads into a store, recognized by its folders."""
+    parents = Path(os.path.realpath(path)).parents
+    return any((p / "objects").is_dir() and (p / "actions").is_dir() for p in parents)

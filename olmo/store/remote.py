@@ -1,20 +1,21 @@
-"""A second store: what was made once goes to others, who take only what they need.
+"""A remote store: artifacts that are pushed once and pulled by others, each only what it needs.
 
     objects/<d2>/<sha256>     as in a store
     actions/<k2>/<key>.json
-    names/<path>.json         what each human name stands for, by its path in the project, sealed:
-                              {"key", "output", "ancestors": the actions that it came from}
-    names.txt                 all of them, since a web server has no listing
+    names/<path>.json         what a name stands for, by its path in the project; sealed:
+                              {"key", "output", "ancestors": keys of the actions that it came from}
+    names.txt                 the list of all names, since a web server gives none
 
 It is a folder, a mounted path, a bucket (s3, r2, weka, gs; see olmo.io.bucket) or, to pull from,
-http(s). Whoever writes to it may be anybody: what it names is checked (olmo.io.untrusted) before
-anything is done here, and one bad digest, name or size means that nothing at all is taken.
+http(s). It is not trusted: its names, digests and sizes are checked (olmo.io.untrusted) before
+anything is written here, and if one is invalid nothing is taken.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from olmo.io import downloads, sealed, untrusted
-from olmo.io.bucket import Bucket
-from olmo.io.downloads import NotFound
+from olmo.io import downloads, http_client, sealed, untrusted
+from olmo.io.bucket import MAX_READ_BYTES, Bucket
+from olmo.io.http_client import NotFound
 from olmo.io.sealed import Damaged, hash_file
 from olmo.runtime import urls
 from olmo.runtime.log import log
@@ -35,17 +36,16 @@ from olmo.store.lineage import ancestors, records_by_content
 from olmo.store.record import Record, check_record, output_files, parse_record
 from olmo.store.store import Store
 
-MAX_CONCURRENT = 16  # transfers; a bucket answers slowly, but many at a time
-ATTEMPTS = 3  # at an object whose bytes arrive damaged
+MAX_CONCURRENT = 16  # transfers at once: a bucket's latency is high, its bandwidth too
+ATTEMPTS = 3  # to download an object whose bytes arrive damaged
 NAME_FIELDS = {"key", "output", "ancestors"}
-MAX_JSON_BYTES = 256 * 2**20  # bytes of a record or a list of names
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class TransferStats:
-    """What went over, and what was there already."""
+    """Objects and bytes that were transferred, and objects that existed already."""
 
     objects: int = 0
     bytes: int = 0
@@ -53,9 +53,9 @@ class TransferStats:
 
     @classmethod
     def of(cls, sizes: Sequence[int | None]) -> TransferStats:
-        """Of the bytes of each object, None for one that was there."""
-        went = [size for size in sizes if size is not None]
-        return cls(len(went), sum(went), len(sizes) - len(went))
+        """From the bytes of each object, None for one that existed."""
+        sent = [size for size in sizes if size is not None]
+        return cls(len(sent), sum(sent), len(sizes) - len(sent))
 
     def __add__(self, other: TransferStats) -> TransferStats:
         return TransferStats(
@@ -67,29 +67,37 @@ class TransferStats:
 
 
 class Remote(Bucket):
-    """The files of a second store, each by its name in it; by http they can be fetched only.
+    """The files of a remote store by name; over http they can be read only.
 
-    Raises ValueError, one line, for what the place refuses.
+    Raises ValueError, one line, for errors of the server or the bucket.
     """
 
     def __init__(self, url: str) -> None:
-        self.is_http = downloads.is_http(url)
+        self.is_http = http_client.is_http(url)
         if self.is_http:
             self.url = urls.stash_secrets(url).rstrip("/")
         else:
             super().__init__(url)
 
     def get(self, name: str, path: Path, max_bytes: int | None = None) -> None:
-        """Bring a file of `max_bytes` bytes at most here; NotFound where there is none."""
+        """Download a file, as Bucket.get."""
         if self.is_http:
-            downloads.fetch(
-                f"{self.url}/{quote(name)}", path, path.with_suffix(".part"), max_bytes=max_bytes
-            )
+            url = f"{self.url}/{quote(name)}"
+            downloads.fetch(url, path, path.with_suffix(".part"), max_bytes=max_bytes)
         else:
             super().get(name, path, max_bytes)
 
+    def read(self, name: str, max_bytes: int = MAX_READ_BYTES) -> bytes:
+        """The content of a small file, as Bucket.read."""
+        if not self.is_http:
+            return super().read(name, max_bytes)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "file")
+            self.get(name, path, max_bytes)
+            return path.read_bytes()
+
     def names(self) -> list[str]:
-        """The names that were pushed, from the files that say so."""
+        """The names that were pushed."""
         files = sorted(self.sizes("names"))
         return [name.removesuffix(".json") for name in files if name.endswith(".json")]
 
@@ -101,55 +109,57 @@ def push_names(
     inputs: bool = False,
     verify: bool = False,
 ) -> TransferStats:
-    """Send what human names stand for, and the records of all that it was made from.
+    """Send the outputs of names, and the records of all actions that they came from.
 
     Args:
-        paths: names that the store made, or folders of them; all of them where none is given.
-        inputs: send also the contents that these were made from, back to the sources.
-        verify: fetch and hash what is there already, and replace what is damaged.
+        paths: names of the store, or folders of them; empty for all names of the project.
+        inputs: also send the contents that the outputs were made from, back to the sources.
+        verify: download and hash the objects that exist there, and replace damaged ones.
 
     Raises:
-        ValueError: a path that the store did not make or that lies outside the project; an
-            object that is damaged here.
+        ValueError: the store did not make a path, or it lies outside the project; an object here
+            is damaged.
     """
     if remote.is_http:
         raise ValueError(f"{remote.url}: expected a folder or a bucket; http can be pulled from")
     made_by = records_by_content(store)
     names: dict[str, dict[str, Any]] = {}
     records: dict[str, Record] = {}
-    wanted: dict[str, int] = {}
+    sizes: dict[str, int] = {}  # of the objects to send, by sha256
     for name, link in select_names(store, paths).items():
         record = store.record(link["key"])
         if record is None:
             raise ValueError(
-                f"the record of {name} is damaged or gone from the store {store.root}; `olmo store "
-                "verify`, then the command that made it, makes it anew"
+                f"the record of {name} is damaged or missing in the store {store.root}; run `olmo "
+                "store verify`, then the command that made it"
             )
-        line = [one for _, one in ancestors(store, record, made_by)]
-        check_no_credentials(store, line)
-        records |= {one["key"]: one for one in line}
-        for one in line if inputs else line[:1]:
-            wanted |= {file["sha256"]: file["size"] for file in output_files(one)}
-        came_from = [one["key"] for one in line[1:]]
-        names[name] = {"key": record["key"], "output": link["output"], "ancestors": came_from}
+        lineage = [ancestor for _, ancestor in ancestors(store, record, made_by)]  # itself first
+        check_no_credentials(store, lineage)
+        records |= {r["key"]: r for r in lineage}
+        for r in lineage if inputs else lineage[:1]:
+            sizes |= {file["sha256"]: file["size"] for file in output_files(r)}
+        keys = [r["key"] for r in lineage[1:]]
+        names[name] = {"key": record["key"], "output": link["output"], "ancestors": keys}
 
     with store.temp_folder() as folder:
 
         def send(item: tuple[str, int]) -> int | None:
             digest, size = item
             name = object_name(digest)
-            there = remote.size(name) == size
-            if there and (not verify or is_intact_there(remote, digest, size, folder)):
+            exists = remote.size(name) == size
+            if exists and (not verify or is_intact_there(remote, digest, size, folder)):
                 return None
             if not store.is_intact(digest, size):
                 raise ValueError(
-                    f"object {digest[:12]}… is damaged or gone from {store.root}; run snakemake "
-                    "again, which makes it anew"
+                    f"object {digest[:12]}… is damaged or missing in {store.root}; run snakemake "
+                    "again, which remakes it"
                 )
             remote.put(store.object_path(digest), name)
-            # A bucket's protocol carries a checksum; of a folder, look at what was written.
+            # A bucket's protocol has a checksum; a file in a folder is read back.
             if remote.folder and not is_intact_there(remote, digest, size, folder):
-                raise ValueError(f"{remote.url}/{name}: other bytes arrived than were sent")
+                raise ValueError(
+                    f"{remote.url}/{name}: the bytes there differ from those that were sent"
+                )
             return size
 
         def send_name(name: str) -> None:
@@ -157,83 +167,81 @@ def push_names(
             draft.write_text(sealed.dumps(names[name]))
             remote.put(draft, f"names/{name}.json")
 
-        # Contents, then records, then names: what can be seen there is whole.
-        moved = TransferStats.of(map_concurrently(send, wanted.items()))
+        # Contents, then records, then names: a name that can be seen is complete.
+        stats = TransferStats.of(map_concurrently(send, sizes.items()))
         map_concurrently(lambda key: remote.put(store.record_path(key), record_name(key)), records)
         map_concurrently(send_name, names)
         (folder / "names.txt").write_text("".join(f"{name}\n" for name in remote.names()))
         remote.put(folder / "names.txt", "names.txt")
-    return moved
+    return stats
 
 
 def pull_names(
     store: Store, remote: Remote, patterns: Sequence[str] = (), inputs: bool = False
 ) -> tuple[list[str], TransferStats]:
-    """Take what names stand for there, and make the names here; (the names, what came).
+    """Download the outputs of names, and link the names here; (the names, the transfer).
 
-    Every object is hashed as it arrives, and fetched again where that is not its name. What is
-    here already, and sound, is not fetched. All names and records are checked before the first
-    object is.
+    Objects that exist here are not downloaded. Each download is hashed, and repeated if its bytes
+    are damaged. All names and records are checked before the first object is downloaded.
 
     Args:
-        patterns: paths in the project, `*` for many; all that is there where none is given.
-        inputs: take also the contents that these were made from, back to the sources.
+        patterns: paths in the project, `*` for many; empty for all names there.
+        inputs: also download the contents that the outputs were made from, back to the sources.
 
     Raises:
-        ValueError: no such name there; an object that is damaged there; a name, a digest or a size
-            that it must not have, and then nothing was taken.
-        NondeterministicStage: the store here knows another content for the same action.
+        ValueError: a name is missing there, or an object is damaged there; a name, digest or size
+            is invalid: then nothing was taken.
+        NondeterministicStage: this store has another content for the same action.
     """
+    names = match_names(remote, patterns)
+    found = map_concurrently(lambda name: read_name(remote, name), names)
+    links = dict(zip(names, found, strict=True))
+    check_names_free(store, names, remote.url)
+    named = {link["key"] for link in links.values()}
+    keys = named.union(*(link["ancestors"] for link in links.values()))
+    records = map_concurrently(lambda key: read_record(remote, key), sorted(keys))
+    by_key = {record["key"]: record for record in records}
+    for name, link in links.items():
+        if link["output"] not in by_key[link["key"]]["outputs"]:
+            raise ValueError(f"{remote.url}: the name {name} is no output of its record")
+    contents: dict[str, int] = {}
+    for record in records:
+        sizes = object_sizes(store, record, remote.url)
+        contents |= sizes if inputs or record["key"] in named else {}
     with store.temp_folder() as folder:
-        names = match_names(remote, patterns, folder)
-        links = dict(
-            zip(names, map_concurrently(lambda n: read_name(remote, n, folder), names), strict=True)
-        )
-        check_names_free(store, names, remote.url)
-        of_names = {link["key"] for link in links.values()}
-        keys = of_names.union(*(link["ancestors"] for link in links.values()))
-        records = map_concurrently(lambda key: read_record(remote, key, folder), sorted(keys))
-        known = {record["key"]: record for record in records}
-        for name, link in links.items():
-            if link["output"] not in known[link["key"]]["outputs"]:
-                raise ValueError(f"{remote.url}: the name {name} is no output of its record")
-        contents: dict[str, int] = {}
-        for record in records:
-            here = object_sizes(store, record, remote.url)
-            contents |= here if inputs or record["key"] in of_names else {}
-        moved = fetch_objects(store, remote, contents, folder)
-        # In the block still, of which `gc` knows: nothing of this has a name yet.
+        stats = fetch_objects(store, remote, contents, folder)
+        # Still in the block, for which `gc` waits: the objects have no names yet.
         for record in records:
             store.import_record(record)
         for name, link in links.items():
-            naming.link_output(store, known[link["key"]], link["output"], Path(name))
-    return names, moved
+            naming.link_output(store, by_key[link["key"]], link["output"], Path(name))
+    return names, stats
 
 
 def fetch_objects(
     store: Store, remote: Remote, contents: Mapping[str, int], folder: Path
 ) -> TransferStats:
-    """Bring contents, sha256 → size, that are not here yet, hashed as they arrive."""
+    """Download the contents (sha256 → size) that this store lacks."""
 
-    def take(item: tuple[str, int]) -> int | None:
+    def fetch_missing(item: tuple[str, int]) -> int | None:
         digest, size = item
-        if store.is_intact(digest):  # whatever size is told of it elsewhere
+        if store.is_intact(digest):  # the size is the remote's claim
             return None
         store.put(fetch_object(remote, digest, size, folder))
         return size
 
-    return TransferStats.of(map_concurrently(take, contents.items()))
+    return TransferStats.of(map_concurrently(fetch_missing, contents.items()))
 
 
 def select_names(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str]]:
-    """The human names at or below these paths, by their place in the project."""
+    """The names at or below these paths, by their path in the project."""
     project = Path.cwd()
     links = {Path(link["path"]): link for link in naming.live_names(store)}
     for path in paths:
         if not any(name.is_relative_to(os.path.abspath(path)) for name in links):
             raise ValueError(f"expected a name that the store {store.root} made, found {path}")
-    below = [Path(os.path.abspath(path)) for path in paths] or [project]
-    found = {n: link for n, link in links.items() if any(n.is_relative_to(one) for one in below)}
+    roots = [Path(os.path.abspath(path)) for path in paths] or [project]
+    found = {n: link for n, link in links.items() if any(n.is_relative_to(r) for r in roots)}
     if outside := [name for name in found if not name.is_relative_to(project)]:
         raise ValueError(f"expected names below {project}, found {outside[0]}; push from there")
     if not found:
@@ -250,56 +258,56 @@ def select_names(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str
 
 
 def check_no_credentials(store: Store, records: Iterable[Record]) -> None:
-    """Raises ValueError for a record that was made when URLs were still written down whole."""
+    """Raises ValueError for a record with credentials in a URL; old versions wrote them down."""
     for record in records:
         text = json.dumps(record)
         if urls.redact(text) != text:
             path = store.record_path(record["key"])
             raise ValueError(
                 f"{path} holds a URL with a user, a password or a signature, and would be sent; "
-                f"expected none: rm {path}, and run snakemake again, which makes it without"
+                f"expected none: rm {path}, and run snakemake again, which writes it without"
             )
 
 
-def match_names(remote: Remote, patterns: Sequence[str], folder: Path) -> list[str]:
-    """The names there that patterns mean."""
+def match_names(remote: Remote, patterns: Sequence[str]) -> list[str]:
+    """The names there that match the patterns; all names without a pattern."""
     patterns = [os.path.normpath(pattern) for pattern in patterns]
     if patterns and not any(letter in "".join(patterns) for letter in "*?["):
         return patterns
     try:
-        listed = folder / "names"
-        remote.get("names.txt", listed, MAX_JSON_BYTES)
+        content = remote.read("names.txt")
     except NotFound:
         raise ValueError(f"{remote.url}: expected a store that was pushed to, found none") from None
-    names = listed.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
-    found = [n for n in names if not patterns or any(fnmatchcase(n, one) for one in patterns)]
+    names = content.decode(errors="backslashreplace").splitlines()
+    found = [n for n in names if not patterns or any(fnmatchcase(n, p) for p in patterns)]
     if not found:
-        raise ValueError(f"{remote.url}: none of its {len(names)} names is like {patterns}")
+        raise ValueError(f"{remote.url}: none of its {len(names)} names matches {patterns}")
     return [untrusted.check_name(name, f"{remote.url}/names.txt") for name in found]
 
 
 def check_names_free(store: Store, names: Sequence[str], whose: str) -> None:
-    """Raises ValueError where a name would lie elsewhere than names do, in the store or in what
-    another name stands for, or would replace what is not ours.
+    """Raises ValueError if a name would lie outside of the folders of names, in a store or in
+    another name's folder, or would replace a file that the store did not make.
     """
-    asked = set(names)
+    all_names = set(names)
     for name in names:
         path = Path(untrusted.check_name(name, whose))
         above = [parent for parent in path.parents if parent.name]
-        within = [p for p in above if p.as_posix() in asked or naming.find_name(store, p)]
-        if within or downloads.is_in_store(path.parent / "any"):
+        within = [p for p in above if p.as_posix() in all_names or naming.find_name(store, p)]
+        if within or naming.is_in_store(path.parent / "any"):
             raise ValueError(
                 f"{whose}: the name {name} lies in {within[0] if within else 'a store'}; expected "
                 "a place of its own"
             )
         if os.path.lexists(path) and naming.find_name(store, path) is None:
-            raise ValueError(f"{path} is there and was not made by {store.root}; move it away")
+            raise ValueError(f"{path} exists and was not made by {store.root}; move it away")
 
 
-def read_name(remote: Remote, name: str, folder: Path) -> dict[str, Any]:
+def read_name(remote: Remote, name: str) -> dict[str, Any]:
+    """What a name there stands for: {"key", "output", "ancestors"}, checked."""
     whose = f"{remote.url}/names/{name}.json"
     try:
-        text = read_file(remote, f"names/{name}.json", folder)
+        text = remote.read(f"names/{name}.json")
         link = sealed.loads(text, whose)
     except NotFound:
         raise ValueError(f"{remote.url}: expected the name {name}, which was not pushed") from None
@@ -324,19 +332,20 @@ def _unsealed_name(text: bytes) -> dict[str, Any] | None:
         return None
 
 
-def read_record(remote: Remote, key: str, folder: Path) -> Record:
+def read_record(remote: Remote, key: str) -> Record:
+    """The record of an action there, checked."""
     whose = f"{remote.url}/{record_name(key)}"
     try:
-        found = parse_record(read_file(remote, record_name(key), folder), whose)
+        found = parse_record(remote.read(record_name(key)), whose)
     except NotFound:
-        raise ValueError(f"{remote.url}: the record {key[:12]}… is gone; push again") from None
+        raise ValueError(f"{remote.url}: the record {key[:12]}… is missing; push again") from None
     except Damaged:
         raise Damaged(f"{whose}: the record was changed after it was written; push again") from None
     return check_record(found, key, whose)
 
 
 def object_sizes(store: Store, record: Record, whose: str) -> dict[str, int]:
-    """The contents of a record, sha256 → size; ValueError where one has another size here."""
+    """The objects of a record, sha256 → size. Raises ValueError if one has another size here."""
     sizes: dict[str, int] = {}
     for file in output_files(record):
         digest, size = file["sha256"], file["size"]
@@ -345,40 +354,34 @@ def object_sizes(store: Store, record: Record, whose: str) -> dict[str, int]:
         if sizes.setdefault(digest, size) != size or differs:
             raise ValueError(
                 f"{whose}: the record {record['key'][:12]}… says that {digest[:12]}… has "
-                f"{size:,} bytes, which is not so"
+                f"{size:,} bytes, found another size"
             )
     return sizes
 
 
-def read_file(remote: Remote, name: str, folder: Path) -> bytes:
-    draft = folder / uuid.uuid4().hex
-    remote.get(name, draft, MAX_JSON_BYTES)
-    return draft.read_bytes()
-
-
 def fetch_object(remote: Remote, digest: str, size: int, folder: Path) -> Path:
-    """Fetch an object and hash it; again where the bytes are not those that its name says."""
+    """Download an object to a file in `folder` and hash it; again if its bytes are damaged."""
     for _ in range(ATTEMPTS):
         draft = folder / uuid.uuid4().hex
         try:
             remote.get(object_name(digest), draft, size)
         except NotFound:
             raise ValueError(
-                f"{remote.url}: object {digest[:12]}… is not there; it takes a push --inputs, or "
-                "another push of what was pushed"
+                f"{remote.url}: object {digest[:12]}… is missing; push it with --inputs, or "
+                "push the same names again"
             ) from None
         if hash_file(draft) == digest:
             return draft
-        log.warning(f"{remote.url}: object {digest[:12]}… arrived damaged; it is fetched again")
+        log.warning(f"{remote.url}: object {digest[:12]}… arrived damaged; downloading it again")
         draft.unlink()
     raise ValueError(
-        f"{remote.url}/{object_name(digest)}: other bytes than its name says, {ATTEMPTS} times; "
-        "mend it from a store that has it: olmo store push --verify"
+        f"{remote.url}/{object_name(digest)}: its bytes do not match its name, {ATTEMPTS} times; "
+        "repair it from a store that has it: olmo store push --verify"
     )
 
 
 def is_intact_there(remote: Remote, digest: str, size: int, folder: Path) -> bool:
-    """Whether an object there is what its name says."""
+    """Whether an object there matches its name: it is downloaded and hashed."""
     draft = folder / uuid.uuid4().hex
     remote.get(object_name(digest), draft, size)
     same = hash_file(draft) == digest
@@ -395,7 +398,7 @@ def record_name(key: str) -> str:
 
 
 def map_concurrently(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Call `function` for each item, several at once; the first error ends it."""
+    """Call `function` for each item, MAX_CONCURRENT at once; the first error stops it."""
     with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:

@@ -4,24 +4,25 @@
     def documents(source: Input, documents: Output, keep_one_in: int = 1) -> Facts:
         "Keep one line in N of a source."
 
-Called, it goes through the store: found there, or run once and put there, and the outputs' names
-are linked to what came out. `documents.build(…)` is the function alone. On the command line it is
-`olmo documents --source … --documents … --keep-one-in 10`.
+A call goes through the store: the result is found there, or the function runs once, and the
+outputs' names are linked to it. `documents.build(…)` is the function alone. On the command line it
+is `olmo documents --source … --documents … --keep-one-in 10`.
 
-The types say what each parameter is to the action's identity:
+The type of a parameter defines its part in the action's identity:
 
-    Input, Inputs      files that are read: their contents' digests
-    Output, Folder     a file, a folder that is made: not in the identity
-    Work               a place that survives a failed attempt, given by the store; a caller who
-                       names a path gets a link to it there: not in the identity
-    Free[T]            changes no byte: threads, progress, a running toolkit
-    a dataclass        a recipe's section: its fields are parameters, but those that are `unhashed`
+    Input, Inputs      files to read: the digests of their contents
+    Output, Folder     a file, a folder to make: not in the identity
+    Work               a folder that survives a failed attempt, in the store; a caller who passes a
+                       path gets a link to it there: not in the identity
+    Unhashed[T]        changes no byte (threads, progress, a running toolkit): not in the identity
+    a dataclass        a section of the recipe: its fields are parameters, but `unhashed` ones
     anything else      a parameter that changes bytes
 
-A parameter equal to its default is left out of the identity, so that a new one re-keys nothing.
-A default that changes, or code that gives other bytes, is a new VERSION.
+A parameter equal to its default is left out of the identity, so a new parameter changes no key.
+A changed default, or code that gives other bytes, needs a new version.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -33,7 +34,7 @@ import subprocess
 import sys
 import time
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -53,7 +54,7 @@ Inputs = Annotated[list[Path], "input"]
 Output = Annotated[Path, "output"]
 Folder = Annotated[Path, "output"]
 Work = Annotated[Path, "work"]
-Unhashed = Annotated[T, "free"]
+Unhashed = Annotated[T, "unhashed"]
 Facts = Mapping[str, Any]
 
 STORE_ENV = "OLMO_STORE"
@@ -72,7 +73,7 @@ RECORDED_PACKAGES = (
 def current_store() -> Store:
     """The store of this process: $OLMO_STORE, or the folder `store`.
 
-    Where the group may write to that folder (chmod g+ws), it may to all that is made from now on.
+    If the group may write to that folder (chmod g+ws), it may write to everything made from now on.
     """
     root = Path(os.environ.get(STORE_ENV, "store"))
     if root.is_dir() and root.stat().st_mode & stat.S_IWGRP:
@@ -81,7 +82,7 @@ def current_store() -> Store:
 
 
 def require_store() -> None:
-    """Raises ValueError where there is no store: of one that is elsewhere nothing can be said."""
+    """Raises ValueError if there is no store here."""
     root = current_store().root
     if not any((root / name).is_dir() for name in ("objects", "actions", "leases")):
         found = "another folder," if root.is_dir() else "no folder"
@@ -92,7 +93,7 @@ def require_store() -> None:
 
 
 class Stage:
-    """A function whose results live in the store; see the module's text."""
+    """A function whose results are kept in the store; see the module's docstring."""
 
     def __init__(
         self, build: Callable[..., Any], number: int, conditions: Callable[[], Facts]
@@ -106,22 +107,22 @@ class Stage:
         hints = typing.get_type_hints(build, include_extras=True)
         self.roles = {name: parameter_role(hints[name]) for name in self.signature.parameters}
 
-    def arguments(self, kwargs: Mapping[str, Any], chosen: str) -> dict[str, Any]:
-        return {name: value for name, value in kwargs.items() if self.roles[name] == chosen}
+    def arguments(self, kwargs: Mapping[str, Any], role: str) -> dict[str, Any]:
+        return {name: value for name, value in kwargs.items() if self.roles[name] == role}
 
-    def stamps(self, kwargs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
-        """Size, time of change and number of each input file: other ones mean other bytes.
+    def input_stats(self, kwargs: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+        """Size, mtime and inode of each input file, to detect a change while it is read.
 
-        Not of the store's objects, which do not change and whose times the store sets.
+        Not of the store's objects, which do not change.
         """
-        given = [v for v in self.arguments(kwargs, "input").values() if v is not None]
-        paths = [p for v in given for p in (v if isinstance(v, list | tuple) else [v])]
+        inputs = [v for v in self.arguments(kwargs, "input").values() if v is not None]
+        paths = [p for v in inputs for p in (v if isinstance(v, list | tuple) else [v])]
         store = current_store()
         found = [os.stat(p) for p in paths if os.path.exists(p) and not store.is_object(Path(p))]
         return [(stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in found]
 
     def action(self, store: Store, **kwargs: Any) -> Action:
-        """What a call asks for. Hashes the inputs that are not in the store yet."""
+        """The action of a call. Hashes the inputs that are not in the store yet."""
         parameters = self.signature.parameters
         inputs = {
             name: [store.digest(path) for path in value]
@@ -140,13 +141,13 @@ class Stage:
         return Action(self.name, self.version, params, inputs)
 
     def __call__(self, **kwargs: Any) -> Record:
-        """Run through the store, link the outputs' names; the action's record.
+        """Find or make the outputs, link their names; the action's record.
 
         Raises:
-            ValueError: bad input; an input that changed while it was read.
+            ValueError: a bad input, or one that changed while it was read.
         """
         store, kwargs = current_store(), stash_secrets(kwargs)
-        before = self.stamps(kwargs)
+        before = self.input_stats(kwargs)
         action = self.action(store, **kwargs)
         names = {n: p for n, p in self.arguments(kwargs, "output").items() if p is not None}
         ran = False
@@ -163,7 +164,7 @@ class Stage:
                 result = dict(self.build(**{**kwargs, **made, **places}) or {})
             facts = result if "facts" not in result else dict(result.pop("facts"))
             extra = {} if facts is result else result
-            if self.stamps(kwargs) != before:
+            if self.input_stats(kwargs) != before:
                 raise ValueError(
                     f"{self.name}: an input changed while it was read; expected it to stay "
                     "as it was until the stage ends. Run the same command again"
@@ -182,55 +183,51 @@ class Stage:
 def stage(
     version: int, conditions: Callable[[], Facts] = dict
 ) -> Callable[[Callable[..., Any]], Stage]:
-    """Make a function a stage. `version` is part of its actions' identity; bumped by hand.
+    """Make a function a stage. `version` is part of its actions' identity; increase it by hand.
 
-    `conditions` tells what of this machine its bytes depend on: part of the record, not of the
-    identity. A function may return its own as "conditions", beside "facts".
+    `conditions` returns properties of this machine that the bytes depend on: part of the record,
+    not of the identity. A function may return its own as "conditions", beside "facts".
     """
     return lambda build: Stage(build, version, conditions)
 
 
 def parameter_role(hint: Any) -> str:
-    """What a parameter of this type is to an action: input, output, work, free, section, …"""
+    """The role of a parameter of this type: input, output, work, unhashed, section, parameter."""
     for candidate in (hint, *typing.get_args(hint)):  # Input | None is an input
         for mark in getattr(candidate, "__metadata__", ()):
-            if mark in ("input", "output", "work", "free"):
+            if mark in ("input", "output", "work", "unhashed"):
                 return str(mark)
     return "section" if dataclasses.is_dataclass(hint) else "parameter"
 
 
 def explain_run(store: Store, action: Action, names: list[Path]) -> str:
-    """Why an action runs: what differs from the one that these names stood for, field by field."""
+    """Why an action runs: how it differs from the one that these names stood for."""
     from olmo.store.lineage import diff_actions
 
     known = next(filter(None, (naming.last_record(store, name) for name in names)), None)
     if known is None:
         return f"runs for the first time here ({action.key[:12]}…)"
     if known["key"] == action.key:
-        return f"runs again: its outputs are gone from the store ({action.key[:12]}…)"
+        return f"runs again: its outputs are missing in the store ({action.key[:12]}…)"
     changed = diff_actions(known["action"], action.as_dict())
-    return f"runs, since it differs from {known['key'][:12]}… in " + "; ".join(changed)
+    return f"runs, because it differs from {known['key'][:12]}… in " + "; ".join(changed)
 
 
-class measure_run:
-    """What a run cost and what it ran with: a dict that is complete when the block ends."""
-
-    def __enter__(self) -> dict[str, Any]:
-        self.run: dict[str, Any] = {"started": utc_now(), **run_environment()}
-        self.wall, self.cpu, self.joules = time.monotonic(), cpu_seconds(), EnergyMeter()
-        return self.run
-
-    def __exit__(self, *_: Any) -> None:
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        unit = 1 if sys.platform == "darwin" else 1024
-        self.run |= {
-            "wall_s": round(time.monotonic() - self.wall, 3),
-            "cpu_s": round(cpu_seconds() - self.cpu, 3),
-            "peak_memory_bytes": max(own, children) * unit,
-            "machine_energy_j": self.joules.used(),
-            "tools": {name: version(name) for name in RECORDED_PACKAGES if name in sys.modules},
-        }
+@contextlib.contextmanager
+def measure_run() -> Iterator[dict[str, Any]]:
+    """The `run` of a record: environment and cost of the block; complete when the block ends."""
+    run: dict[str, Any] = {"started": utc_now(), **run_environment()}
+    wall, cpu, energy = time.monotonic(), cpu_seconds(), EnergyMeter()
+    yield run
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    unit = 1 if sys.platform == "darwin" else 1024
+    run |= {
+        "wall_s": round(time.monotonic() - wall, 3),
+        "cpu_s": round(cpu_seconds() - cpu, 3),
+        "peak_memory_bytes": max(one.ru_maxrss for one in usage) * unit,
+        "machine_energy_j": energy.joules(),
+        "tools": {name: version(name) for name in RECORDED_PACKAGES if name in sys.modules},
+    }
 
 
 def cpu_seconds() -> float:
@@ -241,7 +238,7 @@ def cpu_seconds() -> float:
 
 @functools.cache
 def run_environment() -> dict[str, Any]:
-    """Where a record was made, for people: nothing here is part of an identity."""
+    """Where and how this process runs, for people: nothing of it is part of an identity."""
 
     def git(*args: str) -> str | None:
         done = subprocess.run(

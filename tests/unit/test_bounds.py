@@ -20,7 +20,7 @@ from olmo.corpus import attributes, sources
 from olmo.corpus.documents import REASONS, DocumentsSection, documents
 from olmo.corpus.sources import Transfer, download, source_list
 from olmo.data.files import TokenFile
-from olmo.io import bucket, downloads, gz
+from olmo.io import bucket, downloads, gz, http_client
 from olmo.store.remote import Remote
 
 BLOCK = bytes(1 << 16)
@@ -142,7 +142,7 @@ def test_a_length_that_is_none(endless: str) -> None:
 
     for length in ("many", "-1", "²", "9" * 5000, ""):
         Answer.headers = {"Content-Length": length}
-        assert downloads.content_length(Answer()) is None  # type: ignore[arg-type]
+        assert http_client.content_length(Answer()) is None  # type: ignore[arg-type]
 
 
 def test_a_bucket_sends_no_more_than_it_told(tmp_path: Path) -> None:

@@ -43,13 +43,13 @@ def test_one_that_may_have_come_round_more_often_is_not_told(
     show(meters, 1_000_000, 7_500_000)
     began = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: began + 200)
-    assert joules.used() == 4.5
+    assert joules.joules() == 4.5
     monkeypatch.setattr(time, "monotonic", lambda: began + 300)
-    assert joules.used() is None
+    assert joules.joules() is None
 
 
 def test_nobody_counts(meters: Path):
     joules = energy.EnergyMeter()
     (meters / "intel-rapl:1" / "energy_uj").unlink()
-    assert joules.used() is None
-    assert energy.EnergyMeter().used() is None
+    assert joules.joules() is None
+    assert energy.EnergyMeter().joules() is None

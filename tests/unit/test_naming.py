@@ -209,7 +209,7 @@ def test_gc_says_what_it_took(project: Path, capsys: pytest.CaptureFixture[str])
         said = capsys.readouterr().out
         assert f"{project}/out, by demo of" in said and f"{project}/kept" not in said
         assert f"{verb} objects, 1 bytes" in said
-        assert "1 finished actions worked in (a run's earlier checkpoints), 5 bytes" in said
+        assert "work folders of 1 finished actions (a run's earlier checkpoints), 5 bytes" in said
     assert [path.name for path in (store.root / "work").iterdir()] == ["0" * 64]
 
 

@@ -27,7 +27,7 @@ from olmo.corpus.sources import (
     local_source,
     source_list,
 )
-from olmo.io import downloads, progress
+from olmo.io import downloads, http_client, progress
 from olmo.io.progress import DownloadProgress, Totals
 
 TEXT = b"".join(
@@ -196,7 +196,7 @@ def test_retry_after_may_be_a_date_and_is_limited(server, tmp_path, quick):
 
 
 def test_a_stalled_server_is_retried(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(downloads, "READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(http_client, "READ_TIMEOUT_S", 0.2)
     woken = threading.Event()
 
     def stalls(handler, n):
@@ -267,7 +267,7 @@ def test_a_content_length_beyond_the_end_is_an_error_at_the_end(server, tmp_path
         (lambda h, n: h.answer(200, gzip.compress(b"")), "an empty source", 1),
         (lambda h, n: h.answer(302, Location=h.path), "redirects in a circle", 31),
         (lambda h, n: reset(h), "the connection failed: .*gave up after 6 attempts", 6),
-        (lambda h, n: h.answer(302, Location="gopher://a/b"), "not an address", 1),
+        (lambda h, n: h.answer(302, Location="gopher://a/b"), "not a valid address", 1),
     ],
     ids=[
         *["404", "403", "500", "cut", "html", "empty", "short length", "no lines", "loop"],
@@ -464,8 +464,8 @@ def test_files_that_are_not_raw_tokens_are_refused(server, tmp_path, content, me
 
 
 def test_public_r2_buckets_are_read_by_https():
-    assert downloads.to_public_url("r2://olmo-data/a/b.npy") == "https://olmo-data.org/a/b.npy"
-    assert downloads.to_public_url("r2://mine/a/b.npy") == "r2://mine/a/b.npy"
+    assert http_client.to_public_url("r2://olmo-data/a/b.npy") == "https://olmo-data.org/a/b.npy"
+    assert http_client.to_public_url("r2://mine/a/b.npy") == "r2://mine/a/b.npy"
 
 
 def test_a_local_file_is_checked_as_a_download_is(tmp_path):

@@ -188,7 +188,7 @@ def test_a_store_that_is_elsewhere_is_not_called_sound(
 ):
     call()
     cli.main(["store", "verify"])
-    assert "all sound" in capsys.readouterr().out
+    assert "all intact" in capsys.readouterr().out
     monkeypatch.setenv("OLMO_STORE", "elsewhere")
     for words in (["verify"], ["gc"], ["push", "second"], ["trace", "out"]):
         with pytest.raises(SystemExit, match=r"found no folder .*/elsewhere; cd to .*OLMO_STORE="):

@@ -21,7 +21,7 @@ from olmo.corpus import ingest, source_table
 from olmo.corpus.sources import download, source_list
 from olmo.data.files import TokenFile
 from olmo.inspect.run import load_run_config
-from olmo.io import downloads, sealed
+from olmo.io import downloads, http_client, sealed
 from olmo.io.bucket import Bucket
 from olmo.pipeline.plan import Plan
 from olmo.runtime.log import log
@@ -195,7 +195,7 @@ def test_every_way_to_ask_a_server_has_the_secret(
 ) -> None:
     plain, signed = f"http://{USER}{guarded}/a.json.gz", f"http://{guarded}/a.json.gz?{AZURE}"
     size = (tmp_path / "there/a.json.gz").stat().st_size
-    assert downloads.request_sizes([plain, signed]) == [size, size]
+    assert http_client.request_sizes([plain, signed]) == [size, size]
     (tmp_path / "there/config.yaml").write_text("run_name: theirs\n")
     assert load_run_config(f"http://{USER}{guarded}/config.yaml").run_name == "theirs"
     with pytest.raises(ValueError, match="expected a part of the file"):  # not 403
