@@ -18,7 +18,7 @@ WORK = {"work_dir": {"input": "work/input", "output": "work/output"}, "processes
 BY_SUFFIX = {"compression": {"input": None, "output": None}}  # by the file name
 
 
-def tokenize(
+def run_tokens(
     documents: str,
     tokenizer: str,
     eos_token_id: int,
@@ -50,7 +50,7 @@ def tokenize(
     )
 
 
-def dedupe(
+def run_dedupe(
     documents: list[str],
     name: str,
     by: str,
@@ -109,7 +109,9 @@ def dedupe(
     )
 
 
-def mix(documents: list[str], attributes: list[str], exclude: list[str], cut: list[str]) -> None:
+def run_mix(
+    documents: list[str], attributes: list[str], exclude: list[str], cut: list[str]
+) -> None:
     """`dolma mix` on files <folder>/documents/…; it writes mixed/documents/… of the same names.
 
     Drops documents with an attribute of `exclude`, and removes the spans of attributes `cut` from
@@ -134,7 +136,7 @@ def mix(documents: list[str], attributes: list[str], exclude: list[str], cut: li
     mixer({**WORK, "streams": [stream], "shuffle": False})  # not shuffled: one output per file
 
 
-VERBS: dict[str, Any] = {"tokens": tokenize, "dedupe": dedupe, "mix": mix}
+VERBS: dict[str, Any] = {"tokens": run_tokens, "dedupe": run_dedupe, "mix": run_mixer}
 
 
 def main() -> None:

@@ -77,14 +77,14 @@ def kept(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def test_no_more_than_the_table_says_is_taken(endless: str, tmp_path: Path) -> None:
+def test_a_download_ends_at_the_size_of_the_table(endless: str, tmp_path: Path) -> None:
     expected = r"/a: expected 5,000,000 bytes by the source table, found [5-7],.*correct the table"
     with pytest.raises(ValueError, match=expected):
         download(url=f"{endless}/a", source=Path("a.gz"), transfer=Transfer(bytes=5_000_000))
     assert Endless.sent < 100e6 and kept(tmp_path) < 10_000
 
 
-def test_what_does_not_fit_on_the_disk_is_not_begun(endless: str, tmp_path: Path) -> None:
+def test_a_download_that_does_not_fit_does_not_start(endless: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1,000,000,000,000,000 bytes do not fit on the disk"):
         download(url=f"{endless}/told", source=Path("a.gz"))
     with pytest.raises(ValueError, match=r"expected 7 bytes by the source table, found 1,000,000,"):
@@ -92,7 +92,7 @@ def test_what_does_not_fit_on_the_disk_is_not_begun(endless: str, tmp_path: Path
     assert kept(tmp_path) < 10_000
 
 
-def test_what_has_no_length_leaves_room(
+def test_a_download_without_a_length_leaves_free_space(
     endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a disk that fills up; a real one is in test_full_disk."""
@@ -122,7 +122,7 @@ def test_an_object_of_a_second_store_has_its_records_size(
     assert kept(tmp_path) < 10_000
 
 
-def test_a_rest_is_no_longer_than_the_whole_was_told(
+def test_a_resumed_part_is_not_longer_than_the_first_length(
     endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads, "MAX_FRUITLESS_ATTEMPTS", 2)
@@ -131,12 +131,12 @@ def test_a_rest_is_no_longer_than_the_whole_was_told(
     assert kept(tmp_path) < 200_000 and Endless.sent < 100e6
 
 
-def test_a_range_is_no_longer_than_asked(endless: str) -> None:
+def test_a_range_is_not_longer_than_requested(endless: str) -> None:
     with pytest.raises(ValueError, match="expected 8 bytes at most, found more"):
         TokenFile(f"{endless}/a", "uint16").read(0, 4)
 
 
-def test_a_length_that_is_none(endless: str) -> None:
+def test_a_bad_content_length(endless: str) -> None:
     class Answer:
         headers: dict[str, str] = {}  # noqa: RUF012
 
@@ -145,7 +145,7 @@ def test_a_length_that_is_none(endless: str) -> None:
         assert http_client.content_length(Answer()) is None  # type: ignore[arg-type]
 
 
-def test_a_bucket_sends_no_more_than_it_told(tmp_path: Path) -> None:
+def test_a_bucket_sends_no_more_than_its_content_length(tmp_path: Path) -> None:
     watch = bucket._size_limit("s3://b/a", 10)
     watch.set_size(10)
     watch.relative_update(10)
@@ -238,7 +238,7 @@ def test_a_long_line_is_a_drop_that_the_recipe_allows(tmp_path: Path) -> None:
     assert facts["documents"] == 1
 
 
-def test_the_recipe_tells_the_limit_and_no_key_changes() -> None:
+def test_the_limit_of_a_recipe_changes_no_key() -> None:
     assert hashed_fields(DocumentsSection()) == {} and "long-line" in REASONS
     assert hashed_fields(DocumentsSection(max_line_bytes=9)) == {"max_line_bytes": 9}
     with pytest.raises(
@@ -279,7 +279,7 @@ def test_three_gigabytes_in_a_line_take_constant_memory(tmp_path: Path, bomb: Pa
 
 
 @pytest.mark.slow
-def test_so_do_files_to_decontaminate_against(bomb: Path, monkeypatch) -> None:
+def test_long_lines_of_files_to_decontaminate_against_too(bomb: Path, monkeypatch) -> None:
     monkeypatch.setattr(attributes, "MAX_LINE_BYTES", 1 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"bomb.json.gz:2: .*a line of more than 1,048,576 bytes"):

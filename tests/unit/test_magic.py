@@ -82,7 +82,7 @@ KINDS: dict[str, tuple[str, Callable[[], bytes]]] = {
 }
 
 
-def obey(message: str, **places: Path) -> None:
+def run_command_of(message: str, **places: Path) -> None:
     """Run the command that a message tells, with these files in the places of its words."""
     (command,) = re.findall("`(.*?)`", message, re.DOTALL)
     command = command.replace("uv run python", sys.executable)
@@ -93,7 +93,7 @@ def obey(message: str, **places: Path) -> None:
 
 @pytest.mark.parametrize("named_gz", [False, True], ids=["own name", "named gz"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_gz_is_named_and_mended_by_what_is_told(
+def test_the_command_in_the_message_converts_a_file_that_is_not_gz(
     tmp_path: Path, kind: str, named_gz: bool
 ):
     name, pack = KINDS[kind]
@@ -102,7 +102,7 @@ def test_what_is_no_gz_is_named_and_mended_by_what_is_told(
     with pytest.raises(ValueError, match=f"found {name}.*Make one by") as raised:
         local_source.build(file=file, source=tmp_path / "source")
     assert ("name that in the recipe" in str(raised.value)) is not named_gz
-    obey(str(raised.value))
+    run_command_of(str(raised.value))
     (made,) = tmp_path.glob("*.gz")
     assert made == file or not named_gz
     lines = gzip.decompress(made.read_bytes()).decode().splitlines()
@@ -113,7 +113,7 @@ def test_what_is_no_gz_is_named_and_mended_by_what_is_told(
 
 
 @pytest.mark.parametrize("kind", ["zst", "parquet", "utf16"])
-def test_at_a_url_it_is_named_too(tmp_path: Path, kind: str):
+def test_a_download_that_is_not_gz_is_an_error(tmp_path: Path, kind: str):
     (tmp_path / "draft").write_bytes(KINDS[kind][1]())
     said = f"expected gzip, found {KINDS[kind][0]}. Download it, make gz of it by `.* part.{kind} "
     with pytest.raises(ValueError, match=said):
@@ -134,7 +134,7 @@ def test_at_a_url_it_is_named_too(tmp_path: Path, kind: str):
         (b"\xf8\x01\x02", "something else"),
     ],
 )
-def test_what_no_command_makes_gz_of_is_named(tmp_path: Path, content: bytes, found: str):
+def test_files_that_no_command_converts(tmp_path: Path, content: bytes, found: str):
     file = tmp_path / "a.gz"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=f"found {found}") as raised:
@@ -154,7 +154,7 @@ def test_conversations_of_another_kind(tmp_path: Path, kind: str):
     said = f"expected conversations .* found {KINDS[kind][0]}.* Convert it to gz with"
     with pytest.raises(ValueError, match=said) as raised:
         local_conversations.build(file=file, source=tmp_path / "source")
-    obey(str(raised.value))
+    run_command_of(str(raised.value))
     (made,) = tmp_path.glob("*.gz")
     local_conversations.build(file=made, source=tmp_path / "source")
 
@@ -192,14 +192,14 @@ WITHIN = {
 
 
 @pytest.mark.parametrize("kind", WITHIN)
-def test_what_is_wrong_within_gz_is_named(tmp_path: Path, kind: str):
+def test_wrong_contents_within_gz_are_an_error(tmp_path: Path, kind: str):
     message, pack = WITHIN[kind]
     source = tmp_path / "source.gz"
     source.write_bytes(gzip.compress(pack()))
     made = {part: tmp_path / part for part in ("documents", "heldout", "table")}
     with pytest.raises(ValueError, match=rf"(?s)part.gz:\d.*\n  part.gz:{message}") as raised:
         documents.build(source=source, name="part.gz", **made)
-    obey(str(raised.value), FILE=source, MENDED=tmp_path / "mended.gz")
+    run_command_of(str(raised.value), FILE=source, MENDED=tmp_path / "mended.gz")
     facts = documents.build(source=tmp_path / "mended.gz", name="part.gz", **made)
     assert facts["documents"] == len(ROWS)
 
@@ -209,7 +209,7 @@ GOOD = gzip.compress(TEXT.encode(), mtime=0)
 
 @pytest.mark.parametrize("garbage", [b"x", b"\r\n", b"\0" * 512 + b"abc", b"<html>" * 9, GOOD[2:]])
 @pytest.mark.parametrize("members", [1, 3])
-def test_garbage_after_the_last_member_is_named_and_cut_off(
+def test_the_command_in_the_message_removes_garbage_after_the_last_member(
     tmp_path: Path, garbage: bytes, members: int
 ):
     file = tmp_path / "it's a.gz"
@@ -218,7 +218,7 @@ def test_garbage_after_the_last_member_is_named_and_cut_off(
     found = re.escape(repr(garbage.lstrip(b"\0")[:16]))
     with pytest.raises(ValueError, match=f"at byte {at:,}, found .*trailing garbage .{found}") as e:
         gz.verify_checksum(file)
-    obey(str(e.value), MENDED=tmp_path / "mended.gz")
+    run_command_of(str(e.value), MENDED=tmp_path / "mended.gz")
     assert gz.verify_checksum(tmp_path / "mended.gz") == members * len(TEXT.encode())
 
 
@@ -232,7 +232,7 @@ def test_zeros_after_the_last_member_are_padding(tmp_path: Path, zeros: int):
 
 
 @pytest.mark.parametrize("cut", [GOOD + GOOD[:1], GOOD + GOOD[:4], GOOD + GOOD[:-3], GOOD[:-1]])
-def test_a_member_that_is_cut_is_no_garbage(tmp_path: Path, cut: bytes):
+def test_a_truncated_member_is_not_garbage(tmp_path: Path, cut: bytes):
     (tmp_path / "a.gz").write_bytes(cut)
     with pytest.raises(ValueError, match="truncated"):
         gz.verify_checksum(tmp_path / "a.gz")
