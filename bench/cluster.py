@@ -48,9 +48,9 @@ def main() -> None:
         print(describe_run(), flush=True)
         # As many files a job as in profiles/slurm, so that the jobs are the same.
         here_words = ["--cores", "2", options.target, "--config", "shards_per_job=64"]
-        here, local = run(Path(folder) / "local", here_words, {})
+        here, local = make_target(Path(folder) / "local", here_words, {})
         words = ["--workflow-profile", "profiles/slurm", options.target]
-        there, jobs = run(Path(folder) / "cluster", words, environment)
+        there, jobs = make_target(Path(folder) / "cluster", words, environment)
         print(f"here {here:.0f} s, through SLURM {there:.0f} s: {there - here:.0f} s more")
         print(f"{'here':>6} {'there':>6} {'queue':>6} {'start':>6} {'look':>6}  (seconds)")
         for rules, (seconds, queued, ran) in jobs.items():
@@ -80,7 +80,7 @@ def cluster(folder: Path, site: Path | None) -> Iterator[dict[str, str]]:
         subprocess.run([scripts / "down.sh", lab], check=True)
 
 
-def run(
+def make_target(
     root: Path, words: list[str], environment: dict[str, str]
 ) -> tuple[float, dict[tuple[str, ...], tuple[float, float, float]]]:
     """Make a target in a fresh project.

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tokens import REQUIREMENTS, cpu_with_toolkit, prepare, prepare_short
+from tokens import REQUIREMENTS, cpu_with_toolkit, prepare_documents, prepare_short
 
 from olmo.bench.script import describe_run, parse_options
 from olmo.corpus.attributes import attributes
@@ -40,7 +40,7 @@ def main() -> None:
         find_duplicates(dolma, [prepare_short(root)], root, KINDS["exact"])
         stdlib.build(folder=root / "stdlib", shards=2)
         large, against = (
-            prepare(root, name, root / "stdlib" / f"stdlib-{number:02d}.json.gz")
+            prepare_documents(root, name, root / "stdlib" / f"stdlib-{number:02d}.json.gz")
             for number, name in enumerate(("large", "against"))
         )
         megabytes = float((large / "megabytes").read_text()) * options.copies

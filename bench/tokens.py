@@ -53,7 +53,7 @@ def main() -> None:
         stdlib.build(folder=root / "stdlib", shards=1)
         text = root / "text.gz"
         text.write_bytes((root / "stdlib" / "stdlib-00.json.gz").read_bytes() * options.copies)
-        large, short = prepare(root, "large", text), prepare_short(root)
+        large, short = prepare_documents(root, "large", text), prepare_short(root)
         tokenizer = options.tokenizer or root / "tokenizer.json"
         if options.tokenizer is None:
             trained_tokenizer.build(
@@ -63,19 +63,19 @@ def main() -> None:
         engines: dict[str, Engine] = {"dolma": dolma, "fast": Fast(dolma, audit_share=0)}
         outputs = set()
 
-        def by_engine(name: str) -> float:
-            seconds = tokenize(large, engines[name], dolma, *settings)
+        def run_engine(name: str) -> float:
+            seconds = time_engine(large, engines[name], dolma, *settings)
             outputs.add((large / "tokens").read_bytes() + (large / "index").read_bytes())
             return seconds
 
-        def by_command() -> float:
-            start_up = run_command(short, python, *settings)
-            return run_command(large, python, *settings) - start_up
+        def run_bare() -> float:
+            start_up = time_dolma_command(short, python, *settings)
+            return time_dolma_command(large, python, *settings) - start_up
 
         for engine in engines.values():
-            tokenize(short, engine, dolma, *settings)
-        programs = {name: lambda name=name: by_engine(name) for name in engines}
-        cpu = medians(interleave(options.rounds, {"bare": by_command, **programs}))
+            time_engine(short, engine, dolma, *settings)
+        programs = {name: lambda name=name: run_engine(name) for name in engines}
+        cpu = medians(interleave(options.rounds, {"bare": run_bare, **programs}))
         assert len(outputs) == 1, "expected equal outputs of the engines"
         megabytes = float((large / "megabytes").read_text())
     print(describe_run(pinned_toolkit(REQUIREMENTS)))
@@ -84,7 +84,7 @@ def main() -> None:
         print(f"{name:5} {seconds:7.2f} CPU-s {rate}")
 
 
-def prepare(root: Path, name: str, source: Path) -> Path:
+def prepare_documents(root: Path, name: str, source: Path) -> Path:
     """A folder with a file of documents, its table, and its size in MB of text."""
     folder = root / name
     folder.mkdir()
@@ -100,10 +100,10 @@ def prepare(root: Path, name: str, source: Path) -> Path:
 
 
 def prepare_short(root: Path) -> Path:
-    """`prepare` of one short document, for the start-up."""
+    """`prepare_documents` of one short document, for the start-up."""
     source = root / "short.gz"
     source.write_bytes(gzip.compress(json.dumps({"id": "a", "text": "b"}).encode()))
-    return prepare(root, "short", source)
+    return prepare_documents(root, "short", source)
 
 
 def cpu_with_toolkit(dolma: Dolma) -> float:
@@ -111,7 +111,7 @@ def cpu_with_toolkit(dolma: Dolma) -> float:
     return cpu_time() + (process_cpu_time(dolma.process.pid) if dolma.process else 0.0)
 
 
-def tokenize(
+def time_engine(
     folder: Path, engine: Engine, dolma: Dolma, tokenizer: Path, eos_token_id: int
 ) -> float:
     """CPU seconds of the stage `tokens`."""
@@ -130,7 +130,7 @@ def tokenize(
     return cpu_with_toolkit(dolma) - before
 
 
-def run_command(folder: Path, python: Path, tokenizer: Path, eos_token_id: int) -> float:
+def time_dolma_command(folder: Path, python: Path, tokenizer: Path, eos_token_id: int) -> float:
     """CPU seconds of the toolkit's own command."""
     before = cpu_time(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as destination:

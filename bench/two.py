@@ -37,11 +37,11 @@ def main() -> None:
     costs: dict[str, list[Cost]] = {"together": [], "apart": []}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        words = prepare(root, options.files, options.environment)
+        words = prepare_store(root, options.files, options.environment)
         for _ in range(options.rounds):
-            start = run(root, words, ["short"])
+            start = time_batches(root, words, ["short"])
             for name, stores in (("together", [["0", "1"]]), ("apart", [["0"], ["1"]])):
-                wall, cpu = run(root, words, *stores)
+                wall, cpu = time_batches(root, words, *stores)
                 costs[name].append((wall - start[0], cpu - 2 * start[1]))
     print(describe_run())
     walls, cpus = ({n: [cost[i] for cost in c] for n, c in costs.items()} for i in (0, 1))
@@ -52,7 +52,7 @@ def main() -> None:
     print(f"together is {speed[0]:.2f} times as fast as apart, {speed[1]:.2f} per CPU-second")
 
 
-def prepare(root: Path, files: int, environment: Path) -> list[str]:
+def prepare_store(root: Path, files: int, environment: Path) -> list[str]:
     """Make a store with documents in the batches 0, 1 and short; the options of all commands."""
     (root / "sources").mkdir()
     stdlib.build(folder=root / "stdlib", shards=4)
@@ -95,7 +95,7 @@ def write_renamed(source: Path, path: Path, name: str, short: bool) -> None:
                 break
 
 
-def run(root: Path, words: list[str], *stores: list[str]) -> Cost:
+def time_batches(root: Path, words: list[str], *stores: list[str]) -> Cost:
     """Tokenize all batches at once, those of one list in one fresh store."""
     started = []
     begin = time.monotonic()

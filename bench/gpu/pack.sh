@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What a GPU machine without a network may lack, brought into FOLDER: omegaconf's wheel, and AI2's
-# trainer for the part `peer` (of a wheel of 145 MB the 24 files with code, 0.8 MB).
+# Downloads into FOLDER what a GPU machine without a network may lack: omegaconf's wheel, and AI2's
+# trainer for the part `peer` (the 24 files with code of a wheel of 145 MB, 0.8 MB).
 #
 #     bash bench/gpu/pack.sh FOLDER
 set -euo pipefail

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that a GPU should be asked while there is one, in order of value, into one tar:
+# Runs all measurements of a GPU, the most valuable first, into one tar:
 #
 #     bash bench/gpu/run.sh OUT.tar [--budget-s 570] [--carry FOLDER] [--part NAME]…
 #
 # Needs a python3 (or $PYTHON) with torch and numpy. omegaconf, and AI2's sources for the part `peer`,
-# may lie in FOLDER: bash bench/gpu/pack.sh FOLDER brings them. Without a GPU it runs a tiny matrix.
-# Whenever it ends, or is ended, OUT.tar holds every record that was finished; draw.py draws it.
+# may be in FOLDER: bash bench/gpu/pack.sh FOLDER downloads them. Without a GPU it runs a tiny matrix.
+# Whenever it ends or is killed, OUT.tar holds every finished record; draw.py draws it.
 set -euo pipefail
-export OLMO_GPU_BEGAN=$(date +%s) # the budget counts from here, imports too
+export OLMO_GPU_BEGAN=$(date +%s) # the budget includes the imports
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 carry=
 for word in "$@"; do
@@ -22,6 +22,6 @@ if ! "$python" -c 'import omegaconf' 2>/dev/null; then
     echo "omegaconf is missing: bash bench/gpu/pack.sh FOLDER, then --carry FOLDER" >&2
     exit 2
   fi
-  export PYTHONPATH=$PYTHONPATH:$wheel # a wheel of Python alone is imported as it lies there
+  export PYTHONPATH=$PYTHONPATH:$wheel # a pure Python wheel can be imported without installing
 fi
 exec "$python" "$here/run.py" "$@"

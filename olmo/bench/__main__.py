@@ -100,7 +100,7 @@ def time_missing(
     try:
         for number, task in enumerate(tasks, 1):
             note = "; timed before"
-            if (record := read_record(task)) is None:
+            if (record := load_reusable_record(task)) is None:
                 note, began = "", time.monotonic()
                 if (left := end - began) <= longest_s.get(task.kind, 0.0):
                     skipped.append(task.name)
@@ -180,7 +180,7 @@ def list_tasks(
         )
 
 
-def read_record(task: Task) -> Record | None:
+def load_reusable_record(task: Task) -> Record | None:
     """The record of a task; None if it is missing or another try may end otherwise."""
     if not task.path.exists():
         return None

@@ -1,4 +1,4 @@
-"""The one command for a GPU, rehearsed: every part of the GPU's matrix runs to its end."""
+"""The GPU command on the null GPU: every part of the GPU's matrix completes."""
 
 import json
 import subprocess
@@ -44,10 +44,10 @@ def test_every_part_runs_to_its_end(tmp_path: Path):
     of_part = {part: sum(n.startswith(f"{part}/") for n in timed) for part in parts}
     assert of_part["first"] == 11 and of_part["peer"] == 1 and of_part["fp8"] == 3
     assert of_part["rest"] == 15 and of_part["profile"] == 1
-    # A model is gone when the next is built: peaks are those of each cell alone.
+    # A model is freed before the next is built: each cell has its own peak.
     peaks = {n.split(".", 1)[1].rsplit(".", 2)[0]: r["peak_memory_bytes"] for n, r in timed.items()
              if n.startswith(("first/records/olmo-250m", "rest/records/olmo-250m"))}  # fmt: skip
     small, large = peaks["auto.default.mb2.amp_bf16.none"], peaks["auto.default.mb16.amp_bf16.none"]
-    assert small < large, "measured later, and not with what was there before"
+    assert small < large, "expected the later, smaller cell to have a lower peak"
     resumed = [r for n, r in found.items() if n.startswith("train/") and "equal" in r]
     assert [r["steps"] for r in resumed] == [200]

@@ -1,4 +1,4 @@
-"""The benchmark's matrix: what is timed, what has its reason, what is not timed again."""
+"""The matrix of benchmarks: which cells are timed, unavailable with a reason, or reused."""
 
 import csv
 import json
@@ -61,13 +61,13 @@ def matrix(folder: Path, *groups: dict, **changes: object) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_the_projects_matrix_is_whole(kind: str):
+def test_the_projects_matrix_is_complete(kind: str):
     section = load_section(ROOT / "config/bench/tps.yaml", kind)
     names = [cell.name for cell in section.cells()]
     assert len(names) == len(set(names)) > 10
     shapes = {cell.shape for cell in section.cells()}
-    own = {"cpu": {"tiny", "seed-quarter"}, "cuda": {"olmo-250m", "d1536", "seed-300m"}}
-    assert shapes == own[kind]
+    expected = {"cpu": {"tiny", "seed-quarter"}, "cuda": {"olmo-250m", "d1536", "seed-300m"}}
+    assert shapes == expected[kind]
     assert {pair.theirs.whose for pair in section.pairs()} == {"ai2-olmo", "transformers"}
     assert section.steps >= 20 and section.rounds >= 5
     assert {cell.switch for cell in section.cells()} == {"none", *section.switches}
@@ -75,16 +75,16 @@ def test_the_projects_matrix_is_whole(kind: str):
         assert {cell.fp8 for cell in section.cells()} == {"none", "native", "torchao", "msamp"}
         assert all(section.train_config(cell).compile is None or cell.compile != "eager"
                    for cell in section.cells())  # fmt: skip
-        told = {(r.attention[0], r.compile, r.microbatch): r.tokens_per_second
+        published = {(r.attention[0], r.compile, r.microbatch): r.tokens_per_second
                 for r in reversed(section.references)}  # fmt: skip
-        assert told == {("math", "eager", 4): 16000, ("flash", "eager", 4): 17000,
+        assert published == {("math", "eager", 4): 16000, ("flash", "eager", 4): 17000,
                         ("flash", "default", 4): 17900, ("flash", "default", 6): 23000}  # fmt: skip
         cells = {(c.attention, c.compile, c.microbatch) for c in section.cells()
                  if c.shape == "seed-300m"}  # fmt: skip
-        assert told.keys() <= cells, "what the log measured is measured here too"
+        assert published.keys() <= cells, "expected a cell for each reference"
 
 
-def test_a_cell_stands_once_and_a_typo_is_refused(tmp_path: Path):
+def test_each_cell_is_timed_once_and_an_unknown_value_is_refused(tmp_path: Path):
     section = load_section(matrix(tmp_path, {"microbatch": [1, 2]}, {"microbatch": [2, 4]}), "cpu")
     assert [cell.microbatch for cell in section.cells()] == [1, 2, 4]
     shapes = {name: {"d_model": 32, "n_heads": 2, "n_layers": 1} for name in ("small", "other")}
@@ -107,7 +107,7 @@ def test_a_cell_stands_once_and_a_typo_is_refused(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
+def test_records_are_reused_and_unavailable_cells_have_reasons(tmp_path: Path, capfd):
     path = matrix(
         tmp_path,
         {"microbatch": [1], "compile": ["default"]},
@@ -128,7 +128,7 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
     msamp = by_name["small.auto.eager.mb1.fp32.msamp"]
     assert msamp["status"] == "unavailable" and "msamp" in msamp["why"]
 
-    # What is there is not timed again; what was lost is, alone.
+    # Only a missing record is timed again.
     files = {file: file.stat().st_mtime_ns for file in (out / "records").iterdir()}
     assert len(files) == len(records) == 6
     lost = next(file for file in files if ".math.eager.mb2.fp32.none." in file.name)
@@ -141,7 +141,7 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
     assert [row["status"] for row in rows].count("ok") == 3
     text = (out / "table.md").read_text()
     assert "unavailable: use_msamp: the package msamp" in text and "± " in text
-    # Records are drawn anywhere, of whatever machine they are.
+    # Records of any machine are drawn on any machine.
     for file in files:
         other = json.loads(file.read_text()) | {"device": "another machine"}
         del other["cell"]["switch"]  # from before there were any
@@ -158,16 +158,16 @@ def test_cells_are_timed_once_and_have_their_reasons(tmp_path: Path, capfd):
         bench(path, tmp_path / "nowhere", kind="cpu", draw_only=True)
 
 
-def test_a_busy_machine_is_told():
+def test_a_warning_about_a_busy_machine():
     quiet = {"kind": "cpu", "load": 1.0, "cores": 2}
     many = quiet | {"load": 5.0}
-    assert table.load_warning([quiet, {"kind": "cpu"}]) == [], "records from before have none"
+    assert table.load_warning([quiet, {"kind": "cpu"}]) == [], "old records have no load"
     assert "a load of 1 to 5 on 2 cores" in " ".join(table.load_warning([quiet, many]))
     assert table.load_warning([many | {"kind": "cuda"}]) == []
 
 
 @pytest.mark.slow
-def test_a_switch_is_a_cell_of_its_own(tmp_path: Path):
+def test_a_switch_changes_one_setting(tmp_path: Path):
     every = ["none", *SWITCHES]
     path = matrix(
         tmp_path,
@@ -179,7 +179,7 @@ def test_a_switch_is_a_cell_of_its_own(tmp_path: Path):
     learning_rates = {
         section.train_config(cell).optimizer.learning_rate for cell in section.cells()
     }
-    assert learning_rates == {4e-4}, "a switch changes what it names, and nothing beside it"
+    assert learning_rates == {4e-4}, "expected a switch to change only the keys that it names"
     records, _ = runner.run_matrix(path, tmp_path / "out", kind="cpu")
     of = {(r["cell"]["switch"], r["cell"]["precision"]): r for r in records}
     base = of["none", "amp_bf16"]
@@ -197,7 +197,7 @@ def test_a_switch_is_a_cell_of_its_own(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_what_ends_badly_is_a_record_too(tmp_path: Path):
+def test_cells_that_fail_have_records(tmp_path: Path):
     (late,), _ = runner.run_matrix(matrix(tmp_path, {}, limit_s=0.2), tmp_path / "out", kind="cpu")
     assert late["status"] == "too slow" and late["why"] == "it took longer than 0.2 s"
     shapes = {"large": {"d_model": 512, "n_heads": 2, "n_layers": 1,
@@ -208,7 +208,7 @@ def test_what_ends_badly_is_a_record_too(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_budget_is_kept_and_what_is_left_out_is_told(tmp_path: Path, capsys):
+def test_a_budget_is_kept_and_skipped_cells_are_listed(tmp_path: Path, capsys):
     path, out = matrix(tmp_path, {"microbatch": [1, 2, 3, 4]}), tmp_path / "out"
     drawn: list[int] = []
     write_tables = runner.write_tables
@@ -230,18 +230,18 @@ def test_a_budget_is_kept_and_what_is_left_out_is_told(tmp_path: Path, capsys):
     )
     again, _ = runner.run_matrix(path, out, kind="cpu")
     assert again[: len(first)] == first and len(again) == 4
-    # One cell cannot take it all.
+    # One cell cannot exceed the budget.
     slow = matrix(tmp_path, {}, limit_s=600, steps=10**6)
     began = time.monotonic()
     (late,), _ = runner.run_matrix(slow, tmp_path / "slow", kind="cpu", budget_s=8.0)
     assert late["status"] == "too slow" and time.monotonic() - began < 12
 
 
-def test_a_record_stands_unless_trying_again_may_end_otherwise(tmp_path: Path):
+def test_a_record_is_reused_unless_another_try_may_succeed(tmp_path: Path):
     path = tmp_path / "record.json"
     task = runner.Task("cell", path, 10.0, ("cell",), dict)
-    assert runner.read_record(task) is None
-    for record, stands in (
+    assert runner.load_reusable_record(task) is None
+    for record, reused in (
         ({"status": "ok"}, True),
         ({"status": "unavailable"}, True),
         ({"status": "out of memory"}, True),
@@ -250,10 +250,10 @@ def test_a_record_stands_unless_trying_again_may_end_otherwise(tmp_path: Path):
         ({"status": "too slow", "limit_s": 9.0}, False),
     ):
         path.write_text(json.dumps(record))
-        assert (runner.read_record(task) == record) is stands, record
+        assert (runner.load_reusable_record(task) == record) is reused, record
 
 
-PACKAGES_ASIDE = """
+BLOCK_OTHER_PACKAGES = """
 import importlib.metadata, os, re, sys
 
 wanted, kept = ["torch", "numpy", "omegaconf", "olmo"], set()
@@ -282,8 +282,8 @@ sys.meta_path.insert(0, Blocked())
 
 
 @pytest.mark.slow
-def test_it_needs_torch_numpy_and_omegaconf_alone(tmp_path: Path):
-    (tmp_path / "sitecustomize.py").write_text(PACKAGES_ASIDE)  # of every process that is started
+def test_it_needs_only_torch_numpy_and_omegaconf(tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCK_OTHER_PACKAGES)  # runs in every process
     env = {k: v for k, v in os.environ.items() if k != "OLMO_PEER_PYTHON"}
     env["PYTHONPATH"] = str(tmp_path)
 
@@ -341,7 +341,7 @@ def test_the_table_names_references_and_sorts_by_speed(tmp_path: Path):
     )
 
 
-def test_runs_are_compared_at_the_tokens_they_needed(tmp_path: Path):
+def test_runs_are_compared_by_tokens_to_a_loss(tmp_path: Path):
     cfg = TrainConfig.new(global_train_batch_size=10, model={"max_sequence_length": 10})
     losses = {
         "reference": {0: 8.0, 10: 6.0, 20: 5.0},

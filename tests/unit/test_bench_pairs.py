@@ -1,4 +1,4 @@
-"""Ours beside other trainers: found, timed in turns, or with the reason why not."""
+"""Other trainers: how they are found, timed in turns with ours, and reported when missing."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ def section_of(folder: Path, *groups: dict, **changes: object) -> Section:
     return load_section(matrix(folder, peers=peers, rounds=5, steps=20, **changes), "cpu")
 
 
-def test_numbers_of_a_matrix(tmp_path: Path):
+def test_ranges_of_a_matrixs_numbers(tmp_path: Path):
     for name, least in (("steps", 1), ("rounds", 1), ("warmup", 0)):
         with pytest.raises(ValueError, match=f"{name}: expected at least {least}, found -1"):
             load_section(matrix(tmp_path, **{name: -1}), "cpu")
@@ -42,32 +42,32 @@ def test_pairs_share_shape_and_microbatch(tmp_path: Path):
     ours = {"compile": "default", "precision": "amp_bf16"}
     section = section_of(tmp_path, {"compile": ["eager", "default"], "ours": ours}, {})
     found = section.pairs()
-    assert len(found) == 6, "two peers, compiled or not, and both beside ours eager"
+    assert len(found) == 6, "expected two peers, eager and compiled, and both beside ours eager"
     assert all(pair.ours.microbatch == pair.theirs.microbatch == 2 for pair in found)
     assert {pair.ours.compile for pair in found[:4]} == {"default"}
     assert {pair.theirs.precision for pair in found} == {"fp32"}
-    for wrong, told in (
+    for wrong, message in (
         ({"ours": {"microbatch": "3"}}, "those of the peer"),
         ({"peer": ["nanogpt"]}, "peer: expected one of ours, ai2-olmo"),
         ({"peer": ["ai2-olmo"], "attention": ["cudnn"]}, "attention: expected one of sdpa"),
         ({"ours": {"fp8": "fastest"}}, "fp8: expected"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             section_of(tmp_path, wrong)
 
 
-def test_a_peer_is_found_or_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_peer_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(pairs.PYTHON, raising=False)
     assert "--peer ai2-olmo=PYTHON" in str(find_peers([])["ai2-olmo"])
     assert isinstance(find_peers([])["transformers"], Peer if HAS_TRANSFORMERS else str)
-    for wrong, told in (
+    for wrong, message in (
         ("ai2-olmo", "NAME=WHERE"),
         ("nanogpt=python", "NAME=WHERE"),
         (f"ai2-olmo={sys.executable}", "has no ai2-olmo"),
         (f"ai2-olmo={tmp_path}", r"no olmo/version\.py of AI2's"),
         ("ai2-olmo=/no/such/python", "expected a Python at"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             find_peers([wrong])
     sources = tmp_path / "sources"
     (sources / "olmo").mkdir(parents=True)
@@ -89,12 +89,12 @@ def test_transformers_trains_the_same_model_in_turns(
     section = section_of(tmp_path, {"peer": ["transformers"], "attention": ["math", "flash-attn"]})
     peer = find_peers([])["transformers"]
     one, flash = (time_pair(section, pair, peer, "cpu", 600) for pair in section.pairs())
-    check(one, section)
+    check_pair(one, section)
     assert (
         flash["status"] == "unavailable" and "flash-attn is computed by the package" in flash["why"]
     )
 
-    # 16 bits are not 32: what does not compute the same has no ratio.
+    # Sides whose first losses differ have no ratio.
     monkeypatch.setitem(pairs.SAME_LOSS, "fp32", 1e-9)
     other = section_of(tmp_path, {"peer": ["transformers"], "ours": {"precision": "amp_bf16"}})
     unequal = time_pair(other, other.pairs()[0], peer, "cpu", 600)
@@ -104,26 +104,26 @@ def test_transformers_trains_the_same_model_in_turns(
 @pytest.mark.slow
 @with_peer
 def test_ai2_olmo_trains_the_same_model_in_turns(tmp_path: Path):
-    """Its package, and its sources alone by our own Python, where what they import is not."""
+    """Its package, and its sources alone in our Python, which lacks some of their imports."""
     path = matrix(tmp_path, peers=[BOTH | {"peer": ["ai2-olmo"]}], rounds=5, steps=20)
     (record,), section = runner.run_matrix(path, tmp_path / "out", kind="cpu")
-    check(record, section)
+    check_pair(record, section)
     assert (
         record["peer"]["ai2-olmo"] and "beside ai2-olmo" in (tmp_path / "out/table.md").read_text()
     )
     program = "import olmo, pathlib; print(pathlib.Path(olmo.__file__).parent)"
-    asked = [PEER, "-W", "ignore", "-c", program]
-    installed = subprocess.run(asked, capture_output=True, text=True, check=True, cwd=tmp_path)
+    command = [PEER, "-W", "ignore", "-c", program]
+    installed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     (tmp_path / "sources").mkdir()
     (tmp_path / "sources/olmo").symlink_to(installed.stdout.strip())
     sources = locate_peer("ai2-olmo", str(tmp_path / "sources"))
     again = time_pair(section, section.pairs()[0], sources, "cpu", 600)
-    check(again, section)
+    check_pair(again, section)
     assert again["last_loss"] == pytest.approx(record["last_loss"], rel=1e-5)
 
 
-def check(record: dict, section: Section) -> None:
-    """A pair's record: equal losses, and ratios that are those of its turns."""
+def check_pair(record: dict, section: Section) -> None:
+    """Equal losses, and ratios of the seconds of each turn."""
     assert record["status"] == "ok", record
     ours = record["ours"]
     assert record["first_loss"] == pytest.approx(ours["first_loss"], rel=1e-5)
