@@ -109,7 +109,7 @@ def run_dedupe(
     )
 
 
-def run_mix(
+def run_mixer(
     documents: list[str], attributes: list[str], exclude: list[str], cut: list[str]
 ) -> None:
     """`dolma mix` on files <folder>/documents/…; it writes mixed/documents/… of the same names.
