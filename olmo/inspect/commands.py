@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from olmo.inspect.documents import Document, TokenShard, find_token_shards, object_digest
+from olmo.inspect.documents import (
+    Document,
+    TokenShard,
+    find_token_shards,
+    object_digest,
+    select_shards,
+)
 from olmo.inspect.run import Instance, TrainedRun
 from olmo.runtime.log import log
 from olmo.store.stage import current_store
@@ -51,8 +57,8 @@ def load_run_tokenizer(
     """The tokenizer of a run's tokens; None, with a warning, if it is not available."""
     from tokenizers import Tokenizer
 
-    ours = next((shards[n] for n in map(object_digest, run.dataset.paths) if n in shards), None)
-    place = tokenizer or (str(ours.tokenizer) if ours else run.cfg.tokenizer.identifier)
+    ours = select_shards(run.dataset.paths, shards)
+    place = tokenizer or (str(ours[0].tokenizer) if ours else run.cfg.tokenizer.identifier)
     try:
         if Path(place).is_file():
             return Tokenizer.from_file(place)
@@ -143,8 +149,8 @@ def find_sightings(
         shard = shards.get(object_digest(path))
         if shard is None:
             raise ValueError(
-                f"{path} is not known to the store {current_store().root}: documents can be looked "
-                "for in data that this pipeline made"
+                f"{path} is not known to the store {current_store().root}: only data that "
+                "this pipeline made can be searched for documents"
             )
         first, end = run.dataset.offsets[number]
         for document in select_documents(shard, id, url, text, sha256):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -132,6 +132,11 @@ def document_text(line: dict[str, Any]) -> str:
 def object_digest(path: str | Path) -> str:
     """The last part of a path or URL; for an object of the store that is its digest."""
     return Path(path).name
+
+
+def select_shards(paths: Iterable[str | Path], shards: dict[str, TokenShard]) -> list[TokenShard]:
+    """The shards of those token files that the pipeline made, in order."""
+    return [shards[name] for name in map(object_digest, paths) if name in shards]
 
 
 def find_token_shards(store: Store) -> dict[str, TokenShard]:

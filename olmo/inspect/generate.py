@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.inspect.documents import find_token_shards, object_digest
+from olmo.inspect.documents import find_token_shards, select_shards
 from olmo.inspect.run import TrainedRun
 from olmo.runtime.log import log
 from olmo.store.stage import current_store
@@ -116,9 +116,10 @@ def load_checkpoint_tokenizer(place: str, run: TrainedRun, given: str | None) ->
     """
     model = run.cfg.model
     ends = {"eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id}
-    known = {} if given else find_token_shards(current_store())
-    ours = [known[name] for name in map(object_digest, run.cfg.data.paths or []) if name in known]
-    files = [Path(given or f"{place}/tokenizer.json"), *(shard.tokenizer for shard in ours[:1])]
+    files = [Path(given or f"{place}/tokenizer.json")]
+    if not given:
+        ours = select_shards(run.cfg.data.paths or [], find_token_shards(current_store()))
+        files += [shard.tokenizer for shard in ours[:1]]
     try:
         if (file := next(filter(Path.is_file, files), None)) is not None:
             found = Tokenizer.from_file(file, **ends)

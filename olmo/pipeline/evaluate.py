@@ -14,7 +14,7 @@ from olmo.config import TrainConfig
 from olmo.corpus.docstrings import DATASET, stdlib_docstrings
 from olmo.corpus.listing import read_listing, read_objects
 from olmo.corpus.stdlib import library_digest
-from olmo.inspect.documents import find_token_shards, object_digest
+from olmo.inspect.documents import find_token_shards, select_shards
 from olmo.pipeline.recipe import EvaluationConfig
 from olmo.runtime.numbers import encode_non_finite, from_json, to_json
 from olmo.store.stage import Facts, Folder, Input, Inputs, Output, Unhashed, current_store, stage
@@ -33,9 +33,9 @@ def heldout(
     found = {current_store().digest(path): str(path) for path in tokenizers}
     known = find_token_shards(current_store())
     cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
-    ours = map(object_digest, cfg.data.paths or [])
-    theirs = [entry.sha256 for entry in read_listing(tokens, "heldout-tokens")]
-    for digest in (known[name].tokenizer.name for name in (*ours, *theirs) if name in known):
+    heldout_tokens = [entry.sha256 for entry in read_listing(tokens, "heldout-tokens")]
+    for shard in select_shards((*(cfg.data.paths or []), *heldout_tokens), known):
+        digest = shard.tokenizer.name
         found.setdefault(digest, f"{digest[:12]}…")
     if len(found) > 1:
         raise ValueError(

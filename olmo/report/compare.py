@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import TrainConfig
-from olmo.inspect.documents import find_token_shards, object_digest
+from olmo.inspect.documents import find_token_shards, select_shards
 from olmo.inspect.run import TrainedRun
 from olmo.report.card import format_table
 from olmo.runtime.log import log
@@ -61,9 +61,7 @@ def check_comparable(runs: list[TrainedRun], names: list[str], label: str) -> No
     Warns if this is unknown, since the checkpoint or its data has no record in the store.
     """
     known = find_token_shards(current_store())
-    shards_of = [
-        [known[d] for d in map(object_digest, r.cfg.data.paths or []) if d in known] for r in runs
-    ]
+    shards_of = [select_shards(run.cfg.data.paths or [], known) for run in runs]
     compared: dict[str, list[set[Any]]] = {
         "model.vocab_size": [{run.cfg.model.vocab_size} for run in runs],
         "tokenizer": [{shard.tokenizer.name for shard in tokens} for tokens in shards_of],

@@ -283,5 +283,5 @@ def test_long_lines_of_files_to_decontaminate_against_too(bomb: Path, monkeypatc
     monkeypatch.setattr(attributes, "MAX_LINE_BYTES", 1 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"bomb.json.gz:2: .*a line of more than 1,048,576 bytes"):
-        attributes.text_bytes([bomb])
+        attributes.count_text_bytes([bomb])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
