@@ -31,9 +31,6 @@ class Scheduler:
 
         Args:
             step, max_steps: the current step and the run's last, in the schedule's unit.
-
-        Raises:
-            ValueError: warmup_min_lr is negative, or not below the peak.
         """
         raise NotImplementedError
 
