@@ -66,7 +66,7 @@ class Dolma:
         """Write a file's tokens; the documents' ranges, and the toolkit's messages."""
         import numpy as np
 
-        with scratch_beside(job.tokens) as folder:
+        with scratch_folder(job.tokens) as folder:
             os.symlink(os.path.realpath(job.documents), folder / "documents.gz")
             messages = self.request(
                 "tokens",
@@ -189,7 +189,7 @@ def time_limit(text_bytes: int) -> float:
 
 
 @contextmanager
-def scratch_beside(output: Path) -> Iterator[Path]:
+def scratch_folder(output: Path) -> Iterator[Path]:
     """A temporary folder for the toolkit's files, on the disk of an output."""
     with tempfile.TemporaryDirectory(prefix=".dolma-", dir=output.parent) as folder:
         yield Path(folder)

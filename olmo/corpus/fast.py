@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olmo.corpus.documents import hash_number, parse_document
-from olmo.corpus.dolma import Dolma, scratch_beside
+from olmo.corpus.dolma import Dolma, scratch_folder
 from olmo.corpus.encoding import make_encoder
 from olmo.corpus.engine import TokenizeJob, token_ranges
 from olmo.io import gz
@@ -48,7 +48,7 @@ class Fast:
         lengths: list[int] = []
         left: list[int] = []  # the rows of documents that are left to the toolkit
         left_bytes = 0
-        with scratch_beside(job.tokens) as folder:
+        with scratch_folder(job.tokens) as folder:
             with (
                 gz.reading(job.documents) as lines,
                 gz.writing(folder / "left.gz") as left_lines,
@@ -107,7 +107,7 @@ class Fast:
         """Raises ValueError if the toolkit gives other tokens."""
         import numpy as np
 
-        with scratch_beside(job.tokens) as folder:
+        with scratch_folder(job.tokens) as folder:
             expected, _ = self.dolma.tokenize(replace(job, tokens=folder / "tokens"))
             theirs = np.memmap(folder / "tokens", job.dtype, mode="r")
             ours = np.memmap(job.tokens, job.dtype, mode="r")

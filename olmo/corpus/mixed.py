@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from olmo.corpus.attributes import read_attributes
 from olmo.corpus.dedupe import DUPLICATE, OVERLAP, PARAGRAPH, REASONS, Spans
 from olmo.corpus.documents import DROPPED, PARQUET, TRAIN, parse_document, size_in_utf8
-from olmo.corpus.dolma import Dolma, open_dolma, scratch_beside, time_limit
+from olmo.corpus.dolma import Dolma, open_dolma, scratch_folder, time_limit
 from olmo.corpus.listing import read_listing, run_shards, write_listing
 from olmo.io import gz
 from olmo.runtime.log import log
@@ -94,7 +94,7 @@ def mixed(
         sizes = train["bytes"].to_list()
         changes: list[Change] = [(row, None, size, 0, 0) for row, size in enumerate(sizes, 1)]
     else:
-        with scratch_beside(mixed) as folder:
+        with scratch_folder(mixed) as folder:
             for name, path in {"documents": documents, "attributes/dedupe": attributes}.items():
                 (folder / "in" / name).mkdir(parents=True)
                 os.symlink(os.path.realpath(path), folder / "in" / name / "documents.gz")
