@@ -23,10 +23,12 @@ def profile() -> dict:
 
 
 def test_a_site_changes_what_it_names_and_leaves_the_rest(site: Path):
-    site.write_text("{account: lab, accounting: false, stages: {train: {minutes: 90}}}")
+    own = "stages: {train: {minutes: 90}}, other_stages: {minutes: 30}"
+    site.write_text(f"{{account: lab, accounting: false, {own}}}")
     filled = profile()
     assert filled["slurm-status-command"] == "squeue"
     assert filled["default-resources"]["slurm_account"] == "'lab'"
+    assert filled["default-resources"]["runtime"] == "min(attempt * 30, 1440)"
     assert filled["set-resources"]["train"]["runtime"] == "min(attempt * 90, 1440)"
     assert filled["set-resources"]["train"]["mem_mb"] == "min(attempt * 64000, 256000)"
 
