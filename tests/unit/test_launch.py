@@ -349,7 +349,7 @@ LAUNCH = (
     "import olmo.pipeline.train as r;"
     "from olmo.cluster.launch import Geometry, launch;"
     "r.train_run = lambda config: launch(Path(config), Geometry({processes}), 1);"
-    "r.train.__annotations__ = dict(config=str);"
+    "r.train_run.__annotations__ = dict(config=str);"
     "main(['train', '--config', sys.argv[1]])"
 )
 
