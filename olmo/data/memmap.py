@@ -119,19 +119,13 @@ class MemMapDataset(torch.utils.data.Dataset[dict[str, Any]]):
         return tokens.read(row * self.chunk_size, (row + 1) * self.chunk_size)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = int(index)
-        batch = self.batch([index])
-        item: dict[str, Any] = {"input_ids": batch["input_ids"][0]}
-        if "instance_mask" in batch:
-            item["instance_mask"] = bool(batch["instance_mask"][0])
-        if "label_mask" in batch:
-            item["label_mask"] = batch["label_mask"][0]
-        if "metadata" in batch:
-            item["metadata"] = batch["metadata"][0]
-        if "attention_mask" in batch:
-            item["attention_mask"] = batch["attention_mask"][0].long()
-        if "doc_lens" in batch:
-            item["doc_lens"] = batch["doc_lens"][0]
+        batch = self.batch([int(index)])
+        batch.pop("max_doc_lens", None)
+        item = {name: values[0] for name, values in batch.items()}
+        if "instance_mask" in item:
+            item["instance_mask"] = bool(item["instance_mask"])
+        if "attention_mask" in item:
+            item["attention_mask"] = item["attention_mask"].long()
         return item
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, Any]:
