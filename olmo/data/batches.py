@@ -225,7 +225,7 @@ def build_train_dataloader(
     """This process's batches of the run, whose order is saved in <save_folder>/train_data.
 
     Raises ValueError if the folder already holds another run's order, unless save_overwrite or
-    try_load_latest_save is set, and if the config names both a custom dataset and token files.
+    try_load_latest_save is set.
     """
     data = train_config.data
     work_dir = Path(train_config.save_folder) / "train_data"
