@@ -21,6 +21,7 @@ import torch
 from olmo.bench.cell import build_workload
 from olmo.bench.matrix import Cell, Section, load_section
 from olmo.bench.script import parse_options
+from olmo.bench.table import markdown_table
 
 EIGHT_BITS = "products in 8 bits"
 GAP_US = 1.5  # between two kernels, where the host has queued the next
@@ -103,8 +104,7 @@ def kernel_term(node: Any, cfg: Any) -> str:
 
 
 def format_account(account: Account, rates: argparse.Namespace) -> list[str]:
-    """Markdown: the terms of a step, the longest first."""
-    lines = ["| term | TFLOP | GB | kernels | µs a token | share |", "|---|---|---|---|---|---|"]
+    """A Markdown table of the terms of a step, the longest first."""
     seconds = {}
     for term, (tflop, gb, _) in account.terms.items():
         rate = {"attention": rates.attention, EIGHT_BITS: rates.eight_bits}.get(
@@ -114,18 +114,24 @@ def format_account(account: Account, rates: argparse.Namespace) -> list[str]:
         seconds[term] = tflop / rate + moved
     kernels = sum(n for _, _, n in account.terms.values())
     seconds["launches"] = kernels * GAP_US / 1e6
-    whole = sum(seconds.values())
+    total = sum(seconds.values())
+    rows = []
     for term, time in sorted(seconds.items(), key=lambda item: -item[1]):
         tflop, gb, n = account.terms.get(term, (0.0, 0.0, kernels))
-        micro = time * 1e6 / account.tokens
-        lines.append(
-            f"| {term} | {tflop:.2f} | {gb:.1f} | {n:.0f} | {micro:.3f} | {time / whole:.1%} |"
+        rows.append(
+            {
+                "term": term,
+                "TFLOP": f"{tflop:.2f}",
+                "GB": f"{gb:.1f}",
+                "kernels": f"{n:.0f}",
+                "µs a token": f"{time * 1e6 / account.tokens:.3f}",
+                "share": f"{time / total:.1%}",
+            }
         )
-    micro = whole * 1e6 / account.tokens
-    lines.append(
-        f"| **all** | | | {kernels:.0f} | **{micro:.3f}** | {1e3 / micro:,.0f}k tokens/s |"
-    )
-    return lines
+    speed = f"{account.tokens / total / 1000:,.0f}k tokens/s"
+    time_a_token = f"**{total * 1e6 / account.tokens:.3f}**"
+    last = {"term": "**all**", "kernels": f"{kernels:.0f}", "µs a token": time_a_token}
+    return markdown_table([*rows, last | {"share": speed}])
 
 
 def main() -> None:
