@@ -60,9 +60,9 @@ def ingest_files(
 
     def ingest_remote(file: Source) -> list[Entry]:
         try:
-            return ingest(file, progress.add)
+            return ingest(file, progress.add_bytes)
         finally:
-            progress.finish()
+            progress.add_file()
 
     entries: list[Entry] = []
     failures: list[str] = []

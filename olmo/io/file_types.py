@@ -1,4 +1,4 @@
-"""What a file is that is not gz, by how it begins; and the command that makes gz of it."""
+"""The type of a file by its first bytes, and the command that converts it to gz."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ARRAY_TO_JSON_LINES = (
     '[print(json.dumps(row)) for row in json.load(open(sys.argv[1], encoding="utf-8"))]\''
 )
 
-# How a kind begins, its name, and what writes the text of a file of it, named after it, to stdout.
+# First bytes, name, and the command that writes the text of a file (its last argument) to stdout.
 SIGNATURES = (
     (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
     (b"BZh", "bzip2", "bzip2 -dc"),
@@ -52,7 +52,7 @@ ARCHIVE_SUFFIXES = (
 LFS_START = b"version https://git-lfs.github.com/"
 HTML_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
-# Writes FILE.json.gz beside each file of plain text.
+# Converts each plain text file FILE to one document, FILE.json.gz.
 TEXT_TO_DOCUMENTS = (
     'python3 -c \'import gzip, json, sys; [open(f + ".json.gz", "wb").write(gzip.compress('
     'json.dumps({"id": f, "text": open(f, encoding="utf-8").read()}).encode() + b"\\n")) '
@@ -61,9 +61,9 @@ TEXT_TO_DOCUMENTS = (
 
 
 def detect_type(start: bytes) -> tuple[str, str]:
-    """What a file is by its first 512 bytes, and the command that writes its text to stdout.
+    """The type of a file by its first 512 bytes, and the command that writes its text to stdout.
 
-    The command lacks the file's name, and is empty where there is none.
+    The file's name is to be appended to the command; "" if there is no command.
     """
     for magic, kind, command in SIGNATURES:
         if start.startswith(magic):
@@ -92,10 +92,10 @@ def detect_type(start: bytes) -> tuple[str, str]:
 
 
 def read_text(path: Path, name: str) -> str:
-    """A small file of text, in UTF-8 without a byte order mark.
+    """The text of a small file: UTF-8 without a byte order mark.
 
     Raises:
-        ValueError: it is another kind; with the command that makes text of it.
+        ValueError: it is of another type; with the command that converts it.
     """
     content = path.read_bytes()
     try:
@@ -104,14 +104,14 @@ def read_text(path: Path, name: str) -> str:
     except UnicodeDecodeError:
         pass
     found, command = detect_type(content[:512])
-    remedy = f"; `{command} {shlex.quote(name)}` writes it as that" if command else ""
+    remedy = f"; convert it with `{command} {shlex.quote(name)}`" if command else ""
     raise ValueError(f"{name}: expected text in UTF-8, found {found}{remedy}")
 
 
 def gz_command(name: str, command: str) -> str:
-    """A command line that makes gz of the file `name`, whose text `command` writes to stdout.
+    """A command line that converts the file `name` to gz; `command` writes its text to stdout.
 
-    What is called .gz already is kept beside it, as <name>.orig.
+    A file with the suffix .gz is first renamed to <name>.orig.
     """
     path, quoted = Path(name), shlex.quote(name)
     if path.suffix == ".gz":
@@ -122,12 +122,11 @@ def gz_command(name: str, command: str) -> str:
 
 
 def explain_non_json(line: bytes) -> str:
-    """What is wrong with a line of a gz file's text that is no JSON, and the command that mends it;
-    "" where that cannot be told."""
+    """Why a line of a gz file is no JSON, and the command that repairs the file; "" if unknown."""
     unpacked = "gzip -dc FILE"
     if line.startswith(BOM):
         command = f"{unpacked} | LC_ALL=C sed 's/^\\xef\\xbb\\xbf//' | gzip > MENDED.gz"
-        return f"it begins with a byte order mark; take it out: `{command}`"
+        return f"it begins with a byte order mark; remove it: `{command}`"
     kind, command = detect_type(line[:512])
     if kind.startswith("UTF-"):
         return f"it is {kind}: `{unpacked} | {command} | gzip > MENDED.gz`"

@@ -1,8 +1,7 @@
-"""Gz files of JSON lines, the form in which text travels from sources to tokens.
+"""Gz files of JSON lines, the format of text from sources to tokens.
 
-Reading turns every way in which a gz file can be broken into one sentence, and a file counts as
-read only when its last checksum has been compared. Writing leaves out the time and the name that
-gzip usually adds, so that the same lines give the same bytes.
+Reading reports every kind of broken gz file in one sentence, and compares the checksum at the end.
+Writing omits gzip's time and name, so equal lines give equal bytes.
 """
 
 from __future__ import annotations
@@ -21,29 +20,30 @@ from urllib.parse import urlparse
 
 from olmo.io import file_types
 
-LEVEL = 1  # isal's level 1: near the size of gzip -3, at many times its speed
+LEVEL = 1  # of isal: near the size of gzip -3, at many times its speed
 BUFFER_BYTES = 1 << 20
-BLOCK_BYTES = 1 << 18  # what is decompressed at a time: it stays in the processor's cache
-TAIL_BYTES = 1 << 12  # of a block: most often a line ends in it
+BLOCK_BYTES = 1 << 18  # decompressed at a time; fits the processor's cache
+TAIL_BYTES = 1 << 12  # the end of a block, in which usually a line ends
 MAGIC = file_types.GZIP
 LINE_LIMIT_BYTES = (
     1 << 30
-)  # bytes; documents.max_line_bytes is no more, so the pipeline writes none
+)  # documents.max_line_bytes is at most this, so the pipeline writes no longer line
 
 
 @contextmanager
 def reading(
     path: Path, name: str | None = None, longest: int | None = LINE_LIMIT_BYTES
 ) -> Iterator[BinaryIO]:
-    """A gz file's decompressed bytes as a file whose iteration gives lines.
+    """The decompressed bytes of a gz file, as a binary file that iterates over lines.
 
-    A line of more than `longest` bytes, its end included, is longer than that here too, but what
-    comes after another BLOCK of it is left out: it takes no more memory, whatever a few bytes of
-    gzip hold. None: nothing is left out, for who reads no lines.
+    Args:
+        name: of the file in errors.
+        longest: a line of more bytes, with its newline, is cut, but stays longer than this: it
+            costs no more memory, however many bytes it has. None: no line is cut.
 
-    Raises ValueError, naming the file by `name`, when it is empty, is not gzip (a web page, say),
-    stops before its end, or does not match its own checksum. A cut shows only at the end: who
-    stops reading early has not checked the file.
+    Raises:
+        ValueError: the file is empty, not gzip, truncated, or does not match its checksum. The
+            last two are detected at the end of the file only.
     """
     from isal import igzip
     from isal.igzip_lib import IsalError
@@ -51,7 +51,7 @@ def reading(
     name = name or str(path)
     check_is_gzip(path, name)
     try:
-        # Not igzip.open: a buffer asks for `closed` with every line, which is Python code there.
+        # Not igzip.open: BufferedReader reads `closed` for every line, there a Python property.
         with open(path, "rb") as file:
             decompressed = cast(io.RawIOBase, igzip._IGzipReader(file, BLOCK_BYTES))
             if longest is not None:
@@ -62,24 +62,24 @@ def reading(
         check_trailing_bytes(path, name)
         raise ValueError(
             f"{name}: truncated: {path.stat().st_size:,} bytes of gzip end before their "
-            "end-of-stream mark. Fetch the file again."
+            "end-of-stream mark. Download the file again."
         ) from error
     except (gzip.BadGzipFile, IsalError) as error:  # type: ignore[misc]
         check_trailing_bytes(path, name)
         raise ValueError(
             f"{name}: corrupt: expected a gzip stream that matches its own checksum, found: "
-            f"{error}. Fetch the file again."
+            f"{error}. Download the file again."
         ) from error
 
 
 class _Shortened(io.RawIOBase):
-    """A stream without the rest of lines of which more than `longest` bytes went by already."""
+    """A stream that cuts lines after more than `longest` bytes."""
 
-    closed = False  # which the buffer asks for with every line: it must not be Python code
+    closed = False  # read by the buffer for every line: an attribute is faster than a property
 
     def __init__(self, stream: io.RawIOBase, longest: int) -> None:
         self.stream, self.longest = stream, longest
-        self.line = 0  # bytes so far of the line that we are in
+        self.line = 0  # bytes so far of the present line
 
     def readable(self) -> bool:
         return True
@@ -102,11 +102,11 @@ class _Shortened(io.RawIOBase):
 
 
 def check_trailing_bytes(path: Path, name: str) -> None:
-    """Raises ValueError where whole gzip members are followed by what is none.
+    """Raises ValueError if complete gzip members are followed by other bytes.
 
-    Zeros are no fault: tapes and `tar` pad files with them, and gzip passes over them too.
+    Zeros are allowed: tapes and `tar` pad files with them, and gzip skips them too.
     """
-    end = 0  # of the last whole member
+    end = 0  # of the last complete member
     with open(path, "rb") as file:
         while True:
             member = zlib.decompressobj(wbits=31)
@@ -130,30 +130,32 @@ def check_trailing_bytes(path: Path, name: str) -> None:
     command = f"head -c {end} {file_here} > MENDED.gz"
     raise ValueError(
         f"{name}: expected the end of the file or another gzip member at byte {at:,}, found "
-        f"{size - at:,} bytes of trailing garbage ({rest[:16]!r}…). Fetch the file again; if they "
-        f"are there again, cut them off by `{command}`, and put that in its place"
+        f"{size - at:,} bytes of trailing garbage ({rest[:16]!r}…). Download the file again; if "
+        f"it still has them, cut them off with `{command}`, and replace the file by that"
     )
 
 
 def check_is_gzip(path: Path, name: str) -> None:
-    """Raises ValueError unless the file begins as gzip does, saying what it looks like instead."""
+    """Raises ValueError unless the file begins like gzip; the error names its actual type."""
     with open(path, "rb") as file:
         start = file.read(512)
     if start.startswith(MAGIC):
         return
     found, command = file_types.detect_type(start)
     if "://" in name or not Path(name).exists():
-        remedy = "Check its URL and fetch it again"
+        remedy = "Check its URL and download it again"
         if command:
             made = file_types.gz_command(urlparse(name).path.rpartition("/")[2] or "FILE", command)
-            remedy = f"Download it, make gz of it by `{made}`, and name that in the recipe"
+            remedy = (
+                f"Download it, convert it to gz with `{made}`, and name that file in the recipe"
+            )
         raise ValueError(f"{name}: expected gzip, found {found}. {remedy}.")
     if not command and found.startswith("plain text"):
         command = f"{file_types.TEXT_TO_DOCUMENTS} {shlex.quote(name)}"
-        remedy = f" Make a document of the whole file by `{command}`"
+        remedy = f" Make one document of the file with `{command}`"
     else:
-        remedy = f" Make one by `{file_types.gz_command(name, command)}`" if command else ""
-    named = ", and name that in the recipe" if remedy and not name.endswith(".gz") else ""
+        remedy = f" Convert it with `{file_types.gz_command(name, command)}`" if command else ""
+    named = ", and name that file in the recipe" if remedy and not name.endswith(".gz") else ""
     raise ValueError(
         f'{name}: expected a gz file of JSON lines with "id" and "text", found {found}.'
         f"{remedy}{named}"
@@ -162,7 +164,7 @@ def check_is_gzip(path: Path, name: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A gz file to write lines to. Neither time nor name is stored: equal lines, equal bytes."""
+    """A gz file to write lines to, without time and name: equal lines give equal bytes."""
     from isal import igzip
 
     # Buffered, because many small writes cost more than the compression itself.
@@ -175,16 +177,16 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def conditions() -> dict[str, str]:
-    """What the bytes that `writing` makes of equal lines depend on.
+    """What the bytes of `writing` depend on besides the lines, for a stage's record.
 
-    isal compresses alike on every x86-64 processor from SSE4.2 (2008) on, and otherwise on ARM
+    isal gives the same bytes on all x86-64 processors since SSE4.2 (2008), and other bytes on ARM
     (bench/gz_bytes.py).
     """
     return {"machine": platform.machine()}
 
 
 def verify_checksum(path: Path, name: str | None = None) -> int:
-    """Reads a gz file to its end, so that its checksums are compared. Returns bytes of text."""
+    """Read a gz file to its end, which compares its checksums; the bytes of its text."""
     size = 0
     with reading(path, name, longest=None) as file:
         while block := file.read(BUFFER_BYTES):

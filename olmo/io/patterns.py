@@ -1,7 +1,7 @@
-"""Patterns for files of this machine: one meaning wherever they may be written.
+"""Glob patterns for local files, with one meaning in recipes and training configs.
 
-`*`, `?` and `[…]` are the shell's, and `**`, as a whole part of a path, is any number of folders,
-also none. Names that begin with a dot are hidden, unless the pattern has the dot.
+`*`, `?` and `[…]` as in the shell; `**` as a full path component matches any number of folders,
+also none. Names that begin with a dot match only if the pattern has the dot.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from functools import cache
 
 
 def match_files(pattern: str) -> list[str]:
-    """The files that a pattern names, in the order of their paths, the same in every locale.
+    """The files that match a pattern, sorted by path, independent of the locale.
 
-    What is below `**` counts once, however many links lead to its folder. A pattern may also be
-    a file's own name, brackets and all. Empty where there is none.
+    Below `**` each file counts once, even if several links lead to its folder. A pattern may also
+    be the name of an existing file, brackets included. Empty without a match.
 
     Raises:
-        ValueError: it names a folder, or both a file of this name and others; a folder cannot be
-            read.
+        ValueError: the pattern matches a folder, or is the name of a file and matches others too;
+            a folder cannot be read.
     """
     parts = pattern.split("/")
     top = "/" if pattern.startswith("/") else ""
-    real = cache(os.path.realpath) if "**" in parts else str  # other patterns follow links as said
+    real = cache(os.path.realpath) if "**" in parts else str  # without `**` a file may match twice
     once: dict[tuple[str, str], str] = {}
     for path in _expand(top, parts[1:] if top else parts):
         folder, name = os.path.split(path)
@@ -34,7 +34,7 @@ def match_files(pattern: str) -> list[str]:
     if os.path.exists(pattern) and pattern not in found:
         if found:
             raise ValueError(
-                f"{pattern} is a file, and as a pattern it names {min(found)}; write the file as "
+                f"{pattern} is a file, and as a pattern it matches {min(found)}; write the file as "
                 + glob.escape(pattern)
             )
         found = {pattern}
@@ -48,7 +48,7 @@ def match_files(pattern: str) -> list[str]:
 
 
 def _expand(folder: str, parts: list[str]) -> Iterator[str]:
-    """What matches the parts of a path below a folder; some of it may come more than once."""
+    """The paths below a folder that match the parts of a pattern; some may occur twice."""
     part, *rest = parts
     if part == "**":
         for inner in _walk_folders(folder):
@@ -68,7 +68,7 @@ def _expand(folder: str, parts: list[str]) -> Iterator[str]:
 
 
 def _walk_folders(top: str) -> Iterator[str]:
-    """A folder and all that are below it, each once; links are followed after the rest."""
+    """A folder and all folders below it, each once; links are followed last."""
     seen, waiting = set(), [top]
     links: list[str] = []
     while waiting or links:

@@ -1,4 +1,4 @@
-"""How the downloads of a data set get on: one line for all of them, whichever jobs they are in."""
+"""Download progress: one line for all jobs that download files of a data set."""
 
 from __future__ import annotations
 
@@ -14,70 +14,70 @@ from typing import NamedTuple
 from olmo.runtime.log import format_count, format_duration, log
 
 REPORT_INTERVAL_S = 5.0
-STALE_AFTER_S = 60.0  # a job that left no word for so long is not there any more
+STALE_AFTER_S = 60.0  # a job whose status is older has been killed
 
 
 class Totals(NamedTuple):
-    """So many files and bytes; None: nobody knows how many bytes."""
+    """A number of files, and of bytes, or None if that is not known."""
 
     files: int
     bytes: int | None
 
 
 class DownloadProgress:
-    """Counts what arrives in this job and tells, every few seconds, how the whole set gets on.
+    """Counts the bytes that this job receives, and logs the progress of the data set.
 
-    The jobs of a data set run side by side, on several machines too, and know of each other by
-    `folder`: each leaves there the word <job>.json, and whoever finds that nothing has been told
-    for a while tells it for all.
+    The jobs of a data set run in parallel, on several machines too. Each writes its status to
+    `folder`, as <job>.json; the job that finds that nothing was logged for a while logs for all.
 
     Args:
-        folder: of this data set's downloads.
-        whole: what the data set holds.
-        finished: what the jobs that have ended brought, asked for with every line.
+        folder: shared by the jobs of this data set's downloads.
+        total: the files and bytes of the data set.
+        finished: returns what the jobs that have ended downloaded; called for every line.
     """
 
-    def __init__(self, folder: Path, whole: Totals, finished: Callable[[], Totals]) -> None:
-        self.folder, self.whole, self.finished = folder, whole, finished
-        self.word = folder / f"{uuid.uuid4().hex[:12]}.json"
+    def __init__(self, folder: Path, total: Totals, finished: Callable[[], Totals]) -> None:
+        self.folder, self.total, self.finished = folder, total, finished
+        self.status = folder / f"{uuid.uuid4().hex[:12]}.json"
         self.files = self.bytes = 0
-        self.began = time.monotonic()
-        self.left_word = 0.0
+        self.started = time.monotonic()
+        self.written = 0.0  # when the status was written
         self.lock = threading.Lock()
 
     def __enter__(self) -> DownloadProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The last word: this job's files are in its listing from now on."""
+        """Log a last time; `finished` counts this job's files from now on."""
         if self.bytes:
             self.report()
-            self.word.unlink(missing_ok=True)
+            self.status.unlink(missing_ok=True)
 
-    def add(self, received: int) -> None:
-        """So many bytes came over the net."""
+    def add_bytes(self, received: int) -> None:
+        """Count received bytes."""
         with self.lock:
             self.bytes += received
-            if time.monotonic() - self.left_word >= REPORT_INTERVAL_S:
-                self.leave_word()
-                if self.nobody_reported():
+            if time.monotonic() - self.written >= REPORT_INTERVAL_S:
+                self.write_status()
+                if self.is_report_due():
                     self.report()
 
-    def finish(self) -> None:
-        """A file is here, or will not come."""
+    def add_file(self) -> None:
+        """Count a file that is complete, or has failed."""
         with self.lock:
             self.files += 1
 
-    def leave_word(self) -> None:
-        self.left_word = time.monotonic()
-        rate = self.bytes / max(self.left_word - self.began, 1e-3)
+    def write_status(self) -> None:
+        """Write [files, bytes, bytes per second] of this job."""
+        self.written = time.monotonic()
+        rate = self.bytes / max(self.written - self.started, 1e-3)
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.word.with_suffix(".draft")
+        draft = self.status.with_suffix(".draft")
         draft.write_text(json.dumps([self.files, self.bytes, rate]))
-        os.replace(draft, self.word)
+        os.replace(draft, self.status)
 
-    def nobody_reported(self) -> bool:
-        """Whether this job is to report: no other has for a while."""
+    def is_report_due(self) -> bool:
+        """Whether no job has logged for REPORT_INTERVAL_S."""
         reported = self.folder / "reported"
         try:
             if time.time() - reported.stat().st_mtime < REPORT_INTERVAL_S:
@@ -88,23 +88,26 @@ class DownloadProgress:
         return True
 
     def report(self) -> None:
-        self.leave_word()
+        """Log the progress of all jobs in one line."""
+        self.write_status()
         files, bytes = self.finished()
-        here, rate = bytes or 0, 0.0
-        for word in self.folder.glob("*.json"):
+        received, rate = bytes or 0, 0.0
+        for status in self.folder.glob("*.json"):
             try:
-                if time.time() - word.stat().st_mtime > STALE_AFTER_S:
-                    word.unlink()
+                if time.time() - status.stat().st_mtime > STALE_AFTER_S:
+                    status.unlink()
                     continue
-                more, received, speed = json.loads(word.read_text())
+                job_files, job_bytes, job_rate = json.loads(status.read_text())
             except (FileNotFoundError, ValueError, TypeError):  # its job has just ended; damaged
                 continue
-            files, here, rate = files + more, here + received, rate + speed
+            files, received, rate = files + job_files, received + job_bytes, rate + job_rate
         of = left = ""
-        if self.whole.bytes is not None:
-            of = f" of {format_count(self.whole.bytes)}B"
-            left = f", {format_duration(max(self.whole.bytes - here, 0) / max(rate, 1e-3))} left"
+        if self.total.bytes is not None:
+            of = f" of {format_count(self.total.bytes)}B"
+            left = (
+                f", {format_duration(max(self.total.bytes - received, 0) / max(rate, 1e-3))} left"
+            )
         log.info(
-            f"{files:,} of {self.whole.files:,} files, {format_count(here)}B{of}, "
-            f"{format_count(rate)}B/s{left * (files < self.whole.files)}"
+            f"{files:,} of {self.total.files:,} files, {format_count(received)}B{of}, "
+            f"{format_count(rate)}B/s{left * (files < self.total.files)}"
         )

@@ -1,9 +1,8 @@
-"""Small files that steer everything: written whole, and read back only if no byte has changed.
+"""Sealed files: small files that are written atomically and hold a checksum of their content.
 
-A sealed file holds the sha256 of all the rest of it: JSON in a last field "seal", a table in one
-more word of its first row, "seal:…". So a changed byte, a cut and a half of an older file are all
-noticed, and the file says so whatever wrote it. It is no protection against an enemy, who can seal
-anew: what comes from elsewhere is checked by what it says.
+The seal is the sha256 of everything else: in JSON the last field "seal", in a table one more word
+of the first row, "seal:…". A changed byte, a truncation and a mixture of two versions are detected
+by the file alone. It does not authenticate: files from elsewhere are checked by their content.
 
 Imports nothing of ours.
 """
@@ -22,16 +21,16 @@ FIELD, SEAL = '"seal": "', "seal:"
 
 
 class Damaged(ValueError):
-    """A small file whose bytes are not those that were written."""
+    """The bytes of a file do not match its seal."""
 
 
 def write_atomic(path: Path, text: str, read_only: bool = False, alone: bool = False) -> None:
-    """Write a small file that is there whole or not at all, also when the power fails.
+    """Write a small file atomically, also if the power fails.
 
     Args:
-        alone: nobody else writes this file now, so that drafts of it are of killed processes.
+        alone: no other process writes this file now, so its drafts are of killed ones: remove them.
 
-    Raises OSError where it cannot be written; a file of that name stays as it was.
+    Raises OSError if that fails; an existing file then stays as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in find_drafts(path.parent, path.name) if alone else ():
@@ -59,7 +58,7 @@ def hash_file(path: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Bring a file's bytes, or the names in a folder, to disk."""
+    """Sync a file's bytes, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -68,7 +67,7 @@ def fsync_path(path: Path) -> None:
 
 
 def find_drafts(folder: Path, name: str = "") -> list[Path]:
-    """What writers, of one file or of all, that were killed have left in a folder."""
+    """Drafts that killed writers, of one file or of any, left in a folder."""
     return sorted(folder.glob(f".{glob.escape(name) or '*'}.{'[0-9a-f]' * 8}"))
 
 
@@ -81,21 +80,14 @@ def dumps(value: Mapping[str, Any], indent: int | None = None) -> str:
 
 
 def loads(content: bytes, name: str | Path) -> dict[str, Any]:
-    """The object that `dumps` wrote, without its seal.
-
-    Args:
-        name: of the file, for the error.
-
-    Raises:
-        Damaged: a byte is another, or some are gone.
-    """
+    """The object that `dumps` wrote, without its seal. Raises Damaged, with the file's `name`."""
     value: dict[str, Any] = json.loads(_check_seal(content, name, "}", "\n}\n"))
     del value["seal"]
     return value
 
 
 def dump_lines(values: Sequence[Mapping[str, Any]]) -> str:
-    """JSON objects, one a line; the last has the seal of all."""
+    """JSON lines; the last object holds the seal of all."""
     *before, last = [json.dumps(dict(value)) for value in values]
     body = "".join(line + "\n" for line in before) + last.removesuffix("}") + ", "
     return body + _seal_line(body, "}\n")
@@ -115,7 +107,7 @@ def load_file(path: Path) -> dict[str, Any]:
 
 
 def dump_table(rows: Iterable[Iterable[str]]) -> str:
-    """Rows of words between tabs; the first has the seal of all as one more word."""
+    """A tab-separated table; its first row has the seal as one more word."""
     body = "".join("\t".join(row) + "\n" for row in rows)
     first, end, rest = body.partition("\n")
     return f"{first}\t{SEAL}{_digest(body)}{end}{rest}"
@@ -141,7 +133,7 @@ def _seal_line(body: str, last: str) -> str:
 
 
 def _check_seal(content: bytes, name: str | Path, *lasts: str) -> str:
-    """The text of JSON with a seal and one of these ends, if they are right. Raises Damaged."""
+    """The text of sealed JSON that ends in one of `lasts`. Raises Damaged."""
     text = _decode(content, name)
     body, _, end = text.rpartition(FIELD)
     if FIELD + end not in [_seal_line(body, last) for last in lasts]:
@@ -157,4 +149,4 @@ def _decode(content: bytes, name: str | Path) -> str:
 
 
 def _damaged(name: str | Path) -> Damaged:
-    return Damaged(f"{name} is damaged: its bytes are not those that were written")
+    return Damaged(f"{name} is damaged: its bytes do not match its seal")

@@ -1,22 +1,22 @@
-"""Joules that the processor packages use, by the kernel's counters (RAPL, in powercap)."""
+"""The energy that the processor packages use, by the kernel's RAPL counters (powercap)."""
 
 import time
 from pathlib import Path
 
 POWERCAP = Path("/sys/class/powercap")
-# More than a package draws, in watts. In a time in which that would fill a counter's range (about
-# 262 kJ: 4 minutes) the counter may come round more than once, and nobody sees how often.
+# Above the power of any package. In a time in which this power would fill a counter's range (about
+# 262 kJ: 4 minutes), the counter may overflow more than once, which cannot be detected.
 MAX_WATTS = 1000
 
 
 class EnergyMeter:
-    """Counts from when it is made."""
+    """Measures from its construction on."""
 
     def __init__(self) -> None:
         self._began, self._before = time.monotonic(), read_counters()
 
     def joules(self) -> float | None:
-        """So far; None where the kernel does not tell, or its counters came round too often."""
+        """Energy so far, in joules; None without counters, or if they may have overflowed twice."""
         longest = (time.monotonic() - self._began) * MAX_WATTS * 1e6
         now, total = read_counters(), 0
         if not now or now.keys() != self._before.keys():
@@ -24,13 +24,13 @@ class EnergyMeter:
         for meter, (count, size) in now.items():
             if longest >= size:
                 return None
-            # A counter goes from 0 to `size`, and begins again.
+            # A counter goes from 0 to `size`, then from 0 again.
             total += (count - self._before[meter][0]) % (size + 1)
         return total / 1e6
 
 
 def read_counters() -> dict[str, tuple[int, int]]:
-    """Each package's counter and the highest number that it shows, in microjoules."""
+    """Each package's counter and its maximum, in microjoules; {} if they are not readable."""
 
     def number(folder: Path, name: str) -> int:
         return int((folder / name).read_text())
@@ -40,5 +40,5 @@ def read_counters() -> dict[str, tuple[int, int]]:
             folder.name: (number(folder, "energy_uj"), number(folder, "max_energy_range_uj"))
             for folder in POWERCAP.glob("intel-rapl:?")
         }
-    except OSError:  # only root may read them, on most systems
+    except OSError:  # on most systems only root may read them
         return {}

@@ -1,4 +1,4 @@
-"""Public names of a package, imported when they are asked for."""
+"""Public names of a package that are imported at their first use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 def lazy_exports(
     package: str, homes: dict[str, list[str]]
 ) -> tuple[Callable[[str], Any], list[str]]:
-    """`__getattr__` and `__all__` for an `__init__.py`: `homes` maps its modules to their names.
+    """`__getattr__` and `__all__` (PEP 562) of a package: `homes` maps its modules to their names.
 
-    `import olmo.data` then costs nothing, and torch is imported with the first name that needs it.
+    `import olmo.data` then imports no module, and torch only with the first name that needs it.
     """
     home = {name: module for module, names in homes.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""The logger: what happens on stdout, what is wrong on stderr, and both in a stage's log file."""
+"""The logger: info on stdout, warnings and errors on stderr, everything in a stage's log file."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from contextlib import suppress
 
 from olmo.runtime.urls import redact
 
-# The log file of a stage, also for what it starts: `olmo <stage> --log FILE` sets it.
+# The log file of a stage and its child processes; set by `olmo <stage> --log FILE`.
 LOG_ENV = "OLMO_LOG"
-FAILED = "failed: "  # begins the last words in the log of a command that failed
+FAILED = "failed: "  # begins the last line in the log of a failed command
 REMEDIES = {
     errno.ENOENT: ", and none can be made there; name another place",
     errno.ENOSPC: ": the disk is full; make room, then run the same command again",
     errno.EDQUOT: ": the quota is full; make room, then run the same command again",
-    errno.EIO: ": the disk, or its file system, fails; mend it, then run the same command again",
+    errno.EIO: ": the disk, or its file system, fails; repair it, then run the same command again",
     errno.EROFS: "; name a place that can be written",
     errno.EACCES: "; name another place, or let this user use it",
     errno.EPERM: "; name another place, or let this user use it",
@@ -25,8 +25,8 @@ REMEDIES = {
 
 
 class _Lines(logging.Handler):
-    """A line in one piece for each message: info on stdout, warnings and errors on stderr, and all
-    in the log file; debug messages there alone. Credentials in URLs are masked."""
+    """Writes each message as one line: info to stdout, warnings and errors to stderr, all of them
+    and debug messages to the log file. Credentials in URLs are removed."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = redact(record.getMessage())
@@ -34,7 +34,7 @@ class _Lines(logging.Handler):
             stream = sys.stdout if record.levelno == logging.INFO else sys.stderr
             mark = "WARNING: " if record.levelno == logging.WARNING else ""
             text = f"{mark}{text}"
-            # `print` writes the line's end apart, and another process may write in between.
+            # One write: `print` writes the newline apart, and other processes write in between.
             stream.write(f"{text}\n")
             stream.flush()
         if path := os.environ.get(LOG_ENV):
@@ -49,29 +49,29 @@ log.handlers[:] = [_Lines()]
 
 
 def log_on_rank0_only(is_rank0: bool) -> None:
-    """Leave what all ranks would say alike to rank 0; errors, and the log file, are for any."""
+    """Drop info and warnings on other ranks than 0; debug messages and errors stay."""
     either = (logging.DEBUG, logging.ERROR)
     log.filters[:] = [] if is_rank0 else [lambda record: record.levelno in either]
 
 
 def describe_error(error: Exception) -> str:
-    """An error in a sentence; the system's own errors with the file and the remedy.
+    """An error as one sentence; an OSError with its file and a remedy.
 
     >>> describe_error(FileNotFoundError(2, "No such file or directory", "/proc/x"))
     '/proc/x: No such file or directory, and none can be made there; name another place'
     """
     if not isinstance(error, OSError):
         return str(error)
-    number, said = error.errno or 0, str(error)
-    if not number:  # as polars gives it
-        number = next((n for n in REMEDIES if f"(os error {n})" in said), 0)
+    number, message = error.errno or 0, str(error)
+    if not number:  # polars has it in the message only
+        number = next((n for n in REMEDIES if f"(os error {n})" in message), 0)
     if error.filename is not None and error.filename2 is None:
         place = error.filename
         place = "an open file" if isinstance(place, int) else os.fsdecode(place)
-        said = f"{place}: {error.strerror}"
+        message = f"{place}: {error.strerror}"
     elif number not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-        return said  # it is in words already
-    return f"{said}{REMEDIES.get(number, '')}"
+        return message  # it names its files
+    return f"{message}{REMEDIES.get(number, '')}"
 
 
 def format_duration(seconds: float) -> str:
@@ -86,7 +86,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_count(n: float) -> str:
-    """A number at a glance.
+    """A number with three digits and a unit.
 
     >>> format_count(950), format_count(21_460), format_count(3_100_000), format_count(7e9)
     ('950', '21.5k', '3.1M', '7B')

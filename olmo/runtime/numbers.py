@@ -1,4 +1,4 @@
-"""Numbers at the edge: what no float holds, and what JSON has no word for."""
+"""Infinities and NaN: a perplexity that overflows, and JSON, which has no such numbers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import math
 from typing import Any
 
-# As protobuf writes them in JSON, and as `float` reads them.
+# The spelling of protobuf's JSON format; `float` reads it.
 NON_FINITE = {word: float(word) for word in ("Infinity", "-Infinity", "NaN")}
 
 
 def perplexity(loss: float) -> float:
-    """e to the power of a loss in nats; inf where no float holds it, NaN of NaN.
+    """exp(loss), of a loss in nats; inf if that overflows, NaN of NaN.
 
     >>> perplexity(0.0), perplexity(1e4)
     (1.0, inf)
@@ -23,7 +23,7 @@ def perplexity(loss: float) -> float:
 
 
 def encode_non_finite(value: Any) -> Any:
-    """A value for JSON: its numbers that are not finite as words.
+    """A value for JSON, with infinities and NaN as strings.
 
     >>> encode_non_finite({"losses": [1.5, -math.inf, math.nan]})
     {'losses': [1.5, '-Infinity', 'NaN']}
@@ -38,12 +38,12 @@ def encode_non_finite(value: Any) -> Any:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """`json.dumps`, but valid JSON of numbers that are not finite, too: they are words."""
+    """`json.dumps`, but valid JSON (RFC 8259): infinities and NaN are strings."""
     return json.dumps(encode_non_finite(value), allow_nan=False, **options)
 
 
 def from_json(text: str | bytes) -> Any:
-    """What `to_json` wrote, with these numbers back: for what has no such words of its own.
+    """Parse the output of `to_json`. The strings "NaN", "Infinity" and "-Infinity" become numbers.
 
     >>> from_json('{"loss": "Infinity", "of": "heldout"}')
     {'loss': inf, 'of': 'heldout'}

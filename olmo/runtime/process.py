@@ -1,15 +1,13 @@
-"""Processes that do not outlive whoever asked for them.
+"""Child processes that end with the process that started them.
 
-kill -9 of snakemake, of a stage or of one rank must leave nothing running. Three threads of
-life do it, each for the case that the others cannot see:
+kill -9 of snakemake, of a stage or of one rank must leave nothing running:
 
-- `die_with_supervisor`: a stage watches the snakemake that started it, through the shell
-  in between;
-- `supervised`: what a stage starts lives in a process group of its own, next to a warden that
-  reads from a pipe only the stage holds open. However the stage ends, the pipe closes and the
+- `die_with_supervisor`: a stage watches the snakemake that started it through a shell;
+- `supervised`: a stage's child runs in a process group together with a warden process, which reads
+  from a pipe that the stage alone holds open. However the stage ends, the pipe closes, and the
   warden kills the group;
-- `die_with_parent`: a process whose parent we do not write (a rank under torchrun) asks the
-  kernel to be killed with it.
+- `die_with_parent`: a process started by others (a rank under torchrun) asks the kernel to be
+  killed when its parent ends.
 """
 
 import contextlib
@@ -24,43 +22,41 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-SUPERVISOR_ENV = "OLMO_SUPERVISOR"  # the pid of the snakemake for which a stage runs
-GRACE_S = 5.0  # from a polite SIGTERM to the end of the whole group
+SUPERVISOR_ENV = "OLMO_SUPERVISOR"  # the pid of the snakemake that runs this stage
+GRACE_S = 5.0  # from SIGTERM to SIGKILL
 
-# What a paused training run exits with: sysexits' EX_TEMPFAIL, "try again and it goes on".
-EXIT_PAUSED = 75
-STOP_FILE = "stop"  # a file in a run's folder: save and leave. It is gone when that is done
-PAUSED_FILE = "paused.json"  # a file there: at which step and why a run has saved and left
-# In the environment of a trainer that the pipeline started: its launcher reads the marker, and
-# torchrun is to see no failure in a pause, or it would start the processes again.
+EXIT_PAUSED = 75  # exit code of a paused training run: sysexits' EX_TEMPFAIL, "try again later"
+# Files in a run's folder:
+STOP_FILE = "stop"  # a request to save and exit; removed when that is done
+PAUSED_FILE = "paused.json"  # the run has saved and exited: at which step and why
+CAUSE_FILE = "cause.json"  # why the run failed, and whether another start would fail too
+FINISHED_FILE = "finished.json"  # the run is complete
+SEGMENTS_FILE = "segments.jsonl"  # on what it was trained from which step on
+# Set for a trainer that the pipeline started: its launcher reads PAUSED_FILE, and torchrun must
+# not see a failure in a pause, or it would restart the processes.
 LAUNCHED_ENV = "OLMO_LAUNCHED"
-CAUSE_FILE = (
-    "cause.json"  # a file there: what a run failed of, and whether another start would, too
-)
-FINISHED_FILE = "finished.json"  # a file there of a run that came to its end
-SEGMENTS_FILE = "segments.jsonl"  # a file there: from which step on it was trained on what
 
 
 class Paused(ChildProcessError):
-    """A run was asked to stop before its end, has saved, and goes on when it is asked for again."""
+    """A run stopped before its end on request and has saved; the same command resumes it."""
 
 
 def die_with_parent() -> None:
-    """The kernel kills this process when its parent ends (Linux; elsewhere a thread looks)."""
+    """Have the kernel kill this process when its parent ends (Linux; elsewhere a thread polls)."""
     parent = os.getppid()
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the kernel knew
+        if os.getppid() != parent:  # it ended before the call
             os.kill(os.getpid(), signal.SIGKILL)
     else:
         _exit_when(lambda: os.getppid() != parent)
 
 
 def die_with_supervisor() -> None:
-    """End this process at once when the snakemake named in $OLMO_SUPERVISOR ends.
+    """Exit at once when the snakemake of $OLMO_SUPERVISOR ends.
 
-    Nothing is cleaned up on purpose: an end at any moment is what the store is built for.
+    Without any cleanup: the store tolerates a kill at any moment.
     """
     pid = int(os.environ.get(SUPERVISOR_ENV, 0))
     if not pid or pid == os.getpid():
@@ -71,7 +67,7 @@ def die_with_supervisor() -> None:
     try:
         supervisor = os.pidfd_open(pid)
     except ProcessLookupError:
-        sys.exit(f"the snakemake that asked for this (pid {pid}) is gone")
+        sys.exit(f"the snakemake that started this stage (pid {pid}) has ended")
 
     def wait() -> None:
         select.select([supervisor], [], [])  # a pidfd is readable once its process has ended
@@ -81,7 +77,7 @@ def die_with_supervisor() -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this number exists on this machine."""
+    """Whether a process with this id exists on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -93,12 +89,12 @@ def is_alive(pid: int) -> bool:
 
 @contextlib.contextmanager
 def supervised(argv: Sequence[str], **popen: Any) -> Iterator[subprocess.Popen[Any]]:
-    """Run `argv` in a process group that ends, whole, no later than we do.
+    """Run `argv` in a process group that ends no later than this process.
 
-    On leaving the block a process that still runs gets SIGTERM, `GRACE_S` to follow it, then
-    the group is killed, grandchildren too.
+    At the end of the block a running process gets SIGTERM and `GRACE_S` to exit; then the group is
+    killed, grandchildren included.
     """
-    read, write = os.pipe()  # we hold the only writing end; exec closes it in every child
+    read, write = os.pipe()  # only we hold the write end: exec closes it in each child
     warden = subprocess.Popen(
         ["sh", "-c", "cat >/dev/null; kill -KILL 0"], stdin=read, process_group=0
     )
@@ -119,7 +115,7 @@ def supervised(argv: Sequence[str], **popen: Any) -> Iterator[subprocess.Popen[A
 
 
 def describe_exit(code: int) -> str:
-    """An exit status in words: "exit status 2", "killed by SIGKILL"."""
+    """An exit code as text: "exit status 2", "killed by SIGKILL"."""
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 

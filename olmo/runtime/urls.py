@@ -1,13 +1,12 @@
-"""URLs with secrets in them: used, but never told, written or sent on whole.
+"""Secrets in URLs: sent to the server, and never logged, written to files or used in keys.
 
-    url = entrusted("https://me:word@host/a.gz?id=7&X-Amz-Signature=ab")   # once, where it comes in
-    url                                                                    # https://host/a.gz?id=7
-    whole(url)                                                             # only to ask the server
+    url = stash_secrets("https://me:word@host/a.gz?id=7&X-Amz-Signature=ab") # where it is read
+    url                                                                      # https://host/a.gz?id=7
+    restore_secrets(url)                                                     # for the request alone
 
-What is left out stays in the environment of this process, and so in that of those it starts: user
-and password by the host, as in ~/.netrc, which does the same without a URL; a signature by the URL
-it stands in. Everything between the two ends has no secret that it could tell: keys of actions,
-records, listings, configs, shell lines, logs.
+The secrets are kept in the environment of this process, which its child processes inherit: user and
+password by host, as in ~/.netrc; a signature by its URL. Everything between input and request (keys
+of actions, records, listings, configs, command lines, logs) has the URL without them.
 
 Imports nothing of ours.
 """
@@ -22,13 +21,13 @@ from urllib.parse import quote
 
 Given = TypeVar("Given")
 
-# Up to the @, also where someone left a / or # of a password as it is: then what follows the : is
-# no port. In hf://name@revision/file it is no user.
+# Up to the @, even if a password contains an unescaped / or #: then the text after the : is no
+# port. In hf://name@revision/file the name is no user.
 _USER = r"(?<!hf://)(?:[^\s/?#]*@|[^\s/?#:\[]*:(?!\d*(?:[/?#\s]|$))\S*?@)"
 _USERINFO = re.compile(rf"(?<=://){_USER}")
 _URL = re.compile(rf"[A-Za-z][\w.+-]*://{_USER}?[^\s#]*")
 _ORIGIN = re.compile(rf"([A-Za-z][\w.+-]*://)({_USER})?([^\s/?#]*)")
-# Parameters that let in whoever has them, and those that come and go with them.
+# Query parameters that are secrets, and those that belong to them and are removed with them.
 _SECRET = re.compile(
     r"(x-(amz|goog)-(signature|credential|security-token)|signature|sig|awsaccesskeyid|jwt|sas"
     r"|\w*(token|secret|passw(or)?d)|pwd|auth(orization)?|credentials?|(\w*api|access|private)"
@@ -43,9 +42,7 @@ _COMPANION = re.compile(
 
 
 def redact(text: str) -> str:
-    """A URL, or a text with URLs in it, without users, passwords and signatures.
-
-    One that holds none comes back as it was.
+    """A URL, or a text with URLs, without users, passwords and signatures.
 
     >>> redact("gave up: http://me:word@host/a?id=7&sig=5d%3D&se=2026")
     'gave up: http://host/a?id=7'
@@ -64,10 +61,13 @@ def _strip(url: str) -> str:
 
 
 def stash_secrets(value: Given) -> Given:
-    """What came in, a text or lists and mappings of texts, with its URLs public.
+    """A value read from outside, with its URLs redacted; their secrets are kept for the request.
+
+    Args:
+        value: a text, or lists and mappings of texts; anything else is returned as it is.
 
     Raises:
-        ValueError: two URLs of a list that differ in their secrets alone.
+        ValueError: two URLs of a list differ in their secrets only.
     """
     made: Any = value
     if isinstance(value, str) and "://" in value:
@@ -88,13 +88,13 @@ def _check_distinct(given: Any, made: Any) -> None:
     for before, after in zip(given, made, strict=True):
         if isinstance(after, str) and first.setdefault(after, before) != before:
             raise ValueError(
-                f"two URLs differ in their secrets alone: {after}; expected different files"
+                f"two URLs differ in their secrets only: {after}; expected different files"
             )
 
 
 def _remember(url: str) -> None:
     shown = _strip(url)
-    for scheme, user, host in _ORIGIN.findall(url):  # of a mirror=mirror, two
+    for scheme, user, host in _ORIGIN.findall(url):  # two in mirror=mirror
         if user:
             kept = quote(user[:-1], safe="%:!$&'()*+,;=~")
             os.environ[_env_name(f"user of {scheme}{host}")] = kept
@@ -103,7 +103,7 @@ def _remember(url: str) -> None:
 
 
 def restore_secrets(url: str) -> str:
-    """A public URL with the secrets that came with it: for the one who asks its server."""
+    """A redacted URL with its secrets, to request it from its server."""
     if "://" not in url:
         return url
     url = os.environ.get(_env_name(url), url)
@@ -113,11 +113,11 @@ def restore_secrets(url: str) -> str:
 
 
 def check_no_secrets(url: str) -> None:
-    """Raises ValueError for a URL that came with secrets, where its scheme's client takes none."""
+    """Raises ValueError for a URL that had secrets, if the client of its scheme accepts none."""
     if restore_secrets(url) != url:
         raise ValueError(
-            f"{url}: expected credentials in the environment or where the cloud's own tools keep "
-            "them, found some in the URL, which only http(s) takes; set AWS_PROFILE, for example"
+            f"{url}: expected credentials in the environment or the cloud's own configuration, "
+            "found some in the URL, which only http(s) accepts; set AWS_PROFILE, for example"
         )
 
 

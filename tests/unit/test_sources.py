@@ -394,17 +394,17 @@ def test_a_whole_data_set_has_one_progress_display(tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(progress, "REPORT_INTERVAL_S", 100)
     with job() as first, job() as second:
-        first.add(1_000_000)
+        first.add_bytes(1_000_000)
         assert told()[0].startswith("2 of 9 files, 1.5MB of 4MB, ")
-        second.finish()
-        second.add(2_000_000)
+        second.add_file()
+        second.add_bytes(2_000_000)
         assert not told(), "the other job has told it a moment ago"
         monkeypatch.setattr(progress, "REPORT_INTERVAL_S", 0)
-        first.add(250_000)
+        first.add_bytes(250_000)
         (line,) = told()
         assert line.startswith("3 of 9 files, 3.75MB of 4MB, ") and line.endswith("0:00 left")
-        os.utime(second.word, (0, 0))  # killed long ago
-        first.add(250_000)
+        os.utime(second.status, (0, 0))  # killed long ago
+        first.add_bytes(250_000)
         assert told()[0].startswith("2 of 9 files, 2MB of 4MB, ")
     assert [path.name for path in tmp_path.iterdir()] == ["reported"]
 
