@@ -99,9 +99,9 @@ def test_the_command_in_the_message_converts_a_file_that_is_not_gz(
     name, pack = KINDS[kind]
     file = tmp_path / ("it's a.json.gz" if named_gz else f"it's a.{kind}")
     file.write_bytes(content := pack())
-    with pytest.raises(ValueError, match=f"found {name}.*Make one by") as raised:
+    with pytest.raises(ValueError, match=f"found {name}.*Convert it with") as raised:
         local_source.build(file=file, source=tmp_path / "source")
-    assert ("name that in the recipe" in str(raised.value)) is not named_gz
+    assert ("name that file in the recipe" in str(raised.value)) is not named_gz
     run_command_of(str(raised.value))
     (made,) = tmp_path.glob("*.gz")
     assert made == file or not named_gz
@@ -115,7 +115,8 @@ def test_the_command_in_the_message_converts_a_file_that_is_not_gz(
 @pytest.mark.parametrize("kind", ["zst", "parquet", "utf16"])
 def test_a_download_that_is_not_gz_is_an_error(tmp_path: Path, kind: str):
     (tmp_path / "draft").write_bytes(KINDS[kind][1]())
-    said = f"expected gzip, found {KINDS[kind][0]}. Download it, make gz of it by `.* part.{kind} "
+    found = KINDS[kind][0]
+    said = f"expected gzip, found {found}. Download it, convert it to gz with `.* part.{kind} "
     with pytest.raises(ValueError, match=said):
         check_source(tmp_path / "draft", f"https://a.org/x/part.{kind}?download=1", None, None)
 
