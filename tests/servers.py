@@ -1,5 +1,7 @@
 """Real servers on loopback: a folder by http, and S3."""
 
+from __future__ import annotations
+
 import base64
 import functools
 import http.server
@@ -146,3 +148,75 @@ def s3_server(bucket: str) -> Iterator[dict[str, str]]:
             yield surroundings
         finally:
             server.terminate()
+
+
+class ScriptedServer(http.server.ThreadingHTTPServer):
+    """Serves /name by the behaviour registered for it; counts requests and body bytes.
+
+    A behaviour gets the handler and the number of the request, from 1 on; `content` is what
+    `handler.file()` sends.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), ScriptedHandler)
+        self.content, self.sent = content, 0
+        self.behaviours: dict[str, Callable[[Any, int], object]] = {}
+        self.requests: list[tuple[str, dict[str, str]]] = []
+
+    def __call__(self, name: str, behaviour: Callable[[Any, int], object]) -> str:
+        self.behaviours["/" + name] = behaviour
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+    def handle_error(self, *_: object) -> None:
+        pass  # a client that hangs up is part of the plan
+
+
+class ScriptedHandler(http.server.BaseHTTPRequestHandler):
+    server: ScriptedServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        asked = [headers for path, headers in self.server.requests if path == self.path]
+        self.server.requests.append((self.path, dict(self.headers)))
+        self.server.behaviours[self.path](self, len(asked) + 1)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def answer(
+        self, status: int, body: bytes = b"", length: int | None = None, **headers: str
+    ) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+            self.server.sent += len(body)
+        if length is not None:
+            self.close_connection = True
+
+    def file(
+        self, content: bytes | None = None, cut: int | None = None, etag: str | None = '"1"'
+    ) -> None:
+        """As a good server does, Range and If-Range too; `cut`: hangs up after so many bytes."""
+        content = self.server.content if content is None else content
+        start, status = 0, 200
+        if "Range" in self.headers and self.headers.get("If-Range", etag) == etag:
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            status = 206
+        headers = {"ETag": etag} if etag else {}
+        if start >= len(content):
+            return self.answer(416, Content_Range=f"bytes */{len(content)}", **headers)
+        if status == 206:
+            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        body = content[start:]
+        if cut is None:
+            return self.answer(status, body, **headers)
+        return self.answer(status, body[:cut], length=len(body), **headers)

@@ -12,7 +12,6 @@ import yaml
 from olmo.corpus.ingest import parse_sources
 from olmo.corpus.listing import Entry, write_listing
 from olmo.corpus.order import order
-from olmo.corpus.source_table import Source, assign_names, complete_table, read_table, safe_name
 from olmo.io import sealed
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.workspace import next_steps
@@ -98,13 +97,6 @@ def test_a_pattern_that_takes_nothing_or_too_much_is_refused():
         plan(documents=weights).sources("mine")
 
 
-def test_names_of_files_alike_in_many_folders():
-    deep = "1/2/3/4/5/6/7/x.gz"
-    found = assign_names([Source("", f"{top}/{deep}") for top in "ab"])
-    assert [source.name for source in found] == ["a-1-2-3-4-5-6-7-x", "b-1-2-3-4-5-6-7-x"]
-    assert assign_names([]) == [] and assign_names([Source("", "https://host")])[0].name == "_"
-
-
 def test_a_place_and_its_mirrors_are_parted_again():
     Path("in/a#1 100%.json.gz").touch()
     mirrors = ["in/a=https://b/#", "elsewhere/=x"]
@@ -115,37 +107,6 @@ def test_a_place_and_its_mirrors_are_parted_again():
     assert file.place == "in/a#1 100%.json.gz" and file.mirrors == ("https://b/##1 100%.json.gz",)
     with pytest.raises(ValueError, match="expected beginning=beginning, found 'x'"):
         plan(sources={"files": ["in/a*"], "mirrors": ["x"]}).recipe("mine")
-
-
-def test_names_are_safe_and_unlike():
-    assert safe_name("-rf.json.gz") == "rf" and safe_name("a b\n.jsonl.gz") == "a_b_"
-    assert safe_name("part-0-00000.npy") == "part-0-00000"
-
-    def names(*places: str) -> list[str]:
-        return [source.name for source in assign_names([Source("", place) for place in places])]
-
-    assert names("x/part-0.gz", "y/part-0.gz") == ["x-part-0", "y-part-0"]
-    assert names("x/part-0.gz", "x/part-0.gz") == ["part-0", "part-0"]  # to be seen twice
-    with pytest.raises(ValueError, match=r"the name x-a_b: x/a b.gz and x/a_b.gz"):
-        names("x/a b.gz", "x/a_b.gz")
-
-
-TABLE = "url\tbytes\tsha256\tlicence\nhttps://x/a.json.gz\t12\t\todc-by\n"
-
-
-def test_a_table_is_completed_by_what_arrived(tmp_path: Path):
-    path = tmp_path / "table.tsv"
-    path.write_text(TABLE + f"https://x/b.json.gz\t\t{'b' * 64}\t\n")
-    complete_table(
-        path, {"https://x/a.json.gz": (12, "a" * 64), "https://x/b.json.gz": (9, "c" * 64)}
-    )
-    a, b = read_table(path)
-    assert (a.bytes, a.sha256, a.licence) == (12, "a" * 64, "odc-by")
-    assert (b.bytes, b.sha256) == (9, "b" * 64), "what was known stays"
-    for wrong in ("https://x/a\t12\tabc\n", "https://x/a\tmany\n", "\t12\n", "u\t1\t\t\tmore\n"):
-        path.write_text(TABLE + wrong)
-        with pytest.raises(ValueError, match="line 3: expected url, bytes"):
-            read_table(path)
 
 
 def test_a_vocabulary_that_does_not_fit_is_told_before_anything_is_tokenized():
@@ -363,7 +324,7 @@ def test_a_list_that_is_not_at_hand_says_what_follows(capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert said.count("known after its list") == 1 and "sources → documents → tokens" in said
     Path("data/mine").mkdir(parents=True)
-    Path("data/mine/sources.tsv").write_text(TABLE)
+    Path("data/mine/sources.tsv").write_text("url\tbytes\nhttps://x/a.json.gz\t12\n")
     assert not lists.needs_source_list("mine")
     words = "--sources a=https://x/a.json.gz --table data/mine/sources.tsv"
     assert lists.source_flags("mine", "000") == words

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import http.server
 import json
 import os
 import random
@@ -16,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from servers import ScriptedServer
 
 from olmo.corpus import ingest
 from olmo.corpus import listing as listings
@@ -38,69 +38,9 @@ FILE = gzip.compress(TEXT, mtime=0)
 OTHER = gzip.compress(TEXT[::-1], mtime=0)
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves /name by the behaviour registered for it; counts requests and body bytes."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.behaviours, self.requests, self.sent = {}, [], 0
-
-    def __call__(self, name, behaviour):
-        self.behaviours["/" + name] = behaviour
-        return f"http://127.0.0.1:{self.server_port}/{name}"
-
-    def handle_error(self, *_):
-        pass  # a client that hangs up is part of the plan
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        asked = [headers for path, headers in self.server.requests if path == self.path]
-        self.server.requests.append((self.path, dict(self.headers)))
-        self.server.behaviours[self.path](self, len(asked) + 1)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def answer(self, status, body=b"", length=None, **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-            self.server.sent += len(body)
-        if length is not None:
-            self.close_connection = True
-
-    def file(self, content=FILE, cut=None, etag='"1"'):
-        """As a good server does, Range and If-Range too; `cut`: hangs up after so many bytes."""
-        start, status = 0, 200
-        if "Range" in self.headers and self.headers.get("If-Range", etag) == etag:
-            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
-            status = 206
-        headers = {"ETag": etag} if etag else {}
-        if start >= len(content):
-            return self.answer(416, Content_Range=f"bytes */{len(content)}", **headers)
-        if status == 206:
-            headers["Content_Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        body = content[start:]
-        if cut is None:
-            return self.answer(status, body, **headers)
-        return self.answer(status, body[:cut], length=len(body), **headers)
-
-
 @pytest.fixture
 def server():
-    server = Server()
+    server = ScriptedServer(FILE)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
