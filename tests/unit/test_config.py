@@ -252,7 +252,7 @@ def test_an_unknown_type_of_tokens_is_a_type_error() -> None:
 
 def test_every_field_of_ours_is_said_to_be() -> None:
     page = (Path(__file__).parents[2] / "docs/deviations.md").read_text()
-    told = page.partition("- Ours, absent from saved configs")[2].partition("\n- ")[0]
+    told = page.partition("- Our own keys, absent from saved configs")[2].partition("\n- ")[0]
 
     def ours(cls: type, before: str = "") -> set[str]:
         named = {before + f.name for f in dataclasses.fields(cls) if f.metadata.get("extension")}
