@@ -14,7 +14,7 @@ min_version("9.27")
 
 from olmo.cluster.slurm_plugin import patch_plugin
 from olmo.pipeline import workspace
-from olmo.pipeline.damage import Damage
+from olmo.pipeline.damage import DamageScanner
 from olmo.pipeline.plan import Plan, match_any
 
 workspace.check_config_file("config/config.yaml")
@@ -25,7 +25,7 @@ configfile: "config/config.yaml"
 
 plan = Plan(config)
 # A job on another machine reads this file again; it runs one rule and looks for no damage.
-damage = Damage(plan, dry_run=lambda: workflow.dryrun, enabled=workflow.is_main_process)
+damage = DamageScanner(plan, dry_run=lambda: workflow.dryrun, enabled=workflow.is_main_process)
 workspace.set_job_environment(plan.store)
 if workflow.is_main_process:
     patch_plugin()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from olmo.bench.script import describe_run, interleave, medians, parse_options, ratios
+from olmo.bench.script import describe_run, measure_interleaved, medians, parse_options, ratios
 from olmo.checkpoint.huggingface import build_config_json, to_hf_weights
 from olmo.config import ModelConfig
 from olmo.model import OLMo
@@ -85,7 +85,7 @@ def time_products(model: OLMo, rounds: int) -> dict[str, dict[str, float]]:
         "ours": lambda: time_product(linear, weights),
     }
     with torch.no_grad():
-        cpu_s = medians(interleave(8 * rounds, programs))
+        cpu_s = medians(measure_interleaved(8 * rounds, programs))
     size = sum(weight.nbytes for weight in weights) / 1e9
     return {name: {"cpu_s": s, "gb_per_cpu_s": size / s} for name, s in cpu_s.items()}
 
@@ -126,7 +126,7 @@ def main() -> None:
     for side in sides:
         generate(side, 2)  # allocates
     programs = {side: lambda side=side: generate(side, options.tokens) for side in sides}
-    costs = interleave(options.rounds, programs)
+    costs = measure_interleaved(options.rounds, programs)
     uncached_s = time_without_cache(ours, outputs["ours"], options.prompt, options.every)
     cpu_s, of_rounds = medians(costs), ratios(costs["transformers"], costs["ours"])
     result = {

@@ -74,7 +74,7 @@ def main() -> None:
     import numpy as np
 
     from olmo.bench.pairs import PYTHON, peer_environment, start_worker
-    from olmo.bench.script import describe_run, interleave, medians, parse_options, ratios
+    from olmo.bench.script import describe_run, measure_interleaved, medians, parse_options, ratios
     from olmo.bench.table import markdown_table
 
     options = parse_options(
@@ -107,7 +107,7 @@ def main() -> None:
             return reply["rate"]
 
         programs = {side: lambda side=side: read(side) for side in workers}
-        rates = interleave(options.rounds + 1, programs)
+        rates = measure_interleaved(options.rounds + 1, programs)
         rates = {side: values[1:] for side, values in rates.items()}  # the first is a warm-up
     for first in range(0, len(checksums), len(pythons)):
         sums = checksums[first : first + len(pythons)]

@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile
 
-from olmo.bench.script import describe_run, interleave, medians, parse_options
+from olmo.bench.script import describe_run, measure_interleaved, medians, parse_options
 from olmo.config import TrainConfig
 from olmo.distributed.reduce import GradientReducer, assign_buckets
 from olmo.distributed.world import join_world, leave_world
@@ -93,7 +93,7 @@ def run_rank(number: int, port: int, steps: int, results: Any) -> None:
 
     step(True)
     programs = {"with_s": lambda: time_step(True), "without_s": lambda: time_step(False)}
-    seconds = medians(interleave(steps, programs))
+    seconds = medians(measure_interleaved(steps, programs))
     world.barrier()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(steps):

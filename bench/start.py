@@ -22,7 +22,7 @@ import numpy as np
 from olmo.bench.script import (
     cpu_time,
     describe_run,
-    interleave,
+    measure_interleaved,
     medians,
     parse_options,
     process_cpu_time,
@@ -89,7 +89,9 @@ def main() -> None:
             return wall
 
         kinds = ("eager", "compiled, cold cache", "compiled, warm cache")
-        wall = interleave(options.rounds, {kind: lambda kind=kind: start(kind) for kind in kinds})
+        wall = measure_interleaved(
+            options.rounds, {kind: lambda kind=kind: start(kind) for kind in kinds}
+        )
     print(f"\n{describe_run(f'{options.rounds} rounds')}\n")
     wall_s, cpu_s = medians(wall), medians(cpu)
     rows = [

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from olmo.bench.script import describe_run, interleave, medians, parse_options
+from olmo.bench.script import describe_run, measure_interleaved, medians, parse_options
 from olmo.io import gz
 
 OURS = """
@@ -82,7 +82,7 @@ def main() -> None:
             return float(subprocess.check_output([sys.executable, "-c", text]))
 
         runs = {name: lambda name=name: run(name) for name in programs}
-        cpu = medians(interleave(options.rounds, runs))
+        cpu = medians(measure_interleaved(options.rounds, runs))
         ours, seed = (gzip.decompress(Path(folder, name).read_bytes()) for name in ("ours", "seed"))
         assert ours == seed, "expected the same lines from ours and from zcat | awk | gzip"
     print(describe_run())

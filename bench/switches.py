@@ -20,7 +20,7 @@ import torch
 
 from olmo.bench.cell import build_workload
 from olmo.bench.matrix import COMPILE_MODES, EAGER, NONE, Cell, load_section
-from olmo.bench.script import describe_run, interleave, parse_options, ratios
+from olmo.bench.script import describe_run, measure_interleaved, parse_options, ratios
 from olmo.bench.timing import Unavailable, Workload, time_steps
 
 MATRIX = Path(__file__).parents[1] / "config/bench/tps.yaml"
@@ -62,7 +62,7 @@ def main() -> None:
         for _ in range(section.warmup):  # compiles, allocates
             step()
         steps[cell.name] = step
-    costs = interleave(options.rounds, steps)
+    costs = measure_interleaved(options.rounds, steps)
     device = torch.cuda.get_device_name() if cuda else "one thread, CPU time"
     shape = f"{options.shape}, microbatch {options.microbatch}"
     print(describe_run(f"torch {torch.__version__}", device, shape))

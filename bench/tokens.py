@@ -19,7 +19,7 @@ from pathlib import Path
 from olmo.bench.script import (
     cpu_time,
     describe_run,
-    interleave,
+    measure_interleaved,
     medians,
     parse_options,
     process_cpu_time,
@@ -75,7 +75,7 @@ def main() -> None:
         for engine in engines.values():
             time_engine(short, engine, dolma, *settings)
         programs = {name: lambda name=name: run_engine(name) for name in engines}
-        cpu = medians(interleave(options.rounds, {"bare": run_bare, **programs}))
+        cpu = medians(measure_interleaved(options.rounds, {"bare": run_bare, **programs}))
         assert len(outputs) == 1, "expected equal outputs of the engines"
         megabytes = float((large / "megabytes").read_text())
     print(describe_run(pinned_toolkit(REQUIREMENTS)))

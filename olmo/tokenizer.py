@@ -95,8 +95,8 @@ class Tokenizer:
             if "://" in place:
                 path = Path(folder, "config.yaml")
                 fetch(place, path, Path(folder, "part"))
-            tokenizer = TokenizerConfig.load(path, key="tokenizer", foreign=True)
-            model = ModelConfig.load(path, key="model", foreign=True)
+            tokenizer = TokenizerConfig.load(path, key="tokenizer", untrusted=True)
+            model = ModelConfig.load(path, key="model", untrusted=True)
         return cls._from_configs(tokenizer, model)
 
     @classmethod

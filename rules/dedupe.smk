@@ -4,7 +4,7 @@
 
 rule attributes:
     input:
-        lambda w: damage.journal(w.dataset),
+        lambda w: damage.update_journal(w.dataset),
         documents=lambda w: listings(w.dataset, "documents"),
         against=lambda w: plan.decontamination_files(w.dataset),
         environment=dolma_environment,
@@ -27,7 +27,7 @@ rule attributes:
 
 rule mixed:
     input:
-        lambda w: damage.journal(w.dataset),
+        lambda w: damage.update_journal(w.dataset),
         documents="data/{dataset}/documents/{batch}.tsv",
         attributes="data/{dataset}/attributes/all.tsv",
         environment=dolma_environment,

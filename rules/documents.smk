@@ -3,7 +3,7 @@
 
 rule documents:
     input:
-        lambda w: damage.journal(w.dataset),
+        lambda w: damage.update_journal(w.dataset),
         sources="data/{dataset}/sources/{batch}.tsv",
     output:
         "data/{dataset}/documents/{batch}.tsv",

@@ -6,7 +6,7 @@ ruleorder: instructions > tokens
 
 rule instructions:
     input:
-        lambda w: damage.journal(w.dataset),
+        lambda w: damage.update_journal(w.dataset),
         documents="data/{dataset}/documents/{batch}.tsv",
         tokenizer="data/{dataset}/tokenizer.json",
     output:

@@ -3,7 +3,7 @@
 
 rule order:
     input:
-        lambda w: damage.journal(plan.dataset(w.run)),
+        lambda w: damage.update_journal(plan.dataset(w.run)),
         tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
     output:
         "checkpoints/{run}/global_indices.npy",

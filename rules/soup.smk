@@ -6,7 +6,7 @@ ruleorder: soup > train
 
 rule soup:
     input:
-        lambda w: damage.journal(plan.dataset(w.run)),
+        lambda w: damage.update_journal(plan.dataset(w.run)),
         finals=lambda w: [f"checkpoints/{run}/final" for run in plan.pipeline.soups[w.run]],
     output:
         directory("checkpoints/{run}/final"),

@@ -15,7 +15,7 @@ checkpoint source_list:
 
 rule sources:
     input:
-        lambda w: damage.journal(w.dataset),
+        lambda w: damage.update_journal(w.dataset),
         lambda w: plan.local_files(w.dataset, w.batch),
     output:
         "data/{dataset}/sources/{batch}.tsv",

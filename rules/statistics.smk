@@ -3,7 +3,7 @@
 
 rule statistics:
     input:
-        lambda w: damage.journal(w.dataset),
+        lambda w: damage.update_journal(w.dataset),
         documents=lambda w: listings(w.dataset, plan.documents_stage(w.dataset)),
         tokens=lambda w: listings(w.dataset, "tokens"),
     output:

@@ -7,7 +7,7 @@ ruleorder: given_tokens > tokens
 
 rule given_tokens:
     input:
-        lambda w: damage.journal(w.dataset),
+        lambda w: damage.update_journal(w.dataset),
         lambda w: plan.local_files(w.dataset, w.batch),
     output:
         "data/{dataset}/tokens/{batch}.tsv",
@@ -24,7 +24,7 @@ rule given_tokens:
 
 rule tokenizer:
     input:
-        lambda w: damage.journal(w.dataset),
+        lambda w: damage.update_journal(w.dataset),
         documents=lambda w: (
             listings(w.dataset, plan.documents_stage(w.dataset))
             if plan.trains_tokenizer(w.dataset)
@@ -44,7 +44,7 @@ rule tokenizer:
 
 rule tokens:
     input:
-        lambda w: damage.journal(w.dataset),
+        lambda w: damage.update_journal(w.dataset),
         documents=lambda w: f"data/{w.dataset}/{plan.documents_stage(w.dataset)}/{w.batch}.tsv",
         tokenizer="data/{dataset}/tokenizer.json",
         environment=dolma_environment,

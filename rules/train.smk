@@ -18,7 +18,7 @@ rule start:
 
 rule train:
     input:
-        lambda w: damage.journal(plan.dataset(w.run)),
+        lambda w: damage.update_journal(plan.dataset(w.run)),
         tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
         order="checkpoints/{run}/global_indices.npy",
         tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",

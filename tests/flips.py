@@ -70,9 +70,9 @@ def manifest(project: Project, path: Path) -> Any:
 
 
 def segments(project: Project, path: Path) -> Any:
-    from olmo.train.segments import segments
+    from olmo.train.segments import read_segments
 
-    found = segments(path.parent)
+    found = read_segments(path.parent)
     return None if any("damaged" in segment for segment in found) else found
 
 

@@ -261,12 +261,12 @@ def time_pair(
         ]
         expired = stack.enter_context(kill_after(limit_s, *(w.process for w in workers)))
         try:
-            return record | {"status": "ok"} | take_turns(section, pair, peer, kind, *workers)
+            return record | {"status": "ok"} | time_alternating(section, pair, peer, kind, *workers)
         except WorkerError as error:
             return record | failure_record(error, expired.is_set(), limit_s)
 
 
-def take_turns(
+def time_alternating(
     section: Section, pair: Pair, peer: Peer, kind: str, theirs: Worker, ours: Worker
 ) -> dict[str, Any]:
     """Costs of each side and their ratios.

@@ -44,7 +44,9 @@ def describe_run(*facts: object) -> str:
     return ", ".join([f"{date.today()}", machine, python, *map(str, facts)])
 
 
-def interleave(rounds: int, programs: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+def measure_interleaved(
+    rounds: int, programs: Mapping[str, Callable[[], float]]
+) -> dict[str, list[float]]:
     """The cost of each program in each round. A round runs every program once, so that other load
     on the machine slows all of them alike."""
     costs: dict[str, list[float]] = {name: [] for name in programs}

@@ -181,10 +181,14 @@ def describe_machines(records: list[Record]) -> list[str]:
     beside += [f"with torch {', '.join(sorted(torches))} for them"] * bool(torches)
     days = sorted({record["started"][:10] for record in records})
     day = " to ".join(dict.fromkeys(days[:1] + days[-1:]))
-    return [f"{'; '.join([*sorted(machines), *beside])}; {day}.", *load_warning(records), ""]
+    return [
+        f"{'; '.join([*sorted(machines), *beside])}; {day}.",
+        *format_cpu_load_warning(records),
+        "",
+    ]
 
 
-def load_warning(records: list[Record]) -> list[str]:
+def format_cpu_load_warning(records: list[Record]) -> list[str]:
     """A warning where other processes used the CPU that was measured."""
     loads = [(r["load"], r["cores"]) for r in records if r["kind"] == "cpu" and "load" in r]
     # Compiling has more processes than cores for a while.

@@ -305,7 +305,7 @@ def write_hf_folder(
     Raises ValueError for a model that transformers cannot express, or another model's tokenizer.
     """
     (folder / "config.yaml").write_text(config_yaml)
-    config = ModelConfig.load(folder / "config.yaml", key="model", foreign=True)
+    config = ModelConfig.load(folder / "config.yaml", key="model", untrusted=True)
     hf_weights = to_hf_weights(weights, config)
     dtypes = {tensor.dtype for tensor in hf_weights.values()}
     if len(dtypes) > 1:
@@ -379,7 +379,7 @@ def read_hf_folder(folder: Path) -> tuple[dict[str, Tensor], str]:
     own_config = folder / "config.yaml"
     if own_config.exists():
         config_yaml = own_config.read_text()
-        config = ModelConfig.load(own_config, key="model", foreign=True)
+        config = ModelConfig.load(own_config, key="model", untrusted=True)
         # Compare parsed models, since each version of transformers writes other keys.
         expected = build_config_json(config)
         found = build_config_json(parse_config_json(settings, config.vocab_size))

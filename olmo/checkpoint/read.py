@@ -212,7 +212,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> OLMo:
 
     folder = Path(folder)
     checkpoint = load_checkpoint(folder, optimizer=False, trainer=False)
-    config = ModelConfig.load(folder / "config.yaml", key="model", foreign=True)
+    config = ModelConfig.load(folder / "config.yaml", key="model", untrusted=True)
     model = OLMo(config.update_with(init_device="cpu"), init_params=False)
     load_weights(model, checkpoint)
     return model.to(device).eval()

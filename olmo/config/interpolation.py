@@ -1,6 +1,6 @@
 """`${name:…}` in a config: environment variables, files and other keys, resolved by OmegaConf.
 
-A foreign config, which came with a checkpoint or from a URL, learns nothing of this machine.
+An untrusted config, which came with a checkpoint or from a URL, learns nothing of this machine.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from olmo.io.patterns import match_files
 
 KeyPath = tuple[str | int, ...]  # the keys and indices that lead to a value in a config
 
-STORE = "OLMO_STORE"  # foreign configs may read it: those of final checkpoints locate data by it
+STORE = "OLMO_STORE"  # untrusted configs may read it: those of final checkpoints locate data by it
 # OmegaConf's own resolvers that read nothing but the config.
 PURE = ("oc.create", "oc.decode", "oc.deprecated", "oc.dict.keys", "oc.dict.values", "oc.select")
 
 
 @contextlib.contextmanager
 def registered_resolvers(
-    validate_paths: bool, foreign: bool
+    validate_paths: bool, untrusted: bool
 ) -> Iterator[tuple[set[str], set[str]]]:
     """Register the resolvers of ${name:…} in the block.
 
     Yields two sets, to which the resolvers add the variables read, and the names withheld from a
-    foreign config.
+    untrusted config.
     """
     from omegaconf import OmegaConf
     from omegaconf.basecontainer import BaseContainer
@@ -79,7 +79,7 @@ def registered_resolvers(
         return f"{folder.rstrip('/')}/{latest[0]}"
 
     def environment(name: str, *default: Any) -> Any:
-        if foreign and name != STORE:
+        if untrusted and name != STORE:
             if default:
                 return default[0] if default[0] is None else str(default[0])
             return withhold(name)
@@ -99,7 +99,7 @@ def registered_resolvers(
         "path.last_checkpoint": path_last_checkpoint,
     }
     before = dict(BaseContainer._resolvers)
-    if foreign:  # resolvers that other libraries have registered are withheld as well
+    if untrusted:  # resolvers that other libraries have registered are withheld as well
         ours = {*before, *known} - set(PURE)
         known = dict.fromkeys(ours, withhold)
     for name, resolver in (known | {"oc.env": environment}).items():
@@ -112,7 +112,7 @@ def registered_resolvers(
 
 
 def resolve_config(
-    cls: type, raw: dict[str, Any], overrides: Iterable[str], validate_paths: bool, foreign: bool
+    cls: type, raw: dict[str, Any], overrides: Iterable[str], validate_paths: bool, untrusted: bool
 ) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     """Apply overrides and resolve ${interpolations}, by OmegaConf.
 
@@ -165,7 +165,7 @@ def resolve_config(
             # A mapping is merged into the section, as in OLMo; any other value replaces it.
             OmegaConf.update(tree, name, parsed, merge=isinstance(parsed, dict), force_add=True)
         from_environment: dict[KeyPath, str] = {}
-        with registered_resolvers(validate_paths, foreign) as (read, withheld):
+        with registered_resolvers(validate_paths, untrusted) as (read, withheld):
             for place, text in list(_interpolated(OmegaConf.to_container(tree), ())):
                 read.clear()
                 withheld.clear()

@@ -48,7 +48,7 @@ class BaseConfig:
         overrides: Iterable[str] | None = None,
         key: str | None = None,
         validate_paths: bool = True,
-        foreign: bool = False,
+        untrusted: bool = False,
     ) -> Self:
         """Read a YAML file, with `--a.b=value` or `a.b=value` overrides; a bare flag means true.
 
@@ -57,7 +57,7 @@ class BaseConfig:
         Args:
             key: load one section of the file (`ModelConfig.load(path, key="model")`).
             validate_paths: False lets ${path.glob:…} and ${path.choose:…} match nothing.
-            foreign: the config came with a checkpoint or from a URL, and may read nothing of this
+            untrusted: the config came with a checkpoint or from a URL, and may read nothing of this
                 machine but OLMO_STORE: ${oc.env:NAME,default} is the default, and ${oc.env:NAME},
                 ${path.glob:…} and the like stay text.
 
@@ -79,7 +79,7 @@ class BaseConfig:
         from_environment: dict[KeyPath, str] = {}
         try:
             plain, from_environment = resolve_config(
-                cls, raw, overrides or (), validate_paths, foreign
+                cls, raw, overrides or (), validate_paths, untrusted
             )
             config = convert_value(cls.update_legacy_settings(plain), cls, "")
         except (ValueError, RecursionError) as error:
@@ -89,7 +89,7 @@ class BaseConfig:
                 if value is not None and len(str(value)) > 3:  # a shorter one may be part of a word
                     message = message.replace(str(value), text)
             hint = "; a config from elsewhere reads nothing of this machine: write the value"
-            raise ValueError(f"{path}: {message}{hint * (foreign and '${' in message)}") from None
+            raise ValueError(f"{path}: {message}{hint * (untrusted and '${' in message)}") from None
         plain = to_plain(config, all_fields=True)
         config.from_environment = {
             place: (text, value)

@@ -140,7 +140,9 @@ def convert_to_json_lines(file: Path, source: Path, name: str) -> int:
     else:
         found, command = file_types.detect_type(beginning)
         remedy = (
-            f"Convert it to gz with `{file_types.gz_command(name, command)}`" if command else ""
+            f"Convert it to gz with `{file_types.format_gz_conversion(name, command)}`"
+            if command
+            else ""
         )
         raise ValueError(
             f"{name}: expected conversations (JSON lines, gz or plain, or parquet), found {found}. "

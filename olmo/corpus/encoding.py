@@ -51,11 +51,11 @@ def make_encoder(content: bytes, special_as_text: bool) -> Encode:
     Raises ValueError, with the reason, for a tokenizer that cannot be reproduced.
     """
     tokenizer = json.loads(content)
-    if reason := why_irreproducible(tokenizer):
+    if reason := find_reproducibility_problem(tokenizer):
         raise ValueError(
             f"the engine `fast` cannot reproduce this tokenizer: {reason}. Use the engine `dolma`"
         )
-    if why_not_tiktoken(tokenizer, content.decode()) is None:
+    if find_tiktoken_problem(tokenizer, content.decode()) is None:
         return tiktoken_encoder(tokenizer, special_as_text)
     return tokenizers_encoder(content, special_as_text)
 
@@ -124,7 +124,7 @@ def tiktoken_encoder(tokenizer: dict[str, Any], special_as_text: bool) -> Encode
     return encode
 
 
-def why_irreproducible(tokenizer: dict[str, Any]) -> str | None:
+def find_reproducibility_problem(tokenizer: dict[str, Any]) -> str | None:
     """Why a tokenizer's ids depend on more than the text; None if they do not."""
     if tokenizer["model"].get("dropout"):
         return "its model has dropout"
@@ -208,7 +208,7 @@ def has_long_space(text: str) -> bool:
     return re.search(rf"\s{{{MAX_SPACE_RUN}}}", text) is not None
 
 
-def why_not_tiktoken(tokenizer: dict[str, Any], content: str) -> str | None:
+def find_tiktoken_problem(tokenizer: dict[str, Any], content: str) -> str | None:
     """Why tiktoken cannot replace a tokenizer; None if it can."""
     model = tokenizer["model"]
     if model.get("type") != "BPE":

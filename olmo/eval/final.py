@@ -19,9 +19,9 @@ from olmo.runtime import numbers
 LABEL = "heldout"
 
 
-def load_final(checkpoint: Path) -> tuple[TrainConfig, World, OLMo]:
+def set_up_evaluation(checkpoint: Path) -> tuple[TrainConfig, World, OLMo]:
     """A final checkpoint's config, this process's world, and the model."""
-    cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
+    cfg = TrainConfig.load(checkpoint / "config.yaml", untrusted=True)
     if cfg.intra_op_threads is not None:
         torch.set_num_threads(cfg.intra_op_threads)
     world = join_world()
@@ -38,7 +38,7 @@ def measure_perplexity(
 
     Raises ValueError if the files hold no instance of the model's sequence length.
     """
-    cfg, world, model = load_final(checkpoint)
+    cfg, world, model = set_up_evaluation(checkpoint)
     data = DataConfig(
         paths=[str(path) for path in heldout],
         label_mask_paths=None if labels is None else [str(path) for path in labels],
@@ -86,7 +86,7 @@ def score_task(
     """
     from tokenizers import Tokenizer
 
-    cfg, world, model = load_final(checkpoint)
+    cfg, world, model = set_up_evaluation(checkpoint)
     cfg = cfg.update_with(hf_datasets_cache_dir=None if folder is None else str(folder))
     settings = EvaluatorConfig(
         task.label,

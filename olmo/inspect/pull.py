@@ -50,7 +50,7 @@ def pull_shards(store: Store, remote: Remote, final: Path, steps: Iterable[int])
     Raises ValueError if `final` is not the pipeline's, or the run has no such step.
     """
     record = record_of(store, final)
-    cfg = TrainConfig.load(final / "config.yaml", foreign=True)
+    cfg = TrainConfig.load(final / "config.yaml", untrusted=True)
     last = record["facts"].get("steps", 0)
     if wrong := [step for step in steps if not 1 <= step <= last]:
         raise ValueError(f"{final}: expected steps from 1 to {last}, found {wrong[0]}")

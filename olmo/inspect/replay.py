@@ -29,7 +29,7 @@ def replay(checkpoint: str, /, steps: str) -> None:
     """
     from olmo.train.segments import (  # which imports torch
         merge_equal,
-        segments,
+        read_segments,
         training_conditions,
     )
 
@@ -47,7 +47,7 @@ def replay(checkpoint: str, /, steps: str) -> None:
         train_again(run, start, start_folder, parts, chosen[-1], Path(folder))
         again = read_step_metrics(Path(folder, "metrics.jsonl"))
         weights = max_weight_difference(run, Path(folder)) if chosen[-1] == last_step else None
-        here, there = training_conditions(segments(Path(folder))), training_conditions(parts)
+        here, there = training_conditions(read_segments(Path(folder))), training_conditions(parts)
 
     differing = [
         step for step in chosen if any(recorded[step][n] != again[step][n] for n in (LOSS, NORM))

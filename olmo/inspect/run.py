@@ -100,12 +100,12 @@ class TrainedRun:
 
         For a run by URL with a given order only that is used, since OLMo's runs have no segments.
         """
-        from olmo.train.segments import segments  # which imports torch
+        from olmo.train.segments import read_segments  # which imports torch
 
         if self.record:
             return history.collect_segments(current_store(), self.record)
         if not is_url(self.folder):
-            return segments(self.run_folder)
+            return read_segments(self.run_folder)
         url, _, name = self.folder.rpartition("/")
         place = url if layout.is_checkpoint_name(Path(name)) else self.folder
         if self._order or not http_client.is_http(http_client.to_public_url(place)):
@@ -113,7 +113,7 @@ class TrainedRun:
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(http_client.NotFound):
             file, part = Path(folder, SEGMENTS_FILE), Path(folder, "part")
             downloads.fetch(f"{place}/{SEGMENTS_FILE}", file, part, max_bytes=MAX_CONFIG_BYTES)
-            return segments(Path(folder))
+            return read_segments(Path(folder))
         return []
 
     @cached_property
@@ -288,8 +288,8 @@ def load_run_config(place: str) -> TrainConfig:
     """Load a run's config from a path or URL, without checking the paths in it."""
     if not is_url(place):
         ours = Path(place).resolve().is_relative_to(Path("config").resolve())
-        return TrainConfig.load(place, validate_paths=False, foreign=not ours)
+        return TrainConfig.load(place, validate_paths=False, untrusted=not ours)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.yaml")
         downloads.fetch(place, path, Path(folder, "part"), max_bytes=MAX_CONFIG_BYTES)
-        return TrainConfig.load(path, foreign=True)
+        return TrainConfig.load(path, untrusted=True)

@@ -108,7 +108,7 @@ def read_text(path: Path, name: str) -> str:
     raise ValueError(f"{name}: expected text in UTF-8, found {found}{remedy}")
 
 
-def gz_command(name: str, command: str) -> str:
+def format_gz_conversion(name: str, command: str) -> str:
     """A command line that converts the file `name` to gz; `command` writes its text to stdout.
 
     A file with the suffix .gz is first renamed to <name>.orig.

@@ -145,7 +145,9 @@ def check_is_gzip(path: Path, name: str) -> None:
     if "://" in name or not Path(name).exists():
         remedy = "Check its URL and download it again"
         if command:
-            made = file_types.gz_command(urlparse(name).path.rpartition("/")[2] or "FILE", command)
+            made = file_types.format_gz_conversion(
+                urlparse(name).path.rpartition("/")[2] or "FILE", command
+            )
             remedy = (
                 f"Download it, convert it to gz with `{made}`, and name that file in the recipe"
             )
@@ -154,7 +156,11 @@ def check_is_gzip(path: Path, name: str) -> None:
         command = f"{file_types.TEXT_TO_DOCUMENTS} {shlex.quote(name)}"
         remedy = f" Make one document of the file with `{command}`"
     else:
-        remedy = f" Convert it with `{file_types.gz_command(name, command)}`" if command else ""
+        remedy = (
+            f" Convert it with `{file_types.format_gz_conversion(name, command)}`"
+            if command
+            else ""
+        )
     named = ", and name that file in the recipe" if remedy and not name.endswith(".gz") else ""
     raise ValueError(
         f'{name}: expected a gz file of JSON lines with "id" and "text", found {found}.'

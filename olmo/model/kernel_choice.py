@@ -158,11 +158,11 @@ def find_kernel_problem(
     backend: Backend, setting: AttentionSetting, with_trial: bool = True
 ) -> str | None:
     """None where `backend` works, forward and backward, else one sentence with the remedy."""
-    problem = _find_limit(backend, setting)
+    problem = _find_unmet_requirement(backend, setting)
     return run_trial(backend, setting) if problem is None and with_trial else problem
 
 
-def _find_limit(backend: Backend, setting: AttentionSetting) -> str | None:
+def _find_unmet_requirement(backend: Backend, setting: AttentionSetting) -> str | None:
     """The known limit that forbids a kernel here, as one sentence, or None."""
     device, dtype, head_size = setting.device, setting.dtype, setting.head_size
     kernel = KERNELS[backend]

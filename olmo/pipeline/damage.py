@@ -19,7 +19,7 @@ from olmo.pipeline.plan import Plan
 from olmo.store.store import utc_now
 
 
-class Damage:
+class DamageScanner:
     """Finds damage and keeps the journals of a plan's data sets, each checked once.
 
     Args:
@@ -36,7 +36,7 @@ class Damage:
         self._journals: dict[str, list[str]] = {}
         self._temporary = tempfile.TemporaryDirectory()  # gone with this process
 
-    def journal(self, dataset: str) -> list[str]:
+    def update_journal(self, dataset: str) -> list[str]:
         """The file that every rule of a data set has as input; it is touched when damage is found.
 
         A dry run writes nothing and deletes only dangling links: if there is damage, a temporary

@@ -32,7 +32,7 @@ def heldout(
     """
     found = {current_store().digest(path): str(path) for path in tokenizers}
     known = find_token_shards(current_store())
-    cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
+    cfg = TrainConfig.load(checkpoint / "config.yaml", untrusted=True)
     heldout_tokens = [entry.sha256 for entry in read_listing(tokens, "heldout-tokens")]
     for shard in select_shards((*(cfg.data.paths or []), *heldout_tokens), known):
         digest = shard.tokenizer.name
@@ -284,7 +284,7 @@ def measurement_conditions(checkpoint: Path) -> dict[str, Any]:
     """The device, threads and torch version, on which the bits of a measurement depend."""
     import torch
 
-    cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
+    cfg = TrainConfig.load(checkpoint / "config.yaml", untrusted=True)
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),

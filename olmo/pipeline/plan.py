@@ -40,7 +40,7 @@ from olmo.pipeline.source_files import (
     source_table_path,
 )
 from olmo.pipeline.unsupported_keys import refuse_unsupported_keys
-from olmo.train.chain import link_steps
+from olmo.train.chain import list_link_steps
 
 
 class Plan:
@@ -349,7 +349,7 @@ class Plan:
             ValueError: the run has no link at `step`.
         """
         settings = self.run(run)
-        known = link_steps(self.train_config(run), settings.links, settings.link_every)
+        known = list_link_steps(self.train_config(run), settings.links, settings.link_every)
         end = None if step is None else int(step)
         if end is not None and end not in known:
             raise ValueError(

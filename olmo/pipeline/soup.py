@@ -42,11 +42,11 @@ def averaged(
     from olmo.checkpoint.read import open_checkpoint
 
     first, *others = checkpoints
-    model = ModelConfig.load(config, key="model", foreign=True)
+    model = ModelConfig.load(config, key="model", untrusted=True)
     one = open_checkpoint(weights[0], optimizer=False, trainer=False).model
     sums = {name: tensor.double() for name, tensor in one.items()}
     for folder, file in zip(others, weights[1:], strict=True):
-        other = ModelConfig.load(folder / "config.yaml", key="model", foreign=True)
+        other = ModelConfig.load(folder / "config.yaml", key="model", untrusted=True)
         found = open_checkpoint(file, optimizer=False, trainer=False).model
         if other != model or tensor_shapes(found) != tensor_shapes(one):
             raise ValueError(

@@ -130,13 +130,13 @@ def training(
     if start is not None:
         filled = filled.update_with(load_path=str(start[0].absolute().parent))
     previous = None if after is None else after[0].absolute().parent
-    filled = filled.update_with(**link_settings(cfg, previous, until))
+    filled = filled.update_with(**build_link_overrides(cfg, previous, until))
     filled.save(attempt / "given.yaml")
     launch(attempt / "given.yaml", geometry, filled.intra_op_threads)
 
     from olmo.checkpoint.final import export_final
     from olmo.report.loss import plot_losses
-    from olmo.train.segments import segments, training_conditions
+    from olmo.train.segments import read_segments, training_conditions
     from olmo.train.sinks import read_metrics
 
     reached = export_final(
@@ -152,9 +152,9 @@ def training(
             "steps": reached["global_step"],
             "tokens": reached["global_train_tokens_seen"],
             "heldout_loss": encode_non_finite(heldout_losses(metrics)),
-            "segments": segments(attempt),
+            "segments": read_segments(attempt),
         },
-        "conditions": training_conditions(segments(attempt)),
+        "conditions": training_conditions(read_segments(attempt)),
         "not_in_content": NOT_IN_CONTENT,
     }
 
@@ -198,7 +198,9 @@ def fill_in_paths(
     )
 
 
-def link_settings(cfg: TrainConfig, previous: Path | None, until: int | None) -> dict[str, Any]:
+def build_link_overrides(
+    cfg: TrainConfig, previous: Path | None, until: int | None
+) -> dict[str, Any]:
     """Settings of a link of a chain: it resumes from the previous link."""
     settings: dict[str, Any] = {} if until is None else {"stop_at": until}
     if previous is not None:

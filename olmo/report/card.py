@@ -52,7 +52,7 @@ def card(
         checkpoint: the final folder that was exported, with its record.
     """
     record = parse_record((checkpoint / "record.json").read_bytes(), checkpoint / "record.json")
-    cfg = TrainConfig.load(checkpoint / "config.yaml", foreign=True)
+    cfg = TrainConfig.load(checkpoint / "config.yaml", untrusted=True)
     facts = record["facts"]
     per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length
     rows = {

@@ -40,7 +40,7 @@ def compare(runs: list[Path], table: Path, picture: Path, label: str = LABEL) ->
     rows = []
     for name, points in curves.items():
         tokens, loss = points[-1]
-        needed = tokens_to_loss(target, points)
+        needed = find_tokens_to_loss(target, points)
         # all_tokens is 0 if the reference was only evaluated untrained.
         share = f"{needed / all_tokens:.2f}" if needed is not None and all_tokens else ""
         needed_text = "never" if needed is None else f"{needed:,.0f}"
@@ -92,7 +92,7 @@ def format_values(found: set[Any]) -> str:
 
 def loss_curve(final: Path, label: str) -> list[tuple[int, float]]:
     """(tokens seen, held-out loss in nats) of each evaluation of a run, in order."""
-    cfg = TrainConfig.load(final / "config.yaml", foreign=True)
+    cfg = TrainConfig.load(final / "config.yaml", untrusted=True)
     per_step = cfg.global_train_batch_size * cfg.model.max_sequence_length
     rows = map(from_json, (final / "metrics.jsonl").read_text().splitlines())
     name = f"eval/{label}/CrossEntropyLoss"
@@ -102,7 +102,7 @@ def loss_curve(final: Path, label: str) -> list[tuple[int, float]]:
     return points
 
 
-def tokens_to_loss(loss: float, points: list[tuple[int, float]]) -> float | None:
+def find_tokens_to_loss(loss: float, points: list[tuple[int, float]]) -> float | None:
     """The number of tokens at which a curve first reaches `loss`; None if it never does."""
     before = points[0]
     for point in points:

@@ -45,7 +45,7 @@ def overrides(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def out_of_memory(error: Exception) -> str:
+def format_out_of_memory(error: Exception) -> str:
     """torch's report as far as it helps, and what takes less memory."""
     return (
         f"{str(error).partition(' Of the allocated memory')[0]} Halve "
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
             failed(describe_error(error), repeats=wrong)
         return 2
     except torch.OutOfMemoryError as error:
-        failed(out_of_memory(error))
+        failed(format_out_of_memory(error))
         return 2
     except NotFinite as error:
         if not rank:

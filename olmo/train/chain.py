@@ -29,7 +29,7 @@ def count_steps(cfg: TrainConfig) -> int | None:
     return min(found, cfg.stop_at or found)
 
 
-def link_steps(cfg: TrainConfig, at: list[int], every: int | None) -> list[int]:
+def list_link_steps(cfg: TrainConfig, at: list[int], every: int | None) -> list[int]:
     """The steps of a run's links: `at`, or the multiples of `every` before its end.
 
     Raises:

@@ -46,7 +46,7 @@ def begin_segment(
     where another run starts in this folder.
     """
     path = folder / SEGMENTS_FILE
-    kept = [s for s in segments(folder) if resumed and s["after"] < step]
+    kept = [s for s in read_segments(folder) if resumed and s["after"] < step]
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     cuda = world.device.type == "cuda"
     here = {
@@ -70,7 +70,7 @@ def begin_segment(
             f"{' and '.join(what[n] for n in other)} changed since the last segment; the run "
             f"continues at instance {data['examples']} of the new order"
         )
-    if resumed and (trained := last_trained(folder)) > step:
+    if resumed and (trained := read_last_trained_step(folder)) > step:
         here["again_to"] = trained
         log.info(f"steps {step + 1} to {trained} are trained again and replace the earlier ones")
     sealed.write_atomic(path, sealed.dump_lines([*kept, here]), alone=True)
@@ -108,15 +108,15 @@ def fingerprint(dataset: Any) -> str | None:
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
 
 
-def last_trained(folder: Path) -> int:
+def read_last_trained_step(folder: Path) -> int:
     """The last step that was ever trained in this folder, saved or not; 0: none."""
-    steps = [segment.get("again_to", 0) for segment in segments(folder)]
+    steps = [segment.get("again_to", 0) for segment in read_segments(folder)]
     if (path := folder / METRICS).exists():
         steps += [row["step"] for row in read_metrics(path)[-1:]]
     return max(steps, default=0)
 
 
-def segments(folder: Path) -> list[dict[str, Any]]:
+def read_segments(folder: Path) -> list[dict[str, Any]]:
     """The segments of which steps are left, in order."""
     path = folder / SEGMENTS_FILE
     try:

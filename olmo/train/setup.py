@@ -34,7 +34,7 @@ from olmo.train.segments import begin_segment, data_facts
 from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBiases
 from olmo.train.state import RunLength, TrainState
 from olmo.train.step import keep_freed_memory
-from olmo.train.validate import attention_mask, validate
+from olmo.train.validate import choose_mask_type, validate
 
 
 @dataclass
@@ -219,7 +219,7 @@ def _build_model(cfg: TrainConfig, world: World) -> tuple[OLMo, Float8Converter 
     that they do not depend on the device; then 8-bit products, then sharding or replication."""
     torch.manual_seed(cfg.seed)
     model = OLMo(cfg.model.update_with(init_device="cpu"))
-    mask = attention_mask(cfg)
+    mask = choose_mask_type(cfg)
     attention = model.use_attention(world.device, cfg.autocast_precision, cfg.attention, mask)
     size, inner = map(format_count, (model.num_params(), model.num_params(include_embedding=False)))
     log.info(f"model: {size} parameters, {inner} outside embeddings")

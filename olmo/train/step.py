@@ -105,7 +105,7 @@ def forward_backward(
         if drops:
             # What is dropped depends on the run, the step and the sample alone: not on what was
             # computed before, and so not on where the run was interrupted.
-            torch.manual_seed(random_key(cfg.seed, step, micro["index"].tolist()[0]))
+            torch.manual_seed(derive_seed(cfg.seed, step, micro["index"].tolist()[0]))
         micro = {
             k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
             for k, v in micro.items()
@@ -126,7 +126,7 @@ def forward_backward(
     return Losses(ce, z if cfg.softmax_auxiliary_loss else None)
 
 
-def random_key(seed: int, step: int, sample: int) -> int:
+def derive_seed(seed: int, step: int, sample: int) -> int:
     """A seed for torch's generator, the same wherever and whenever this sample is computed."""
     digest = hashlib.blake2b(f"{seed}/{step}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -31,7 +31,7 @@ HARMLESS = {
 }
 
 
-def check_unused(cfg: TrainConfig) -> None:
+def log_ignored_keys(cfg: TrainConfig) -> None:
     """Log the set keys that are ignored."""
     if ignored := [f"{k} ({why})" for k, why in HARMLESS.items() if _is_set(cfg, k)]:
         log.info(f"ignored keys: {', '.join(ignored)}")

@@ -21,7 +21,7 @@ from olmo.model.kernel_choice import MaskType, choose_kernel
 from olmo.optim import master_weights
 from olmo.precision import converters, msamp
 from olmo.runtime.log import format_count, log
-from olmo.train.unused import check_unused
+from olmo.train.unused import log_ignored_keys
 
 # What ends a document, and its id in the tokenizers that OLMo's public configs name.
 END_OF_TEXT = "<|endoftext|>"
@@ -41,7 +41,7 @@ def validate(cfg: TrainConfig, world: World) -> None:
         OSError: token files that are missing or not readable.
     """
     check_train_config(cfg)
-    check_unused(cfg)
+    log_ignored_keys(cfg)
     if "://" in cfg.save_folder:
         raise ValueError(
             f"save_folder: expected a local folder, found {cfg.save_folder}; give "
@@ -84,7 +84,7 @@ def check_device(cfg: TrainConfig, device: torch.device, sharded: bool) -> None:
         )
     if cfg.fp8 is not None:
         converters.get_converter(cfg.fp8, device)
-    choose_kernel(cfg.model, device, cfg.autocast_precision, cfg.attention, attention_mask(cfg))
+    choose_kernel(cfg.model, device, cfg.autocast_precision, cfg.attention, choose_mask_type(cfg))
 
 
 def check_special_tokens(cfg: TrainConfig) -> None:
@@ -136,7 +136,7 @@ def warn_of_other_tokenizer(cfg: TrainConfig) -> None:
         )
 
 
-def attention_mask(cfg: TrainConfig) -> MaskType:
+def choose_mask_type(cfg: TrainConfig) -> MaskType:
     """Which positions may attend to which in this run's batches; decides the attention kernel."""
     data, fields = cfg.data, CustomDatasetCollatorConfig()
     if data.custom_dataset is not None and data.custom_dataset.collate_config is not None:

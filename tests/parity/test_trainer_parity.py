@@ -35,7 +35,7 @@ def test_their_configs_are_taken(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """As one's own, and as one that came with a checkpoint."""
     monkeypatch.setenv("CHECKPOINTS_PATH", "/checkpoints")
     own = TrainConfig.load(path, validate_paths=False)
-    assert own.model == TrainConfig.load(path, foreign=True).model
+    assert own.model == TrainConfig.load(path, untrusted=True).model
 
 
 class Place:

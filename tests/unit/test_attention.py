@@ -29,7 +29,7 @@ from olmo.model.kernel_choice import (
     find_kernel_problem,
     run_trial,
 )
-from olmo.train.validate import attention_mask
+from olmo.train.validate import choose_mask_type
 
 CUDA, CPU, BF16 = torch.device("cuda", 0), torch.device("cpu"), torch.bfloat16
 GOOD = AttentionSetting(CUDA, BF16, n_heads=8, n_kv_heads=8, head_size=128)
@@ -185,7 +185,7 @@ def test_flash_attention_is_used_or_an_error(hopper: pytest.MonkeyPatch):
 
 def test_what_the_data_asks_for(tmp_path: Path):
     def asked(**data: Any) -> MaskType:
-        return attention_mask(small_run.config(tmp_path, data=data))
+        return choose_mask_type(small_run.config(tmp_path, data=data))
 
     assert asked() is MaskType.causal
     assert asked(generate_doc_lengths=True) is MaskType.documents
@@ -262,7 +262,7 @@ def test_how_a_package_is_called(monkeypatch: pytest.MonkeyPatch, backend: Backe
 
 
 def test_a_trial_finds_a_kernel_that_computes_something_else(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernel_choice, "_find_limit", lambda backend, setting: None)
+    monkeypatch.setattr(kernel_choice, "_find_unmet_requirement", lambda backend, setting: None)
     setting = AttentionSetting(CPU, torch.float32, 4, 2, 16)
     for honest in (True, False):
         run_trial.cache_clear()

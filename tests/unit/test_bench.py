@@ -161,9 +161,9 @@ def test_records_are_reused_and_unavailable_cells_have_reasons(tmp_path: Path, c
 def test_a_warning_about_a_busy_machine():
     quiet = {"kind": "cpu", "load": 1.0, "cores": 2}
     many = quiet | {"load": 5.0}
-    assert table.load_warning([quiet, {"kind": "cpu"}]) == [], "old records have no load"
-    assert "a load of 1 to 5 on 2 cores" in " ".join(table.load_warning([quiet, many]))
-    assert table.load_warning([many | {"kind": "cuda"}]) == []
+    assert table.format_cpu_load_warning([quiet, {"kind": "cpu"}]) == [], "old records have no load"
+    assert "a load of 1 to 5 on 2 cores" in " ".join(table.format_cpu_load_warning([quiet, many]))
+    assert table.format_cpu_load_warning([many | {"kind": "cuda"}]) == []
 
 
 @pytest.mark.slow

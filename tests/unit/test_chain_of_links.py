@@ -13,7 +13,7 @@ from olmo.config import TrainConfig
 from olmo.config.identity import identity
 from olmo.data import order
 from olmo.pipeline.train import training
-from olmo.train.chain import STATE, depends_on_end, identity_until, link_steps
+from olmo.train.chain import STATE, depends_on_end, identity_until, list_link_steps
 from olmo.train.loop import train
 
 WSD = {"name": "warmup_stable_decay", "t_warmup": 3, "t_decay": 4}
@@ -95,11 +95,11 @@ def test_what_is_felt_of_the_end(tmp_path: Path) -> None:
 
 def test_where_a_run_is_cut(tmp_path: Path) -> None:
     cfg = config(tmp_path, max_duration=10)
-    assert link_steps(cfg, [], None) == [] and link_steps(cfg, [3, 9], None) == [3, 9]
-    assert link_steps(cfg, [], 4) == [4, 8] and link_steps(cfg, [], 5) == [5]
-    assert link_steps(config(tmp_path, max_duration=f"{8 * 16 * 9 + 1}T"), [], 4) == [4, 8]
+    assert list_link_steps(cfg, [], None) == [] and list_link_steps(cfg, [3, 9], None) == [3, 9]
+    assert list_link_steps(cfg, [], 4) == [4, 8] and list_link_steps(cfg, [], 5) == [5]
+    assert list_link_steps(config(tmp_path, max_duration=f"{8 * 16 * 9 + 1}T"), [], 4) == [4, 8]
     epochs = config(tmp_path, max_duration="2ep")
-    assert link_steps(epochs, [30], None) == [30]
+    assert list_link_steps(epochs, [30], None) == [30]
     for wrong, at, every, said in (
         (cfg, [10], None, "links: expected rising steps from 1 to below 10, found"),
         (cfg, [5, 3], None, "rising"),
@@ -109,7 +109,7 @@ def test_where_a_run_is_cut(tmp_path: Path) -> None:
         (config(tmp_path, max_duration="many"), [], 5, "max_duration: expected steps .*many"),
     ):
         with pytest.raises(ValueError, match=said):
-            link_steps(wrong, at, every)
+            list_link_steps(wrong, at, every)
 
 
 def test_an_interrupted_run_passes_over_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import yaml
 
 from olmo.corpus.source_table import complete_table
 from olmo.io.sealed import dump_table
-from olmo.pipeline.damage import Damage
+from olmo.pipeline.damage import DamageScanner
 from olmo.pipeline.plan import Plan
 
 HEADER = ["shard", "output", "path", "sha256", "bytes"]
@@ -20,7 +20,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.json.gz").touch()
 
 
-def damage(dry: bool = False, **sources) -> Damage:
+def damage(dry: bool = False, **sources) -> DamageScanner:
     recipe = {
         "sources": sources or {"files": ["mine.json.gz"]},
         "tokenizer": {"train_vocab_size": 512},
@@ -28,7 +28,7 @@ def damage(dry: bool = False, **sources) -> Damage:
     Path("config/data/mine.yaml").write_text(yaml.safe_dump(recipe))
     runs = {name: {"train": "t.yaml", "dataset": "mine"} for name in ("one", "two")}
     plan = Plan({"runs": runs, "soups": {"soup": ["one", "two"]}})
-    return Damage(plan, dry_run=lambda: dry)
+    return DamageScanner(plan, dry_run=lambda: dry)
 
 
 def made(name: str, text: str = "") -> Path:
@@ -43,14 +43,14 @@ def test_what_is_missing_is_written_down_once_a_plan():
         "data/mine/tokens/000.tsv", dump_table([HEADER, ["p", "tokens", "tokens/p.npy", "ab", "2"]])
     )
     shard = made("data/mine/tokens/p.npy")
-    [journal] = map(Path, damage().journal("mine"))
+    [journal] = map(Path, damage().update_journal("mine"))
     assert journal.read_text() == "" and journal.stat().st_mtime == 0 and listing.exists()
     shard.unlink()
     shard.symlink_to("gone")
-    [draft] = map(Path, damage(dry=True).journal("mine"))
+    [draft] = map(Path, damage(dry=True).update_journal("mine"))
     assert draft != journal and listing.exists() and not journal.read_text()
     again = damage()
-    assert again.journal("mine") == again.journal("mine") == [str(journal)]
+    assert again.update_journal("mine") == again.update_journal("mine") == [str(journal)]
     assert journal.read_text().count("missing: data/mine/tokens/p.npy") == 1
     assert not listing.exists()
 

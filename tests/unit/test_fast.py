@@ -16,9 +16,9 @@ from olmo.corpus.documents import DocumentsSection, documents
 from olmo.corpus.encoding import (
     GPT4_PATTERN,
     MAX_SPACE_RUN,
+    find_tiktoken_problem,
     is_stable,
     make_encoder,
-    why_not_tiktoken,
 )
 from olmo.corpus.fast import Fast
 from olmo.corpus.tokenizer import to_portable, trained_tokenizer
@@ -160,7 +160,7 @@ def test_the_engines_agree_on_text_of_all_kinds(tmp_path, tokenizers, dolma, nam
     content = tokenizers[name].read_text()
     encode = make_encoder(content.encode(), special_tokens == "as-text")
     assert all(encode(text) is not None for text in written), "none was left to the toolkit"
-    assert (why_not_tiktoken(json.loads(content), content) is None) == (name in BY_TIKTOKEN)
+    assert (find_tiktoken_problem(json.loads(content), content) is None) == (name in BY_TIKTOKEN)
 
 
 def test_characters_on_which_unicode_versions_differ_go_to_the_toolkit(tmp_path, tokenizers, dolma):
@@ -269,7 +269,7 @@ def test_tiktoken_is_not_used_for_a_tokenizer_that_it_cannot_reproduce(
     tokenizer = json.loads(tokenizers["plain"].read_text())
     change(tokenizer)
     content = json.dumps(tokenizer)
-    assert re.search(reason, str(why_not_tiktoken(tokenizer, content)))
+    assert re.search(reason, str(find_tiktoken_problem(tokenizer, content)))
     (tmp_path / "tokenizer.json").write_text(content)
     both(tmp_path, [*PROSE, *texts(3, 100), "ÿþý"], tmp_path / "tokenizer.json", dolma)
 

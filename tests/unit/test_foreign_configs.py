@@ -60,7 +60,7 @@ def test_foreign_config(
     monkeypatch.setenv("OLMO_STORE", "/my/store")
     names = {"name": "env", "project": "SECRET_KEY", "group": "${oc.env:SECRET_KEY}"}
     path = config(tmp_path, yaml.safe_dump({"wandb": names, "save_folder": text}))
-    cfg = TrainConfig.load(path, foreign=True)
+    cfg = TrainConfig.load(path, untrusted=True)
     assert cfg.save_folder == found
     # What is saved of it is still nothing that a config of the project's own would look up.
     cfg.save(tmp_path / "again.yaml")
@@ -87,7 +87,7 @@ def test_foreign_config(
 def test_a_foreign_config_that_is_none_is_a_sentence(text: str, tmp_path: Path) -> None:
     path = config(tmp_path, text)
     with pytest.raises(ValueError, match=r"config\.yaml") as caught:
-        TrainConfig.load(path, foreign=True)
+        TrainConfig.load(path, untrusted=True)
     assert SECRET not in str(caught.value)
 
 
@@ -96,11 +96,11 @@ def test_a_small_config_does_not_become_a_large_one(tmp_path: Path) -> None:
     lines = ["data:", "  datasets:", "    l0: &l0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"    l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 10)]
     with pytest.raises(ValueError, match="values"):
-        TrainConfig.load(config(tmp_path, "\n".join(lines)), foreign=True)
+        TrainConfig.load(config(tmp_path, "\n".join(lines)), untrusted=True)
     merged = ["x0: &x0 {a: 1}"]
     merged += [f"x{n}: &x{n} {{<<: [{', '.join([f'*x{n - 1}'] * 10)}]}}" for n in range(1, 10)]
     with pytest.raises(ValueError, match="values"):
-        TrainConfig.load(config(tmp_path, "\n".join(merged)), foreign=True)
+        TrainConfig.load(config(tmp_path, "\n".join(merged)), untrusted=True)
 
 
 def test_everything_that_is_saved_keeps_the_expression(

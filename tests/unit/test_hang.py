@@ -22,7 +22,7 @@ from olmo.config import TrainConfig
 from olmo.distributed import watchdog
 from olmo.distributed.world import World
 from olmo.train.loop import train
-from olmo.train.segments import segments
+from olmo.train.segments import read_segments
 
 # Loading torch's parts in a first step takes seconds on a busy machine.
 LIMIT = 12.0
@@ -136,7 +136,7 @@ def test_a_stopped_process_ends_the_run_and_the_next_attempt_goes_on_with_what_i
     assert re.search("in (finish|all_reduce|barrier)$", said, re.M) and not ranks_of(folder)
 
     launch(config, Geometry(1), threads=1)
-    first, second = segments(folder)
+    first, second = read_segments(folder)
     assert (first["processes"], second["processes"]) == (2, 1) and second["after"] >= 40
     losses = [
         [row["train/CrossEntropyLoss"] for row in metrics(tmp_path / name) if row["step"]]

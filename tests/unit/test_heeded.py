@@ -13,7 +13,7 @@ from olmo.corpus.listing import Entry, write_listing
 from olmo.corpus.order import order as order_command
 from olmo.data import order
 from olmo.pipeline.plan import Plan
-from olmo.pipeline.train import link_settings
+from olmo.pipeline.train import build_link_overrides
 
 # Another value, and what of the plan differs by it: a stage's flags, or what it is refused with.
 HEEDED: dict[str, tuple[Any, str]] = {
@@ -157,9 +157,9 @@ def test_the_order_is_that_of_the_epoch_in_which_the_run_begins() -> None:
 
 def test_a_chain_counts_epochs_from_that_in_which_the_run_begins() -> None:
     cfg = TrainConfig(epoch=2, max_duration="3ep")
-    settings = link_settings(cfg, Path("before"), None)
+    settings = build_link_overrides(cfg, Path("before"), None)
     assert settings["epoch"] is None and settings["max_duration"] == "5ep"
-    assert "max_duration" not in link_settings(
+    assert "max_duration" not in build_link_overrides(
         TrainConfig(epoch=2, max_duration=9), Path("before"), None
     )
-    assert link_settings(cfg, None, 3) == {"stop_at": 3}, "the first link begins there"
+    assert build_link_overrides(cfg, None, 3) == {"stop_at": 3}, "the first link begins there"

@@ -25,7 +25,7 @@ from olmo.inspect.replay import replay
 from olmo.inspect.run import TrainedRun
 from olmo.io import sealed
 from olmo.runtime.process import EXIT_PAUSED
-from olmo.train.segments import segments, training_conditions
+from olmo.train.segments import read_segments, training_conditions
 from olmo.train.state import TrainState, duration
 
 N = 45  # instances: 5 steps of 8, 3 of 12
@@ -315,7 +315,7 @@ def test_a_replay_has_as_many_processes_as_each_step_had(
         shutil.copy(folder / name, final)
     weights = torch.load(folder / "latest-unsharded/model.pt", weights_only=True)
     save_file(weights, final / "model.safetensors")
-    known = segments(folder)
+    known = read_segments(folder)
     facts = {"facts": {"steps": 7, "segments": known}, "conditions": training_conditions(known)}
     (final / "record.json").write_text(sealed.dumps(facts | {"action": {"inputs": {}}}))
     saw = written(folder)

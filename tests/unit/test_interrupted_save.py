@@ -24,7 +24,7 @@ from olmo.checkpoint.read import find_newest
 from olmo.checkpoint.save import save_unsharded
 from olmo.checkpoint.sharded import save_sharded
 from olmo.runtime.process import SEGMENTS_FILE
-from olmo.train.segments import segments, training_conditions
+from olmo.train.segments import read_segments, training_conditions
 
 DIED = 9
 # What changes names, and what brings bytes to disk. Writes themselves are cut off by size.
@@ -182,6 +182,6 @@ def test_a_run_goes_on_although_its_segments_are_damaged(tmp_path: Path) -> None
     told.write_bytes(told.read_bytes()[:-30])
     assert run(tmp_path, try_load_latest_save=True) == 0
     assert same(state(tmp_path / "straight"), state(tmp_path / "run"))
-    lost, rest = segments(tmp_path / "run")
+    lost, rest = read_segments(tmp_path / "run")
     assert lost == {"after": 0, "damaged": True} and rest["after"] == 6
     assert training_conditions([lost, rest])["earlier"] == [{"damaged": True, "after": 0}]

@@ -26,7 +26,7 @@ from olmo.cluster.launch import (
 from olmo.io import sealed
 from olmo.pipeline.recipe import RunConfig
 from olmo.runtime.process import PAUSED_FILE, SEGMENTS_FILE, Paused
-from olmo.train.segments import segments, training_conditions
+from olmo.train.segments import read_segments, training_conditions
 
 SRUN = """#!/bin/sh
 # As srun, for as many tasks as --ntasks says: each beside the others, the first failure's status.
@@ -308,7 +308,7 @@ def test_two_nodes_compute_what_two_processes_do(tmp_path: Path, allocation: Pat
         config = given(tmp_path, save_folder=str(tmp_path / name))
         launch(config, geometry, threads=1)
         files.append([(config.parent / f"latest/{n}.pt").read_bytes() for n in ("model", "optim")])
-        (segment,) = segments(config.parent)
+        (segment,) = read_segments(config.parent)
         assert segment["processes"] == 2 and segment["hosts"] == geometry.nodes
     assert files[0] == files[1]
 

@@ -19,7 +19,7 @@ from olmo.pipeline.convert import convert
 from olmo.pipeline.evaluate import evaluation, heldout
 from olmo.pipeline.train import heldout_losses
 from olmo.report.card import _evaluation
-from olmo.report.compare import draw_curves, tokens_to_loss
+from olmo.report.compare import draw_curves, find_tokens_to_loss
 from olmo.report.loss import plot_losses
 from olmo.report.scores import improvement, read_results, scores
 from olmo.runtime import numbers
@@ -113,9 +113,9 @@ def test_a_model_that_computes_nan_has_no_accuracy():
 
 def test_reports_of_runs_that_diverged(tmp_path: Path):
     for before in (math.inf, math.nan):
-        assert tokens_to_loss(2.5, [(0, before), (5, 2.0)]) == 5.0
-    assert tokens_to_loss(2.5, [(0, 3.5), (5, math.nan), (9, 2.5)]) == 9.0
-    assert tokens_to_loss(2.5, [(0, 3.5), (6, 2.0)]) == 4.0
+        assert find_tokens_to_loss(2.5, [(0, before), (5, 2.0)]) == 5.0
+    assert find_tokens_to_loss(2.5, [(0, 3.5), (5, math.nan), (9, 2.5)]) == 9.0
+    assert find_tokens_to_loss(2.5, [(0, 3.5), (6, 2.0)]) == 4.0
     draw_curves({"a": [(0, math.nan), (5, math.inf)], "b": [(0, 3.0)]}, tmp_path / "picture.svg")
     row = {"metric": "loss", "value": math.inf, "stderr": math.inf}
     assert improvement(row, {"metric": "loss", "value": 2.0, "stderr": 0.1}) == ""

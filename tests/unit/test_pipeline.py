@@ -324,7 +324,9 @@ def test_a_list_that_is_not_at_hand_says_what_follows(capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert said.count("known after its list") == 1 and "sources → documents → tokens" in said
     Path("data/mine").mkdir(parents=True)
-    Path("data/mine/sources.tsv").write_text("url\tbytes\nhttps://x/a.json.gz\t12\n")
+    Path("data/mine/sources.tsv").write_text(
+        "url\tbytes\tsha256\tlicence\nhttps://x/a.json.gz\t12\t\t\n"
+    )
     assert not lists.needs_source_list("mine")
     words = "--sources a=https://x/a.json.gz --table data/mine/sources.tsv"
     assert lists.source_flags("mine", "000") == words
