@@ -6,7 +6,7 @@
 #   snakemake --cores 2 checkpoints/olmo-tiny/final
 #
 # Each rule names inputs, parameters, resources and the log, and calls one `olmo` command. The outputs
-# of commands are in the store (config: store), named by their digests; the paths here are links.
+# of commands are in the store (config: store), named by their digests; the paths are links.
 
 from snakemake.utils import min_version
 
@@ -24,7 +24,7 @@ configfile: "config/config.yaml"
 
 
 plan = Plan(config)
-# A job on another machine reads this file again; it runs one rule and looks for no damage.
+# A job on another machine reads this file again; it runs one rule and does not look for damage.
 damage = DamageScanner(plan, dry_run=lambda: workflow.dryrun, enabled=workflow.is_main_process)
 workspace.set_job_environment(plan.store)
 if workflow.is_main_process:

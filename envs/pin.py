@@ -1,11 +1,11 @@
-"""Write every version that uv resolves into pyproject.toml, or check that it stands there.
+"""Write every version that uv resolves into pyproject.toml, or check that it is there.
 
     uv run python envs/pin.py             # after changing a dependency
     uv run python envs/pin.py --upgrade   # take the newest versions
     uv run python envs/pin.py --check     # what CI runs
 
-uv.lock holds the same and more, but it names the host that each package came from, and that is
-different from place to place. So the versions stand in `[tool.uv] constraint-dependencies`, where
+uv.lock contains these versions too, but it names the host of each package, and hosts differ between
+machines. So the versions are in `[tool.uv] constraint-dependencies`, where
 `uv run` finds them on a fresh clone.
 """
 

@@ -1,4 +1,4 @@
-# Deduplication and decontamination: `dolma dedupe` marks duplicates and overlaps, of all files in one
+# Deduplication and decontamination: `dolma dedupe` marks duplicates and overlaps, for all files in one
 # process; `dolma mix` removes them, in one job for each batch.
 
 

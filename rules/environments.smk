@@ -1,4 +1,4 @@
-# Virtual environments of their own: dolma needs numpy<2 and tokenizers 0.19.
+# Separate virtual environments: dolma needs numpy<2 and tokenizers 0.19.
 
 
 rule environment:
@@ -13,7 +13,7 @@ rule environment:
 
 
 def dolma_environment(wildcards):
-    """Our environment, unless `--sdm conda` activates one with the same versions around the job."""
+    """Our environment, unless `--sdm conda` activates one with the same versions for the job."""
     return [] if workflow.deployment_settings.deployment_method else ["environments/dolma.json"]
 
 

@@ -69,7 +69,7 @@ rule evaluate:
 
 
 rule eval:
-    # The table of several runs.
+    # A table that compares several runs.
     input:
         lambda w: [f"eval/{run}" for run in plan.pipeline.eval],
     output:

@@ -1,4 +1,4 @@
-# Order: the order in which a run sees its instances, bit for bit OLMo's.
+# Order: the order in which a run trains on its instances, bit for bit OLMo's.
 
 
 rule order:
@@ -16,7 +16,7 @@ rule order:
 
 
 rule positions:
-    # The inverse: the position at which each instance is seen.
+    # The inverse: the position of each instance in the order.
     input:
         "checkpoints/{run}/global_indices.npy",
     output:

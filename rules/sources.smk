@@ -1,4 +1,4 @@
-# Sources: gz files of JSON lines in Dolma's schema, checked to their last byte.
+# Sources: gz files of JSON lines in Dolma's schema, checked completely.
 
 
 checkpoint source_list:

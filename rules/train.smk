@@ -30,7 +30,7 @@ rule train:
     log:
         "logs/train/{run}.log",
     threads: workflow.cores
-    resources:  # not params, since another number of nodes must not rerun the training
+    resources:  # not params, since a change of the number of nodes must not rerun the training
         geometry=lambda w: plan.geometry_flags(w.run),
         nodes=lambda w, attempt: plan.scheduler_resource(w.run, "nodes", attempt),
         tasks=lambda w, attempt: plan.scheduler_resource(w.run, "tasks", attempt),
