@@ -8,7 +8,7 @@ from typing import Any
 
 from olmo.config.enums import ActivationType, FSDPWrapStrategy, OptimizerType
 from olmo.config.strict import check_range
-from olmo.config.train_config import ModelConfig, OptimizerConfig, TrainConfig
+from olmo.config.train_config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 # (minimum, maximum, keys): values outside would fail later, or train nonsense.
 RANGES = (
@@ -64,13 +64,20 @@ def check_train_config(cfg: TrainConfig) -> None:
             f"fsdp.wrapping_strategy={cfg.fsdp.wrapping_strategy} needs model.block_group_size "
             "above 1"
         )
-    if cfg.data.custom_dataset and (cfg.data.paths or cfg.data.datasets):
-        raise ValueError("data.custom_dataset excludes data.paths and data.datasets; keep one")
+    check_data(cfg.data)
     if cfg.compile and cfg.compile.coordinate_descent_tuning and cfg.compile.mode:
         raise ValueError(
             f"compile.coordinate_descent_tuning: expected compile.mode: null, found "
             f"{cfg.compile.mode}, which says by itself what is tuned; --compile.mode=null"
         )
+
+
+def check_data(data: DataConfig) -> None:
+    """Raises ValueError for instances from more than one place."""
+    if data.custom_dataset and (data.paths or data.datasets):
+        raise ValueError("data.custom_dataset excludes data.paths and data.datasets; keep one")
+    if data.paths and data.datasets:
+        raise ValueError("data.paths and data.datasets: expected one of them, found both")
 
 
 def check_optimizer(config: OptimizerConfig) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from olmo.config import DataConfig, TrainConfig
+from olmo.config.checks import check_data
 from olmo.data import order
 from olmo.data.collator import build_collator
 from olmo.data.custom_datasets import build_custom_dataset
@@ -228,6 +229,7 @@ def build_train_dataloader(
     try_load_latest_save is set.
     """
     data = train_config.data
+    check_data(data)
     work_dir = Path(train_config.save_folder) / "train_data"
     rank = get_global_rank() if rank is None else rank
     may_exist = train_config.save_overwrite or train_config.try_load_latest_save

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from olmo.config import DataConfig, InstanceFilterConfig, TrainConfig
+from olmo.config.checks import check_data
 from olmo.data.files import TokenFile, file_sizes, is_url
 
 
@@ -222,8 +223,7 @@ def build_memmap_dataset(
     are set, or neither.
     """
     metadata: list[dict[str, Any]]
-    if data_config.paths and data_config.datasets:
-        raise ValueError("data.paths and data.datasets: expected one of them, found both")
+    check_data(data_config)
     if data_config.paths:
         paths = data_config.paths
         metadata = [{"path": path} for path in paths]

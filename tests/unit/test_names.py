@@ -27,7 +27,6 @@ from olmo.config import (
     PaddingDirection,
     StrEnum,
 )
-from olmo.config.checks import check_train_config
 from olmo.data import (
     DataCollator,
     IterableDataset,
@@ -223,7 +222,7 @@ def test_custom_data_sets(cfg: TrainConfig) -> None:
     cfg.data.custom_dataset = CustomDatasetConfig(name="collections.Counter", args={"x": 9})
     assert build_custom_dataset(cfg)["x"] == 9
     with pytest.raises(ValueError, match=r"excludes data\.paths"):
-        check_train_config(cfg)
+        build_train_dataloader(cfg)
     fields = CustomDatasetCollatorConfig(input_id_field="ids", label_mask_field="counts")
     cfg.data = DataConfig(custom_dataset=CustomDatasetConfig(name="C", collate_config=fields))
     collator = build_collator(cfg)
