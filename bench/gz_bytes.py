@@ -38,7 +38,7 @@ def texts(root: Path, size: int) -> Iterator[tuple[str, list[bytes]]]:
 
 
 def gz_digest(content: bytes) -> str:
-    """Of a gz file without its header, which may hold the time."""
+    """Of a gz file without its header, which may contain the time."""
     return hashlib.sha256(content[10:]).hexdigest()[:12]
 
 

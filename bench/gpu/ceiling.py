@@ -44,7 +44,7 @@ def list_products(kind: str) -> list[tuple[str, int, int, int]]:
 
 def median_seconds(call: Callable[[], object], device: torch.device) -> float:
     call(), call()
-    # On a CPU, where products in bfloat16 and 8 bits may take a second, this is but a rehearsal.
+    # On a CPU, where products in bfloat16 and 8 bits may take a second, this is only a rehearsal.
     calls = 20 if device.type == "cuda" else 1
     return statistics.median(time_steps(lambda _: call(), calls, device))
 

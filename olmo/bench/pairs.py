@@ -51,7 +51,7 @@ class Peer:
 
 @dataclass
 class WorkerError(Exception):
-    """A worker that ended early or cannot do what it was asked."""
+    """A worker that ended early or cannot run a request."""
 
     status: str
     why: str

@@ -28,7 +28,7 @@ from olmo.config import BlockType, LayerNormType, ModelConfig, TrainConfig, to_y
 from olmo.io import untrusted
 from olmo.model.regroup import regroup_state_dict
 
-# What each class computes, whatever its config.json says: our key, its values that can be exported,
+# What each class computes, regardless of its config.json: our key, its values that can be exported,
 # and the reason.
 COMMON_REQUIREMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "rope": ((True,), "they have rotary positions only"),

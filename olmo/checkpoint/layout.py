@@ -140,7 +140,7 @@ def remove_leftovers(save_folder: Path) -> None:
 def remove_later_checkpoints(save_folder: Path, step: int, origin: Path | None) -> None:
     """Remove checkpoints of later steps, from an earlier run that this one overwrites.
 
-    They would be taken for this run's newest. `origin`, from which this run started, stays.
+    They would look like this run's newest checkpoint. `origin`, from which this run started, stays.
     """
     for path in list_checkpoints(save_folder):
         if (parse_step(path) or 0) > step and (origin is None or not path.samefile(origin)):
@@ -195,7 +195,7 @@ def parse_manifest(manifest: bytes, source: str) -> dict[str, dict[str, Any]]:
 
 
 def _unsealed(manifest: bytes) -> dict[str, dict[str, Any]] | None:
-    """The files of a manifest from a version that did not seal manifests; None if it is none."""
+    """The files of a manifest from a version that did not seal manifests; None if it is not one."""
     try:
         found = json.loads(manifest)
         is_valid = all(set(facts) == {"bytes", "sha256"} for facts in found["files"].values())

@@ -120,8 +120,8 @@ def prepare_remote(remote: str, step: int, overwrite: bool) -> None:
     later = [name for name in list_mirrored(bucket) if layout.age_key(Path(name))[0] > step]
     if later and not overwrite:
         raise ValueError(
-            f"remote_save_folder={remote} already holds a run, up to {later[-1]}; give "
-            "--try_load_latest_save to go on with it, --save_overwrite to write over it, or "
+            f"remote_save_folder={remote} already contains a run, up to {later[-1]}; give "
+            "--try_load_latest_save to continue it, --save_overwrite to overwrite it, or "
             "another --remote_save_folder"
         )
     for name in later:

@@ -19,7 +19,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Numbers, text, tuples, lists and dictionaries; nothing that needs an import."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise ValueError(f"the file asks for {module}.{name}, which is not run")
+        raise ValueError(f"the file would import {module}.{name}, which is not allowed")
 
 
 def is_encoded_key(key: str) -> bool:

@@ -125,7 +125,7 @@ def open_checkpoint(
         model = load_torch_file(folder / "model.pt", mapped)
     else:
         raise ValueError(
-            f"{folder} holds none of model.pt, model.safetensors, model_and_optim/; expected a "
+            f"{folder} contains none of model.pt, model.safetensors, model_and_optim/; expected a "
             "checkpoint (step{N}-unsharded, or step{N} of torch's distributed checkpoint) or a "
             "final one. Convert OLMo's older sharded layouts with its scripts/unshard.py"
         )

@@ -3,7 +3,7 @@ shards, rank 0 also the index of all shards.
 
     <save_folder>/step40/  config.yaml  model_and_optim/{.metadata, __0_0.distcp, …}  train/rank0.pt
 
-The index is a pickle, which could hold code. Its unpickler allows only the few names that belong
+The index is a pickle, which may contain code. Its unpickler allows only the few names that belong
 there; tensors and settings are read as data.
 """
 
@@ -185,7 +185,9 @@ def _unwrap_dcp_errors(prefix: str | None = None) -> Iterator[None]:
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise ValueError(f"the checkpoint's index asks for {module}.{name}, which is not run")
+            raise ValueError(
+                f"the checkpoint's index would import {module}.{name}, which is not allowed"
+            )
         return super().find_class(module, name)
 
 

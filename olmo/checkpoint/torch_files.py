@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# OLMo's train.pt also holds paths of checkpoints and the state of NumPy's generator, an array of
+# OLMo's train.pt also contains paths of checkpoints and the state of NumPy's generator, an array of
 # uint32. NumPy 1 and 2 have different names for the function that makes an array.
 _make_array = np.zeros(0).__reduce__()[0]
 _OLMO_GLOBALS: list[Any] = [
@@ -47,7 +47,7 @@ def load_torch_file(path: Path, mapped: bool = False) -> dict[str, Any]:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         if "weights_only" in str(error).lower() or "WeightsUnpickler" in str(error):
-            reason = "it holds pickled code or objects, which are never run"
+            reason = "it contains pickled code or objects, which are never run"
         else:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"cannot read {path}: {reason}") from error

@@ -130,7 +130,7 @@ def launch(config: Path, geometry: Geometry, threads: int | None) -> None:
 def request_stop_on_signal(request: Path) -> Iterator[None]:
     """In the block, SIGTERM and SIGUSR1 create the file `request`, which the trainer polls.
 
-    A signal would not do: torchrun kills processes 30 seconds after it forwards one, srun ends a
+    A signal is not enough: torchrun kills processes 30 seconds after it forwards one, srun ends a
     step on SIGTERM, and neither is configurable in all versions. A checkpoint may take longer.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -157,7 +157,7 @@ def request_stop_on_signal(request: Path) -> Iterator[None]:
 def requeue_slurm_job(folder: Path, paused: Mapping[str, Any]) -> None:
     """Requeue this SLURM job if its time limit is near, so that the stop is no failed attempt.
 
-    A job that has completed no step is not requeued, since it would repeat that for ever: it
+    A job that has completed no step is not requeued, since it would repeat that forever: it
     fails, and is submitted again with more time. Nor is one that got SIGTERM: it was cancelled, or
     SLURM requeues it after a preemption.
 

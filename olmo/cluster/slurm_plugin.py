@@ -81,11 +81,11 @@ def split_arrays_by_attempt(plugin: Any) -> None:
 
 
 def query_array_tasks(plugin: Any) -> None:
-    """Query the tasks of an array by the names that the plugin looks for, as `7_2`.
+    """Query the tasks of an array by the names that the plugin looks for, such as `7_2`.
 
-    It queried sacct for raw ids, of which the last task's is the array's own, and so took that
-    task's state for all. squeue lists waiting tasks in one line, `7_[2-4]`, unless it gets --array;
-    without --all it omits partitions that a site hides.
+    It queried sacct for raw ids. The last task's raw id is the array's id, so the plugin used that
+    task's state for all tasks. squeue lists waiting tasks in one line, `7_[2-4]`, unless it gets
+    --array; without --all it omits partitions that a site hides.
     """
     sacct, squeue = plugin.query_job_status_sacct, plugin.query_job_status_squeue
     plugin.query_job_status_sacct = lambda run: sacct(run).replace("JobIdRaw", "JobID")

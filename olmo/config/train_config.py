@@ -326,7 +326,7 @@ class TrainConfig(BaseConfig):
     save_interval: int | None = 1000  # steps between sharded checkpoints
     save_interval_unsharded: int | None = None
     save_interval_ephemeral: int | None = (
-        None  # steps between sharded checkpoints of which only the newest is kept
+        None  # steps between sharded checkpoints; only the newest is kept
     )
     save_num_checkpoints_to_keep: int = -1  # -1: all
     save_num_unsharded_checkpoints_to_keep: int = -1

@@ -162,7 +162,7 @@ def attributes(
     A Bloom filter has false positives: at most the share `false_positives` of new documents or
     lines. The stage saves its progress after about `step_bytes` of compressed documents.
 
-    Raises ValueError for too little memory, for files of `against` that hold no documents, and
+    Raises ValueError for too little memory, for files of `against` without documents, and
     where the toolkit leaves a document out; ChildProcessError when it dies or takes too long.
     """
     search = Search(exact, paragraphs, ngram, overlap)
@@ -258,7 +258,7 @@ def count_paragraphs(path: Path) -> int:
 
 
 def check_memory(filters: FilterSizes) -> None:
-    """Raises ValueError where memory cannot hold a filter: the toolkit loads one at a time."""
+    """Raises ValueError if a filter does not fit into memory: the toolkit loads one at a time."""
     free = available_memory()
     for kind, (elements, rate) in filters.items():
         needed = bloom.filter_bytes(elements, rate)
@@ -267,7 +267,7 @@ def check_memory(filters: FilterSizes) -> None:
             if kind != OVERLAP:
                 remedy = "raise dedupe.false_positives in the recipe"
             raise ValueError(
-                f"the filter for {REASONS[kind]} holds up to {elements:,} elements and needs "
+                f"the filter for {REASONS[kind]} is for up to {elements:,} elements and needs "
                 f"{needed:,} bytes of memory, but {free:,} are free here. Use a machine with more "
                 f"memory (the result is the same), or {remedy}"
             )

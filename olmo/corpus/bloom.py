@@ -1,7 +1,7 @@
 """Bloom filter files for `dolma dedupe`, written here to fix their seeds and sizes.
 
 The toolkit draws new random seeds for each filter, which moves the false positives. But it can load
-a filter from a file, and its header holds the seeds: magic, version, the number of hashes
+a filter from a file, and its header contains the seeds: magic, version, the number of hashes
 (little-endian uint32 each), four uint64 a hash, the number of words (uint64); then the words of 32
 bits (allenai/dolma, src/bloom_filter.rs).
 """

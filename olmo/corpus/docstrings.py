@@ -44,7 +44,7 @@ def stdlib_docstrings(folder: Folder, questions: int = 200, library: str | None 
     if len(shuffled) < max(questions, OPTIONS):
         raise ValueError(
             f"expected {max(questions, OPTIONS)} functions with a line of documentation in "
-            f"{sysconfig.get_path('stdlib')}, found {len(shuffled)}; ask for fewer questions"
+            f"{sysconfig.get_path('stdlib')}, found {len(shuffled)}; set fewer questions"
         )
     file = folder / "hf_datasets" / DATASET / "none" / SPLIT / "documents.jsonl"
     file.parent.mkdir(parents=True)

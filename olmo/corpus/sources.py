@@ -23,7 +23,7 @@ MAX_URL_LIST_BYTES = 256 * 2**20
 
 # Sources that are generated: the section's field → the prefix of their places, which are not files.
 GENERATED = {"stdlib": "stdlib", "stdlib_questions": "stdlib-questions"}
-KINDS = (*GENERATED, "files", "table", "url_list")  # the fields of which one is set
+KINDS = (*GENERATED, "files", "table", "url_list")  # exactly one of these fields is set
 
 
 @dataclass

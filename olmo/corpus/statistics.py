@@ -46,7 +46,7 @@ def batch(documents: list[Path], tokens: list[Path], summary: Path, text: Path) 
 def statistics(
     tables: Inputs, tokens: Inputs, heldout: Inputs, summary: Output, text: Output
 ) -> Facts:
-    """Count what the documents' tables and the token shards' tables hold.
+    """Count the rows of the documents' tables and of the token shards' tables.
 
     `summary` (parquet) has a row per file and split, and per file and reason of drops: documents,
     bytes (of text), tokens, bytes_per_token, and the shortest, median, 99th percentile and longest

@@ -22,7 +22,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")  # ids 0 and 1
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 PADDING = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
 
-ORIGINS = ("file", "hub", "dataset", "train_vocab_size")  # the fields of which one is set
+ORIGINS = ("file", "hub", "dataset", "train_vocab_size")  # exactly one of these fields is set
 
 
 @dataclass

@@ -225,7 +225,7 @@ def build_train_dataloader(
 ) -> TrainLoader:
     """This process's batches of the run, whose order is saved in <save_folder>/train_data.
 
-    Raises ValueError if the folder already holds another run's order, unless save_overwrite or
+    Raises ValueError if the folder already contains another run's order, unless save_overwrite or
     try_load_latest_save is set.
     """
     data = train_config.data
@@ -235,8 +235,8 @@ def build_train_dataloader(
     may_exist = train_config.save_overwrite or train_config.try_load_latest_save
     if rank == 0 and work_dir.is_dir() and not may_exist:
         raise ValueError(
-            f"{train_config.save_folder} already holds a run; give --try_load_latest_save to go on "
-            "with it, --save_overwrite to write over it, or another --save_folder"
+            f"{train_config.save_folder} already contains a run; give --try_load_latest_save to "
+            "continue it, --save_overwrite to overwrite it, or another --save_folder"
         )
     instances = (
         build_custom_dataset(train_config)

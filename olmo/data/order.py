@@ -27,7 +27,7 @@ def global_indices(n: int, seed: int, epoch: int = 0, shuffle: bool = True) -> n
     limit = np.iinfo(np.uint32).max
     if not 0 <= n < limit:
         raise ValueError(
-            f"an order is stored as uint32 and holds up to {limit - 1} instances, not {n}"
+            f"an order is stored as uint32 and has at most {limit - 1} instances, not {n}"
         )
     needed, free = n * ORDER_DTYPE.itemsize, available_memory()
     if free is not None and needed > free:

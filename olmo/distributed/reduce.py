@@ -64,7 +64,7 @@ class GradientReducer:
         self._next = len(self._buckets) - 1
 
     def _make_hook(self, bucket: int) -> Any:
-        # A strong reference to self would keep the reducer and the weights alive for ever: the
+        # A strong reference to self would keep the reducer and the weights in memory forever: the
         # garbage collector does not see cycles through autograd's hooks.
         weak_self = weakref.ref(self)
 

@@ -36,7 +36,7 @@ def measure_perplexity(
     It uses the run's precision and batches. `labels`, a mask for each file, says which tokens
     count; then the result also has CrossEntropyLossPerLabel, the mean over these tokens.
 
-    Raises ValueError if the files hold no instance of the model's sequence length.
+    Raises ValueError if the files contain no instance of the model's sequence length.
     """
     cfg, world, model = set_up_evaluation(checkpoint)
     data = DataConfig(
@@ -79,7 +79,7 @@ def score_task(
     """A multiple-choice task: its metrics, and each request with its log-likelihood in nats.
 
     Args:
-        folder: holds the data set in OLMo's layout (olmo.eval.rows); None: the hub's.
+        folder: contains the data set in OLMo's layout (olmo.eval.rows); None: the hub's.
         limit: only the first so many documents; None: all.
 
     Raises ValueError if the data set is not available, or its documents have no answers.

@@ -109,7 +109,7 @@ def _read_folder(folder: Path) -> Iterator[dict[str, Any]]:
         ".parquet": polars.read_parquet,
         ".jsonl": polars.read_ndjson,
     }
-    # A data set's folder may also hold caches: state.json lists its data files.
+    # A data set's folder may also contain caches: state.json lists its data files.
     state = folder / "state.json"
     if state.is_file():
         data_files = json.loads(state.read_text())["_data_files"]

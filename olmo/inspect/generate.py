@@ -33,11 +33,11 @@ def generate_text(
     """Continue a prompt (- reads it from stdin), and print the text as it is generated.
 
     CHECKPOINT is the name of a run, a checkpoint's folder, or a URL of one, AI2's too. With
-    --temperature 0 it takes the likeliest token, else it samples: from the likeliest --top-k, or
-    from the likeliest that together reach the probability --top-p. The same --seed gives the same
-    text. --chat formats the prompt, after a --system message, as in instruction tuning; it is the
-    default for such a run, unless --no-chat. --tokenizer is a tokenizer.json or a name on the hub,
-    if the checkpoint does not name one. --tokens is 256 by default, or the rest of the context.
+    --temperature 0 it takes the most likely token, else it samples: from the --top-k most likely,
+    or from the most likely that together reach the probability --top-p. The same --seed gives the
+    same text. --chat formats the prompt, after a --system message, as in instruction tuning; it is
+    the default for such a run, unless --no-chat. --tokenizer is a tokenizer.json or a name on the
+    hub, if the checkpoint does not name one. --tokens is 256 by default, or the rest of the context.
     """
     import torch
 

@@ -254,7 +254,7 @@ class Download:
                     if self.metadata["bytes"] is not None and size > self.metadata["bytes"]:
                         raise TransientError(
                             f"the server sends more than the {self.metadata['bytes']:,} bytes"
-                            " that it told"
+                            " that it announced"
                         )
                 except (TooLarge, DiskFull, TransientError):
                     file.truncate(0)
@@ -270,7 +270,7 @@ class Download:
         if self.metadata["bytes"] is None and disk.free < min(MIN_FREE_BYTES, disk.total // 100):
             raise DiskFull(
                 f"{self.url}: the disk of {self.body.parent} is almost full, and the server does "
-                f"not tell where the file ends; {disk.free:,} bytes are free, and what had arrived "
+                f"not send the file's size; {disk.free:,} bytes are free, and the partial download "
                 "was removed. Make room, or use another disk (OLMO_STORE)"
             )
 

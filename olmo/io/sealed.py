@@ -1,4 +1,4 @@
-"""Sealed files: small files that are written atomically and hold a checksum of their content.
+"""Sealed files: small files that are written atomically and contain a checksum of their content.
 
 The seal is the sha256 of everything else: in JSON the last field "seal", in a table one more word
 of the first row, "seal:…". A changed byte, a truncation and a mixture of two versions are detected
@@ -87,7 +87,7 @@ def loads(content: bytes, name: str | Path) -> dict[str, Any]:
 
 
 def dump_lines(values: Sequence[Mapping[str, Any]]) -> str:
-    """JSON lines; the last object holds the seal of all."""
+    """JSON lines; the last object contains the seal of all."""
     *before, last = [json.dumps(dict(value)) for value in values]
     body = "".join(line + "\n" for line in before) + last.removesuffix("}") + ", "
     return body + _seal_line(body, "}\n")

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-# The folders of a project that hold the outputs of its rules. Nothing in them is run or imported.
+# The folders of a project with the outputs of its rules. Nothing in them is run or imported.
 OUTPUT_FOLDERS = ("data", "checkpoints", "eval", "hf", "bench-results")
 # What the pipeline itself writes there and the store does not link: listings, a journal, a run.
 RESERVED = r"data/[^/]+/(damage\.log|[^/]+/(\d+|all)\.tsv)|checkpoints/[^/]+/run(/.*)?"
@@ -66,7 +66,7 @@ def check_name(found: Any, whose: str) -> str:
     if top not in OUTPUT_FOLDERS or not NAME_PATTERN.fullmatch(found):
         raise ValueError(
             f"{whose}: expected a name below {', '.join(OUTPUT_FOLDERS)}, found {show(found)}; "
-            "nothing of it is taken. Name the paths that you want, 'checkpoints/*' for example"
+            "nothing of it is pulled. Name the paths to pull, for example 'checkpoints/*'"
         )
     return str(found)
 
@@ -79,7 +79,7 @@ def resolve_inside(folder: Path, found: Any, whose: str) -> Path:
             return path
         if step.is_symlink():
             raise ValueError(f"{whose}: {show(found)} would be written through the link {step}")
-    raise AssertionError("a relative path lies below its folder")
+    raise AssertionError("a relative path is below its folder")
 
 
 def check_no_overlap(names: Iterable[str], whose: str) -> None:

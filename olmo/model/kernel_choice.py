@@ -113,7 +113,7 @@ def choose_kernel(
         if problem is None:
             reason = f"the fastest for {setting}"
             if config.flash_attention:
-                reason = f"model.flash_attention=true; the fastest of its kind for {setting}"
+                reason = f"model.flash_attention=true; the fastest flash kernel for {setting}"
             elif candidate is Backend.sdpa:
                 reason = f"PyTorch's own choice on {setting.device.type}, the others are for GPUs"
             if skipped:

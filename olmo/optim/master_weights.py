@@ -36,7 +36,7 @@ def find_master_weights_problem(cfg: TrainConfig, sharded: bool) -> str | None:
             "(fsdp.precision); leave master_weights out"
         )
     if cfg.use_msamp:
-        return "MS-AMP has master weights of its own; leave one of the two out"
+        return "MS-AMP has its own master weights; remove one of the two"
     return None
 
 
@@ -76,7 +76,7 @@ class MasterWeights:
         torch._foreach_copy_(self._weights, self._masters)
 
     def _put_masters(self, model: nn.Module, state: dict[str, Any], *_: Any) -> None:
-        """Replace weights in a state_dict by their masters: this is what checkpoints hold."""
+        """Replace weights in a state_dict by their masters: checkpoints contain the masters."""
         for name, p in model.named_parameters():
             if p in self._master_of:
                 state[name] = self._master_of[p].detach()
@@ -86,7 +86,7 @@ def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
     """A hook that adds a weight's gradient to its master's, after each microbatch.
 
     It must not refer to the weight: Python's garbage collector does not see reference cycles
-    through autograd's hooks, so weight and hook would stay alive for ever.
+    through autograd's hooks, so weight and hook would never be freed.
     """
 
     def hook(p: Tensor) -> None:

@@ -3,7 +3,7 @@
 
 The first moment is stored in 8 bits (e4m3), the second in 16 (float16), each tensor with one scale.
 An update unpacks the moments of one parameter, runs AdamW, and packs them again. Scales are powers
-of two, so pack(unpack(x)) is x: checkpoints hold float32 moments as without this option, and a
+of two, so pack(unpack(x)) is x: checkpoints contain float32 moments as without this option, and a
 resumed run continues with the same bits.
 """
 
@@ -63,7 +63,7 @@ class PackedAdamW(AdamW):
 
 
 def _unpack_state_dict(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state with float32 moments, as AdamW's own: this is what checkpoints hold."""
+    """The state with float32 moments, as AdamW's own: checkpoints contain these."""
     state = {index: _unpack_all(moments) for index, moments in state_dict["state"].items()}
     return {**state_dict, "state": state}
 

@@ -29,7 +29,7 @@ class Recipe(BaseConfig):
     tokens: TokensSection = field(default_factory=TokensSection)
     dedupe: DedupeSection | None = None
     decontaminate: DecontaminateSection | None = None
-    instructions: InstructionsSection | None = None  # the sources hold conversations
+    instructions: InstructionsSection | None = None  # the sources contain conversations
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +59,7 @@ class EvaluationConfig(BaseConfig):
     data: str | None = None  # folder of task data, like hf_datasets_cache_dir; None: the hub
     task_files: list[str] = field(default_factory=list)  # folders of the harness's YAML
     batch_size: int = 8
-    limit: int | None = None  # evaluate so many documents of each task
+    limit: int | None = None  # the number of documents to evaluate of each task
 
     def __post_init__(self) -> None:
         super().__post_init__()

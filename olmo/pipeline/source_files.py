@@ -19,7 +19,7 @@ def find_sources(dataset: str, recipe: Recipe, is_tokenized: bool) -> list[Sourc
     """Every source file that a recipe names, in order. Errors: see Plan.sources.
 
     Args:
-        is_tokenized: the files hold tokens, not documents.
+        is_tokenized: the files contain tokens, not documents.
     """
     sources = recipe.sources
     for name, kind in GENERATED.items():

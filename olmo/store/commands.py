@@ -118,7 +118,7 @@ def _collect_garbage(store: Store, dry_run: bool, forget: Path | None) -> list[s
             raise ValueError(
                 f"expected the project {project}, which has names in the store {store.root}, found "
                 "no such folder or an empty one. Mount its disk; if it was moved, leave a link at "
-                f"its old place (ln -s); if it is gone for good: olmo store gc --forget {project}"
+                f"its old place (ln -s); if it was deleted: olmo store gc --forget {project}"
             )
     found = [name for name in naming.live_names(store) if name["path"] not in forgotten]
     # A name is written to links/ before its link is made: after a kill the old link may remain.

@@ -213,9 +213,9 @@ def _state(look: tuple[Holder, int], seen: dict[Path, tuple[int, float]], path: 
 def _exit_after_loss(name: str) -> None:
     """Exit at once, with all child processes: another process has taken over."""
     sys.stderr.write(
-        f"this process held {name}, and its lease is gone: it was not renewed for "
-        f"{LEASE_TIMEOUT_S:.0f} s (suspended, or its file server out of reach) and another has "
-        "taken over, or the lease was deleted. It exits: two would write to one folder\n"
+        f"this process lost the lease of {name}: it was not renewed for "
+        f"{LEASE_TIMEOUT_S:.0f} s (suspended, or its file server was not available) and another "
+        "process took over, or the lease was deleted. It exits: two would write to one folder\n"
     )
     sys.stderr.flush()
     os._exit(1)

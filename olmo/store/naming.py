@@ -29,7 +29,7 @@ from olmo.store.store import Store
 Name = dict[str, str]  # {"path", "project", "key", "output"}
 NO_LINK_LEFT = (
     "no link below this folder shows which name it was; run `olmo store verify` in the project of "
-    "that name, or delete the file if the project is gone"
+    "that name, or delete the file if the project was deleted"
 )
 
 

@@ -251,7 +251,7 @@ def select_names(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str
         if paths:
             untrusted.check_name(name, str(project))
         log.warning(
-            f"{name} is not sent: names must lie below {', '.join(untrusted.OUTPUT_FOLDERS)}"
+            f"{name} is not sent: names must be below {', '.join(untrusted.OUTPUT_FOLDERS)}"
         )
         del names[name]
     return names
@@ -264,7 +264,7 @@ def check_no_credentials(store: Store, records: Iterable[Record]) -> None:
         if urls.redact(text) != text:
             path = store.record_path(record["key"])
             raise ValueError(
-                f"{path} holds a URL with a user, a password or a signature, and would be sent; "
+                f"{path} contains a URL with a user, a password or a signature, and would be sent; "
                 f"expected none: rm {path}, and run snakemake again, which writes it without"
             )
 
@@ -286,7 +286,7 @@ def match_names(remote: Remote, patterns: Sequence[str]) -> list[str]:
 
 
 def check_names_free(store: Store, names: Sequence[str], whose: str) -> None:
-    """Raises ValueError if a name would lie outside of the folders of names, in a store or in
+    """Raises ValueError if a name would be outside of the folders of names, in a store or in
     another name's folder, or would replace a file that the store did not make.
     """
     all_names = set(names)
@@ -296,8 +296,8 @@ def check_names_free(store: Store, names: Sequence[str], whose: str) -> None:
         within = [p for p in above if p.as_posix() in all_names or naming.find_name(store, p)]
         if within or naming.is_in_store(path.parent / "any"):
             raise ValueError(
-                f"{whose}: the name {name} lies in {within[0] if within else 'a store'}; expected "
-                "a place of its own"
+                f"{whose}: the name {name} is within {within[0] if within else 'a store'}; "
+                "expected a separate path"
             )
         if os.path.lexists(path) and naming.find_name(store, path) is None:
             raise ValueError(f"{path} exists and was not made by {store.root}; move it away")

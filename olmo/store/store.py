@@ -13,7 +13,7 @@
     quarantine/               damaged objects and records
 
 An action (olmo.store.action) is the request, a content is the result. olmo.store.naming gives
-contents the paths that people use. A consumer's key holds the contents of its inputs, not the
+contents the paths that people use. A consumer's key contains the digests of its inputs, not the
 actions that made them: where a change upstream gives equal bytes, everything after it is found.
 """
 
@@ -52,7 +52,7 @@ class NondeterministicStage(ValueError):
 
 
 class Store:
-    """A folder that holds every artifact by its content.
+    """A folder with every artifact by its content.
 
     Args:
         root: the folder; it is created with the first object.
@@ -113,8 +113,8 @@ class Store:
         if self.is_object(path):
             if not self.is_intact(target.name):
                 raise CorruptObject(
-                    f"{path} points to {target.name[:12]}…, which is damaged or gone from the "
-                    f"store {self.root}; run the same command again and it is made anew"
+                    f"{path} points to {target.name[:12]}…, which is damaged or missing in the "
+                    f"store {self.root}; run the same command again to make it again"
                 )
             return target.name
         if not target.is_file():
@@ -205,7 +205,7 @@ class Store:
     def run(self, action: Action, build: Callable[[Path], Mapping[str, Any]]) -> Record:
         """The record of `action`: found in the store, or made by one call of `build`.
 
-        Processes that ask for the same action wait for the one that builds it.
+        Processes that need the same action wait for the one that builds it.
 
         Args:
             build: called with the action's work folder, which may hold files of an earlier

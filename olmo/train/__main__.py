@@ -14,7 +14,7 @@ from pathlib import Path
 from olmo.io import sealed
 from olmo.runtime.process import CAUSE_FILE, EXIT_PAUSED, LAUNCHED_ENV
 
-# Of an OSError: what is not as it must be, and will not be at another start.
+# The kinds of OSError that another start would raise again.
 WRONG = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 USAGE = """\
 usage: python -m olmo.train CONFIG [--key=value | --key value | --flag]…
@@ -23,16 +23,16 @@ usage: python -m olmo.train CONFIG [--key=value | --key value | --flag]…
 Train an OLMo model as the YAML file CONFIG says. `--optimizer.learning_rate=3e-4` sets any key,
 a bare `--save_overwrite` sets it to true.
 
-exit codes: 0 finished · 75 paused by a signal or the time limit, the same command with
---try_load_latest_save goes on · 2 the config, data or checkpoint is not as it must be · 1 else
-(under torchrun its own: 1 for all of them)
+exit codes: 0 finished · 75 paused by a signal or the time limit; the same command with
+--try_load_latest_save continues · 2 the config, data or checkpoint is invalid · 1 any other error
+(torchrun exits with 1 for all of them)
 """
 
 
 def overrides(arguments: Sequence[str]) -> list[str]:
     """`--a.b=value` for each option; a value may also follow its key as the next word.
 
-    As in OLMo's own script the dashes may be missing where there is a value: `a.b=value`.
+    As in OLMo's own script the dashes are optional if there is a value: `a.b=value`.
     """
     found: list[str] = []
     for word in arguments:
@@ -46,7 +46,7 @@ def overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def format_out_of_memory(error: Exception) -> str:
-    """torch's report as far as it helps, and what takes less memory."""
+    """The useful part of torch's report, and settings that need less memory."""
     return (
         f"{str(error).partition(' Of the allocated memory')[0]} Halve "
         "--device_train_microbatch_size, which changes the rounding only, or set "
@@ -59,12 +59,12 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     rank = int(os.environ.get("RANK", 0))
-    # Threads that wait for each other's share of an operation sleep instead of spinning: on a
-    # machine that does other things too, spinning takes their time and ours. Read by OpenMP when
-    # torch is imported.
+    # Threads that wait for each other in an operation sleep instead of spinning: on a busy machine
+    # spinning takes CPU time from other processes and from ours. OpenMP reads this when torch is
+    # imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     who = f"rank {rank}: " if rank else ""
-    if LAUNCHED_ENV in os.environ:  # torchrun ignores it then (see olmo.cluster.node), we do not
+    if LAUNCHED_ENV in os.environ:  # torchrun ignores SIGTERM (see olmo.cluster.node); ranks do not
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     import torch
 
@@ -76,23 +76,27 @@ def main(arguments: Sequence[str]) -> int:
     from olmo.train.saver import FailedElsewhere
 
     def failed(error: object, repeats: bool = True, known: bool = True) -> None:
-        """Say what ends this process, and leave it for the launcher: where nobody has, or where
-        the first process, which checks things for all, knows it.
+        """Log the error that ends this process, and write it to a file for the launcher.
 
-        `repeats`: whether another start would end in the same way.
+        The file is written if it does not exist yet, or if rank 0, which checks inputs for all
+        ranks, has a known error.
+
+        Args:
+            repeats: whether another start would fail in the same way.
+            known: whether the message names the cause.
         """
         log.error(f"{who}error: {error}")
         cause = Path(arguments[0]).with_name(CAUSE_FILE)
         if LAUNCHED_ENV in os.environ and ((known and not rank) or not cause.exists()):
             left = {"said": redact(f"{who}{error}").rstrip(". "), "repeats": repeats}
-            with suppress(OSError):  # a disk that is full is full for this too
+            with suppress(OSError):  # the disk may be full
                 sealed.write_atomic(cause, sealed.dumps(left))
 
     try:
         code = train(TrainConfig.load(arguments[0], overrides(arguments[1:])))
         return 0 if code == EXIT_PAUSED and LAUNCHED_ENV in os.environ else code
     except (ValueError, OSError) as error:
-        wrong = isinstance(error, (ValueError, *WRONG))  # else a disk, or a network
+        wrong = isinstance(error, (ValueError, *WRONG))  # otherwise the disk or the network failed
         if isinstance(error, FailedElsewhere):
             log.error(f"{who}error: {error}")
         else:
@@ -108,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             raise
-        # Another process is gone, most likely, and a thread of ours may wait for it: leave at once.
+        # Another process has probably exited, and a thread here may wait for it: exit at once.
         traceback.print_exc()
         log.debug(traceback.format_exc())
         failed(f"{type(error).__name__}: {error}".partition("\n")[0], known=False)

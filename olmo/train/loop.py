@@ -30,8 +30,8 @@ from olmo.train.state import TrainState, every
 from olmo.train.step import Losses, clear_gradients, forward_backward
 from olmo.train.traces import traced
 
-# How long a paused run goes on sending its checkpoints, in seconds: whoever asked for the pause
-# may kill it soon. The next start sends the rest.
+# How long a paused run continues to upload its checkpoints, in seconds: it may be killed soon after
+# the signal. The next start uploads the rest.
 PATIENCE_S = 30.0
 
 
@@ -113,7 +113,7 @@ def _train(run: Training, stop: StopRequest) -> int:
             profilers.step()
             report_progress()
             stop_reason = stop_reason or stop.reason(look=world.is_rank0)
-            # One question a step to all processes, so that none goes on without the others.
+            # One collective per step, so that no process continues without the others.
             failed = saver.failed or buffer.failed
             if world.any(stop_reason is not None or failed) and not last:
                 if world.any(saver.failed):
@@ -223,10 +223,10 @@ def _finish(run: Training, exit_code: int) -> None:
 def _endless(
     loader: TrainLoader, state: TrainState, batch_size: int
 ) -> Generator[dict[str, Any], None, None]:
-    """Whole batches from `state` on, epoch after epoch, each shuffled anew."""
+    """Whole batches from `state` on, epoch after epoch, each shuffled again."""
     while True:
-        # The loader alone would not do: after a resume with another batch size one process's share
-        # of an epoch may have room for a batch that another's has not.
+        # The loader alone is not enough: after a resume with another batch size one process's share
+        # of an epoch may have one batch more than another's.
         yield from islice(loader, state.batches_left(loader.dataset.total_size, batch_size))
         state.begin_epoch(state.epoch + 1)
         loader.dataset.start_index = 0

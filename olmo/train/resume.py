@@ -24,15 +24,15 @@ class Start:
 
     state: TrainState
     checkpoint: Checkpoint | None = None  # None: weights are initialised
-    resumed: bool = False  # this folder's own run goes on; its metrics and indices are kept
+    resumed: bool = False  # this folder's own run continues; its metrics and indices are kept
 
 
 def find_start(cfg: TrainConfig, world: World) -> Start:
     """What to start from; rank 0 looks, verifies and downloads for all.
 
     Raises:
-        ValueError: load_path holds no checkpoint, or a broken one, or lacks what is to be taken
-            from it; remote_save_folder is not available, or holds another run.
+        ValueError: load_path contains no checkpoint, a broken one, or one without the required
+            parts; remote_save_folder is not available, or contains another run.
         OSError: load_path is missing or not readable.
     """
     folder = Path(cfg.save_folder)
@@ -41,9 +41,9 @@ def find_start(cfg: TrainConfig, world: World) -> Start:
         if own is not None:
             checkpoint = open_checkpoint(own)
             assert checkpoint.train is not None
-            log.info(f"going on from {own}")
+            log.info(f"resuming from {own}")
             state = TrainState.from_checkpoint(checkpoint.train, cfg)
-            # Never back: it may have left the epoch that it began in.
+            # Never back: it may be past its first epoch.
             _enter_epoch(max(cfg.epoch or 0, state.epoch), state)
             _fast_forward(state, cfg)
             return Start(state, checkpoint, resumed=True)

@@ -166,8 +166,8 @@ class Saver:
     def finish_upload(self, timeout_s: float = math.inf, required: bool = True) -> None:
         """Wait until every checkpoint is in remote_save_folder.
 
-        All processes call it, and agree every second whether to go on: in one long collective the
-        others would time out while rank 0 uploads.
+        All processes call it, and agree every second whether to continue: in one long collective
+        the others would time out while rank 0 uploads.
 
         Args:
             timeout_s: after that the next start uploads the rest.

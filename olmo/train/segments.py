@@ -42,8 +42,8 @@ def begin_segment(
 ) -> None:
     """Append the segment of the steps after `step`, with its `data` (`data_facts`).
 
-    Removes segments of which no step is left: those that began here or later, and all of them
-    where another run starts in this folder.
+    Removes segments without remaining steps: those that began here or later, and all of them
+    if another run starts in this folder.
     """
     path = folder / SEGMENTS_FILE
     kept = [s for s in read_segments(folder) if resumed and s["after"] < step]
@@ -117,7 +117,7 @@ def read_last_trained_step(folder: Path) -> int:
 
 
 def read_segments(folder: Path) -> list[dict[str, Any]]:
-    """The segments of which steps are left, in order."""
+    """The segments with remaining steps, in order."""
     path = folder / SEGMENTS_FILE
     try:
         return sealed.load_lines(path.read_bytes(), path) if path.exists() else []

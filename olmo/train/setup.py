@@ -250,7 +250,7 @@ def _build_optimizer(
         model, optimizer = msamp.initialize(model, optimizer)
         if checkpoint is not None and checkpoint.optim is not None:
             raise ValueError(
-                "use_msamp cannot go on with an optimizer's state; --reset_optimizer_state"
+                "use_msamp cannot load an optimizer's state; give --reset_optimizer_state"
             )
     if checkpoint is not None and checkpoint.optim is not None:
         load_optimizer_state(model, optimizer, checkpoint)

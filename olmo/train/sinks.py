@@ -207,7 +207,7 @@ class DataIndices:
             self._file.write(f"{step}\t{row}\n".encode())
 
     def flush(self) -> None:
-        """Readable up to here, whatever comes next."""
+        """Write all rows so far to the file, complete and readable."""
         if self._file is not None:
             self._file.flush()
             self._raw.flush()

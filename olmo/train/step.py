@@ -36,8 +36,8 @@ class Losses:
 def keep_freed_memory() -> None:
     """What one step frees stays with the process, for the next (CPU, glibc).
 
-    Else each step's large tensors go back to the kernel, which hands every page out anew, zeroed:
-    a tenth of the CPU time of a small model's step.
+    Otherwise each step's large tensors go back to the kernel, which zeroes every page before it is
+    used again: a tenth of the CPU time of a small model's step.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -54,10 +54,9 @@ GRAPHS = ("reduce-overhead", "max-autotune")
 def clear_gradients(optimizer: torch.optim.Optimizer, cfg: TrainConfig) -> None:
     """Before a step: no gradients.
 
-    A CUDA graph gives its gradients in memory of its own, which its next replay overwrites; with a
-    second microbatch torch would end the run for that. So where graphs are replayed, gradients have
-    memory of theirs that backward adds to. Elsewhere there is none until backward brings it, which
-    saves a pass.
+    A CUDA graph returns gradients in its own memory, which its next replay overwrites; with a
+    second microbatch torch ends the run for that reason. So if graphs are replayed, gradients have
+    separate buffers that backward adds to. Otherwise backward allocates them, which saves a pass.
     """
     if cfg.compile is None or cfg.compile.mode not in GRAPHS:
         optimizer.zero_grad(set_to_none=True)
@@ -89,10 +88,10 @@ def forward_backward(
     labels, divided by B*T.
 
     Args:
-        batch: `input_ids` (B, T), `index` (B,) and what else the loader gives, on the host.
-        step: from 1 on; with the samples it decides what dropout drops.
+        batch: `input_ids` (B, T), `index` (B,) and the loader's other tensors, on the host.
+        step: from 1 on; with the samples it decides the dropout masks.
 
-    With `reducer` their averaging over processes has begun when this returns: `reducer.finish()`
+    With `reducer` the averaging over processes has started when this returns: `reducer.finish()`
     """
     z_multiplier = (cfg.auxiliary_loss_multiplier or 0.0) if cfg.softmax_auxiliary_loss else 0.0
     tokens = batch["input_ids"].numel()

@@ -55,8 +55,8 @@ def validate(cfg: TrainConfig, world: World) -> None:
         )
     if cfg.wandb is not None and not _is_installed("wandb"):
         raise ValueError(
-            "the config asks for Weights & Biases, which is not installed: "
-            "`pip install wandb`, or take it out with --wandb=null"
+            "the config has `wandb`, but Weights & Biases is not installed: "
+            "`pip install wandb`, or remove it with --wandb=null"
         )
     check_special_tokens(cfg)
     check_device(cfg, world.device, is_fsdp(cfg, world))
@@ -66,7 +66,7 @@ def validate(cfg: TrainConfig, world: World) -> None:
 
 
 def check_device(cfg: TrainConfig, device: torch.device, sharded: bool) -> None:
-    """Whether the device, this torch and the installed packages can compute what is asked for.
+    """Check that the device, this torch and the installed packages support the config.
 
     Raises:
         ValueError: with the remedy.

@@ -67,6 +67,6 @@ def test_a_machine_that_is_gone_is_taken_over_from(shared: SharedFolder, tmp_pat
         os.kill(pid, signal.SIGKILL)
     assert first.wait(60) == -signal.SIGKILL
     assert second.wait(900) == 0, outcome(two, 1).output[-4000:]
-    (begun,) = re.findall(r"going on from .*/step(\d+)-unsharded", outcome(two, 0).output)
+    (begun,) = re.findall(r"resuming from .*/step(\d+)-unsharded", outcome(two, 0).output)
     assert 200 <= int(begun) < 5000
     assert two.content() == alone.content()

@@ -106,7 +106,9 @@ def test_a_download_without_a_length_leaves_free_space(
         )
 
     monkeypatch.setattr(downloads.shutil, "disk_usage", almost_full)
-    with pytest.raises(ValueError, match="is almost full, and the server does not tell where"):
+    with pytest.raises(
+        ValueError, match="is almost full, and the server does not send the file's size"
+    ):
         download(url=f"{endless}/a", source=Path("a.gz"))
     assert kept(tmp_path) < 10_000 and Endless.sent < 100e6
 

@@ -352,7 +352,7 @@ def test_too_little_memory_is_an_error_before_the_start(files, tmp_path, monkeyp
     monkeypatch.setattr(module, "available_memory", lambda: 20)
     not_started = Dolma(Path("never started"), "")
     with pytest.raises(
-        ValueError, match=r"duplicate holds up to 15 elements and needs 56 bytes.*20"
+        ValueError, match=r"duplicate is for up to 15 elements and needs 56 bytes.*20"
     ):
         find(files, tmp_path, not_started, exact=True)
 

@@ -142,7 +142,7 @@ def refused(theirs: Place, place: str, *patterns: str) -> str:
     mine = theirs.here().root / "mine.txt"
     mine.write_text("mine")
     before = all_files(theirs.root.parent)
-    with pytest.raises(ValueError, match=r"expected|says that|no output|lies in") as error:
+    with pytest.raises(ValueError, match=r"expected|says that|no output|is within") as error:
         pull_names(theirs.store, Remote(place), patterns)
     assert all_files(theirs.root.parent) == before
     assert "\n" not in str(error.value) and place in str(error.value)

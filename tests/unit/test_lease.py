@@ -84,7 +84,7 @@ def test_who_was_away_too_long_ends(tmp_path: Path) -> None:
     holds(second)
     first.send_signal(signal.SIGCONT)
     assert first.wait(30) == 1
-    assert first.stderr and "this process held action, and its lease is gone" in first.stderr.read()
+    assert first.stderr and "this process lost the lease of action" in first.stderr.read()
     assert names(tmp_path) == ["action.1"]
     second.communicate("\n", timeout=30)
     assert second.returncode == 0

@@ -57,7 +57,7 @@ def test_an_order_that_does_not_fit_is_refused_before_it_is_begun(monkeypatch):
     expected = "needs 4,000,000,004 bytes of memory, and 4,000,000,000 are free"
     with pytest.raises(ValueError, match=expected):
         order.global_indices(1_000_000_001, seed=1)
-    with pytest.raises(ValueError, match="holds up to 4294967294 instances"):
+    with pytest.raises(ValueError, match="has at most 4294967294 instances"):
         order.global_indices(2**32 - 1, seed=1)
 
 

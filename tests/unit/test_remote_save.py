@@ -128,7 +128,7 @@ def test_another_run_there_is_not_written_over(tmp_path: Path) -> None:
     there = str(tmp_path / "there")
     run(tmp_path, remote_save_folder=there, evaluators=[])
     other: dict[str, Any] = {"remote_save_folder": there, "save_folder": str(tmp_path / "other")}
-    with pytest.raises(ValueError, match=r"already holds a run, up to step10-unsharded; give"):
+    with pytest.raises(ValueError, match=r"already contains a run, up to step10-unsharded; give"):
         run(tmp_path, **other)
     assert run(tmp_path, stop_after=5, save_overwrite=True, **other) == 75
     # What the older run left there is not taken for the newest of this one.

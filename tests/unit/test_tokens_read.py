@@ -102,7 +102,7 @@ def test_an_order_of_other_data_is_refused(tmp_path: Path) -> None:
 def test_a_folder_with_a_run_is_not_written_over(tmp_path: Path) -> None:
     tokens(tmp_path / "t.npy", np.arange(20, dtype=np.uint16))
     build_train_dataloader(config(tmp_path))
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already contains a run"):
         build_train_dataloader(config(tmp_path))
     build_train_dataloader(config(tmp_path).update_with(save_overwrite=True))
 

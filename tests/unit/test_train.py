@@ -281,7 +281,7 @@ def test_killed_and_resumed_equals_straight(tmp_path: Path) -> None:
 
 def test_a_folder_with_a_run_is_not_written_over(tmp_path: Path) -> None:
     run(tmp_path)
-    with pytest.raises(ValueError, match=r"already holds a run.*try_load_latest_save"):
+    with pytest.raises(ValueError, match=r"already contains a run.*try_load_latest_save"):
         run(tmp_path)
     assert run(tmp_path, save_overwrite=True) == 0
 
