@@ -37,7 +37,8 @@ def generate_text(
     or from the most likely that together reach the probability --top-p. The same --seed gives the
     same text. --chat formats the prompt, after a --system message, as in instruction tuning; it is
     the default for such a run, unless --no-chat. --tokenizer is a tokenizer.json or a name on the
-    hub, if the checkpoint does not name one. --tokens is 256 by default, or the rest of the context.
+    hub, if the checkpoint does not name one. --tokens is 256 by default, or the rest of the
+    context.
     """
     import torch
 
