@@ -1,4 +1,4 @@
-"""What is asked for wrongly, and what SLURM answers: too little memory, no such partition."""
+"""Invalid requests and SLURM's answers: too little memory, a partition that does not exist."""
 
 from slurm.cluster import Cluster, ClusterProject
 

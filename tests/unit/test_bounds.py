@@ -1,4 +1,4 @@
-"""What has no end: a server that goes on sending, a line that fills the memory."""
+"""Input without an end: a server that never stops sending, a line that fills the memory."""
 
 import gzip
 import http.server

@@ -116,7 +116,7 @@ def test_a_download_without_a_length_and_an_end_leaves_room(disk):
                 while True:
                     self.wfile.write(b"10000\r\n%b\r\n" % bytes(1 << 16))
 
-    said = "is almost full, and the server does not tell where"
+    said = "is almost full, and the server does not send the file"
     with serving(Endless) as url, pytest.raises(ValueError, match=said):
         download(url=f"{url}/a.gz", source=disk / "source")
     usage = shutil.disk_usage(disk)

@@ -1,4 +1,4 @@
-"""Nothing outlives whoever asked for it. Each test kills a real process and looks for the rest."""
+"""No process outlives its parent. Each test kills a real process and looks for its children."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Sharded checkpoints, torch's layout: they go on with the same bits, and run no code."""
+"""Sharded checkpoints, torch layout: a resumed run has the same bits, and loading runs no code."""
 
 import pickle
 import shutil
