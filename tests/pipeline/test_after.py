@@ -107,8 +107,11 @@ def test_bad_input(project: Project) -> None:
     )
     project.change("config/eval/small.yaml", choices=["stdlib_docstring"])
     wrong = project.run("eval/small", ok=False)
-    assert "no downstream task 'stdlib_docstring'; did you mean stdlib_docstrings" in wrong.output
+    assert (
+        "there is no downstream task 'stdlib_docstring'; did you mean stdlib_docstrings"
+        in wrong.output
+    )
     project.change("config/eval/small.yaml", choices=["sciq"])
     offline = project.run("eval/small", ok=False)
     assert "'sciq' needs the validation split of sciq" in offline.output
-    assert "Name a folder" in offline.output
+    assert "Give a folder that has" in offline.output
