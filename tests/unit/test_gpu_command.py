@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUN, DRAW = ROOT / "bench/gpu/run.sh", ROOT / "bench/gpu/draw.py"
+BUDGET_S = 200  # more than all parts need: another test file may run beside this one
 pytestmark = pytest.mark.slow
 
 
@@ -39,10 +40,10 @@ def records(tar: Path) -> list[str]:
 
 def test_all_parts_run_within_the_budget_and_are_drawn(tmp_path: Path):
     tar, began = tmp_path / "out" / "cpu.tar", time.monotonic()
-    words = command(tar, "--budget-s", "120")
+    words = command(tar, "--budget-s", str(BUDGET_S))
     ran = subprocess.run(words, env=environment(tmp_path), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < BUDGET_S
     assert tar.stat().st_size < 16 * 2**20
     assert [p.name for p in tar.parent.iterdir()] == ["cpu.tar"], "expected no other file"
     parts = {name.split("/")[1] for name in records(tar)}

@@ -148,5 +148,5 @@ def test_a_plugin_without_what_is_replaced_is_refused(monkeypatch: pytest.Monkey
     other = SimpleNamespace(Executor=SimpleNamespace(run_jobs=1, check_active_jobs=1))
     monkeypatch.setitem(sys.modules, "snakemake_executor_plugin_slurm", other)
     monkeypatch.setattr(slurm_plugin, "version", lambda name: "2.9.0")
-    with pytest.raises(ValueError, match=r"expected 2\.8\.0, .*pending_jobs.*, found 2\.9\.0"):
+    with pytest.raises(ValueError, match=r"expected 2\.8\.0, .*pending_jobs.*; found 2\.9\.0"):
         slurm_plugin.patch_plugin()
