@@ -229,7 +229,8 @@ def test_a_budget_is_kept_and_skipped_cells_are_listed(tmp_path: Path, capsys):
         in capsys.readouterr().out
     )
     again, _ = runner.run_matrix(path, out, kind="cpu")
-    assert again[: len(first)] == first and len(again) == 4
+    done = [record for record in first if record["status"] == "ok"]  # the budget may cut the last
+    assert again[: len(done)] == done and len(again) == 4 and len(done) >= len(first) - 1
     # One cell cannot exceed the budget.
     slow = matrix(tmp_path, {}, limit_s=600, steps=10**6)
     began = time.monotonic()
