@@ -219,15 +219,26 @@ def measure_run() -> Iterator[dict[str, Any]]:
     run: dict[str, Any] = {"started": utc_now(), **run_environment()}
     wall, cpu, energy = time.monotonic(), cpu_seconds(), EnergyMeter()
     yield run
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    unit = 1 if sys.platform == "darwin" else 1024
     run |= {
         "wall_s": round(time.monotonic() - wall, 3),
         "cpu_s": round(cpu_seconds() - cpu, 3),
-        "peak_memory_bytes": max(one.ru_maxrss for one in usage) * unit,
+        "peak_memory_bytes": peak_memory_bytes(),
         "machine_energy_j": energy.joules(),
         "tools": {name: version(name) for name in RECORDED_PACKAGES if name in sys.modules},
     }
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process or of a child that it has waited for.
+
+    Linux keeps ru_maxrss over an exec: a process starts with the peak of the one that forked it.
+    VmHWM starts afresh.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:
+        own = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit)
 
 
 def cpu_seconds() -> float:

@@ -10,6 +10,7 @@ from olmo.config import TrainConfig
 from olmo.model import OLMo
 from olmo.optim import build_optimizer
 from olmo.optim.packed import MOMENT_DTYPES, PackedTensor, pack, unpack
+from olmo.train.validate import check_device
 
 
 @pytest.mark.parametrize("dtype", MOMENT_DTYPES.values(), ids=str)
@@ -76,3 +77,10 @@ def test_settings_that_exclude_it(tmp_path: Path):
         build(name="lionw", packed_state=True)
     with pytest.raises(ValueError, match="selective_updates"):
         build(packed_state=True, selective_updates=True)
+
+
+def test_sharded_parameters_are_refused_before_training():
+    cfg = TrainConfig.new(optimizer={"packed_state": True})
+    check_device(cfg, torch.device("cpu"), sharded=False)
+    with pytest.raises(ValueError, match="distributed_strategy: ddp"):
+        check_device(cfg, torch.device("cpu"), sharded=True)

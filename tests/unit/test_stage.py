@@ -397,3 +397,13 @@ def test_a_section_that_is_wrong_is_told(
     with pytest.raises(SystemExit):
         cli.main(["documents", "--sources", "a.tsv", "--listing", "b.tsv", "--config", section])
     assert reason in capsys.readouterr().err
+
+
+def test_the_peak_memory_is_not_that_of_the_parent():
+    ask = "from olmo.store.stage import peak_memory_bytes; print(peak_memory_bytes())"
+    parent = (
+        "import subprocess, sys; held = b'1' * 500_000_000;"
+        f"sys.exit(subprocess.call([sys.executable, '-c', {ask!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], stdout=subprocess.PIPE, check=True)
+    assert 10e6 < int(done.stdout) < 400e6
