@@ -12,7 +12,7 @@ from pathlib import Path
 
 from olmo.checkpoint import layout
 from olmo.io import untrusted
-from olmo.io.bucket import Bucket
+from olmo.io.bucket import Bucket, BucketError
 from olmo.io.downloads import fetch
 from olmo.io.sealed import Damaged, hash_file
 from olmo.runtime.log import log
@@ -131,7 +131,8 @@ def prepare_remote(remote: str, step: int, overwrite: bool) -> None:
 def find_newest_or_download(own: Path | None, save_folder: Path, remote: str) -> Path | None:
     """The newest local or remote checkpoint; a remote one is downloaded into the save folder.
 
-    `own` is the newest local one. A broken remote one is skipped with a warning.
+    `own` is the newest local one. A broken remote one is skipped with a warning; BucketError if
+    one cannot be read.
     """
     bucket = Bucket(remote)
     for name in reversed(list_mirrored(bucket)):
@@ -140,6 +141,8 @@ def find_newest_or_download(own: Path | None, save_folder: Path, remote: str) ->
             return own
         try:
             _download_mirrored(bucket, folder)
+        except BucketError:
+            raise  # an older checkpoint would lose the steps between
         except ValueError as error:
             log.warning(f"skipping a broken checkpoint of {remote}: {error}")
             continue

@@ -48,7 +48,7 @@ def ingest_files(
     """The entries of every file of a batch; downloads `parallel` files at once.
 
     A file that fails does not stop the others. Failures are reported at the end: as an error, or,
-    with `allow_missing`, as warnings. `table` is that of the whole data set.
+    with `allow_missing`, as warnings. A full disk stops all. `table` is that of the whole data set.
     """
     dataset = source_table.read_table(table) if table else files
     sizes = [file.bytes for file in dataset]
@@ -80,6 +80,9 @@ def ingest_files(
                 )
             except ValueError as error:
                 failures.append(str(error))
+            except OSError:  # the disk's or the store's fault: other files would fail too
+                pool.shutdown(cancel_futures=True)
+                raise
     if failures and not allow_missing:
         reasons = list(dict.fromkeys(failures))  # each once
         separator = " " if len(reasons) == 1 else "\n  "

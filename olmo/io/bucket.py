@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from olmo.io.downloads import TooLarge, check_size
+from olmo.io.downloads import LOCAL_ERRORS, TooLarge, check_size
 from olmo.io.http_client import NotFound
 from olmo.runtime.urls import check_no_secrets, redact, restore_secrets, stash_secrets
 
@@ -27,8 +27,16 @@ S3_SCHEMES = ("s3", "r2", "weka")
 MAX_READ_BYTES = 256 * 2**20  # of a file that is read into memory
 
 
+class BucketError(ValueError):
+    """The place fails, or refuses: whether a file is there, and sound, is not known."""
+
+
 class Bucket:
-    """Files by their names under a URL. Methods raise ValueError, one line, for any error there."""
+    """Files by their names under a URL.
+
+    Methods raise BucketError or NotFound, one line, for an error there, and OSError if
+    a disk here fails.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = stash_secrets(url).rstrip("/")
@@ -115,7 +123,7 @@ class Bucket:
 
     @contextlib.contextmanager
     def _explain_errors(self, name: str) -> Iterator[None]:
-        """Raise errors of the client as ValueError: one line that begins with the URL."""
+        """Raise the client's errors as BucketError or NotFound: a line, beginning with the URL."""
         url = f"{self.url}/{name}".rstrip("/")
         try:
             yield
@@ -124,7 +132,9 @@ class Bucket:
         except ImportError as error:  # fsspec names the missing package
             raise ValueError(f"{url}: {error}") from error
         except Exception as error:
-            kind = NotFound if isinstance(error, FileNotFoundError) else ValueError
+            if isinstance(error, OSError) and error.errno in LOCAL_ERRORS:
+                raise
+            kind = NotFound if isinstance(error, FileNotFoundError) else BucketError
             reason = redact(next(iter(str(error).splitlines()), ""))
             raise kind(f"{url}: {type(error).__name__}: {reason}") from error
 

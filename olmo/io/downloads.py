@@ -38,6 +38,10 @@ def ignore_progress(_: int) -> None:
     """The default Progress."""
 
 
+# Errors of the own disk that a client of a remote store passes on.
+LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+
 class TooLarge(ValueError):
     """A file has more bytes than `max_bytes`: at least `found`."""
 
@@ -46,8 +50,11 @@ class TooLarge(ValueError):
         self.max_bytes, self.found = max_bytes, found
 
 
-class DiskFull(ValueError):
-    """A file has more bytes than the disk has room for."""
+class DiskFull(OSError):
+    """A file has more bytes than the disk has room for.
+
+    An OSError: no other mirror helps, and the file is not left out (a ValueError may be).
+    """
 
 
 def check_size(name: str, size: int, max_bytes: int | None, path: Path | None = None) -> None:
@@ -81,8 +88,8 @@ def fetch(
     hf://, s3://, gs:// and other schemes use their own clients.
 
     Raises:
-        ValueError: the file is not available (TooLarge, DiskFull; NotFound by http); one line.
-        OSError: `path` cannot be written.
+        ValueError: the file is not available (TooLarge; NotFound by http); one line.
+        OSError: `path` cannot be written (DiskFull).
     """
     url = to_public_url(stash_secrets(url))
     part.mkdir(parents=True, exist_ok=True)
@@ -95,7 +102,7 @@ def fetch(
     except Exception as error:  # each client has its own errors
         if isinstance(error, ImportError):
             raise ValueError(f"{url} needs a package: {error}") from error
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
+        if isinstance(error, OSError) and error.errno in (*LOCAL_ERRORS, errno.EACCES):
             raise
         message = redact(" ".join(str(error).split()))  # some have several lines
         message = "not found" if message == url else message  # Google's client gives the URL alone

@@ -9,7 +9,8 @@ import logging
 import re
 import sys
 
-USER_TYPES = r"(?:ValueError|FileNotFoundError|PermissionError)"  # errors that a user can fix
+# Errors that a user can fix.
+USER_TYPES = r"(?:ValueError|OSError|FileNotFoundError|PermissionError)"
 USER_ERRORS = (
     re.compile(
         rf"^InputFunctionException .*?\nError:\n  {USER_TYPES}: (.*?)\nWildcards:", re.DOTALL

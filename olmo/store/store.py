@@ -62,7 +62,7 @@ class Store:
         self.root = Path(os.path.abspath(root))
 
     def create(self) -> None:
-        """Create the store's folder. Raises ValueError if it is not writable."""
+        """Create the store's folder. Raises OSError if it is not writable."""
         with self.explain_write_errors():
             self.root.mkdir(parents=True, exist_ok=True)
             if not os.access(self.root, os.W_OK | os.X_OK):
@@ -353,21 +353,24 @@ class Store:
 
     @contextmanager
     def explain_write_errors(self) -> Iterator[None]:
-        """Raise ValueError, with a remedy, if the disk is full or the store is not writable."""
+        """Add a remedy to the OSError of a full disk or a store that is not writable."""
         try:
             yield
         except OSError as error:
-            if error.filename is not None and not self._is_inside(error.filename):
+            if error.errno is None:
+                raise  # it has its remedy
+            files = [name for name in (error.filename, error.filename2) if name is not None]
+            if files and not any(map(self._is_inside, files)):
                 raise  # an unreadable input, another disk
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 free = shutil.disk_usage(self.root).free
-                raise ValueError(
+                raise OSError(
                     f"the disk is full ({free:,} bytes free under {self.root}): {error}. Nothing "
                     "half-written was kept; make room (`olmo store gc`), then run the same again"
                 ) from error
             refused = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR)
             if error.errno in refused or not self.root.is_dir():
-                raise ValueError(
+                raise OSError(
                     f"the store {self.root} cannot be written: {error}. Expected a folder that "
                     "this user may write to; name one with OLMO_STORE=<folder>"
                 ) from error

@@ -85,7 +85,7 @@ def test_a_download_ends_at_the_size_of_the_table(endless: str, tmp_path: Path) 
 
 
 def test_a_download_that_does_not_fit_does_not_start(endless: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1,000,000,000,000,000 bytes do not fit on the disk"):
+    with pytest.raises(OSError, match="1,000,000,000,000,000 bytes do not fit on the disk"):
         download(url=f"{endless}/told", source=Path("a.gz"))
     with pytest.raises(ValueError, match=r"expected 7 bytes by the source table, found 1,000,000,"):
         download(url=f"{endless}/told", source=Path("a.gz"), transfer=Transfer(bytes=7))
@@ -107,7 +107,7 @@ def test_a_download_without_a_length_leaves_free_space(
 
     monkeypatch.setattr(downloads.shutil, "disk_usage", almost_full)
     with pytest.raises(
-        ValueError, match="is almost full, and the server does not send the file's size"
+        OSError, match="is almost full, and the server does not send the file's size"
     ):
         download(url=f"{endless}/a", source=Path("a.gz"))
     assert kept(tmp_path) < 10_000 and Endless.sent < 100e6

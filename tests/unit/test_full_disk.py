@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 from servers import serving, web_server
 
+from olmo.checkpoint.layout import atomic_folder
+from olmo.checkpoint.mirror import find_newest_or_download, mirror_checkpoints
 from olmo.corpus.documents import documents
 from olmo.corpus.fast import Fast
+from olmo.corpus.ingest import sources
 from olmo.corpus.sources import download
 from olmo.corpus.tokenizer import trained_tokenizer
 from olmo.corpus.tokens import tokens
@@ -88,7 +91,7 @@ def test_a_full_disk_and_then_room(given, disk, dolma, name, tmp_path):
         try:
             call()
             break
-        except ValueError as error:
+        except OSError as error:
             assert "the disk is full" in str(error) and "make room" in str(error)
             failed += 1
         finally:
@@ -99,6 +102,30 @@ def test_a_full_disk_and_then_room(given, disk, dolma, name, tmp_path):
     record = call()
     for output in record["outputs"].values():
         assert Path(store.object_path(output["sha256"])).exists()
+
+
+@pytest.mark.parametrize("allow_missing", [False, True])
+def test_a_full_disk_stops_a_batch_and_leaves_out_no_source(disk, tmp_path, allow_missing):
+    """The disk is no fault of a source: one sentence, where files may be missing too."""
+    for number in range(3):
+        noise = random.Random(number).randbytes(9 << 20)
+        (tmp_path / f"{number}.gz").write_bytes(gzip.compress(noise))
+    places = [f"{number}={tmp_path / str(number)}.gz" for number in range(3)]
+    listing = tmp_path / "data" / "sources" / "000.tsv"
+    with pytest.raises(OSError, match=r"^the disk is full .*make room.*") as error:
+        sources(listing=listing, sources=places, allow_missing=allow_missing)
+    assert "\n" not in str(error.value) and not listing.exists()
+
+
+def test_a_full_disk_skips_no_newer_checkpoint(disk, tmp_path):
+    """A run goes on from the newest mirrored checkpoint, or says that it does not fit."""
+    run, remote = tmp_path / "run", tmp_path / "remote"
+    for step, size in (("step1-unsharded", 1 << 10), ("step2-unsharded", DISK)):
+        with atomic_folder(run / step) as folder:
+            (folder / "model.pt").write_bytes(bytes(size))
+    mirror_checkpoints(run, str(remote))
+    with pytest.raises(OSError, match="No space left on device"):
+        find_newest_or_download(None, disk / "run", str(remote))
 
 
 def test_a_download_without_a_length_and_an_end_leaves_room(disk):
@@ -117,7 +144,7 @@ def test_a_download_without_a_length_and_an_end_leaves_room(disk):
                     self.wfile.write(b"10000\r\n%b\r\n" % bytes(1 << 16))
 
     said = "is almost full, and the server does not send the file"
-    with serving(Endless) as url, pytest.raises(ValueError, match=said):
+    with serving(Endless) as url, pytest.raises(OSError, match=said):
         download(url=f"{url}/a.gz", source=disk / "source")
     usage = shutil.disk_usage(disk)
     assert usage.used < 1 << 20 and not (disk / "source").exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from ranks import on_ranks
 from servers import s3_server
 from small_run import metrics, run, same, settings, state
@@ -17,7 +18,7 @@ from small_run import metrics, run, same, settings, state
 from olmo.checkpoint import layout, mirror
 from olmo.config import TrainConfig
 from olmo.distributed import world
-from olmo.io.bucket import Bucket
+from olmo.io.bucket import Bucket, BucketError
 from olmo.runtime.process import PAUSED_FILE
 from olmo.train import loop
 from olmo.train.signals import StopRequest
@@ -122,6 +123,22 @@ def test_a_broken_one_there_is_passed_over(
     assert "skipping a broken checkpoint of" in (said := capsys.readouterr()).err
     assert "downloaded step8-unsharded" in said.out
     assert metrics(tmp_path / "run")[-1]["step"] == 10
+
+
+def test_a_place_that_fails_is_no_broken_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older checkpoint would lose the steps between, and a network fails for a while only."""
+    with layout.atomic_folder(tmp_path / "run/step10-unsharded") as folder:
+        (folder / "model.pt").write_bytes(b"weights")
+    mirror.mirror_checkpoints(tmp_path / "run", str(tmp_path / "there"))
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", fails)
+    with pytest.raises(BucketError, match=r"/step10-unsharded/model.pt: .*reset by peer"):
+        mirror.find_newest_or_download(None, tmp_path / "here", str(tmp_path / "there"))
 
 
 def test_another_run_there_is_not_written_over(tmp_path: Path) -> None:

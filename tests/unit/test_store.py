@@ -222,7 +222,7 @@ def test_a_store_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "link", denied)
-    with pytest.raises(ValueError, match=r"cannot be written.*OLMO_STORE"):
+    with pytest.raises(OSError, match=r"cannot be written.*OLMO_STORE"):
         store.run(ONE, write("x"))
 
 
@@ -287,7 +287,7 @@ def test_a_full_disk_says_so_and_carries_on_when_there_is_room(tmp_path: Path):
         store = Store(disk / "store")
         ballast = disk / "ballast"
         ballast.write_bytes(bytes(900_000))
-        with pytest.raises(ValueError, match=r"the disk is full.*make room"):
+        with pytest.raises(OSError, match=r"the disk is full.*make room"):
             store.run(ONE, write("x" * 300_000))
         assert store.record(ONE.key) is None and quarantine_damaged(store) == []
         ballast.unlink()
