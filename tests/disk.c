@@ -24,10 +24,11 @@ static long at;
 static int log_file = -1;
 static const char *root, *how;
 
-__attribute__((constructor)) static void begin(void) {
+__attribute__((constructor)) void disk_begin(void) {
   const char *place = getenv("DISK_COUNT");
-  root = getenv("DISK_ROOT"), how = getenv("DISK_HOW");
-  if (!place || !root || !how) return;
+  count = NULL, log_file = -1;
+  if (!place || !getenv("DISK_ROOT") || !getenv("DISK_HOW")) return;
+  root = strdup(getenv("DISK_ROOT")), how = strdup(getenv("DISK_HOW"));
   at = atol(getenv("DISK_AT"));
   int file = open(place, O_RDWR);
   if (file >= 0) count = mmap(0, sizeof(long), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
@@ -36,7 +37,10 @@ __attribute__((constructor)) static void begin(void) {
   if (log) log_file = open(log, O_WRONLY | O_APPEND | O_CREAT, 0600);
 }
 
-static int below(const char *path) { return !strncmp(path, root, strlen(root)); }
+static int below(const char *path) {
+  size_t n = strlen(root);
+  return !strncmp(path, root, n) && (path[n] == '/' || !path[n]);
+}
 
 static int is_ours(int folder, const char *path, char *whole) {
   if (!count) return 0;

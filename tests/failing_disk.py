@@ -13,6 +13,8 @@ kills its process, or the call fails with EIO, or the disk is full from then on.
 """
 
 import functools
+import multiprocessing
+import os
 import random
 import re
 import shlex
@@ -20,10 +22,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import warm
 from project import Project, documents, write_source
 from servers import slow_web_server
 
@@ -32,13 +35,16 @@ ITS_OWN = r"(?<=look-)\w+|(?<=/tmp)\w+|(?<=dolma-)[\w-]+|[0-9a-f]*\d[0-9a-f]*|(?
 FINAL = "checkpoints/small/final"
 
 
-@functools.cache
-def library() -> Path:
-    """disk.c, compiled."""
-    made = Path(tempfile.mkdtemp(prefix="disk-")) / "disk.so"
+def preload() -> None:
+    """Start this program again, with disk.c in it and in what it starts."""
+    if "DISK_LIBRARY" in os.environ:
+        return
+    library = Path(tempfile.mkdtemp(prefix="disk-")) / "disk.so"
     source = str(Path(__file__).parent / "disk.c")
-    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", made, source, "-ldl"], check=True)
-    return made
+    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    # Read when OpenMP is loaded: in forks as in the ranks that a command starts.
+    environment = {"LD_PRELOAD": str(library), "DISK_LIBRARY": str(library), "OMP_NUM_THREADS": "1"}
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | environment)
 
 
 @dataclass(frozen=True)
@@ -49,24 +55,33 @@ class Command:
     words: tuple[str, ...]
     before: Project
 
-    def run(self, project: Project, how: str = "kill", at: int = 0) -> tuple[int, str, list[str]]:
+    def run(
+        self, project: Project, how: str = "kill", at: int = 0, fork: bool = True
+    ) -> tuple[int, str, list[str]]:
         """Run it, failing at call number `at` (0: at none): (status, what it said, calls)."""
-        count, log = (project.root.with_suffix(end) for end in (".count", ".log"))
+        count, log = (project.root.with_suffix(end) for end in (".count", ".calls"))
         count.write_bytes(bytes(8))
         log.write_text("")
-        disk = {"LD_PRELOAD": str(library()), "DISK_COUNT": str(count), "DISK_HOW": how}
-        disk |= {"DISK_ROOT": str(project.root), "DISK_AT": str(at), "DISK_LOG": str(log)}
-        done = subprocess.run(
-            [sys.executable, "-m", "olmo.cli", *self.words],
-            cwd=project.root,
-            env=project.environment() | disk,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
+        disk = {"DISK_ROOT": str(project.root), "DISK_COUNT": str(count), "DISK_LOG": str(log)}
+        disk |= {"DISK_HOW": how, "DISK_AT": str(at)}
+        status, said = olmo(project, self.words, fork, **disk)
         calls = sorted(log.read_text().splitlines(), key=lambda line: int(line.split()[0]))
-        return done.returncode, done.stdout, [call.partition(" ")[2] for call in calls]
+        return status, said, [call.partition(" ")[2] for call in calls]
+
+
+def olmo(
+    project: Project, words: tuple[str, ...], fork: bool = True, **environment: str
+) -> tuple[int, str]:
+    """Run `olmo <words>`, in a fork or in a Python of its own: (status, what it said)."""
+    module = ["olmo.cli", *words]
+    environment = project.environment() | environment
+    output = project.root.with_suffix(".out")
+    if fork:
+        return warm.run(module, project.root, environment, output)
+    python = [sys.executable, "-m", *module]
+    with output.open("w") as file:
+        done = subprocess.run(python, cwd=project.root, env=environment, stdout=file, stderr=file)
+    return done.returncode, output.read_text()
 
 
 def commands(folder: Path) -> Iterator[Command]:
@@ -135,8 +150,9 @@ class Failure:
     complaints: list[str]
 
 
-def one(command: Command, how: str, at: int, wanted: dict[str, str], folder: Path) -> Failure:
+def one(command: Command, wanted: dict[str, str], folder: Path, case: tuple[str, int]) -> Failure:
     """Let a command fail at a call, and see what follows."""
+    how, at = case
     project = command.before.copy(folder / f"{command.name}-{how}-{at}")
     complaints = []
     status, said, _ = command.run(project, how, at)
@@ -156,8 +172,9 @@ def one(command: Command, how: str, at: int, wanted: dict[str, str], folder: Pat
         differing = sorted(n for n in found | wanted if found.get(n) != wanted.get(n))
         complaints.append(f"other contents: {differing}")
     for verb in ("verify", "gc", "verify"):
-        if (done := project.olmo("store", verb)).status:
-            complaints.append(f"{verb}: {done.output[-500:]}")
+        status, said = olmo(project, ("store", verb))
+        if status:
+            complaints.append(f"{verb}: {said[-500:]}")
     if drafts := left_over(project):
         complaints.append(f"left after gc: {drafts}")
     if not complaints:
@@ -190,16 +207,25 @@ def chosen(calls: list[str], which: str) -> list[int]:
 
 
 def sweep(
-    folder: Path, which: str, names: tuple[str, ...] = (), hows: tuple[str, ...] = HOW
+    folder: Path,
+    which: str,
+    names: Sequence[str] = (),
+    hows: Sequence[str] = HOW,
+    processes: int = 1,
 ) -> Iterator[Failure]:
     """Let each command fail in each way, at calls of the undisturbed one that are `chosen`."""
+    warm.import_all()
     for command in commands(folder):
         if names and command.name not in names:
             continue
         undisturbed = command.before.copy(folder / f"{command.name}-undisturbed")
-        status, said, calls = command.run(undisturbed)
-        assert status == 0 and calls, said
+        status, said, _ = command.run(undisturbed, fork=False)
+        assert status == 0, said
         wanted = contents(undisturbed)
-        for how in hows:
-            for at in chosen(calls, which):
-                yield one(command, how, at, wanted, folder)
+        forked = command.before.copy(folder / f"{command.name}-forked")
+        status, said, calls = command.run(forked)
+        assert status == 0 and calls and contents(forked) == wanted, said
+        cases = [(how, at) for how in hows for at in chosen(calls, which)]
+        fail = functools.partial(one, command, wanted, folder)
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            yield from pool.imap_unordered(fail, cases)

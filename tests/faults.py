@@ -25,11 +25,12 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import failing_disk
 from project import Project, all_gone, documents, processes, write_source
 from servers import slow_web_server
 
@@ -201,13 +202,11 @@ def flip() -> bool:
     return failed
 
 
-def fail_at_writes(which: str) -> bool:
+def fail_at_writes(which: str, names: Sequence[str], hows: Sequence[str], jobs: int) -> bool:
     """Let each command's writes fail; whether any failure was not made good."""
-    import failing_disk
-
     folder = Path(tempfile.mkdtemp(prefix="faults-writes-"))
     failed = False
-    for failure in failing_disk.sweep(folder, which):
+    for failure in failing_disk.sweep(folder, which, names, hows, jobs):
         what = f"{failure.command:10} {failure.how:6} at call {failure.at:4}"
         print(f"{what}: {'FAILED' if failure.complaints else 'made good'}", flush=True)
         for complaint in failure.complaints:
@@ -226,12 +225,20 @@ def main() -> None:
     parser.add_argument(
         "--writes", nargs="?", const="every", help="failing_disk.py: every, kinds or a number"
     )
+    parser.add_argument("--command", action="append", help="of --writes; default: all")
+    parser.add_argument("--how", action="append", help="kill, ENOSPC or EIO; default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="of --writes: cases at a time")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
+    if options.writes is not None:
+        failing_disk.preload()
     random.seed(options.seed)
     print(f"seed {options.seed}")
-    if options.flip or options.writes is not None:
-        sys.exit(flip() if options.flip else fail_at_writes(options.writes))
+    if options.flip:
+        sys.exit(flip())
+    if options.writes is not None:
+        hows = options.how or failing_disk.HOW
+        sys.exit(fail_at_writes(options.writes, options.command or (), hows, options.jobs))
     failed = False
     for name in options.victim or VICTIMS:
         folder = Path(tempfile.mkdtemp(prefix=f"faults-{name}-"))

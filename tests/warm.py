@@ -1,0 +1,140 @@
+"""Commands in forks of a process that has imported them: the same calls, without time for imports.
+
+Python processes that a command starts (torchrun and its ranks) are forks too; other programs, and
+the toolkit's own Python, are executed as ever.
+"""
+
+import atexit
+import importlib
+import inspect
+import os
+import pkgutil
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+PACKAGES = ("io", "store", "corpus", "data", "cluster", "train", "distributed", "checkpoint")
+LIBRARIES = ("torch.distributed.run", "requests", "polars", "tokenizers", "fsspec", "yaml")
+
+
+def import_all() -> None:
+    """Import what commands import, in the process that will fork."""
+    subprocess.Popen = ForkingPopen  # type: ignore[misc]
+    import olmo
+
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    for package in PACKAGES:
+        importlib.import_module(f"olmo.{package}")
+        for module in pkgutil.iter_modules([f"{olmo.__path__[0]}/{package}"]):
+            if module.name not in ("dolma_worker", "__main__"):
+                importlib.import_module(f"olmo.{package}.{module.name}")
+
+
+def run(
+    words: list[str], cwd: Path, environment: dict[str, str], output: Path, timeout_s: int = 300
+) -> tuple[int, str]:
+    """Run `python -m <words>` in a fork: (exit status, stdout and stderr)."""
+    with output.open("wb") as file:
+        pid = os.fork()
+        if not pid:
+            os.setsid()
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            signal.alarm(timeout_s)
+            become(words, cwd, environment)
+        _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), output.read_text(errors="replace")
+
+
+def become(words: list[str], cwd: Path | None, environment: dict[str, str]) -> NoReturn:
+    """Be `python -m <words>`, in a process that has just been forked."""
+    code = 1
+    try:
+        atexit._clear()
+        ForkingPopen.in_fork = True
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.closerange(3, 1024)
+        os.environ.clear()
+        os.environ.update(environment)
+        if cwd:
+            os.chdir(cwd)
+        begin_counting()
+        sys.argv = list(words)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1, errors="backslashreplace")
+        code = exit_code(lambda: runpy.run_module(words[0], run_name="__main__", alter_sys=True))
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def exit_code(main: Callable[[], Any]) -> int:
+    """The exit status of `main`, whose errors are printed as Python prints them."""
+    try:
+        main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code or 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def begin_counting() -> None:
+    """disk.c reads the environment when it is loaded; here, once more."""
+    import ctypes
+
+    if begin := getattr(ctypes.CDLL(None), "disk_begin", None):
+        begin()
+
+
+class ForkingPopen(subprocess.Popen):  # type: ignore[type-arg]
+    """Popen that, in a fork, forks again where it would start the same Python with -m."""
+
+    in_fork = False
+
+    def _execute_child(self, args: Any, executable: Any, *rest: Any) -> None:
+        start = super()._execute_child  # type: ignore[misc]
+        given = inspect.signature(start).bind(args, executable, *rest).arguments
+        words = [] if isinstance(args, (str, bytes)) else [os.fsdecode(word) for word in args]
+        python = self.in_fork and words[:1] == [sys.executable]
+        words = [word for word in words[1:] if word != "-u"]
+        if not python or words[:1] != ["-m"]:
+            start(args, executable, *rest)
+            return
+        environment = dict(os.environ if given["env"] is None else given["env"])
+        pid = os.fork()
+        if not pid:
+            try:
+                if given["start_new_session"]:
+                    os.setsid()
+                elif given["process_group"] >= 0:
+                    os.setpgid(0, given["process_group"])
+                for number, source in enumerate(("p2cread", "c2pwrite", "errwrite")):
+                    if given[source] not in (-1, number):
+                        os.dup2(given[source], number)
+                if given["preexec_fn"]:
+                    given["preexec_fn"]()
+            except BaseException:
+                os._exit(127)
+            become(words[1:], given["cwd"], environment)
+        self.pid, self._child_created = pid, True
+        ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(given[name] for name in ends))  # type: ignore[attr-defined]
