@@ -15,21 +15,33 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 PACKAGES = ("io", "store", "corpus", "data", "cluster", "train", "distributed", "checkpoint")
-LIBRARIES = ("torch.distributed.run", "requests", "polars", "tokenizers", "fsspec", "yaml")
+LIBRARIES = (
+    "torch.distributed.run",
+    "requests",
+    "polars",
+    "tokenizers",
+    "fsspec",
+    "yaml",
+    "altair",
+)
 
 
 def import_all() -> None:
     """Import what commands import, in the process that will fork."""
     subprocess.Popen = ForkingPopen  # type: ignore[misc]
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+
     import olmo
 
     for name in LIBRARIES:
         importlib.import_module(name)
+    # Names for its log, from the stack: a second at each start where so much is imported.
+    dynamic_rendezvous.get_method_name = lambda depth=2: "?"
     for package in PACKAGES:
         importlib.import_module(f"olmo.{package}")
         for module in pkgutil.iter_modules([f"{olmo.__path__[0]}/{package}"]):
@@ -53,15 +65,17 @@ def run(
     return os.waitstatus_to_exitcode(status), output.read_text(errors="replace")
 
 
-def become(words: list[str], cwd: Path | None, environment: dict[str, str]) -> NoReturn:
+def become(words: Sequence[str], cwd: Path | None, environment: dict[str, str]) -> NoReturn:
     """Be `python -m <words>`, in a process that has just been forked."""
     code = 1
     try:
         atexit._clear()
         ForkingPopen.in_fork = True
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.execv = execute
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as exec does
+                usual = {signal.SIGINT: signal.default_int_handler}
+                signal.signal(number, usual.get(number, signal.SIG_DFL))
         os.closerange(3, 1024)
         os.environ.clear()
         os.environ.update(environment)
@@ -95,6 +109,12 @@ def exit_code(main: Callable[[], Any]) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def execute(python: str, words: Sequence[str]) -> NoReturn:
+    """os.execv of `python -m`, which is all that is executed."""
+    assert list(words[:2]) == [sys.executable, "-m"]
+    become(words[2:], None, dict(os.environ))
 
 
 def begin_counting() -> None:

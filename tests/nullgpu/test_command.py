@@ -9,7 +9,7 @@ import pytest
 from harness import PYTHONS, ROOT, environment, why_not
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_part_runs_to_its_end(tmp_path: Path):
     python = PYTHONS[0]
     if reason := why_not(python):
