@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import warm
-from project import Project, documents, write_source
+from project import REPOSITORY, Project, documents, write_source
 from servers import slow_web_server
 
 HOW = ("kill", "ENOSPC", "EIO")
@@ -222,10 +222,12 @@ def sweep(
         status, said, _ = command.run(undisturbed, fork=False)
         assert status == 0, said
         wanted = contents(undisturbed)
-        forked = command.before.copy(folder / f"{command.name}-forked")
-        status, said, calls = command.run(forked)
-        assert status == 0 and calls and contents(forked) == wanted, said
-        cases = [(how, at) for how in hows for at in chosen(calls, which)]
-        fail = functools.partial(one, command, wanted, folder)
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
-            yield from pool.imap_unordered(fail, cases)
+        toolkits = (REPOSITORY / "environments").glob("dolma-*/bin/python")
+        with warm.toolkit(max(toolkits, key=os.path.getmtime)):
+            forked = command.before.copy(folder / f"{command.name}-forked")
+            status, said, calls = command.run(forked)
+            assert status == 0 and calls and contents(forked) == wanted, said
+            cases = [(how, at) for how in hows for at in chosen(calls, which)]
+            fail = functools.partial(one, command, wanted, folder)
+            with multiprocessing.get_context("fork").Pool(processes) as pool:
+                yield from pool.imap_unordered(fail, cases)

@@ -1,21 +1,24 @@
 """Commands in forks of a process that has imported them: the same calls, without time for imports.
 
-Python processes that a command starts (torchrun and its ranks) are forks too; other programs, and
-the toolkit's own Python, are executed as ever.
+Python processes that a command starts are forks too: torchrun, its ranks, and the toolkit's worker.
 """
 
 import atexit
+import contextlib
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -117,6 +120,36 @@ def execute(python: str, words: Sequence[str]) -> NoReturn:
     become(words[2:], None, dict(os.environ))
 
 
+@contextlib.contextmanager
+def toolkit(python: Path) -> Iterator[None]:
+    """Have the toolkit's worker forked from a process that has imported dolma."""
+    with tempfile.TemporaryDirectory() as folder:
+        ForkingPopen.toolkit = Path(folder, "socket")
+        script = Path(__file__).parent / "warm_toolkit.py"
+        command = [python, "-P", script, ForkingPopen.toolkit]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
+            assert server.stdout and server.stdout.readline() == b"ready\n"
+            try:
+                yield
+            finally:
+                server.kill()
+                ForkingPopen.toolkit = None
+
+
+def stand_for(script: str, environment: dict[str, str]) -> NoReturn:
+    """Be the parent's child while the server's fork works: end as it does."""
+    os.closerange(3, 1024)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(str(ForkingPopen.toolkit))
+        given = {"script": script, "environment": environment, "cwd": os.getcwd()}
+        socket.send_fds(server, [json.dumps(given).encode()], [0, 1, 2])
+        os.closerange(0, 3)
+        code = int(server.recv(100) or 1)
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
 def begin_counting() -> None:
     """disk.c reads the environment when it is loaded; here, once more."""
     import ctypes
@@ -129,14 +162,15 @@ class ForkingPopen(subprocess.Popen):  # type: ignore[type-arg]
     """Popen that, in a fork, forks again where it would start the same Python with -m."""
 
     in_fork = False
+    toolkit: Path | None = None  # the socket of warm_toolkit.py
 
     def _execute_child(self, args: Any, executable: Any, *rest: Any) -> None:
         start = super()._execute_child  # type: ignore[misc]
         given = inspect.signature(start).bind(args, executable, *rest).arguments
         words = [] if isinstance(args, (str, bytes)) else [os.fsdecode(word) for word in args]
-        python = self.in_fork and words[:1] == [sys.executable]
-        words = [word for word in words[1:] if word != "-u"]
-        if not python or words[:1] != ["-m"]:
+        words = [word for word in words if word != "-u"]
+        is_toolkit = words[1:2] == ["-P"] and ForkingPopen.toolkit
+        if not self.in_fork or not (words[:2] == [sys.executable, "-m"] or is_toolkit):
             start(args, executable, *rest)
             return
         environment = dict(os.environ if given["env"] is None else given["env"])
@@ -154,7 +188,9 @@ class ForkingPopen(subprocess.Popen):  # type: ignore[type-arg]
                     given["preexec_fn"]()
             except BaseException:
                 os._exit(127)
-            become(words[1:], given["cwd"], environment)
+            if is_toolkit:
+                stand_for(words[2], environment)
+            become(words[2:], given["cwd"], environment)
         self.pid, self._child_created = pid, True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(given[name] for name in ends))  # type: ignore[attr-defined]
