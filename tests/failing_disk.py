@@ -214,7 +214,7 @@ def sweep(
     processes: int = 1,
 ) -> Iterator[Failure]:
     """Let each command fail in each way, at calls of the undisturbed one that are `chosen`."""
-    warm.import_all()
+    warm.import_all(names)
     for command in commands(folder):
         if names and command.name not in names:
             continue

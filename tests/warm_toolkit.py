@@ -4,6 +4,7 @@ A client sends {"script", "environment", "cwd"} with its stdin, stdout and stder
 exit code of the script. If the client ends first, the script is killed.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -52,7 +53,8 @@ def keep(client: socket.socket) -> None:
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     if script in ready:
-        client.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+        with contextlib.suppress(OSError):  # the client was killed meanwhile
+            client.sendall(str(os.waitstatus_to_exitcode(status)).encode())
 
 
 def run(script: str, environment: dict[str, str], cwd: str, streams: list[int]) -> None:
