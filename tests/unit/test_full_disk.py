@@ -117,15 +117,16 @@ def test_a_full_disk_stops_a_batch_and_leaves_out_no_source(disk, tmp_path, allo
     assert "\n" not in str(error.value) and not listing.exists()
 
 
-def test_a_full_disk_skips_no_newer_checkpoint(disk, tmp_path):
+def test_a_full_disk_skips_no_newer_checkpoint(disk, tmp_path, capsys):
     """A run goes on from the newest mirrored checkpoint, or says that it does not fit."""
     run, remote = tmp_path / "run", tmp_path / "remote"
-    for step, size in (("step1-unsharded", 1 << 10), ("step2-unsharded", DISK)):
+    for step, size in (("step1-unsharded", 1 << 10), ("step2-unsharded", DISK + 1)):
         with atomic_folder(run / step) as folder:
             (folder / "model.pt").write_bytes(bytes(size))
     mirror_checkpoints(run, str(remote))
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=r"the disk is full: .* do not fit"):
         find_newest_or_download(None, disk / "run", str(remote))
+    assert "skipping" not in capsys.readouterr().err
 
 
 def test_a_download_without_a_length_and_an_end_leaves_room(disk):
