@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from olmo.runtime.log import FAILED, LOG_ENV, describe_error
+from olmo.runtime.log import FAILED, LOG_ENV, describe_error, find_disk_errno
 from olmo.runtime.process import EXIT_PAUSED, Paused, die_with_supervisor
 from olmo.runtime.urls import redact, stash_secrets
 from olmo.store.stage import Stage, parameter_role, require_store
@@ -113,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(devnull, stream.fileno())
         sys.exit(1)
-    except (ValueError, OSError) as error:
-        sys.exit(redact(f"olmo {verb}: {describe_error(error)}"))
     except Exception as error:
+        if isinstance(error, (ValueError, OSError)) or find_disk_errno(error):
+            sys.exit(redact(f"olmo {verb}: {describe_error(error)}"))
         if LOG_ENV not in os.environ:
             raise
         sys.exit(

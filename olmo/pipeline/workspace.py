@@ -15,7 +15,7 @@ from olmo.config import read_yaml
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.recipe import recipe_path
 from olmo.pipeline.terminal import print_at_exit, shorten_errors
-from olmo.runtime.log import FAILED
+from olmo.runtime.log import FAILED, describe_error
 from olmo.store.lease import LEASE_TIMEOUT_S, lease
 from olmo.store.record import parse_record
 from olmo.store.store import Store
@@ -64,8 +64,8 @@ def lock_folder(store: str, folder: Path = Path(".snakemake")) -> None:
     try:
         Store(Path(store)).create()
         _lease.enter_context(lease(folder / "leases", "running", report_wait, refuse))
-    except ValueError as refused:
-        sys.exit(str(refused))
+    except (ValueError, OSError) as refused:
+        sys.exit(describe_error(refused))
     atexit.register(_lease.close)
 
 

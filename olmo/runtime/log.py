@@ -22,6 +22,7 @@ REMEDIES = {
     errno.EACCES: "; name another place, or let this user use it",
     errno.EPERM: "; name another place, or let this user use it",
 }
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class _Lines(logging.Handler):
@@ -60,18 +61,27 @@ def describe_error(error: Exception) -> str:
     >>> describe_error(FileNotFoundError(2, "No such file or directory", "/proc/x"))
     '/proc/x: No such file or directory, and none can be made there; name another place'
     """
-    if not isinstance(error, OSError):
-        return str(error)
-    number, message = error.errno or 0, str(error)
-    if not number:  # polars has it in the message only
-        number = next((n for n in REMEDIES if f"(os error {n})" in message), 0)
-    if error.filename is not None and error.filename2 is None:
-        place = error.filename
+    number, message = find_disk_errno(error), str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.filename2 is None:
+        number, place = error.errno or 0, error.filename
         place = "an open file" if isinstance(place, int) else os.fsdecode(place)
         message = f"{place}: {error.strerror}"
-    elif number not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-        return message  # it names its files
+    elif isinstance(error, ValueError):
+        return message
     return f"{message}{REMEDIES.get(number, '')}"
+
+
+def find_disk_errno(error: Exception) -> int:
+    """The errno of an error that means a full or failing disk, of any class; 0 for another.
+
+    polars, safetensors and tokenizers raise classes of their own, with the reason in the message.
+
+    >>> find_disk_errno(RuntimeError("IO error: No space left on device (os error 28)"))
+    28
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    given = (n for n in DISK_ERRORS if os.strerror(n) in str(error))
+    return number if number in DISK_ERRORS else next(given, 0)
 
 
 def format_duration(seconds: float) -> str:

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     from olmo.config import TrainConfig
-    from olmo.runtime.log import describe_error, log
+    from olmo.runtime.log import describe_error, find_disk_errno, log
     from olmo.runtime.urls import redact
     from olmo.train.loop import train
     from olmo.train.metrics_buffer import NotFinite
@@ -95,13 +95,6 @@ def main(arguments: Sequence[str]) -> int:
     try:
         code = train(TrainConfig.load(arguments[0], overrides(arguments[1:])))
         return 0 if code == EXIT_PAUSED and LAUNCHED_ENV in os.environ else code
-    except (ValueError, OSError) as error:
-        wrong = isinstance(error, (ValueError, *WRONG))  # otherwise the disk or the network failed
-        if isinstance(error, FailedElsewhere):
-            log.error(f"{who}error: {error}")
-        else:
-            failed(describe_error(error), repeats=wrong)
-        return 2
     except torch.OutOfMemoryError as error:
         failed(format_out_of_memory(error))
         return 2
@@ -109,7 +102,14 @@ def main(arguments: Sequence[str]) -> int:
         if not rank:
             failed(error)
         return 1
+    except FailedElsewhere as error:
+        log.error(f"{who}error: {error}")
+        return 2
     except Exception as error:
+        if isinstance(error, (ValueError, OSError)) or find_disk_errno(error):
+            wrong = isinstance(error, (ValueError, *WRONG))  # not the disk's or network's failure
+            failed(describe_error(error), repeats=wrong)
+            return 2
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             raise
         # Another process has probably exited, and a thread here may wait for it: exit at once.

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import polars
 import pytest
 
 from olmo import cli
@@ -239,6 +240,8 @@ def faulty(*, kind: str) -> None:
         raise KeyError("outputs")
     if kind == "disk":
         raise OSError(28, "No space left on device", "/data/x")
+    if kind == "table":
+        polars.DataFrame({"x": [1]}).write_parquet("/dev/full")
     Path("/proc/nowhere").mkdir()
 
 
@@ -250,6 +253,11 @@ def faulty(*, kind: str) -> None:
             "disk",
             "/data/x: No space left on device: the disk is full; make room, then run the same "
             "command again",
+        ),
+        (
+            "table",
+            "parquet: File out of specification: underlying IO error: No space left on device (os "
+            "error 28): the disk is full; make room, then run the same command again",
         ),
         (
             "place",
