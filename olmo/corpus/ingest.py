@@ -10,10 +10,18 @@ from pathlib import Path
 
 from olmo.corpus import source_table
 from olmo.corpus.conversations import download_conversations, local_conversations
-from olmo.corpus.listing import Entry, read_listing, run_shard, write_listing
+from olmo.corpus.formats import EVERY_ROW, RowsSection, converted, needs_conversion
+from olmo.corpus.listing import FETCHED, Entry, as_arrived, read_listing, run_shard, write_listing
 from olmo.corpus.questions import stdlib_questions
 from olmo.corpus.source_table import Source
-from olmo.corpus.sources import Transfer, download, download_tokens, local_source, local_tokens
+from olmo.corpus.sources import (
+    Transfer,
+    download,
+    download_tokens,
+    fetched,
+    local_source,
+    local_tokens,
+)
 from olmo.corpus.stdlib import library_digest, stdlib
 from olmo.io import untrusted
 from olmo.io.downloads import Progress, ignore_progress
@@ -55,8 +63,8 @@ def ingest_files(
 
     def count_finished() -> Totals:
         others = [path for path in listing.parent.glob("[0-9]*.tsv") if path != listing and table]
-        rows = read_listing(others)
-        return Totals(len(rows), sum(entry.bytes for entry in rows))
+        files = as_arrived(read_listing(others)).values()
+        return Totals(len(files), sum(entry.bytes for entry in files))
 
     def ingest_remote(file: Source) -> list[Entry]:
         try:
@@ -99,19 +107,44 @@ def sources(
     parallel: int = 4,
     allow_missing: bool = False,
     conversations: bool = False,
+    rows: RowsSection = EVERY_ROW,
+    files: list[str] | None = None,
 ) -> None:
     """Get a batch of sources, each given as name=place, or name=place#mirror#mirror.
 
     `parallel` files are downloaded at once; one that fails does not stop the others. Failures are
     reported at the end and fail the batch, unless missing files are allowed: then they are left
-    out. Sizes and sha256s in the table are checked; missing ones are added to it. Documents come
-    as gz files; `conversations` also as plain JSON lines and parquet.
+    out. Sizes and sha256s in the table are checked; missing ones are added to it. Documents of
+    other formats than gz JSON lines are converted, by `rows`. `files`: the recipe's patterns, of
+    which text files are grouped.
     """
-    local = local_conversations if conversations else local_source
+    copy = local_conversations if conversations else local_source
     remote = download_conversations if conversations else download
     outputs = {"source": "sources/{}.json.gz"}
 
+    groups = {}
+    if files:
+        recipe = Path(f"config/data/{listing.parent.parent.name}.yaml")
+        grouped = rows.takes_whole_files
+        local = source_table.find_local_files(files, recipe, is_grouped=grouped)
+        groups = {source.place: source.parts for source in local if source.parts}
+
+    def convert(file: Source, progress: Progress) -> list[Entry]:
+        names, arrived = list(groups.get(file.place, (file.place,))), []
+        places = [Path(name) for name in names]
+        if file.is_remote:
+            place = {FETCHED: "sources/raw/{}"}
+            fetch = {"url": file.place, "transfer": transfer(file, progress)}
+            arrived = run_shard(fetched, listing, file.name, place, sha256=file.sha256, **fetch)
+            places = [arrived[0].object]
+        made = {"files": places, "names": names, "rows": rows}
+        return arrived + run_shard(converted, listing, file.name, outputs, **made)
+
     def ingest(file: Source, progress: Progress) -> list[Entry]:
+        if file.place.startswith(source_table.GROUP) and file.place not in groups:
+            raise ValueError(f"{file.name}: its text files changed meanwhile; run the same again")
+        if not conversations and (file.place in groups or needs_conversion(file.place, rows)):
+            return convert(file, progress)
         if file.is_remote:
             fetch = {"url": file.place, "transfer": transfer(file, progress)}
             return run_shard(remote, listing, file.name, outputs, sha256=file.sha256, **fetch)
@@ -119,14 +152,15 @@ def sources(
         if kind in STDLIB_STAGES:
             return [stdlib_entry(listing, kind, file.name, *map(int, shard.split("/")))]
         where = {"file": Path(file.place), "sha256": file.sha256}
-        return run_shard(local, listing, file.name, outputs, **where)
+        return run_shard(copy, listing, file.name, outputs, **where)
 
-    files = parse_sources(sources, table)
-    entries = ingest_files(listing, files, ingest, parallel, allow_missing, table)
+    batch = parse_sources(sources, table)
+    entries = ingest_files(listing, batch, ingest, parallel, allow_missing, table)
     # Conversations may be converted, so that their size and sha256 are not those of the download.
     if table is not None and not conversations:
-        places = {file.name: file.place for file in files}
-        found = {places[entry.shard]: (entry.bytes, entry.sha256) for entry in entries}
+        places = {file.name: file.place for file in batch}
+        arrived = as_arrived(entries).items()
+        found = {places[shard]: (entry.bytes, entry.sha256) for shard, entry in arrived}
         with lease(current_store().root / "leases", f"table-{path_key(table)}"):
             source_table.complete_table(table, found)
     write_listing(listing, entries)

@@ -15,6 +15,7 @@ from olmo.io import sealed, untrusted
 from olmo.io.sealed import Damaged
 from olmo.store.stage import Stage, current_store
 
+FETCHED = "file"  # the output of a downloaded file that was then converted
 HEADER = ("shard", "output", "path", "sha256", "bytes")
 
 
@@ -60,6 +61,12 @@ def read_objects(listings: Iterable[Path], output: str, skip_empty: bool = False
     """The files, in the store, of one output; of several listings, in order."""
     entries = read_listing(listings, output)
     return [entry.object for entry in entries if entry.bytes or not skip_empty]
+
+
+def as_arrived(entries: Iterable[Entry]) -> dict[str, Entry]:
+    """Shard → its file as it was downloaded, before a conversion."""
+    ordered = sorted(entries, key=lambda entry: entry.output == FETCHED)
+    return {entry.shard: entry for entry in ordered}
 
 
 def write_listing(listing: Path, entries: Iterable[Entry]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlparse
@@ -18,6 +19,10 @@ from olmo.io.patterns import match_files
 from olmo.runtime.urls import stash_secrets
 
 COLUMNS = ("url", "bytes", "sha256", "licence")
+# Text files are grouped into sources of about this many, or this many bytes.
+GROUP_FILES, GROUP_BYTES = 1000, 64 << 20
+GROUP = "texts:"  # begins a group's place
+SUFFIXES = "jsonl?|ndjson|csv|tsv|txt|md|markdown|rst|text"
 RESULTS = ("eval", "hf")  # folders in which snakemake takes any file for an output of a rule
 
 
@@ -31,6 +36,7 @@ class Source:
     sha256: str | None = None
     licence: str = ""
     mirrors: tuple[str, ...] = ()  # other places of the file
+    parts: tuple[str, ...] = ()  # the text files of a group, each of which becomes a document
 
     @property
     def is_remote(self) -> bool:
@@ -80,13 +86,18 @@ def complete_table(path: Path, downloaded: dict[str, tuple[int, str]]) -> None:
 
 
 def find_local_files(
-    patterns: Iterable[str], recipe: Path, key: str = "sources.files"
+    patterns: Iterable[str],
+    recipe: Path,
+    key: str = "sources.files",
+    is_grouped: Callable[[str], bool] | None = None,
 ) -> list[Source]:
     """The local files that patterns match (olmo.io.patterns), in the order of the patterns.
 
-    `recipe` has the patterns, under `key`; error messages name both.
+    `recipe` has the patterns, under `key`; error messages name both. Files that are grouped come
+    last, as sources with `parts`.
     """
-    found = []
+    found: list[Source] = []
+    groups: dict[str, list[str]] = {}
     for pattern in patterns:
         if "://" in pattern:
             raise ValueError(
@@ -113,8 +124,32 @@ def find_local_files(
                 f"{recipe}: {key} names {taken}, but {made} is for outputs; begin the pattern "
                 f"{pattern} in the folder of the corpus"
             )
-        found += [Source("", place) for place in matches]
-    return assign_names(found)
+        texts = list(filter(is_grouped, matches)) if is_grouped else []
+        groups.setdefault(os.path.dirname(pattern.split("*")[0]), []).extend(texts)
+        found += [Source("", place) for place in matches if place not in set(texts)]
+    return assign_names(found) + [
+        group for base, places in groups.items() for group in group_texts(base, places)
+    ]
+
+
+def group_texts(base: str, places: list[str]) -> list[Source]:
+    """Text files below a folder as sources of many, each file's by the hash of its place.
+
+    A file more changes one source, unless their number, a power of two, grows with it.
+    """
+    size = sum(map(os.path.getsize, places))
+    count = 1
+    while count * GROUP_FILES < len(places) or count * GROUP_BYTES < size:
+        count *= 2
+    parts: list[list[str]] = [[] for _ in range(count)]
+    for place in sorted(places):
+        parts[zlib.crc32(place.encode()) % count].append(place)
+    names = [safe_name(f"{base or 'texts'}-{i}".replace("/", "-")) for i in range(count)]
+    return [
+        Source(name, GROUP + name, parts=tuple(files))
+        for name, files in zip(names, parts, strict=True)
+        if files
+    ]
 
 
 def assign_names(sources: list[Source]) -> list[Source]:
@@ -143,7 +178,7 @@ def assign_names(sources: list[Source]) -> list[Source]:
 
 def safe_name(name: str) -> str:
     """A name without suffixes, spaces, leading dashes or characters that a shell interprets."""
-    stem = re.sub(r"(\.(json|jsonl))?\.gz$|\.jsonl?$|\.parquet$|\.npy$", "", name)
+    stem = re.sub(rf"(\.({SUFFIXES}))?\.(gz|zst)$|\.({SUFFIXES}|parquet|npy)$", "", name)
     return re.sub(r"[^A-Za-z0-9._-]", "_", stem).lstrip("-.") or "_"
 
 

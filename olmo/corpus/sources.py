@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from olmo.config import BaseConfig
 from olmo.config.strict import check_one_set, check_range
+from olmo.corpus.formats import RowsSection
 from olmo.corpus.source_table import COLUMNS
 from olmo.corpus.stdlib import MAX_SHARDS
 from olmo.io import downloads, file_types, gz, http_client
@@ -27,12 +27,14 @@ KINDS = (*GENERATED, "files", "table", "url_list")  # exactly one of these field
 
 
 @dataclass
-class SourcesSection(BaseConfig):
-    """Where text comes from; exactly one of the first five (`KINDS`) must be set."""
+class SourcesSection(RowsSection):
+    """Where text comes from; exactly one of the five `KINDS` must be set."""
 
     stdlib: int | None = None  # the running Python's standard library, in this many files
     stdlib_questions: int | None = None  # its documentation as conversations, likewise
-    files: list[str] = field(default_factory=list)  # local gz files of Dolma's schema; globs
+    # Local files; globs: JSON lines, parquet, csv, tsv, text (olmo.corpus.formats), or gz or zst of
+    # these. Gz JSON lines with "id" and "text" (Dolma's schema) are taken as they are.
+    files: list[str] = field(default_factory=list)
     table: str | None = None  # a TSV: url, bytes, sha256, licence
     url_list: str | None = None  # a URL of a text file of URLs, as Dolma publishes them
     # Other places of the files, tried in this order: "https://a.org/x/=https://b.org/y/".
@@ -46,6 +48,10 @@ class SourcesSection(BaseConfig):
         check_one_set("sources", self, KINDS)
         if wrong := [mirror for mirror in self.mirrors if mirror.count("=") != 1]:
             raise ValueError(f"sources.mirrors: expected beginning=beginning, found {wrong[0]!r}")
+
+    @property
+    def rows(self) -> RowsSection:
+        return RowsSection(self.text_field, self.id_field, self.one_document_per)
 
 
 @stage(version=1)
@@ -173,6 +179,28 @@ def fetch_any(
         shutil.rmtree(part, ignore_errors=True)
         return {"from": place, "sha256": hash_file(path), "checked": checked, **facts}
     raise ValueError("; then ".join(failures))
+
+
+@stage(version=1)
+def fetched(
+    url: str,
+    file: Output,
+    part: Work,
+    sha256: str | None = None,
+    transfer: Unhashed[Transfer] = DIRECT,
+) -> Facts:
+    """Download one file of any format, which is to be converted; otherwise as `download`."""
+
+    def check(place: str) -> int:
+        with open(file, "rb") as start:
+            found, _ = file_types.detect_type(start.read(512))
+        if found == "an empty file" or found.startswith("a web page"):
+            raise ValueError(f"{place}: expected data, found {found}")
+        check_against_table(file, place, transfer.bytes, sha256)
+        return file.stat().st_size
+
+    found = fetch_any(url, transfer, file, part, check)
+    return {"url": url, **found, "bytes": found.pop("checked")}
 
 
 @stage(version=1)

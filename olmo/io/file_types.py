@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 GZIP = b"\x1f\x8b"
+ZSTD = b"\x28\xb5\x2f\xfd"
 BOM = b"\xef\xbb\xbf"
 POLARS_TO_JSON_LINES = (
     "uv run python -c 'import polars, sys; polars.{}(sys.argv[1]).write_ndjson(sys.stdout)'"
@@ -18,7 +19,7 @@ ARRAY_TO_JSON_LINES = (
 
 # First bytes, name, and the command that writes the text of a file (its last argument) to stdout.
 SIGNATURES = (
-    (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
+    (ZSTD, "zstd", "zstd -dc"),
     (b"BZh", "bzip2", "bzip2 -dc"),
     (b"\xfd7zXZ\0", "xz", "xz -dc"),
     (b"\x04\x22\x4d\x18", "lz4", "lz4 -dc"),
@@ -89,6 +90,12 @@ def detect_type(start: bytes) -> tuple[str, str]:
     except UnicodeDecodeError:
         plain = False
     return f"{'plain text' if plain else 'something else'} ({start[:16]!r}…)", ""
+
+
+def has_signature(start: bytes) -> bool:
+    """Whether a file's first bytes are those of an archive, a binary format or UTF-16."""
+    magic = tuple(magic for magic, _, _ in SIGNATURES)
+    return start.startswith((*magic, LFS_START)) or start[257:262] == b"ustar"
 
 
 def read_text(path: Path, name: str) -> str:

@@ -55,7 +55,7 @@ def reading(
         with open(path, "rb") as file:
             decompressed = cast(io.RawIOBase, igzip._IGzipReader(file, BLOCK_BYTES))
             if longest is not None:
-                decompressed = _Shortened(decompressed, longest)
+                decompressed = CutLines(decompressed, longest)
             with io.BufferedReader(decompressed, BLOCK_BYTES) as lines:
                 yield cast(BinaryIO, lines)
     except EOFError as error:
@@ -72,7 +72,7 @@ def reading(
         ) from error
 
 
-class _Shortened(io.RawIOBase):
+class CutLines(io.RawIOBase):
     """A stream that cuts lines after more than `longest` bytes."""
 
     closed = False  # read by the buffer for every line: an attribute is faster than a property

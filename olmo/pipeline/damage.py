@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from olmo.corpus.listing import as_arrived, read_listing
 from olmo.io import sealed, untrusted
 from olmo.io.sealed import Damaged
 from olmo.pipeline.plan import Plan
@@ -108,12 +109,12 @@ class DamageScanner:
         wrong = set()
         for listing in Path("data", dataset, "sources").glob("[0-9]*.tsv"):
             try:
-                rows = _read_rows(listing)
+                entries = as_arrived(read_listing([listing]))
             except Damaged:
                 continue  # reported by `find_missing_files` already
-            for name, _, _, digest, size in rows:
+            for name, entry in entries.items():
                 source = known.get(name)
-                if source and not source.allows(int(size), digest):
+                if source and not source.allows(entry.bytes, entry.sha256):
                     wrong.add(f"{source.place}: its size or sha256 in {table} has changed")
                     self._delete_listing(listing)
         return wrong

@@ -1,9 +1,11 @@
 """The source files of a data set: those its recipe names, and the flags of `olmo sources`."""
 
+import json
 import shlex
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from olmo.config.strict import non_default_fields
 from olmo.corpus import source_table
 from olmo.corpus.source_table import Source, quote
 from olmo.corpus.sources import GENERATED, SourcesSection
@@ -28,7 +30,10 @@ def find_sources(dataset: str, recipe: Recipe, is_tokenized: bool) -> list[Sourc
     if is_tokenized:
         return source_table.assign_names([Source("", place) for place in sources.files])
     if sources.files:
-        return source_table.find_local_files(sources.files, recipe_path(dataset), "sources.files")
+        is_grouped = None if recipe.instructions else sources.rows.takes_whole_files
+        return source_table.find_local_files(
+            sources.files, recipe_path(dataset), is_grouped=is_grouped
+        )
     table = source_table_path(dataset, sources)
     if not table.exists():
         if sources.table:
@@ -54,7 +59,7 @@ def check_weights(dataset: str, recipe: Recipe, sources: list[Source]) -> None:
 def local_files(sources: list[Source]) -> list[str]:
     """The places of sources that are local files."""
     generated = tuple(f"{kind}:" for kind in GENERATED.values())
-    places = [source.place for source in sources]
+    places = [place for source in sources for place in source.parts or (source.place,)]
     files = [p for p in places if "://" not in p and not p.startswith(generated)]
     for file in files:
         if "{" in file or "}" in file:
@@ -79,4 +84,8 @@ def source_flags(dataset: str, recipe: Recipe, sources: list[Source]) -> str:
         words += ["--table", str(source_table_path(dataset, section))]
     words += ["--allow-missing"] * section.allow_missing
     words += ["--conversations"] * (recipe.instructions is not None)
+    if any(source.parts for source in sources):
+        words += ["--files", *section.files]
+    if fields := non_default_fields(section.rows):
+        words += ["--rows", json.dumps(fields)]
     return shlex.join(words)
