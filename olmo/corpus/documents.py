@@ -22,6 +22,7 @@ from typing import Any
 from olmo.config import BaseConfig
 from olmo.config.strict import UNHASHED, check_range
 from olmo.corpus import conversations, json_lines
+from olmo.corpus.formats import CONVERTED
 from olmo.corpus.json_lines import Parsed
 from olmo.corpus.listing import Entry, read_listing, run_shards, write_listing
 from olmo.io import file_types, gz
@@ -119,7 +120,8 @@ def batch(sources: list[Path], listing: Path, config: DocumentsSection, kind: st
 
     def inputs(source: Entry) -> dict[str, Any]:
         weight = config.find_weight(source.shard)
-        return {"source": source.object, "name": Path(source.path).name, "weight": weight}
+        name = Path(source.path).name.removesuffix(CONVERTED)
+        return {"source": source.object, "name": name, "weight": weight}
 
     found = read_listing(sources, "source")
     entries = run_shards(documents, listing, found, outputs, inputs, config=config, kind=kind)

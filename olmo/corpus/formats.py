@@ -25,6 +25,7 @@ from olmo.io import file_types, gz
 from olmo.store.stage import Facts, Inputs, Output, stage
 
 BATCH_BYTES = 1 << 24  # of a parquet file, decoded at a time, about
+CONVERTED = ".converted.gz"  # follows the name of the file that was converted
 NOT_UTF8 = b"\xff"  # a line that `olmo documents` drops as such
 Row = dict[str, Any]  # "id", None if there is none, and "text"
 

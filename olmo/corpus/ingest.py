@@ -10,7 +10,14 @@ from pathlib import Path
 
 from olmo.corpus import source_table
 from olmo.corpus.conversations import download_conversations, local_conversations
-from olmo.corpus.formats import EVERY_ROW, RowsSection, converted, needs_conversion
+from olmo.corpus.formats import (
+    CONVERTED,
+    EVERY_ROW,
+    RowsSection,
+    converted,
+    needs_conversion,
+    split_suffixes,
+)
 from olmo.corpus.listing import FETCHED, Entry, as_arrived, read_listing, run_shard, write_listing
 from olmo.corpus.questions import stdlib_questions
 from olmo.corpus.source_table import Source
@@ -138,7 +145,9 @@ def sources(
             arrived = run_shard(fetched, listing, file.name, place, sha256=file.sha256, **fetch)
             places = [arrived[0].object]
         made = {"files": places, "names": names, "rows": rows}
-        return arrived + run_shard(converted, listing, file.name, outputs, **made)
+        suffix, _ = split_suffixes(names[0])
+        to = {"source": f"sources/{{}}{suffix}{CONVERTED}"}
+        return arrived + run_shard(converted, listing, file.name, to, **made)
 
     def ingest(file: Source, progress: Progress) -> list[Entry]:
         if file.place.startswith(source_table.GROUP) and file.place not in groups:

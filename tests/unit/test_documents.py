@@ -133,6 +133,7 @@ def test_many_documents_with_an_empty_id_are_a_warning(run, tmp_path, capsys):
 
 
 BAD = {
+    "bad-row": b'"bad-row: expected 2 fields, found 3"',
     "long-line": b'{"id": "a", "more": "' + b"c" * 1000 + b'", "text": "b"}',
     "not-utf8": b'{"id": "a", "text": "\xff"}',
     "bad-json": b'{"id": "a", "text": "b"',
