@@ -39,6 +39,7 @@ OTHER_COMMANDS = {
     "order": "olmo.corpus.order:order",
     "positions": "olmo.corpus.order:positions",
     "environment": "olmo.corpus.environments:environment",
+    "new": "olmo.pipeline.new:new",
     "start": "olmo.pipeline.start:start",
     "train": "olmo.pipeline.train:train_run",
     "soup": "olmo.pipeline.soup:soup",

@@ -25,6 +25,7 @@ from olmo.io import file_types, gz
 from olmo.store.stage import Facts, Inputs, Output, stage
 
 BATCH_BYTES = 1 << 24  # of a parquet file, decoded at a time, about
+ALL = ""  # as a text_field: every field
 CONVERTED = ".converted.gz"  # follows the name of the file that was converted
 NOT_UTF8 = b"\xff"  # a line that `olmo documents` drops as such
 Row = dict[str, Any]  # "id", None if there is none, and "text"
@@ -113,6 +114,14 @@ def dump_document(row: Row, name: str, number: int, rows: RowsSection) -> bytes:
         return json_lines.dump_line(row, default=str)
     except UnicodeEncodeError:  # bytes that are not UTF-8, decoded to surrogates
         return NOT_UTF8 + b"\n"
+
+
+def read_fields(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file with all their fields; those that no row could be made of are left out."""
+    rows = RowsSection(text_field=ALL)
+    for row in read_lines(path, name, rows):
+        if isinstance(row, dict):
+            yield row
 
 
 def read_lines(path: Path, name: str, rows: RowsSection) -> Iterator[Row | bytes]:
@@ -246,6 +255,7 @@ def read_parquet(path: Path, name: str, rows: RowsSection) -> Iterator[Row]:
             columns = file.schema_arrow.names
             check_fields(columns, name, rows)
             wanted = {rows.text_field, rows.id_field or "id"} & set(columns)
+            wanted = set(columns) if rows.text_field == ALL else wanted
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             widest = max([1, *(g.total_byte_size // max(g.num_rows, 1) for g in groups)])
             size = max(1, min(4096, BATCH_BYTES // widest))
@@ -279,7 +289,7 @@ def check_fields(found: Iterable[str], name: str, rows: RowsSection) -> None:
     columns = list(found)
     for key in ("text_field", "id_field"):
         field = getattr(rows, key)
-        if field is not None and columns.count(field) != 1:
+        if field not in (None, ALL) and columns.count(field) != 1:
             raise ValueError(
                 f"{name}: expected one field {field}, found {', '.join(columns)}; name the field "
                 f"in the recipe (sources: {{{key}: …}})"
@@ -288,6 +298,8 @@ def check_fields(found: Iterable[str], name: str, rows: RowsSection) -> None:
 
 def pick(row: dict[str, Any], rows: RowsSection) -> Row:
     """The id and the text of a row."""
+    if rows.text_field == ALL:
+        return row
     return {"id": row.get(rows.id_field or "id"), "text": row.get(rows.text_field)}
 
 

@@ -70,8 +70,6 @@ def trained_tokenizer(documents: Inputs, tokenizer: Output, vocab_size: int) -> 
     Raises ValueError if the documents are too few for the vocabulary.
     """
     import tokenizers
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from tokenizers.trainers import BpeTrainer
 
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -79,6 +77,22 @@ def trained_tokenizer(documents: Inputs, tokenizer: Output, vocab_size: int) -> 
             f"vocab_size: expected at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} "
             f"special tokens), found {vocab_size}"
         )
+    model = train_byte_level(read_texts(documents), vocab_size)
+    if model.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"vocab_size: expected {vocab_size:,} tokens, found {model.get_vocab_size():,}: these "
+            "documents have no more pairs to merge. Use more documents, or a smaller "
+            "tokenizer.train_vocab_size in the recipe and the same model.vocab_size in the config"
+        )
+    tokenizer.write_text(to_portable(model.to_str()), encoding="utf-8")
+    return {"vocab_size": vocab_size, "tokenizers": tokenizers.__version__}
+
+
+def train_byte_level(texts: Iterator[str], vocab_size: int) -> Any:
+    """A tokenizer of at most `vocab_size` tokens: fewer if no pair occurs twice any more."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = BpeTrainer(
         vocab_size=vocab_size,
@@ -92,15 +106,8 @@ def trained_tokenizer(documents: Inputs, tokenizer: Output, vocab_size: int) -> 
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.post_processor = processors.ByteLevel(trim_offsets=True)
     model.decoder = decoders.ByteLevel()
-    model.train_from_iterator(read_texts(documents), trainer)
-    if model.get_vocab_size() != vocab_size:
-        raise ValueError(
-            f"vocab_size: expected {vocab_size:,} tokens, found {model.get_vocab_size():,}: these "
-            "documents have no more pairs to merge. Use more documents, or a smaller "
-            "tokenizer.train_vocab_size in the recipe and the same model.vocab_size in the config"
-        )
-    tokenizer.write_text(to_portable(model.to_str()), encoding="utf-8")
-    return {"vocab_size": vocab_size, "tokenizers": tokenizers.__version__}
+    model.train_from_iterator(texts, trainer)
+    return model
 
 
 @stage(version=1)
