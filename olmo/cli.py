@@ -53,6 +53,7 @@ OTHER_COMMANDS = {
     "replay": "olmo.inspect.replay:replay",
     "generate": "olmo.inspect.generate:generate_text",
     "bench": "olmo.report.bench:bench",
+    "runs": "olmo.report.runs:runs",
     "compare": "olmo.report.compare:compare",
     "scores": "olmo.report.scores:scores",
     "store verify": "olmo.store.commands:verify",

@@ -1,0 +1,210 @@
+"""`olmo runs`: every run of the project, what it is doing, and how far it came."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from olmo.io.sealed import Damaged
+from olmo.runtime.log import format_count, format_duration
+from olmo.runtime.process import CAUSE_FILE, PAUSED_FILE
+from olmo.store.lease import LEASE_TIMEOUT_S, held_names
+from olmo.store.record import parse_record
+from olmo.store.stage import current_store
+
+TAIL_BYTES = 1 << 16  # of metrics.jsonl, in which its last rows are
+LOSS = "train/CrossEntropyLoss"
+SPEED = "throughput/device/tokens_per_second"
+# Column → whether its values are numbers, aligned to the right.
+COLUMNS = {
+    "run": False,
+    "state": False,
+    "step": True,
+    "loss": True,
+    "held-out": True,
+    "tokens/s": True,
+    "age": True,
+    "size": True,
+    "trained": True,
+}
+ORDER = ("running", "failed", "paused", "stopped", "done", "not begun")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run as its folder shows it; None for what is not known."""
+
+    name: str
+    state: str  # one of ORDER
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    heldout_loss: float | None = None
+    tokens_per_s: float | None = None  # of a device
+    last_change: float | None = None  # seconds since the epoch
+    bytes: int | None = None
+    seconds: float | None = None  # of the training, when it is done
+
+    def cells(self, now: float) -> list[str]:
+        """The run as a row of the table."""
+        step = "" if self.step is None else f"{self.step:,}"
+        step += f"/{self.steps:,}" if self.steps and step else ""
+        return [
+            self.name,
+            self.state,
+            step,
+            "" if self.loss is None else f"{self.loss:.3f}",
+            "" if self.heldout_loss is None else f"{self.heldout_loss:.3f}",
+            "" if self.tokens_per_s is None else format_count(self.tokens_per_s),
+            "" if self.last_change is None else format_age(now - self.last_change),
+            "" if self.bytes is None else f"{format_count(self.bytes)}B",
+            "" if self.seconds is None else format_duration(self.seconds),
+        ]
+
+
+def runs() -> None:
+    """List the runs: state, step, loss, held-out loss, speed, age, size and time of training.
+
+    A run is `running` where a process of any machine holds its lease. `age` is the time since its
+    last step. `size` is that of its checkpoints.
+    """
+    config = Path("config/config.yaml")
+    if not config.is_file():
+        raise ValueError(f"expected {config} in {Path.cwd()}; cd to the project's folder")
+    known = yaml.safe_load(config.read_text(encoding="utf-8"))
+    names = [*known.get("runs", {}), *known.get("soups", {})]
+    made = [path.name for path in sorted(Path("checkpoints").glob("*")) if path.is_dir()]
+    held = held_names(current_store().root / "leases")
+    found = [find_state(name, held) for name in dict.fromkeys([*names, *made])]
+    found.sort(key=lambda run: (ORDER.index(run.state), -(run.last_change or 0)))
+    print(format_table([run.cells(time.time()) for run in found]))
+
+
+def find_state(name: str, held: Sequence[str]) -> RunState:
+    """The state of a run, from its final checkpoint, or from the folder it is trained in."""
+    folder = Path("checkpoints", name)
+    attempt, final = folder / "run", folder / "final"
+    if (record_path := final / "record.json").exists():
+        try:
+            record: Any = parse_record(record_path.read_bytes(), record_path)
+        except Damaged:
+            record = {"facts": {}, "run": {}}
+        facts = record["facts"]
+        last = last_metrics(final / "metrics.jsonl")
+        losses = facts.get("heldout_loss", {}).get("heldout", {})
+        heldout = losses.get("last")
+        return RunState(
+            name,
+            "done",
+            facts.get("steps"),
+            facts.get("steps"),
+            last.get(LOSS),
+            None if heldout is None else float(heldout),
+            last.get(SPEED),
+            record_path.stat().st_mtime,
+            folder_bytes(folder),
+            record["run"].get("wall_s"),
+        )
+    metrics = attempt / "metrics.jsonl"
+    if not attempt.exists():
+        return RunState(name, "not begun")
+    last = last_metrics(metrics)
+    return RunState(
+        name,
+        unfinished_state(attempt, held),
+        last.get("step"),
+        planned_steps(attempt),
+        last.get(LOSS),
+        last.get("eval/heldout/CrossEntropyLoss"),
+        last.get(SPEED),
+        metrics.stat().st_mtime if metrics.exists() else attempt.stat().st_mtime,
+        folder_bytes(folder),
+    )
+
+
+def unfinished_state(attempt: Path, held: Sequence[str]) -> str:
+    """Whether a run without a final checkpoint is trained now, or why not."""
+    key = attempt.resolve().parent.name
+    if key in held and is_touched(key):
+        return "running"
+    if (attempt / CAUSE_FILE).exists():
+        return "failed"
+    return "paused" if (attempt / PAUSED_FILE).exists() else "stopped"
+
+
+def is_touched(key: str) -> bool:
+    """Whether a holder, on this machine or another, has touched its lease lately."""
+    leases = (current_store().root / "leases").glob(f"{key}.*")
+    return any(time.time() - path.stat().st_mtime < LEASE_TIMEOUT_S for path in leases)
+
+
+def planned_steps(attempt: Path) -> int | None:
+    """`max_duration` of a run, if that is a number of steps."""
+    given = attempt / "given.yaml"
+    found = yaml.safe_load(given.read_text(encoding="utf-8")) if given.exists() else {}
+    duration = found.get("max_duration")
+    return duration if isinstance(duration, int) else None
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The last value of each metric, in the last rows of a file; {} without a file."""
+    if not path.exists():
+        return {}
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = file.read().splitlines()
+    values: dict[str, Any] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the first is cut, or the last is being written
+            continue
+        values |= {key: value for key, value in row.items() if isinstance(value, int | float)}
+    return values
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of all files below a folder, through links, each file once."""
+    sizes = {}
+    for path, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            try:
+                found = os.stat(os.path.join(path, name))
+            except FileNotFoundError:  # removed meanwhile, or a dangling link
+                continue
+            sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())
+
+
+def format_age(seconds: float) -> str:
+    """A time in its largest unit.
+
+    >>> format_age(59), format_age(7200), format_age(3 * 86400)
+    ('59 s', '2 h', '3 days')
+    """
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """Rows under COLUMNS; columns without a value are left out."""
+    table = [list(COLUMNS), *rows]
+    shown = [i for i, _ in enumerate(COLUMNS) if i < 2 or any(row[i] for row in rows)]
+    widths = {i: max(len(row[i]) for row in table) for i in shown}
+    to_right = list(COLUMNS.values())
+    lines = [
+        "  ".join(
+            row[i].rjust(widths[i]) if to_right[i] else row[i].ljust(widths[i]) for i in shown
+        )
+        for row in table
+    ]
+    return "\n".join(line.rstrip() for line in lines)
