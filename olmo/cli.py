@@ -1,70 +1,28 @@
 """`olmo <command>`: the command line of every stage and tool.
 
-The flags are the parameters of the command's function: `keep_one_in: int = 1` is `--keep-one-in 1`.
-A command's module is imported only when it runs, so that `olmo order` does not import torch.
+olmo/commands.py has the commands and their flags; here is what surrounds a call: signals, the log
+file, exit statuses, errors as one sentence.
 """
 
-import argparse
 import ast
-import dataclasses
 import difflib
-import functools
-import importlib
-import inspect
-import json
 import os
 import select
 import signal
 import sys
 import textwrap
 import traceback
-import types
-import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+from olmo.commands import bind, commands, load_command
 from olmo.runtime.log import FAILED, LOG_ENV, describe_error, find_disk_errno
 from olmo.runtime.process import EXIT_PAUSED, Paused, die_with_supervisor
 from olmo.runtime.urls import redact, stash_secrets
-from olmo.store.stage import Stage, parameter_role, require_store
+from olmo.store.stage import require_store
 
-# A module of olmo/corpus with a function `batch` is the command of its name. All others:
-OTHER_COMMANDS = {
-    "source-list": "olmo.corpus.sources:source_list",
-    "sources": "olmo.corpus.ingest:sources",
-    "given-tokens": "olmo.corpus.ingest:given_tokens",
-    "order": "olmo.corpus.order:order",
-    "positions": "olmo.corpus.order:positions",
-    "environment": "olmo.corpus.environments:environment",
-    "new": "olmo.pipeline.new:new",
-    "start": "olmo.pipeline.start:start",
-    "train": "olmo.pipeline.train:train_run",
-    "soup": "olmo.pipeline.soup:soup",
-    "hf": "olmo.pipeline.export:hf",
-    "heldout": "olmo.pipeline.evaluate:heldout",
-    "docstrings": "olmo.pipeline.evaluate:docstrings",
-    "evaluate": "olmo.pipeline.evaluate:evaluate",
-    "checkpoint convert": "olmo.pipeline.convert:convert",
-    "inspect": "olmo.inspect.commands:inspect",
-    "seen": "olmo.inspect.commands:seen",
-    "replay": "olmo.inspect.replay:replay",
-    "generate": "olmo.inspect.generate:generate_text",
-    "bench": "olmo.report.bench:bench",
-    "runs": "olmo.report.runs:runs",
-    "compare": "olmo.report.compare:compare",
-    "scores": "olmo.report.scores:scores",
-    "store verify": "olmo.store.commands:verify",
-    "store gc": "olmo.store.commands:gc",
-    "store checkout": "olmo.store.commands:checkout",
-    "store why": "olmo.store.commands:why",
-    "store trace": "olmo.store.commands:trace",
-    "store pin": "olmo.store.commands:pin",
-    "store push": "olmo.store.commands:push",
-    "store pull": "olmo.inspect.pull:pull",
-}
 # Headings of the usage: package → what its commands do.
 GROUPS = {
     "corpus": "from sources to tokens",
@@ -73,16 +31,6 @@ GROUPS = {
     "report": "comparison of runs and settings",
     "store": "the store",
 }
-
-
-@functools.cache
-def commands() -> dict[str, str]:
-    """Command → "module:function". No module is imported."""
-    found = {}
-    for path in sorted(Path(__file__).parent.joinpath("corpus").glob("*.py")):
-        if "\ndef batch(" in path.read_text(encoding="utf-8"):
-            found[path.stem.replace("_", "-")] = f"olmo.corpus.{path.stem}:batch"
-    return found | OTHER_COMMANDS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,15 +90,13 @@ def run_command(verb: str, words: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # Sent by a scheduler before a time limit: training handles it, other commands continue.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    module, name = commands()[verb].split(":")
-    command = getattr(importlib.import_module(module), name)
+    command = load_command(verb)
     die_with_supervisor()
-    arguments = parse_arguments(verb, command, words)
+    log, call = bind(verb, command, words)
     if verb.startswith("store ") and verb != "store pull":  # `pull` may create the store
         require_store()
-    with log_to(arguments.pop("log")):
-        positional = [arguments.pop(name) for name in positional_parameters(command)]
-        command(*positional, **arguments)
+    with log_to(log):
+        call()
 
 
 def is_reader_gone() -> bool:
@@ -199,71 +145,6 @@ def unknown_command_message(verb: str, words: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, subcommands or commands(), 1)
     hint = f"; the nearest is '{near[0]}'" if near else ""
     return f"unknown command '{name}'{hint}; olmo --help lists all"
-
-
-def parse_arguments(name: str, command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
-    """Parse a command line by the signature of `command`. Returns its arguments and `log`."""
-    function = command.build if isinstance(command, Stage) else command
-    text = inspect.getdoc(function) or ""
-    parser = argparse.ArgumentParser(
-        prog=f"olmo {name}",
-        description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    hints = typing.get_type_hints(function, include_extras=True)
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter_role(hints[parameter.name]) != "work":
-            add_argument(parser, parameter, hints[parameter.name])
-    parser.add_argument("--log", type=Path, help="also write messages to this file")
-    return vars(parser.parse_args(words))
-
-
-def positional_parameters(command: Callable[..., Any]) -> list[str]:
-    """The names of positional-only parameters."""
-    parameters = inspect.signature(command).parameters.values()
-    return [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]
-
-
-def add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter, hint: Any) -> None:
-    """Add the argument of a parameter, by its kind, default and type."""
-    required = parameter.default is inspect.Parameter.empty
-    is_positional = required and parameter.kind is inspect.Parameter.POSITIONAL_ONLY
-    flag = parameter.name if is_positional else "--" + parameter.name.replace("_", "-")
-    options: dict[str, Any] = {} if is_positional else {"required": required}
-    options["default"] = None if required else parameter.default
-    kind, is_list = element_type(hint)
-    if dataclasses.is_dataclass(kind):
-        options["type"] = functools.partial(parse_section, kind)
-        options["metavar"] = "JSON"
-    elif kind is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    elif is_list:
-        options |= {"type": kind, "nargs": "*"}
-        if is_positional:
-            options["default"] = []
-    else:
-        options["type"] = kind
-    parser.add_argument(flag, **options)
-
-
-def parse_section(kind: Any, text: str) -> Any:
-    """A recipe's section from JSON. argparse shows the message of an ArgumentTypeError only."""
-    try:
-        return kind.new(**json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def element_type(hint: Any) -> tuple[Any, bool]:
-    """A parameter's type without Annotated, None and list, and whether it is a list."""
-    if typing.get_origin(hint) is typing.Annotated:
-        return element_type(typing.get_args(hint)[0])
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return element_type(next(a for a in typing.get_args(hint) if a is not type(None)))
-    if typing.get_origin(hint) in (list, tuple):
-        return element_type(typing.get_args(hint)[0])[0], True
-    return hint, False
 
 
 @contextmanager

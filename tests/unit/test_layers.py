@@ -12,9 +12,10 @@ PACKAGE = Path(__file__).parents[2] / "olmo"
 
 # Packages and modules of olmo/, from those that know nothing of the others to those that know all.
 # Each may import what is on a line above its own, and of its own line what stands before it.
+# `commands` names functions of all packages as text, and imports none before it is called.
 LAYERS = """
 runtime io config
-store cluster
+store cluster commands
 model precision optim distributed
 tokenizer data
 checkpoint eval

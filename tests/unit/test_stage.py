@@ -14,6 +14,7 @@ import polars
 import pytest
 
 from olmo import cli
+from olmo.commands import parse_arguments
 from olmo.pipeline.workspace import format_failures, report_failures
 from olmo.store import commands
 from olmo.store.lease import lease
@@ -161,7 +162,7 @@ def test_the_way_back():
 def test_the_command_line_comes_from_the_signature(monkeypatch: pytest.MonkeyPatch):
     line = "--parts a b --joined out/c --glue + --words x y --threads 3"
     words = line.split()
-    arguments = cli.parse_arguments("join", join, words)
+    arguments = parse_arguments("join", join, words)
     assert arguments == {
         "parts": [Path("a"), Path("b")],
         "joined": Path("out/c"),
@@ -303,7 +304,7 @@ def test_a_reader_that_leaves_early_hears_no_traceback(words: tuple[str, ...]):
 # The public command line: a change here breaks scripts, and belongs into the CHANGELOG.
 COMMANDS = """source-list sources given-tokens documents attributes mixed tokenizer tokens
 instructions statistics order positions start train soup hf heldout docstrings evaluate
-inspect seen replay generate bench compare scores checkpoint-convert environment store-verify
+inspect seen replay generate bench runs new compare scores checkpoint-convert environment store-verify
 store-gc store-checkout store-why store-trace store-pin store-push store-pull"""
 
 
