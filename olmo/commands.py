@@ -39,6 +39,7 @@ OTHER_COMMANDS = {
     "seen": "olmo.inspect.commands:seen",
     "replay": "olmo.inspect.replay:replay",
     "generate": "olmo.inspect.generate:generate_text",
+    "chat": "olmo.inspect.chat:chat",
     "bench": "olmo.report.bench:bench",
     "runs": "olmo.report.runs:runs",
     "compare": "olmo.report.compare:compare",

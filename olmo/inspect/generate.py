@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from olmo.inspect.documents import find_token_shards, select_shards
 from olmo.inspect.run import TrainedRun
 from olmo.runtime.log import log
 from olmo.store.stage import current_store
 from olmo.tokenizer import Tokenizer, hub_name
+
+if TYPE_CHECKING:
+    from olmo.corpus.conversations import Message
 
 # One of these is in every checkpoint folder.
 CHECKPOINT_FILES = ("model.safetensors", "model.pt", "model_and_optim")
@@ -40,15 +43,9 @@ def generate_text(
     hub, if the checkpoint does not name one. --tokens is 256 by default, or the rest of the
     context.
     """
-    import torch
-
-    from olmo.checkpoint.read import load_model
-    from olmo.model.linear import use_column_major_weights
-
     if temperature == 0 and not (top_k is top_p is seed is None):
         raise ValueError("--top-k, --top-p and --seed need sampling: give a --temperature")
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"expected a --seed of 64 bits, found {seed}")
+    check_seed(seed)
     place = find_checkpoint(checkpoint)
     run = TrainedRun(place)
     words = load_checkpoint_tokenizer(place, run, tokenizer)
@@ -57,12 +54,7 @@ def generate_text(
     if system is not None and not chat:
         raise ValueError("--system is for chat: give --chat")
     text = sys.stdin.read() if prompt == "-" else prompt
-    try:
-        (text + (system or "")).encode()
-    except UnicodeEncodeError as error:  # the terminal sent other bytes
-        raise ValueError(
-            f"expected --prompt and --system in UTF-8, found {error.object!r}"
-        ) from None
+    check_utf8(text + (system or ""), "--prompt and --system")
     ids = encode_prompt(text, words, chat, system)
     if tokens is None:
         tokens = min(256, max(run.length - len(ids), 1))
@@ -73,20 +65,56 @@ def generate_text(
         )
     generator = None
     if temperature > 0:
-        generator = torch.Generator()
-        seed = generator.seed() % 2**32 if seed is None else seed
-        generator.manual_seed(seed)
-        print(f"seed: {seed}", file=sys.stderr)
+        generator = seed_generator(seed)
+        print(f"seed: {generator.initial_seed()}", file=sys.stderr)
+    found = generate_ids(
+        load_fast_model(place), ids, max_steps=tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, generator=generator,
+    )  # fmt: skip
+    print_text(found, words)
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises ValueError for a seed that torch does not take."""
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"expected a --seed of 64 bits, found {seed}")
+
+
+def seed_generator(seed: int | None) -> Any:
+    """A `torch.Generator` with this seed, or with one from the system."""
+    import torch
+
+    generator = torch.Generator()
+    return generator.manual_seed(generator.seed() % 2**32 if seed is None else seed)
+
+
+def check_utf8(text: str, name: str) -> None:
+    """Raises ValueError for a text that the terminal sent in another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected {name} in UTF-8, found {error.object!r}") from None
+
+
+def load_fast_model(place: str) -> Any:
+    """The model of a checkpoint, laid out for generation."""
+    from olmo.checkpoint.read import load_model
+    from olmo.model.linear import use_column_major_weights
+
     model = load_model(place)
     model.use_attention()
     use_column_major_weights(model)
-    found = generate_ids(
-        model, ids, max_steps=tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        generator=generator,
-    )  # fmt: skip
-    for piece in stream_text(found, lambda some: words.decode(some, skip_special_tokens=False)):
+    return model
+
+
+def print_text(ids: Iterable[int], words: Tokenizer) -> str:
+    """Print the text of ids, each piece as it comes, and a newline; the text."""
+    text = ""
+    for piece in stream_text(ids, lambda some: words.decode(some, skip_special_tokens=False)):
         print(piece, end="", flush=True)
+        text += piece
     print()
+    return text
 
 
 def find_checkpoint(checkpoint: str) -> str:
@@ -146,15 +174,21 @@ def encode_prompt(
 ) -> list[int]:
     """The ids of a prompt, which the model continues.
 
-    `chat` formats it as `olmo.corpus.instructions` formats a conversation, up to the assistant's
-    answer. An empty text is one end-of-text token, as at the start of a document.
+    `chat` formats it as a conversation up to the assistant's answer. An empty text is one
+    end-of-text token, as at the start of a document.
     """
     if chat:
         messages = [] if system is None else [("system", system)]
-        messages.append(("user", text))
-        parts = [f"<|{role}|>\n{content.strip()}\n" for role, content in messages]
-        text = "".join([tokenizer.eos_token, *parts, "<|assistant|>\n"])
+        return encode_chat([*messages, ("user", text)], tokenizer)
     return tokenizer.encode(text, add_special_tokens=False) or [tokenizer.eos_token_id]
+
+
+def encode_chat(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
+    """The ids of a conversation as in instruction tuning, up to the assistant's next answer."""
+    from olmo.corpus.instructions import encode_conversations
+
+    [(_, (ids, _))] = encode_conversations([messages], tokenizer)
+    return ids + tokenizer.encode("<|assistant|>\n", add_special_tokens=False)
 
 
 def generate_ids(model: Any, ids: list[int], **options: Any) -> Iterator[int]:
