@@ -27,6 +27,7 @@ OTHER_COMMANDS = {
     "positions": "olmo.corpus.order:positions",
     "environment": "olmo.corpus.environments:environment",
     "new": "olmo.pipeline.new:new",
+    "check": "olmo.pipeline.check:check",
     "start": "olmo.pipeline.start:start",
     "train": "olmo.pipeline.train:train_run",
     "soup": "olmo.pipeline.soup:soup",

@@ -7,6 +7,7 @@ import difflib
 import functools
 import types
 import typing
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any, Union
 
@@ -14,16 +15,27 @@ BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, 
 SCALARS = {int: "a whole number", float: "a number", str: "text"}
 
 
+class Mistakes(ValueError):
+    """The wrong values of one config; `each` has a sentence for each."""
+
+    def __init__(self, each: list[str]) -> None:
+        super().__init__("; ".join(each))
+        self.each = each
+
+
+def each_mistake(error: Exception) -> list[str]:
+    """The sentences of an error: one, or those of `Mistakes`."""
+    return error.each if isinstance(error, Mistakes) else [str(error)]
+
+
 @functools.cache
 def field_types(cls: Any) -> dict[str, Any]:
-    """Field name → type, of all public fields of a dataclass."""
     """Field name → type, of all public fields of a dataclass."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if not f.name.startswith("_")}
 
 
 def is_required(f: dataclasses.Field[Any]) -> bool:
-    """Whether a field has no default."""
     """Whether a field has no default."""
     return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
@@ -91,7 +103,7 @@ def convert_value(value: Any, hint: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise error("a mapping")
-        return {str(k): convert_value(v, args[1], f"{where}.{k}") for k, v in value.items()}
+        return _convert_values({str(k): (v, args[1], f"{where}.{k}") for k, v in value.items()})
     if dataclasses.is_dataclass(hint):
         return _convert_to_dataclass(value, hint, where)
     if issubclass(hint, Enum):
@@ -128,16 +140,37 @@ def _convert_to_dataclass(value: Any, cls: Any, where: str) -> Any:
         return value
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected the keys of a {cls.__name__}, found {value!r}")
-    hints, values = field_types(cls), {}
+    hints, wrong = field_types(cls), []
+    known: dict[str, tuple[Any, Any, str]] = {}
     for key, part in value.items():
         place = f"{where}.{key}" if where else str(key)
-        if key not in hints:
-            raise unknown_key_error(key, cls, place)
-        values[key] = convert_value(part, hints[key], place)
+        if key in hints:
+            known[key] = part, hints[key], place
+        else:
+            wrong.append(str(unknown_key_error(key, cls, place)))
     for f in dataclasses.fields(cls):
-        if is_required(f) and f.name not in values:
-            raise ValueError(f"{where}: " * bool(where) + f"the key '{f.name}' is missing")
+        if is_required(f) and f.name not in value:
+            wrong.append(f"{where}: " * bool(where) + f"the key '{f.name}' is missing")
+    values = _convert_values(known, wrong)
     return cls(**values)
+
+
+def _convert_values(
+    found: dict[str, tuple[Any, Any, str]], wrong: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Key → (value, type, place) as key → converted value.
+
+    Raises Mistakes, of all that are wrong, those of the caller too.
+    """
+    values, mistakes = {}, list(wrong)
+    for key, (value, hint, where) in found.items():
+        try:
+            values[key] = convert_value(value, hint, where)
+        except ValueError as error:
+            mistakes += each_mistake(error)
+    if mistakes:
+        raise Mistakes(mistakes)
+    return values
 
 
 def default_values(cls: type) -> dict[str, Any]:

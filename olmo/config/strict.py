@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from olmo.config.conversion import (
+    Mistakes,
     convert_value,
+    each_mistake,
     field_default,
     field_types,
     to_plain,
@@ -83,13 +85,15 @@ class BaseConfig:
             )
             config = convert_value(cls.update_legacy_settings(plain), cls, "")
         except (ValueError, RecursionError) as error:
-            message = str(error)
-            for place, text in from_environment.items():  # the value may be a secret
-                value = get_at(plain, place)
-                if value is not None and len(str(value)) > 3:  # a shorter one may be part of a word
-                    message = message.replace(str(value), text)
             hint = "; a config from elsewhere reads nothing of this machine: write the value"
-            raise ValueError(f"{path}: {message}{hint * (untrusted and '${' in message)}") from None
+            mistakes = []
+            for message in each_mistake(error):
+                for place, text in from_environment.items():  # the value may be a secret
+                    value = get_at(plain, place)
+                    if value is not None and len(str(value)) > 3:  # shorter: part of a word
+                        message = message.replace(str(value), text)
+                mistakes.append(f"{path}: {message}{hint * (untrusted and '${' in message)}")
+            raise Mistakes(mistakes) from None
         plain = to_plain(config, all_fields=True)
         config.from_environment = {
             place: (text, value)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from olmo.cluster.launch import Geometry
 from olmo.config import BaseConfig, TrainConfig
+from olmo.config.conversion import Mistakes, each_mistake
 from olmo.config.strict import check_range, non_default_fields
 from olmo.corpus.attributes import DecontaminateSection, DedupeSection
 from olmo.corpus.documents import DocumentsSection
@@ -146,7 +147,7 @@ def prefix_errors(prefix: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from error
+        raise Mistakes([f"{prefix}{mistake}" for mistake in each_mistake(error)]) from error
 
 
 def json_flag(flag: str, config: BaseConfig) -> str:
