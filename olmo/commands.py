@@ -43,6 +43,7 @@ OTHER_COMMANDS = {
     "chat": "olmo.inspect.chat:chat",
     "bench": "olmo.report.bench:bench",
     "runs": "olmo.report.runs:runs",
+    "diff": "olmo.report.diff:diff",
     "compare": "olmo.report.compare:compare",
     "scores": "olmo.report.scores:scores",
     "store verify": "olmo.store.commands:verify",

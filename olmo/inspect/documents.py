@@ -37,7 +37,7 @@ class TokenShard:
         self._made_by = made_by
 
     @cached_property
-    def _ancestry(self) -> list[Record]:
+    def ancestry(self) -> list[Record]:
         """The records of the stages that the documents passed through, from the tokens back.
 
         Not those of other inputs, as the tokenizer or attributes, which come from all files.
@@ -53,7 +53,7 @@ class TokenShard:
 
     @property
     def origin(self) -> str | None:
-        urls = [r["action"]["params"].get("url") for r in self._ancestry]
+        urls = [r["action"]["params"].get("url") for r in self.ancestry]
         return next((url for url in urls if url), None)
 
     @property
@@ -61,7 +61,7 @@ class TokenShard:
         """Digests of its source files."""
         return {
             file["sha256"]
-            for record in self._ancestry
+            for record in self.ancestry
             for name, file in record["outputs"].items()
             if name == "source"
         }
@@ -74,7 +74,7 @@ class TokenShard:
     def heldout(self) -> set[str]:
         """Digests of the documents that were held out from the same source files."""
         outputs = [
-            r["outputs"]["heldout"]["sha256"] for r in self._ancestry if "heldout" in r["outputs"]
+            r["outputs"]["heldout"]["sha256"] for r in self.ancestry if "heldout" in r["outputs"]
         ]
         return set(outputs)
 

@@ -9,13 +9,20 @@ from olmo.store.record import Record, output_files
 from olmo.store.store import Store
 
 
-def diff_actions(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """The fields in which two actions differ: "params.keep_one_in: 10 → 5"."""
+def diff_actions(
+    before: dict[str, Any], now: dict[str, Any], prefix: str = "", missing: str = "default"
+) -> list[str]:
+    """The fields in which two actions differ: "params.keep_one_in: 10 → 5".
+
+    A field that only one has is `missing` in the other.
+    """
     changed = []
     for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name, "default"), now.get(name, "default")
+        old, new = before.get(name, missing), now.get(name, missing)
+        if isinstance(old, dict) or isinstance(new, dict):
+            old, new = ({} if part == missing else part for part in (old, new))
         if isinstance(old, dict) and isinstance(new, dict):
-            changed += diff_actions(old, new, f"{prefix}{name}.")
+            changed += diff_actions(old, new, f"{prefix}{name}.", missing)
         elif isinstance(old, list) and isinstance(new, list) and old != new:
             places = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
             size = f", {len(old)} → {len(new)} of them" if len(old) != len(new) else ""

@@ -304,8 +304,8 @@ def test_a_reader_that_leaves_early_hears_no_traceback(words: tuple[str, ...]):
 # The public command line: a change here breaks scripts, and belongs into the CHANGELOG.
 COMMANDS = """source-list sources given-tokens documents attributes mixed tokenizer tokens
 instructions statistics order positions start train soup hf heldout docstrings evaluate
-inspect seen replay generate chat new check runs bench compare scores checkpoint-convert environment
-store-verify store-gc store-checkout store-why store-trace store-pin store-push store-pull"""
+inspect seen replay generate chat new check runs diff bench compare scores checkpoint-convert
+environment store-verify store-gc store-checkout store-why store-trace store-pin store-push store-pull"""
 
 
 def test_the_commands_are_what_they_were():
@@ -339,7 +339,7 @@ def test_a_command_that_there_is_not_names_the_nearest():
 
 
 # Commands whose --help, and whose refusals, should not wait for torch.
-SWIFT = "check runs start soup inspect seen replay generate chat compare scores"
+SWIFT = "check runs diff start soup inspect seen replay generate chat compare scores"
 
 
 def test_help_does_not_wait_for_torch():
