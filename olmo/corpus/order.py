@@ -16,19 +16,34 @@ def order(
     seed: int,
     dtype: str = "uint16",
     epoch: int = 0,
+    batch_size: int = 1,
 ) -> None:
     """Shuffle the instances that a run sees; the order depends on their number alone.
 
     `epoch` is the one in which the run begins; the trainer computes the orders of later epochs.
+
+    Raises ValueError if they are fewer than a batch, or the held-out documents fill none.
     """
-    width = bytes_per_token(dtype)
-    sizes = [entry.bytes for entry in read_listing(tokens, "tokens")]
-    instances = sum(size // (width * sequence_length) for size in sizes)
-    if instances == 0:
+
+    def count(output: str) -> tuple[int, int]:
+        width = bytes_per_token(dtype)
+        sizes = [entry.bytes // width for entry in read_listing(tokens, output)]
+        return sum(size // sequence_length for size in sizes), sum(sizes)
+
+    instances, available = count("tokens")
+    if instances < batch_size:
         raise ValueError(
-            f"expected at least one instance of {sequence_length} tokens, found {sum(sizes)} "
-            f"bytes in {len(sizes)} shards, each shorter than that; use more documents (a smaller "
-            "documents.keep_one_in) or a smaller model.max_sequence_length"
+            f"expected at least {batch_size} instances of {sequence_length} tokens, a batch; found "
+            f"{instances} in {available:,} tokens, of which each shard fills its own; use more "
+            "documents (a smaller documents.keep_one_in), a smaller model.max_sequence_length or a "
+            "smaller global_train_batch_size"
+        )
+    heldout, available = count("heldout-tokens")
+    if available and not heldout:
+        raise ValueError(
+            f"expected a held-out instance of {sequence_length} tokens, found {available:,} tokens "
+            "held out, of which each shard fills its own; set a larger documents.heldout_share, or "
+            "0 for none"
         )
     global_order(order=order, instances=instances, seed=seed, epoch=epoch)
     # OLMo's README maps it with mode="r+", though it only reads it, so its owner may write. The

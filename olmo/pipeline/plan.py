@@ -303,11 +303,11 @@ class Plan:
         return self.recipe(dataset).tokenizer.train_vocab_size is not None
 
     def order_flags(self, run: str) -> str:
-        """The settings that determine the order of a run's instances."""
+        """The settings that determine the order of a run's instances, and how many it needs."""
         cfg = self.train_config(run)
         length = cfg.model.max_sequence_length
         words = ["--sequence-length", length, "--seed", cfg.data_seed]
-        words += ["--dtype", cfg.data.memmap_dtype]
+        words += ["--dtype", cfg.data.memmap_dtype, "--batch-size", cfg.global_train_batch_size]
         if cfg.epoch:  # the epoch in which the run begins
             words += ["--epoch", cfg.epoch]
         return shlex.join(map(str, words))

@@ -17,11 +17,17 @@ from olmo.pipeline.train import build_link_overrides
 
 # Another value, and what of the plan differs by it: a stage's flags, or what it is refused with.
 HEEDED: dict[str, tuple[Any, str]] = {
-    "epoch": (2, "--sequence-length 1024 --seed 6198 --dtype uint16 --epoch 2"),
-    "seed": (7, "--sequence-length 1024 --seed 7 --dtype uint16"),
-    "data.seed": (7, "--sequence-length 1024 --seed 7 --dtype uint16"),
-    "data.memmap_dtype": ("int16", "--sequence-length 1024 --seed 6198 --dtype int16"),
-    "model.max_sequence_length": (64, "--sequence-length 64 --seed 6198 --dtype uint16"),
+    "epoch": (2, "--sequence-length 1024 --seed 6198 --dtype uint16 --batch-size 512 --epoch 2"),
+    "seed": (7, "--sequence-length 1024 --seed 7 --dtype uint16 --batch-size 512"),
+    "data.seed": (7, "--sequence-length 1024 --seed 7 --dtype uint16 --batch-size 512"),
+    "data.memmap_dtype": (
+        "int16",
+        "--sequence-length 1024 --seed 6198 --dtype int16 --batch-size 512",
+    ),
+    "model.max_sequence_length": (
+        64,
+        "--sequence-length 64 --seed 6198 --dtype uint16 --batch-size 512",
+    ),
 }
 REFUSED: dict[str, tuple[Any, str]] = {
     "data.custom_dataset": ({"name": "a.B"}, "only; remove it"),
@@ -147,12 +153,12 @@ def test_what_a_run_without_a_data_set_may_not_have_either() -> None:
 
 
 def test_the_order_is_that_of_the_epoch_in_which_the_run_begins() -> None:
-    write_listing(Path("000.tsv"), [Entry("a", "tokens", "tokens/a.npy", "0" * 64, 2 * 1024 * 50)])
+    write_listing(Path("000.tsv"), [Entry("a", "tokens", "tokens/a.npy", "0" * 64, 2 * 1024 * 600)])
     words = shlex.split(plan("epoch", 2).order_flags("r"))
     flags = {k[2:].replace("-", "_"): v for k, v in zip(words[::2], words[1::2], strict=True)}
     numbers = {k: v if k == "dtype" else int(v) for k, v in flags.items()}
     order_command([Path("000.tsv")], Path("order"), **numbers)
-    assert order.read_order("order").tolist() == order.global_indices(50, 6198, 2).tolist()
+    assert order.read_order("order").tolist() == order.global_indices(600, 6198, 2).tolist()
 
 
 def test_a_chain_counts_epochs_from_that_in_which_the_run_begins() -> None:

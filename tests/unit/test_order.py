@@ -100,3 +100,21 @@ def test_the_readmes_snippet_maps_the_order_of_an_ordinary_user(place: Path) -> 
     order_command([Path("tokens.tsv")], made, sequence_length=8, seed=1)
     assert order.read_order(made)[:].tolist() == expected
     assert len(list(Path("store/quarantine").iterdir())) == 1
+
+
+def test_too_few_instances_are_told_before_training(place: Path) -> None:
+    def make(training: int, held_out: int) -> None:
+        entries = [
+            listing.Entry("a", "tokens", "a.npy", "0" * 64, 2 * training),
+            listing.Entry("b", "tokens", "b.npy", "1" * 64, 2 * 7),
+            listing.Entry("a", "heldout-tokens", "c.npy", "2" * 64, 2 * held_out),
+        ]
+        listing.write_listing(Path("tokens.tsv"), entries)
+        order_command([Path("tokens.tsv")], place / "order", 8, seed=1, batch_size=4)
+
+    with pytest.raises(ValueError, match=r"at least 4 instances of 8 .* found 3 in 38 tokens"):
+        make(31, 8)
+    with pytest.raises(ValueError, match=r"a held-out instance of 8 .* found 7 .*heldout_share"):
+        make(32, 7)
+    make(32, 0)
+    assert sorted(order.read_order(place / "order")[:]) == [0, 1, 2, 3]
