@@ -22,7 +22,7 @@ from typing import Any
 from olmo.config import BaseConfig
 from olmo.config.strict import UNHASHED, check_range
 from olmo.corpus import conversations, json_lines
-from olmo.corpus.formats import CONVERTED
+from olmo.corpus.formats import CONVERTED, find_place
 from olmo.corpus.json_lines import Parsed
 from olmo.corpus.listing import Entry, read_listing, run_shards, write_listing
 from olmo.io import file_types, gz
@@ -42,6 +42,8 @@ REASONS = {
     "carriage-return": "a carriage return, which the toolkit treats as a line end",
 }
 PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "row_group_size": 1 << 17}
+# In a recipe, for sources without "id":
+ID_FIELD, MAKE_IDS = "sources: {id_field: …}", "sources: {one_document_per: row}"
 TRAIN, HELDOUT, DROPPED = "train", "heldout", "dropped"
 TEXT, MESSAGES = "text", "messages"  # kinds of lines: documents, conversations
 
@@ -182,6 +184,7 @@ def documents(
     rows = {TRAIN: 0, HELDOUT: 0}
     reasons: Counter[str] = Counter()
     hint = ""
+    places: list[str] = []  # of the first drops that are not allowed
     with gz.writing(documents) as train_lines, gz.writing(heldout) as heldout_lines:
         write = {TRAIN: train_lines.write, HELDOUT: heldout_lines.write}
         for copy in range(ceil(weight)):
@@ -199,6 +202,8 @@ def documents(
                             reasons[reason] += 1
                             if not hint and (found := file_types.explain_non_json(line)):
                                 hint = f"  {name}:{at}: {found}"
+                            if reason not in config.allow and len(places) < 10:
+                                places.append(f"{find_place(line) or f'{name}:{at}'}: {reason}")
                             table_rows.append((at, identity, DROPPED, None, size, reason))
                         continue
                     assert identity is not None
@@ -218,7 +223,7 @@ def documents(
 
     frame = polars.DataFrame(table_rows, schema, orient="row")
     if forbidden := sorted(set(reasons) - set(config.allow)):
-        raise ValueError(format_drops(name, frame, reasons, forbidden, known, hint))
+        raise ValueError(format_drops(name, places, reasons, forbidden, known, hint))
     empty_ids = int((frame["id"] == "").sum())
     if empty_ids > 1 and (config.heldout_share or weight != 1):
         log.warning(
@@ -311,22 +316,21 @@ def hash_number(content: bytes) -> int:
 
 def format_drops(
     name: str,
-    table: Any,
+    places: list[str],
     reasons: Counter[str],
     forbidden: list[str],
     known: dict[str, str],
     hint: str,
 ) -> str:
     """The error for drops that the recipe does not allow: how many, which ones, the remedy."""
-    import polars
-
-    listed = table.filter(polars.col("reason").is_in(forbidden)).head(10)
     lines = [
         f"{name}: {sum(reasons[reason] for reason in forbidden)} lines are not valid documents:"
     ]
     lines += [f"  {reasons[reason]:,} x {reason}: {known[reason]}" for reason in forbidden]
-    lines += [f"  {name}:{row['line']}: {row['reason']}" for row in listed.iter_rows(named=True)]
+    lines += [f"  {place}" for place in places]
     lines += [hint] if hint else []
+    if {"no-id", "bad-id"} & set(forbidden):
+        lines += [f"  Name the field that has the id, {ID_FIELD}, or have ids made, {MAKE_IDS}"]
     allowed = f"documents: {{allow: [{', '.join(forbidden)}]}}"
     lines += [f"Correct the source, or allow them in the recipe: {allowed}"]
     return "\n".join(lines)

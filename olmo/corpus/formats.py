@@ -47,7 +47,9 @@ class RowsSection(BaseConfig):
     id_field: str | None = (
         None  # None: "id" where a row has one, else the file and the row's number
     )
-    one_document_per: DocumentUnit | None = None  # of text: file (None) or line; of others: row
+    # Of text: file (None) or line; of others: row. `row` converts gz JSON lines too, which gives
+    # ids to those without, and takes a text file as one row.
+    one_document_per: DocumentUnit | None = None
 
     def takes_whole_files(self, place: str) -> bool:
         """Whether a source is a text file that becomes one document."""
@@ -113,7 +115,16 @@ def dump_document(row: Row, name: str, number: int, rows: RowsSection) -> bytes:
     try:
         return json_lines.dump_line(row, default=str)
     except UnicodeEncodeError:  # bytes that are not UTF-8, decoded to surrogates
-        return NOT_UTF8 + b"\n"
+        return NOT_UTF8 + json_lines.dump_line({"metadata": row["metadata"]})
+
+
+def find_place(line: bytes) -> str | None:
+    """The file and the row that a converted line was made from; None for another line."""
+    try:
+        metadata = msgspec.json.decode(line.removeprefix(NOT_UTF8))["metadata"]
+        return f"{metadata['file']}:{metadata['row']}"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def read_fields(path: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -148,12 +159,9 @@ def check_format(start: bytes, kind: str, name: str, rows: RowsSection) -> None:
         made = file_types.format_gz_conversion(name, command)
         remedy = f"; convert it with `{made}`, and name that file in the recipe" if command else ""
         raise ValueError(f"{name}: expected {NAMES[kind]}, found {found}{remedy}")
-    wrong = DocumentUnit.row if kind == ".txt" else DocumentUnit.file
-    if rows.one_document_per == wrong:
-        allowed = [unit for unit in DocumentUnit if unit != wrong]
+    if rows.one_document_per == DocumentUnit.file and kind != ".txt":
         raise ValueError(
-            f"{name}: expected one_document_per: {' or '.join(allowed)} for {NAMES[kind]}, found "
-            f"{wrong}"
+            f"{name}: expected one_document_per: line or row for {NAMES[kind]}, found file"
         )
 
 
@@ -271,9 +279,9 @@ def read_parquet(path: Path, name: str, rows: RowsSection) -> Iterator[Row]:
 def read_text(lines: BinaryIO, name: str, rows: RowsSection) -> Iterator[Row]:
     """A text file's one document, whose id is the file's name, or one a line."""
     if rows.one_document_per == "line":
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             text = line.removesuffix(b"\n").removesuffix(b"\r")
-            yield {"id": None, "text": text}
+            yield {"id": f"{name}:{number}", "text": text}
         return
     content = lines.read(gz.LINE_LIMIT_BYTES + 1)
     if len(content) > gz.LINE_LIMIT_BYTES:

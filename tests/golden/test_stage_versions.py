@@ -55,6 +55,7 @@ ELSEWHERE = {
     "evaluation": "a summary of these: tests/unit/test_evaluation.py",
     "download": "its bytes are the server's; tests/unit/test_sources.py",
     "download_tokens": "likewise",
+    "fetched": "likewise",
     "download_conversations": "likewise; what it makes of them is local_conversations'",
     "fetched_checkpoint": "likewise; it shares its code with local_checkpoint",
     "source_list": "likewise",
@@ -80,6 +81,18 @@ def tokenizer(folder: Path) -> Path:
     path = folder / "given.json"
     trained_tokenizer.build(documents=[source(folder)], tokenizer=path, vocab_size=300)
     return path
+
+
+def make_converted(stage: Stage, root: Path) -> None:
+    """A file of each format; rows with and without ids, one that is malformed, one not UTF-8."""
+    import polars
+
+    (root / "a.jsonl").write_text('{"text": "Café", "id": 7}\n{"text": null}\nno row\n')
+    (root / "b.csv").write_text('id,text\n1,"of two\nlines"\n,none\n')
+    (root / "c.txt").write_bytes(b"one \xff")
+    polars.DataFrame({"text": ["one", None], "n": [1, 2]}).write_parquet(root / "d.parquet")
+    names = ["a.jsonl", "b.csv", "c.txt", "d.parquet"]
+    stage.build(files=[root / name for name in names], names=names, source=root / "outputs")
 
 
 TALKS = [
@@ -201,6 +214,7 @@ MAKE: dict[str, Callable[[Stage, Path], object]] = {
     "instances": make_instances,
     "local_checkpoint": make_checkpoint,
     "averaged": make_soup,
+    "converted": make_converted,
     "local_source": lambda s, d: s.build(file=source(d), source=d / "outputs"),
     "documents": lambda s, d: s.build(
         source=source(d),

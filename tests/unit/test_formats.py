@@ -91,8 +91,9 @@ def test_text_is_one_document_or_one_a_line(tmp_path: Path):
     assert texts(convert(tmp_path, "a.md.gz", gzip.compress(text))) == [("a.md.gz", text.decode())]
     found = texts(convert(tmp_path, "a.rst", text, one_document_per="line"))
     assert found == [("a.rst:1", "Ein Text,"), ("a.rst:2", "zwei Zeilen"), ("a.rst:3", "")]
-    with pytest.raises(ValueError, match="expected one_document_per: file or line for text, found"):
-        convert(tmp_path, "a.txt", text, one_document_per="row")
+    assert texts(convert(tmp_path, "a.txt", text, one_document_per="row", id_field="key"))
+    found = texts(convert(tmp_path, "a.txt", text, one_document_per="line", id_field="key"))
+    assert found[0] == ("a.txt:1", "Ein Text,")  # of a folder with rows too
     with pytest.raises(ValueError, match="expected one_document_per: line or row for csv, found"):
         convert(tmp_path, "a.csv", b"text\na\n", one_document_per="file")
 
