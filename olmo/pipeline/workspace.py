@@ -94,12 +94,15 @@ def next_steps(plan: Plan) -> str:
             )
             for label, loss in losses.items()
         )
+        section, tasks = plan.recipe(plan.dataset(run)).documents, plan.run(run).evaluation
+        evaluate = f"  Evaluate it:               uv run snakemake --cores 2 eval/{run}\n"
         lines.append(
             f"\n{final} is ready: {facts.get('steps'):,} steps, {facts.get('tokens'):,} tokens.\n"
             f"{loss_lines}"
+            f"  Chat with it:              uv run olmo chat {run}\n"
             f"  Look at the losses:        {final}/loss.svg\n"
             f"  How it was made:           uv run olmo store trace {final}\n"
-            f"  Evaluate it:               uv run snakemake --cores 2 eval/{run}\n"
+            f"{evaluate if section.heldout_share or tasks else ''}"
             f"  For transformers:          uv run snakemake --cores 2 hf/{run}\n"
             f"  Change one thing:          edit {plan.run(run).train} or "
             f"{recipe_path(plan.dataset(run))}, and run the same again"

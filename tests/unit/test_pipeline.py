@@ -257,7 +257,7 @@ def test_numbers_of_a_run_and_of_weights_are_told_when_it_is_planned():
 
 
 def test_the_next_steps_can_be_pasted():
-    made = plan()
+    made = plan(documents={"heldout_share": 0.1})
     assert not next_steps(made)
     final = Path("checkpoints/r/final")
     final.mkdir(parents=True)
@@ -267,12 +267,15 @@ def test_the_next_steps_can_be_pasted():
     told = next_steps(made)
     assert "r/final is ready: 10 steps, 2,000 tokens" in told and "8.000 → 5.000" in told
     assert "b: held-out loss inf → nan" in told
-    commands = [line.split(": ", 1)[1].strip() for line in told.splitlines() if " run " in line][:3]
-    assert [command.split()[:3] for command in commands] == [
-        ["uv", "run", "olmo"],
-        ["uv", "run", "snakemake"],
-        ["uv", "run", "snakemake"],
+    commands = [line.split(": ", 1)[1].strip() for line in told.splitlines() if " run " in line][:4]
+    assert [command.split()[:4] for command in commands] == [
+        ["uv", "run", "olmo", "chat"],
+        ["uv", "run", "olmo", "store"],
+        ["uv", "run", "snakemake", "--cores"],
+        ["uv", "run", "snakemake", "--cores"],
     ]
+    made.recipe("mine").documents.heldout_share = 0  # nothing to evaluate on
+    assert "snakemake --cores 2 eval/r" in told and "eval/r" not in next_steps(made)
 
 
 def test_exactly_one_kind_of_source():
