@@ -13,10 +13,12 @@ from pathlib import Path
 
 import yaml
 
+from olmo.config import read_yaml
+from olmo.config.strict import check_range
 from olmo.io import sealed, untrusted
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.recipe import recipe_path
-from olmo.pipeline.survey import Survey, survey
+from olmo.pipeline.survey import HELDOUT_SHARES, TEXT_FIELDS, Survey, survey
 from olmo.runtime.log import format_count, format_duration
 
 CONFIG = Path("config/config.yaml")
@@ -32,6 +34,10 @@ MAX_EPOCHS = 4
 EFFICIENCY = 0.4  # of a large matrix product, that training reaches
 MAX_BATCH_TOKENS = 1 << 19
 MIN_TOKENS = 2000  # below, nothing can be learned
+SHORTEST = 64  # instance, in tokens; longer where there is text for so many steps and instances:
+STEPS, LEAST_BATCH = 300, 4
+LEAST_STEPS = 20
+LEAST_HELDOUT = 4  # instances; fewer say nothing
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Choice:
 
     @property
     def parameters(self) -> int:
-        return self.vocab_size * self.width + 16 * self.layers * self.width**2
+        return self.vocab_size * self.width + count_inner(self.width, self.layers)
 
     @property
     def epochs(self) -> float:
@@ -78,15 +84,19 @@ def new(name: str, folder: str, /, hours: float | None = None) -> None:
 
     Example: olmo new novels ~/texts
     """
-    files = {"recipe": recipe_path(name), "train": Path(f"config/train/{name}.yaml")}
+    if not CONFIG.exists():
+        raise ValueError(f"expected {CONFIG} in {Path.cwd()}; cd to the project's folder")
+    before, plan = CONFIG.read_text(encoding="utf-8"), Plan(read_yaml(CONFIG))
+    if not re.fullmatch(r"[\w.-]+", name) or yaml.safe_load(name) != name:
+        raise ValueError(f"expected a name of letters, digits, dots and dashes, found {name!r}")
     untrusted.check_part(name, "olmo new")
-    before = CONFIG.read_text(encoding="utf-8") if CONFIG.exists() else "runs:\n"
+    check_range("--hours", hours, 0.01)
+    files = {"recipe": recipe_path(name), "train": Path(f"config/train/{name}.yaml")}
     taken = [str(path) for path in files.values() if path.exists()]
-    if not re.fullmatch(r"[\w.-]+", name) or name in (yaml.safe_load(before).get("runs") or {}):
-        taken.append(f"the run {name} in {CONFIG}")
+    taken += [f"the run {name} in {CONFIG}"] * plan.is_made_here(name)
     if taken:
         raise ValueError(f"expected a new name, found {', '.join(taken)}; give another name")
-    found = survey(os.path.expanduser(folder).rstrip("/"))
+    found = survey(os.path.expanduser(folder).rstrip("/"), files["recipe"])
     machine = measure_machine()
     choice = choose(found, machine, hours or (12.0 if machine.device == "cuda" else 0.2))
     texts = {
@@ -99,6 +109,11 @@ def new(name: str, folder: str, /, hours: float | None = None) -> None:
         sealed.write_atomic(path, text)
     Plan(yaml.safe_load(texts[CONFIG])).train_config(name)  # raises if they do not fit together
     print(format_summary(name, found, choice, machine))
+
+
+def count_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def measure_machine() -> Machine:
@@ -122,43 +137,58 @@ def measure_machine() -> Machine:
 def choose(found: Survey, machine: Machine, hours: float) -> Choice:
     """The numbers that fit a text and a machine."""
     vocab_size, bytes_per_token = choose_vocabulary(found)
-    total = int(found.text_bytes / bytes_per_token)
-    if total < MIN_TOKENS:
-        raise too_little_text(found)
-    # Wide enough for an instance of the held-out documents, of which too few say nothing.
-    longest = 256 if machine.device == "cpu" else 1024
-    length = min(longest, floor_power(total / 64))
-    share = choose_heldout_share(found, 4 * length * bytes_per_token)
-    tokens = int(total - found.heldout_bytes(share) / bytes_per_token)
     budget = machine.flops * EFFICIENCY * hours * 3600
-    most = MAX_EPOCHS * tokens
-    shape, trained = SHAPES[0], most
-    for width, layers, heads in SHAPES:
-        inner = 16 * layers * width**2
-        wanted = min(TOKENS_PER_PARAMETER * inner, most)
-        cost = 6 * (inner + vocab_size * width) * wanted
-        if cost <= budget and TOKENS_PER_PARAMETER * inner <= most:
-            shape, trained = (width, layers, heads), most
-    width, layers, heads = shape
-    per_token = 6 * (16 * layers * width**2 + vocab_size * width)
-    trained = min(trained, int(budget / per_token))
-    batch_tokens = max(4 * length, min(MAX_BATCH_TOKENS, floor_power(trained / 300)))
-    batch = min(batch_tokens // length, max(1, tokens // length))
-    steps = max(20, trained // (batch * length))
-    seconds = steps * batch * length * per_token / (machine.flops * EFFICIENCY)
+    longest = 256 if machine.device == "cpu" else 1024
+    while longest >= SHORTEST:
+        length, longest = longest, longest // 2
+        size = length * bytes_per_token
+        share = choose_heldout_share(found, size)
+        instances, _ = found.count_instances(share, size)
+        tokens = instances * length
+        (width, layers, heads), trained = choose_shape(tokens, vocab_size, budget)
+        if STEPS * LEAST_BATCH * length <= trained:
+            break
+    if tokens < MIN_TOKENS:
+        raise too_little_text(found)
+    batch = max(LEAST_BATCH, min(MAX_BATCH_TOKENS, floor_power(trained / STEPS)) // length)
+    batch = min(batch, instances)
+    steps = max(LEAST_STEPS, trained // (batch * length))
+    per_token = count_flops(vocab_size, width, layers)
     return Choice(
-        vocab_size,
-        bytes_per_token,
-        share,
-        tokens,
-        width,
-        layers,
-        heads,
-        length,
-        batch,
-        steps,
-        seconds,
+        vocab_size=vocab_size,
+        bytes_per_token=bytes_per_token,
+        heldout_share=share,
+        tokens=tokens,
+        width=width,
+        layers=layers,
+        heads=heads,
+        length=length,
+        batch=batch,
+        steps=steps,
+        seconds=steps * batch * length * per_token / (machine.flops * EFFICIENCY),
     )
+
+
+def choose_shape(tokens: int, vocab_size: int, budget: float) -> tuple[tuple[int, int, int], int]:
+    """((width, layers, heads), training tokens) for so many tokens of text and so many FLOPs."""
+    most = MAX_EPOCHS * tokens
+    shape = SHAPES[0]
+    for width, layers, heads in SHAPES:
+        wanted = TOKENS_PER_PARAMETER * count_inner(width, layers)
+        if wanted <= most and wanted * count_flops(vocab_size, width, layers) <= budget:
+            shape = (width, layers, heads)
+    width, layers, _ = shape
+    return shape, min(most, int(budget / count_flops(vocab_size, width, layers)))
+
+
+def count_inner(width: int, layers: int) -> int:
+    """Parameters besides embeddings."""
+    return 16 * layers * width**2
+
+
+def count_flops(vocab_size: int, width: int, layers: int) -> int:
+    """FLOPs of training for each token, forward and backward."""
+    return 6 * (count_inner(width, layers) + vocab_size * width)
 
 
 def floor_power(number: float) -> int:
@@ -174,26 +204,31 @@ def choose_vocabulary(found: Survey) -> tuple[int, float]:
     from olmo.corpus.tokenizer import train_byte_level
 
     size = min(max(floor_power(found.text_bytes / 500), 512), 32_768)
-    while (tokenizer := train_byte_level(iter(found.sample), size)).get_vocab_size() < size:
+    sample = found.training_sample
+    while (tokenizer := train_byte_level(iter(sample), size)).get_vocab_size() < size:
         size //= 2
         if size < 512:
             raise too_little_text(found)
-    total = sum(len(text.encode()) for text in found.sample)
-    tokens = sum(len(encoded.ids) + 1 for encoded in tokenizer.encode_batch(found.sample))
+    total = sum(len(text.encode()) for text in sample)
+    tokens = sum(len(encoded.ids) + 1 for encoded in tokenizer.encode_batch(sample))
     return size, total / tokens
 
 
 def too_little_text(found: Survey) -> ValueError:
+    remedy = "add text"
+    if found.sources > 1:
+        remedy += ", or join the files, since an instance has text of one file"
     return ValueError(
-        f"expected text of at least some {MIN_TOKENS:,} tokens, found {found.text_bytes:,} bytes in "
-        f"{found.documents:,} documents; add text"
+        f"expected text of at least some {MIN_TOKENS:,} tokens, found {found.text_bytes:,} bytes "
+        f"in {found.documents:,} documents of {found.files:,} files; {remedy}"
     )
 
 
-def choose_heldout_share(found: Survey, least_bytes: float) -> float:
-    """The smallest share whose held-out documents fill a few instances; 0.0 if none does."""
-    for share in (0.01, 0.02, 0.05, 0.1, 0.2):
-        if least_bytes <= found.heldout_bytes(share) <= found.text_bytes / 3:
+def choose_heldout_share(found: Survey, size: float) -> float:
+    """The smallest share that holds out a few instances of `size` bytes; 0.0 if none does."""
+    for share in HELDOUT_SHARES:
+        _, instances = found.count_instances(share, size)
+        if instances >= LEAST_HELDOUT and found.heldout_bytes(share) <= found.text_bytes / 3:
             return share
     return 0.0
 
@@ -206,12 +241,15 @@ def format_recipe(name: str, found: Survey, choice: Choice) -> str:
         f"# {found.files:,} files: {about}{found.documents:,} documents, "
         f"{format_count(found.text_bytes)}B of text, some {format_count(choice.tokens)} tokens.",
         "sources:",
-        f"  files: {json.dumps(found.patterns, ensure_ascii=False)}",
+        f"  files: {quote(found.patterns)}",
     ]
     if rows.text_field != "text":
-        lines.append(f"  text_field: {json.dumps(rows.text_field)} # the longest field")
+        why = "" if rows.text_field in TEXT_FIELDS else " # the longest field"
+        lines.append(f"  text_field: {quote(rows.text_field)}{why}")
     if rows.id_field:
-        lines.append(f"  id_field: {json.dumps(rows.id_field)}")
+        lines.append(f"  id_field: {quote(rows.id_field)}")
+    if rows.one_document_per:
+        lines.append(f"  one_document_per: {rows.one_document_per} # some have no id of their own")
     lines += ["documents:", "  keep_one_in: 1 # every document; 10 keeps one in ten"]
     held = found.heldout_bytes(choice.heldout_share)
     why = f"# {format_count(held)}B of text to measure the loss on, by the hash of ids"
@@ -219,11 +257,12 @@ def format_recipe(name: str, found: Survey, choice: Choice) -> str:
         why = "# too few documents to hold one out, so there is no held-out loss: add documents"
     lines.append(f"  heldout_share: {choice.heldout_share} {why}")
     if found.drops:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in found.drops.most_common())
-        lines.append(f"  allow: [{', '.join(found.drops)}] # {counts}: these rows are left out")
+        counts = ", ".join(format_drops(found))
+        lines.append(f"  allow: [{', '.join(found.drops)}] # left out: {counts}")
     lines += [
         "tokenizer:",
-        f"  train_vocab_size: {choice.vocab_size} # some 500 bytes of text for each entry; "
+        f"  train_vocab_size: {choice.vocab_size} # "
+        f"{format_count(found.text_bytes / choice.vocab_size)}B of text for each entry; "
         f"{choice.bytes_per_token:.1f} bytes a token",
         "  eos_token_id: 0",
         "  pad_token_id: 1",
@@ -231,10 +270,23 @@ def format_recipe(name: str, found: Survey, choice: Choice) -> str:
     return "\n".join(lines) + "\n"
 
 
+def quote(value: str | list[str]) -> str:
+    """A value as YAML."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def format_drops(found: Survey) -> list[str]:
+    """How many rows are left out, why, and where the first of them is."""
+    return [
+        f"{count:,} × {reason} ({found.first_drops[reason]}{' …' * (count > 1)})"
+        for reason, count in found.drops.most_common()
+    ]
+
+
 def format_train(name: str, choice: Choice, machine: Machine) -> str:
     """config/train/NAME.yaml, from new_train.yaml."""
-    gpu, inner = machine.device == "cuda", 16 * choice.layers * choice.width**2
-    batch_tokens = choice.batch * choice.length
+    gpu, inner = machine.device == "cuda", count_inner(choice.width, choice.layers)
+    batch_tokens, threads = choice.batch * choice.length, min(count_cores(), 8)
     values = dataclasses.asdict(choice) | {
         "name": name,
         "machine": machine.name,
@@ -247,11 +299,10 @@ def format_train(name: str, choice: Choice, machine: Machine) -> str:
         "epochs": choice.epochs,
         "max_epochs": MAX_EPOCHS,
         "batch_tokens": batch_tokens,
+        "for_steps": f", for some {STEPS} steps or more" if choice.steps >= STEPS else "",
         "micro": min(choice.batch, 16 if gpu else 8),
         "precision": "amp_bf16" if gpu else "fp32",
-        "threads": ""
-        if gpu
-        else f"intra_op_threads: {min(os.cpu_count() or 1, 8)} # decides bits\n",
+        "threads": f"intra_op_threads: {threads} # another number gives other bits\n" * (not gpu),
         "save_interval": max(1, choice.steps // 3),
         "eval_interval": max(1, choice.steps // 4),
     }
@@ -277,17 +328,16 @@ def format_summary(name: str, found: Survey, choice: Choice, machine: Machine) -
     """What was found and written, and the command to type."""
     about = "" if found.is_whole else "about "
     left_out = ", ".join(f"{count:,} {suffix}" for suffix, count in found.left_out.most_common(5))
-    cores = os.cpu_count() or 1
     lines = [
         f"{found.files:,} files, {about}{found.documents:,} documents, "
         f"{format_count(found.text_bytes)}B of text, some {format_count(choice.tokens)} tokens",
         *([f"  not text, left out: {left_out}"] if left_out else []),
-        *(f"  {count:,} rows left out: {reason}" for reason, count in found.drops.most_common()),
+        *(f"  left out: {drop}" for drop in format_drops(found)),
         f"{recipe_path(name)}  held out: {choice.heldout_share:.0%}",
         f"config/train/{name}.yaml  {format_count(choice.parameters)} parameters, {choice.steps:,} "
         f"steps, about {format_duration(choice.seconds + 60)} on {machine.name}",
         "",
         "Train it:",
-        f"  uv run snakemake --cores {cores} checkpoints/{name}/final",
+        f"  uv run snakemake --cores {count_cores()} checkpoints/{name}/final",
     ]
     return "\n".join(lines)
