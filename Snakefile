@@ -29,6 +29,7 @@ damage = DamageScanner(plan, dry_run=lambda: workflow.dryrun, enabled=workflow.i
 workspace.set_job_environment(plan.store)
 if workflow.is_main_process:
     patch_plugin()
+    workspace.forecast_at_exit(workflow)
 
 
 wildcard_constraints:
@@ -66,6 +67,7 @@ include: "rules/bench.smk"
 
 onstart:
     workspace.lock_folder(plan.store)
+    workspace.warn_of_download(plan, workflow)
 
 
 onsuccess:

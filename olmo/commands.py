@@ -28,6 +28,7 @@ OTHER_COMMANDS = {
     "environment": "olmo.corpus.environments:environment",
     "new": "olmo.pipeline.new:new",
     "check": "olmo.pipeline.check:check",
+    "plan": "olmo.pipeline.forecast:plan",
     "start": "olmo.pipeline.start:start",
     "train": "olmo.pipeline.train:train_run",
     "soup": "olmo.pipeline.soup:soup",

@@ -37,6 +37,8 @@ class SourcesSection(RowsSection):
     files: list[str] = field(default_factory=list)
     table: str | None = None  # a TSV: url, bytes, sha256, licence
     url_list: str | None = None  # a URL of a text file of URLs, as Dolma publishes them
+    # Of all files of the list, as published with it: what `olmo plan` knows before the download.
+    total_bytes: int | None = None
     # Other places of the files, tried in this order: "https://a.org/x/=https://b.org/y/".
     mirrors: list[str] = field(default_factory=list)
     allow_missing: bool = False  # continue without the files that are not available
@@ -45,6 +47,7 @@ class SourcesSection(RowsSection):
         super().__post_init__()
         for name in GENERATED:
             check_range(f"sources.{name}", getattr(self, name), 1, MAX_SHARDS)
+        check_range("sources.total_bytes", self.total_bytes, 1)
         check_one_set("sources", self, KINDS)
         if wrong := [mirror for mirror in self.mirrors if mirror.count("=") != 1]:
             raise ValueError(f"sources.mirrors: expected beginning=beginning, found {wrong[0]!r}")

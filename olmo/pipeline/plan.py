@@ -42,6 +42,8 @@ from olmo.pipeline.source_files import (
 from olmo.pipeline.unsupported_keys import refuse_unsupported_keys
 from olmo.train.chain import list_link_steps
 
+LARGE_DOWNLOAD = 1e12  # bytes, from which there is a warning
+
 
 class Plan:
     """config/config.yaml and the files that it names, each read when it is first needed."""
@@ -271,6 +273,18 @@ class Plan:
     def listings(self, dataset: str, stage: str) -> list[str]:
         """The listings of a stage's batches: each names the files that one job has written."""
         return [f"data/{dataset}/{stage}/{batch}.tsv" for batch in self.batches(dataset)]
+
+    def find_smaller_run(self, dataset: str) -> str | None:
+        """A run whose data set is at most a hundredth of another, trained with the same config."""
+        runs = self.pipeline.runs
+        same = {run.train for run in runs.values() if run.dataset == dataset}
+        size = self.recipe(dataset).sources.total_bytes or 0
+        for name, run in runs.items():
+            if run.train in same and run.dataset not in (None, dataset):
+                other = self.recipe(run.dataset).sources.total_bytes
+                if other is not None and other * 100 <= size:
+                    return name
+        return None
 
     def needs_source_list(self, dataset: str) -> bool:
         """Whether a data set's list of URLs must be downloaded before its files are known."""

@@ -108,6 +108,15 @@ class RunConfig(BaseConfig):
 
 
 @dataclass
+class PriceConfig(BaseConfig):
+    """What `olmo plan` multiplies GPU-hours and energy with."""
+
+    gpu_hour: float | None = None  # of one GPU
+    kwh: float | None = None
+    currency: str = "USD"
+
+
+@dataclass
 class PipelineConfig(BaseConfig):
     """config/config.yaml."""
 
@@ -122,6 +131,7 @@ class PipelineConfig(BaseConfig):
     gpus_per_node: int = 0
     bench_loss: list[str] = field(default_factory=list)  # runs to compare; first the reference
     eval: list[str] = field(default_factory=list)  # likewise, for `snakemake eval`
+    price: PriceConfig = field(default_factory=PriceConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,10 +1,13 @@
 """The folder in which snakemake runs: checked and locked at the start, summed up at the end."""
 
 import atexit
+import json
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import read_yaml
-from olmo.pipeline.plan import Plan
+from olmo.pipeline.plan import LARGE_DOWNLOAD, Plan
 from olmo.pipeline.recipe import recipe_path
 from olmo.pipeline.terminal import print_at_exit, shorten_errors
-from olmo.runtime.log import FAILED, describe_error
+from olmo.runtime.log import FAILED, describe_error, format_bytes
+from olmo.runtime.process import JOBS_ENV
 from olmo.store.lease import LEASE_TIMEOUT_S, lease
 from olmo.store.record import parse_record
 from olmo.store.store import Store
@@ -67,6 +71,59 @@ def lock_folder(store: str, folder: Path = Path(".snakemake")) -> None:
     except (ValueError, OSError) as refused:
         sys.exit(describe_error(refused))
     atexit.register(_lease.close)
+
+
+def forecast_at_exit(workflow: Any) -> None:
+    """After a dry run, print what its jobs will find and cost, or write them to $OLMO_JOBS."""
+
+    def forecast() -> None:
+        if not workflow.dryrun or workflow.scheduler is None:  # the jobs are not known
+            return
+        found = {"jobs": describe_jobs(workflow), "cores": workflow.cores or os.cpu_count()}
+        if place := os.environ.get(JOBS_ENV):
+            Path(place).write_text(json.dumps(found))
+        elif found["jobs"]:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "jobs.json")
+                path.write_text(json.dumps(found))
+                sys.stdout.flush()
+                subprocess.run([sys.executable, "-m", "olmo.cli", "plan", "--jobs", path])
+
+    atexit.register(forecast)
+
+
+def warn_of_download(plan: Plan, workflow: Any) -> None:
+    """Warn, when snakemake starts, of data sets of terabytes that it is about to download."""
+    rules = ("source_list", "sources")
+    jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name in rules]
+    for dataset in sorted({job.wildcards.dataset for job in jobs}):
+        size = plan.recipe(dataset).sources.total_bytes or 0
+        if size > LARGE_DOWNLOAD:
+            smaller = plan.find_smaller_run(dataset)
+            hint = f"; {smaller} is the small one" if smaller else ""
+            print(
+                f"WARNING: {dataset} is a download of {format_bytes(size)}{hint}. Ctrl-C stops it, "
+                "and the same command continues",
+                file=sys.stderr,
+            )
+
+
+def describe_jobs(workflow: Any) -> list[dict[str, Any]]:
+    """The jobs that run, each after those it needs; see olmo.pipeline.forecast.Job."""
+    dag = workflow.dag
+    jobs = []
+    for layer in dag.toposorted(set(dag.needrun_jobs(exclude_finished=False))):
+        for job in sorted(layer, key=lambda job: (job.rule.name, [*job.output])):
+            if job.rule.shellcmd:
+                command = None if unknown_inputs(job) else job.shellcmd
+                outputs = [str(path) for path in job.output]
+                jobs.append({"rule": job.rule.name, "command": command, "outputs": outputs})
+    return jobs
+
+
+def unknown_inputs(job: Any) -> bool:
+    """Whether a job's inputs are known only after another job."""
+    return any("<TBD>" in str(path) for path in job.input)
 
 
 def set_job_environment(store: str) -> None:

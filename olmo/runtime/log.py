@@ -95,6 +95,18 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def format_bytes(n: float) -> str:
+    """A number of bytes with three digits and a unit of powers of ten.
+
+    >>> format_bytes(950), format_bytes(74.6e9), format_bytes(5.4e12)
+    ('950 B', '74.6 GB', '5.4 TB')
+    """
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= limit:
+            return f"{n / limit:.3g} {unit}"
+    return f"{n:.0f} B"
+
+
 def format_count(n: float) -> str:
     """A number with three digits and a unit.
 

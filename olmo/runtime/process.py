@@ -37,6 +37,9 @@ SEGMENTS_FILE = "segments.jsonl"  # on what it was trained from which step on
 LAUNCHED_ENV = "OLMO_LAUNCHED"
 
 
+JOBS_ENV = "OLMO_JOBS"  # the file to which a dry run of snakemake writes its jobs for `olmo plan`
+
+
 class Paused(ChildProcessError):
     """A run stopped before its end on request and has saved; the same command resumes it."""
 

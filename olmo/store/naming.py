@@ -131,7 +131,7 @@ def _name_file(store: Store, path: Path) -> Path:
     return store.root / "links" / digest[:32]
 
 
-def find_name(store: Store, path: Path) -> Name | None:
+def find_name(store: Store, path: Path, repair: bool = True) -> Name | None:
     """What a name stands for, or stood for before it was deleted; None if it is unknown."""
     path = Path(os.path.abspath(path))
     file = _name_file(store, path)
@@ -140,6 +140,8 @@ def find_name(store: Store, path: Path) -> Name | None:
     except FileNotFoundError:
         return None
     except Damaged:
+        if not repair:
+            return None
         if (name := _restore_name(store, path, _output_index(store))) is None:
             store.quarantine(file, f"the name {path}, which has no link now")
         return name
@@ -227,9 +229,12 @@ def _find_links(store: Store) -> Iterator[Path]:
         folders[:] = [n for n in folders if not n.startswith(".") and here / n != store.root]
 
 
-def last_record(store: Store, path: Path) -> Record | None:
-    """The record of the action that a name stands for, or stood for before it was deleted."""
-    name = find_name(store, path)
+def last_record(store: Store, path: Path, repair: bool = True) -> Record | None:
+    """The record of the action that a name stands for, or stood for before it was deleted.
+
+    Without `repair` a damaged name is unknown, and nothing is written.
+    """
+    name = find_name(store, path, repair)
     return store.record(name["key"]) if name else None
 
 

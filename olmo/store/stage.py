@@ -45,6 +45,7 @@ from olmo.runtime.log import log
 from olmo.runtime.urls import redact, stash_secrets
 from olmo.store import naming
 from olmo.store.action import Action
+from olmo.store.lookup import LookupStore
 from olmo.store.record import Record
 from olmo.store.store import Store, utc_now
 
@@ -70,11 +71,27 @@ RECORDED_PACKAGES = (
 )
 
 
+_lookup_store: LookupStore | None = None
+
+
+@contextlib.contextmanager
+def looking_up(store: LookupStore) -> Iterator[None]:
+    """Call stages, in the block and all threads, on a store that finds and never makes."""
+    global _lookup_store
+    _lookup_store = store
+    try:
+        yield
+    finally:
+        _lookup_store = None
+
+
 def current_store() -> Store:
     """The store of this process: $OLMO_STORE, or the folder `store`.
 
     If the group may write to that folder (chmod g+ws), it may write to everything made from now on.
     """
+    if _lookup_store is not None:
+        return _lookup_store
     root = Path(os.environ.get(STORE_ENV, "store"))
     if root.is_dir() and root.stat().st_mode & stat.S_IWGRP:
         os.umask(os.umask(0o077) & ~stat.S_IRWXG)
@@ -150,6 +167,8 @@ class Stage:
         before = self.input_stats(kwargs)
         action = self.action(store, **kwargs)
         names = {n: p for n, p in self.arguments(kwargs, "output").items() if p is not None}
+        if isinstance(store, LookupStore):
+            return store.find(action, names, kwargs)
         ran = False
 
         def build(work: Path) -> Facts:

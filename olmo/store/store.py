@@ -100,7 +100,7 @@ class Store:
     def is_object(self, path: Path) -> bool:
         """Whether a path is, or links to, an object of this store."""
         folder = Path(os.path.realpath(path)).parent.parent
-        return folder == Path(os.path.realpath(self.root)) / "objects"
+        return folder == Path(os.path.realpath(self.root / "objects"))
 
     def digest(self, path: Path) -> str:
         """The sha256 of a file; for a link to an object its name, without hashing a large one.

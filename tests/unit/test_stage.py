@@ -304,7 +304,7 @@ def test_a_reader_that_leaves_early_hears_no_traceback(words: tuple[str, ...]):
 # The public command line: a change here breaks scripts, and belongs into the CHANGELOG.
 COMMANDS = """source-list sources given-tokens documents attributes mixed tokenizer tokens
 instructions statistics order positions start train soup hf heldout docstrings evaluate
-inspect seen replay generate chat new check runs diff bench compare scores checkpoint-convert
+inspect seen replay generate chat new plan check runs diff bench compare scores checkpoint-convert
 environment store-verify store-gc store-checkout store-why store-trace store-pin store-push store-pull"""
 
 

@@ -1,0 +1,418 @@
+"""`olmo plan`: what a target needs, what of it is in the store, why the rest runs, and its cost.
+
+Snakemake decides which jobs run. Each job's command is then called on a store that finds and never
+makes (olmo.store.lookup), in a temporary folder: what is found there is a link, what is not is a
+prediction of its size (olmo.pipeline.rates), and the next job reads both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from olmo.cluster.launch import Geometry
+from olmo.commands import bind, load_command
+from olmo.config import TrainConfig, read_yaml
+from olmo.config.strict import hashed_fields
+from olmo.pipeline.plan import LARGE_DOWNLOAD, Plan
+from olmo.pipeline.rates import (
+    DOWNLOADS,
+    TRAINING,
+    Range,
+    Rates,
+    attempt_bytes,
+    checkpoint_files,
+    main_bytes,
+    trained_tokens,
+)
+from olmo.report.runs import last_metrics
+from olmo.runtime.log import format_bytes, format_count, log
+from olmo.runtime.process import JOBS_ENV
+from olmo.store import naming
+from olmo.store.action import Action
+from olmo.store.lineage import diff_actions
+from olmo.store.lookup import FOUND, NEW, REBUILT, Lookup, LookupStore
+from olmo.store.record import output_files
+from olmo.store.stage import looking_up
+from olmo.store.store import Store
+
+# Rules whose commands are no stages: they are not called for a plan.
+NOT_STAGES = ("environment", "bench_tps", "bench_loss", "eval")
+NO_TIME = Range()
+JOB_SECONDS = 1.5  # of a job's process, on a core, besides its work
+START_SECONDS = 5.0  # of snakemake
+UNITS = (("years", 365.25 * 86400), ("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that snakemake would run."""
+
+    rule: str
+    command: str | None  # None: known after another job only
+    outputs: list[str]
+
+    @property
+    def written(self) -> list[str]:
+        """Everything that the job's command writes."""
+        words = shlex.split(self.command or "")
+        return self.outputs + [words[i + 1] for i, w in enumerate(words) if w == "--answers"]
+
+    @property
+    def place(self) -> str:
+        """The job's outputs for people: the batches of a stage together."""
+        path = Path(self.outputs[0] if self.outputs else self.rule)
+        return str(path.parent if path.suffix == ".tsv" and path.stem.isdigit() else path)
+
+
+@dataclass
+class Row:
+    """The jobs of one place, and what their stages' calls came to."""
+
+    place: str
+    jobs: int = 0
+    states: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    read: int = 0  # bytes
+    written: int = 0
+    downloaded: int = 0
+    attempt: int = 0  # bytes of checkpoints while it is trained
+    documents: int = 0
+    tokens: int = 0
+    seconds: Range = NO_TIME
+    is_time_known: bool = True
+    gpus: int = 0
+
+    @property
+    def runs(self) -> int:
+        return self.states[NEW] + self.states[REBUILT]
+
+
+def plan(targets: list[str], /, jobs: Path | None = None) -> None:
+    """Say what a target needs: what the store has, what will run and why, its size, time and cost.
+
+    Nothing is run. `jobs` is a file of the jobs that a dry run of snakemake found.
+
+    Example: olmo plan checkpoints/olmo-tiny/final
+    """
+    found = read_jobs(jobs) if jobs else list_jobs(targets)
+    if not found["jobs"]:
+        print("nothing to be done: every file is there and up to date")
+        return
+    project = Plan(read_yaml("config/config.yaml"))
+    forecast = Forecast(project, [Job(**job) for job in found["jobs"]], int(found["cores"]))
+    print(format_forecast(forecast))
+
+
+def list_jobs(targets: list[str]) -> Any:
+    """The jobs that snakemake would run for some targets, by a dry run."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "jobs.json")
+        command = [sys.executable, "-m", "snakemake", "--quiet", "all", "-n", *targets]
+        environment = {**os.environ, JOBS_ENV: str(place)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if not place.exists():
+            raise ValueError(done.stderr.strip().splitlines()[-1] if done.stderr else done.stdout)
+        return read_jobs(place)
+
+
+def read_jobs(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+class Forecast:
+    """The rows of a plan.
+
+    Args:
+        project: config/config.yaml and what it names.
+        jobs: those that snakemake would run, each after the ones it needs.
+        cores: how many jobs of one core run at once.
+    """
+
+    def __init__(self, project: Plan, jobs: list[Job], cores: int) -> None:
+        self.project, self.cores = project, cores
+        self.store = Store(Path(project.store))
+        self.rates = Rates(self.store)
+        self.rows: dict[str, Row] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            (root / "store").mkdir()
+            self._lookups = LookupStore(self.store, root / "store", self.rates.predict)
+            self._project = root / "project"
+            self._moved: dict[str, str] = {}  # path → where it is for the plan
+            with looking_up(self._lookups):
+                for job in jobs:
+                    self._look(job)
+
+    def _look(self, job: Job) -> None:
+        """Call a job's command on the lookup store, and count what its stages were asked."""
+        row = self.rows.setdefault(job.place, Row(job.place))
+        row.jobs += 1
+        if not job.command:
+            self._count_unknown(job, row, "after the list of its files")
+            return
+        if job.rule == "source_list":
+            self._count_listed(Path(job.outputs[0]).parent.name)
+        self._moved |= {out: str(self._project / out) for out in job.written}
+        before = len(self._lookups.lookups)
+        is_complete = job.rule not in NOT_STAGES and self._call(job)
+        calls = self._lookups.lookups[before:]
+        for call in calls:
+            self._count(call, row)
+        if not is_complete and not any(call.state == NEW for call in calls):
+            self._count_unknown(job, row, "new" if job.rule in NOT_STAGES else "other inputs")
+
+    def _call(self, job: Job) -> bool:
+        """Call a job's command; False if it needs more of another job than a prediction."""
+        words = shlex.split(job.command or "")
+        verb, words = words[words.index("olmo") + 1], words[words.index("olmo") + 2 :]
+        for flag in ("--environment", "--log"):  # the first may have to be built; no log is wanted
+            if flag in words:
+                at = words.index(flag)
+                del words[at : at + 2]
+        if "--table" in words:  # `olmo sources` completes it
+            self._copy_for_plan(words[words.index("--table") + 1])
+        words = [self._moved.get(word, word) for word in words]
+        level = log.level
+        log.setLevel(100)
+        try:
+            with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+                _, call = bind(verb, load_command(verb), words)
+                call()
+        except (Exception, SystemExit):  # it read a predicted file, which can fail in any way
+            return False
+        finally:
+            log.setLevel(level)
+        return True
+
+    def _copy_for_plan(self, table: str) -> None:
+        place = self._project / table
+        if table not in self._moved and Path(table).exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(table, place)
+            self._moved[table] = str(place)
+
+    def _count(self, call: Lookup, row: Row) -> None:
+        row.states[call.state] += 1
+        if call.state == FOUND:
+            return
+        size_of, action = self._lookups.size, call.action
+        read, written = (
+            main_bytes(action, size_of),
+            sum(f["size"] for f in output_files(call.record)),
+        )
+        row.reasons[self._reason(call)] += 1
+        row.read += read
+        row.written += written
+        row.downloaded += written if action.stage in DOWNLOADS else 0
+        row.documents += call.record["facts"].get("documents", 0)
+        if action.stage == TRAINING:
+            cfg, geometry = call.arguments["cfg"], call.arguments["geometry"]
+            attempt = self.store.root / "work" / action.key / "attempt"
+            self._count_training(cfg, geometry, read, row, last_metrics(attempt / "metrics.jsonl"))
+        else:
+            self._add_time(row, self.rates.seconds(action, read, written))
+
+    def _count_training(
+        self, cfg: TrainConfig, geometry: Geometry, token_bytes: int, row: Row, reached: Any = None
+    ) -> None:
+        """Count a run's tokens and time; of one that was interrupted, from its last metrics on."""
+        run = Path(row.place).parts[1]
+        processes = geometry.processes * geometry.nodes
+        on_gpus = bool(self.project.run(run).gpus_per_node)
+        reached_tokens = (reached or {}).get("throughput/total_tokens", 0)
+        left = max(0, trained_tokens(cfg, token_bytes) - reached_tokens)
+        row.tokens += left
+        row.attempt += attempt_bytes(cfg, token_bytes)
+        row.gpus = processes if on_gpus or self.rates.on_gpu else 0
+        self._add_time(row, self.rates.training_seconds(cfg, processes, left, on_gpus))
+
+    def _add_time(self, row: Row, seconds: Range | None) -> None:
+        row.is_time_known &= seconds is not None
+        row.seconds += seconds or Range()
+
+    def _reason(self, call: Lookup) -> str:
+        """Why an action runs: how it differs from the one that its names stood for."""
+        if call.state == REBUILT:
+            return "lost in the store"
+        for path in call.names.values():
+            inside = Path(path).absolute().relative_to(self._project)
+            if (known := naming.last_record(self.store, inside, repair=False)) is not None:
+                return shorten_changes(diff_actions(known["action"], call.action.as_dict()))
+        return "new"
+
+    def _count_unknown(self, job: Job, row: Row, reason: str) -> None:
+        """Count a job whose stages need more of the jobs before it than a prediction."""
+        row.states[NEW] += 1
+        row.reasons[reason] += 1
+        if job.rule != "train":
+            row.is_time_known = False
+            return
+        run = Path(row.place).parts[1]
+        tokens = self.rows.get(f"data/{self.project.dataset(run)}/tokens", row)
+        cfg, geometry = self.project.train_config(run), self.project.run(run).geometry
+        self._count_training(cfg, geometry, tokens.written, row)
+        row.written += sum(checkpoint_files(cfg).values())
+
+    def _count_listed(self, dataset: str) -> None:
+        """The rows of a data set whose list is not here yet, by the size that its recipe gives."""
+        recipe = self.project.recipe(dataset)
+        read = recipe.sources.total_bytes
+        for stage, section, toolkit in (
+            ("download", {}, {}),
+            ("documents", hashed_fields(recipe.documents), {}),
+            ("tokens", {}, {"toolkit": recipe.tokens.engine}),
+        ):
+            folder = "sources" if stage == "download" else stage
+            row = self.rows.setdefault(f"data/{dataset}/{folder}", Row(f"data/{dataset}/{folder}"))
+            row.reasons["after the list of its files"] += 1
+            row.states[NEW] += 1
+            if read is None:
+                row.is_time_known = False
+                continue
+            action = Action(stage, 1, {**section, **toolkit}, {"source": "all"})
+            names = {name: Path(name) for name in (stage, "table", "index")}
+            sizes = self.rates.predict(action, names, {}, {"all": read}.__getitem__).outputs
+            written = [size for size in sizes.values() if isinstance(size, int)]
+            row.written = sum(written) if stage != "download" else read
+            row.downloaded = read if stage == "download" else 0
+            self._add_time(row, self.rates.seconds(action, read, row.written))
+            row.jobs = self.cores
+            read = written[0] if stage == "documents" else read
+
+
+def shorten_changes(changed: list[str]) -> str:
+    """Changes of an action without digests; without inputs, if parameters changed, too.
+
+    >>> shorten_changes(["inputs.source: 01ab… → 02cd…", "params.keep_one_in: 2 → 4"])
+    'keep_one_in: 2 → 4'
+    >>> shorten_changes(["inputs.documents: 01ab… → 02cd…", "inputs.table: 03ef… → 04ab…"])
+    'other documents, table'
+    """
+    parts = [text.partition(": ") for text in changed]
+    inputs = [name.partition(".")[2] for name, _, _ in parts if name.startswith("inputs.")]
+    others = [
+        f"{name.removeprefix('params.')}: {change}"
+        for name, _, change in parts
+        if not name.startswith("inputs.")
+    ]
+    return "; ".join(others) or "other " + ", ".join(inputs)
+
+
+def format_forecast(forecast: Forecast) -> str:
+    """A plan as text: a line a place, then the sums."""
+    rows, cores = list(forecast.rows.values()), forecast.cores
+    lines = []
+    if found := [row for row in rows if row.states[FOUND] and not row.runs]:
+        count = sum(row.states[FOUND] for row in found)
+        lines += [f"found in the store: {count}", *wrap(row.place for row in found)]
+    if running := [row for row in rows if row.runs]:
+        lines.append(f"will run: {sum(row.runs for row in running)}")
+        width = max(len(row.place) for row in running)
+        lines += [format_row(row, width, cores) for row in running]
+    if not running:
+        return "\n".join([*lines, "nothing has to be computed"])
+    return "\n".join(lines + format_sums(forecast, running))
+
+
+def format_row(row: Row, width: int, cores: int) -> str:
+    """One place: how many of its stages' calls run, why, and how long."""
+    total = sum(row.states.values())
+    count = f"{row.runs} of {total}" if row.states[FOUND] else f"{total}"
+    reason, times = row.reasons.most_common(1)[0]
+    reason += f" ({times} of {row.runs})" * (len(row.reasons) > 1)
+    amount = format_time(row_seconds(row, cores).middle) if row.is_time_known else "?"
+    return f"  {row.place:{width}}  {count:>7}  {amount:>8}  {reason}"
+
+
+def row_seconds(row: Row, cores: int) -> Range:
+    """The time of a place's jobs, which run side by side, on so many cores."""
+    beside = min(cores, row.jobs)
+    start = row.jobs * JOB_SECONDS / beside
+    return row.seconds / beside + Range(start, start, start)
+
+
+def format_sums(forecast: Forecast, running: list[Row]) -> list[str]:
+    """Download, disk, time, GPU-hours, energy and money of a plan, and a warning if it is large."""
+    start = Range(START_SECONDS, START_SECONDS, START_SECONDS)
+    cores = forecast.cores
+    total = sum((row_seconds(row, cores) for row in running), start)
+    unknown = [row.place for row in running if not row.is_time_known]
+    downloaded = sum(row.downloaded for row in running)
+    disk = sum(row.written + row.attempt for row in running)
+    free = shutil.disk_usage(forecast.store.root if forecast.store.root.exists() else ".").free
+    tokens = sum(row.tokens for row in running)
+    lines = [
+        f"time: about {format_time(total.middle)} ({format_time(total.low)} to "
+        f"{format_time(total.high)}) on {cores} cores"
+        + f"; without {len(unknown)} of unknown time"
+        * bool(unknown),
+        f"data: {format_bytes(downloaded)} to download, {format_bytes(disk)} to write, "
+        f"{format_bytes(free)} free"
+        + f"; {format_count(tokens)} tokens to train on"
+        * bool(tokens),
+    ]
+    gpu_hours = sum((row.seconds * row.gpus for row in running), Range()) / 3600
+    lines += format_cost(forecast, gpu_hours, sum((row.seconds for row in running), Range()))
+    if downloaded > LARGE_DOWNLOAD or disk > free:
+        datasets = {Path(row.place).parts[1] for row in running if row.downloaded}
+        found = map(forecast.project.find_smaller_run, sorted(datasets))
+        smaller = next(filter(None, found), None)
+        lines.append(
+            "WARNING: this is large; "
+            + (f"{smaller} is the small one" if smaller else "keep fewer documents, or free space")
+        )
+    return lines
+
+
+def format_cost(forecast: Forecast, gpu_hours: Range, seconds: Range) -> list[str]:
+    """GPU-hours, energy and money, as far as they are known."""
+    price, watts = forecast.project.pipeline.price, forecast.rates.watts
+    parts, money = [], Range()
+    if gpu_hours.middle:
+        parts.append(f"{format_range(gpu_hours)} GPU-hours")
+        money += gpu_hours * (price.gpu_hour or 0)
+    if watts:
+        energy = seconds * (watts / 3.6e6)
+        parts.append(f"{format_range(energy)} kWh")
+        money += energy * (price.kwh or 0)
+    if money.middle:
+        parts.append(f"{format_range(money)} {price.currency}")
+    return ["cost: " + ", ".join(parts)] if parts else []
+
+
+def format_range(found: Range) -> str:
+    """A number with its range.
+
+    >>> format_range(Range(1, 2, 4))
+    '2 (1 to 4)'
+    """
+    return f"{found.middle:.2g} ({found.low:.2g} to {found.high:.2g})"
+
+
+def wrap(words: Iterable[str], width: int = 78) -> list[str]:
+    return textwrap.wrap(", ".join(words), width, initial_indent="  ", subsequent_indent="  ")
+
+
+def format_time(seconds: float) -> str:
+    """A time in its largest unit.
+
+    >>> format_time(50), format_time(5400), format_time(3e9)
+    ('50 s', '1.5 h', '95 years')
+    """
+    name, size = next(((n, s) for n, s in UNITS if seconds >= 1.5 * s), UNITS[-1])
+    return (
+        f"{seconds / size:.2g} {name}" if seconds < 99 * size else f"{seconds / size:,.0f} {name}"
+    )

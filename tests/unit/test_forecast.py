@@ -1,0 +1,145 @@
+"""What `olmo plan` knows before anything runs: what the store has, sizes, times, money."""
+
+from pathlib import Path
+
+import pytest
+
+from olmo.config import ModelConfig, TrainConfig
+from olmo.pipeline.forecast import Forecast, Job, format_forecast
+from olmo.pipeline.plan import Plan
+from olmo.pipeline.rates import Range, Rates, count_parameters, trained_tokens
+from olmo.store.action import Action
+from olmo.store.lookup import FOUND, NEW, REBUILT, LookupStore
+from olmo.store.stage import Facts, Input, Output, current_store, looking_up, stage
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@stage(version=1)
+def doubled(text: Input, twice: Output, keep_one_in: int = 1) -> Facts:
+    """A file twice."""
+    twice.write_bytes(2 * text.read_bytes())
+    return {"documents": 10}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a").write_bytes(b"a" * 100)
+
+
+def look(folder: Path) -> LookupStore:
+    folder.mkdir()
+    real = current_store()
+    return LookupStore(real, folder / "", Rates(real).predict)
+
+
+def test_a_chain_is_looked_up_and_what_it_lacks_is_predicted(tmp_path: Path):
+    doubled(text=Path("a"), twice=Path("b"))
+    doubled(text=Path("b"), twice=Path("b2"))
+    Path("c").write_bytes(b"c" * 300)
+    before = sorted(tmp_path.rglob("*"))
+    plan = tmp_path.parent / f"{tmp_path.name}-plan"
+    plan.mkdir()
+    store = look(plan / "store")
+    with looking_up(store):
+        doubled(text=Path("a"), twice=plan / "b")
+        doubled(text=Path("c"), twice=plan / "d")
+        doubled(text=plan / "d", twice=plan / "e")
+        doubled(text=Path("c"), twice=plan / "f", keep_one_in=3)
+    assert [call.state for call in store.lookups] == [FOUND, NEW, NEW, NEW]
+    sizes = [call.record["outputs"]["twice"]["size"] for call in store.lookups]
+    assert sizes == [200, 600, 1200, 200]
+    assert [call.record["facts"]["documents"] for call in store.lookups] == [10, 15, 30, 5]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_lost_object_is_rebuilt_and_what_follows_is_found(tmp_path: Path):
+    doubled(text=Path("a"), twice=Path("b"))
+    doubled(text=Path("b"), twice=Path("c"))
+    Path("b").resolve().unlink()
+    plan = tmp_path.parent / f"{tmp_path.name}-plan"
+    plan.mkdir()
+    store = look(plan / "store")
+    with looking_up(store):
+        doubled(text=Path("a"), twice=plan / "b")
+        doubled(text=plan / "b", twice=plan / "c")
+    assert [call.state for call in store.lookups] == [REBUILT, FOUND]
+
+
+def test_a_plan_writes_below_its_own_folder_only(tmp_path: Path):
+    plan = tmp_path.parent / f"{tmp_path.name}-plan"
+    plan.mkdir()
+    with looking_up(look(plan / "store")), pytest.raises(ValueError, match="folder of the plan"):
+        doubled(text=Path("a"), twice=Path("b"))
+    assert not Path("b").exists()
+
+
+def test_times_follow_the_records(tmp_path: Path):
+    doubled(text=Path("a"), twice=Path("b"))
+    doubled(text=Path("b"), twice=Path("c"))
+    rates = Rates(current_store())
+    rates.histories["doubled"].seconds = 5.0
+    action = Action("doubled", 1, {}, {"text": "x"})
+    assert rates.seconds(action, 1000, 0) == Range.around(25.0, 1.5)
+    assert rates.seconds(Action("unknown", 1), 1000, 0) is None
+    documents = rates.seconds(Action("documents", 1), 10**9, 0)
+    assert documents and documents.high > 4 * documents.low  # without a record
+
+
+@pytest.mark.parametrize("name", ["olmo-tiny", "olmo-20m", "olmo-250m", "olmo-1b", "olmo-7b"])
+def test_parameters_are_those_of_the_model(name: str):
+    import torch
+
+    from olmo.model import OLMo
+
+    path = REPOSITORY / f"config/train/{name}.yaml"
+    model = TrainConfig.load(path, validate_paths=False).model
+    with torch.device("meta"):
+        exact = OLMo(model, init_params=False).num_params()
+    assert count_parameters(model) == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("duration", "tokens"), [(10, 10 * 4 * 8), ("1e6T", 10**6), ("2ep", 2 * 500)]
+)
+def test_a_duration_in_tokens(duration: int | str, tokens: int):
+    cfg = TrainConfig(
+        max_duration=duration,
+        global_train_batch_size=4,
+        model=ModelConfig(max_sequence_length=8),
+    )
+    assert trained_tokens(cfg, token_bytes=1000) == tokens
+
+
+def plan_of_the_list(dataset: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The plan of a data set of which only the list's address is known."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("olmo.pipeline.new.measure_machine", lambda: MACHINE)
+    run = {"dolma-v1_6": "olmo-250m", "dolma-v1_6-sample": "olmo-250m-sample"}[dataset]
+    price = {"gpu_hour": 2.5, "kwh": 0.3, "currency": "EUR"}
+    gpu = {"train": "config/train/olmo-250m.yaml", "dataset": dataset, "gpus_per_node": 8}
+    sample = {"train": "config/train/olmo-250m.yaml", "dataset": "dolma-v1_6-sample"}
+    runs = {"olmo-250m-sample": sample, run: gpu}
+    jobs = [
+        Job(
+            "source_list",
+            f"olmo source-list --url https://x.org/y --table data/{dataset}/sources.tsv",
+            [f"data/{dataset}/sources.tsv"],
+        ),
+        Job("train", None, [f"checkpoints/{run}/final"]),
+    ]
+    return format_forecast(Forecast(Plan({"runs": runs, "price": price}), jobs, 8))
+
+
+class MACHINE:
+    device, flops = "cuda", 400e12
+
+
+def test_the_size_of_dolma_is_known_before_its_list_is_here(monkeypatch: pytest.MonkeyPatch):
+    whole = plan_of_the_list("dolma-v1_6", monkeypatch)
+    assert "5.4 TB to download" in whole
+    assert whole.splitlines()[-1] == "WARNING: this is large; olmo-250m-sample is the small one"
+    assert "GPU-hours" in whole and " EUR" in whole and "242B tokens to train on" in whole
+    sample = plan_of_the_list("dolma-v1_6-sample", monkeypatch)
+    assert "16.4 GB to download" in sample
