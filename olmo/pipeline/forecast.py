@@ -51,6 +51,7 @@ from olmo.store.store import Store
 # Rules whose commands are no stages: they are not called for a plan.
 NOT_STAGES = ("environment", "bench_tps", "bench_loss", "eval")
 NO_TIME = Range()
+BYTES_PER_TOKEN = 2  # of uint16, which all but the largest vocabularies have
 JOB_SECONDS = 1.5  # of a job's process, on a core, besides its work
 START_SECONDS = 5.0  # of snakemake
 UNITS = (("years", 365.25 * 86400), ("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
@@ -90,7 +91,8 @@ class Row:
     downloaded: int = 0
     attempt: int = 0  # bytes of checkpoints while it is trained
     documents: int = 0
-    tokens: int = 0
+    tokens: int = 0  # that are made
+    trained_tokens: int = 0
     seconds: Range = NO_TIME
     is_time_known: bool = True
     gpus: int = 0
@@ -209,15 +211,16 @@ class Forecast:
         if call.state == FOUND:
             return
         size_of, action = self._lookups.size, call.action
-        read, written = (
-            main_bytes(action, size_of),
-            sum(f["size"] for f in output_files(call.record)),
-        )
+        read = main_bytes(action, size_of)
+        written = sum(file["size"] for file in output_files(call.record))
         row.reasons[self._reason(call)] += 1
         row.read += read
         row.written += written
         row.downloaded += written if action.stage in DOWNLOADS else 0
-        row.documents += call.record["facts"].get("documents", 0)
+        if action.stage == "documents":
+            row.documents += call.record["facts"].get("documents", 0)
+        elif action.stage == "tokens":
+            row.tokens += call.record["outputs"]["tokens"]["size"] // BYTES_PER_TOKEN
         if action.stage == TRAINING:
             cfg, geometry = call.arguments["cfg"], call.arguments["geometry"]
             attempt = self.store.root / "work" / action.key / "attempt"
@@ -234,7 +237,7 @@ class Forecast:
         on_gpus = bool(self.project.run(run).gpus_per_node)
         reached_tokens = (reached or {}).get("throughput/total_tokens", 0)
         left = max(0, trained_tokens(cfg, token_bytes) - reached_tokens)
-        row.tokens += left
+        row.trained_tokens += left
         row.attempt += attempt_bytes(cfg, token_bytes)
         row.gpus = processes if on_gpus or self.rates.on_gpu else 0
         self._add_time(row, self.rates.training_seconds(cfg, processes, left, on_gpus))
@@ -285,12 +288,13 @@ class Forecast:
             action = Action(stage, 1, {**section, **toolkit}, {"source": "all"})
             names = {name: Path(name) for name in (stage, "table", "index")}
             sizes = self.rates.predict(action, names, {}, {"all": read}.__getitem__).outputs
-            written = [size for size in sizes.values() if isinstance(size, int)]
-            row.written = sum(written) if stage != "download" else read
+            written = {name: size for name, size in sizes.items() if isinstance(size, int)}
+            row.written = sum(written.values()) if stage != "download" else read
             row.downloaded = read if stage == "download" else 0
             self._add_time(row, self.rates.seconds(action, read, row.written))
             row.jobs = self.cores
-            read = written[0] if stage == "documents" else read
+            row.tokens = written.get("tokens", 0) // BYTES_PER_TOKEN
+            read = written.get("documents", read)
 
 
 def shorten_changes(changed: list[str]) -> str:
@@ -353,17 +357,21 @@ def format_sums(forecast: Forecast, running: list[Row]) -> list[str]:
     downloaded = sum(row.downloaded for row in running)
     disk = sum(row.written + row.attempt for row in running)
     free = shutil.disk_usage(forecast.store.root if forecast.store.root.exists() else ".").free
-    tokens = sum(row.tokens for row in running)
+    amounts = {
+        "documents": sum(row.documents for row in running),
+        "tokens": sum(row.tokens for row in running),
+        "tokens to train on": sum(row.trained_tokens for row in running),
+    }
     lines = [
         f"time: about {format_time(total.middle)} ({format_time(total.low)} to "
-        f"{format_time(total.high)}) on {cores} cores"
-        + f"; without {len(unknown)} of unknown time"
-        * bool(unknown),
-        f"data: {format_bytes(downloaded)} to download, {format_bytes(disk)} to write, "
-        f"{format_bytes(free)} free"
-        + f"; {format_count(tokens)} tokens to train on"
-        * bool(tokens),
+        f"{format_time(total.high)}) on {cores} cores",
+        f"disk: {format_bytes(downloaded)} to download, {format_bytes(disk)} to write, "
+        f"{format_bytes(free)} free",
     ]
+    if unknown:
+        lines[0] += f"; without {len(unknown)} of unknown time"
+    if known := [f"{format_count(count)} {name}" for name, count in amounts.items() if count]:
+        lines.append("data: about " + ", ".join(known))
     gpu_hours = sum((row.seconds * row.gpus for row in running), Range()) / 3600
     lines += format_cost(forecast, gpu_hours, sum((row.seconds for row in running), Range()))
     if downloaded > LARGE_DOWNLOAD or disk > free:

@@ -41,6 +41,7 @@ DEFAULTS = {
 }
 # Files of the standard library's text: their prefix, and bytes in all (Python 3.11).
 GENERATED = {"stdlib": ("stdlib", 2_960_000), "stdlib_questions": ("questions", 1_000_000)}
+MAX_FACTOR = 100  # small files say little about the speed with files that are larger by more
 FAST_TOKENS = 6e6  # bytes a second, of the engine `fast`
 
 
@@ -161,11 +162,12 @@ class Rates:
 
     def seconds(self, action: Action, read: int, written: int) -> Range | None:
         """How long an action other than training will take; None if nothing is known."""
-        amount = written if action.stage in DOWNLOADS else read
-        history = self._history(action.stage)
-        if history is not None:
-            is_download = action.stage in DOWNLOADS
+        is_download = action.stage in DOWNLOADS
+        amount, total = (written if is_download else read), 0.0
+        if (history := self._history(action.stage)) is not None:
             total = sum(history.given.values()) if is_download else history.read
+        is_far = action.stage in DEFAULTS and amount > MAX_FACTOR * total
+        if history is not None and not is_far:
             each = history.seconds / history.actions
             found = history.seconds * amount / total if total and amount else each
             return Range.around(found, 1.5 if history.is_here else 2.5)

@@ -7,7 +7,7 @@ import pytest
 from olmo.config import ModelConfig, TrainConfig
 from olmo.pipeline.forecast import Forecast, Job, format_forecast
 from olmo.pipeline.plan import Plan
-from olmo.pipeline.rates import Range, Rates, count_parameters, trained_tokens
+from olmo.pipeline.rates import History, Range, Rates, count_parameters, trained_tokens
 from olmo.store.action import Action
 from olmo.store.lookup import FOUND, NEW, REBUILT, LookupStore
 from olmo.store.stage import Facts, Input, Output, current_store, looking_up, stage
@@ -83,8 +83,10 @@ def test_times_follow_the_records(tmp_path: Path):
     action = Action("doubled", 1, {}, {"text": "x"})
     assert rates.seconds(action, 1000, 0) == Range.around(25.0, 1.5)
     assert rates.seconds(Action("unknown", 1), 1000, 0) is None
-    documents = rates.seconds(Action("documents", 1), 10**9, 0)
-    assert documents and documents.high > 4 * documents.low  # without a record
+    rates.histories["documents"] = History(actions=1, read=10**6, seconds=10.0)
+    documents = rates.seconds(Action("documents", 1), 10**9, 0)  # a thousand times as much
+    assert documents and documents.high > 4 * documents.low
+    assert documents.middle < 100
 
 
 @pytest.mark.parametrize("name", ["olmo-tiny", "olmo-20m", "olmo-250m", "olmo-1b", "olmo-7b"])

@@ -305,7 +305,8 @@ def test_a_reader_that_leaves_early_hears_no_traceback(words: tuple[str, ...]):
 COMMANDS = """source-list sources given-tokens documents attributes mixed tokenizer tokens
 instructions statistics order positions start train soup hf heldout docstrings evaluate
 inspect seen replay generate chat new plan check runs diff bench compare scores checkpoint-convert
-environment store-verify store-gc store-checkout store-why store-trace store-pin store-push store-pull"""
+environment store-verify store-gc store-checkout store-why store-trace store-pin store-push
+store-pull"""
 
 
 def test_the_commands_are_what_they_were():
