@@ -10,27 +10,25 @@ import os
 import select
 import signal
 import sys
-import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from olmo.commands import bind, commands, load_command
+from olmo.commands import bind, command_groups, commands, load_command
 from olmo.runtime.log import FAILED, LOG_ENV, describe_error, find_disk_errno
 from olmo.runtime.process import EXIT_PAUSED, Paused, die_with_supervisor
 from olmo.runtime.urls import redact, stash_secrets
 from olmo.store.stage import require_store
+from olmo.usage import fill, parse_docstring
 
-# Headings of the usage: package → what its commands do.
-GROUPS = {
-    "corpus": "from sources to tokens",
-    "pipeline": "from tokens to a checkpoint, and its evaluation",
-    "inspect": "inspection of a run",
-    "report": "comparison of runs and settings",
-    "store": "the store",
-}
+EXAMPLES = (
+    "olmo new novels ~/texts         # configs for a folder of text",
+    "olmo runs                       # every run, and how far it came",
+    "olmo chat olmo-tiny-tulu        # talk with a checkpoint",
+    "olmo generate --help            # options and examples of a command",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -110,29 +108,24 @@ def is_reader_gone() -> bool:
 def format_usage(verbs: Sequence[str] = ()) -> str:
     """The commands, all or `verbs`, with their summaries. No module is imported."""
     lines = ["usage: olmo <command> [--help]"]
-    for package, heading in GROUPS.items():
-        in_package = {
-            verb: place
-            for verb, place in sorted(commands().items())
-            if (verb.split()[0] if verb.startswith("store ") else place.split(".")[1]) == package
-            and (not verbs or verb in verbs)
-        }
-        lines += ["", f"{heading}:"] if in_package and not verbs else []
+    for heading, group in command_groups().items():
+        shown = {verb: place for verb, place in group.items() if not verbs or verb in verbs}
+        lines += ["", f"{heading}:"] if shown and not verbs else []
         lines += [
-            f"  {verb:20}{textwrap.shorten(command_summary(place), 78, placeholder=' …')}"
-            for verb, place in in_package.items()
+            fill(f"  {verb:20}{command_summary(place)}", " " * 22) for verb, place in shown.items()
         ]
+    if not verbs:
+        lines += ["", "examples:", *(f"  {example}" for example in EXAMPLES)]
     return "\n".join(lines)
 
 
 def command_summary(place: str) -> str:
-    """The first sentence of a command's docstring, parsed since the import may need torch."""
+    """The summary of a command's docstring, parsed since the import may need torch."""
     module, name = place.split(":")
     source = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
-            paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
-            return " ".join(paragraph.split()).split(". ")[0].removesuffix(".")
+            return parse_docstring(ast.get_docstring(node) or "").summary
     return ""
 
 
@@ -142,8 +135,8 @@ def unknown_command_message(verb: str, words: Sequence[str]) -> str:
     if not verb or (subcommands and not words):
         return format_usage(subcommands)
     name = f"{verb} {words[0]}" if subcommands else verb
-    near = difflib.get_close_matches(name, subcommands or commands(), 1)
-    hint = f"; the nearest is '{near[0]}'" if near else ""
+    near = difflib.get_close_matches(name, subcommands or commands(), 3)
+    hint = f"; the nearest: {', '.join(near)}" if near else ""
     return f"unknown command '{name}'{hint}; olmo --help lists all"
 
 

@@ -6,29 +6,64 @@ A command's module is imported only when it is called, so that `olmo order` does
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import importlib
 import inspect
 import json
+import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from olmo.store.stage import Stage, parameter_role
+from olmo.usage import STAGE_OPTIONS, fill_paragraphs, parse_docstring
 
-# A module of olmo/corpus with a function `batch` is the command of its name. All others:
-OTHER_COMMANDS = {
+# What people type: heading → command → "module:function".
+USER_COMMANDS = {
+    "from text to a run": {
+        "new": "olmo.pipeline.new:new",
+        "check": "olmo.pipeline.check:check",
+        "plan": "olmo.pipeline.forecast:plan",
+    },
+    "runs": {
+        "runs": "olmo.report.runs:runs",
+        "chat": "olmo.inspect.chat:chat",
+        "generate": "olmo.inspect.generate:generate_text",
+        "diff": "olmo.report.diff:diff",
+        "inspect": "olmo.inspect.commands:inspect",
+        "seen": "olmo.inspect.commands:seen",
+        "replay": "olmo.inspect.replay:replay",
+        "compare": "olmo.report.compare:compare",
+        "scores": "olmo.report.scores:scores",
+        "checkpoint convert": "olmo.pipeline.convert:convert",
+    },
+    "the store": {
+        "store trace": "olmo.store.commands:trace",
+        "store why": "olmo.store.commands:why",
+        "store verify": "olmo.store.commands:verify",
+        "store gc": "olmo.store.commands:gc",
+        "store pin": "olmo.store.commands:pin",
+        "store checkout": "olmo.store.commands:checkout",
+        "store push": "olmo.store.commands:push",
+        "store pull": "olmo.inspect.pull:pull",
+    },
+    "this machine": {
+        "bench": "olmo.report.bench:bench",
+        "completion": "olmo.completion:completion",
+    },
+}
+# What rules call. A module of olmo/corpus with a function `batch` is the stage of its name, too.
+STAGES = {
     "source-list": "olmo.corpus.sources:source_list",
     "sources": "olmo.corpus.ingest:sources",
     "given-tokens": "olmo.corpus.ingest:given_tokens",
+    "environment": "olmo.corpus.environments:environment",
     "order": "olmo.corpus.order:order",
     "positions": "olmo.corpus.order:positions",
-    "environment": "olmo.corpus.environments:environment",
-    "new": "olmo.pipeline.new:new",
-    "check": "olmo.pipeline.check:check",
-    "plan": "olmo.pipeline.forecast:plan",
     "start": "olmo.pipeline.start:start",
     "train": "olmo.pipeline.train:train_run",
     "soup": "olmo.pipeline.soup:soup",
@@ -36,36 +71,23 @@ OTHER_COMMANDS = {
     "heldout": "olmo.pipeline.evaluate:heldout",
     "docstrings": "olmo.pipeline.evaluate:docstrings",
     "evaluate": "olmo.pipeline.evaluate:evaluate",
-    "checkpoint convert": "olmo.pipeline.convert:convert",
-    "inspect": "olmo.inspect.commands:inspect",
-    "seen": "olmo.inspect.commands:seen",
-    "replay": "olmo.inspect.replay:replay",
-    "generate": "olmo.inspect.generate:generate_text",
-    "chat": "olmo.inspect.chat:chat",
-    "bench": "olmo.report.bench:bench",
-    "runs": "olmo.report.runs:runs",
-    "diff": "olmo.report.diff:diff",
-    "compare": "olmo.report.compare:compare",
-    "scores": "olmo.report.scores:scores",
-    "store verify": "olmo.store.commands:verify",
-    "store gc": "olmo.store.commands:gc",
-    "store checkout": "olmo.store.commands:checkout",
-    "store why": "olmo.store.commands:why",
-    "store trace": "olmo.store.commands:trace",
-    "store pin": "olmo.store.commands:pin",
-    "store push": "olmo.store.commands:push",
-    "store pull": "olmo.inspect.pull:pull",
 }
 
 
 @functools.cache
-def commands() -> dict[str, str]:
-    """Command → "module:function". No module is imported."""
+def command_groups() -> dict[str, dict[str, str]]:
+    """USER_COMMANDS, and last the stages. No module is imported."""
     found = {}
     for path in sorted(Path(__file__).parent.joinpath("corpus").glob("*.py")):
         if "\ndef batch(" in path.read_text(encoding="utf-8"):
             found[path.stem.replace("_", "-")] = f"olmo.corpus.{path.stem}:batch"
-    return found | OTHER_COMMANDS
+    return USER_COMMANDS | {"stages, which snakemake calls": found | STAGES}
+
+
+@functools.cache
+def commands() -> dict[str, str]:
+    """Command → "module:function"."""
+    return {verb: place for group in command_groups().values() for verb, place in group.items()}
 
 
 def load_command(verb: str) -> Callable[..., Any]:
@@ -79,28 +101,42 @@ def bind(
     verb: str, command: Callable[..., Any], words: Sequence[str]
 ) -> tuple[Path | None, Callable[[], Any]]:
     """A command line's --log, and the call that it stands for."""
-    arguments = parse_arguments(verb, command, words)
+    arguments = vars(build_parser(verb, command).parse_args(words))
     log = arguments.pop("log")
     positional = [arguments.pop(name) for name in positional_parameters(command)]
     return log, functools.partial(command, *positional, **arguments)
 
 
-def parse_arguments(name: str, command: Callable[..., Any], words: Sequence[str]) -> dict[str, Any]:
-    """Parse a command line by the signature of `command`. Returns its arguments and `log`."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose error is one sentence, with the nearest option for an unknown one."""
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            known = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(found[1], known, 1)
+            message = f"unknown option {found[1]}" + f"; the nearest is {near[0]}" * bool(near)
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help shows all options\n")
+
+
+def build_parser(verb: str, command: Callable[..., Any]) -> Parser:
+    """The parser of a command, by the signature and the docstring of its function."""
     function = command.build if isinstance(command, Stage) else command
-    text = inspect.getdoc(function) or ""
-    parser = argparse.ArgumentParser(
-        prog=f"olmo {name}",
-        description=text,
+    usage = parse_docstring(inspect.getdoc(function) or "")
+    common = {} if any(verb in group for group in USER_COMMANDS.values()) else STAGE_OPTIONS
+    parser = Parser(
+        prog=f"olmo {verb}",
+        description=fill_paragraphs(usage.description),
+        epilog="examples:\n" + textwrap.indent(usage.examples, "  ") if usage.examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     hints = typing.get_type_hints(function, include_extras=True)
     for parameter in inspect.signature(function).parameters.values():
         if parameter_role(hints[parameter.name]) != "work":
-            add_argument(parser, parameter, hints[parameter.name])
+            meaning = (common | usage.options).get(parameter.name, "")
+            add_argument(parser, parameter, hints[parameter.name], meaning)
     parser.add_argument("--log", type=Path, help="also write messages to this file")
-    return vars(parser.parse_args(words))
+    return parser
 
 
 def positional_parameters(command: Callable[..., Any]) -> list[str]:
@@ -109,13 +145,17 @@ def positional_parameters(command: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_ONLY]
 
 
-def add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter, hint: Any) -> None:
-    """Add the argument of a parameter, by its kind, default and type."""
+def add_argument(
+    parser: argparse.ArgumentParser, parameter: inspect.Parameter, hint: Any, meaning: str
+) -> None:
+    """Add the argument of a parameter, by its kind, default and type; `meaning` is its help."""
     required = parameter.default is inspect.Parameter.empty
     is_positional = required and parameter.kind is inspect.Parameter.POSITIONAL_ONLY
     flag = parameter.name if is_positional else "--" + parameter.name.replace("_", "-")
     options: dict[str, Any] = {} if is_positional else {"required": required}
     options["default"] = None if required else parameter.default
+    default = "" if options["default"] in (None, False, (), "") else f" ({parameter.default})"
+    options["help"] = f"{meaning}{default}".replace("%", "%%")
     kind, is_list = element_type(hint)
     if dataclasses.is_dataclass(kind):
         options["type"] = functools.partial(parse_section, kind)

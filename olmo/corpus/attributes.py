@@ -96,6 +96,11 @@ def batch(
     """Find the documents of a data set that are duplicates, or overlap with files of `against`.
 
     Otherwise as `olmo tokens`.
+
+    Args:
+        against: files whose text must not be in the documents
+        dedupe: the recipe's section of this name
+        decontaminate: the recipe's section of this name
     """
     shards = read_listing(documents, "documents")
     heldout = read_objects(documents, "heldout")

@@ -21,6 +21,9 @@ def environment(requirements: Path, environment: Path) -> None:
     file) and what the environment was built from. The environment is in a folder next to it, named
     by a hash of that, so that a complete one is reused and a half-built one is not.
 
+    Args:
+        environment: JSON file to write
+
     Raises ValueError when uv cannot install the requirements.
     """
     environment = Path(os.path.abspath(environment))

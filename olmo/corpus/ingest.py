@@ -124,6 +124,11 @@ def sources(
     out. Sizes and sha256s in the table are checked; missing ones are added to it. Documents of
     other formats than gz JSON lines are converted, by `rows`. `files`: the recipe's patterns, of
     which text files are grouped.
+
+    Args:
+        conversations: the files are conversations
+        rows: the recipe's `sources`, how rows of other formats become documents
+        files: the recipe's patterns, of which text files are grouped
     """
     copy = local_conversations if conversations else local_source
     remote = download_conversations if conversations else download

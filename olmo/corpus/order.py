@@ -22,6 +22,12 @@ def order(
 
     `epoch` is the one in which the run begins; the trainer computes the orders of later epochs.
 
+    Args:
+        order: file to write
+        sequence_length: tokens of an instance
+        epoch: the one in which the run begins
+        batch_size: instances of a batch, of which there must be one
+
     Raises ValueError if they are fewer than a batch, or the held-out documents fill none.
     """
 
@@ -61,7 +67,11 @@ def global_order(order: Output, instances: int, seed: int, epoch: int = 0) -> Fa
 
 @stage(version=1)
 def positions(order: Input, positions: Output) -> Facts:
-    """Write the inverse of an order: each instance's position, raw uint32 like the order."""
+    """Write the inverse of an order: each instance's position, raw uint32 like the order.
+
+    Args:
+        positions: file to write
+    """
     found = invert_order(read_order(order))
     write_order(found, positions)
     return {"instances": len(found)}

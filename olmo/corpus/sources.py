@@ -63,6 +63,10 @@ def source_list(url: str, table: Output, licence: str = "") -> Facts:
 
     A tab-separated table: url, bytes (from the servers), sha256 (not known yet), licence. Logs how
     much there is to download.
+
+    Args:
+        table: table to write
+        licence: of the files
     """
     part = table.with_name("part")
     listed = table.with_name("listed")

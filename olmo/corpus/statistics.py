@@ -31,7 +31,12 @@ COLUMNS = (
 
 
 def batch(documents: list[Path], tokens: list[Path], summary: Path, text: Path) -> None:
-    """Write the statistics of a data set, as a parquet table and as text, which is logged."""
+    """Write the statistics of a data set, as a parquet table and as text, which is logged.
+
+    Args:
+        summary: parquet table to write
+        text: text file to write
+    """
     statistics(
         tables=read_objects(documents, "table"),
         tokens=read_objects(tokens, "index"),

@@ -46,7 +46,12 @@ class TokenizerSection(BaseConfig):
 
 
 def batch(documents: list[Path], tokenizer: Path, config: TokenizerSection) -> None:
-    """Make the data set's tokenizer: train it on documents, or take a file or one from the hub."""
+    """Make the data set's tokenizer: train it on documents, or take a file or one from the hub.
+
+    Args:
+        documents: files of documents to train on
+        tokenizer: tokenizer.json to write
+    """
     if config.train_vocab_size is not None:
         shards = read_objects(documents, "documents")
         trained_tokenizer(documents=shards, tokenizer=tokenizer, vocab_size=config.train_vocab_size)

@@ -35,10 +35,21 @@ def chat(
 ) -> None:
     """Talk with a run's checkpoint: a line is a message, and Ctrl-D ends.
 
-    CHECKPOINT is the name of a run, a checkpoint's folder, or a URL of one. A run that was tuned on
-    conversations answers, after a --system message if there is one; any other continues the text.
-    An answer has at most --tokens tokens. Without a terminal, messages are the lines of stdin. The
-    oldest messages are left out when the conversation exceeds the model's context.
+    A run that was tuned on conversations answers; any other continues the text. Without a terminal,
+    messages are the lines of stdin. The oldest messages are left out when the conversation exceeds
+    the model's context.
+
+    Args:
+        checkpoint: name of a run, a checkpoint's folder, or a URL of one
+        system: message before the conversation, for a run that was tuned on conversations
+        temperature: 0 for the most likely token; above, logits are divided by it before sampling
+        tokens: most tokens of an answer
+        seed: of the sampling; a random one if not given
+        tokenizer: tokenizer.json or a name on the hub, if the checkpoint does not name one
+
+    Example:
+        olmo chat olmo-tiny-tulu
+        olmo chat olmo-tiny-tulu --system "Be brief." --temperature 0 < questions.txt
     """
     check_seed(seed)
     place = find_checkpoint(checkpoint)

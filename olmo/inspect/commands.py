@@ -37,9 +37,18 @@ def inspect(
 ) -> None:
     """Show what a step of a run was trained on: tokens, text and, for our own data, documents.
 
-    RUN is a name in config/config.yaml, a folder or a URL with a config.yaml, AI2's too; --order
-    is its global_indices.npy and --tokenizer a tokenizer.json or a name on the hub, if the run does
-    not name them. With --json a line for each instance.
+    Args:
+        run: name in config/config.yaml, or a folder or URL with a config.yaml, AI2's too
+        step: number of the step, from 1
+        rank: only the part of this process
+        world_size: number of processes, if the run has no record of it
+        order: path or URL of the run's global_indices.npy, if its config does not name it
+        tokenizer: tokenizer.json or a name on the hub, if the run does not name one
+        json: print a line of JSON for each instance
+
+    Example:
+        olmo inspect --run olmo-tiny --step 5
+        olmo inspect --run olmo-tiny --step 5 --json | jq .documents
     """
     trained = TrainedRun(run, order, world_size)
     shards = find_token_shards(current_store())
@@ -115,8 +124,20 @@ def seen(
 ) -> None:
     """Print every step and batch position at which a run of ours was trained on a document.
 
-    Give a document's --id or a part of its --text, or for all documents of a source file its --url
-    or its --sha256.
+    Give a document's id or a part of its text, or for all documents of a source file its URL or its
+    sha256.
+
+    Args:
+        run: name in config/config.yaml, or the folder of a run
+        id: id of a document
+        url: URL of a source file
+        text: part of the text of documents
+        sha256: digest of a source file
+        world_size: number of processes, if the run has no record of it
+
+    Example:
+        olmo seen --run olmo-tiny --text "def dedent"
+        olmo seen --run olmo-250m --url https://example.org/part-0.json.gz
     """
     trained = TrainedRun(run, world_size=world_size)
     wanted = {"id": id, "url": url, "text": text, "sha256": sha256}

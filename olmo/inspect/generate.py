@@ -33,15 +33,27 @@ def generate_text(
     system: str | None = None,
     tokenizer: str | None = None,
 ) -> None:
-    """Continue a prompt (- reads it from stdin), and print the text as it is generated.
+    """Continue a prompt, and print the text as it is generated.
 
-    CHECKPOINT is the name of a run, a checkpoint's folder, or a URL of one, AI2's too. With
-    --temperature 0 it takes the most likely token, else it samples: from the --top-k most likely,
-    or from the most likely that together reach the probability --top-p. The same --seed gives the
-    same text. --chat formats the prompt, after a --system message, as in instruction tuning; it is
-    the default for such a run, unless --no-chat. --tokenizer is a tokenizer.json or a name on the
-    hub, if the checkpoint does not name one. --tokens is 256 by default, or the rest of the
-    context.
+    With a temperature of 0 it takes the most likely token, else it samples: the same seed gives the
+    same text. A run that was tuned on conversations is asked as one.
+
+    Args:
+        checkpoint: name of a run, a checkpoint's folder, or a URL of one, AI2's too
+        prompt: the text to continue; - reads it from stdin
+        tokens: most tokens to generate; 256, or the rest of the context, if not given
+        temperature: 0 for the most likely token; above, logits are divided by it before sampling
+        top_k: sample from the k most likely tokens
+        top_p: sample from the most likely tokens that together reach this probability
+        seed: of the sampling; a random one if not given
+        chat: format the prompt as in instruction tuning; the default for a run that was tuned so
+        system: message before the prompt of a chat
+        tokenizer: tokenizer.json or a name on the hub, if the checkpoint does not name one
+
+    Example:
+        olmo generate olmo-tiny --prompt "import os" --tokens 50
+        olmo generate olmo-tiny-tulu --prompt "What is a list?" --temperature 0.7
+        olmo generate s3://bucket/step1000-unsharded --prompt - < prompt.txt
     """
     if temperature == 0 and not (top_k is top_p is seed is None):
         raise ValueError("--top-k, --top-p and --seed need sampling: give a --temperature")

@@ -26,9 +26,16 @@ def pull(
 ) -> None:
     """Copy what PATTERNS name, or all names, from a second store, also by http(s).
 
-    Each object is hashed as it arrives. With --inputs also the objects that they were made from, so
-    that snakemake has nothing to do. With --steps 5..9 also the token shards that these steps of a
-    final checkpoint's run were trained on.
+    Each object is hashed as it arrives.
+
+    Args:
+        source: folder or URL of the second store
+        patterns: paths in its project, with * and **
+        inputs: also the objects that they were made from, so that snakemake has nothing to do
+        steps: also the token shards that these steps, 5..9, of a final checkpoint's run saw
+
+    Example:
+        olmo store pull s3://lab/store checkpoints/olmo-tiny/final --steps 5..9
     """
     remote = Remote(source)
     pulled, stats = second.pull_names(current_store(), remote, patterns, inputs)

@@ -19,13 +19,19 @@ LOSS, NORM = "train/CrossEntropyLoss", "optim/total_grad_norm"
 
 
 def replay(checkpoint: str, /, steps: str) -> None:
-    """Train STEPS (as 5..9) of a finished run again, and compare them with its record.
+    """Train some steps of a finished run again, and compare them with its record.
 
-    CHECKPOINT is a run's name or its final folder. Training starts at the run's last checkpoint
-    before these steps, or at its start, with the number of processes that each step had. On a
-    machine of the same kind the losses, the gradient norms and, at the end of the run, the weights
-    are equal to the bit, and the first step that differs is an error. Elsewhere the largest
-    difference is reported.
+    Training starts at the run's last checkpoint before these steps, or at its start, with the
+    number of processes that each step had. On a machine of the same kind the losses, the gradient
+    norms and, at the end of the run, the weights are equal to the bit, and the first step that
+    differs is an error. Elsewhere the largest difference is reported.
+
+    Args:
+        checkpoint: name of a run, or its final folder
+        steps: first and last step: 5..9
+
+    Example:
+        olmo replay olmo-tiny --steps 5..9
     """
     from olmo.train.segments import (  # which imports torch
         merge_equal,

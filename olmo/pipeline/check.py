@@ -28,6 +28,9 @@ def check() -> None:
 
     A file without one is a line on stdout. A mistake is a line on stderr, with its file, its line
     and the remedy.
+
+    Example:
+        olmo check
     """
     if not Path(CONFIG).is_file():
         raise ValueError(f"expected {CONFIG} in {Path.cwd()}; cd to the project's folder")

@@ -24,13 +24,21 @@ def convert(
 ) -> Path:
     """Read a checkpoint, a folder or a URL, and write it in another format. Returns its folder.
 
-    --kind sharded and unsharded write INTO/step{N} (one shard, which any number of processes can
-    load) and INTO/step{N}-unsharded; safetensors writes model, optim, train.json and config.yaml
-    into INTO itself.
+    Of the kind sharded and unsharded, INTO gets step{N} (one shard, which any number of processes
+    can load) or step{N}-unsharded; of the kind safetensors, model, optim, train.json and
+    config.yaml itself; of the kind hf what transformers reads: the model alone, and a
+    tokenizer.json. A folder of transformers can be converted to safetensors, without optimizer
+    state.
 
-    --kind hf writes what transformers reads: the model alone, and a tokenizer.json: --tokenizer, or
-    the one that the store's records or the checkpoint's config name. A folder of transformers can
-    be converted to safetensors, without optimizer state.
+    Args:
+        source: folder or URL of a checkpoint
+        into: folder to write
+        kind: sharded, unsharded, safetensors or hf
+        tokenizer: tokenizer.json for the kind hf, if neither the store's records nor the
+            checkpoint's config name one
+
+    Example:
+        olmo checkpoint convert checkpoints/olmo-tiny/final for-transformers --kind hf
 
     Raises ValueError for an unknown kind, for a checkpoint that lacks a part, for an INTO that the
     pipeline made, and for a model that transformers does not support.

@@ -29,6 +29,10 @@ def heldout(
 
     `tokenizers`, of the run and of another data set, must be equal. So must those that, by the
     store's records, made the run's tokens and the held-out ones.
+
+    Args:
+        tokens: listings of tokens with held-out documents
+        tokenizers: tokenizer.json of the run, and of the held-out documents
     """
     found = {current_store().digest(path): str(path) for path in tokenizers}
     known = find_token_shards(current_store())
@@ -83,6 +87,14 @@ def evaluate(
     documents were held out, `further` its results on other data sets (<data set>.json),
     `docstrings` the folder of `olmo docstrings`. `answers` and `results` are the folders that are
     written.
+
+    Args:
+        hf: folder of the checkpoint's export
+        docstrings: folder of `olmo docstrings`
+        answers: folder to write, with each answer
+        config: the evaluation config, config/eval/<name>.yaml
+        heldout: result of `olmo heldout`
+        further: its results on other data sets
 
     Raises ValueError for a task that is unknown, that has no answers, or whose data is neither here
     nor on the hub.

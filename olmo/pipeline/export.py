@@ -9,6 +9,9 @@ from olmo.store.stage import Facts, Folder, Input, Unhashed, current_store, stag
 def hf(checkpoint: Path, tokenizer: Path, folder: Path, name: str) -> None:
     """Write a final checkpoint as transformers' Olmo or Olmo2, with a model card called `name`.
 
+    Args:
+        name: of the model, in its card
+
     Raises ValueError for a model that neither class supports, with the keys.
     """
     huggingface_export(

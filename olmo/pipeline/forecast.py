@@ -105,7 +105,11 @@ class Row:
 def plan(targets: list[str], /, jobs: Path | None = None) -> None:
     """Say what a target needs: what the store has, what will run and why, its size, time and cost.
 
-    Nothing is run. `jobs` is a file of the jobs that a dry run of snakemake found.
+    Nothing is run.
+
+    Args:
+        targets: paths, as given to snakemake
+        jobs: file of the jobs that a dry run of snakemake found
 
     Example: olmo plan checkpoints/olmo-tiny/final
     """

@@ -82,6 +82,11 @@ def new(name: str, folder: str, /, hours: float | None = None) -> None:
     number with its reason. `hours` of training (0.2 on a CPU, 12 on a GPU) and the text decide the
     size of the model.
 
+    Args:
+        name: of the data set and of the run
+        folder: with the files of text
+        hours: of training, 0.2 on a CPU and 12 on a GPU if not given
+
     Example: olmo new novels ~/texts
     """
     if not CONFIG.exists():

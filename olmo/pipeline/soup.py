@@ -15,7 +15,11 @@ from olmo.store.stage import Facts, Folder, Input, Inputs, Unhashed, stage
 
 
 def soup(checkpoints: list[Path], final: Path) -> None:
-    """Average the weights of final checkpoints, with equal weights."""
+    """Average the weights of final checkpoints, with equal weights.
+
+    Args:
+        checkpoints: folders of final checkpoints
+    """
     if len(checkpoints) < 2:
         raise ValueError(f"expected at least two checkpoints to average, found {len(checkpoints)}")
     averaged(

@@ -17,6 +17,11 @@ def start(place: str, checkpoint: Path, optimizer: bool = False) -> None:
     """Import a checkpoint, a folder or a URL, of any format that can be loaded.
 
     Its weights, and with --optimizer its optimizer state.
+
+    Args:
+        place: folder or URL of a checkpoint
+        checkpoint: folder to write
+        optimizer: import its optimizer state, too
     """
     if "://" in place:
         fetched_checkpoint(url=place, checkpoint=checkpoint, optimizer=optimizer)

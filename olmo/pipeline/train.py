@@ -54,6 +54,16 @@ def train_run(
     to continue, and `until` the step at which this link ends. `processes` run on each of `nodes`
     nodes of the SLURM allocation; the run needs at least `min_nodes`, at its start and after a loss
     of nodes. `overrides` are key=value, as on the trainer's own command line.
+
+    Args:
+        config: training config
+        start: folder of a final checkpoint that the run begins with
+        processes: processes on each node
+        nodes: nodes of the SLURM allocation
+        min_nodes: fewest nodes to start or continue with
+        max_restarts: restarts of the processes by torchrun before the run fails
+        until: step at which this link of a chain ends
+        overrides: key=value, as on the trainer's own command line
     """
     cfg = TrainConfig.load(config, list(overrides), validate_paths=False)
     model = cfg.model

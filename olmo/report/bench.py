@@ -18,10 +18,18 @@ def bench(
 ) -> None:
     """Time the cells of a matrix that have no record yet, each in a process of its own.
 
-    OUT gets records/, table.md, table.csv, table.parquet and heat.svg. --peer NAME=WHERE names a
-    Python, a wheel or a folder with ai2-olmo or transformers, to compare with; $OLMO_PEER_PYTHON
-    does the same. --kind: cpu or cuda, by default what the machine has. --draw-only writes the
-    files from existing records, of any machine.
+    OUT gets records/, table.md, table.csv, table.parquet and heat.svg.
+
+    Args:
+        matrix: YAML file with the cells: config/bench/tps.yaml
+        out: folder for records, tables and picture
+        peer: NAME=WHERE, a Python, a wheel or a folder with ai2-olmo or transformers, to compare
+            with; $OLMO_PEER_PYTHON does the same
+        kind: cpu or cuda, by default what the machine has
+        draw_only: write the files from existing records, of any machine
+
+    Example:
+        olmo bench --matrix config/bench/tps.yaml --out bench/here
     """
     from olmo.bench.__main__ import run_matrix
 

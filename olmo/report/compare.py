@@ -22,9 +22,17 @@ LABEL = "heldout"
 def compare(runs: list[Path], table: Path, picture: Path, label: str = LABEL) -> None:
     """Write a table (Markdown) and a picture (SVG) of runs, the reference first.
 
-    RUNS are names of runs or their final folders. Their losses on held-out documents are compared.
-    The point at which a run reaches the reference's last loss is interpolated linearly between two
-    evaluations.
+    Their losses on held-out documents are compared. The point at which a run reaches the
+    reference's last loss is interpolated linearly between two evaluations.
+
+    Args:
+        runs: names of runs, or their final folders; the first is the reference
+        table: Markdown file to write
+        picture: SVG file to write
+        label: evaluator whose loss is compared
+
+    Example:
+        olmo compare --runs olmo-tiny olmo-tiny-muon --table a.md --picture a.svg
 
     Raises ValueError for runs with other held-out documents or another tokenizer.
     """

@@ -22,8 +22,15 @@ Fields = dict[str, Any]
 def diff(a: str, b: str, /) -> None:
     """Show where two runs differ: in config, data, code and results, field by field.
 
-    A and B are names of runs, finished or not, or their folders. The config is what decides the
-    result, as it was trained. Data and code are those of the stages that made the run's tokens.
+    The config is what decides the result. Data and code are those of the stages that made the run's
+    tokens.
+
+    Args:
+        a: name of a run, finished or not, or its folder
+        b: the run to compare with it
+
+    Example:
+        olmo diff olmo-tiny olmo-tiny-muon
     """
     before, now = describe_run(a), describe_run(b)
     sections = {name: diff_actions(before[name], now[name], missing="none") for name in before}

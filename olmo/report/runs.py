@@ -74,6 +74,9 @@ def runs() -> None:
 
     A run is `running` where a process of any machine holds its lease. `age` is the time since its
     last step. `size` is that of its checkpoints.
+
+    Example:
+        olmo runs
     """
     config = Path("config/config.yaml")
     if not config.is_file():

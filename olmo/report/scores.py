@@ -59,6 +59,14 @@ def scores(runs: list[Path], table: Path, parquet: Path) -> None:
     documents, and so underestimates the significance on the same documents. The parquet file holds
     all rows, with a column `run`.
 
+    Args:
+        runs: folders eval/<run>; the first is the reference
+        table: Markdown file to write
+        parquet: parquet file to write
+
+    Example:
+        olmo scores --runs eval/one eval/two --table a.md --parquet a.parquet
+
     Raises ValueError for two runs of one name, for a folder without results, and for outputs that
     are links into the store.
     """

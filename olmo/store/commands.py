@@ -22,6 +22,9 @@ def verify() -> None:
 
     Damaged files are moved to quarantine, and the names of this project that need them are removed:
     the next run remakes them.
+
+    Example:
+        olmo store verify
     """
     store = current_store()
     objects = len(list((store.root / "objects").glob("??/[0-9a-f]*")))
@@ -73,8 +76,15 @@ def quarantine_damaged(store: Store) -> list[str]:
 def gc(dry_run: bool = False, forget: Path | None = None) -> None:
     """Remove the objects without a path or a pin, and the work folders of finished actions.
 
-    Records stay, and checkpoints of runs that have not ended. With --forget PROJECT, a folder that
-    no longer exists, its paths do not count.
+    Records stay, and checkpoints of runs that have not ended.
+
+    Args:
+        dry_run: only say what would be removed
+        forget: project that no longer exists, whose paths do not count
+
+    Example:
+        olmo store gc --dry-run
+        olmo store gc --forget /home/me/old-project
     """
     store = current_store()
     objects = (p for p in (store.root / "objects").glob("??/[0-9a-f]*") if p.is_file())
@@ -191,9 +201,14 @@ def describe_removed(store: Store, removed: list[str]) -> Iterator[str]:
 
 
 def checkout(name: str, /, to: Path | None = None) -> None:
-    """Restore the path of an artifact, or link it at another one with --to.
+    """Restore the path of an artifact, or link it at another one.
 
-    NAME is a path that the store made, deleted or not, or an action's key (with --to).
+    Args:
+        name: path that the store made, deleted or not, or an action's key (with --to)
+        to: the other path
+
+    Example:
+        olmo store checkout data/stdlib/tokenizer.json
     """
     store = current_store()
     known = naming.find_name(store, Path(name))
@@ -211,7 +226,14 @@ def checkout(name: str, /, to: Path | None = None) -> None:
 
 
 def why(path: Path, /) -> None:
-    """Print the action that made PATH, and how it differs from the most similar other one."""
+    """Print the action that made PATH, and how it differs from the most similar other one.
+
+    Args:
+        path: path that the store made
+
+    Example:
+        olmo store why checkpoints/olmo-tiny/final
+    """
     store = current_store()
     record = naming.record_of(store, path)
     print(json.dumps(record["action"], indent=1))
@@ -225,12 +247,27 @@ def why(path: Path, /) -> None:
 
 
 def trace(path: Path, /) -> None:
-    """Print the actions that PATH was made from, back to its sources."""
+    """Print the actions that PATH was made from, back to its sources.
+
+    Args:
+        path: path that the store made
+
+    Example:
+        olmo store trace checkpoints/olmo-tiny/final
+    """
     print("\n".join(trace_lines(current_store(), path)))
 
 
 def pin(path: Path, /, remove: bool = False) -> None:
-    """Keep the objects of PATH in `gc`, even if the path is deleted."""
+    """Keep the objects of PATH in `gc`, even if the path is deleted.
+
+    Args:
+        path: path that the store made
+        remove: remove the pin
+
+    Example:
+        olmo store pin checkpoints/olmo-tiny/final
+    """
     store = current_store()
     key = naming.record_of(store, path)["key"]
     set_pin(store, key, remove)
@@ -251,7 +288,15 @@ def pinned_keys(store: Store) -> list[str]:
 def push(to: str, paths: list[Path], /, inputs: bool = False, verify: bool = False) -> None:
     """Send the outputs of PATHS, or of all names here, to a remote store: a folder or a bucket.
 
-    The records of the actions that they were made from are sent too, the contents of those only
-    with --inputs. With --verify, existing objects are downloaded, hashed and, if damaged, replaced.
+    The records of the actions that they were made from are sent, too.
+
+    Args:
+        to: folder or URL of the remote store
+        paths: paths that the store made
+        inputs: send the contents that they were made from, too
+        verify: download and hash objects that exist there, and replace damaged ones
+
+    Example:
+        olmo store push s3://lab/store checkpoints/olmo-tiny/final
     """
     print(f"{to}: {remote.push_names(current_store(), remote.Remote(to), paths, inputs, verify)}")

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "olmo"
 # `commands` names functions of all packages as text, and imports none before it is called.
 LAYERS = """
 runtime io config
-store cluster commands
+store cluster usage commands completion
 model precision optim distributed
 tokenizer data
 checkpoint eval
