@@ -166,6 +166,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_step_of_the_trainer(name: str, tmp_path: Any):
     """Two microbatches, clipping and the update: gradients, and weights afterwards."""

@@ -78,6 +78,7 @@ def test_both_scorers_agree(
     assert some[0]["value"] == fewer[0]["value"]
 
 
+@pytest.mark.slow
 def test_the_questions_can_be_answered(questions: Path) -> None:
     rows = [json.loads(line) for line in (questions / ROWS).read_text().splitlines()]
     assert len(rows) == 40

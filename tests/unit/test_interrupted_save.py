@@ -94,6 +94,7 @@ def check(folder: Path, allowed: set[int]) -> None:
     assert found.model["weight"].unique().tolist() == [step]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unsharded", "sharded"])
 @pytest.mark.parametrize("replaces", [False, True], ids=["the next", "the same again"])
 def test_death_between_any_two_calls(tmp_path: Path, kind: str, replaces: bool) -> None:
@@ -114,6 +115,7 @@ def test_death_between_any_two_calls(tmp_path: Path, kind: str, replaces: bool) 
     assert names == {layout.folder_name(step, kind == "unsharded")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deadly", [True, False], ids=["death", "a full disk"])
 @pytest.mark.parametrize("kind", ["unsharded", "sharded"])
 def test_an_end_at_any_byte(tmp_path: Path, kind: str, deadly: bool) -> None:

@@ -27,6 +27,7 @@ GOOD = [
     )
 ]
 BAD = {
+    "bad-row": [b'"bad-row: expected 2 fields, found 3"'],  # of a converted csv
     "not-utf8": [b'{"id": "a", "text": "\xff"}', b'{"id": "a", "text": "b", "more": "\xc3\x28"}'],
     "bad-json": [b'{"id": "a", "text": "b"', b"", b"<html>", b'{"id": "a", "text": "b"} {}'],
     "not-object": [b'["id", "text"]', b"null", b"7"],
