@@ -63,15 +63,18 @@ class LossByLabel:
         self._sums.index_add_(1, where, torch.stack(terms))
 
     def metrics(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """eval/<label>/CrossEntropyLoss and /Perplexity; `add_up` sums a tensor over processes."""
+        """eval/<label>/CrossEntropyLoss, /Perplexity and, if labels are masked, PER_LABEL.
+
+        `add_up` sums a tensor over processes.
+        """
         sums = add_up(self._sums).T.tolist()
         out = {}
         for name, (loss, _, n, label_loss, labels) in zip(self._names, sums, strict=True):
+            if labels and self._masked:  # first, for the others count tokens that are not learned
+                out[f"eval/{name}/{PER_LABEL}"] = label_loss / labels
             if n:
                 out[f"eval/{name}/CrossEntropyLoss"] = loss / n
                 out[f"eval/{name}/Perplexity"] = perplexity(loss / n)
-            if labels and self._masked:
-                out[f"eval/{name}/{PER_LABEL}"] = label_loss / labels
         return out
 
     def stderr(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:

@@ -231,7 +231,7 @@ class TrainedRun:
             last = end if end is not None else step_range.after + step_range.seen.steps_per_epoch
             if self._has_files_of(step_range):
                 yield from step_range.seen.find(instances, last)
-            else:
+            elif last > step_range.after:
                 log.warning(
                     f"steps {step_range.after + 1} to {last} had other token files and are skipped"
                 )

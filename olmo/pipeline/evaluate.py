@@ -249,7 +249,7 @@ def harness_tasks(
     return {"facts": encode_non_finite({"scores": scores}), "conditions": where}
 
 
-@stage(version=1)
+@stage(version=2)
 def evaluation(
     heldout: Input | None,
     scores: Inputs,

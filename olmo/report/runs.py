@@ -21,6 +21,8 @@ from olmo.store.stage import current_store
 
 TAIL_BYTES = 1 << 16  # of metrics.jsonl, in which its last rows are
 LOSS = "train/CrossEntropyLoss"
+HELDOUT = "eval/heldout/CrossEntropyLoss"
+HELDOUT_ANSWERS = f"{HELDOUT}PerLabel"  # of a run that is tuned on conversations
 SPEED = "throughput/device/tokens_per_second"
 # Column → whether its values are numbers, aligned to the right.
 COLUMNS = {
@@ -108,7 +110,7 @@ def find_state(name: str, held: Sequence[str]) -> RunState:
             "done",
             facts.get("steps"),
             facts.get("steps"),
-            last.get(LOSS),
+            learned_loss(last),
             None if heldout is None else float(heldout),
             last.get(SPEED),
             record_path.stat().st_mtime,
@@ -124,12 +126,17 @@ def find_state(name: str, held: Sequence[str]) -> RunState:
         unfinished_state(attempt, held),
         last.get("step"),
         planned_steps(attempt),
-        last.get(LOSS),
-        last.get("eval/heldout/CrossEntropyLoss"),
+        learned_loss(last),
+        last.get(HELDOUT_ANSWERS, last.get(HELDOUT)),
         last.get(SPEED),
         metrics.stat().st_mtime if metrics.exists() else attempt.stat().st_mtime,
         folder_bytes(folder),
     )
+
+
+def learned_loss(last: dict[str, Any]) -> float | None:
+    """The last training loss; None of a tuned run, since it counts the questions' tokens."""
+    return None if HELDOUT_ANSWERS in last else last.get(LOSS)
 
 
 def unfinished_state(attempt: Path, held: Sequence[str]) -> str:

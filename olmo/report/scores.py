@@ -19,7 +19,8 @@ SCHEMA = {
     "stderr": float,  # null if unknown
     "documents": int,
 }
-LOWER_IS_BETTER = ("loss", "loss per label", "perplexity", "ce_loss", "bpb")
+PER_ANSWER = "loss per answer token"
+LOWER_IS_BETTER = ("loss", PER_ANSWER, "perplexity", "ce_loss", "bpb")
 Row = dict[str, Any]
 
 
@@ -36,8 +37,9 @@ def heldout_scores(found: dict[str, Any], task: str) -> list[Row]:
             "stderr": None if stderr is None else ppl * stderr,
         },
     ]
-    if (per_label := found.get("CrossEntropyLossPerLabel")) is not None:  # on conversations
-        rows.append({**common, "metric": "loss per label", "value": per_label, "stderr": None})
+    if (per_label := found.get("CrossEntropyLossPerLabel")) is not None:
+        # On conversations the others count the questions' tokens, too, which are not learned.
+        rows.insert(0, {**common, "metric": PER_ANSWER, "value": per_label, "stderr": None})
     return rows
 
 

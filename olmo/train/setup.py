@@ -206,12 +206,25 @@ def _report_data(cfg: TrainConfig, world: World, loader: TrainLoader) -> None:
             f"global_train_batch_size={batch_size}"
         )
     log.info(f"data: {format_count(instances * length)} tokens, {instances} instances of {length}")
-    micro = min(cfg.device_train_microbatch_size, batch_size // world.size)
     log.info(
         f"a step: {batch_size} instances = {format_count(batch_size * length)} tokens, per process "
-        f"in {-(-batch_size // world.size // micro)} microbatches of {micro}; "
+        f"{describe_microbatches(batch_size // world.size, cfg.device_train_microbatch_size)}; "
         f"an epoch: {steps_per_epoch} steps"
     )
+
+
+def describe_microbatches(instances: int, size: int) -> str:
+    """How a process splits its instances of a step.
+
+    >>> describe_microbatches(8, 4), describe_microbatches(8, 3), describe_microbatches(8, 16)
+    ('in 2 microbatches of 4', 'in 3 microbatches, of 3, 3 and 2', 'in 1 microbatch of 8')
+    """
+    size = min(size, instances)
+    full, rest = divmod(instances, size)
+    if not rest:
+        return f"in {full} microbatch{'es' * (full > 1)} of {size}"
+    sizes = ", ".join([str(size)] * full) if full < 4 else f"{full} of {size}"
+    return f"in {full + 1} microbatches, of {sizes} and {rest}"
 
 
 def _build_model(cfg: TrainConfig, world: World) -> tuple[OLMo, Float8Converter | None]:
@@ -263,6 +276,9 @@ def _build_optimizer(
 
 def _report_length(cfg: TrainConfig, state: TrainState, length: RunLength, total_size: int) -> None:
     to_go = max(length.last_step - state.global_step, 0)
+    if not to_go:
+        log.info(f"duration: nothing to do, all {state.global_step} steps are done")
+        return
     tokens = state.global_train_tokens_seen + to_go * length.tokens_per_step
     begun = state.global_train_examples_seen_this_epoch / length.batch_size
     steps_per_epoch = total_size // length.batch_size

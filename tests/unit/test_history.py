@@ -26,6 +26,7 @@ from olmo.inspect.run import TrainedRun
 from olmo.io import sealed
 from olmo.runtime.process import EXIT_PAUSED
 from olmo.train.segments import read_segments, training_conditions
+from olmo.train.setup import describe_microbatches
 from olmo.train.state import TrainState, duration
 
 N = 45  # instances: 5 steps of 8, 3 of 12
@@ -289,7 +290,16 @@ def test_the_duration_that_is_told_counts_what_was_seen(
     again: dict[str, Any] = {"try_load_latest_save": True, "global_train_batch_size": 12}
     assert train(place, max_duration="1ep", **again) == 0
     assert "duration: steps 5 to 5 (704 tokens" in capsys.readouterr().out
+    assert train(place, max_duration="1ep", **again) == 0
+    assert "duration: nothing to do, all 5 steps are done" in capsys.readouterr().out
     assert metrics(place / "run")[-1]["throughput/total_tokens"] == (4 * 8 + 12) * LENGTH
+
+
+def test_microbatches_are_told_as_they_are() -> None:
+    assert describe_microbatches(8, 4) == "in 2 microbatches of 4"
+    assert describe_microbatches(8, 3) == "in 3 microbatches, of 3, 3 and 2"
+    assert describe_microbatches(8, 16) == "in 1 microbatch of 8"
+    assert describe_microbatches(1000, 3) == "in 334 microbatches, of 333 of 3 and 1"
 
 
 def test_what_is_written_of_a_segment(place: Path) -> None:

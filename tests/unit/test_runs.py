@@ -88,6 +88,13 @@ def test_finished_begun_and_new_runs(project: Path, capsys):
     assert table["later"] == table["mean"] == ["not begun"]
 
 
+def test_the_loss_of_a_tuned_run_is_that_of_its_answers(project: Path, capsys):
+    folder = begin("begun")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "eval/heldout/CrossEntropyLossPerLabel": 6.125}\n')
+    assert shown(capsys)["begun"][:3] == ["stopped", "3/24", "6.125"], "no other is shown"
+
+
 def test_why_a_run_does_not_go_on(project: Path, capsys):
     folder = begin("begun")
     (folder / PAUSED_FILE).write_text(sealed.dumps({"step": 3}))
