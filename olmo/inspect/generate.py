@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olmo.inspect.documents import find_token_shards, select_shards
-from olmo.inspect.run import TrainedRun
+from olmo.inspect.run import TrainedRun, suggest_runs
 from olmo.runtime.log import log
 from olmo.store.stage import current_store
 from olmo.tokenizer import Tokenizer, hub_name
@@ -146,7 +146,7 @@ def find_checkpoint(checkpoint: str) -> str:
             return str(found)
     raise ValueError(
         f"expected a trained run, a checkpoint's folder or a URL; found {checkpoint!r}"
-        f" (looked in {checkpoint}, {runs}/final and {runs}/run)"
+        f" (looked in {checkpoint}, {runs}/final and {runs}/run); {suggest_runs(checkpoint)}"
     )
 
 

@@ -10,6 +10,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from olmo.checkpoint import layout
-from olmo.config import TrainConfig
+from olmo.config import TrainConfig, read_yaml
 from olmo.data.files import is_url
 from olmo.inspect import history
 from olmo.inspect.history import OrderSource, RecordedBatches, StepRange
@@ -280,8 +281,20 @@ def find_config(where: str) -> str:
             return str(place / "config.yaml")
     raise ValueError(
         f"expected a run of config/config.yaml that has been trained, a folder with config.yaml, "
-        f"or a URL; found {where!r} (looked in {', '.join(map(str, places))})"
+        f"or a URL; found {where!r} (looked in {', '.join(map(str, places))}); "
+        + suggest_runs(where)
     )
+
+
+def suggest_runs(name: str) -> str:
+    """What to do about a name without a checkpoint: train it, or give another, nearest first."""
+    config = Path("config/config.yaml")
+    known = read_yaml(config) if config.is_file() else {}
+    if name in {**known.get("runs", {}), **known.get("soups", {})}:
+        return f"train it: uv run snakemake --cores 2 checkpoints/{name}/final"
+    trained = {path.parts[1] for path in Path("checkpoints").glob("*/*/config.yaml")}
+    near = sorted(trained, key=lambda run: -SequenceMatcher(None, run, name).ratio())
+    return f"trained runs here: {', '.join(near[:8]) or 'none'}"
 
 
 def load_run_config(place: str) -> TrainConfig:

@@ -1,6 +1,5 @@
 """`olmo store …`: verify, collect garbage, check out, explain and push."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,8 +9,7 @@ from olmo.io import sealed
 from olmo.io.sealed import hash_file
 from olmo.store import naming, remote
 from olmo.store.lease import PROBE_PREFIX, held_names, lease
-from olmo.store.lineage import diff_actions, find_nearest
-from olmo.store.lineage import format_lineage as trace_lines
+from olmo.store.lineage import explain, format_lineage
 from olmo.store.record import output_files
 from olmo.store.stage import current_store
 from olmo.store.store import GC_LEASE, Store
@@ -38,7 +36,8 @@ def verify() -> None:
     problems = []
     if corrupt:
         problems.append(
-            f"{len(corrupt)} of {objects} objects were corrupt: {format_digests(corrupt)}"
+            f"{len(corrupt)} of {objects} objects were corrupt: "
+            + ", ".join(map(store.describe_object, corrupt))
         )
     if broken:
         problems.append(
@@ -90,15 +89,17 @@ def gc(dry_run: bool = False, forget: Path | None = None) -> None:
     objects = (p for p in (store.root / "objects").glob("??/[0-9a-f]*") if p.is_file())
     sizes = {p.name: p.stat().st_size for p in objects}
     work = {folder: folder_bytes(folder) for folder in finished_work_folders(store)}
+    paths = naming.paths_in_store(store)
     removed = collect_garbage(store, dry_run, forget)
     for line in describe_removed(store, removed):
         print(line)
+    for folder, size in work.items():
+        print(f"{paths.get(folder.name, folder)}: its earlier checkpoints, {size:,} bytes")
     freed = sum(sizes[digest] for digest in removed)
     verb = "would remove" if dry_run else "removed"
     print(
         f"{store.root}: {verb} {len(removed)} of {len(sizes)} objects, {freed:,} bytes, and the "
-        f"work folders of {len(work)} finished actions (a run's earlier checkpoints), "
-        f"{sum(work.values()):,} bytes"
+        f"earlier checkpoints of {len(work)} finished runs, {sum(work.values()):,} bytes"
     )
 
 
@@ -234,16 +235,7 @@ def why(path: Path, /) -> None:
     Example:
         olmo store why checkpoints/olmo-tiny/final
     """
-    store = current_store()
-    record = naming.record_of(store, path)
-    print(json.dumps(record["action"], indent=1))
-    others = find_nearest(store, record["action"], besides=record["key"])
-    if others is None:
-        print("no other action of this stage is known")
-        return
-    print(f"differs from {others['key'][:12]}… ({others['run']['started']}) in:")
-    for line in diff_actions(others["action"], record["action"]):
-        print(f"  {line}")
+    print("\n".join(explain(current_store(), path)))
 
 
 def trace(path: Path, /) -> None:
@@ -255,7 +247,7 @@ def trace(path: Path, /) -> None:
     Example:
         olmo store trace checkpoints/olmo-tiny/final
     """
-    print("\n".join(trace_lines(current_store(), path)))
+    print("\n".join(format_lineage(current_store(), path)))
 
 
 def pin(path: Path, /, remove: bool = False) -> None:

@@ -1,12 +1,15 @@
 """Lineage: what an artifact was made from, and how two actions differ."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from olmo.store.naming import record_of
+from olmo.store.naming import paths_in_store, record_of
 from olmo.store.record import Record, output_files
 from olmo.store.store import Store
+
+MAX_INPUTS = 3  # that `explain` shows of a list
 
 
 def diff_actions(
@@ -76,14 +79,57 @@ def ancestors(
 
 def format_lineage(store: Store, path: Path) -> list[str]:
     """An artifact and everything it was made from, an indented line for each action."""
-    lines = []
+    paths, lines = paths_in_store(store), []
     for depth, record in ancestors(store, record_of(store, path)):
-        action = record["action"]
-        params = ", ".join(f"{k}={_abbreviate(v)}" for k, v in sorted(action["params"].items()))
-        lines.append(f"{'  ' * depth}{action['stage']} {record['key'][:12]}… {params}".rstrip())
+        params = [
+            text for text in flatten(record["action"]["params"]) if "." not in text.split(":")[0]
+        ]
+        made = f"{'  ' * depth}{describe_record(record, paths)}"
+        lines.append("  ".join([made, *([", ".join(params)] if params else [])]))
+    return lines
+
+
+def describe_record(record: Record, paths: Mapping[str, str]) -> str:
+    """An action by its path, stage and time; `paths` as of `paths_in_store`."""
+    started = record.get("run", {}).get("started", "an unknown time")
+    when = started[:16].replace("T", " ")
+    return f"{paths.get(record['key'], '(no path)')}  {record['action']['stage']}, {when}"
+
+
+def explain(store: Store, path: Path) -> list[str]:
+    """What made an artifact, and how that differs from the nearest action; parameters, inputs."""
+    record, paths = record_of(store, path), paths_in_store(store)
+    action, paths[record["key"]] = record["action"], str(path)
+    lines = [describe_record(record, paths), "", "differs from"]
+    if (other := find_nearest(store, action, besides=record["key"])) is None:
+        lines[-1] = "no other action of this stage is known"
+    else:
+        lines[-1] += f" {describe_record(other, paths)}, in"
+        lines += [f"  {change}" for change in diff_actions(other["action"], action)]
+    lines += ["", f"version {action['version']}, parameters"]
+    lines += [f"  {text}" for text in flatten(action["params"])] or ["  none"]
+    lines += ["", "inputs"]
+    for name, digests in sorted(action["inputs"].items()):
+        digests = digests if isinstance(digests, list) else [digests]
+        shown = [paths.get(digest, f"{digest[:12]}…") for digest in digests[:MAX_INPUTS]]
+        more = [f"… {len(digests):,} in all"] * (len(digests) > MAX_INPUTS)
+        lines.append(f"  {name}: {', '.join(shown + more)}")
+    return [*lines, "", f"all digests: {os.path.relpath(store.record_path(record['key']))}"]
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The values of nested parameters: "model.d_model: 128"."""
+    lines = []
+    for name, value in sorted(params.items()):
+        if isinstance(value, dict):
+            lines += flatten(value, f"{prefix}{name}.")
+        else:
+            lines.append(f"{prefix}{name}: {_abbreviate(value)}")
     return lines
 
 
 def _abbreviate(value: Any) -> str:
     text = str(value)
+    if len(text) > 40 and isinstance(value, list):
+        return f"{len(value)} of them"
     return text if len(text) <= 40 else f"{text[:12]}…"

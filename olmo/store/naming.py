@@ -270,6 +270,20 @@ def live_names(store: Store) -> Iterator[Name]:
             yield name | {"target": target.name}
 
 
+def paths_in_store(store: Store) -> dict[str, str]:
+    """The path of each content and each action, by its digest or key, deleted paths too.
+
+    A path of the current project, if there is one, relative to it.
+    """
+    here, found = os.getcwd(), dict[str, str]()
+    names = {name["path"]: name["key"] for _, name in all_names(store)}
+    for path in sorted(names, key=lambda path: (not path.startswith(here + os.sep), path)):
+        shown = os.path.relpath(path, here) if path.startswith(here + os.sep) else path
+        found.setdefault(names[path], shown)
+        found.setdefault(os.path.basename(os.path.realpath(path)), shown)
+    return found
+
+
 def broken_names(store: Store) -> list[Path]:
     """The names, of all projects, whose record or objects are missing in the store."""
     return [Path(name["path"]) for name in live_names(store) if not _is_complete(store, name)]

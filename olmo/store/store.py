@@ -34,7 +34,14 @@ from olmo.io.sealed import Damaged, fsync_path, hash_file
 from olmo.runtime.log import log
 from olmo.store.action import Action
 from olmo.store.lease import lease, refresh_listing
-from olmo.store.record import Record, content, digests_by_path, load_record, output_files
+from olmo.store.record import (
+    Record,
+    content,
+    digests_by_path,
+    list_files,
+    load_record,
+    output_files,
+)
 
 # Objects up to this size are hashed at each use, larger ones only if their size or mtime changed
 # since they were stored (a GB takes about a second). `olmo store verify` hashes them all.
@@ -147,6 +154,23 @@ class Store:
         self.quarantine(path, f"its {found.st_size:,} bytes do not match its name")
         return False
 
+    def describe_object(self, digest: str) -> str:
+        """An object by a path that links to it, in any project, and the start of its digest."""
+        outputs = [
+            (record["key"], output)
+            for record in self.records()
+            for output, made in record["outputs"].items()
+            if digest in {file["sha256"] for file in list_files(made)}
+        ]
+        for file in sorted((self.root / "links").glob("[0-9a-f]" * 32)):
+            with suppress(Damaged):
+                name = sealed.loads(file.read_bytes(), file)
+                if (name["key"], name["output"]) in outputs:
+                    path = os.path.normpath(self.root / name["path"])
+                    is_here = path.startswith(os.getcwd() + os.sep)
+                    return f"{os.path.relpath(path) if is_here else path} ({digest[:12]}…)"
+        return f"{digest[:12]}…"
+
     def quarantine(self, path: Path, reason: str) -> None:
         """Move a damaged object, record or name to quarantine/, where it can be inspected."""
         target = self.root / "quarantine" / f"{path.name}.{uuid.uuid4().hex[:8]}"
@@ -155,7 +179,9 @@ class Store:
             os.replace(path, target)
         except FileNotFoundError:  # another process has moved it
             return
-        log.warning(f"store: {path.name[:12]}… is damaged ({reason}) and was moved to {target}")
+        is_object = path.parent.parent == self.root / "objects"
+        what = self.describe_object(path.name) if is_object else f"{path.name[:12]}…"
+        log.warning(f"store: {what} is damaged ({reason}) and was moved to {target}")
 
     # --- actions ----------------------------------------------------------------------------
 

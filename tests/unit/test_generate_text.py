@@ -175,6 +175,17 @@ def test_what_cannot_be(checkpoint: Path, say, tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=message):
             say(**options)
+    for name in ("tiny", "smalle"):
+        (checkpoint.parents[1] / name / "run").mkdir(parents=True, exist_ok=True)
+        (checkpoint.parents[1] / name / "run/config.yaml").touch()
+    with pytest.raises(ValueError, match=r"; trained runs here: small, smalle, tiny$"):
+        say("smal")
+    Path("config").mkdir(exist_ok=True)
+    Path("config/config.yaml").write_text("runs: {smal: {train: t.yaml}}")
+    with pytest.raises(
+        ValueError, match=r"; train it: uv run snakemake .* checkpoints/smal/final$"
+    ):
+        say("smal")
     large = tmp_path / "large.json"
     with gzip.open(tmp_path / "d.gz", "wt") as file:
         file.writelines(json.dumps({"id": str(i), "text": f"w{i} " * 9}) + "\n" for i in range(999))

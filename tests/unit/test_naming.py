@@ -209,8 +209,22 @@ def test_gc_says_what_it_took(project: Path, capsys: pytest.CaptureFixture[str])
         said = capsys.readouterr().out
         assert f"{project}/out, by demo of" in said and f"{project}/kept" not in said
         assert f"{verb} objects, 1 bytes" in said
-        assert "work folders of 1 finished actions (a run's earlier checkpoints), 5 bytes" in said
+        assert "\nout: its earlier checkpoints, 5 bytes\n" in said
+        assert "and the earlier checkpoints of 1 finished runs, 5 bytes" in said
     assert [path.name for path in (store.root / "work").iterdir()] == ["0" * 64]
+
+
+def test_a_damaged_object_is_told_by_its_path(project: Path, capsys: pytest.CaptureFixture[str]):
+    store = Store(project / "store")
+    record = made(store, "a")
+    naming.link_output(store, record, "out", Path("data/out"))
+    digest = record["outputs"]["out"]["sha256"]
+    store.object_path(digest).chmod(0o644)
+    store.object_path(digest).write_text("b")
+    assert not store.is_intact(digest)
+    told = capsys.readouterr().err
+    assert f"store: data/out ({digest[:12]}…) is damaged (its 1 bytes do not match" in told
+    assert store.describe_object("0" * 64) == "000000000000…"
 
 
 def test_gc_keeps_what_a_link_here_points_to_though_no_name_is_written_down(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import polars
@@ -18,7 +19,7 @@ from olmo.commands import build_parser
 from olmo.pipeline.workspace import format_failures, report_failures
 from olmo.store import commands
 from olmo.store.lease import lease
-from olmo.store.lineage import diff_actions, format_lineage
+from olmo.store.lineage import diff_actions, explain, format_lineage
 from olmo.store.stage import (
     Facts,
     Folder,
@@ -155,8 +156,18 @@ def test_differences_field_by_field():
 def test_the_way_back():
     call()
     join(parts=[Path("out/joined")], joined=Path("again"), glue="x")
-    stages = [line.split()[0] for line in format_lineage(current_store(), Path("again"))]
-    assert stages == ["join", "join"]
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
+    told = "\n".join(format_lineage(current_store(), Path("again")))
+    lines = re.sub(r" \d\d:\d\d", "", told).splitlines()
+    assert lines == [f"again  join, {today}  glue: x", f"  out/joined  join, {today}"]
+    told = explain(current_store(), Path("again"))
+    assert told[0].startswith("again  join, ") and told[1] == ""
+    assert told[2].startswith("differs from out/joined  join, ")
+    assert "  params.glue: default → x" in told
+    assert "  parts: again" in told, "which has the same bytes as out/joined"
+    told = explain(current_store(), Path("out/joined"))
+    assert "  none" in told[told.index("version 1, parameters") :]
+    assert not any(re.search(r"[0-9a-f]{32}", line) for line in told[:-1]), "hashes are last"
 
 
 def test_the_command_line_comes_from_the_signature(monkeypatch: pytest.MonkeyPatch):
