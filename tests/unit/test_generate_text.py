@@ -182,9 +182,7 @@ def test_what_cannot_be(checkpoint: Path, say, tmp_path: Path):
         say("smal")
     Path("config").mkdir(exist_ok=True)
     Path("config/config.yaml").write_text("runs: {smal: {train: t.yaml}}")
-    with pytest.raises(
-        ValueError, match=r"; train it: uv run snakemake .* checkpoints/smal/final$"
-    ):
+    with pytest.raises(ValueError, match=r"; train it: uv run .* checkpoints/smal/final$"):
         say("smal")
     large = tmp_path / "large.json"
     with gzip.open(tmp_path / "d.gz", "wt") as file:
