@@ -188,9 +188,7 @@ def select_documents(
         return []
     if sha256 is not None and sha256 not in shard.sources:
         return []
-    documents = shard.documents()
-    if id is not None:
-        return [document for document in documents if document.id == id]
+    documents = shard.documents(id=id)
     if text is not None:
         return [d for d, one in zip(documents, shard.texts(), strict=True) if text in one]
     return documents

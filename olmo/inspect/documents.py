@@ -78,11 +78,15 @@ class TokenShard:
         ]
         return set(outputs)
 
-    def documents(self, start: int = 0, end: int | None = None) -> list[Document]:
-        """The documents with a token in [start, end), in order."""
+    def documents(
+        self, start: int = 0, end: int | None = None, id: str | None = None
+    ) -> list[Document]:
+        """The documents with a token in [start, end), in order; with an `id`, those of that id."""
         import polars
 
         table = self._rows().filter(polars.col("end") > start)
+        if id is not None:
+            table = table.filter(polars.col("id") == id)
         if end is not None:
             table = table.filter(polars.col("start") < end)
         rows = table.select("id", "file", "line", "start", "end").collect().iter_rows()
@@ -95,7 +99,7 @@ class TokenShard:
         """The texts of the documents or conversations, in the order of `documents()`."""
         import polars
 
-        table = polars.read_parquet(self._object("index"))
+        table = polars.read_parquet(self._object("index"), columns=["start", "end"])
         has_tokens = table["start"] < table["end"]
         documents = self.store.object_path(self.record["action"]["inputs"]["documents"])
         with gz.reading(documents) as lines:

@@ -114,7 +114,7 @@ def load_fast_model(place: str) -> Any:
     from olmo.model.linear import use_column_major_weights
 
     model = load_model(place)
-    model.use_attention()
+    model.use_attention(with_trial=False)
     use_column_major_weights(model)
     return model
 
@@ -134,16 +134,17 @@ def find_checkpoint(checkpoint: str) -> str:
 
     Raises ValueError if there is none.
     """
-    from olmo.checkpoint.read import find_newest
-
     if "://" in checkpoint:
         return checkpoint.rstrip("/")
     runs = Path("checkpoints", checkpoint)
     for folder in (Path(checkpoint), runs / "final", runs / "run"):
         if any((folder / name).exists() for name in CHECKPOINT_FILES):
             return str(folder)
-        if folder.is_dir() and (found := find_newest(folder)) is not None:
-            return str(found)
+        if folder.is_dir():
+            from olmo.checkpoint.read import find_newest  # which imports torch
+
+            if (found := find_newest(folder)) is not None:
+                return str(found)
     raise ValueError(
         f"expected a trained run, a checkpoint's folder or a URL; found {checkpoint!r}"
         f" (looked in {checkpoint}, {runs}/final and {runs}/run); {suggest_runs(checkpoint)}"

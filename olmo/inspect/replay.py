@@ -13,6 +13,7 @@ from olmo.inspect.run import TrainedRun
 from olmo.runtime.log import log
 from olmo.store.stage import current_store
 from olmo.train.chain import STATE
+from olmo.train.segments import merge_equal, read_segments, training_conditions
 from olmo.train.sinks import read_metrics
 
 LOSS, NORM = "train/CrossEntropyLoss", "optim/total_grad_norm"
@@ -33,12 +34,6 @@ def replay(checkpoint: str, /, steps: str) -> None:
     Example:
         olmo replay olmo-tiny --steps 5..9
     """
-    from olmo.train.segments import (  # which imports torch
-        merge_equal,
-        read_segments,
-        training_conditions,
-    )
-
     run, chosen = TrainedRun(checkpoint), parse_steps(steps)
     last_step = run.steps
     if last_step is None:

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from olmo.checkpoint import layout
 from olmo.config import TrainConfig, read_yaml
 from olmo.data.files import is_url
+from olmo.data.instance_files import InstanceFiles, open_instance_files
 from olmo.inspect import history
 from olmo.inspect.history import OrderSource, RecordedBatches, StepRange
 from olmo.inspect.order import SeenInstances
@@ -29,11 +29,10 @@ from olmo.runtime.log import log
 from olmo.runtime.process import SEGMENTS_FILE
 from olmo.store.record import Record, parse_record
 from olmo.store.stage import current_store
+from olmo.train.segments import read_segments
+from olmo.train.sinks import read_metrics
 
 MAX_CONFIG_BYTES = 64 * 2**20  # bytes
-
-if TYPE_CHECKING:
-    from olmo.data.memmap import MemMapDataset
 
 # How many epochs `_epoch_of` compares with an order file, and up to how many instances (0.2 s an
 # epoch).
@@ -90,8 +89,6 @@ class TrainedRun:
         steps: int | None = self.record["facts"].get("steps") if self.record else None
         metrics = self.run_folder / "metrics.jsonl"
         if steps is None and self.segments and metrics.exists():
-            from olmo.train.sinks import read_metrics  # which imports torch
-
             steps = max((row["step"] for row in read_metrics(metrics)), default=None)
         return steps
 
@@ -101,8 +98,6 @@ class TrainedRun:
 
         For a run by URL with a given order only that is used, since OLMo's runs have no segments.
         """
-        from olmo.train.segments import read_segments  # which imports torch
-
         if self.record:
             return history.collect_segments(current_store(), self.record)
         if not is_url(self.folder):
@@ -118,16 +113,14 @@ class TrainedRun:
         return []
 
     @cached_property
-    def dataset(self) -> MemMapDataset:
-        from olmo.data.memmap import build_memmap_dataset  # which imports torch
-
+    def dataset(self) -> InstanceFiles:
         places = chain(self.cfg.data.paths or (), *(self.cfg.data.datasets or {}).values())
         if unknown := next((place for place in places if "${" in place), None):
             raise ValueError(
                 f"{self.config_path}: {unknown} depends on this machine's environment, which is "
                 "hidden from a config that comes with a checkpoint; replace it by the path"
             )
-        return build_memmap_dataset(self.cfg, self.cfg.data)
+        return open_instance_files(self.cfg)
 
     @cached_property
     def step_ranges(self) -> list[StepRange]:
@@ -238,9 +231,7 @@ class TrainedRun:
                 )
 
     def _has_files_of(self, step_range: StepRange) -> bool:
-        from olmo.train.segments import fingerprint  # which imports torch
-
-        return step_range.files in (None, fingerprint(self.dataset))
+        return step_range.files in (None, self.dataset.fingerprint)
 
     def instances(self, step: int, rank: int | None = None) -> Iterator[Instance]:
         """The instances of a step in the order of its batch, of all ranks or of one.
@@ -252,7 +243,7 @@ class TrainedRun:
             raise ValueError(f"expected a rank from 0 to {size - 1}, found {rank}")
         positions = range(len(batch)) if rank is None else range(rank, len(batch), size)
         indices = batch[list(positions)]
-        rows = self.dataset.batch(indices)["input_ids"].numpy()
+        rows = self.dataset.read_ids([self.dataset.locate(index) for index in indices.tolist()])
         for position, index, tokens in zip(positions, indices.tolist(), rows, strict=True):
             path, row = self.locate(index)
             start = row * self.length
@@ -265,8 +256,8 @@ class TrainedRun:
 
     def locate(self, index: int) -> tuple[str, int]:
         """The token file of an instance, and its row in that file."""
-        file = bisect_right([end for _, end in self.dataset.offsets], index)
-        return str(self.dataset.paths[file]), index - self.dataset.offsets[file][0]
+        file, row = self.dataset.locate(index)
+        return str(self.dataset.paths[file]), row
 
 
 def find_config(where: str) -> str:

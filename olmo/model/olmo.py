@@ -157,6 +157,7 @@ class OLMo(nn.Module):
         dtype: torch.dtype = torch.float32,
         backend: Backend | str | None = None,
         mask: MaskType = MaskType.causal,
+        with_trial: bool = True,
     ) -> KernelChoice:
         """Choose the attention kernel for all blocks, by trying it; returns it with the reason.
 
@@ -167,12 +168,13 @@ class OLMo(nn.Module):
             dtype: the type that attention will run in: autocast's under autocast.
             backend: the requested kernel; None: the fastest.
             mask: the masks that batches will have: doc_lens, or a tensor.
+            with_trial: False chooses by known limits: a trial needs gradients, and half a second.
 
         Raises:
             ValueError: the requested kernel (or model.flash_attention) is not available.
         """
         device = self.device if device is None else torch.device(device)
-        self.attention = choose_kernel(self.config, device, dtype, backend, mask)
+        self.attention = choose_kernel(self.config, device, dtype, backend, mask, with_trial)
         for block in self.blocks():
             block.backend = self.attention.backend
         if mask is MaskType.any:  # before the first step: see BufferCache

@@ -13,26 +13,23 @@ size, seed or data, and train_data/global_indices.npy has the order of the newes
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from olmo.config import TrainConfig
-from olmo.data.batches import OrderedDataset
-from olmo.data.memmap import MemMapDataset
-from olmo.distributed.world import World
 from olmo.io import sealed
 from olmo.io.sealed import Damaged
 from olmo.runtime.log import log
 from olmo.runtime.process import SEGMENTS_FILE
 from olmo.train.sinks import METRICS, read_metrics
-from olmo.train.state import TrainState
+
+if TYPE_CHECKING:
+    from olmo.data.batches import OrderedDataset
+    from olmo.distributed.world import World
+    from olmo.train.state import TrainState
 
 DECIDES_BITS = ("processes", "nodes", "device", "threads", "torch", "damaged")
 
@@ -45,6 +42,8 @@ def begin_segment(
     Removes segments without remaining steps: those that began here or later, and all of them
     if another run starts in this folder.
     """
+    import torch  # here: `olmo inspect` reads segments without it
+
     path = folder / SEGMENTS_FILE
     kept = [s for s in read_segments(folder) if resumed and s["after"] < step]
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
@@ -91,21 +90,12 @@ def data_facts(
         "seed": cfg.data_seed,
         "drop_last": cfg.data.drop_last,
         "instances": len(dataset.dataset),
-        "files": fingerprint(dataset.dataset),
+        "files": getattr(dataset.dataset, "fingerprint", None),  # a custom data set has none
     }
     if cfg.data.order_path is not None:  # by its name: its folder is this machine's
         facts["order"] = Path(cfg.data.order_path).name
         facts["order_epoch"] = cfg.epoch or 0
     return facts | ({} if source is None else {"from": str(source)})
-
-
-def fingerprint(dataset: Any) -> str | None:
-    """A digest of the token files' names, sizes and order; None for a custom data set."""
-    if not isinstance(dataset, MemMapDataset):
-        return None
-    names = [Path(path).name for path in dataset.paths]
-    named = [dataset.chunk_size, *zip(names, dataset.offsets, strict=True)]
-    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
 
 
 def read_last_trained_step(folder: Path) -> int:

@@ -11,11 +11,13 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import polars
 import pytest
 
 from olmo import cli
 from olmo.commands import build_parser
+from olmo.config import TrainConfig
 from olmo.pipeline.workspace import format_failures, report_failures
 from olmo.store import commands
 from olmo.store.lease import lease
@@ -354,6 +356,32 @@ def test_help_does_not_wait_for_torch():
     modules = {cli.commands()[name].split(":")[0] for name in SWIFT.split()}
     code = f"import sys, {', '.join(sorted(modules))}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "--run", "r", "--step", "1"],
+        ["seen", "--run", "r", "--id", "1-0"],
+        ["generate", "nobody", "--prompt", "x"],
+    ],
+)
+def test_a_question_is_answered_without_torch(words: list[str], tmp_path: Path):
+    """Its import takes longer than the answer."""
+    np.arange(64, dtype=np.uint16).tofile("tokens.npy")
+    Path("r").mkdir()
+    cfg = TrainConfig.new(model={"max_sequence_length": 8, "vocab_size": 64})
+    data = cfg.data.update_with(paths=["tokens.npy"])
+    cfg.update_with(data=data, global_train_batch_size=2, max_duration=4).save("r/config.yaml")
+    code = (
+        f"import sys; from olmo import cli; sys.argv[1:] = {words}\n"
+        "try: cli.main()\nexcept SystemExit as end: print(end)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("False\n"), done.stdout + done.stderr
+    told = ("step 1, position 0", "is not known to the store", "trained runs here: none")
+    assert any(part in done.stdout for part in told)
 
 
 def begin(rest: str) -> subprocess.Popen[str]:
