@@ -46,6 +46,7 @@ localrules:
 
 
 rule all:
+    """The checkpoint of the smallest run."""
     input:
         "checkpoints/olmo-tiny/final",
 

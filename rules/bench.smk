@@ -2,6 +2,7 @@
 
 
 rule bench_tps:
+    """Tokens per second of the cells of config/bench/tps.yaml, on this machine."""
     input:
         matrix="config/bench/tps.yaml",
     log:
@@ -14,7 +15,7 @@ rule bench_tps:
 
 
 rule bench_loss:
-    # The tokens that other settings need to reach the last loss of the first run.
+    """The tokens that other settings need to reach the last loss of the first run."""
     input:
         lambda w: [f"checkpoints/{run}/final" for run in plan.pipeline.bench_loss],
     output:

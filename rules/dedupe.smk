@@ -3,6 +3,7 @@
 
 
 rule attributes:
+    """Find duplicates, and overlaps with files of `decontaminate.against`."""
     input:
         lambda w: damage.update_journal(w.dataset),
         documents=lambda w: listings(w.dataset, "documents"),
@@ -26,6 +27,7 @@ rule attributes:
 
 
 rule mixed:
+    """Remove what `attributes` found from a batch's documents."""
     input:
         lambda w: damage.update_journal(w.dataset),
         documents="data/{dataset}/documents/{batch}.tsv",

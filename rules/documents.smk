@@ -2,6 +2,7 @@
 
 
 rule documents:
+    """Keep one line in N of a batch's sources, check each, hold some out."""
     input:
         lambda w: damage.update_journal(w.dataset),
         sources="data/{dataset}/sources/{batch}.tsv",

@@ -2,6 +2,7 @@
 
 
 rule environment:
+    """Build the environment of the toolkit `dolma`."""
     input:
         "envs/{name}.txt",
     output:

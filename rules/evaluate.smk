@@ -2,6 +2,7 @@
 
 
 rule heldout:
+    """A run's loss on the documents that its data set held out."""
     input:
         final="checkpoints/{run}/final",
         tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
@@ -16,7 +17,7 @@ rule heldout:
 
 
 rule heldout_of:
-    # On the held-out documents of another data set with the same tokenizer.
+    """A run's loss on what another data set held out, of the same tokenizer."""
     input:
         final="checkpoints/{run}/final",
         tokens=lambda w: listings(w.dataset, "tokens"),
@@ -34,7 +35,7 @@ rule heldout_of:
 
 
 rule docstrings:
-    # A choice task that needs no network.
+    """A choice task that needs no network."""
     output:
         directory("data/docstrings"),
     log:
@@ -44,6 +45,7 @@ rule docstrings:
 
 
 rule evaluate:
+    """Everything that is measured of a run: eval/<run>."""
     input:
         final="checkpoints/{run}/final",
         hf="hf/{run}",
@@ -69,7 +71,7 @@ rule evaluate:
 
 
 rule eval:
-    # A table that compares several runs.
+    """A table that compares several runs."""
     input:
         lambda w: [f"eval/{run}" for run in plan.pipeline.eval],
     output:

@@ -2,6 +2,7 @@
 
 
 rule hf:
+    """A run for transformers: hf/<run>."""
     input:
         final="checkpoints/{run}/final",
         tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",

@@ -5,6 +5,7 @@ ruleorder: instructions > tokens
 
 
 rule instructions:
+    """Ids and label masks of a batch's conversations."""
     input:
         lambda w: damage.update_journal(w.dataset),
         documents="data/{dataset}/documents/{batch}.tsv",

@@ -2,6 +2,7 @@
 
 
 rule order:
+    """The order in which a run sees its instances."""
     input:
         lambda w: damage.update_journal(plan.dataset(w.run)),
         tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
@@ -16,7 +17,7 @@ rule order:
 
 
 rule positions:
-    # The inverse: the position of each instance in the order.
+    """The inverse: the position of each instance in the order."""
     input:
         "checkpoints/{run}/global_indices.npy",
     output:

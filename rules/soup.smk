@@ -5,6 +5,7 @@ ruleorder: soup > train
 
 
 rule soup:
+    """The mean of several runs' checkpoints."""
     input:
         lambda w: damage.update_journal(plan.dataset(w.run)),
         finals=lambda w: [f"checkpoints/{run}/final" for run in plan.pipeline.soups[w.run]],

@@ -2,7 +2,7 @@
 
 
 checkpoint source_list:
-    # A table of the files in a published list of URLs, with their sizes.
+    """A table of the files in a published list of URLs, with their sizes."""
     output:
         "data/{dataset}/sources.tsv",
     log:
@@ -14,6 +14,7 @@ checkpoint source_list:
 
 
 rule sources:
+    """Download, copy or generate a batch of source files."""
     input:
         lambda w: damage.update_journal(w.dataset),
         lambda w: plan.local_files(w.dataset, w.batch),

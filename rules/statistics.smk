@@ -2,6 +2,7 @@
 
 
 rule statistics:
+    """Documents and tokens of a data set, by source: data/<dataset>/statistics.txt."""
     input:
         lambda w: damage.update_journal(w.dataset),
         documents=lambda w: listings(w.dataset, plan.documents_stage(w.dataset)),

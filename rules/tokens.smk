@@ -6,6 +6,7 @@ ruleorder: given_tokens > tokens
 
 
 rule given_tokens:
+    """Get token files that were made elsewhere."""
     input:
         lambda w: damage.update_journal(w.dataset),
         lambda w: plan.local_files(w.dataset, w.batch),
@@ -23,6 +24,7 @@ rule given_tokens:
 
 
 rule tokenizer:
+    """Train a data set's tokenizer, or take a given one."""
     input:
         lambda w: damage.update_journal(w.dataset),
         documents=lambda w: (
@@ -43,6 +45,7 @@ rule tokenizer:
 
 
 rule tokens:
+    """Token ids of a batch's documents."""
     input:
         lambda w: damage.update_journal(w.dataset),
         documents=lambda w: f"data/{w.dataset}/{plan.documents_stage(w.dataset)}/{w.batch}.tsv",

@@ -2,7 +2,7 @@
 
 
 rule start:
-    # The external checkpoint, a folder or a URL, that a run starts from.
+    """The external checkpoint, a folder or a URL, that a run starts from."""
     input:
         lambda w: [] if "://" in plan.external_start(w.run) else plan.external_start(w.run),
     output:
@@ -17,6 +17,7 @@ rule start:
 
 
 rule train:
+    """Train a run, or carry on: checkpoints/<run>/final."""
     input:
         lambda w: damage.update_journal(plan.dataset(w.run)),
         tokens=lambda w: listings(plan.dataset(w.run), "tokens"),

@@ -35,6 +35,7 @@ COLUMNS = {
     "age": True,
     "size": True,
     "trained": True,
+    "cost": True,
 }
 ORDER = ("running", "failed", "paused", "stopped", "done", "not begun")
 
@@ -53,6 +54,7 @@ class RunState:
     last_change: float | None = None  # seconds since the epoch
     bytes: int | None = None
     seconds: float | None = None  # of the training, when it is done
+    cost: str = ""  # likewise, if config/config.yaml has a price
 
     def cells(self, now: float) -> list[str]:
         """The run as a row of the table."""
@@ -68,14 +70,16 @@ class RunState:
             "" if self.last_change is None else format_age(now - self.last_change),
             "" if self.bytes is None else f"{format_count(self.bytes)}B",
             "" if self.seconds is None else format_duration(self.seconds),
+            self.cost,
         ]
 
 
 def runs() -> None:
-    """List the runs: state, step, loss, held-out loss, speed, age, size and time of training.
+    """List the runs: state, step, loss, held-out loss, speed, age, size, time and cost.
 
     A run is `running` where a process of any machine holds its lease. `age` is the time since its
-    last step. `size` is that of its checkpoints.
+    last step. `size` is that of its checkpoints. `cost` is that of the training by `price` of
+    config/config.yaml.
 
     Example:
         olmo runs
@@ -87,12 +91,13 @@ def runs() -> None:
     names = [*known.get("runs", {}), *known.get("soups", {})]
     made = [path.name for path in sorted(Path("checkpoints").glob("*")) if path.is_dir()]
     held = held_names(current_store().root / "leases")
-    found = [find_state(name, held) for name in dict.fromkeys([*names, *made])]
+    price = known.get("price", {})
+    found = [find_state(name, held, price) for name in dict.fromkeys([*names, *made])]
     found.sort(key=lambda run: (ORDER.index(run.state), -(run.last_change or 0)))
     print(format_table([run.cells(time.time()) for run in found]))
 
 
-def find_state(name: str, held: Sequence[str]) -> RunState:
+def find_state(name: str, held: Sequence[str], price: dict[str, Any]) -> RunState:
     """The state of a run, from its final checkpoint, or from the folder it is trained in."""
     folder = Path("checkpoints", name)
     attempt, final = folder / "run", folder / "final"
@@ -116,6 +121,7 @@ def find_state(name: str, held: Sequence[str]) -> RunState:
             record_path.stat().st_mtime,
             folder_bytes(folder),
             record["run"].get("wall_s"),
+            format_cost(record, price),
         )
     metrics = attempt / "metrics.jsonl"
     if not attempt.exists():
@@ -132,6 +138,16 @@ def find_state(name: str, held: Sequence[str]) -> RunState:
         metrics.stat().st_mtime if metrics.exists() else attempt.stat().st_mtime,
         folder_bytes(folder),
     )
+
+
+def format_cost(record: Any, price: dict[str, Any]) -> str:
+    """What a training cost, by its GPU-hours and measured energy; "" if that is not known."""
+    conditions, run = record.get("conditions", {}), record["run"]
+    on_gpu = "NVIDIA" in str(conditions.get("device"))
+    gpu_hours = run.get("wall_s", 0) / 3600 * conditions.get("processes", 1) * on_gpu
+    energy = (run.get("machine_energy_j") or 0) / 3.6e6
+    money = gpu_hours * (price.get("gpu_hour") or 0) + energy * (price.get("kwh") or 0)
+    return f"{money:.2f} {price.get('currency', 'USD')}" if money else ""
 
 
 def learned_loss(last: dict[str, Any]) -> float | None:

@@ -50,7 +50,8 @@ def finish(name: str, **facts: Any) -> None:
         final.mkdir()
         write_metrics(final, 24)
         (final / "model.safetensors").write_bytes(bytes(3000))
-        return {"facts": facts, "run": {"wall_s": 75.0}}
+        conditions = {"device": "NVIDIA H100", "processes": 8}
+        return {"facts": facts, "run": {"wall_s": 75.0}, "conditions": conditions}
 
     record = store.run(Action("training", 1, {"name": name}), build)
     naming.link_output(store, record, "final", Path("checkpoints", name, "final"))
@@ -86,6 +87,15 @@ def test_finished_begun_and_new_runs(project: Path, capsys):
     assert age.endswith(" s") and size.endswith("kB")
     assert table["begun"][:5] == ["stopped", "3/24", "5.250", "5.500", "21.5k"]
     assert table["later"] == table["mean"] == ["not begun"]
+
+
+def test_a_price_gives_a_cost(project: Path, capsys):
+    finish("finished", steps=24)
+    config = Path("config/config.yaml")
+    config.write_text(config.read_text() + "price: {gpu_hour: 3.0, currency: EUR}\n")
+    table = shown(capsys)
+    assert table["run"][-1] == "cost" and table["finished"][-2:] == ["1:15", "0.50 EUR"]
+    assert table["later"] == ["not begun"]
 
 
 def test_the_loss_of_a_tuned_run_is_that_of_its_answers(project: Path, capsys):

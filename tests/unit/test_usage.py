@@ -1,5 +1,6 @@
 """`olmo --help`, the help of every command, and what shells complete."""
 
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -55,6 +56,13 @@ def test_the_overview_is_not_cut_and_begins_with_the_user_s_commands(capsys):
     assert headings[0] == "from text to a run" and headings[-2].startswith("stages")
     for line in cli.EXAMPLES:
         check_example(line)
+
+
+def test_every_rule_has_a_description_for_snakemake_list():
+    root = Path(__file__).parents[2]
+    for file in (root / "Snakefile", *(root / "rules").glob("*.smk")):
+        rules = re.findall(r"^(?:rule|checkpoint) (\w+):\n(.*)", file.read_text(), re.M)
+        assert not [name for name, first in rules if not first.startswith('    """')], file
 
 
 def test_a_docstring_s_parts():
