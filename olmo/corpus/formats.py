@@ -13,6 +13,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from os.path import splitext
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlparse
@@ -72,12 +73,10 @@ def split_suffixes(place: str) -> tuple[str | None, str]:
     >>> split_suffixes("a/b.ndjson.zst"), split_suffixes("b.gz"), split_suffixes("b.pdf")
     (('.jsonl', '.zst'), ('.jsonl', '.gz'), (None, ''))
     """
-    path = Path(urlparse(place).path if "://" in place else place)
-    compression = path.suffix.lower() if path.suffix.lower() in (".gz", ".zst") else ""
-    suffix = path.with_suffix("").suffix.lower() if compression else path.suffix.lower()
-    if compression and suffix not in SUFFIXES:  # wiki.2024.gz
-        return ".jsonl", compression
-    return SUFFIXES.get(suffix), compression
+    stem, suffix = splitext((urlparse(place).path if "://" in place else place).lower())
+    if suffix not in (".gz", ".zst"):
+        return SUFFIXES.get(suffix), ""
+    return SUFFIXES.get(splitext(stem)[1], ".jsonl"), suffix  # .jsonl: wiki.2024.gz
 
 
 @stage(version=1, conditions=gz.conditions)
@@ -283,13 +282,16 @@ def read_text(lines: BinaryIO, name: str, rows: RowsSection) -> Iterator[Row]:
             text = line.removesuffix(b"\n").removesuffix(b"\r")
             yield {"id": f"{name}:{number}", "text": text}
         return
-    content = lines.read(gz.LINE_LIMIT_BYTES + 1)
-    if len(content) > gz.LINE_LIMIT_BYTES:
+    blocks, size = [], 0
+    while size <= gz.LINE_LIMIT_BYTES and (block := lines.read(gz.BUFFER_BYTES)):
+        blocks.append(block)
+        size += len(block)
+    if size > gz.LINE_LIMIT_BYTES:
         raise ValueError(
             f"{name}: expected a text of at most {gz.LINE_LIMIT_BYTES:,} bytes, since it becomes "
             "one document; found more. Make every line one: sources: {one_document_per: line}"
         )
-    yield {"id": name, "text": content}
+    yield {"id": name, "text": b"".join(blocks)}
 
 
 def check_fields(found: Iterable[str], name: str, rows: RowsSection) -> None:

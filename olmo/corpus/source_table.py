@@ -124,9 +124,12 @@ def find_local_files(
                 f"{recipe}: {key} names {taken}, but {made} is for outputs; begin the pattern "
                 f"{pattern} in the folder of the corpus"
             )
-        texts = list(filter(is_grouped, matches)) if is_grouped else []
-        groups.setdefault(os.path.dirname(pattern.split("*")[0]), []).extend(texts)
-        found += [Source("", place) for place in matches if place not in set(texts)]
+        base = groups.setdefault(os.path.dirname(pattern.split("*")[0]), [])
+        for place in matches:
+            if is_grouped and is_grouped(place):
+                base.append(place)
+            else:
+                found.append(Source("", place))
     return assign_names(found) + [
         group for base, places in groups.items() for group in group_texts(base, places)
     ]
