@@ -1,8 +1,8 @@
 """Conversations: instruction data in Tulu v2's format, and their sources.
 
 A line is {"id": …, "messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}. A
-missing id is replaced by a hash of the messages. Source files are JSON lines, gz or plain, or the
-hub's parquet; all become gz files of JSON lines, as other sources are.
+missing id is replaced by a hash of the messages. Source files are JSON lines, plain, gz or zst, or
+the hub's parquet; all become gz files of JSON lines, as other sources are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from olmo.corpus import json_lines
+from olmo.corpus import formats, json_lines
 from olmo.corpus.sources import DIRECT, Transfer, check_against_table, fetch_any
 from olmo.io import file_types, gz
 from olmo.store.stage import Facts, Input, Output, Unhashed, Work, stage
@@ -30,6 +30,7 @@ REASONS = {
     "unknown-role": f"a role other than {', '.join(ROLES)}",
     **json_lines.SURROGATE,
 }
+EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, …]}'
 PARQUET_MAGIC = b"PAR1"
 
 
@@ -93,7 +94,7 @@ def parse_messages(line: bytes) -> list[Message]:
 
 @stage(version=1, conditions=gz.conditions)
 def local_conversations(file: Input, source: Output, sha256: str | None = None) -> Facts:
-    """Convert a local file: JSON lines, gz or plain, or parquet."""
+    """Convert a local file: JSON lines, plain, gz or zst, or parquet."""
     check_against_table(file, str(file), None, sha256)
     return {"text_bytes": convert_to_json_lines(file, source, str(file))}
 
@@ -134,19 +135,21 @@ def convert_to_json_lines(file: Path, source: Path, name: str) -> int:
     elif beginning.startswith(PARQUET_MAGIC):
         with gz.writing(source) as lines:
             lines.writelines(read_parquet_rows(file, name))
-    elif beginning.lstrip().startswith(b"{"):
-        with open(file, "rb") as text, gz.writing(source) as lines:
+    elif beginning.startswith(file_types.ZSTD) or (
+        beginning.removeprefix(file_types.BOM).lstrip().startswith(b"{")
+    ):
+        with formats.open_decompressed(file, name) as text, gz.writing(source) as lines:
             shutil.copyfileobj(text, lines)
     else:
         found, command = file_types.detect_type(beginning)
-        remedy = (
-            f"Convert it to gz with `{file_types.format_gz_conversion(name, command)}`"
-            if command
-            else ""
-        )
+        remedy = "Check its place and download it again"
+        if command:
+            remedy = f"Convert it to gz with `{file_types.format_gz_conversion(name, command)}`"
+        elif found.startswith("plain text"):
+            remedy = f"Make a line {EXAMPLE} of each conversation"
         raise ValueError(
-            f"{name}: expected conversations (JSON lines, gz or plain, or parquet), found {found}. "
-            + (remedy or "Check its place and download it again")
+            f"{name}: expected conversations (JSON lines, plain, gz or zst, or parquet), found "
+            f"{found}. {remedy}"
         )
     size = gz.verify_checksum(source, name)
     if size == 0:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import polars
+import pyarrow
 import pytest
 import torch
 from servers import web_server
@@ -322,14 +323,16 @@ def test_a_tokenizer_that_does_not_end_an_answer_is_refused(make):
         make(talk("a", "b"), eos_token_id=5)
 
 
-def test_conversations_from_json_lines_gz_or_parquet(tmp_path: Path):
+def test_conversations_from_json_lines_compressed_or_not_or_parquet(tmp_path: Path):
     talks = [talk("a", "b", id="1"), talk("ü", "d", id="2")]
     text = "".join(json.dumps(talk) + "\n" for talk in talks)
     (tmp_path / "a.jsonl").write_text(text)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    packed = pyarrow.compress(b"\xef\xbb\xbf" + text.encode(), "zstd", asbytes=True)
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
     polars.DataFrame(talks).write_parquet(tmp_path / "a.parquet")
     read = []
-    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet"):
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"):
         local_conversations.build(file=tmp_path / name, source=tmp_path / "source")
         read.append(lines_of(tmp_path / "source"))
     with web_server(tmp_path) as web:
@@ -339,10 +342,16 @@ def test_conversations_from_json_lines_gz_or_parquet(tmp_path: Path):
         with pytest.raises(ValueError, match="expected sha256 00"):
             download_conversations.build(url=f"{web}/a.parquet", sha256="00", **out)
     read.append(lines_of(tmp_path / "arrived.gz"))
-    assert read == [[{"messages": t["messages"], "id": t["id"]} for t in talks]] * 4
-    for content in (b"<!doctype html>", b"", b"PAR1 but cut"):
+    assert read == [[{"messages": t["messages"], "id": t["id"]} for t in talks]] * 5
+    for content, said in (
+        (b"<!doctype html>", "web page"),
+        (b"", "an empty file"),
+        (b"PAR1 but cut", "expected parquet"),
+        (packed[:-5], "damaged zstd"),
+        (b"question,answer\na,b\n", "Make a line .*messages.* of each conversation"),
+    ):
         (tmp_path / "bad").write_bytes(content)
-        with pytest.raises(ValueError, match=r"bad: expected"):
+        with pytest.raises(ValueError, match=rf"bad: .*{said}"):
             local_conversations.build(file=tmp_path / "bad", source=tmp_path / "source")
 
 
