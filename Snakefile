@@ -13,9 +13,10 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 from olmo.cluster.slurm_plugin import patch_plugin
-from olmo.pipeline import workspace
+from olmo.pipeline import screen, workspace
 from olmo.pipeline.damage import DamageScanner
 from olmo.pipeline.plan import Plan, match_any
+from olmo.pipeline.terminal import print_at_exit
 
 workspace.check_config_file("config/config.yaml")
 
@@ -69,10 +70,11 @@ include: "rules/bench.smk"
 onstart:
     workspace.lock_folder(plan.store)
     workspace.warn_of_download(plan, workflow)
+    screen.count_jobs(workflow.dag)
 
 
 onsuccess:
-    print(workspace.next_steps(plan))
+    print_at_exit(workspace.next_steps(plan), sys.stdout)
 
 
 onerror:

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from olmo.commands import bind, command_groups, commands, load_command
-from olmo.runtime.log import FAILED, LOG_ENV, describe_error, find_disk_errno
+from olmo.runtime.log import FAILED, LOG_ENV, describe_error, find_disk_errno, is_shown_from_log
 from olmo.runtime.process import EXIT_PAUSED, Paused, die_with_supervisor
 from olmo.runtime.urls import redact, stash_secrets
 from olmo.store.stage import require_store
@@ -48,11 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         finally:
             sys.stdout.flush()  # raises BrokenPipeError if the reader (`| head`) has exited
     except Paused as pause:
-        print(f"olmo {verb}: {pause}", file=sys.stderr)
-        sys.exit(EXIT_PAUSED)
+        stop(f"olmo {verb}: {pause}", EXIT_PAUSED)
     except KeyboardInterrupt:
-        print(f"olmo {verb}: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        stop(f"olmo {verb}: interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
         if not is_reader_gone():
             raise
@@ -62,16 +61,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             os.dup2(devnull, stream.fileno())
         sys.exit(1)
     except Exception as error:
-        if isinstance(error, (ValueError, OSError)) or find_disk_errno(error):
-            sys.exit(redact(f"olmo {verb}: {describe_error(error)}"))
-        if LOG_ENV not in os.environ:
+        if LOG_ENV not in os.environ and not is_users(error):
             raise
-        sys.exit(
-            redact(
-                f"olmo {verb}: a bug in olmo, {type(error).__name__}: {error}; the "
-                f"traceback is in {os.environ[LOG_ENV]}"
-            )
-        )
+        stop(redact(f"olmo {verb}: {describe_failure(error)}"))
+
+
+def is_users(error: Exception) -> bool:
+    """Whether an error is the user's or the machine's, and not a bug."""
+    return isinstance(error, (ValueError, OSError)) or bool(find_disk_errno(error))
+
+
+def describe_failure(error: Exception) -> str:
+    """An error that ends a command with a log, as one sentence."""
+    if is_users(error):
+        return describe_error(error)
+    place = os.environ[LOG_ENV]
+    return f"a bug in olmo, {type(error).__name__}: {error}; the traceback is in {place}"
+
+
+def stop(said: str, status: int = 1) -> NoReturn:
+    """Exit with a last sentence, unless snakemake prints it at its end, from the log."""
+    if not is_shown_from_log():
+        print(said, file=sys.stderr)
+    sys.exit(status)
 
 
 def run_command(verb: str, words: Sequence[str]) -> None:
@@ -153,15 +165,27 @@ def log_to(log: Path | None) -> Iterator[None]:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     os.environ[LOG_ENV] = str(log.resolve())
+    if is_shown_from_log():
+        redirect_output(log)
     try:
         yield
     except BaseException as error:
         with suppress(OSError), log.open("a") as file:  # the disk may be what failed
             if isinstance(error, Exception) and not isinstance(error, Paused):
                 file.writelines(map(redact, traceback.format_exception(error)))
-            reason = describe_error(error) if isinstance(error, Exception) else error
-            file.write(redact(f"{FAILED}{type(error).__name__}: {reason}\n"))
+            said = f"{type(error).__name__}: {error}"  # a signal
+            if isinstance(error, Exception):
+                said = describe_failure(error)
+            file.write(redact(f"{FAILED}{said}\n"))
         raise
+
+
+def redirect_output(log: Path) -> None:
+    """Append to `log` what this process and its children write to stdout and stderr."""
+    with log.open("a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 from olmo.io import sealed, untrusted
 from olmo.io.sealed import Damaged
+from olmo.runtime.log import log
 from olmo.store.stage import Stage, current_store
 
 FETCHED = "file"  # the output of a downloaded file that was then converted
@@ -107,9 +108,9 @@ def run_shards(
     `outputs` as for `run_shard`; `inputs` returns the arguments that depend on the shard;
     `listed_as`: output → its name in the listing, where that is another one.
     """
-    names = listed_as or {}
-    return [
-        replace(file, output=names.get(file.output, file.output))
-        for entry in entries
-        for file in run_shard(stage, listing, entry.shard, outputs, **inputs(entry), **arguments)
-    ]
+    names, entries, made = listed_as or {}, list(entries), []
+    for number, entry in enumerate(entries):
+        log.debug(f"{number} of {len(entries)} shards")
+        files = run_shard(stage, listing, entry.shard, outputs, **inputs(entry), **arguments)
+        made += [replace(file, output=names.get(file.output, file.output)) for file in files]
+    return made

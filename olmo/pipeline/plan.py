@@ -4,6 +4,7 @@ Rules get every name and flag from this module. It reads config/config.yaml, the
 config/data, the training configs and, for a published list of URLs, the list.
 """
 
+import difflib
 import os
 import re
 import shlex
@@ -70,9 +71,10 @@ class Plan:
         """The config of a run; of a soup, that of its first run. ValueError for an unknown name."""
         name = self.pipeline.soups.get(name, [name])[0]
         if name not in self.pipeline.runs:
+            near = difflib.get_close_matches(name, self.pipeline.runs, 1)
             raise ValueError(
                 f"config/config.yaml: expected one of the runs {', '.join(self.pipeline.runs)}; "
-                f"found {name}"
+                f"found {name}" + "".join(f"; the nearest is '{name}'" for name in near)
             )
         run = self.pipeline.runs[name]
         return replace(run, gpus_per_node=run.gpus_per_node or self.pipeline.gpus_per_node)

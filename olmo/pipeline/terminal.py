@@ -8,6 +8,9 @@ import atexit
 import logging
 import re
 import sys
+from typing import TextIO
+
+from olmo.pipeline.targets import describe_unknown_target
 
 # Errors that a user can fix.
 USER_TYPES = r"(?:ValueError|OSError|FileNotFoundError|PermissionError)"
@@ -21,6 +24,20 @@ NO_RULE = re.compile(r"^MissingRuleException:\nNo rule to produce (.*?) \(if you
 NO_FILE = re.compile(r"^MissingInputException .*\n +affected files:\n(.*)$", re.DOTALL)
 
 
+SNAKEMAKES = re.compile(
+    r"^(?:Error|WorkflowError)(?: in file .*?)?:\s+(.*?)(?:\n  File .*)?$", re.DOTALL
+)
+ABOUT_A_JOB = re.compile(
+    r"CalledProcessError|^Exiting because a job execution failed"
+    r"|At least one job did not complete successfully"
+)
+
+
+def is_about_a_job(text: str) -> bool:
+    """Whether snakemake's error says no more than that a job failed."""
+    return ABOUT_A_JOB.search(text) is not None
+
+
 def shorten_error(text: str) -> str:
     """The message of a user's error; the full text of any other, which is a bug.
 
@@ -31,16 +48,13 @@ def shorten_error(text: str) -> str:
         if found := pattern.search(text):
             return found[1]
     if found := NO_RULE.search(text):
-        return (
-            f"no rule makes {found[1]}; targets are checkpoints/<run>/final, hf/<run>, eval/<run> "
-            "and data/<dataset>/statistics.txt, with the runs of config/config.yaml"
-        )
+        return describe_unknown_target(found[1])
     if found := NO_FILE.search(text):
         files = " and ".join(found[1].split())
         return (
             f"expected {files}, which does not exist and no rule makes; write it, or name another"
         )
-    return text
+    return found[1] if (found := SNAKEMAKES.search(text)) else text
 
 
 class ShortErrorFormatter(logging.Formatter):
@@ -62,11 +76,11 @@ def shorten_errors() -> None:
             handler.setFormatter(ShortErrorFormatter(handler.formatter))
 
 
-def print_at_exit(text: str) -> None:
-    """Print to stderr when this process exits, after everything else that it prints."""
+def print_at_exit(text: str, stream: TextIO = sys.stderr) -> None:
+    """Print when this process exits, after everything else that it prints."""
 
     def flush_and_print() -> None:
         sys.stdout.flush()
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=stream, flush=True)
 
     atexit.register(flush_and_print)

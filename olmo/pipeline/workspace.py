@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import read_yaml
+from olmo.pipeline import screen
 from olmo.pipeline.plan import LARGE_DOWNLOAD, Plan
 from olmo.pipeline.recipe import recipe_path
 from olmo.pipeline.terminal import print_at_exit, shorten_errors
-from olmo.runtime.log import FAILED, describe_error, format_bytes
+from olmo.runtime.log import FAILED, SHOWN_ENV, STOPPED, describe_error, format_bytes
 from olmo.runtime.process import JOBS_ENV
 from olmo.store.lease import LEASE_TIMEOUT_S, lease
 from olmo.store.record import parse_record
 from olmo.store.store import Store
 
 STARTED = time.time()
-INTERRUPTED = (SystemExit.__name__, KeyboardInterrupt.__name__)  # ended by a signal: no failure
 _lease = ExitStack()  # held until this process ends
 
 
@@ -131,6 +132,7 @@ def set_job_environment(store: str) -> None:
     # SLURM sends SIGUSR1 before a job's time limit: the trainer handles it, snakemake must not.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     os.environ["OLMO_STORE"] = store
+    os.environ[SHOWN_ENV] = "1" if screen.is_active else ""
     os.environ["OLMO_SUPERVISOR"] = str(os.getpid())  # processes of jobs end with this one
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
@@ -179,12 +181,9 @@ def failure_messages(logs: Path = Path("logs")) -> Iterator[tuple[Path, str]]:
 
 
 def format_failures(logs: Path = Path("logs")) -> str:
-    """The errors of all failed jobs in one list: early ones have scrolled off the terminal."""
-    lines = [
-        f"{path}:\n  " + last.replace("\n", "\n  ")
-        for path, last in failure_messages(logs)
-        if not last.startswith(INTERRUPTED)
-    ]
+    """Why jobs failed, each with its log, for the end: early errors have scrolled off."""
+    told = [(path, last) for path, last in failure_messages(logs) if not last.startswith(STOPPED)]
+    lines = [f"{path}:\n{last}" for path, last in told]
     return "\n".join(["", f"What failed ({len(lines)}):", *lines]) if lines else ""
 
 
@@ -198,5 +197,11 @@ def report_failures() -> None:
             if is_interrupted
             else "\nA job was killed (`dmesg` shows whether memory ran out)"
         )
-        + ": the same command continues"
+        + f"; this carries on:\n{format_command()}"
     )
+
+
+def format_command() -> str:
+    """The command line of this snakemake, to be pasted."""
+    runner = ["uv", "run"] if "UV" in os.environ else []  # set by `uv run`
+    return shlex.join([*runner, Path(sys.argv[0]).name, *sys.argv[1:]])

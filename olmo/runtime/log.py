@@ -12,7 +12,12 @@ from olmo.runtime.urls import redact
 
 # The log file of a stage and its child processes; set by `olmo <stage> --log FILE`.
 LOG_ENV = "OLMO_LOG"
+# Set for the jobs of a snakemake whose logger plugin shows what they write to their log files: the
+# terminal is the plugin's alone (olmo.pipeline.screen).
+SHOWN_ENV = "OLMO_LOG_IS_SHOWN"
 FAILED = "failed: "  # begins the last line in the log of a failed command
+# What such a line begins with where a signal ended the command, which is no failure.
+STOPPED = (SystemExit.__name__, KeyboardInterrupt.__name__)
 REMEDIES = {
     errno.ENOENT: ", and none can be made there; name another place",
     errno.ENOSPC: ": the disk is full; make room, then run the same command again",
@@ -25,16 +30,21 @@ REMEDIES = {
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
+def is_shown_from_log() -> bool:
+    """Whether snakemake's logger plugin shows what this process writes to its log file."""
+    return bool(os.environ.get(SHOWN_ENV)) and LOG_ENV in os.environ
+
+
 class _Lines(logging.Handler):
     """Writes each message as one line: info to stdout, warnings and errors to stderr, all of them
     and debug messages to the log file. Credentials in URLs are removed."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = redact(record.getMessage())
-        if record.levelno >= logging.INFO:
+        if record.levelno == logging.WARNING:
+            text = f"WARNING: {text}"
+        if record.levelno >= logging.INFO and not is_shown_from_log():
             stream = sys.stdout if record.levelno == logging.INFO else sys.stderr
-            mark = "WARNING: " if record.levelno == logging.WARNING else ""
-            text = f"{mark}{text}"
             # One write: `print` writes the newline apart, and other processes write in between.
             stream.write(f"{text}\n")
             stream.flush()

@@ -59,6 +59,7 @@ Unhashed = Annotated[T, "unhashed"]
 Facts = Mapping[str, Any]
 
 STORE_ENV = "OLMO_STORE"
+COUNTED = ("documents", "conversations", "tokens", "instances")  # facts that are shown as it runs
 RECORDED_PACKAGES = (
     "torch",
     "numpy",
@@ -194,8 +195,9 @@ class Stage:
             record = store.run(action, build)
             for name, path in names.items():
                 naming.link_output(store, record, name, path)
-        if not ran:
-            log.info(f"{self.name}: found in the store ({action.key[:12]}…)")
+        origin = "made" if ran else "found in the store"
+        counts = format_counts(record["facts"])
+        log.info(f"{self.name}: {origin} ({action.key[:12]}…){counts}")
         return record
 
 
@@ -208,6 +210,16 @@ def stage(
     not of the identity. A function may return its own as "conditions", beside "facts".
     """
     return lambda build: Stage(build, version, conditions)
+
+
+def format_counts(facts: Facts) -> str:
+    """The numbers of a record's facts that tell how much was made.
+
+    >>> format_counts({"tokens": 12345, "documents": 7, "dtype": "uint16"})
+    ': 7 documents, 12,345 tokens'
+    """
+    found = [f"{facts[name]:,} {name}" for name in COUNTED if facts.get(name)]
+    return ": " * bool(found) + ", ".join(found)
 
 
 def parameter_role(hint: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TextIO
 
 from olmo.config import TrainConfig
 from olmo.io import sealed
-from olmo.runtime.log import format_count, format_duration, log
+from olmo.runtime.log import format_count, format_duration, is_shown_from_log, log
 from olmo.runtime.numbers import from_json, to_json
 
 METRICS = "metrics.jsonl"
@@ -88,10 +88,16 @@ class Console:
 
     def __init__(self, interval: int, last_step: int, stream: TextIO | None = None) -> None:
         self._interval, self._last, self._out = interval, last_step, stream or sys.stdout
+        if is_shown_from_log():
+            self._out = open(os.devnull, "w")  # noqa: SIM115 - until this process ends
         self._moving = self._out.isatty()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        evaluated = {k: v for k, v in metrics.items() if k.startswith("eval/")}
+        evaluated: dict[str, list[str]] = {}  # evaluator → its scores
+        for name, value in metrics.items():
+            if name.startswith("eval/"):
+                label, _, score = name.rpartition("/")
+                evaluated.setdefault(label, []).append(f"{score} {value:.4f}")
         text = self._line(step, metrics)
         if self._moving:
             width = 20
@@ -104,8 +110,8 @@ class Console:
             self._out.write(text + "\n")
         if due:
             log.debug(text)
-        for name, value in evaluated.items():
-            line = f"  step {step}: {name} {value:.4f}"
+        for label, scores in evaluated.items():
+            line = f"  step {step}: {label}: {', '.join(scores)}"
             self._out.write(line + "\n")
             log.debug(line)
         self._out.flush()
