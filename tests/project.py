@@ -73,15 +73,21 @@ TRAIN = {
 
 @dataclass
 class Outcome:
-    """What a run of snakemake said, and which stages' work ran or was found in the store."""
+    """What a run of snakemake said, and which stages' work ran or was found in the store.
+
+    Jobs tell that in their logs, since the terminal shows it in sums; a command tells it itself.
+    """
 
     status: int
     output: str
+    logs: str = ""
     ran: Counter[str] = field(default_factory=Counter)
     found: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        for stage, verb in re.findall(r"^(\w+): (runs|found in the store)", self.output, re.M):
+        for stage, verb in re.findall(
+            r"^(\w+): (runs|found in the store)", self.logs or self.output, re.M
+        ):
             (self.ran if verb == "runs" else self.found)[stage] += 1
 
 
@@ -91,6 +97,7 @@ class Project:
     def __init__(self, root: Path, store: Path | None = None):
         self.root, self.store = root, store or root / "store"
         self.machine: list[str] = []  # words that run a command on another machine
+        self.began = 0.0  # when snakemake was last started
         if root.exists():  # a copy of another project
             return
         for name in ("rules", "profiles", "envs"):
@@ -161,6 +168,7 @@ class Project:
     def start(self, *words: str, cores: int = 2, mark: str = "") -> "subprocess.Popen[str]":
         """Start snakemake; its output goes to `output.txt`."""
         environment = {**self.environment(), MARK: mark}
+        self.began = time.time()
         with (self.root / "output.txt").open("w") as output:
             process = subprocess.Popen(
                 [*self.machine, sys.executable, "-m", "snakemake", *words, "--cores", str(cores)],
@@ -178,10 +186,20 @@ class Project:
         """Run snakemake to its end; with `ok`, it must succeed."""
         process = self.start(*(words or ("checkpoints/small/final",)), cores=cores)
         status = process.wait(timeout)
-        outcome = Outcome(status, (self.root / "output.txt").read_text())
+        outcome = self.outcome(status)
         if ok and status:
             raise AssertionError(outcome.output[-6000:])
         return outcome
+
+    def outcome(self, status: int = 0) -> Outcome:
+        """What snakemake, and its jobs in their logs, said since it was started."""
+        logs = [path for path in self.root.glob("logs/**/*.log") if is_since(path, self.began)]
+        said = (self.root / "output.txt").read_text()
+        return Outcome(status, said, "\n".join(path.read_text() for path in sorted(logs)))
+
+    def full_log(self) -> str:
+        """What snakemake wrote to its own log when it ran last: shell commands, reasons."""
+        return max(self.root.glob(".snakemake/log/*"), key=os.path.getmtime).read_text()
 
     def olmo(self, *words: str) -> Outcome:
         done = subprocess.run(
@@ -274,6 +292,10 @@ def end_what_was_started() -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def is_since(path: Path, began: float) -> bool:
+    return path.stat().st_mtime >= began - 0.05  # the clock of file times is a coarse one
 
 
 def until(condition: Callable[[], bool], seconds: float) -> None:

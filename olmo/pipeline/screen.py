@@ -237,11 +237,13 @@ class LogHandler(LogHandlerBase):
             self._print(row.format_result())
 
     def _fail(self, said: dict[str, Any]) -> None:
-        row = self._rows[self._rule_of.pop(said["jobid"])]
+        row = self._row(said["rule_name"])
         log = row.running.pop(said["jobid"])
         self._read_log(log)
         if not log.failure.removeprefix(FAILED).startswith(STOPPED):
-            self._print(f"{row.rule:<12} failed, see {log.path}", style="red")
+            why = f": {said['rule_msg']}" if said["rule_msg"] else ""  # a scheduler's words
+            logs = " and ".join(said["log"])
+            self._print(f"{row.rule:<12} failed{why}, see {logs}", style="red")
 
     def _show_problem(self, record: LogRecord) -> None:
         text, exception = record.getMessage(), getattr(record, "exception", None)

@@ -45,9 +45,9 @@ def test_a_snakemake_command_can_be_planned(command: str, tmp_path: Path):
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
-    assert f"rule {'bench_tps' if 'bench_tps' in command else 'train'}" in said
+    assert re.search(f"^{'bench_tps' if 'bench_tps' in command else 'train'} ", said, re.M)
     if "250m" in command:
-        assert "known after its list" in said and "checkpoint source_list" in said
+        assert "known after its list" in said and re.search("^source_list ", said, re.M)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("uv run olmo")])

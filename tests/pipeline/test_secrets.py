@@ -26,7 +26,8 @@ def test_secrets_reach_no_record_listing_log_or_shell_line(tmp_path: Path) -> No
         project.change("config/data/small.yaml", sources={"table": "table.tsv", "mirrors": mirrors})
         targets = ("data/small/documents/000.tsv", "data/small/documents/001.tsv")
         done = project.run(*targets, "-p")
-        assert done.ran["download"] == 3 and f"part-1=http://{place}/part-1.json.gz" in done.output
+        shown = project.full_log()
+        assert done.ran["download"] == 3 and f"part-1=http://{place}/part-1.json.gz" in shown
         assert [row.split("\t")[0] for row in table.read_text().splitlines()[1:]] == rows
         assert "Nothing to be done" in project.run(*targets).output
         # A signature that was rotated is no reason to do anything again.
@@ -34,7 +35,7 @@ def test_secrets_reach_no_record_listing_log_or_shell_line(tmp_path: Path) -> No
         assert "Nothing to be done" in project.run(*targets).output
     second = project.olmo("store", "push", str(tmp_path / "second"))
     assert second.status == 0, second.output
-    for text in (done.output, second.output):
+    for text in (done.output, done.logs, shown, second.output):
         assert WORD not in text and SIGNATURE not in text
     own = (table, project.root / "config/data/small.yaml")
     for path in (p for p in tmp_path.rglob("*") if p.is_file() and p not in own):

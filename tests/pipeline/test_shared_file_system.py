@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from project import Outcome, Project, processes, until
+from project import Project, processes, until
 from shared import SharedFolder, shared_folder, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
@@ -30,22 +30,18 @@ def of_two_machines(shared: SharedFolder) -> list[Project]:
     return found
 
 
-def outcome(project: Project, status: int) -> Outcome:
-    return Outcome(status, (project.root / "output.txt").read_text())
-
-
 def test_each_thing_is_made_by_one_of_two_machines(shared: SharedFolder, tmp_path: Path):
     alone = Project(tmp_path / "alone")
     expected = alone.run().ran
     projects = of_two_machines(shared)
     started = [project.start("checkpoints/small/final") for project in projects]
     one, two = (
-        outcome(project, process.wait(600))
+        project.outcome(process.wait(600))
         for project, process in zip(projects, started, strict=True)
     )
     assert one.status == two.status == 0, one.output[-4000:] + two.output[-4000:]
     assert one.ran + two.ran == expected
-    assert "on machine-" in one.output + two.output  # one waited for the other
+    assert "on machine-" in one.logs + two.logs  # one waited for the other
     assert [project.content() for project in projects] == [alone.content()] * 2
 
 
@@ -62,11 +58,11 @@ def test_a_machine_that_is_gone_is_taken_over_from(shared: SharedFolder, tmp_pat
     until(lambda: one.steps() > 250, 300)
     second = two.start("checkpoints/small/final")
     waits = "training .* is being made by process .* on machine-one; waiting"
-    until(lambda: re.search(waits, outcome(two, 0).output) is not None, 120)
+    until(lambda: re.search(waits, two.outcome().logs) is not None, 120)
     for pid in processes(mark):
         os.kill(pid, signal.SIGKILL)
     assert first.wait(60) == -signal.SIGKILL
-    assert second.wait(900) == 0, outcome(two, 1).output[-4000:]
-    (begun,) = re.findall(r"resuming from .*/step(\d+)-unsharded", outcome(two, 0).output)
+    assert second.wait(900) == 0, two.outcome(1).output[-4000:]
+    (begun,) = re.findall(r"resuming from .*/step(\d+)-unsharded", two.outcome().logs)
     assert 200 <= int(begun) < 5000
     assert two.content() == alone.content()

@@ -5,12 +5,13 @@ from slurm.cluster import Cluster, ClusterProject
 
 def test_a_job_that_needs_more_memory_is_submitted_again_with_more(project: ClusterProject):
     project.settings(stages={"sources": {"cpus": 1, "memory_mb": 110, "minutes": 10}}, attempts=6)
-    outcome = project.run("data/small/sources/000.tsv", timeout=600)
+    project.run("data/small/sources/000.tsv", timeout=600)
     jobs = project.jobs("sources")
     assert len(jobs) > 1
     assert {job.state for job in jobs[:-1]} <= {"FAILED", "CANCELLED", "OUT_OF_MEMORY"}
     assert jobs[-1].state == "COMPLETED"
-    assert "mem_mb=110" in outcome.output and f"mem_mb={110 * len(jobs)}" in outcome.output
+    told = project.full_log()
+    assert "mem_mb=110" in told and f"mem_mb={110 * len(jobs)}" in told
 
 
 def test_a_wrong_partition_is_told_in_slurms_words(project: ClusterProject):
