@@ -81,8 +81,11 @@ def describe_failure(error: Exception) -> str:
 
 def stop(said: str, status: int = 1) -> NoReturn:
     """Exit with a last sentence, unless snakemake prints it at its end, from the log."""
-    if not is_shown_from_log():
-        print(said, file=sys.stderr)
+    if is_shown_from_log():
+        sys.exit(status)
+    if status == 1:
+        sys.exit(said)
+    print(said, file=sys.stderr)
     sys.exit(status)
 
 

@@ -66,7 +66,7 @@ class JobLog:
         elif found := RUNS.match(line):
             self.reasons += [f"{found[1]}: {found[2]}"] if found[2] else []
         elif PROGRESS.match(line):
-            self.progress = line
+            self.progress = re.sub("^step +", "step ", line)
         else:
             return bool(line.strip()) and not DETAIL.match(line)
         return False

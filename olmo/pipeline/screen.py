@@ -87,7 +87,7 @@ class Row:
             if fraction := self.fraction:
                 left = self.elapsed * (1 - fraction) / fraction
                 parts.append(f"ETA {format_duration(left)}")
-        begin = [self._format_jobs()]
+        begin = [self._format_jobs() if self.total > 1 else self.rule]
         if width:
             filled = round(BAR_WIDTH * self.fraction)
             begin[0] += "  " + "█" * filled + "░" * (BAR_WIDTH - filled)

@@ -189,16 +189,10 @@ def format_failures(logs: Path = Path("logs")) -> str:
 
 def report_failures() -> None:
     """Print `format_failures` after snakemake's own output, or that jobs were stopped or killed."""
-    is_interrupted = any(True for _ in failure_messages())
-    print_at_exit(
-        format_failures()
-        or (
-            "\nInterrupted"
-            if is_interrupted
-            else "\nA job was killed (`dmesg` shows whether memory ran out)"
-        )
-        + f"; this carries on:\n{format_command()}"
-    )
+    what = "A job was killed (`dmesg` shows whether memory ran out)"
+    if any(True for _ in failure_messages()):
+        what = "Interrupted"
+    print_at_exit(format_failures() or f"\n{what}; this carries on:\n{format_command()}")
 
 
 def format_command() -> str:
