@@ -25,7 +25,13 @@ from olmo.runtime.log import FAILED, STOPPED, format_count, format_duration
 REFRESH_S = 0.5
 FIRST_REPORT_S, LAST_REPORT_S = 60.0, 600.0  # without a terminal: after 1, 2, 4, 8, 18, 28 minutes
 BAR_WIDTH = 10
-SHOWN = ("Nothing to be done", "The run involves checkpoint jobs", "Trying to restart")
+# Snakemake's messages that a user needs; by the run's ID, `scancel` ends the jobs of a killed run.
+SHOWN = (
+    "Nothing to be done",
+    "The run involves checkpoint jobs",
+    "Trying to restart",
+    "SLURM run ID",
+)
 
 is_active = False  # whether this process shows what jobs write to their log files
 
