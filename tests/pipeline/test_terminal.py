@@ -51,7 +51,7 @@ def test_a_file_gets_few_plain_lines(project: Project):
     ):
         assert sum(line.startswith(said) for line in lines) == 1, outcome.output
     assert "rule documents:" in project.full_log() and "olmo documents --" in project.full_log()
-    assert "Finished jobid" in project.run("--forcerun", "order", "--verbose").output
+    assert "Finished jobid" in project.run(TARGET, "--force", "--verbose").output
 
     for name in ("data", "checkpoints", ".snakemake"):
         (project.root / name).rename(project.root / f"old-{name}")
