@@ -9,10 +9,12 @@ from olmo.io import sealed
 from olmo.io.sealed import hash_file
 from olmo.store import naming, remote
 from olmo.store.lease import PROBE_PREFIX, held_names, lease
-from olmo.store.lineage import explain, format_lineage
+from olmo.store.lineage import describe_record, explain, format_lineage
 from olmo.store.record import output_files
 from olmo.store.stage import current_store
 from olmo.store.store import GC_LEASE, Store
+
+MAX_NAMES = 5  # that a message lists
 
 
 def verify() -> None:
@@ -37,16 +39,18 @@ def verify() -> None:
     if corrupt:
         problems.append(
             f"{len(corrupt)} of {objects} objects were corrupt: "
-            + ", ".join(map(store.describe_object, corrupt))
+            + list_first([store.describe(store.object_path(digest)) for digest in corrupt])
         )
     if broken:
         problems.append(
-            f"{len(broken)} of {len(keys)} records were damaged: {format_digests(broken)}"
+            f"{len(broken)} of {len(keys)} records were damaged: "
+            + list_first([store.describe(store.record_path(key)) for key in broken])
         )
     if corrupt or broken:
         problems.append(f"they are in {store.root}/quarantine")
     if lost:
-        problems.append(f"{len(lost)} names lack their record or objects: {lost[0]}, …")
+        names = list_first([os.path.relpath(path) for path in lost])
+        problems.append(f"{len(lost)} names lack their record or objects: {names}")
     for path in lost:
         if path.is_relative_to(Path.cwd()):
             naming.remove_name(path)  # snakemake then remakes it
@@ -57,8 +61,10 @@ def verify() -> None:
     print(f"{store.root}: {objects} objects, {len(keys)} records, {len(found)} names, all intact")
 
 
-def format_digests(digests: list[str]) -> str:
-    return ", ".join(f"{digest[:12]}…" for digest in digests)
+def list_first(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = [f"and {len(names) - MAX_NAMES:,} more"] * (len(names) > MAX_NAMES)
+    return ", ".join(names[:MAX_NAMES] + more)
 
 
 def quarantine_damaged(store: Store) -> list[str]:
@@ -223,7 +229,7 @@ def checkout(name: str, /, to: Path | None = None) -> None:
             path = to or Path(name)
             path = path if known or len(record["outputs"]) == 1 else path / output
             naming.link_output(store, record, output, path)
-            print(f"{path} → {record['action']['stage']} {record['key'][:12]}…")
+            print(f"{path} → {describe_record(record, {record['key']: name})}")
 
 
 def why(path: Path, /) -> None:
@@ -261,9 +267,9 @@ def pin(path: Path, /, remove: bool = False) -> None:
         olmo store pin checkpoints/olmo-tiny/final
     """
     store = current_store()
-    key = naming.record_of(store, path)["key"]
-    set_pin(store, key, remove)
-    print(f"{'un' if remove else ''}pinned {key[:12]}…")
+    record = naming.record_of(store, path)
+    set_pin(store, record["key"], remove)
+    print(f"{'un' if remove else ''}pinned {describe_record(record, {record['key']: str(path)})}")
 
 
 def set_pin(store: Store, key: str, remove: bool = False) -> None:

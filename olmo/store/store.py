@@ -154,22 +154,25 @@ class Store:
         self.quarantine(path, f"its {found.st_size:,} bytes do not match its name")
         return False
 
-    def describe_object(self, digest: str) -> str:
-        """An object by a path that links to it, in any project, and the start of its digest."""
-        outputs = [
-            (record["key"], output)
-            for record in self.records()
-            for output, made in record["outputs"].items()
-            if digest in {file["sha256"] for file in list_files(made)}
-        ]
-        for file in sorted((self.root / "links").glob("[0-9a-f]" * 32)):
+    def describe(self, file: Path) -> str:
+        """An object or a record by a path of any project that needs it, and the start of its name.
+
+        `file` is its place in the store, where it need not exist any more.
+        """
+        wanted, makers = file.stem, set[tuple[str, str]]()
+        if file.parent.parent == self.root / "objects":
+            for record in self.records():
+                for output, made in record["outputs"].items():
+                    if wanted in {one["sha256"] for one in list_files(made)}:
+                        makers.add((record["key"], output))
+        for link in sorted((self.root / "links").glob("[0-9a-f]" * 32)):
             with suppress(Damaged):
-                name = sealed.loads(file.read_bytes(), file)
-                if (name["key"], name["output"]) in outputs:
+                name = sealed.loads(link.read_bytes(), link)
+                if name["key"] == wanted or (name["key"], name["output"]) in makers:
                     path = os.path.normpath(self.root / name["path"])
                     is_here = path.startswith(os.getcwd() + os.sep)
-                    return f"{os.path.relpath(path) if is_here else path} ({digest[:12]}…)"
-        return f"{digest[:12]}…"
+                    return f"{os.path.relpath(path) if is_here else path} ({wanted[:12]}…)"
+        return f"{wanted[:12]}…"
 
     def quarantine(self, path: Path, reason: str) -> None:
         """Move a damaged object, record or name to quarantine/, where it can be inspected."""
@@ -179,9 +182,7 @@ class Store:
             os.replace(path, target)
         except FileNotFoundError:  # another process has moved it
             return
-        is_object = path.parent.parent == self.root / "objects"
-        what = self.describe_object(path.name) if is_object else f"{path.name[:12]}…"
-        log.warning(f"store: {what} is damaged ({reason}) and was moved to {target}")
+        log.warning(f"store: {self.describe(path)} is damaged ({reason}) and was moved to {target}")
 
     # --- actions ----------------------------------------------------------------------------
 

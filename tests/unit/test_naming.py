@@ -11,7 +11,7 @@ import pytest
 
 from olmo.store import naming
 from olmo.store.action import Action
-from olmo.store.commands import collect_garbage, gc, quarantine_damaged
+from olmo.store.commands import collect_garbage, gc, list_first, quarantine_damaged, verify
 from olmo.store.record import Record
 from olmo.store.store import Store
 
@@ -224,7 +224,19 @@ def test_a_damaged_object_is_told_by_its_path(project: Path, capsys: pytest.Capt
     assert not store.is_intact(digest)
     told = capsys.readouterr().err
     assert f"store: data/out ({digest[:12]}…) is damaged (its 1 bytes do not match" in told
-    assert store.describe_object("0" * 64) == "000000000000…"
+    assert store.describe(store.object_path("0" * 64)) == "000000000000…"
+    record_path = store.record_path(record["key"])
+    assert store.describe(record_path) == f"data/out ({record['key'][:12]}…)"
+    for path in (record_path, record_path.with_suffix(".copy")):
+        path.chmod(0o644)
+        path.write_text("{}")
+    with pytest.raises(ValueError, match=r"^1 of 1 records were damaged: data/out \(.*: data/out"):
+        verify()
+
+
+def test_a_long_list_is_told_by_its_beginning():
+    assert list_first(["a", "b"]) == "a, b"
+    assert list_first(list("abcdefgh")) == "a, b, c, d, e, and 3 more"
 
 
 def test_gc_keeps_what_a_link_here_points_to_though_no_name_is_written_down(
