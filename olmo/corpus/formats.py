@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -108,8 +109,9 @@ def dump_document(row: Row, name: str, number: int, rows: RowsSection) -> bytes:
         row["id"] = f"{name}:{number}"
     if type(row["id"]) is int:
         row["id"] = str(row["id"])
-    if isinstance(row["text"], bytes):
-        row["text"] = row["text"].decode(errors="surrogateescape")
+    for key in ("id", "text"):
+        if isinstance(row[key], bytes):
+            row[key] = row[key].decode(errors="surrogateescape")
     row["metadata"] = {"file": name, "row": number}
     try:
         return json_lines.dump_line(row, default=str)
@@ -234,13 +236,15 @@ def read_csv(lines: BinaryIO, name: str, rows: RowsSection) -> Iterator[Row | by
     text = io.TextIOWrapper(lines, encoding="utf-8", errors="surrogateescape", newline="")
     separator = "\t" if split_suffixes(name)[0] == ".tsv" else ","
     found = csv.reader(text, delimiter=separator, strict=True)
+    filled = filter(None, found)  # an empty line is no row
     number = 0
     try:
-        header = next(found, None)
+        header = next(filled, None)
         if header is None:
             raise ValueError(f"{name}: expected a header, found an empty file")
+        check_separator(header, name)
         check_fields(header, name, rows)
-        for number, values in enumerate(found, 1):  # noqa: B007
+        for number, values in enumerate(filled, 1):  # noqa: B007
             if len(values) == len(header):
                 yield pick(dict(zip(header, values, strict=True)), rows)
             else:
@@ -253,6 +257,19 @@ def read_csv(lines: BinaryIO, name: str, rows: RowsSection) -> Iterator[Row | by
         text.detach()
 
 
+def check_separator(header: list[str], name: str) -> None:
+    """Raises ValueError if the header of a csv file has one field that looks like several."""
+    for separator, told in ((";", "';'"), ("\t", "'\\t'")):
+        if len(header) == 1 and separator in header[0]:
+            quoted = shlex.quote(name)
+            raise ValueError(
+                f"{name}: expected fields between commas (.csv) or tabs (.tsv), found {header[0]!r}"
+                f'; convert it with `python3 -c "import csv, sys; csv.writer(sys.stdout).'
+                f'writerows(csv.reader(sys.stdin, delimiter={told}))" < {quoted} > FILE.csv`, and '
+                "name that file in the recipe"
+            )
+
+
 def read_parquet(path: Path, name: str, rows: RowsSection) -> Iterator[Row]:
     """The rows of a parquet file."""
     import pyarrow.parquet
@@ -261,6 +278,8 @@ def read_parquet(path: Path, name: str, rows: RowsSection) -> Iterator[Row]:
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             columns = file.schema_arrow.names
             check_fields(columns, name, rows)
+            if rows.text_field != ALL:
+                check_is_text(file.schema_arrow.field(rows.text_field).type, name, rows)
             wanted = {rows.text_field, rows.id_field or "id"} & set(columns)
             wanted = set(columns) if rows.text_field == ALL else wanted
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
@@ -273,6 +292,18 @@ def read_parquet(path: Path, name: str, rows: RowsSection) -> Iterator[Row]:
         if getattr(error, "errno", None) is not None:
             raise
         raise ValueError(f"{name}: damaged parquet: {error}. Download the file again") from error
+
+
+def check_is_text(kind: Any, name: str, rows: RowsSection) -> None:
+    """Raises ValueError for a column of parquet that has no strings."""
+    from pyarrow import types
+
+    inner = kind.value_type if types.is_dictionary(kind) else kind
+    if not (str(inner).endswith(("string", "binary", "_view")) or types.is_null(inner)):
+        raise ValueError(
+            f"{name}: expected strings in the field {rows.text_field}, found {kind}; name another "
+            "field in the recipe (sources: {text_field: …})"
+        )
 
 
 def read_text(lines: BinaryIO, name: str, rows: RowsSection) -> Iterator[Row]:

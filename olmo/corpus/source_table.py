@@ -124,19 +124,32 @@ def find_local_files(
                 f"{recipe}: {key} names {taken}, but {made} is for outputs; begin the pattern "
                 f"{pattern} in the folder of the corpus"
             )
-        base = groups.setdefault(os.path.dirname(pattern.split("*")[0]), [])
+        if taken := next((m for m in matches if not is_utf8(m)), None):
+            raise ValueError(
+                f"{recipe}: {key}: expected a name in UTF-8, found {taken!r}; rename it"
+            )
+        base = os.path.dirname(pattern.split("*")[0]) or "texts"
+        texts = groups.setdefault(safe_name(base.replace("/", "-")), [])
         for place in matches:
             if is_grouped and is_grouped(place):
-                base.append(place)
+                texts.append(place)
             else:
                 found.append(Source("", place))
-    return assign_names(found) + [
-        group for base, places in groups.items() for group in group_texts(base, places)
-    ]
+    named = assign_names(found)
+    names = {source.name: source.place for source in named}
+    grouped = [group for base, places in groups.items() for group in group_texts(base, places)]
+    if taken := next((names[group.name] for group in grouped if group.name in names), None):
+        raise ValueError(f"{recipe}: {key}: {taken} has the name of a group of texts; rename it")
+    return named + grouped
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name has no bytes that are not UTF-8 (in Python, surrogates)."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def group_texts(base: str, places: list[str]) -> list[Source]:
-    """Text files below a folder as sources of many, each file's by the hash of its place.
+    """Text files as sources `base`-0, … of many, each file's by the hash of its place.
 
     A file more changes one source, unless their number, a power of two, grows with it.
     """
@@ -147,7 +160,7 @@ def group_texts(base: str, places: list[str]) -> list[Source]:
     parts: list[list[str]] = [[] for _ in range(count)]
     for place in sorted(places):
         parts[zlib.crc32(place.encode()) % count].append(place)
-    names = [safe_name(f"{base or 'texts'}-{i}".replace("/", "-")) for i in range(count)]
+    names = [f"{base}-{i}" for i in range(count)]
     return [
         Source(name, GROUP + name, parts=tuple(files))
         for name, files in zip(names, parts, strict=True)
@@ -159,15 +172,16 @@ def assign_names(sources: list[Source]) -> list[Source]:
     """Give each file a unique name that is safe in paths.
 
     The last part of its place, without the suffix; where two would be equal, with the folders
-    before it. A place that is listed twice, to be used twice, has one name.
+    before it, and at last with the suffix. A place that is listed twice, to be used twice, has one
+    name.
     """
     places = [urlparse(s.place).path if s.is_remote else s.place for s in sources]
     parts = [[part for part in place.split("/") if part] for place in places]
     different = len({source.place for source in sources})
-    for depth in range(1, max([1, *map(len, parts)]) + 1):
-        names = [
-            untrusted.check_part(safe_name("-".join(part[-depth:])), "sources") for part in parts
-        ]
+    deepest = max([1, *map(len, parts)])
+    tries = [(depth, safe_name) for depth in range(1, deepest + 1)] + [(deepest, safe_letters)]
+    for depth, clean in tries:
+        names = [untrusted.check_part(clean("-".join(part[-depth:])), "sources") for part in parts]
         if len(set(names)) == different:
             return [replace(s, name=name) for s, name in zip(sources, names, strict=True)]
     first: dict[str, str] = {}
@@ -181,8 +195,14 @@ def assign_names(sources: list[Source]) -> list[Source]:
 
 def safe_name(name: str) -> str:
     """A name without suffixes, spaces, leading dashes or characters that a shell interprets."""
-    stem = re.sub(rf"(\.({SUFFIXES}))?\.(gz|zst)$|\.({SUFFIXES}|parquet|npy)$", "", name)
-    return re.sub(r"[^A-Za-z0-9._-]", "_", stem).lstrip("-.") or "_"
+    return safe_letters(
+        re.sub(rf"(\.({SUFFIXES}))?\.(gz|zst)$|\.({SUFFIXES}|parquet|npy)$", "", name)
+    )
+
+
+def safe_letters(name: str) -> str:
+    """A name with its suffixes, and otherwise as `safe_name`."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip("-.") or "_"
 
 
 def quote(place: str) -> str:

@@ -282,10 +282,12 @@ def quote(value: str | list[str]) -> str:
 
 def format_drops(found: Survey) -> list[str]:
     """How many rows are left out, why, and where the first of them is."""
-    return [
-        f"{count:,} × {reason} ({found.first_drops[reason]}{' …' * (count > 1)})"
-        for reason, count in found.drops.most_common()
-    ]
+    lines = []
+    for reason, count in found.drops.most_common():
+        place = found.first_drops[reason]
+        place = place if place.isprintable() else repr(place)
+        lines.append(f"{count:,} × {reason} ({place}{' …' * (count > 1)})")
+    return lines
 
 
 def format_train(name: str, choice: Choice, machine: Machine) -> str:

@@ -104,6 +104,8 @@ def survey(folder: str, recipe: Path) -> Survey:
             f"{folder}: expected .txt, .md, .jsonl, .parquet, .csv or .tsv, or gz or zst of these; "
             f"found {others or 'no file'}"
         )
+    if odd := [name for name in files if not os.path.isfile(name)]:
+        raise ValueError(f"{odd[0]}: expected a file, found a link to nothing; remove it")
     patterns = sorted({os.path.join(folder, "**", f"*{full_suffix(name)}") for name in files})
     rows = find_fields(files)
     sources = find_local_files(patterns, recipe, is_grouped=rows.takes_whole_files)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import polars
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from olmo.corpus import ingest, source_table
@@ -85,6 +86,72 @@ def test_parquet_has_columns_of_other_names_and_many_batches(tmp_path: Path):
         convert(tmp_path, "a.parquet", content[:-100] + b"PAR1", text_field="body")
 
 
+def write_parquet(path: Path, **columns: pyarrow.Array) -> bytes:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "kind", ["string", "large_string", "string_view", "binary", "dictionary<values=string>"]
+)
+def test_columns_of_strings_of_every_kind(tmp_path: Path, kind: str):
+    text = pyarrow.array(["one", None, "drei", "four", "five"])
+    text = text.dictionary_encode() if "dictionary" in kind else text.cast(kind)
+    nested = pyarrow.array([{"text": "no", "id": [n]} for n in range(5)])
+    content = write_parquet(tmp_path / "made", text=text, more=nested)
+    lines = texts(convert(tmp_path, "a.parquet", content))
+    assert [text for _, text in lines] == ["one", None, "drei", "four", "five"]
+
+
+@pytest.mark.parametrize("kind", ["list<string>", "struct<text: string>", "int64"])
+def test_a_column_without_strings_is_named(tmp_path: Path, kind: str):
+    rows = {"list": [["a"]], "struct": [{"text": "a"}], "int64": [1]}[kind.split("<")[0]]
+    content = write_parquet(tmp_path / "made", text=pyarrow.array(rows))
+    with pytest.raises(
+        ValueError, match=f"a.parquet: expected strings in the field text, found {kind[:4]}"
+    ):
+        convert(tmp_path, "a.parquet", content)
+
+
+def test_odd_rows_stay_what_they_are(tmp_path: Path):
+    text = b"a\0b, words"
+    assert texts(convert(tmp_path, "a.txt", b"\xef\xbb\xbf" + text)) == [("a.txt", "a\0b, words")]
+    content = (
+        b'\ntext,id\r\n\r\n"a ""quote"",\r\nand a line",1\r\n' + b"x" * 300_000 + b",2\r\n\r\n"
+    )
+    found = texts(convert(tmp_path, "a.csv", content))
+    assert found == [("1", 'a "quote",\r\nand a line'), ("2", "x" * 300_000)]
+    content = write_parquet(tmp_path / "made", text=pyarrow.array(["a"]), id=pyarrow.array([b"k"]))
+    assert texts(convert(tmp_path, "a.parquet", content)) == [("k", "a")]
+    content = (
+        b'{"text": "a", "id": 123456789012345678901234567890}\r\n\n{"text": "b", "text": "c"}\n'
+    )
+    first, empty, last = convert(tmp_path, "a.jsonl", content)
+    assert not empty and texts([first])[0][0] == "123456789012345678901234567890"
+    assert json.loads(last)["metadata"] == {"file": "a.jsonl", "row": 3}
+
+
+def test_a_drop_in_a_group_of_texts_is_told_by_its_file(tmp_path: Path):
+    contents = {"a.txt": b"one", "b/pic.txt": b"\xff\xd8", "c.txt": b" "}
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    names = list(contents)
+    source = tmp_path / "source"
+    converted.build(files=[tmp_path / name for name in names], source=source, names=names)
+    out = {key: tmp_path / key for key in ("documents", "heldout", "table")}
+    with pytest.raises(ValueError) as raised:
+        documents.build(source=source, name="texts-0.txt", **out)
+    assert "\n  b/pic.txt:1: not-utf8\n  c.txt:1: empty-text\n" in str(raised.value)
+
+
+def test_rows_without_ids_are_told_how_to_get_some(tmp_path: Path):
+    (tmp_path / "a.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    out = {key: tmp_path / key for key in ("documents", "heldout", "table")}
+    with pytest.raises(ValueError, match=r"a.gz:1: no-id\n.*id_field: ….*one_document_per: row"):
+        documents.build(source=tmp_path / "a.gz", name="a.gz", **out)
+
+
 def test_text_is_one_document_or_one_a_line(tmp_path: Path):
     text = b"Ein Text,\r\nzwei Zeilen\n\n"
     assert texts(convert(tmp_path, "x/a.txt", text)) == [("x/a.txt", text.decode())]
@@ -133,7 +200,9 @@ def test_malformed_rows_are_drops_by_file_and_row(tmp_path: Path, monkeypatch):
         ("a.csv", b"<html>no</html>", "expected csv, found a web page"),
         ("a.json", b'[{"text": "a"}]', "expected an object a line, found a JSON array.*json.load"),
         ("a.csv", b"", "expected a header, found an empty file"),
-        ("a.csv", b"a;text\n1;b\n", "expected one field text, found a;text; name the field"),
+        ("a.csv", b"a;text\n1;b\n", "expected fields between commas .* found 'a;text'; convert"),
+        ("a.csv", b"a,body\n1,b\n", "expected one field text, found a, body; name the field"),
+        ("a.csv", b'text\n"never closed\n', "line 2: expected csv in row 1, found: unexpected end"),
         ("a.csv", b'text\n"a" b\n', "line 2: expected csv in row 1, found"),
         ("a.jsonl", b'{"body": "a"}\n', "expected one field text, found body; .*text_field: …"),
         ("a.jsonl.zst", zstd(JSON * 99)[:-3], "damaged zstd: .*Download the file again"),
@@ -188,6 +257,24 @@ def test_text_files_are_grouped_and_one_more_changes_one_group(tmp_path: Path, m
     assert sum(before[name] != after[name] for name in before) == 1
     section.one_document_per = DocumentUnit.line
     assert len(find()) == 62
+
+
+def test_groups_of_texts_have_names_of_their_own(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/b/1.txt", "a-b/2.txt", "3.csv", "a-b-0.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+
+    def find(*patterns: str) -> dict[str, tuple[str, ...]]:
+        grouped = RowsSection().takes_whole_files
+        recipe = Path("config/data/x.yaml")
+        found = source_table.find_local_files(patterns, recipe, is_grouped=grouped)
+        return {source.name: source.parts for source in found}
+
+    groups = find("a/b/*.txt", "a-b/*.txt", "3.csv")
+    assert groups == {"3": (), "a-b-0": ("a-b/2.txt", "a/b/1.txt")}
+    with pytest.raises(ValueError, match=r"a-b-0.csv has the name of a group of texts; rename it"):
+        find("a/b/*.txt", "*.csv")
 
 
 def test_a_batch_of_all_formats(tmp_path: Path, monkeypatch):

@@ -121,12 +121,14 @@ def test_folders_of_several_kinds():
 
 def test_what_is_left_out_is_told_by_file_and_row(capsys: pytest.CaptureFixture[str]):
     write_texts()
+    write("0/of\ntwo.txt", b" ")  # a name of two lines
     write("0/picture.txt", b"\xff\xd8\xff\xe0")
     write("a.jsonl", b'{"text": "one"}\n{"text": 1}\n{"text": 2}\n')
     new("mine", "in")
-    assert Recipe.load(RECIPE).documents.allow == ["not-utf8", "bad-text"]
+    assert Recipe.load(RECIPE).documents.allow == ["empty-text", "not-utf8", "bad-text"]
     said = capsys.readouterr().out
     assert "left out: 2 × bad-text (in/a.jsonl:2 …)\n" in said
+    assert "left out: 1 × empty-text ('in/0/of\\ntwo.txt:1')\n" in said
     assert "left out: 1 × not-utf8 (in/0/picture.txt:1)\n" in said
 
 
@@ -240,6 +242,11 @@ MISTAKES: list[tuple[Callable[[], None], str]] = [
         only("a.jsonl.zst", pyarrow.compress(json_lines(), "zstd", asbytes=True)[:-9]),
         "damaged zstd",
     ),
+    (
+        lambda: Path("in/a.txt").symlink_to("b"),
+        "in/a.txt: expected a file, found a link to nothing",
+    ),
+    (only("\udcff.txt", b"one"), r"expected a name in UTF-8, found 'in/\\udcff.txt'; rename it"),
     (only("{a}.txt", b"one"), r"in/\{a\}.txt: snakemake reads braces as wildcards; rename"),
     (only("a.txt", b"too little"), "at least some 2,000 tokens, found 10 bytes in 1 documents"),
 ]

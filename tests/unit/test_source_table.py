@@ -23,7 +23,7 @@ def test_names_are_safe_and_unlike():
 
     assert names("x/part-0.gz", "y/part-0.gz") == ["x-part-0", "y-part-0"]
     assert names("x/part-0.gz", "x/part-0.gz") == ["part-0", "part-0"]  # to be seen twice
-    with pytest.raises(ValueError, match=r"the name x-a_b: x/a b.gz and x/a_b.gz"):
+    with pytest.raises(ValueError, match=r"the name x-a_b.gz: x/a b.gz and x/a_b.gz"):
         names("x/a b.gz", "x/a_b.gz")
 
 
