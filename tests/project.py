@@ -5,9 +5,11 @@ model of a few thousand parameters. Everything else is the repository's own.
 """
 
 import atexit
+import contextlib
 import gzip
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -304,6 +306,28 @@ def until(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < end, f"not within {seconds:.0f} s"
         time.sleep(0.05)
+
+
+def run_in_terminal(words: list[str], folder: Path, environment: dict[str, str]) -> str:
+    """What a command writes to a terminal of 80 columns."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        words,
+        cwd=folder,
+        env=environment | {"TERM": "xterm", "COLUMNS": "80"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # all processes have closed it
+        while part := os.read(ours, 4096):
+            said += part
+    os.close(ours)
+    assert process.wait(60) == 0, said.decode()
+    return said.decode()
 
 
 # --- processes of a run ---------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from olmo.io import sealed
 from olmo.io.sealed import hash_file
+from olmo.runtime.bar import track
 from olmo.store import naming, remote
 from olmo.store.lease import PROBE_PREFIX, held_names, lease
 from olmo.store.lineage import describe_record, explain, format_lineage
@@ -70,7 +71,7 @@ def list_first(names: list[str]) -> str:
 def quarantine_damaged(store: Store) -> list[str]:
     """Hash every object and quarantine the damaged ones; their digests."""
     corrupt = []
-    for path in sorted((store.root / "objects").glob("??/*")):
+    for path in track(sorted((store.root / "objects").glob("??/*")), "hashing objects"):
         is_object = path.is_file() and not path.name.startswith(".")
         if is_object and hash_file(path) != path.name:
             store.quarantine(path, "found by verify")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -30,6 +31,7 @@ from olmo.io.bucket import MAX_READ_BYTES, Bucket
 from olmo.io.http_client import NotFound
 from olmo.io.sealed import Damaged, hash_file
 from olmo.runtime import urls
+from olmo.runtime.bar import track
 from olmo.runtime.log import log
 from olmo.store import naming
 from olmo.store.lineage import ancestors, records_by_content
@@ -168,9 +170,13 @@ def push_names(
             remote.put(draft, f"names/{name}.json")
 
         # Contents, then records, then names: a name that can be seen is complete.
-        stats = TransferStats.of(map_concurrently(send, sizes.items()))
-        map_concurrently(lambda key: remote.put(store.record_path(key), record_name(key)), records)
-        map_concurrently(send_name, names)
+        stats = TransferStats.of(map_concurrently(send, sizes.items(), "sending objects"))
+
+        def put_record(key: str) -> None:
+            remote.put(store.record_path(key), record_name(key))
+
+        map_concurrently(put_record, records, "sending records")
+        map_concurrently(send_name, names, "sending names")
         (folder / "names.txt").write_text("".join(f"{name}\n" for name in remote.names()))
         remote.put(folder / "names.txt", "names.txt")
     return stats
@@ -194,12 +200,12 @@ def pull_names(
         NondeterministicStage: this store has another content for the same action.
     """
     names = match_names(remote, patterns)
-    found = map_concurrently(lambda name: read_name(remote, name), names)
+    found = map_concurrently(partial(read_name, remote), names, "reading names")
     links = dict(zip(names, found, strict=True))
     check_names_free(store, names, remote.url)
     named = {link["key"] for link in links.values()}
     keys = named.union(*(link["ancestors"] for link in links.values()))
-    records = map_concurrently(lambda key: read_record(remote, key), sorted(keys))
+    records = map_concurrently(partial(read_record, remote), sorted(keys), "reading records")
     by_key = {record["key"]: record for record in records}
     for name, link in links.items():
         if link["output"] not in by_key[link["key"]]["outputs"]:
@@ -230,7 +236,7 @@ def fetch_objects(
         store.put(fetch_object(remote, digest, size, folder))
         return size
 
-    return TransferStats.of(map_concurrently(fetch_missing, contents.items()))
+    return TransferStats.of(map_concurrently(fetch_missing, contents.items(), "fetching objects"))
 
 
 def select_names(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str]]:
@@ -397,12 +403,17 @@ def record_name(key: str) -> str:
     return f"actions/{key[:2]}/{key}.json"
 
 
-def map_concurrently(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Call `function` for each item, MAX_CONCURRENT at once; the first error stops it."""
+def map_concurrently(
+    function: Callable[[Item], Result], items: Iterable[Item], what: str
+) -> list[Result]:
+    """Call `function` for each item, MAX_CONCURRENT at once; the first error stops it.
+
+    A terminal shows a bar, and `what` is done.
+    """
     with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
-            return [future.result() for future in futures]
+            return [future.result() for future in track(futures, what)]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

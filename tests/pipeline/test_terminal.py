@@ -1,41 +1,14 @@
 """What a run shows: few lines, no hashes, plain ones in a file, and its error as the last one."""
 
 import os
-import pty
 import re
-import subprocess
 import sys
 
-from project import Project
+from project import Project, run_in_terminal
 
 HASH = re.compile(r"\b(?=[0-9]*[a-f])[0-9a-f]{8,}\b")
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 TARGET = "data/small/documents/000.tsv"
-
-
-def run_in_terminal(project: Project, *words: str, **environment: str) -> str:
-    """What snakemake writes to a terminal."""
-    ours, theirs = pty.openpty()
-    terminal = {"TERM": "xterm", "COLUMNS": "80"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "snakemake", *words],
-        cwd=project.root,
-        env=project.environment() | terminal | environment,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    said = b""
-    while True:
-        try:
-            said += os.read(ours, 4096)
-        except OSError:  # the last process that had the terminal open has ended
-            break
-    os.close(ours)
-    assert process.wait(60) == 0, said.decode()
-    return said.decode()
 
 
 def test_a_file_gets_few_plain_lines(project: Project):
@@ -73,7 +46,8 @@ def test_the_sentence_of_what_failed_is_the_last_line(project: Project):
 
 def test_a_terminal_gets_bars_and_no_colors_where_none_are_wanted(project: Project):
     (project.root / "sources/part-2.json.gz").unlink()
-    said = run_in_terminal(project, "data/small/tokenizer.json", NO_COLOR="1")
+    words = [sys.executable, "-m", "snakemake", "data/small/tokenizer.json"]
+    said = run_in_terminal(words, project.root, project.environment() | {"NO_COLOR": "1"})
     assert "░" in said and "tokenizer      1/1" in said
     assert not COLOR.search(said) and not HASH.search(said)
     assert "Provided cores" in (said := project.full_log())
