@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from logging import ERROR, WARNING, Handler, LogRecord
 from pathlib import Path
@@ -70,7 +71,9 @@ class Row:
     def finish(self, job: int) -> None:
         """Count a job that has ended, and what it made."""
         log = self.running.pop(job)
-        self.results |= log.results
+        for key, result in log.results.items():
+            if result[0] == "made" or key not in self.results:  # what one job made, another found
+                self.results[key] = result
         self.tells_rate |= "/s" in log.progress
         self.done += 1
 
@@ -103,6 +106,15 @@ class Row:
 
     def _format_jobs(self) -> str:
         return f"{self.rule:<12} {f'{self.done}/{max(self.total, self.done)}':>5}"
+
+
+def format_numbers(numbers: Mapping[str, int]) -> str:
+    """How many there are of each.
+
+    >>> format_numbers({"documents": 2, "order": 1})
+    '2 documents, order'
+    """
+    return ", ".join(name if n == 1 else f"{n} {name}" for name, n in numbers.items())
 
 
 def count_jobs(dag: Any) -> None:
@@ -225,8 +237,7 @@ class LogHandler(LogHandlerBase):
             self._row(rule).total = int(number)
         if self.common_settings.dryrun or self._follower.is_alive():
             return
-        jobs = ", ".join(rule if n == 1 else f"{n} {rule}" for rule, n in counts.items())
-        self._print(f"{jobs_by_rule['total']} jobs: {jobs}")
+        self._print(f"{jobs_by_rule['total']} jobs: {format_numbers(counts)}")
         if self._console.is_terminal:
             self._live.start()
             self._console.show_cursor(True)  # a kill must leave no terminal without one
@@ -306,6 +317,5 @@ class LogHandler(LogHandlerBase):
                 if origin != "made"
             )
             if found:
-                names = (f"{number} {name}" for name, number in found.items())
-                self._print(f"found in the store: {', '.join(names)}")
+                self._print(f"found in the store: {format_numbers(found)}")
         super().close()

@@ -71,10 +71,11 @@ def test_the_plugin_is_one_that_snakemake_finds():
 
 def test_a_rule_is_a_line_with_sums(capsys: pytest.CaptureFixture[str]):
     shown = screen()
-    run(shown, f"tokens: runs for the first time here (9fc45dd04ac6…)\n{MADE}", MADE + FOUND)
+    runs = "tokens: runs for the first time here (9fc45dd04ac6…)\n"
+    run(shown, runs + MADE, MADE.replace("made", "found in the store") + FOUND)
     shown.close()
     begin, line, found = capsys.readouterr().err.splitlines()
-    assert begin == "2 jobs: 2 tokens" and found == "found in the store: 1 tokens"
+    assert begin == "2 jobs: 2 tokens" and found == "found in the store: tokens"
     # What two jobs share is counted once.
     assert re.split("  +", line) == ["tokens", "2/2", "0:00", "4 documents, 1,500 tokens"]
 
