@@ -12,7 +12,7 @@ from shutil import get_terminal_size
 # What options of stages mean, unless the stage's own docstring has them: snakemake gives them all.
 STAGE_OPTIONS = {
     "after": "folder of the chain's link to continue",
-    "allow_missing": "leave out files that cannot be had",
+    "allow_missing": "leave out files that are not available",
     "attributes": "listing of `olmo attributes`",
     "checkpoint": "folder of a final checkpoint",
     "config": "the recipe's section of this stage",
