@@ -317,24 +317,6 @@ def test_a_reader_that_leaves_early_hears_no_traceback(words: tuple[str, ...]):
     assert done.stderr == "1\n"
 
 
-# The public command line: a change here breaks scripts, and belongs into the CHANGELOG.
-COMMANDS = """source-list sources given-tokens documents attributes mixed tokenizer tokens
-instructions statistics order positions start train soup hf heldout docstrings evaluate
-inspect seen replay generate chat new plan check runs diff bench compare scores
-checkpoint-convert environment store-verify store-gc store-checkout store-why store-trace
-store-pin store-push store-pull completion"""
-
-
-def test_the_commands_are_what_they_were():
-    """A new one is in the list, or a rule calls it."""
-    rules = (Path(__file__).parents[2] / "rules").glob("*.smk")
-    called = {
-        name for rule in rules for name in re.findall(r"\bolmo ([a-z-]+) --", rule.read_text())
-    }
-    commands, listed = {name.replace(" ", "-") for name in cli.commands()}, set(COMMANDS.split())
-    assert called and called | listed == commands
-
-
 def test_help_says_what_each_does_and_imports_none(capsys: pytest.CaptureFixture[str]):
     cli.main(["--help"])
     text = capsys.readouterr().out

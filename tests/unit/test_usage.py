@@ -133,3 +133,21 @@ def test_fish_and_zsh(capsys):
     assert "bashcompinit\n_olmo()" in capsys.readouterr().out
     with pytest.raises(ValueError, match="expected one of bash, zsh, fish, found tcsh"):
         completion("tcsh")
+
+
+# The public command line: a change here breaks scripts, and belongs into the CHANGELOG.
+COMMANDS = """source-list sources given-tokens documents attributes mixed tokenizer tokens
+instructions statistics order positions start train soup hf heldout docstrings evaluate
+inspect seen replay generate chat new plan check runs diff bench compare scores
+checkpoint-convert environment store-verify store-gc store-checkout store-why store-trace
+store-pin store-push store-pull completion"""
+
+
+def test_the_commands_are_what_they_were():
+    """A new one is in the list, or a rule calls it."""
+    rules = (Path(__file__).parents[2] / "rules").glob("*.smk")
+    called = {
+        name for rule in rules for name in re.findall(r"\bolmo ([a-z-]+) --", rule.read_text())
+    }
+    names = {name.replace(" ", "-") for name in commands()}
+    assert called and called | set(COMMANDS.split()) == names
