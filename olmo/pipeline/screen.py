@@ -92,7 +92,7 @@ class Row:
         lines = [log.progress for log in self.running.values() if log.progress]
         parts = lines[-1].split("  ") if lines else []
         if not any("ETA" in part or " left" in part for part in parts):
-            parts = [format_duration(self.elapsed)]
+            parts.append(format_duration(self.elapsed))
             if fraction := self.fraction:
                 left = self.elapsed * (1 - fraction) / fraction
                 parts.append(f"ETA {format_duration(left)}")
@@ -160,7 +160,11 @@ class LogHandler(LogHandlerBase):
         from rich.live import Live
 
         self._console = Console(
-            stderr=not self.common_settings.stdout, highlight=False, markup=False, soft_wrap=True
+            stderr=not self.common_settings.stdout,
+            highlight=False,
+            markup=False,
+            emoji=False,
+            soft_wrap=True,
         )
         self._live = Live(
             console=self._console, auto_refresh=False, transient=True, vertical_overflow="crop"

@@ -36,6 +36,7 @@ def check_config_file(config: str) -> None:
     Snakemake's own message for a missing file is unclear, and it accepts repeated keys.
     """
     shorten_errors()
+    sys.excepthook = report_interrupt
     if not Path(config).is_file():
         raise ValueError(f"expected {config} in {Path.cwd()}; cd to the project's folder")
     read_yaml(config)
@@ -192,7 +193,20 @@ def report_failures() -> None:
     what = "A job was killed (`dmesg` shows whether memory ran out)"
     if any(True for _ in failure_messages()):
         what = "Interrupted"
-    print_at_exit(format_failures() or f"\n{what}; this carries on:\n{format_command()}")
+    print_at_exit(format_failures() or format_way_on(what))
+
+
+def report_interrupt(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Python's `sys.excepthook`, with a sentence for Ctrl-C while snakemake plans its jobs."""
+    if kind is KeyboardInterrupt:
+        print(format_way_on("Interrupted"), file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def format_way_on(what: str) -> str:
+    """What ended this snakemake, and the command that carries on."""
+    return f"\n{what}; this carries on:\n{format_command()}"
 
 
 def format_command() -> str:

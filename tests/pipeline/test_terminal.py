@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 
 from project import Project, run_in_terminal
@@ -52,6 +53,20 @@ def test_a_terminal_gets_bars_and_no_colors_where_none_are_wanted(project: Proje
     assert not COLOR.search(said) and not HASH.search(said)
     assert "Provided cores" in (said := project.full_log())
     assert int(re.findall("Provided cores: (\\d+)", said)[0]) == os.cpu_count()
+
+
+def test_ctrl_c_while_it_plans_names_the_command(project: Project):
+    recipe = project.root / "config/data/small.yaml"
+    recipe.unlink()
+    os.mkfifo(recipe)  # the plan waits for who writes it
+    process = project.start(TARGET)
+    writer = os.open(recipe, os.O_WRONLY)
+    os.kill(process.pid, signal.SIGINT)
+    process.wait(60)
+    os.close(writer)
+    *_, said, command = project.outcome().output.splitlines()
+    assert said == "Interrupted; this carries on:" and f" {TARGET} --cores 2" in command
+    assert "Traceback" not in project.outcome().output
 
 
 def test_the_targets_and_rules_can_be_found(project: Project):

@@ -84,13 +84,14 @@ def test_a_job_says_what_it_has_to_say_without_a_hash(capsys: pytest.CaptureFixt
     shown = screen()
     run(
         shown,
-        "device: cpu\nsaved store/work/9fc45dd04ac6/step3\nstep 1/2  loss 1\nWARNING: a\n"
+        "device: cpu by 9fc45dd04ac6\nsaved store/work/9fc45dd04ac6/step3\n"
+        "step 1/2  loss 1\nWARNING: a\n"
         f"tokens: runs, because it differs from 9fc45dd04ac6… in params.x: 1 → 2\n{MADE}",
         "Traceback (most recent call last):\n  9fc45dd04ac6\nfailed: expected x\n",
     )
     shown.close()
     said = capsys.readouterr().err.splitlines()
-    assert said[1:4] == ["  device: cpu", "  WARNING: a", "  tokens: params.x: 1 → 2"]
+    assert said[1:4] == ["  device: cpu by …", "  WARNING: a", "  tokens: params.x: 1 → 2"]
     assert said[4] == "tokens       failed, see 1.log" and said[5].startswith("tokens         1/2")
 
 
@@ -112,6 +113,11 @@ def test_a_bar_fits_into_the_terminal():
     line = row.format_progress(80)
     assert line == "train  █████░░░░░  step 30/60  loss 7.2941  1.27k tokens/s/device  ETA 0:24"
     assert row.format_progress() == f"train  {long.replace('  30', ' 30')}"
+    with Path("x.log").open("a") as log:
+        log.write("3 of 4 files, 7B, 1B/s\n")
+    row.running[1].read()
+    row.began = time.monotonic() - 30.5
+    assert row.format_progress() == "train  3 of 4 files, 7B, 1B/s  0:30  ETA 0:10"
 
 
 def test_a_dry_run_is_two_lines_a_rule(capsys: pytest.CaptureFixture[str]):
