@@ -17,6 +17,7 @@ CHECKPOINTS = ("local_checkpoint", "fetched_checkpoint")
 SOURCES = (
     *("download", "download_tokens", "download_conversations", *LIBRARY),
     *("local_source", "local_tokens", "local_conversations", *CHECKPOINTS),
+    *("fetched", "converted"),
 )
 MAX_SOURCES = 20  # listed in the card
 
@@ -117,6 +118,9 @@ def _lineage(record: Record, store: Store) -> str:
         counts[stage] += 1
         if found["action"]["stage"] in SOURCES:
             sources.append(found)
+    # What was fetched and then converted is one source.
+    arrived = {found["facts"].get("sha256") for found in sources}
+    sources = [s for s in sources if not (of := converted_files(s)) or set(of) - arrived]
     lines = [
         f"Checkpoint `{record['content']}`, by action `{record['key']}`; its stages, last first:\n",
         format_table(("stage", "actions"), counts.items()),
@@ -126,6 +130,12 @@ def _lineage(record: Record, store: Store) -> str:
         format_table(("source", "sha256", "licence"), map(_source, sources[:MAX_SOURCES])),
     ]
     return "\n".join(lines)
+
+
+def converted_files(record: Record) -> list[str]:
+    """The digests of the files that a source was converted from."""
+    is_converted = record["action"]["stage"] == "converted"
+    return record["action"]["inputs"]["files"] if is_converted else []
 
 
 def _source(record: Record) -> tuple[str, str, str]:
@@ -138,6 +148,9 @@ def _source(record: Record) -> tuple[str, str, str]:
     if stage in LIBRARY:
         name = f"standard library of {facts['implementation']} {facts['python']}"
         return name, f"`{params['library']}`", facts["licence"]
-    inputs = record["action"]["inputs"]
-    digest = facts.get("sha256") or next((d for d in inputs.values() if isinstance(d, str)), "")
+    files = converted_files(record)
+    if len(files) > 1:
+        return f"{len(files):,} local files", "", ""
+    digests = (*files, *record["action"]["inputs"].values())
+    digest = facts.get("sha256") or next((d for d in digests if isinstance(d, str)), "")
     return facts.get("url", "a local file"), f"`{digest}`" if digest else "", ""

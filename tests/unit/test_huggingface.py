@@ -16,7 +16,9 @@ from olmo.checkpoint import huggingface, load_model
 from olmo.checkpoint.final import write_safetensors
 from olmo.config import ModelConfig, TrainConfig, to_yaml
 from olmo.corpus.conversations import download_conversations, local_conversations
+from olmo.corpus.formats import converted
 from olmo.corpus.questions import stdlib_questions
+from olmo.corpus.sources import fetched
 from olmo.io import sealed
 from olmo.model import OLMo
 from olmo.pipeline.convert import convert
@@ -384,6 +386,9 @@ def test_the_card_tells_where_a_tuned_run_began(
     (final / "train.json").write_text("{}")
     talk = {"messages": [{"role": "user", "content": "What?"}]}
     (tmp_path / "talks.jsonl").write_text(json.dumps(talk) + "\n")
+    texts = [tmp_path / f"{n}.txt" for n in range(3)]
+    for text in texts:
+        text.write_text(text.name)
     with web_server(tmp_path) as web:
         url = f"{web}/final"
         made = [
@@ -394,7 +399,12 @@ def test_the_card_tells_where_a_tuned_run_began(
                 files=sorted(final.iterdir()), folder=final, checkpoint=tmp_path / "a"
             ),
             fetched_checkpoint(url=url, checkpoint=tmp_path / "b"),
+            converted(files=texts, names=["0.txt", "1.txt", "2.txt"], source=tmp_path / "c.gz"),
+            converted(files=texts[:1], names=["0.txt"], source=tmp_path / "d.gz"),
         ]
+        file = fetched(url=f"{web}/1.txt", file=tmp_path / "1.arrived")
+        parts = {"files": [tmp_path / "1.arrived"], "names": [file["facts"]["url"]]}
+        made.append(converted(**parts, source=tmp_path / "e.gz"))  # one source with what it is of
     inputs = {record["key"]: [file["sha256"] for file in output_files(record)] for record in made}
     action = {"stage": "training", "version": 3, "params": {}, "inputs": inputs}
     facts = {"steps": 5, "tokens": 640}
@@ -405,5 +415,6 @@ def test_the_card_tells_where_a_tuned_run_began(
     sources = text.partition("Sources:")[2]
     for name in ("a local file", f"{web}/talks.jsonl", "standard library of", "a local checkpoint"):
         assert f"| {name}" in sources
+    assert "| 3 local files |" in sources and f"| {web}/1.txt |" in sources
     assert f"| {url} |" in sources and sources.count("\n| ") == 2 + len(made)
     assert str(tmp_path) not in text, "where a file lay is nobody's business"
