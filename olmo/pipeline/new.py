@@ -37,6 +37,7 @@ MIN_TOKENS = 2000  # below, nothing can be learned
 SHORTEST = 64  # instance, in tokens; longer where there is text for so many steps and instances:
 STEPS, LEAST_BATCH = 300, 4
 LEAST_STEPS = 20
+MANY_JOBS = 50  # of a stage; each takes seconds to start
 LEAST_HELDOUT = 4  # instances; fewer say nothing
 
 
@@ -113,7 +114,8 @@ def new(name: str, folder: str, /, hours: float | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         sealed.write_atomic(path, text)
     Plan(yaml.safe_load(texts[CONFIG])).train_config(name)  # raises if they do not fit together
-    print(format_summary(name, found, choice, machine))
+    jobs = -(-found.sources // plan.pipeline.shards_per_job)
+    print(format_summary(name, found, choice, machine, jobs))
 
 
 def count_cores() -> int:
@@ -331,8 +333,8 @@ def add_run(config: str, name: str) -> str:
     return added
 
 
-def format_summary(name: str, found: Survey, choice: Choice, machine: Machine) -> str:
-    """What was found and written, and the command to type."""
+def format_summary(name: str, found: Survey, choice: Choice, machine: Machine, jobs: int) -> str:
+    """What was found and written, and the command to type. `jobs` are those of a stage."""
     about = "" if found.is_whole else "about "
     left_out = ", ".join(f"{count:,} {suffix}" for suffix, count in found.left_out.most_common(5))
     lines = [
@@ -340,6 +342,11 @@ def format_summary(name: str, found: Survey, choice: Choice, machine: Machine) -
         f"{format_count(found.text_bytes)}B of text, some {format_count(choice.tokens)} tokens",
         *([f"  not text, left out: {left_out}"] if left_out else []),
         *(f"  left out: {drop}" for drop in format_drops(found)),
+        *(
+            [f"  {jobs:,} jobs a stage: join the files, or set a larger shards_per_job in {CONFIG}"]
+            if jobs > MANY_JOBS
+            else []
+        ),
         f"{recipe_path(name)}  held out: {choice.heldout_share:.0%}",
         f"config/train/{name}.yaml  {format_count(choice.parameters)} parameters, {choice.steps:,} "
         f"steps, about {format_duration(choice.seconds + 60)} on {machine.name}",

@@ -215,9 +215,14 @@ def find_fields(files: list[str]) -> RowsSection:
         texts = [key for key in TEXT_FIELDS if key in fields] or sorted(
             fields, key=lambda key: -fields[key]
         )
+        if not fields and split_suffixes(name)[0] == ".jsonl":
+            raise ValueError(
+                f"{name}: expected an object a line, found none in the first lines; write one a "
+                "line, or remove the file from the folder"
+            )
         if not texts or not fields[texts[0]]:
             raise ValueError(
-                f"{name}: expected a field of text, found {', '.join(fields) or 'none'}"
+                f"{name}: expected a field of text, found {', '.join(fields) or 'no row'}"
             )
         ids = [key for key in ID_FIELDS if key in fields]
         identity = ids[0] if ids and ids[0] != "id" else None

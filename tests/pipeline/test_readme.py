@@ -33,6 +33,12 @@ def test_a_snakemake_command_can_be_planned(command: str, tmp_path: Path):
     shutil.copy(REPOSITORY / "Snakefile", tmp_path)
     if "--extra slurm" in command and not find_spec("snakemake_executor_plugin_slurm"):
         pytest.skip("no executor plugin for SLURM; uv run --extra slurm pytest")
+    if "novels" in command:  # as the README's command before made it
+        (tmp_path / "texts").mkdir()
+        for path in (REPOSITORY / "docs").glob("*.md"):
+            shutil.copy(path, tmp_path / "texts")
+        new = [sys.executable, "-m", "olmo.cli", "new", "novels", "texts"]
+        subprocess.run(new, cwd=tmp_path, check=True)
     words = shlex.split(re.split(r"uv run (?:--extra slurm )?snakemake", command)[1])
     words += [] if "-n" in words else ["-n"]
     done = subprocess.run(

@@ -196,6 +196,16 @@ def test_text_in_many_small_files_is_no_instance():
         choose(text_of(20_000, 1000), CPU, 0.2)
 
 
+def test_many_files_of_rows_are_many_jobs(capsys: pytest.CaptureFixture[str]):
+    half = json_lines()[: 1 << 13].rpartition(b"\n")[0]
+    for number in range(202):
+        write(f"{number}.jsonl", half)
+    new("mine", "in")
+    assert "  51 jobs a stage: join the files, or set a larger shards_per_job in config" in (
+        capsys.readouterr().out
+    )
+
+
 def test_a_sample_speaks_for_a_large_folder(monkeypatch: pytest.MonkeyPatch):
     for number in range(20):
         write(f"{number}.jsonl", json_lines(field="text"))
@@ -227,12 +237,12 @@ MISTAKES: list[tuple[Callable[[], None], str]] = [
         "in/a.txt: expected rows, found none; remove it|in/a.txt:1: .*white space",
     ),
     (only("a.jsonl", b""), "in/a.jsonl: expected rows, found none; remove it"),
-    (only("a.jsonl", b"no\nrows\n"), "in/a.jsonl: expected a field of text, found none$"),
-    (only("a.json", b'{\n  "text": "a"\n}\n'), "in/a.json: expected a field of text, found none$"),
+    (only("a.jsonl", b"no\nrows\n"), "in/a.jsonl: expected an object a line, found none"),
+    (only("a.json", b'{\n  "text": "a"\n}\n'), "in/a.json: expected an object a line, found none"),
     (only("a.json", b'[{"text": "a"}]'), r"in/a.json: expected an object a line, .*json.load"),
     (only("a.csv", b"1,2\n3,4\n"), "in/a.csv: expected a header, found '1'; add a first line"),
     (only("a.csv", b"a,%s\n1,b\n" % (b"word " * 20)), "in/a.csv: expected a header, found 'word"),
-    (only("a.csv", b"text\n"), "in/a.csv: expected a field of text, found none$"),
+    (only("a.csv", b"text\n"), "in/a.csv: expected a field of text, found no row$"),
     (only("a.csv", b"\n"), "in/a.csv: expected "),
     (only("a.csv", b'text\n"a" b\n'), "in/a.csv, line 2: expected csv in row 1, found: "),
     (write_numbers, "in/a.parquet: expected a field of text, found a, b$"),
