@@ -35,6 +35,7 @@ class JobLog:
     progress: str = ""  # the last line that tells how far the job is
     reasons: list[str] = field(default_factory=list)  # why its stages run again
     results: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+    is_introduced: bool = False  # whether its name was shown before its lines
     _offset: int = 0
     failure: str = ""  # its last line, if the job failed or was stopped
 

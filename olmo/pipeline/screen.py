@@ -252,7 +252,7 @@ class LogHandler(LogHandlerBase):
 
     def _finish(self, job: int) -> None:
         row = self._rows[self._rule_of.pop(job)]
-        self._read_log(row.running[job])
+        self._read_log(row, row.running[job])
         row.finish(job)
         if row.done >= row.total:
             self._print(row.format_result())
@@ -260,7 +260,7 @@ class LogHandler(LogHandlerBase):
     def _fail(self, said: dict[str, Any]) -> None:
         row = self._row(said["rule_name"])
         log = row.running.pop(said["jobid"])
-        self._read_log(log)
+        self._read_log(row, log)
         if not log.failure.removeprefix(FAILED).startswith(STOPPED):
             why = f": {said['rule_msg']}" if said["rule_msg"] else ""  # a scheduler's words
             logs = " and ".join(said["log"])
@@ -272,8 +272,12 @@ class LogHandler(LogHandlerBase):
             color = "red" if record.levelno >= ERROR else "yellow"
             self._print(shorten_error(text) if exception else text, style=color)
 
-    def _read_log(self, log: JobLog) -> None:
-        for line in log.read():
+    def _read_log(self, row: Row, log: JobLog) -> None:
+        lines = log.read()
+        if lines and row.total > 1 and not log.is_introduced:
+            log.is_introduced = True
+            self._print(f"  {log.path}:")
+        for line in lines:
             style = "yellow" if line.startswith("WARNING: ") else ""
             self._print(f"  {line.lstrip()}", style=style)
         for reason in log.reasons:
@@ -286,8 +290,9 @@ class LogHandler(LogHandlerBase):
         while not self._ended.wait(REFRESH_S):
             with self.lock or threading.Lock():
                 running = [row for row in self._rows.values() if row.running]
-                for log in [log for row in running for log in row.running.values()]:
-                    self._read_log(log)
+                for row in running:
+                    for log in row.running.values():
+                        self._read_log(row, log)
                 if self._console.is_terminal:
                     lines = [row.format_progress(self._console.width) for row in running]
                     self._live.update("\n".join(lines), refresh=True)

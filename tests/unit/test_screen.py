@@ -91,6 +91,7 @@ def test_a_job_says_what_it_has_to_say_without_a_hash(capsys: pytest.CaptureFixt
     )
     shown.close()
     said = capsys.readouterr().err.splitlines()
+    assert said.pop(1) == "  0.log:"  # of two jobs
     assert said[1:4] == ["  device: cpu by …", "  WARNING: a", "  tokens: params.x: 1 → 2"]
     assert said[4] == "tokens       failed, see 1.log" and said[5].startswith("tokens         1/2")
 
