@@ -91,7 +91,7 @@ def runs() -> None:
     names = [*known.get("runs", {}), *known.get("soups", {})]
     made = [path.name for path in sorted(Path("checkpoints").glob("*")) if path.is_dir()]
     held = held_names(current_store().root / "leases")
-    price = known.get("price", {})
+    price = known.get("price") or {}
     found = [find_state(name, held, price) for name in dict.fromkeys([*names, *made])]
     found.sort(key=lambda run: (ORDER.index(run.state), -(run.last_change or 0)))
     print(format_table([run.cells(time.time()) for run in found]))

@@ -11,6 +11,7 @@ from olmo.config.identity import identity
 from olmo.report.diff import diff
 from olmo.store import naming
 from olmo.store.action import Action
+from olmo.store.lineage import diff_actions
 from olmo.store.record import Record
 from olmo.store.store import Store
 
@@ -105,6 +106,12 @@ results
     )
     diff("one", "checkpoints/one/final")
     assert capsys.readouterr().out == "one and checkpoints/one/final do not differ\n"
+
+
+def test_a_section_that_only_one_has_is_told_field_by_field():
+    one, other = {"clip": {"norm": 1.0, "by": {"ratio": 2}}}, {"seed": 3}
+    told = ["clip.by.ratio: 2 → none", "clip.norm: 1.0 → none", "seed: none → 3"]
+    assert diff_actions(one, other, missing="none") == told
 
 
 def test_a_run_that_is_not_finished(project: Path, capsys):

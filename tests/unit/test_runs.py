@@ -41,7 +41,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def finish(name: str, **facts: Any) -> None:
+def finish(name: str, device: str = "NVIDIA H100", **facts: Any) -> None:
     """A finished run, stored and named as the stage `training` does it."""
     store = Store(Path("store"))
 
@@ -50,7 +50,7 @@ def finish(name: str, **facts: Any) -> None:
         final.mkdir()
         write_metrics(final, 24)
         (final / "model.safetensors").write_bytes(bytes(3000))
-        conditions = {"device": "NVIDIA H100", "processes": 8}
+        conditions = {"device": device, "processes": 8}
         return {"facts": facts, "run": {"wall_s": 75.0}, "conditions": conditions}
 
     record = store.run(Action("training", 1, {"name": name}), build)
@@ -91,11 +91,12 @@ def test_finished_begun_and_new_runs(project: Path, capsys):
 
 def test_a_price_gives_a_cost(project: Path, capsys):
     finish("finished", steps=24)
+    finish("begun", "AVX512", steps=24)
     config = Path("config/config.yaml")
     config.write_text(config.read_text() + "price: {gpu_hour: 3.0, currency: EUR}\n")
     table = shown(capsys)
     assert table["run"][-1] == "cost" and table["finished"][-2:] == ["1:15", "0.50 EUR"]
-    assert table["later"] == ["not begun"]
+    assert table["begun"][-1] == "1:15", "GPU-hours need a GPU"
 
 
 def test_the_loss_of_a_tuned_run_is_that_of_its_answers(project: Path, capsys):
