@@ -42,8 +42,16 @@ REASONS = {
     "carriage-return": "a carriage return, which the toolkit treats as a line end",
 }
 PARQUET: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "row_group_size": 1 << 17}
-# In a recipe, for sources without "id":
-ID_FIELD, MAKE_IDS = "sources: {id_field: …}", "sources: {one_document_per: row}"
+# What a recipe may say of such sources.
+NO_ID = (
+    "Name the field that has the id, sources: {id_field: …}, or have ids made, "
+    "sources: {one_document_per: row}"
+)
+HINTS = {
+    "no-id": NO_ID,
+    "bad-id": NO_ID,
+    "no-text": "Name the field that has the text, sources: {text_field: …}",
+}
 TRAIN, HELDOUT, DROPPED = "train", "heldout", "dropped"
 TEXT, MESSAGES = "text", "messages"  # kinds of lines: documents, conversations
 
@@ -329,8 +337,7 @@ def format_drops(
     lines += [f"  {reasons[reason]:,} x {reason}: {known[reason]}" for reason in forbidden]
     lines += [f"  {place}" for place in places]
     lines += [hint] if hint else []
-    if {"no-id", "bad-id"} & set(forbidden):
-        lines += [f"  Name the field that has the id, {ID_FIELD}, or have ids made, {MAKE_IDS}"]
+    lines += dict.fromkeys(f"  {HINTS[reason]}" for reason in forbidden if reason in HINTS)
     allowed = f"documents: {{allow: [{', '.join(forbidden)}]}}"
     lines += [f"Correct the source, or allow them in the recipe: {allowed}"]
     return "\n".join(lines)

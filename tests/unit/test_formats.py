@@ -145,10 +145,18 @@ def test_a_drop_in_a_group_of_texts_is_told_by_its_file(tmp_path: Path):
     assert "\n  b/pic.txt:1: not-utf8\n  c.txt:1: empty-text\n" in str(raised.value)
 
 
-def test_rows_without_ids_are_told_how_to_get_some(tmp_path: Path):
-    (tmp_path / "a.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"text": "a"}\n', r"no-id\n.*id_field: ….*one_document_per: row}\nCorrect"),
+        (b'{"id": 7, "text": "a"}\n', r"bad-id\n.*id_field: ….*one_document_per: row}\nCorrect"),
+        (b'{"id": "a", "body": "a"}\n', r"no-text\n.*text_field: …}\nCorrect"),
+    ],
+)
+def test_rows_of_other_fields_are_told_the_recipes_key(tmp_path: Path, line: bytes, said: str):
+    (tmp_path / "a.gz").write_bytes(gzip.compress(line))
     out = {key: tmp_path / key for key in ("documents", "heldout", "table")}
-    with pytest.raises(ValueError, match=r"a.gz:1: no-id\n.*id_field: ….*one_document_per: row"):
+    with pytest.raises(ValueError, match=rf"a.gz:1: {said}"):
         documents.build(source=tmp_path / "a.gz", name="a.gz", **out)
 
 
