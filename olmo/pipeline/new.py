@@ -15,6 +15,7 @@ import yaml
 
 from olmo.config import read_yaml
 from olmo.config.strict import check_range
+from olmo.corpus.formats import DocumentUnit
 from olmo.io import sealed, untrusted
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.recipe import recipe_path
@@ -37,6 +38,10 @@ MIN_TOKENS = 2000  # below, nothing can be learned
 SHORTEST = 64  # instance, in tokens; longer where there is text for so many steps and instances:
 STEPS, LEAST_BATCH = 300, 4
 LEAST_STEPS = 20
+WHY = {
+    DocumentUnit.row: "some have no id of their own",
+    DocumentUnit.line: "a file has too much text for one",
+}
 MANY_JOBS = 50  # of a stage; each takes seconds to start
 LEAST_HELDOUT = 4  # instances; fewer say nothing
 
@@ -256,12 +261,12 @@ def format_recipe(name: str, found: Survey, choice: Choice) -> str:
     if rows.id_field:
         lines.append(f"  id_field: {quote(rows.id_field)}")
     if rows.one_document_per:
-        lines.append(f"  one_document_per: {rows.one_document_per} # some have no id of their own")
+        lines.append(f"  one_document_per: {rows.one_document_per} # {WHY[rows.one_document_per]}")
     lines += ["documents:", "  keep_one_in: 1 # every document; 10 keeps one in ten"]
     held = found.heldout_bytes(choice.heldout_share)
     why = f"# {format_count(held)}B of text to measure the loss on, by the hash of ids"
     if not choice.heldout_share:
-        why = "# too few documents to hold one out, so there is no held-out loss: add documents"
+        why = "# too few documents to hold one out, so there is no held-out loss; add some"
     lines.append(f"  heldout_share: {choice.heldout_share} {why}")
     if found.drops:
         counts = ", ".join(format_drops(found))

@@ -33,6 +33,7 @@ TOKENIZER_BYTES = 4 << 20  # of the sample of text that is kept
 # Fields with the text or the id, by their usual names; else the longest one.
 TEXT_FIELDS = ("text", "content", "body", "raw_content", "document", "article")
 ID_FIELDS = ("id", "doc_id", "uuid", "url", "key")
+MAX_DOCUMENT_BYTES = 128 << 20  # of a text file that becomes one document
 HELDOUT_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
 MAX_NAME = 64  # letters of a field's name
 NO_ID = ("no-id", "bad-id")
@@ -108,6 +109,8 @@ def survey(folder: str, recipe: Path) -> Survey:
         raise ValueError(f"{odd[0]}: expected a file, found a link to nothing; remove it")
     patterns = sorted({os.path.join(folder, "**", f"*{full_suffix(name)}") for name in files})
     rows = find_fields(files)
+    if any(rows.takes_whole_files(f) and os.path.getsize(f) > MAX_DOCUMENT_BYTES for f in files):
+        rows = replace(rows, one_document_per=DocumentUnit.line)
     sources = find_local_files(patterns, recipe, is_grouped=rows.takes_whole_files)
     if twice := [name for name, count in Counter(local_files(sources)).items() if count > 1]:
         raise ValueError(

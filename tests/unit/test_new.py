@@ -196,6 +196,15 @@ def test_text_in_many_small_files_is_no_instance():
         choose(text_of(20_000, 1000), CPU, 0.2)
 
 
+def test_a_large_text_has_a_document_a_line(monkeypatch: pytest.MonkeyPatch):
+    write("a.txt", "\n".join(TEXTS).encode())
+    monkeypatch.setattr(survey_module, "MAX_DOCUMENT_BYTES", 1000)
+    new("mine", "in")
+    recipe = Recipe.load(RECIPE)
+    assert recipe.sources.one_document_per == "line" and recipe.documents.allow == ["empty-text"]
+    assert "one_document_per: line # a file has too much text for one\n" in RECIPE.read_text()
+
+
 def test_many_files_of_rows_are_many_jobs(capsys: pytest.CaptureFixture[str]):
     half = json_lines()[: 1 << 13].rpartition(b"\n")[0]
     for number in range(202):
