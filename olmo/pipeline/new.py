@@ -341,6 +341,7 @@ def add_run(config: str, name: str) -> str:
 def format_summary(name: str, found: Survey, choice: Choice, machine: Machine, jobs: int) -> str:
     """What was found and written, and the command to type. `jobs` are those of a stage."""
     about = "" if found.is_whole else "about "
+    held_out = f"{choice.heldout_share:.0%}" if choice.heldout_share else "none, too few documents"
     left_out = ", ".join(f"{count:,} {suffix}" for suffix, count in found.left_out.most_common(5))
     lines = [
         f"{found.files:,} files, {about}{found.documents:,} documents, "
@@ -352,7 +353,7 @@ def format_summary(name: str, found: Survey, choice: Choice, machine: Machine, j
             if jobs > MANY_JOBS
             else []
         ),
-        f"{recipe_path(name)}  held out: {choice.heldout_share:.0%}",
+        f"{recipe_path(name)}  held out: {held_out}",
         f"config/train/{name}.yaml  {format_count(choice.parameters)} parameters, {choice.steps:,} "
         f"steps, about {format_duration(choice.seconds + 60)} on {machine.name}",
         "",

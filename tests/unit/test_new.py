@@ -305,11 +305,12 @@ def test_a_folder_that_is_no_project(tmp_path: Path):
         new("mine", "in")
 
 
-def test_a_folder_whose_name_is_a_pattern():
+def test_a_folder_whose_name_is_a_pattern(capsys: pytest.CaptureFixture[str]):
     folder = Path("a[1]*b c/")
     folder.mkdir()
     (folder / "a.txt").write_text("\n".join(TEXTS))
     new("mine", str(folder))
+    assert "held out: none, too few documents" in capsys.readouterr().out
     assert Plan(yaml.safe_load(CONFIG.read_text())).local_files("mine", "000") == [
         f"{folder}/a.txt"
     ]
