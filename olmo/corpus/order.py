@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from olmo.corpus.listing import read_listing
-from olmo.data.files import bytes_per_token
+from olmo.data.files import token_itemsize
 from olmo.data.order import global_indices, invert_order, read_order, write_order
 from olmo.store.stage import Facts, Input, Output, stage
 
@@ -32,7 +32,7 @@ def order(
     """
 
     def count(output: str) -> tuple[int, int]:
-        width = bytes_per_token(dtype)
+        width = token_itemsize(dtype)
         sizes = [entry.bytes // width for entry in read_listing(tokens, output)]
         return sum(size // sequence_length for size in sizes), sum(sizes)
 

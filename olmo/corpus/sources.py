@@ -259,9 +259,9 @@ def check_token_file(path: Path, name: str, dtype: str) -> int:
     """The number of tokens in a file. Raises ValueError unless it can be raw tokens."""
     # Here, since text needs no numpy.
     from olmo.data import raw
-    from olmo.data.files import TokenFile, bytes_per_token
+    from olmo.data.files import TokenFile, token_itemsize
 
-    width = bytes_per_token(dtype)
+    width = token_itemsize(dtype)
     with open(path, "rb") as file:
         raw.check_is_raw(name, file.read(64), dtype)
     size = path.stat().st_size

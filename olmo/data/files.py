@@ -41,8 +41,8 @@ def file_sizes(paths: Sequence[str | Path]) -> list[int]:
     return found
 
 
-def bytes_per_token(dtype: str) -> int:
-    """Raises ValueError for a dtype that token files do not have."""
+def token_itemsize(dtype: str) -> int:
+    """Bytes of a token in a file. Raises ValueError for a dtype that token files do not have."""
     if dtype not in list(TokenType):
         raise ValueError(f"dtype: expected one of {', '.join(TokenType)}, found {dtype!r}")
     return np.dtype(dtype).itemsize

@@ -68,7 +68,7 @@ def chat(
     try:
         for line in read_messages():
             room = run.length - min(tokens, run.length // 2)
-            kept, ids = keep_newest([*talk, ("user", line)], words, room, is_tuned)
+            kept, ids = drop_oldest_messages([*talk, ("user", line)], words, room, is_tuned)
             if len(ids) >= run.length:
                 print(
                     f"expected a message of fewer than {run.length:,} tokens, the model's context, "
@@ -102,7 +102,7 @@ def read_messages() -> Iterator[str]:
             yield line
 
 
-def keep_newest(
+def drop_oldest_messages(
     talk: list[Message], words: Tokenizer, room: int, is_tuned: bool
 ) -> tuple[list[Message], list[int]]:
     """A conversation without its oldest messages, so that `room` tokens hold it, and its ids.

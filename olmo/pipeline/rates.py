@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import ActivationType, ModelConfig, TrainConfig
-from olmo.data.files import bytes_per_token
+from olmo.data.files import token_itemsize
 from olmo.store.action import Action
 from olmo.store.lookup import Prediction
 from olmo.store.record import Record, list_files, output_files
@@ -249,7 +249,7 @@ def trained_tokens(cfg: TrainConfig, token_bytes: int) -> int:
     if unit == "tokens":
         return number
     if unit == "epochs":
-        return number * token_bytes // bytes_per_token(cfg.data.memmap_dtype)
+        return number * token_bytes // token_itemsize(cfg.data.memmap_dtype)
     return number * cfg.global_train_batch_size * cfg.model.max_sequence_length
 
 

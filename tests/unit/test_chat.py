@@ -11,7 +11,7 @@ import pytest
 from test_generate_text import checkpoint, greedy  # noqa: F401  # a fixture
 
 from olmo.config import TrainConfig
-from olmo.inspect.chat import chat, keep_newest
+from olmo.inspect.chat import chat, drop_oldest_messages
 from olmo.inspect.generate import encode_chat
 from olmo.tokenizer import Tokenizer
 
@@ -82,7 +82,7 @@ def test_the_conversation_stays_within_the_context(project, say, words):
     for number in range(9):
         talk += [("user", f"What is {number}?"), ("assistant", f"It is {number}.")]
     talk.append(("user", "And?"))
-    kept, ids = keep_newest(talk, words, LENGTH - 8, is_tuned=True)
+    kept, ids = drop_oldest_messages(talk, words, LENGTH - 8, is_tuned=True)
     assert ids == encode_chat(kept, words) and len(ids) <= LENGTH - 8
     assert kept[0] == talk[0] and kept[1:] == talk[-len(kept) + 1 :] and 2 < len(kept) < len(talk)
     assert kept[1][0] == "user"
