@@ -40,7 +40,7 @@ DEFAULTS = {
     "trained_tokenizer": ({}, 0.7e6),
 }
 # Files of the standard library's text: their prefix, and bytes in all (Python 3.11).
-GENERATED = {"stdlib": ("stdlib", 2_960_000), "stdlib_questions": ("questions", 1_000_000)}
+GENERATED_FILES = {"stdlib": ("stdlib", 2_960_000), "stdlib_questions": ("questions", 1_000_000)}
 MAX_FACTOR = 100  # small files say little about the speed with files that are larger by more
 FAST_TOKENS = 6e6  # bytes a second, of the engine `fast`
 
@@ -141,8 +141,8 @@ class Rates:
             return Prediction({"final": checkpoint_files(arguments["cfg"])})
         if action.stage == "global_order":
             return Prediction({"order": 4 * action.params["instances"]})
-        if history is None and action.stage in GENERATED:
-            prefix, total = GENERATED[action.stage]
+        if history is None and action.stage in GENERATED_FILES:
+            prefix, total = GENERATED_FILES[action.stage]
             shards = action.params["shards"]
             files = {f"{prefix}-{i:02d}.json.gz": total // shards for i in range(shards)}
             return Prediction({"folder": files})
