@@ -163,8 +163,8 @@ def test_statistics_count_what_there_is(finished: Project):
 
 def test_the_way_back_reaches_the_sources(finished: Project):
     lines = finished.olmo("store", "trace", "checkpoints/small/final").output.splitlines()
-    stages = [line.split()[0] for line in lines]
-    assert stages[0] == "training"
+    stages = [line.strip().split("  ")[1].split(",")[0] for line in lines]
+    assert lines[0].startswith("checkpoints/small/final  training, ")
     assert {"tokens", "documents", "local_source", "global_order", "local_tokenizer"} < set(stages)
     # Three files, and the one from before the bytes changed that the subsample drops.
     assert stages.count("local_source") == 4
