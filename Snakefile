@@ -15,10 +15,11 @@ min_version("9.27")
 from olmo.cluster.slurm_plugin import patch_plugin
 from olmo.pipeline import screen, workspace
 from olmo.pipeline.damage import DamageScanner
-from olmo.pipeline.plan import Plan, match_any
+from olmo.pipeline.plan import Plan
+from olmo.pipeline.targets import match_any
 from olmo.pipeline.terminal import print_at_exit
 
-workspace.check_config_file("config/config.yaml")
+workspace.check_project()
 
 
 configfile: "config/config.yaml"

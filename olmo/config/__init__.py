@@ -48,9 +48,17 @@ from olmo.config.train_config import (
     TrainConfig,
     WandbConfig,
 )
-from olmo.config.yaml_io import read_yaml, to_yaml
+from olmo.config.yaml_io import (
+    PROJECT_CONFIG,
+    list_runs,
+    read_project_config,
+    read_yaml,
+    require_project,
+    to_yaml,
+)
 
 __all__ = [
+    "PROJECT_CONFIG",
     "ActivationCheckpointingStrategy",
     "ActivationType",
     "AttentionBackend",
@@ -94,6 +102,9 @@ __all__ = [
     "TrainConfig",
     "TruncationDirection",
     "WandbConfig",
+    "list_runs",
+    "read_project_config",
     "read_yaml",
+    "require_project",
     "to_yaml",
 ]

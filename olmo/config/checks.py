@@ -50,6 +50,7 @@ def check_train_config(cfg: TrainConfig) -> None:
     for evaluator in cfg.evaluators:
         name = f"evaluators.{evaluator.label}.device_eval_batch_size"
         check_range(name, evaluator.device_eval_batch_size, 1)
+    _ = cfg.duration
     check_model(cfg.model)
     check_optimizer(cfg.optimizer)
     lowest, peak = cfg.scheduler.warmup_min_lr, cfg.optimizer.learning_rate

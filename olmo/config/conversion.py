@@ -139,7 +139,8 @@ def _convert_to_dataclass(value: Any, cls: Any, where: str) -> Any:
     if isinstance(value, cls):
         return value
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected the keys of a {cls.__name__}, found {value!r}")
+        key = next(iter(field_types(cls)))
+        raise ValueError(f"{where}: expected keys, as `{key}: …`, found {value!r}")
     hints, wrong = field_types(cls), []
     known: dict[str, tuple[Any, Any, str]] = {}
     for key, part in value.items():

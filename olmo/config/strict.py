@@ -24,7 +24,7 @@ from olmo.config.conversion import (
     unknown_key_error,
 )
 from olmo.config.interpolation import KeyPath, escape, get_at, resolve_config
-from olmo.config.yaml_io import read_yaml, to_yaml
+from olmo.config.yaml_io import read_yaml, require_keys, to_yaml
 from olmo.runtime.urls import stash_secrets
 
 
@@ -68,15 +68,13 @@ class BaseConfig:
             FileNotFoundError: the file is missing.
         """
         raw = read_yaml(path)
-        raw = {} if raw is None else raw
         if key is not None and isinstance(raw, dict):
             if key not in raw:
                 raise ValueError(
                     f"{path}: expected the section '{key}', found {', '.join(map(str, raw))}"
                 )
             raw = raw[key]
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
+        raw = require_keys(raw, path)
         plain: Any = {}
         from_environment: dict[KeyPath, str] = {}
         try:

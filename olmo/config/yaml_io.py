@@ -10,6 +10,7 @@ import yaml
 
 # Limits of a config's size: YAML's aliases expand a few lines to billions of values.
 MAX_VALUES, MAX_DEPTH = 1_000_000, 50
+PROJECT_CONFIG = "config/config.yaml"  # of the project in the working folder
 
 
 def check_count(found: int) -> None:
@@ -78,13 +79,45 @@ for _class in (Loader, Dumper):
 def read_yaml(path: str | Path) -> Any:
     """The content of a YAML file; ValueError if it is unreadable or repeats a key."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no config file at {path}")
+        found = ", which is a folder" if Path(path).is_dir() else ""
+        raise FileNotFoundError(f"no config file at {path}{found}; name one that exists")
     try:
         with open(path, encoding="utf-8") as stream:
             return yaml.load(stream, Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, found {error}; save it so") from error
+    except (yaml.YAMLError, RecursionError) as error:
         reason = re.sub(r"\s+", " ", str(error))
-        raise ValueError(f"{path} is not readable as YAML: {reason}") from error
+        raise ValueError(f"{path} is not readable as YAML: {reason}; correct it there") from error
+
+
+def require_project() -> None:
+    """Raises ValueError outside of a project's folder; it names that of a folder above."""
+    if not Path(PROJECT_CONFIG).is_file():
+        above = (str(path) for path in Path.cwd().parents if (path / PROJECT_CONFIG).is_file())
+        found = "a folder" if Path(PROJECT_CONFIG).is_dir() else "none"
+        place = next(above, "to the project's folder")
+        raise ValueError(f"expected {PROJECT_CONFIG} in {Path.cwd()}, found {found}; cd {place}")
+
+
+def read_project_config() -> dict[str, Any]:
+    """The content of config/config.yaml; ValueError if there is none, or no keys in it."""
+    require_project()
+    return require_keys(read_yaml(PROJECT_CONFIG), PROJECT_CONFIG)
+
+
+def list_runs() -> list[str]:
+    """The runs and soups of config/config.yaml."""
+    config = read_project_config()
+    return [*(config.get("runs") or {}), *(config.get("soups") or {})]
+
+
+def require_keys(content: Any, path: str | Path) -> dict[str, Any]:
+    """The content of a YAML file, which must be a mapping; ValueError for any other."""
+    if not isinstance(content, dict):
+        found = "an empty file" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"{path}: expected a mapping of keys, found {found}; write `key: value`")
+    return content
 
 
 def to_yaml(plain: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from olmo.checkpoint import layout
-from olmo.config import TrainConfig, read_yaml
+from olmo.config import PROJECT_CONFIG, TrainConfig, list_runs
 from olmo.data.files import is_url
 from olmo.data.instance_files import InstanceFiles, open_instance_files
 from olmo.inspect import history
@@ -279,9 +279,7 @@ def find_config(where: str) -> str:
 
 def suggest_runs(name: str) -> str:
     """What to do about a name without a checkpoint: train it, or give another, nearest first."""
-    config = Path("config/config.yaml")
-    known = read_yaml(config) if config.is_file() else {}
-    if name in {**known.get("runs", {}), **known.get("soups", {})}:
+    if Path(PROJECT_CONFIG).is_file() and name in list_runs():
         return f"train it: uv run snakemake --cores 2 checkpoints/{name}/final"
     trained = {path.parts[1] for path in Path("checkpoints").glob("*/*/config.yaml")}
     near = sorted(trained, key=lambda run: -SequenceMatcher(None, run, name).ratio())

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from olmo.config import TrainConfig, read_yaml
+from olmo.config import PROJECT_CONFIG, TrainConfig, read_project_config, require_project
 from olmo.config.checks import check_train_config
 from olmo.config.conversion import each_mistake
 from olmo.config.yaml_io import Loader
@@ -20,7 +20,7 @@ from olmo.pipeline.recipe import EvaluationConfig, prefix_errors
 from olmo.pipeline.source_files import find_sources, source_table_path
 from olmo.runtime.log import describe_error
 
-CONFIG = "config/config.yaml"
+CONFIG = PROJECT_CONFIG
 
 
 def check() -> None:
@@ -32,8 +32,7 @@ def check() -> None:
     Example:
         olmo check
     """
-    if not Path(CONFIG).is_file():
-        raise ValueError(f"expected {CONFIG} in {Path.cwd()}; cd to the project's folder")
+    require_project()
     mistakes: dict[str, None] = {}  # in order, each once: two runs may share a file
     for name, examine in list_checks():
         found = []
@@ -72,7 +71,7 @@ def list_checks() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def check_pipeline(path: str) -> Plan:
     """The plan of config/config.yaml, of which the recipes and training configs are not read."""
-    plan = Plan(read_yaml(path) or {})
+    plan = Plan(read_project_config())
     for key in ("bench_loss", "eval"):
         for name in getattr(plan.pipeline, key):
             if not plan.is_made_here(name):
@@ -99,9 +98,6 @@ def check_run(plan: Plan, run: str) -> None:
     plan.train_config(run)
     plan.previous_link(run)
     plan.evaluation_flags(run)
-    base = plan.run(run).start_from
-    if base is not None and not plan.is_made_here(base):
-        plan.external_start(run)
 
 
 def locate(name: str, mistake: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from olmo.config import read_yaml
+from olmo.config import PROJECT_CONFIG, read_project_config
 from olmo.config.strict import check_range
 from olmo.corpus.formats import DocumentUnit
 from olmo.io import sealed, untrusted
@@ -22,7 +22,7 @@ from olmo.pipeline.recipe import recipe_path
 from olmo.pipeline.survey import HELDOUT_SHARES, TEXT_FIELDS, Survey, survey
 from olmo.runtime.log import format_count, format_duration
 
-CONFIG = Path("config/config.yaml")
+CONFIG = Path(PROJECT_CONFIG)
 # Width, layers and heads of models, by size; 16 · layers · width² parameters besides embeddings.
 SHAPES = (
     *((64, 2, 2), (128, 2, 4), (128, 4, 4), (256, 4, 4), (256, 8, 4), (384, 8, 6)),
@@ -95,11 +95,11 @@ def new(name: str, folder: str, /, hours: float | None = None) -> None:
 
     Example: olmo new novels ~/texts
     """
-    if not CONFIG.exists():
-        raise ValueError(f"expected {CONFIG} in {Path.cwd()}; cd to the project's folder")
-    before, plan = CONFIG.read_text(encoding="utf-8"), Plan(read_yaml(CONFIG))
+    plan, before = Plan(read_project_config()), CONFIG.read_text(encoding="utf-8")
     if not re.fullmatch(r"[\w.-]+", name) or yaml.safe_load(name) != name:
-        raise ValueError(f"expected a name of letters, digits, dots and dashes, found {name!r}")
+        raise ValueError(
+            f"expected a name of letters, digits, dots and dashes, found {name!r}; give another one"
+        )
     untrusted.check_part(name, "olmo new")
     check_range("--hours", hours, 0.01)
     files = {"recipe": recipe_path(name), "train": Path(f"config/train/{name}.yaml")}

@@ -4,12 +4,10 @@ Rules get every name and flag from this module. It reads config/config.yaml, the
 config/data, the training configs and, for a published list of URLs, the list.
 """
 
-import difflib
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ from olmo.pipeline.source_files import (
     source_flags,
     source_table_path,
 )
+from olmo.pipeline.targets import suggest_name
 from olmo.pipeline.unsupported_keys import refuse_unsupported_keys
 from olmo.train.chain import list_link_steps
 
@@ -71,10 +70,15 @@ class Plan:
         """The config of a run; of a soup, that of its first run. ValueError for an unknown name."""
         name = self.pipeline.soups.get(name, [name])[0]
         if name not in self.pipeline.runs:
-            near = difflib.get_close_matches(name, self.pipeline.runs, 1)
+            known = self.pipeline.runs
             raise ValueError(
-                f"config/config.yaml: expected one of the runs {', '.join(self.pipeline.runs)}; "
-                f"found {name}" + "".join(f"; the nearest is '{name}'" for name in near)
+                f"config/config.yaml: expected one of the runs {', '.join(known)}; found {name}; "
+                + suggest_name(
+                    name,
+                    known,
+                    f"ask for one, as in checkpoints/{next(iter(known), '<run>')}/final, or add "
+                    f"{name} to runs",
+                )
             )
         run = self.pipeline.runs[name]
         return replace(run, gpus_per_node=run.gpus_per_node or self.pipeline.gpus_per_node)
@@ -97,7 +101,8 @@ class Plan:
             if not path.exists():
                 known = sorted(p.stem for p in Path("config/data").glob("*.yaml"))
                 raise ValueError(
-                    f"expected the recipe {path}, found none; known are {', '.join(known)}"
+                    f"expected the recipe {path}, found none; known are {', '.join(known)}; "
+                    + suggest_name(dataset, known, "name one of them, or write the recipe")
                 )
             recipe = Recipe.load(path)
             check_environment_values(
@@ -123,7 +128,7 @@ class Plan:
         """The run's training config, checked against the tokenizer that its data set names."""
         if run not in self._train_configs:
             path = self.run(run).train
-            check_file_exists(path, f"runs.{run}.train")
+            check_file_exists(path, f"config/config.yaml: runs.{run}.train")
             cfg = TrainConfig.load(path, self.run(run).overrides, validate_paths=False)
             with prefix_errors(f"{path}: "):
                 check_train_config(cfg)
@@ -199,6 +204,8 @@ class Plan:
         base = self.run(run).start_from
         if base is None:
             return
+        if not self.is_made_here(base):
+            self.external_start(run)
         if not cfg.reset_trainer_state:
             raise ValueError(
                 f"{path}: expected reset_trainer_state: true, since a run with start_from is new; "
@@ -240,7 +247,8 @@ class Plan:
         if "://" not in base and not Path(base).exists():
             raise ValueError(
                 f"config/config.yaml: runs.{run}.start_from: expected a run, a checkpoint's folder "
-                f"that exists, or its URL; found {base}"
+                f"that exists, or its URL; found {base}; "
+                + suggest_name(base, self.pipeline.runs, "name one that exists")
             )
         return base
 
@@ -313,6 +321,8 @@ class Plan:
     def tokenizer_file(self, dataset: str) -> list[str]:
         """The file that a data set's tokenizer is copied from; [] if there is none."""
         file = self.recipe(dataset).tokenizer.file
+        if file is not None and dataset not in self._tokenizer_from:
+            check_file_exists(file, f"{recipe_path(dataset)}: tokenizer.file")
         return [] if file is None else [file]
 
     def trains_tokenizer(self, dataset: str) -> bool:
@@ -399,7 +409,7 @@ class Plan:
         path = self.run(run).evaluation
         if path is None:
             return EvaluationConfig()
-        check_file_exists(path, f"runs.{run}.evaluation")
+        check_file_exists(path, f"config/config.yaml: runs.{run}.evaluation")
         config = EvaluationConfig.load(path)
         check_environment_values(config, path, ("data", "task_files"))
         return config
@@ -437,8 +447,3 @@ class Plan:
     def line_kind_flags(self, dataset: str) -> str:
         """What a line of a data set's sources is, if not a document."""
         return f"--kind {MESSAGES}" if self.recipe(dataset).instructions is not None else ""
-
-
-def match_any(names: Iterable[str]) -> str:
-    """A wildcard constraint: a regex of the names; of none, one that matches nothing."""
-    return "|".join(map(re.escape, names)) or "(?!)"

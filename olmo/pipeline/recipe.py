@@ -188,10 +188,11 @@ def check_environment_values(
 
 
 def check_file_exists(path: str, named_by: str) -> None:
-    """Raises ValueError if a file that config/config.yaml names does not exist."""
+    """Raises ValueError if a file that a config names does not exist."""
     if not Path(path).is_file():
+        wrong = "is a folder" if Path(path).is_dir() else "does not exist"
         raise ValueError(
-            f"config/config.yaml: {named_by} names {path}, which does not exist (looked in "
+            f"{named_by} names {path}, which {wrong} (looked in "
             f"{Path.cwd()}); write the file, or name another"
         )
 
@@ -199,7 +200,7 @@ def check_file_exists(path: str, named_by: str) -> None:
 def recipe_from_train_config(run: RunConfig) -> Recipe:
     """The recipe of a run without a data set: the token files and tokenizer of its config."""
     train = run.train
-    check_file_exists(train, "train of a run")
+    check_file_exists(train, "config/config.yaml: train of a run")
     cfg = TrainConfig.load(train, run.overrides, validate_paths=False)
     check_environment_values(cfg, train, ("",), ("data.", "tokenizer."))
     name = cfg.tokenizer.identifier

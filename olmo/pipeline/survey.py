@@ -93,7 +93,7 @@ def survey(folder: str, recipe: Path) -> Survey:
             name that no recipe can have; the rows have no field that can be the text.
     """
     if not os.path.isdir(folder):
-        found = "a file" if os.path.exists(folder) else "nothing"
+        found = "a file; name its folder" if os.path.exists(folder) else "nothing; correct the path"
         raise ValueError(f"{folder}: expected a folder of text, found {found}")
     folder = glob.escape(folder)
     names = match_files(os.path.join(folder, "**"))
@@ -103,7 +103,7 @@ def survey(folder: str, recipe: Path) -> Survey:
         others = ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common(5))
         raise ValueError(
             f"{folder}: expected .txt, .md, .jsonl, .parquet, .csv or .tsv, or gz or zst of these; "
-            f"found {others or 'no file'}"
+            f"found {others or 'no file'}; put text there, or convert what is there to text"
         )
     if odd := [name for name in files if not os.path.isfile(name)]:
         raise ValueError(f"{odd[0]}: expected a file, found a link to nothing; remove it")

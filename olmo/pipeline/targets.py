@@ -1,9 +1,13 @@
 """Targets of snakemake: what to type for a checkpoint, an export, an evaluation, a data set."""
 
 import difflib
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from olmo.config import read_yaml
+from olmo.config import list_runs
+
+WITHOUT_NAMES = ("bench_tps", "bench_loss", "eval")  # targets of the project, not of a run
 
 
 def describe_unknown_target(asked: str) -> str:
@@ -11,9 +15,9 @@ def describe_unknown_target(asked: str) -> str:
     if near := find_nearest_target(asked):
         return f"no rule makes {asked}; the target is {near}"
     return (
-        f"no rule makes {asked}; targets are checkpoints/<run>/final, hf/<run>, eval/<run> and "
-        "data/<dataset>/statistics.txt, with the runs of config/config.yaml: "
-        f"{', '.join(list_runs())}"
+        f"no rule makes {asked}; targets are checkpoints/<run>/final, hf/<run>, eval/<run>, "
+        f"data/<dataset>/statistics.txt, {', '.join(WITHOUT_NAMES)}, with the runs of "
+        f"config/config.yaml: {', '.join(list_runs())}"
     )
 
 
@@ -22,6 +26,8 @@ def find_nearest_target(asked: str) -> str | None:
 
     None if there is no such name.
     """
+    if near := difflib.get_close_matches(asked, WITHOUT_NAMES, 1, 0.75):
+        return near[0]
     parts = asked.strip("/").split("/")
     kind = parts[0]
     by_name = {name: f"data/{name}/statistics.txt" for name in list_datasets()}
@@ -36,12 +42,21 @@ def find_nearest_target(asked: str) -> str | None:
     return None
 
 
-def list_runs() -> list[str]:
-    """The runs and soups of config/config.yaml."""
-    config = read_yaml("config/config.yaml")
-    return [*(config.get("runs") or {}), *(config.get("soups") or {})]
+def suggest_name(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What to do about a name that is unknown: take the nearest, or else `otherwise`.
+
+    >>> suggest_name("smal", ["small", "large"], "write it")
+    "the nearest is 'small'"
+    """
+    near = difflib.get_close_matches(name, known, 1)
+    return f"the nearest is '{near[0]}'" if near else otherwise
 
 
 def list_datasets() -> list[str]:
     """The data sets that have a recipe."""
     return sorted(path.stem for path in Path("config/data").glob("*.yaml"))
+
+
+def match_any(names: Iterable[str]) -> str:
+    """A wildcard constraint: a regex of the names; of none, one that matches nothing."""
+    return "|".join(map(re.escape, names)) or "(?!)"

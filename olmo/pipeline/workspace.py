@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from olmo.config import read_yaml
+from olmo.config import read_project_config
 from olmo.pipeline import screen
 from olmo.pipeline.plan import LARGE_DOWNLOAD, Plan
 from olmo.pipeline.recipe import recipe_path
@@ -30,16 +30,20 @@ STARTED = time.time()
 _lease = ExitStack()  # held until this process ends
 
 
-def check_config_file(config: str) -> None:
-    """Raise a clear error for a missing or malformed config, before snakemake reads it.
+def check_project() -> None:
+    """Raise ValueError for what snakemake itself would not tell clearly.
 
-    Snakemake's own message for a missing file is unclear, and it accepts repeated keys.
+    That is a config that is missing or malformed (it accepts repeated keys), and a file where a
+    folder must be.
     """
     shorten_errors()
     sys.excepthook = report_interrupt
-    if not Path(config).is_file():
-        raise ValueError(f"expected {config} in {Path.cwd()}; cd to the project's folder")
-    read_yaml(config)
+    read_project_config()
+    for folder in ("data", "checkpoints", "hf", "eval", "logs", "environments", ".snakemake"):
+        if Path(folder).is_file():
+            raise ValueError(
+                f"expected the folder {folder}, found a file; mv {folder} {folder}.old"
+            )
 
 
 def lock_folder(store: str, folder: Path = Path(".snakemake")) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from olmo.config import list_runs, read_project_config
 from olmo.io.sealed import Damaged
 from olmo.runtime.log import format_count, format_duration
 from olmo.runtime.process import CAUSE_FILE, PAUSED_FILE
@@ -84,14 +85,10 @@ def runs() -> None:
     Example:
         olmo runs
     """
-    config = Path("config/config.yaml")
-    if not config.is_file():
-        raise ValueError(f"expected {config} in {Path.cwd()}; cd to the project's folder")
-    known = yaml.safe_load(config.read_text(encoding="utf-8"))
-    names = [*known.get("runs", {}), *known.get("soups", {})]
+    names = list_runs()
     made = [path.name for path in sorted(Path("checkpoints").glob("*")) if path.is_dir()]
     held = held_names(current_store().root / "leases")
-    price = known.get("price") or {}
+    price = read_project_config().get("price") or {}
     found = [find_state(name, held, price) for name in dict.fromkeys([*names, *made])]
     found.sort(key=lambda run: (ORDER.index(run.state), -(run.last_change or 0)))
     print(format_table([run.cells(time.time()) for run in found]))

@@ -90,5 +90,5 @@ def test_the_files_are_checked_if_the_config_cannot_be_read(project: Project, ca
 
 def test_another_folder(project: Project, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(project.root / "config")
-    with pytest.raises(ValueError, match=r"expected config/config.yaml in .*; cd to the project"):
+    with pytest.raises(ValueError, match=r"expected config/config.yaml in .*, found none; cd /"):
         check()

@@ -237,8 +237,8 @@ def write_numbers() -> None:
 
 
 MISTAKES: list[tuple[Callable[[], None], str]] = [
-    (lambda: None, "in: expected .txt, .*; found no file$"),
-    (only("a.pdf", b"%PDF"), r"in: expected .*; found 1 .pdf$"),
+    (lambda: None, "in: expected .txt, .*; found no file; put text there"),
+    (only("a.pdf", b"%PDF"), r"in: expected .*; found 1 .pdf; put text there"),
     (only("a.txt", b"%PDF-1.4"), "in/a.txt: expected text, found PDF$"),
     (only("a.txt", b"\x7fELF\x02\x01\x01" + bytes(99) + b"\xff"), "in/a.txt:1: .*not UTF-8"),
     (
@@ -301,7 +301,9 @@ def test_arguments_that_cannot_be(name: str, folder: str, hours: float | None, s
 
 def test_a_folder_that_is_no_project(tmp_path: Path):
     CONFIG.unlink()
-    with pytest.raises(ValueError, match=f"expected {CONFIG} in {tmp_path}; cd to the project"):
+    with pytest.raises(
+        ValueError, match=f"expected {CONFIG} in {tmp_path}, found none; cd to the "
+    ):
         new("mine", "in")
 
 

@@ -139,7 +139,7 @@ def test_runs_that_the_config_does_not_name_and_a_line_half_written(project: Pat
 def test_another_folder_and_no_torch(project: Path, monkeypatch: pytest.MonkeyPatch):
     (project / "inner").mkdir()
     monkeypatch.chdir(project / "inner")
-    with pytest.raises(ValueError, match=r"expected config/config.yaml in .*cd to the project"):
+    with pytest.raises(ValueError, match=r"expected config/config.yaml in .*, found none; cd /"):
         runs()
     code = "import sys, olmo.report.runs; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
