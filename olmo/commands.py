@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
         if found := re.match(r"unrecognized arguments: (--[\w-]+)", message):
             known = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(found[1], known, 1)
-            message = f"unknown option {found[1]}" + f"; the nearest is {near[0]}" * bool(near)
+            message = f"unknown option {found[1]}" + "".join(f"; the nearest is {n}" for n in near)
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help shows all options\n")
 
 

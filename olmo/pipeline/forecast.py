@@ -24,7 +24,7 @@ from typing import Any
 
 from olmo.cluster.launch import Geometry
 from olmo.commands import bind, load_command
-from olmo.config import TrainConfig, read_yaml
+from olmo.config import TrainConfig, read_project_config, require_project
 from olmo.config.strict import hashed_fields
 from olmo.pipeline.plan import LARGE_DOWNLOAD, Plan
 from olmo.pipeline.rates import (
@@ -117,20 +117,23 @@ def plan(targets: list[str], /, jobs: Path | None = None) -> None:
     if not found["jobs"]:
         print("nothing to be done: every file is there and up to date")
         return
-    project = Plan(read_yaml("config/config.yaml"))
+    project = Plan(read_project_config())
     forecast = Forecast(project, [Job(**job) for job in found["jobs"]], int(found["cores"]))
     print(format_forecast(forecast))
 
 
 def list_jobs(targets: list[str]) -> Any:
     """The jobs that snakemake would run for some targets, by a dry run."""
+    require_project()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "jobs.json")
-        command = [sys.executable, "-m", "snakemake", "--quiet", "all", "-n", *targets]
+        command = [sys.executable, "-m", "snakemake", "-n", *targets]
         environment = {**os.environ, JOBS_ENV: str(place)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         if not place.exists():
-            raise ValueError(done.stderr.strip().splitlines()[-1] if done.stderr else done.stdout)
+            raise ValueError(done.stdout.strip().splitlines()[-1])
         return read_jobs(place)
 
 

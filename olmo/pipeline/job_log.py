@@ -60,7 +60,7 @@ class JobLog:
 
     def _is_for_users(self, line: str) -> bool:
         if self.failure or line.startswith((FAILED, "Traceback ")):
-            self.failure = line  # snakemake's end tells it
+            self.failure = line or self.failure  # snakemake's end tells it
         elif found := RESULT.match(line):
             stage, origin, key, counts = found.groups(default="")
             self.results[stage, key] = origin, counts

@@ -8,17 +8,19 @@ import atexit
 import logging
 import re
 import sys
+from collections.abc import Iterable
 from typing import TextIO
 
 from olmo.pipeline.targets import describe_unknown_target
+from olmo.runtime.log import describe_error
 
-# Errors that a user can fix.
-USER_TYPES = r"(?:ValueError|OSError|FileNotFoundError|PermissionError)"
-USER_ERRORS = (
-    re.compile(
-        rf"^InputFunctionException .*?\nError:\n  {USER_TYPES}: (.*?)\nWildcards:", re.DOTALL
-    ),
-    re.compile(rf"^{USER_TYPES} in file .*?, line \d+:\n(.*?)\n  File ", re.DOTALL),
+# Where snakemake tells an exception's type and message, and which types a user can fix: of a rule's
+# function, of the Snakefile, of snakemake itself.
+USERS = (ValueError, OSError)
+EXCEPTIONS = (
+    (re.compile(r"^InputFunctionException .*?\nError:\n  (\w+): (.*?)\nWildcards:", re.S), USERS),
+    (re.compile(r"^(\w+) in file .*?, line \d+:\n(.*?)\n  File ", re.S), USERS),
+    (re.compile(r"^Traceback .*\n(\w+): (.*?)\s*$", re.S), (OSError,)),
 )
 NO_RULE = re.compile(r"^MissingRuleException:\nNo rule to produce (.*?) \(if you use")
 NO_FILE = re.compile(r"^MissingInputException .*\n +affected files:\n(.*)$", re.DOTALL)
@@ -33,6 +35,24 @@ ABOUT_A_JOB = re.compile(
 )
 
 
+def list_names(kinds: Iterable[type]) -> set[str]:
+    """The names of classes and of their subclasses."""
+    found = list(kinds)
+    for kind in found:
+        found += kind.__subclasses__()
+    return {kind.__name__ for kind in found}
+
+
+def add_remedy(message: str) -> str:
+    """An OSError's message as `describe_error` has it; any other as it is.
+
+    >>> add_remedy("[Errno 20] Not a directory: 'data/a'")
+    'data/a: Not a directory; name another place'
+    """
+    found = re.fullmatch(r"\[Errno (\d+)\] (.*): '(.*)'", message)
+    return describe_error(OSError(int(found[1]), found[2], found[3])) if found else message
+
+
 def is_about_a_job(text: str) -> bool:
     """Whether snakemake's error says no more than that a job failed."""
     return ABOUT_A_JOB.search(text) is not None
@@ -44,9 +64,9 @@ def shorten_error(text: str) -> str:
     >>> shorten_error('ValueError in file "/Snakefile", line 3:\\nexpected a, found b\\n  File "y"')
     'expected a, found b'
     """
-    for pattern in USER_ERRORS:
-        if found := pattern.search(text):
-            return found[1]
+    for pattern, kinds in EXCEPTIONS:
+        if (found := pattern.search(text)) and found[1] in list_names(kinds):
+            return add_remedy(found[2])
     if found := NO_RULE.search(text):
         return describe_unknown_target(found[1])
     if found := NO_FILE.search(text):

@@ -14,6 +14,7 @@ from snakemake_interface_logger_plugins.tests import MockOutputSettings
 from olmo.pipeline.job_log import JobLog
 from olmo.pipeline.screen import LogHandler, Row
 from olmo.pipeline.targets import describe_unknown_target
+from olmo.pipeline.terminal import shorten_error
 
 MADE = "tokens: made (9fc45dd04ac6…): 3 documents, 1,200 tokens\n"
 FOUND = "tokens: found in the store (811ca55e4d95…): 1 documents, 300 tokens\n"
@@ -103,6 +104,22 @@ def test_an_old_log_is_not_shown():
     assert log.read() == []
     Path("old.log").write_text("device: gpu\n3 of 4 shards\nhal")
     assert log.read() == ["device: gpu"] and log.progress == "3 of 4 shards"
+
+
+def test_a_traceback_of_several_errors_is_not_shown():
+    log = JobLog(Path("x.log"), 0)
+    chained = "Traceback (most recent call last):\nKeyError: 1\n\nThe above exception was\n"
+    Path("x.log").write_text(f"5 files\n{chained}\nTraceback (most …):\nfailed: expected a\n")
+    assert log.read() == ["5 files"]
+    assert log.failure == "failed: expected a"
+
+
+def test_an_error_of_the_machine_is_its_sentence_whatever_snakemake_shows():
+    before = "Traceback (most recent call last):\n  File x\n"
+    error = f"{before}NotADirectoryError: [Errno 20] Not a directory: 'a'\n"
+    assert shorten_error(error) == "a: Not a directory; name another place"
+    bug = f"{before}KeyError: 'a'\n"
+    assert shorten_error(bug) == bug
 
 
 def test_a_bar_fits_into_the_terminal():
