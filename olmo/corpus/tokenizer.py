@@ -14,6 +14,7 @@ from olmo.config.strict import check_one_set, check_range
 from olmo.corpus.documents import parse_document
 from olmo.corpus.listing import read_objects
 from olmo.io import file_types, gz
+from olmo.io.downloads import explain_client_errors
 from olmo.io.sealed import hash_file
 from olmo.store.stage import Facts, Input, Inputs, Output, current_store, stage
 
@@ -128,7 +129,8 @@ def given_tokenizer(name: str, tokenizer: Output, sha256: str | None = None) -> 
         raise ValueError(
             "a tokenizer by URL needs the package cached-path: uv pip install cached-path"
         ) from error
-    path = Path(cached_path(name))
+    with explain_client_errors(name):
+        path = Path(cached_path(name))
     found = hash_file(path)
     if sha256 is not None and found != sha256:
         raise ValueError(

@@ -61,6 +61,11 @@ class Bucket:
             self._fs, self._root = fsspec.core.url_to_fs(address, **options)
         self.folder = "file" in self._fs.protocol
 
+    def make_folder(self) -> None:
+        """Make the place, if it is a folder. Raises OSError where it cannot be made."""
+        if self.folder:
+            Path(self._root).mkdir(parents=True, exist_ok=True)
+
     def sizes(self, below: str = "") -> dict[str, int]:
         """Bytes of each file, by its name in the bucket's folder `below`."""
         folder = f"{self._root}/{below}".rstrip("/")

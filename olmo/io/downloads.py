@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +95,20 @@ def fetch(
     part.mkdir(parents=True, exist_ok=True)
     if is_http(url):
         return Download(url, part, progress, max_bytes).run(path)
-    try:
+    with explain_client_errors(url):
         cached = fetch_by_client(url, part, max_bytes)
+    shutil.copyfile(cached, path)
+    return {"bytes": path.stat().st_size}
+
+
+@contextmanager
+def explain_client_errors(url: str) -> Iterator[None]:
+    """Raise a client's errors as a ValueError of one line that begins with the URL.
+
+    Those of the own disk remain an OSError.
+    """
+    try:
+        yield
     except (TooLarge, DiskFull):
         raise
     except Exception as error:  # each client has its own errors
@@ -107,8 +119,6 @@ def fetch(
         message = redact(" ".join(str(error).split()))  # some have several lines
         message = "not found" if message == url else message  # Google's client gives the URL alone
         raise ValueError(f"{url}: {type(error).__name__}: {message}") from error
-    shutil.copyfile(cached, path)
-    return {"bytes": path.stat().st_size}
 
 
 def fetch_by_client(url: str, part: Path, max_bytes: int | None = None) -> Path:
@@ -194,8 +204,8 @@ class Download:
             except TransientError as error:
                 raise ValueError(
                     f"{self.url}: {error}; gave up after {MAX_FRUITLESS_ATTEMPTS} attempts without "
-                    f"a new byte. The {self.size:,} bytes that arrived are kept: run the same "
-                    "command again"
+                    f"a new byte. The {self.size:,} bytes that arrived are kept: see to the "
+                    "network or correct the URL, then run the same command again"
                 ) from error
         os.replace(self.body, path)
         self.metadata_path.unlink()

@@ -53,13 +53,6 @@ ARCHIVE_SUFFIXES = (
 LFS_START = b"version https://git-lfs.github.com/"
 HTML_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
-# Converts each plain text file FILE to one document, FILE.json.gz.
-TEXT_TO_DOCUMENTS = (
-    'python3 -c \'import gzip, json, sys; [open(f + ".json.gz", "wb").write(gzip.compress('
-    'json.dumps({"id": f, "text": open(f, encoding="utf-8").read()}).encode() + b"\\n")) '
-    "for f in sys.argv[1:]]'"
-)
-
 
 def detect_type(start: bytes) -> tuple[str, str]:
     """The type of a file by its first 512 bytes, and the command that writes its text to stdout.

@@ -152,19 +152,17 @@ def check_is_gzip(path: Path, name: str) -> None:
                 f"Download it, convert it to gz with `{made}`, and name that file in the recipe"
             )
         raise ValueError(f"{name}: expected gzip, found {found}. {remedy}.")
-    if not command and found.startswith("plain text"):
-        command = f"{file_types.TEXT_TO_DOCUMENTS} {shlex.quote(name)}"
-        remedy = f" Make one document of the file with `{command}`"
+    named = ", and name that file in the recipe"
+    if command:
+        made = file_types.format_gz_conversion(name, command)
+        remedy = f"Convert it with `{made}`{named * (not name.endswith('.gz'))}"
+    elif found.startswith("plain text"):
+        text = shlex.quote(f"{name.removesuffix('.gz')}.txt")
+        remedy = f"Name it as text with `mv {shlex.quote(name)} {text}`{named}"
     else:
-        remedy = (
-            f" Convert it with `{file_types.format_gz_conversion(name, command)}`"
-            if command
-            else ""
-        )
-    named = ", and name that file in the recipe" if remedy and not name.endswith(".gz") else ""
+        remedy = "Replace the file, or remove it from the recipe"
     raise ValueError(
-        f'{name}: expected a gz file of JSON lines with "id" and "text", found {found}.'
-        f"{remedy}{named}"
+        f'{name}: expected a gz file of JSON lines with "id" and "text", found {found}. {remedy}'
     )
 
 

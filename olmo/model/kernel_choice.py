@@ -129,7 +129,8 @@ def choose_kernel(
         f"{request} is not available: {_format_problems(skipped)} (missing packages: "
         f"{', '.join(missing) or 'none'}; GPU: {get_gpu_name(setting.device)}; head size: "
         f"{setting.head_size}; type: {dtype}; mask: {setting.mask}; torch {torch.__version__}). "
-        "Override it with --model.flash_attention=false, which computes the same by another kernel"
+        "Set model.flash_attention: false, or --model.flash_attention=false: another kernel "
+        "computes the same"
     )
 
 

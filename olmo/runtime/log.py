@@ -24,6 +24,9 @@ REMEDIES = {
     errno.EDQUOT: ": the quota is full; make room, then run the same command again",
     errno.EIO: ": the disk, or its file system, fails; repair it, then run the same command again",
     errno.EROFS: "; name a place that can be written",
+    errno.ENOTDIR: "; name another place",
+    errno.EEXIST: "; name another place",
+    errno.EISDIR: "; name another place",
     errno.EACCES: "; name another place, or let this user use it",
     errno.EPERM: "; name another place, or let this user use it",
 }

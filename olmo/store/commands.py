@@ -222,7 +222,7 @@ def checkout(name: str, /, to: Path | None = None) -> None:
     known = naming.find_name(store, Path(name))
     record = store.record(known["key"] if known else name)
     if record is None or (to is None and known is None):
-        raise ValueError(f"expected a path that the store {store.root} made, found {name}")
+        raise naming.unknown_name_error(store, name)
     with store.protect_from_gc(record["key"]):
         if not store.lookup(record["key"]):
             raise ValueError(f"objects of {name} are missing in {store.root}; run snakemake again")

@@ -10,6 +10,7 @@ moved or copied as a whole. A name is written down with its project, or `gc` wou
 disk that is not mounted for deleted ones.
 """
 
+import difflib
 import glob
 import hashlib
 import json
@@ -321,7 +322,15 @@ def record_of(store: Store, path: Path) -> Record:
                 )
             if is_folder or target in {file["sha256"] for file in output_files(record)}:
                 return record
-    raise ValueError(f"expected a name that the store {store.root} made, found {path}")
+    raise unknown_name_error(store, path)
+
+
+def unknown_name_error(store: Store, path: Path | str) -> ValueError:
+    """The error for a path that the store did not make, with the most similar one that it did."""
+    known = [os.path.relpath(name["path"]) for _, name in all_names(store)]
+    near = difflib.get_close_matches(str(path), known, 1, cutoff=0.0)
+    remedy = f"the nearest is {near[0]}" if near else "run snakemake first"
+    return ValueError(f"expected a name that the store {store.root} made, found {path}; {remedy}")
 
 
 def missing_projects(store: Store) -> list[Path]:

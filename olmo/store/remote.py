@@ -121,9 +121,11 @@ def push_names(
     Raises:
         ValueError: the store did not make a path, or it lies outside the project; an object here
             is damaged.
+        OSError: the remote store is a folder that cannot be made.
     """
     if remote.is_http:
         raise ValueError(f"{remote.url}: expected a folder or a bucket; http can be pulled from")
+    remote.make_folder()
     made_by = records_by_content(store)
     names: dict[str, dict[str, Any]] = {}
     records: dict[str, Record] = {}
@@ -245,7 +247,7 @@ def select_names(store: Store, paths: Sequence[Path]) -> dict[str, dict[str, str
     links = {Path(link["path"]): link for link in naming.live_names(store)}
     for path in paths:
         if not any(name.is_relative_to(os.path.abspath(path)) for name in links):
-            raise ValueError(f"expected a name that the store {store.root} made, found {path}")
+            raise naming.unknown_name_error(store, path)
     roots = [Path(os.path.abspath(path)) for path in paths] or [project]
     found = {n: link for n, link in links.items() if any(n.is_relative_to(r) for r in roots)}
     if outside := [name for name in found if not name.is_relative_to(project)]:
@@ -316,7 +318,10 @@ def read_name(remote: Remote, name: str) -> dict[str, Any]:
         text = remote.read(f"names/{name}.json")
         link = sealed.loads(text, whose)
     except NotFound:
-        raise ValueError(f"{remote.url}: expected the name {name}, which was not pushed") from None
+        raise ValueError(
+            f"{remote.url}: expected the name {name}, which was not pushed; push it there, in the "
+            f"project that has it: olmo store push {remote.url} {name}"
+        ) from None
     except Damaged as error:
         if (unsealed := _unsealed_name(text)) is None:
             raise Damaged(f"{error}; push again") from None

@@ -55,9 +55,12 @@ def format_out_of_memory(error: Exception) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
+        print(f"{USAGE}error: expected CONFIG, found no arguments", file=sys.stderr)
+        return 2
+    if arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
-        return 0 if arguments else 2
+        return 0
     rank = int(os.environ.get("RANK", 0))
     # Threads that wait for each other in an operation sleep instead of spinning: on a busy machine
     # spinning takes CPU time from other processes and from ours. OpenMP reads this when torch is
