@@ -100,9 +100,9 @@ def append(path: str, text: str) -> Change:
     return change
 
 
-def in_config(name: str, sentence: str, change: Change) -> Mistake:
+def in_config(name: str, sentence: str, change: Change, is_long: bool = False) -> Mistake:
     """A mistake in a config, as a dry run tells it."""
-    return Mistake(name, DRY, sentence, change, then="olmo check")
+    return Mistake(name, DRY, sentence, change, then="olmo check", is_long=is_long)
 
 
 EMPTY = "expected a mapping of keys, found an empty file; write `key: value`$"
@@ -131,12 +131,14 @@ MISTAKES = [
         "snakemake -n bench_los",
         "^no rule makes bench_los; the target is bench_loss$",
         then="snakemake -n bench_loss",
+        is_long=True,
     ),
     Mistake(
         "a misspelt data set",
         "snakemake -n data/smal/statistics.txt",
         "^expected the recipe config/data/smal.yaml, found none; .* the nearest is 'small'$",
         then="snakemake -n data/small/statistics.txt",
+        is_long=True,
     ),
     Mistake(
         "a misspelt run in a plan",
@@ -219,6 +221,7 @@ MISTAKES = [
         "^olmo plan: expected config/config.yaml in .*/sources, found none; cd .*/project$",
         folder="sources",
         then=f"olmo plan {FINAL}",
+        is_long=True,
     ),
     Mistake(
         "a file where a folder belongs",
@@ -301,7 +304,10 @@ MISTAKES = [
     # Configs: corrected, `olmo check` finds nothing more.
     in_config("an empty config", f"^{CONFIG}: {EMPTY}", put(CONFIG, "")),
     in_config(
-        "a list for a config", f"^{CONFIG}: expected a mapping .* a list", put(CONFIG, "- a")
+        "a list for a config",
+        f"^{CONFIG}: expected a mapping .* a list",
+        put(CONFIG, "- a"),
+        is_long=True,
     ),
     in_config(
         "a binary config",
@@ -312,6 +318,7 @@ MISTAKES = [
         "a tab",
         f"^{CONFIG} is not readable as YAML: .*tab.*line 6.*; correct it",
         append(CONFIG, "\tb: 1\n"),
+        is_long=True,
     ),
     in_config(
         "a misspelt key", "run: no such key .* the nearest is 'runs'", edit(CONFIG, "runs:", "run:")
@@ -320,24 +327,28 @@ MISTAKES = [
         "a path as a run",
         "runs.small: expected keys, as `train: …`, found 'a'$",
         keys(CONFIG, runs={"small": "a"}),
+        is_long=True,
     ),
     in_config(
         "a missing training config",
         "small.train names none.yaml, which does not exist .*; write the file, or name another$",
         keys(CONFIG, runs__small__train="none.yaml"),
+        is_long=True,
     ),
     in_config(
         "a missing recipe",
         "^expected the recipe config/data/smll.yaml, found none; .* the nearest is 'small'$",
         keys(CONFIG, runs__small__dataset="smll"),
+        is_long=True,
     ),
     in_config(
         "a misspelt start",
         "runs.small.start_from: expected a run, .* found smal; the nearest is 'small'$",
         keys(CONFIG, runs__small__start_from="smal"),
+        is_long=True,
     ),
     in_config("an empty training config", f"^{TRAIN}: {EMPTY}", put(TRAIN, "")),
-    in_config("an empty recipe", f"^{RECIPE}: {EMPTY}", put(RECIPE, "")),
+    in_config("an empty recipe", f"^{RECIPE}: {EMPTY}", put(RECIPE, ""), is_long=True),
     in_config(
         "another vocabulary",
         f"^{TRAIN}: model.vocab_size is 500, .*; set model.vocab_size: 512",
@@ -347,6 +358,7 @@ MISTAKES = [
         "a smaller embedding",
         f"^{TRAIN}: model.embedding_size must be at least .* found 100",
         keys(TRAIN, model__embedding_size=100),
+        is_long=True,
     ),
     in_config(
         "no batch",
@@ -357,6 +369,7 @@ MISTAKES = [
         "a batch in words",
         f"^{TRAIN}: global_train_batch_size: expected a whole number, found 'eight'$",
         keys(TRAIN, global_train_batch_size="eight"),
+        is_long=True,
     ),
     in_config(
         "a duration in words",
@@ -367,16 +380,19 @@ MISTAKES = [
         "an unknown optimizer",
         f"^{TRAIN}: optimizer.name: expected one of lionw, adamw, muon, found 'adam'$",
         keys(TRAIN, optimizer__name="adam"),
+        is_long=True,
     ),
     in_config(
         "heads that do not divide",
         f"^{TRAIN}: model.d_model must be a multiple of model.n_heads",
         keys(TRAIN, model__n_heads=5),
+        is_long=True,
     ),
     in_config(
         "a share in percent",
         f"^{RECIPE}: documents.heldout_share: expected from 0 to below 1, found 10.0$",
         keys(RECIPE, documents__heldout_share=10),
+        is_long=True,
     ),
     in_config(
         "sources that are not there",
@@ -387,6 +403,7 @@ MISTAKES = [
         "a folder as a source",
         f"^{RECIPE}: sources.files: sources: expected files, found the folder sources; end ",
         keys(RECIPE, sources__files=["sources"]),
+        is_long=True,
     ),
     in_config(
         "a missing tokenizer",
@@ -451,6 +468,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project whose run is trained."""
     project = Project(tmp_path_factory.mktemp("finished") / "project")
     project.change(TRAIN, max_duration=6)
+    project.change(RECIPE, tokens={"engine": "fast"})
     project.run()
     return project
 
