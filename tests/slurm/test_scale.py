@@ -22,14 +22,14 @@ def thousand(project: ClusterProject) -> ClusterProject:
 
 
 def test_a_thousand_shards_are_at_most_60_jobs(thousand: ClusterProject):
-    said, kilobytes = finished(thousand, "-n", "checkpoints/small/final")
+    said, kilobytes = finished(thousand, "-n", "--verbose", "checkpoints/small/final")
     assert int(re.search(r"^total +(\d+)$", said, re.M)[1]) <= 60
     assert kilobytes < 1024 * 1024
 
 
 @pytest.mark.long
 def test_a_thousand_shards_are_made(thousand: ClusterProject):
-    said, kilobytes = finished(thousand, "checkpoints/small/final")
+    said, kilobytes = finished(thousand, "--verbose", "checkpoints/small/final")
     assert kilobytes < 1024 * 1024
     assert 48 < said.count("submitted with SLURM jobid") <= 60
     # SLURM forgets a job in ten minutes; of those that it knows none was tried twice.
