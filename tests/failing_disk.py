@@ -96,10 +96,10 @@ def commands(folder: Path) -> Iterator[Command]:
         begun.change("config/data/small.yaml", sources={"table": "sources.tsv"})
         begun.change("config/train/small.yaml", max_duration=6, eval_interval=6)
         planned = begun.copy(folder / "planned")
-        said = planned.run(FINAL, cores=1).output
-        shell = [
-            shlex.split(line) for line in re.findall(r"Shell command: (?:exec )?olmo (.*)", said)
-        ]
+        planned.run(FINAL, cores=1)
+        found = re.findall(r"Shell command: (?:exec )?olmo (.*)", planned.full_log())
+        shell = [shlex.split(line) for line in found]
+        assert {"sources", "documents", "tokens", "train"} <= {words[0] for words in shell}
         known = set()
         for number, words in enumerate(shell):
             name = words[0]

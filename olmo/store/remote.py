@@ -125,7 +125,6 @@ def push_names(
     """
     if remote.is_http:
         raise ValueError(f"{remote.url}: expected a folder or a bucket; http can be pulled from")
-    remote.make_folder()
     made_by = records_by_content(store)
     names: dict[str, dict[str, Any]] = {}
     records: dict[str, Record] = {}
@@ -145,6 +144,7 @@ def push_names(
         keys = [r["key"] for r in lineage[1:]]
         names[name] = {"key": record["key"], "output": link["output"], "ancestors": keys}
 
+    remote.make_folder()
     with store.temp_folder() as folder:
 
         def send(item: tuple[str, int]) -> int | None:

@@ -24,7 +24,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Proje
 
 def touch_everything(project: Project) -> None:
     for path in project.root.rglob("*"):
-        if path.exists():
+        if path.exists() and path.suffix != ".log":  # whose time tells the test who ran
             path.touch()
 
 

@@ -136,3 +136,9 @@ import olmo.checkpoint.sharded
 assert "polars" not in sys.modules or sys.modules["polars"] is None
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=PACKAGE.parent)
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports a test by its file's name alone, and leaves out the second of a name."""
+    files = [path.name for path in Path(__file__).parents[1].rglob("test_*.py")]
+    assert sorted(files) == sorted(set(files))
