@@ -50,7 +50,7 @@ def run_printed(project: Project, said: str, beginning: str) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[pytest.mark.long] * (k not in ("txt", "csv"))) for k in FORMATS]
+    "kind", [pytest.param(k, marks=[pytest.mark.long] * (k != "txt")) for k in FORMATS]
 )
 def test_a_folder_becomes_a_checkpoint_and_a_chat(project: Project, kind: str):
     folder = project.root / "in"
