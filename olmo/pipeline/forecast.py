@@ -86,8 +86,7 @@ class Row:
     jobs: int = 0
     states: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    read: int = 0  # bytes
-    written: int = 0
+    written: int = 0  # bytes
     downloaded: int = 0
     attempt: int = 0  # bytes of checkpoints while it is trained
     documents: int = 0
@@ -153,12 +152,15 @@ class Forecast:
     def __init__(self, project: Plan, jobs: list[Job], cores: int) -> None:
         self.project, self.cores = project, cores
         self.store = Store(Path(project.store))
-        self.rates = Rates(self.store)
         self.rows: dict[str, Row] = {}
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             (root / "store").mkdir()
-            self._lookups = LookupStore(self.store, root / "store", self.rates.predict)
+            # It reads records, too: the real store would put a damaged one into quarantine.
+            self._lookups = LookupStore(
+                self.store, root / "store", lambda *call: self.rates.predict(*call)
+            )
+            self.rates = Rates(self._lookups)
             self._project = root / "project"
             self._moved: dict[str, str] = {}  # path → where it is for the plan
             with looking_up(self._lookups):
@@ -200,8 +202,10 @@ class Forecast:
             with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
                 _, call = bind(verb, load_command(verb), words)
                 call()
-        except (Exception, SystemExit):  # it read a predicted file, which can fail in any way
-            return False
+        except (Exception, SystemExit):
+            if not self._lookups.has_predictions:
+                raise
+            return False  # it read a predicted file, which can fail in any way
         finally:
             log.setLevel(level)
         return True
@@ -221,7 +225,6 @@ class Forecast:
         read = main_bytes(action, size_of)
         written = sum(file["size"] for file in output_files(call.record))
         row.reasons[self._reason(call)] += 1
-        row.read += read
         row.written += written
         row.downloaded += written if action.stage in DOWNLOADS else 0
         if action.stage == "documents":
@@ -259,7 +262,8 @@ class Forecast:
             return "lost in the store"
         for path in call.names.values():
             inside = Path(path).absolute().relative_to(self._project)
-            if (known := naming.last_record(self.store, inside, repair=False)) is not None:
+            name = naming.find_name(self.store, inside, repair=False)
+            if name and (known := self._lookups.record(name["key"])):
                 return shorten_changes(diff_actions(known["action"], call.action.as_dict()))
         return "new"
 

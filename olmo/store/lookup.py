@@ -56,7 +56,7 @@ class LookupStore(Store):
 
     def __init__(self, real: Store, folder: Path, predict: Predict) -> None:
         super().__init__(folder)
-        self.real, self.predict, self.lookups = real, predict, list[Lookup]()
+        self.predict, self.lookups = predict, list[Lookup]()
         self._predicted: dict[str, int] = {}  # digest → bytes, of contents that do not exist
         for name in ("objects", "actions"):
             (folder / name).symlink_to(real.root / name)
@@ -102,6 +102,11 @@ class LookupStore(Store):
             facts=given.facts,
             conditions={},
         )
+
+    @property
+    def has_predictions(self) -> bool:
+        """Whether some contents are predicted, which a command cannot read."""
+        return any(call.state != FOUND for call in self.lookups)
 
     def size(self, digest: str) -> int:
         """The bytes of a content, real or predicted; 0 if it is lost."""

@@ -230,12 +230,9 @@ def _find_links(store: Store) -> Iterator[Path]:
         folders[:] = [n for n in folders if not n.startswith(".") and here / n != store.root]
 
 
-def last_record(store: Store, path: Path, repair: bool = True) -> Record | None:
-    """The record of the action that a name stands for, or stood for before it was deleted.
-
-    Without `repair` a damaged name is unknown, and nothing is written.
-    """
-    name = find_name(store, path, repair)
+def last_record(store: Store, path: Path) -> Record | None:
+    """The record of the action that a name stands for, or stood for before it was deleted."""
+    name = find_name(store, path)
     return store.record(name["key"]) if name else None
 
 

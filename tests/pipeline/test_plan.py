@@ -109,6 +109,9 @@ def test_a_plan_writes_nothing_and_says_why(tmp_path: Path, tokenizer: Path):
     project.use_given_tokenizer(tokenizer)
     project.run()
     keep_fewer(project)
+    record = next((project.store / "actions").glob("??/*.json"))
+    record.chmod(0o644)
+    record.write_bytes(record.read_bytes().replace(b"sha256", b"sha257", 1))  # damaged
 
     def files() -> dict[str, int]:
         found = [*project.store.rglob("*"), *(project.root / "data").rglob("*")]
