@@ -145,3 +145,10 @@ def test_the_size_of_dolma_is_known_before_its_list_is_here(monkeypatch: pytest.
     assert "GPU-hours" in whole and " EUR" in whole and "242B tokens to train on" in whole
     sample = plan_of_the_list("dolma-v1_6-sample", monkeypatch)
     assert "16.4 GB to download" in sample
+
+
+def test_an_error_that_no_prediction_explains_is_told():
+    words = "olmo order --tokens nothing.tsv --order checkpoints/a/order.npy --sequence-length 8"
+    job = Job("order", f"{words} --seed 1", ["checkpoints/a/order.npy"])
+    with pytest.raises(FileNotFoundError, match=r"nothing\.tsv"):
+        Forecast(Plan({"runs": {}}), [job], 1)
