@@ -1,3 +1,4 @@
+import compileall
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,13 @@ def nothing_is_left() -> Iterator[None]:
         yield
     if project := sys.modules.get("project"):
         project.end_what_was_started()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the package once if Python may not write bytecode: each of hundreds of processes
+    would compile all that it imports, a second for a snakemake."""
+    if sys.dont_write_bytecode and not hasattr(config, "workerinput"):
+        compileall.compile_dir(Path(__file__).parents[1] / "olmo", quiet=1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

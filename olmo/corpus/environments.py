@@ -46,7 +46,7 @@ def build_environment(requirements: Path, environment: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # an interrupted attempt
         run_uv("venv", "--quiet", "--no-project", "--python", sys.executable, str(folder))
         target = ("--python", str(folder), "-r", os.path.abspath(requirements))
-        run_uv("pip", "install", "--quiet", *target)
+        run_uv("pip", "install", "--quiet", "--compile-bytecode", *target)
         sealed.write_atomic(marker, json.dumps(made_from, indent=1), alone=True)
     python = os.path.relpath(interpreter, environment.parent)
     text = json.dumps({"python": python, **made_from}, indent=1, sort_keys=True) + "\n"

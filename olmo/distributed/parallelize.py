@@ -31,7 +31,7 @@ ALL_BUT_ONE_IN = {"two_in_three": 3, "three_in_four": 4}
 
 
 def parallelize(cfg: TrainConfig, model: OLMo, world: World) -> str:
-    """Change the model in place; returns a description for the log.
+    """Change the model in place; returns a description for the log, empty if nothing was changed.
 
     The order matters: first checkpointing inside each block, then sharding, block by block and the
     root last, then compilation of the result. Names of parameters do not change.
@@ -45,11 +45,9 @@ def parallelize(cfg: TrainConfig, model: OLMo, world: World) -> str:
                 forward = partial(checkpoint, block.forward, use_reentrant=False)
                 block.forward = forward  # type: ignore[method-assign]
         done.append(f"{len(checkpointed)} of {cfg.model.n_layers} blocks recomputed in backward")
-    if world.size == 1:
-        done.append("one process")
-    elif is_fsdp(cfg, world):
+    if is_fsdp(cfg, world):
         done.append(_shard(cfg, model, world))
-    else:
+    elif world.size > 1:
         done.append(f"{world.size} replicas, gradients averaged (ddp)")
     if cfg.compile is not None:
         tuning = cfg.compile.coordinate_descent_tuning

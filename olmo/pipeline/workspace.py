@@ -18,7 +18,6 @@ from typing import Any
 from olmo.config import read_project_config
 from olmo.pipeline import screen
 from olmo.pipeline.plan import LARGE_DOWNLOAD, Plan
-from olmo.pipeline.recipe import recipe_path
 from olmo.pipeline.terminal import print_at_exit, shorten_errors
 from olmo.runtime.log import FAILED, SHOWN_ENV, STOPPED, describe_error, format_bytes
 from olmo.runtime.process import JOBS_ENV
@@ -152,24 +151,22 @@ def next_steps(plan: Plan) -> str:
             continue
         facts = parse_record(record.read_bytes(), record)["facts"]
         losses = facts.get("heldout_loss", {})
-        loss_lines = "".join(
-            "  {}: held-out loss {:.3f} → {:.3f} nats\n".format(
-                label, float(loss["first"]), float(loss["last"])
-            )
+        shown = ", ".join(
+            f"{float(loss['first']):.3f} → {float(loss['last']):.3f}"
+            + f" ({label})" * (len(losses) > 1)
             for label, loss in losses.items()
         )
         section, tasks = plan.recipe(plan.dataset(run)).documents, plan.run(run).evaluation
-        evaluate = f"  Evaluate it:               uv run snakemake --cores 2 eval/{run}\n"
+        evaluate = f"eval/{run} " if section.heldout_share or tasks else ""
         lines.append(
-            f"\n{final} is ready: {facts.get('steps'):,} steps, {facts.get('tokens'):,} tokens.\n"
-            f"{loss_lines}"
-            f"  Chat with it:              uv run olmo chat {run}\n"
-            f"  Look at the losses:        {final}/loss.svg\n"
-            f"  How it was made:           uv run olmo store trace {final}\n"
-            f"{evaluate if section.heldout_share or tasks else ''}"
-            f"  For transformers:          uv run snakemake --cores 2 hf/{run}\n"
-            f"  Change one thing:          edit {plan.run(run).train} or "
-            f"{recipe_path(plan.dataset(run))}, and run the same again"
+            f"{final} is ready: {facts.get('steps'):,} steps"
+            f"{f', held-out loss {shown}' if shown else ''}\n"
+            f"  Chat with it:       uv run olmo chat {run}\n"
+            f"  Look at its losses: {final}/loss.svg\n"
+            f"  How it was made:    uv run olmo store trace {final}\n"
+            f"  {'Evaluate, export:  ' if evaluate else 'Export it:         '} "
+            f"uv run snakemake --cores 2 {evaluate}hf/{run}\n"
+            f"  Change one thing:   edit {plan.run(run).train}; run the same again"
         )
     return "\n".join(lines)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -176,23 +175,16 @@ def _set_up_torch(cfg: TrainConfig, world: World) -> None:
     if world.device.type == "cpu":
         keep_freed_memory()
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    log.info(f"device: {world.device} ({world.device_note}), processes: {world.size}")
-    threads, origin = torch.get_num_threads(), origin_of_threads(cfg)
-    log.info(f"CPU threads per process: {threads} ({origin}), torch {torch.__version__}")
+    log.info(
+        f"device: {world.device} ({world.device_note}), processes: {world.size}, "
+        f"CPU threads of each: {torch.get_num_threads()}"
+    )
     dtype = str(cfg.autocast_precision).removeprefix("torch.")
     weights = "weights in bfloat16, master weights" if cfg.master_weights else "weights"
     log.info(
         f"precision: {cfg.precision or 'fp32'}, matrix products in {dtype}, {weights} and "
         "optimizer in float32"
     )
-
-
-def origin_of_threads(cfg: TrainConfig) -> str:
-    """What decided how many CPU threads a process has. `olmo train` and torchrun set the variable
-    too."""
-    if cfg.intra_op_threads is not None:
-        return "intra_op_threads"
-    return "OMP_NUM_THREADS" if os.environ.get("OMP_NUM_THREADS") else "torch's choice"
 
 
 def _report_data(cfg: TrainConfig, world: World, loader: TrainLoader) -> None:
@@ -205,11 +197,14 @@ def _report_data(cfg: TrainConfig, world: World, loader: TrainLoader) -> None:
             f"the data has {instances} instances of {length} tokens, less than one step of "
             f"global_train_batch_size={batch_size}"
         )
-    log.info(f"data: {format_count(instances * length)} tokens, {instances} instances of {length}")
+    per_process = batch_size // world.size
+    microbatches = describe_microbatches(per_process, cfg.device_train_microbatch_size)
+    is_split = cfg.device_train_microbatch_size < per_process
     log.info(
-        f"a step: {batch_size} instances = {format_count(batch_size * length)} tokens, per process "
-        f"{describe_microbatches(batch_size // world.size, cfg.device_train_microbatch_size)}; "
-        f"an epoch: {steps_per_epoch} steps"
+        f"data: {instances:,} instances of {length} = {format_count(instances * length)} tokens; "
+        f"a step: {batch_size} = {format_count(batch_size * length)} tokens"
+        + f", per process {microbatches}"
+        * is_split
     )
 
 
@@ -245,7 +240,8 @@ def _build_model(cfg: TrainConfig, world: World) -> tuple[OLMo, Float8Converter 
     if cfg.fp8 is not None:
         float8, how = convert_to_float8(model, cfg.fp8, world.device)
         log.info(f"fp8: {how}")
-    log.info(f"parallelism: {parallelize(cfg, model, world)}")
+    if how := parallelize(cfg, model, world):
+        log.info(f"parallelism: {how}")
     return model, float8
 
 

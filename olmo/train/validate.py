@@ -20,7 +20,7 @@ from olmo.model import loss
 from olmo.model.kernel_choice import MaskType, choose_kernel
 from olmo.optim import master_weights
 from olmo.precision import converters, msamp
-from olmo.runtime.log import format_count, log
+from olmo.runtime.log import log
 from olmo.train.unused import log_ignored_keys
 
 # What ends a document, and its id in the tokenizers that OLMo's public configs name.
@@ -156,15 +156,13 @@ def _is_installed(package: str) -> bool:
 def _check_data(cfg: TrainConfig) -> None:
     """Token files of training and evaluation: sizes, dtype, ids, label masks."""
     vocabulary = cfg.model.embedding_size or cfg.model.vocab_size
-    checked = 0
     if cfg.data.custom_dataset is None:
         dataset = build_memmap_dataset(cfg, cfg.data)
-        checked = check_token_files(dataset, vocabulary)
+        check_token_files(dataset, vocabulary)
         check_labels(dataset)
     for evaluator in cfg.evaluators:
         if evaluator.type == EvaluatorType.lm:  # a task's data is read when that is built
             where = f"evaluators.{evaluator.label}.data"
             dataset = build_memmap_dataset(cfg, evaluator.data)
-            checked += check_token_files(dataset, vocabulary, where)
+            check_token_files(dataset, vocabulary, where)
             check_labels(dataset, where, required=False)
-    log.info(f"checked: {format_count(checked)} tokens, all below {vocabulary}")

@@ -21,7 +21,7 @@ COMMANDS = [
 
 
 def test_the_readme_has_commands():
-    assert "pip install uv && uv run snakemake --cores 2 checkpoints/olmo-tiny/final" in COMMANDS
+    assert "pip install -q uv && uv run snakemake --cores 2 checkpoints/olmo-tiny/final" in COMMANDS
     assert "uv run pytest" in COMMANDS
     assert "uv run pytest" in (REPOSITORY / ".ci/run").read_text()
 

@@ -265,17 +265,16 @@ def test_the_next_steps_can_be_pasted():
     facts = {"steps": 10, "tokens": 2000, "heldout_loss": losses}
     (final / "record.json").write_text(sealed.dumps({"facts": facts}))
     told = next_steps(made)
-    assert "r/final is ready: 10 steps, 2,000 tokens" in told and "8.000 → 5.000" in told
-    assert "b: held-out loss inf → nan" in told
-    commands = [line.split(": ", 1)[1].strip() for line in told.splitlines() if " run " in line][:4]
+    ready = "r/final is ready: 10 steps, held-out loss 8.000 → 5.000 (heldout), inf → nan (b)"
+    assert ready in told
+    commands = [line.split(": ", 1)[1].strip() for line in told.splitlines() if " uv run " in line]
     assert [command.split()[:4] for command in commands] == [
         ["uv", "run", "olmo", "chat"],
         ["uv", "run", "olmo", "store"],
         ["uv", "run", "snakemake", "--cores"],
-        ["uv", "run", "snakemake", "--cores"],
     ]
     made.recipe("mine").documents.heldout_share = 0  # nothing to evaluate on
-    assert "snakemake --cores 2 eval/r" in told and "eval/r" not in next_steps(made)
+    assert "snakemake --cores 2 eval/r hf/r" in told and "eval/r" not in next_steps(made)
 
 
 def test_exactly_one_kind_of_source():

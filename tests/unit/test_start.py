@@ -15,7 +15,6 @@ from olmo.config import ModelConfig, TokenizerConfig, TrainConfig
 from olmo.distributed.world import World
 from olmo.train import loop, setup
 from olmo.train.__main__ import main
-from olmo.train.setup import origin_of_threads
 from olmo.train.validate import check_special_tokens, validate, warn_of_other_tokenizer
 
 
@@ -53,14 +52,6 @@ def test_ids_that_nothing_needs_may_be_of_another_tokenizer(capsys: pytest.Captu
 def test_ids_that_something_needs_are_of_the_vocabulary(needs: dict[str, Any], id: str):
     with pytest.raises(ValueError, match=rf"model.{id}_token_id=50256 is not below .* needs it"):
         check_special_tokens(TrainConfig.new(model=EVERY, **needs))
-
-
-def test_who_says_how_many_threads(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as `olmo train` and torchrun do
-    assert origin_of_threads(TrainConfig(intra_op_threads=2)) == "intra_op_threads"
-    assert origin_of_threads(TrainConfig()) == "OMP_NUM_THREADS"
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert origin_of_threads(TrainConfig()) == "torch's choice"
 
 
 PII = "tokenizers/allenai_eleuther-ai-gpt-neox-20b-pii-special.json"

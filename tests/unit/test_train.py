@@ -54,7 +54,7 @@ def test_a_run_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert TrainConfig.load(tmp_path / "run/config.yaml") == cfg
 
     said = capsys.readouterr().out
-    for part in ("device: cpu", "attention: ", "precision: fp32", "CPU threads per process: 1"):
+    for part in ("device: cpu", "attention: ", "precision: fp32", "CPU threads of each: 1"):
         assert part in said
     assert "step 10/10  loss " in said and "tokens/s" in said and "ETA" in said
 
