@@ -9,7 +9,7 @@ from olmo.commands import build_parser, commands, load_command
 BASH = """\
 _olmo() {{
     local typed="${{COMP_WORDS[COMP_CWORD]}}" words=""
-    case "${{COMP_WORDS[*]:1:COMP_CWORD-1}} " in
+    case "${{COMP_WORDS[*]:1:$((COMP_CWORD-1))}} " in
 {cases}
     esac
     COMPREPLY=($(compgen -W "$words" -- "$typed") $(compgen -f -- "$typed"))

@@ -73,3 +73,13 @@ def test_a_table_learns_and_given_tokens_train_the_same_model(tmp_path: Path, to
         return record["action"]["inputs"]
 
     assert made("given") == made("small"), "the same tokens in the same order"
+
+    # A finished run gets other sources: their files are known after their list has come.
+    with web_server(tmp_path, []) as web:
+        files = [f"{web}/elsewhere/part-{n}.json.gz" for n in (0, 1)]
+        (tmp_path / "list.txt").write_text("\n".join(files))
+        project.change("config/data/small.yaml", sources={"url_list": f"{web}/list.txt"})
+        assert "source_list" in project.run("-n", "checkpoints/small/final").output
+        changed = project.run()
+        assert changed.ran["source_list"] == 1 and changed.ran["training"] == 1
+        assert "Nothing to be done" in project.run().output

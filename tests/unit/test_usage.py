@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -130,7 +131,17 @@ def test_fish_and_zsh(capsys):
     assert all(line.startswith("complete -c olmo -n ") for line in lines)
     assert any("-l temperature -d '0 for the most likely" in line for line in lines)
     completion("zsh")
-    assert "bashcompinit\n_olmo()" in capsys.readouterr().out
+    script = capsys.readouterr().out
+    if shutil.which("zsh"):
+        program = (
+            "ksh() { emulate -L sh; setopt ksharrays; COMP_WORDS=(olmo store tr); COMP_CWORD=2"
+        )
+        done = subprocess.run(
+            ["zsh", "-fc", f"{script}\n{program}; _olmo; echo ${{COMPREPLY[*]}} }}; ksh"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.startswith("trace why verify ") and not done.stderr  # zsh takes `trace`
     with pytest.raises(ValueError, match="expected one of bash, zsh, fish, found tcsh"):
         completion("tcsh")
 
