@@ -56,11 +56,11 @@ JSON_TEXTS = [("7", "one"), ("{}:2", "twö")]
         ("a.jsonl", JSON),
         ("a.json", JSON[:-1]),
         ("a.ndjson", b"\xef\xbb\xbf" + JSON),
-        ("a.jsonl.gz", gzip.compress(JSON)),
+        ("a.jsonl.gz", gzip.compress(JSON, mtime=0)),
         ("a.jsonl.zst", zstd(JSON)),
         ("a.zst", zstd(JSON[:25]) + zstd(JSON[25:])),
         ("a.csv", b'id,text,more\n7,one,\n,"tw\xc3\xb6",1\n'),
-        ("a.csv.gz", gzip.compress(b"more,text,id\r\n,one,7\r\n1,tw\xc3\xb6,\r\n")),
+        ("a.csv.gz", gzip.compress(b"more,text,id\r\n,one,7\r\n1,tw\xc3\xb6,\r\n", mtime=0)),
         ("a.tsv.zst", zstd(b"text\tid\none\t7\ntw\xc3\xb6\t\n")),
     ],
 )
@@ -214,7 +214,7 @@ def test_malformed_rows_are_drops_by_file_and_row(tmp_path: Path, monkeypatch):
         ("a.csv", b'text\n"a" b\n', "line 2: expected csv in row 1, found"),
         ("a.jsonl", b'{"body": "a"}\n', "expected one field text, found body; .*text_field: …"),
         ("a.jsonl.zst", zstd(JSON * 99)[:-3], "damaged zstd: .*Download the file again"),
-        ("a.jsonl.gz", gzip.compress(JSON * 99)[:-3], "truncated: .*Download"),
+        ("a.jsonl.gz", gzip.compress(JSON * 99, mtime=0)[:-3], "truncated: .*Download"),
     ],
 )
 def test_what_no_rows_come_from_is_named(tmp_path: Path, name: str, content: bytes, said: str):
