@@ -59,7 +59,7 @@ class DownloadProgress:
             self.bytes += received
             if time.monotonic() - self.written >= REPORT_INTERVAL_S:
                 self.write_status()
-                if self.is_report_due():
+                if self.claim_report():
                     self.report()
 
     def add_file(self) -> None:
@@ -76,8 +76,8 @@ class DownloadProgress:
         draft.write_text(json.dumps([self.files, self.bytes, rate]))
         os.replace(draft, self.status)
 
-    def is_report_due(self) -> bool:
-        """Whether no job has logged for REPORT_INTERVAL_S."""
+    def claim_report(self) -> bool:
+        """Take the turn to log, unless a job took it within REPORT_INTERVAL_S; whether it did."""
         reported = self.folder / "reported"
         try:
             if time.time() - reported.stat().st_mtime < REPORT_INTERVAL_S:
