@@ -22,6 +22,11 @@ def nothing_is_left() -> Iterator[None]:
         project.end_what_was_started()
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process more than cores: a sixth of their time tests wait, for a signal or a deadline."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Compile the package once if Python may not write bytecode: each of hundreds of processes
     would compile all that it imports, a second for a snakemake."""

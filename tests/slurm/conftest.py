@@ -36,9 +36,14 @@ def with_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluste
     yield from brought_up(tmp_path_factory.mktemp("slurmdbd"), accounting=True)
 
 
-def brought_up(folder: Path, accounting: bool, machine: str = "") -> Iterator[Cluster]:
+def require_plugin() -> None:
+    """Skip the test if nothing here could submit a job."""
     if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
         pytest.skip("no executor plugin for SLURM; uv run --extra slurm pytest -n 0 tests/slurm")
+
+
+def brought_up(folder: Path, accounting: bool, machine: str = "") -> Iterator[Cluster]:
+    require_plugin()
     here = Path(__file__).parent
     done = subprocess.run(
         [here / "up.sh", folder],
@@ -76,6 +81,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
     It trains for long enough that something can happen to it meanwhile.
     """
+    require_plugin()
     project = Project(tmp_path_factory.mktemp("local") / "project")
     project.change("config/train/small.yaml", **LONG)
     project.run(ORDER, timeout=900)
