@@ -31,9 +31,9 @@ rule sources:
 def listings(dataset, stage):
     """The listings of a stage's batches, after the list of URLs has been downloaded."""
     if plan.needs_source_list(dataset):
-        if any(Path("data", dataset).glob("*/[0-9]*.tsv")):
-            # They were made from other sources. Snakemake does not look for changes behind a
-            # checkpoint that has not run, and would find nothing to do.
+        if damage.find_listings(dataset):
+            # They are of other sources. Snakemake looks for no change behind a checkpoint that has
+            # not run, and would find nothing to do.
             workflow.dag.forcefiles.add(f"data/{dataset}/sources.tsv")
         checkpoints.source_list.get(dataset=dataset)
     return plan.listings(dataset, stage)

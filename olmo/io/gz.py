@@ -183,8 +183,9 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 def conditions() -> dict[str, str]:
     """What the bytes of `writing` depend on besides the lines, for a stage's record.
 
-    isal gives the same bytes on all x86-64 processors since SSE4.2 (2008), and other bytes on ARM
-    (bench/gz_bytes.py).
+    isal gave the same bytes on all x86-64 processors since SSE4.2 (2008), and other bytes on ARM
+    (bench/gz_bytes.py). Twice a small file had other bytes on one machine; the cause is unknown
+    (docs/lab.md, 2026-11-30).
     """
     return {"machine": platform.machine()}
 

@@ -77,8 +77,7 @@ class DamageScanner:
         """
         folder = Path("data", dataset)
         missing = set()
-        # Listings of batches, and the one of `attributes`; other .tsv files are artifacts.
-        for listing in (*folder.glob("*/[0-9]*.tsv"), *folder.glob("attributes/all.tsv")):
+        for listing in self.find_listings(dataset):
             try:
                 files = [folder / row[2] for row in _read_rows(listing)]
             except Damaged:
@@ -98,6 +97,11 @@ class DamageScanner:
             listings = self.plan.listings(dataset, "tokens")
             needed += [folder / "tokenizer.json", *map(Path, listings)]
         return missing | {str(file) for file in needed if not file.exists()}
+
+    def find_listings(self, dataset: str) -> list[Path]:
+        """Listings of batches, and the one of `attributes`; other .tsv files are artifacts."""
+        folder = Path("data", dataset)
+        return [*folder.glob("*/[0-9]*.tsv"), *folder.glob("attributes/all.tsv")]
 
     def find_changed_sources(self, dataset: str) -> set[str]:
         """Downloaded sources whose size or sha256 the recipe's table now gives differently."""

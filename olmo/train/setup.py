@@ -197,14 +197,12 @@ def _report_data(cfg: TrainConfig, world: World, loader: TrainLoader) -> None:
             f"the data has {instances} instances of {length} tokens, less than one step of "
             f"global_train_batch_size={batch_size}"
         )
-    per_process = batch_size // world.size
-    microbatches = describe_microbatches(per_process, cfg.device_train_microbatch_size)
-    is_split = cfg.device_train_microbatch_size < per_process
+    per_process, microbatch = batch_size // world.size, cfg.device_train_microbatch_size
+    how = f", per process {describe_microbatches(per_process, microbatch)}"
     log.info(
-        f"data: {instances:,} instances of {length} = {format_count(instances * length)} tokens; "
-        f"a step: {batch_size} = {format_count(batch_size * length)} tokens"
-        + f", per process {microbatches}"
-        * is_split
+        f"data: {instances:,} instances of {length}, {format_count(instances * length)} tokens; "
+        f"a step: {batch_size} instances, {format_count(batch_size * length)} tokens"
+        f"{how if microbatch < per_process else ''}"
     )
 
 
