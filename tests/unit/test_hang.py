@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import forked, on_ranks
 from small_run import given, metrics, run, settings, state, until
 
 import olmo.train.loop
@@ -40,28 +40,29 @@ def test_each_step_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "doing, status", [("steps", 0), ("saving", 0), ("nothing", 1), ("inside a library", 1)]
 )
-def test_what_is_a_hang(doing: str, status: int, capfd: pytest.CaptureFixture[str]) -> None:
-    """In a child, for three times its limit."""
-    limit = 3.0
-    pid = os.fork()
-    if pid == 0:
-        watchdog.LINGER_S = 0.5
-        watch = watchdog.Watchdog(World(0, 0, 1, torch.device("cpu"), ""), limit)
-        watch.start()
-        with watch.paused() if doing == "saving" else nullcontext():
-            if doing == "inside a library":  # which lets no thread of Python run
-                time.sleep(1)  # by then it watches
-                ctypes.PyDLL(None).sleep(int(3 * limit))
-                os._exit(0)
-            end = time.monotonic() + 3 * limit
-            while time.monotonic() < end:
-                time.sleep(0.05)
-                if doing == "steps":
-                    watchdog.report_progress()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
-    said = capfd.readouterr()
-    assert ("in test_what_is_a_hang" in said.out + said.err) == bool(status)
+def test_what_is_a_hang(doing: str, status: int, tmp_path: Path) -> None:
+    child = forked(be_watched, doing, 3.0, tmp_path / "said.txt")
+    child.join(60)
+    assert child.exitcode == status
+    assert ("in be_watched" in (tmp_path / "said.txt").read_text()) == bool(status)
+
+
+def be_watched(doing: str, limit: float, said: Path) -> None:
+    """Do something for three times the limit, in seconds."""
+    for stream in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    watchdog.LINGER_S = 0.5
+    watch = watchdog.Watchdog(World(0, 0, 1, torch.device("cpu"), ""), limit)
+    watch.start()
+    with watch.paused() if doing == "saving" else nullcontext():
+        if doing == "inside a library":  # which lets no thread of Python run
+            time.sleep(1)  # by then it watches
+            ctypes.PyDLL(None).sleep(int(3 * limit))
+        end = time.monotonic() + 3 * limit
+        while time.monotonic() < end:
+            time.sleep(0.05)
+            if doing == "steps":
+                watchdog.report_progress()
 
 
 def asleep_in_the_data() -> None:

@@ -1,6 +1,7 @@
 """A save that is interrupted anywhere, by death or a full disk, loses nothing.
 
-Each attempt is a child process that dies, or whose disk is full, at one place of the save.
+Each attempt is a child process that dies, or whose disk is full, at one place of the save. Its
+parent is not pytest, which has threads: in its fork a lock may stay locked, and the test hangs.
 """
 
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from small_run import run, same, state
 
 from olmo import checkpoint
@@ -98,20 +100,25 @@ def check(folder: Path, allowed: set[int]) -> None:
 @pytest.mark.parametrize("kind", ["unsharded", "sharded"])
 @pytest.mark.parametrize("replaces", [False, True], ids=["the next", "the same again"])
 def test_death_between_any_two_calls(tmp_path: Path, kind: str, replaces: bool) -> None:
+    arguments = (tmp_path / "saved", kind, replaces)
+    on_ranks(1, [(die_between_any_two_calls, arguments)], tmp_path / "said.txt")
+
+
+def die_between_any_two_calls(folder: Path, kind: str, replaces: bool) -> None:
     step = 4 if replaces else 8
     for place in count():
-        names = [path.name for path in layout.list_checkpoints(tmp_path)]
+        names = [path.name for path in layout.list_checkpoints(folder)]
         if not names or names[-1].startswith("step8"):
-            shutil.rmtree(tmp_path)
-            saved(kind, tmp_path, 4)
+            shutil.rmtree(folder, ignore_errors=True)
+            saved(kind, folder, 4)
         # What is left of one death does not stand in the way of the next attempt.
-        if in_child(partial(saved, kind, tmp_path, step, keep=1), partial(die_at, place)) != DIED:
+        if in_child(partial(saved, kind, folder, step, keep=1), partial(die_at, place)) != DIED:
             break
-        check(tmp_path, {4, step})
+        check(folder, {4, step})
     assert place > 10, "the places were found"
-    check(tmp_path, {step})
-    layout.remove_leftovers(tmp_path)
-    names = {path.name for path in tmp_path.glob("step*")}
+    check(folder, {step})
+    layout.remove_leftovers(folder)
+    names = {path.name for path in folder.glob("step*")}
     assert names == {layout.folder_name(step, kind == "unsharded")}
 
 
@@ -119,7 +126,11 @@ def test_death_between_any_two_calls(tmp_path: Path, kind: str, replaces: bool) 
 @pytest.mark.parametrize("deadly", [True, False], ids=["death", "a full disk"])
 @pytest.mark.parametrize("kind", ["unsharded", "sharded"])
 def test_an_end_at_any_byte(tmp_path: Path, kind: str, deadly: bool) -> None:
-    first = saved(kind, tmp_path, 4)
+    on_ranks(1, [(end_at_any_byte, (tmp_path / "saved", kind, deadly))], tmp_path / "said.txt")
+
+
+def end_at_any_byte(folder: Path, kind: str, deadly: bool) -> None:
+    first = saved(kind, folder, 4)
     sizes = sorted({p.stat().st_size for p in first.rglob("*") if p.is_file()})
     # Beginning and end of each file, and places within the long ones.
     places = {
@@ -131,11 +142,11 @@ def test_an_end_at_any_byte(tmp_path: Path, kind: str, deadly: bool) -> None:
     expected = -signal.SIGXFSZ if deadly else 27  # EFBIG
     for place in sorted(places):
         prepare = partial(limit_files, place, deadly)
-        assert in_child(partial(saved, kind, tmp_path, 8, keep=1), prepare) == expected, place
-        check(tmp_path, {4})
-        assert deadly or not list(tmp_path.glob("*.partial")), "a full disk is not left full"
-    saved(kind, tmp_path, 8, keep=1)
-    check(tmp_path, {8})
+        assert in_child(partial(saved, kind, folder, 8, keep=1), prepare) == expected, place
+        check(folder, {4})
+        assert deadly or not list(folder.glob("*.partial")), "a full disk is not left full"
+    saved(kind, folder, 8, keep=1)
+    check(folder, {8})
 
 
 @contextmanager
