@@ -58,6 +58,7 @@ def be_watched(doing: str, limit: float, said: Path) -> None:
         if doing == "inside a library":  # which lets no thread of Python run
             time.sleep(1)  # by then it watches
             ctypes.PyDLL(None).sleep(int(3 * limit))
+            return
         end = time.monotonic() + 3 * limit
         while time.monotonic() < end:
             time.sleep(0.05)
