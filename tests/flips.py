@@ -101,9 +101,9 @@ def environment(project: Project, path: Path) -> Any:
 
 
 def source_table(project: Project, path: Path) -> Any:
-    from olmo.corpus.source_table import read_table
+    from olmo.corpus.source_table import read_stashing_secrets
 
-    return read_table(path)
+    return read_stashing_secrets(path)
 
 
 KINDS = [

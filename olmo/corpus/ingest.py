@@ -41,7 +41,7 @@ from olmo.store.stage import current_store
 
 def parse_sources(words: list[str], table: Path | None = None) -> list[Source]:
     """Parse name=place or name=place#mirror#mirror; sizes and sha256s come from the table."""
-    known = {row.place: row for row in source_table.read_table(table)} if table else {}
+    known = {row.place: row for row in source_table.read_stashing_secrets(table)} if table else {}
     files = []
     for word in words:
         name, _, places = word.partition("=")
@@ -65,7 +65,7 @@ def ingest_files(
     A file that fails does not stop the others. Failures are reported at the end: as an error, or,
     with `allow_missing`, as warnings. A full disk stops all. `table` is that of the whole data set.
     """
-    dataset = source_table.read_table(table) if table else files
+    dataset = source_table.read_stashing_secrets(table) if table else files
     sizes = [file.bytes for file in dataset]
 
     def count_finished() -> Totals:

@@ -47,7 +47,7 @@ class Source:
         return self.bytes in (None, size) and self.sha256 in (None, sha256)
 
 
-def read_table(path: Path) -> list[Source]:
+def read_stashing_secrets(path: Path) -> list[Source]:
     """The files of a table, in order, each named by its url, which is public (olmo.runtime.urls).
 
     Raises:
@@ -76,7 +76,7 @@ def complete_table(path: Path, downloaded: dict[str, tuple[int, str]]) -> None:
     """Fill in the (bytes, sha256) of downloaded files where a table has none."""
     rows, before = [COLUMNS], path.read_text(encoding="utf-8")
     urls = [line.split("\t")[0] for line in before.splitlines()[1:]]  # with their secrets
-    for url, source in zip(urls, read_table(path), strict=True):
+    for url, source in zip(urls, read_stashing_secrets(path), strict=True):
         size, digest = downloaded.get(source.place, (source.bytes, source.sha256))
         size, digest = source.bytes or size, source.sha256 or digest
         rows.append((url, str(size or ""), digest or "", source.licence))

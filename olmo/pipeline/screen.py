@@ -152,7 +152,7 @@ class LogHandler(LogHandlerBase):
 
     def __post_init__(self) -> None:
         global is_active
-        self._snakemakes_own = self._make_snakemakes_own()
+        self._snakemakes_own = self._make_snakemakes_own_if_asked()
         is_active = self._snakemakes_own is None and not self.common_settings.dryrun
         if self._snakemakes_own is not None:
             return
@@ -176,7 +176,7 @@ class LogHandler(LogHandlerBase):
         self._ended = threading.Event()
         self._follower = threading.Thread(target=self._follow, daemon=True, name="screen")
 
-    def _make_snakemakes_own(self) -> Handler | None:
+    def _make_snakemakes_own_if_asked(self) -> Handler | None:
         """Snakemake's own handler, for the options that ask for its messages."""
         settings = self.common_settings
         if not (settings.verbose or settings.debug_dag or settings.quiet):

@@ -41,7 +41,7 @@ def find_sources(dataset: str, recipe: Recipe, is_tokenized: bool) -> list[Sourc
         raise ValueError(
             f"{dataset}: its list must be downloaded first: uv run snakemake --cores 2 {table}"
         )
-    return source_table.read_table(table)
+    return source_table.read_stashing_secrets(table)
 
 
 def check_weights(dataset: str, recipe: Recipe, sources: list[Source]) -> None:

@@ -28,8 +28,8 @@ ScaledProduct = Callable[[Tensor, Tensor, Tensor, Tensor, torch.dtype, bool], Te
 MIN_SCALE = torch.finfo(torch.float32).tiny  # the scale of zeros: x / s stays defined
 
 
-def compute_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale that maps `amax` to the largest number of `dtype`."""
+def compute_dequant_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The s of x = x8 · s for which `amax` becomes the largest number of `dtype`."""
     return (amax.float() / torch.finfo(dtype).max).clamp(min=MIN_SCALE)
 
 
@@ -52,7 +52,7 @@ def quantize_dynamic(
     x: Tensor, dtype: torch.dtype, dim: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """x in `dtype`, and its scale, measured now: one, or one for each slice across `dim`."""
-    scale = compute_scale(compute_amax(x, dim), dtype)
+    scale = compute_dequant_scale(compute_amax(x, dim), dtype)
     return quantize(x, scale, dtype), scale
 
 
@@ -136,7 +136,7 @@ class DelayedScaling(nn.Module):
         amax = compute_amax(x.detach()).float()
         self.current_amax[which].copy_(torch.maximum(self.current_amax[which], amax))
         recent = self.amax_history[:, which].amax()
-        return compute_scale(torch.where(recent > 0, recent, amax), dtype)
+        return compute_dequant_scale(torch.where(recent > 0, recent, amax), dtype)
 
     def step(self) -> None:
         """Move this step's magnitudes into the history; call after the last backward."""

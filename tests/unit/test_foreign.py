@@ -394,10 +394,10 @@ def test_a_source_has_a_name_that_a_file_can_have(tmp_path: Path) -> None:
     table = tmp_path / "table.tsv"
     table.write_text(f"url\tbytes\tsha256\nhttp://h/{'x' * 300}.gz\t\t\n")
     with pytest.raises(ValueError, match="expected the name of a file"):
-        source_table.read_table(table)
+        source_table.read_stashing_secrets(table)
     table.write_text(f"url\tbytes\tsha256\nhttp://h/a.gz\t{'9' * 5000}\t\n")
     with pytest.raises(ValueError, match="line 2: expected url, bytes"):
-        source_table.read_table(table)
+        source_table.read_stashing_secrets(table)
 
 
 @pytest.mark.parametrize("bad", ["record.json", "record.json/x"])

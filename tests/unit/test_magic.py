@@ -19,7 +19,7 @@ import pytest
 
 from olmo.corpus.conversations import local_conversations
 from olmo.corpus.documents import documents
-from olmo.corpus.source_table import read_table
+from olmo.corpus.source_table import read_stashing_secrets
 from olmo.corpus.sources import check_source, local_source
 from olmo.corpus.tokenizer import local_tokenizer
 from olmo.io import file_types, gz
@@ -169,11 +169,13 @@ def test_small_files_of_text_in_another_encoding(tmp_path: Path, encoding: str, 
     table = "url\tbytes\tsha256\tlicence\nhttps://x/ä.gz\t12\t\t\n"
     file.write_bytes(table.encode(encoding))
     with pytest.raises(ValueError, match=f"a.tsv: expected text in UTF-8, found {found}") as raised:
-        read_table(file)
+        read_stashing_secrets(file)
     (command,) = re.findall("`(.*?)`", str(raised.value))
     mended = subprocess.run(["bash", "-c", command], stdout=subprocess.PIPE, check=True).stdout
     file.write_bytes(mended)
-    assert [(source.place, source.bytes) for source in read_table(file)] == [("https://x/ä.gz", 12)]
+    assert [(source.place, source.bytes) for source in read_stashing_secrets(file)] == [
+        ("https://x/ä.gz", 12)
+    ]
     file.write_bytes("{}".encode(encoding))
     with pytest.raises(ValueError, match=f"a.tsv: expected text in UTF-8, found {found}"):
         local_tokenizer.build(source=file, tokenizer=tmp_path / "out")

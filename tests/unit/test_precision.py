@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from olmo.config import FP8Backend, FP8Config, FP8Recipe
 from olmo.precision import msamp
 from olmo.precision.converters import build_converter, convert_to_float8
-from olmo.precision.fp8 import E4M3, DelayedScaling, compute_scale, quantize
+from olmo.precision.fp8 import E4M3, DelayedScaling, compute_dequant_scale, quantize
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -150,16 +150,20 @@ def test_under_autocast_the_result_has_its_type():
 def test_delayed_scaling_goes_by_earlier_steps():
     delayed = DelayedScaling(2, CPU)
     one, four = torch.full((4,), 1.0), torch.full((4,), -4.0)
-    assert delayed.scale(0, one, E4M3) == compute_scale(torch.tensor(1.0), E4M3), "nothing seen yet"
+    assert delayed.scale(0, one, E4M3) == compute_dequant_scale(torch.tensor(1.0), E4M3), (
+        "nothing seen yet"
+    )
     delayed.step()
     scale = delayed.scale(0, four, E4M3)
-    assert scale == compute_scale(torch.tensor(1.0), E4M3)
+    assert scale == compute_dequant_scale(torch.tensor(1.0), E4M3)
     assert (quantize(four, scale, E4M3).float() * scale == -1.0).all(), "cut, not infinite"
     delayed.step()
-    assert delayed.scale(0, one, E4M3) == compute_scale(torch.tensor(4.0), E4M3)
+    assert delayed.scale(0, one, E4M3) == compute_dequant_scale(torch.tensor(4.0), E4M3)
     delayed.step()
     delayed.step()
-    assert delayed.scale(0, four, E4M3) == compute_scale(torch.tensor(1.0), E4M3), "two steps back"
+    assert delayed.scale(0, four, E4M3) == compute_dequant_scale(torch.tensor(1.0), E4M3), (
+        "two steps back"
+    )
     assert delayed.state_dict() == {}
 
 

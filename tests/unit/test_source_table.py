@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from olmo.corpus.source_table import Source, assign_names, complete_table, read_table, safe_name
+from olmo.corpus.source_table import (
+    Source,
+    assign_names,
+    complete_table,
+    read_stashing_secrets,
+    safe_name,
+)
 
 
 def test_names_of_files_alike_in_many_folders():
@@ -36,10 +42,10 @@ def test_a_table_is_completed_by_what_arrived(tmp_path: Path):
     complete_table(
         path, {"https://x/a.json.gz": (12, "a" * 64), "https://x/b.json.gz": (9, "c" * 64)}
     )
-    a, b = read_table(path)
+    a, b = read_stashing_secrets(path)
     assert (a.bytes, a.sha256, a.licence) == (12, "a" * 64, "odc-by")
     assert (b.bytes, b.sha256) == (9, "b" * 64), "what was known stays"
     for wrong in ("https://x/a\t12\tabc\n", "https://x/a\tmany\n", "\t12\n", "u\t1\t\t\tmore\n"):
         path.write_text(TABLE + wrong)
         with pytest.raises(ValueError, match="line 3: expected url, bytes"):
-            read_table(path)
+            read_stashing_secrets(path)

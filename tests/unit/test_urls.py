@@ -99,7 +99,7 @@ def test_two_that_differ_in_their_secrets_alone_are_refused(tmp_path: Path) -> N
     table = tmp_path / "table.tsv"
     table.write_text("url\tbytes\tsha256\nhttp://h/a?token=1\t\t\nhttp://h/a?token=2\t\t\n")
     with pytest.raises(ValueError, match="differ in their secrets only: http://h/a;"):
-        source_table.read_table(table)
+        source_table.read_stashing_secrets(table)
 
 
 # --- over the net -------------------------------------------------------------------------------
