@@ -75,7 +75,7 @@ onstart:
 
 
 onsuccess:
-    print_at_exit(workspace.next_steps(plan), sys.stdout)
+    print_at_exit(workspace.describe_finished_runs(plan), sys.stdout)
 
 
 onerror:

@@ -78,7 +78,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_checkpoint(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder; at the end it gets a manifest and the name `folder`.
 
     An error removes it. An older folder of that name is replaced. Raises OSError if the disk is

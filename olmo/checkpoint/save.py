@@ -28,7 +28,7 @@ def save_unsharded(
     """
 
     folder = Path(save_folder) / layout.folder_name(step, unsharded=True)
-    with layout.atomic_folder(folder) as partial:
+    with layout.atomic_checkpoint(folder) as partial:
         (partial / "config.yaml").write_text(config_yaml)
         save_torch_file(dict(model), partial / "model.pt")
         if optim is not None:

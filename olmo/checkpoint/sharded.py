@@ -80,7 +80,7 @@ def save_sharded(
     flat = {f"model.{name}": tensor for name, tensor in model.items()}
     for name, parts in state.items():
         flat |= {f"optim.state.{name}.{part}": value for part, value in parts.items()}
-    with layout.atomic_folder(folder) if first else existing as partial:
+    with layout.atomic_checkpoint(folder) if first else existing as partial:
         wait()  # until the folder exists
         with _unwrap_dcp_errors(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # DCP warns that there is a single process

@@ -88,7 +88,7 @@ def fill_filter(
     names = link_documents(scratch, documents)
     limit = time_limit(sum(path.stat().st_size for path in documents) * GZ_RATIO)
     try:
-        messages = request_dedupe(dolma, limit, scratch, kind, names, search)
+        toolkit_output = request_dedupe(dolma, limit, scratch, kind, names, search)
     except ValueError:
         for path in documents:
             check_readable(path, partial(locate_line, path))
@@ -96,7 +96,7 @@ def fill_filter(
     for path, name in zip(documents, names, strict=True):
         output = scratch / attributes_path(name, kind)
         if not output.exists() or count_lines(output) != count_lines(path):
-            log.info(messages)
+            log.info(toolkit_output)
             raise ValueError(f"the toolkit did not read all of {path}; its output is above")
     shutil.rmtree(scratch / "in")
     (scratch / "in" / "documents").mkdir(parents=True)
@@ -113,7 +113,7 @@ def find_attributes(
 
     def find(kind: str) -> None:
         try:
-            messages = request_dedupe(
+            toolkit_output = request_dedupe(
                 dolma, limit, scratch, kind, names, search, read_only=kind == OVERLAP
             )
         except ValueError:
@@ -123,7 +123,8 @@ def find_attributes(
         for name, table, rows in zip(names, tables, found, strict=True):
             # Dropped documents are not searched for paragraphs.
             searched = [row for row, spans in enumerate(rows) if kind != PARAGRAPH or not spans]
-            add_spans(scratch / attributes_path(name, kind), kind, table, searched, rows, messages)
+            attributes = scratch / attributes_path(name, kind)
+            read_spans_into(rows, attributes, kind, table, searched, toolkit_output)
 
     document_kinds = [k for k, on in ((OVERLAP, search.ngram), (DUPLICATE, search.exact)) if on]
     for kind in document_kinds:
@@ -141,28 +142,28 @@ def find_attributes(
         ]
 
 
-def add_spans(
-    path: Path,
+def read_spans_into(
+    rows: list[dict[str, Spans]],
+    attributes: Path,
     kind: str,
     table: polars.DataFrame,
     searched: list[int],
-    rows: list[dict[str, Spans]],
-    messages: str,
+    toolkit_output: str,
 ) -> None:
-    """Add the spans of one kind from the toolkit's file to `rows`.
+    """Add the spans of one kind, which the toolkit wrote to `attributes`, to `rows`.
 
     Raises ValueError unless the file has each of the rows `searched`, once, in order.
     """
     expected = table["id"].gather(searched).to_list()
     lines = []
-    if path.exists():
-        with gz.reading(path) as file:
+    if attributes.exists():
+        with gz.reading(attributes) as file:
             lines = [json.loads(line) for line in file]
     if (ids := [line["id"] for line in lines]) != expected:
         pairs = zip_longest(ids, expected)
         row = next(row for row, (one, other) in enumerate(pairs) if one != other)
         place = locate_row(table, searched[row]) if row < len(searched) else table["file"][0]
-        log.info(messages)
+        log.info(toolkit_output)
         raise ValueError(
             f"{place}: expected attributes of {len(expected):,} documents from the toolkit, in "
             f"their order, found {len(lines):,}; its output is above"
@@ -181,7 +182,7 @@ def request_dedupe(
     search: Search,
     read_only: bool = False,
 ) -> str:
-    """Run `dolma dedupe` with the filter of one kind; the toolkit's messages."""
+    """Run `dolma dedupe` with the filter of one kind; the toolkit's output."""
     request = search.request(kind) | {"documents": documents, "name": kind, "bloom_filter": kind}
     return dolma.request("dedupe", limit, folder=str(scratch), read_only=read_only, **request)
 

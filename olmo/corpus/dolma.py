@@ -63,12 +63,12 @@ class Dolma:
         self.stack.close()
 
     def tokenize(self, job: TokenizeJob) -> tuple[polars.DataFrame, str]:
-        """Write a file's tokens; the documents' ranges, and the toolkit's messages."""
+        """Write a file's tokens; the documents' ranges, and the toolkit's output."""
         import numpy as np
 
         with scratch_folder(job.tokens) as folder:
             os.symlink(os.path.realpath(job.documents), folder / "documents.gz")
-            messages = self.request(
+            output = self.request(
                 "tokens",
                 time_limit_s=time_limit(job.text_bytes),
                 folder=str(folder),
@@ -81,10 +81,10 @@ class Dolma:
                 # No more than the file needs: the toolkit allocates its output at full length.
                 max_size=min(job.max_size, job.text_bytes * MAX_BYTES_PER_BYTE + job.count + 2),
             )
-            return restore_order(folder / "parts", np.dtype(job.dtype), job.tokens), messages
+            return restore_order(folder / "parts", np.dtype(job.dtype), job.tokens), output
 
     def request(self, verb: str, time_limit_s: float, **arguments: Any) -> str:
-        """Send a request to the toolkit; its messages. See dolma_worker for verbs and arguments.
+        """Send a request to the toolkit; its output. See dolma_worker for verbs and arguments.
 
         Raises ValueError with the cause when it fails, ChildProcessError when it dies or exceeds
         the time limit, OSError when it dies or fails because the disk is full.

@@ -79,11 +79,11 @@ class Fast:
                     text_bytes=left_bytes,
                     count=len(left),
                 )
-                theirs, messages = self.dolma.tokenize(rest)
+                theirs, toolkit_output = self.dolma.tokenize(rest)
                 if theirs["id"].to_list() != [ids[row] for row in left]:
                     raise ValueError(
                         f"expected {len(left):,} documents from the toolkit, its input, "
-                        f"found {theirs.height:,}: {messages}"
+                        f"found {theirs.height:,}: {toolkit_output}"
                     )
                 sizes = dict(zip(left, theirs["end"] - theirs["start"], strict=True))
                 insert_tokens(job, folder, lengths, sizes)

@@ -98,7 +98,7 @@ def mixed(
             for name, path in {"documents": documents, "attributes/dedupe": attributes}.items():
                 (folder / "in" / name).mkdir(parents=True)
                 os.symlink(os.path.realpath(path), folder / "in" / name / "documents.gz")
-            messages = dolma.request(
+            toolkit_output = dolma.request(
                 "mix",
                 time_limit(int(train["bytes"].sum())),
                 folder=str(folder),
@@ -109,7 +109,7 @@ def mixed(
             )
             rewritten = folder / "mixed" / "documents" / "documents.gz"
             if not rewritten.exists():
-                log.info(messages)
+                log.info(toolkit_output)
                 raise ValueError(
                     "expected mixed documents from the toolkit, found none; its output is above"
                 )

@@ -48,7 +48,10 @@ class Source:
 
 
 def read_stashing_secrets(path: Path) -> list[Source]:
-    """The files of a table, in order, each named by its url, which is public (olmo.runtime.urls).
+    """The files of a table, in order, each named by its url without its secrets.
+
+    The secrets of urls go to this process's environment, where downloads and commands that it
+    starts find them (olmo.runtime.urls).
 
     Raises:
         ValueError: other columns; bytes that are not a number; a sha256 that is not one.

@@ -15,7 +15,7 @@ from olmo.corpus.source_table import COLUMNS
 from olmo.corpus.stdlib import MAX_SHARDS
 from olmo.io import downloads, file_types, gz, http_client
 from olmo.io.sealed import hash_file
-from olmo.runtime.log import log
+from olmo.runtime.log import format_number, log
 from olmo.runtime.urls import redact, stash_secrets
 from olmo.store.stage import Facts, Input, Output, Unhashed, Work, current_store, stage
 
@@ -90,8 +90,10 @@ def source_list(url: str, table: Output, licence: str = "") -> Facts:
         raise ValueError(f"{url}: expected a list of URLs, found an empty file")
     found = http_client.request_sizes(urls)
     known = [size for size in found if size is not None]
-    unknown = f", and {len(urls) - len(known)} files of unknown size" * (len(known) < len(urls))
-    log.info(f"{len(urls):,} files, {sum(known):,} bytes ({sum(known) / 1e9:,.1f} GB){unknown}")
+    unknown = len(urls) - len(known)
+    rest = f", and {format_number(unknown, 'file')} of unknown size" * (unknown > 0)
+    total = f"{sum(known):,} bytes ({sum(known) / 1e9:,.1f} GB)"
+    log.info(f"{format_number(len(urls), 'file')}, {total}{rest}")
     rows = [COLUMNS]
     for one, size in zip(urls, found, strict=True):
         rows.append((one, "" if size is None else str(size), "", licence))
@@ -259,7 +261,7 @@ def check_token_file(path: Path, name: str, dtype: str) -> int:
     """The number of tokens in a file. Raises ValueError unless it can be raw tokens."""
     # Here, since text needs no numpy.
     from olmo.data import raw
-    from olmo.data.files import TokenFile, token_itemsize
+    from olmo.data.files import ArrayFile, token_itemsize
 
     width = token_itemsize(dtype)
     with open(path, "rb") as file:
@@ -267,7 +269,7 @@ def check_token_file(path: Path, name: str, dtype: str) -> int:
     size = path.stat().st_size
     if size == 0 or size % width:
         raise ValueError(f"{name}: expected tokens of {width} bytes each, found {size:,} bytes")
-    start = TokenFile(path, dtype).read(0, 1 << 16)
+    start = ArrayFile(path, dtype).read(0, 1 << 16)
     wider = raw.guess_wider_dtype(start, 1 << 8 * width)  # the vocabulary is not known here
     if wider is not None and wider[1]:
         raise ValueError(f"{name}: expected {dtype}, found {wider[0]}; set data.memmap_dtype to it")

@@ -9,7 +9,7 @@ import numpy as np
 
 from olmo.data import raw
 from olmo.data.batches import get_labels
-from olmo.data.files import TokenFile, file_sizes, is_url
+from olmo.data.files import ArrayFile, file_sizes, is_url
 from olmo.data.memmap import MemMapDataset
 from olmo.runtime.log import log
 
@@ -35,12 +35,12 @@ def check_token_files(dataset: MemMapDataset, vocab_size: int, section: str = "d
         if size:
             length = size // np.dtype(dataset.dtype).itemsize
             limit = min(length, MIN_TOKENS if is_url(path) else budget)
-            tokens = TokenFile(path, dataset.dtype).read(0, limit)
+            tokens = ArrayFile(path, dataset.dtype).read(0, limit)
             _check_ids(path, tokens, vocab_size, section)
             checked += len(tokens)
     for path, size in zip(masks, mask_sizes, strict=True):
         limit = min(size, MIN_TOKENS if is_url(path) else budget)
-        labels = TokenFile(path, np.uint8).read(0, limit)
+        labels = ArrayFile(path, np.uint8).read(0, limit)
         if size and (largest := labels.max()) > 1:
             raw.check_is_raw(str(path), labels[:64].tobytes(), "bool", f"{section}: ")
             raise ValueError(
@@ -67,7 +67,7 @@ def _check_sizes(
     dtype, itemsize = np.dtype(dataset.dtype).name, np.dtype(dataset.dtype).itemsize
 
     def check_is_raw(path: str | Path, size: int, expected: str) -> None:
-        start = TokenFile(path, np.uint8).read(0, min(size, 64)).tobytes() if size else b""
+        start = ArrayFile(path, np.uint8).read(0, min(size, 64)).tobytes() if size else b""
         raw.check_is_raw(str(path), start, expected, f"{section}: ")
 
     for path, size in zip(dataset.paths, sizes, strict=True):

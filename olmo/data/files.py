@@ -48,8 +48,8 @@ def token_itemsize(dtype: str) -> int:
     return np.dtype(dtype).itemsize
 
 
-class TokenFile:
-    """A raw array without a header, local or at a URL, read by slices."""
+class ArrayFile:
+    """An array of tokens, labels or indices without a header, local or at a URL, read by slices."""
 
     def __init__(self, path: str | Path, dtype: Any) -> None:
         self._dtype = np.dtype(dtype)

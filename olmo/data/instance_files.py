@@ -19,7 +19,7 @@ import numpy as np
 
 from olmo.config import DataConfig, TrainConfig
 from olmo.config.checks import check_data
-from olmo.data.files import TokenFile, file_sizes, is_url
+from olmo.data.files import ArrayFile, file_sizes, is_url
 
 
 class InstanceFiles:
@@ -48,7 +48,7 @@ class InstanceFiles:
         self.label_mask_paths = list(label_mask_paths) if label_mask_paths else None
         self._remote = any(is_url(path) for path in paths)
         self._ends: list[int] | None = None  # of each file, in instances
-        self._files: dict[tuple[int, bool], TokenFile] = {}  # by (file, is a mask)
+        self._files: dict[tuple[int, bool], ArrayFile] = {}  # by (file, is a mask)
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
@@ -88,7 +88,7 @@ class InstanceFiles:
             path = (
                 self.label_mask_paths[file] if mask and self.label_mask_paths else self.paths[file]
             )
-            tokens = self._files[file, mask] = TokenFile(path, np.bool_ if mask else self.dtype)
+            tokens = self._files[file, mask] = ArrayFile(path, np.bool_ if mask else self.dtype)
         return tokens.read(row * self.chunk_size, (row + 1) * self.chunk_size)
 
     def read_ids(self, places: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -67,18 +67,18 @@ def chat(
     talk: list[Message] = [] if system is None else [("system", system)]
     try:
         for line in read_messages():
-            room = run.length - min(tokens, run.length // 2)
+            room = run.sequence_length - min(tokens, run.sequence_length // 2)
             kept, ids = drop_oldest_messages([*talk, ("user", line)], words, room, is_tuned)
-            if len(ids) >= run.length:
+            if len(ids) >= run.sequence_length:
                 print(
-                    f"expected a message of fewer than {run.length:,} tokens, the model's context, "
-                    f"found {len(ids):,}; shorten it",
+                    f"expected a message of fewer than {run.sequence_length:,} tokens, the model's "
+                    f"context, found {len(ids):,}; shorten it",
                     file=sys.stderr,
                 )
                 continue
             answer = generate_ids(
-                model, ids, max_steps=min(tokens, run.length - len(ids)), temperature=temperature,
-                generator=generator,
+                model, ids, max_steps=min(tokens, run.sequence_length - len(ids)),
+                temperature=temperature, generator=generator,
             )  # fmt: skip
             talk = [*kept, ("assistant", print_text(answer, words))]
     except KeyboardInterrupt:

@@ -175,7 +175,8 @@ def find_sightings(
             )
         first, end = run.dataset.offsets[number]
         for document in select_documents(shard, id, url, text, sha256):
-            rows = np.arange(document.start // run.length, (document.end - 1) // run.length + 1)
+            length = run.sequence_length
+            rows = np.arange(document.start // length, (document.end - 1) // length + 1)
             instances = first + rows[rows < end - first]
             yield document, list(run.find_instances(instances))
 

@@ -69,11 +69,11 @@ def generate_text(
     check_utf8(text + (system or ""), "--prompt and --system")
     ids = encode_prompt(text, words, chat, system)
     if tokens is None:
-        tokens = min(256, max(run.length - len(ids), 1))
-    if len(ids) + tokens > run.length:
+        tokens = min(256, max(run.sequence_length - len(ids), 1))
+    if len(ids) + tokens > run.sequence_length:
         log.warning(
-            f"{len(ids)} tokens of prompt and {tokens} more exceed the {run.length} that the model "
-            "was trained on"
+            f"{len(ids)} tokens of prompt and {tokens} more exceed the {run.sequence_length} that "
+            "the model was trained on"
         )
     generator = None
     if temperature > 0:

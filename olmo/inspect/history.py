@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from olmo.config import TrainConfig
-from olmo.data.files import TokenFile, file_sizes
+from olmo.data.files import ArrayFile, file_sizes
 from olmo.data.order import ORDER_DTYPE, global_indices
 from olmo.inspect.order import SeenInstances
 from olmo.store.lineage import records_by_content
@@ -183,7 +183,7 @@ def _row(path: Path, step: int) -> list[int]:
 
 def open_order(place: str) -> tuple[int, Any]:
     """The length of a stored order, and a function that reads a slice of it."""
-    return file_sizes([place])[0] // ORDER_DTYPE.itemsize, TokenFile(place, ORDER_DTYPE).read
+    return file_sizes([place])[0] // ORDER_DTYPE.itemsize, ArrayFile(place, ORDER_DTYPE).read
 
 
 def derive_order(n: int, seed: int, epoch: int) -> Any:

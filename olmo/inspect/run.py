@@ -246,11 +246,11 @@ class TrainedRun:
         rows = self.dataset.read_ids([self.dataset.locate(index) for index in indices.tolist()])
         for position, index, tokens in zip(positions, indices.tolist(), rows, strict=True):
             path, row = self.locate(index)
-            start = row * self.length
+            start = row * self.sequence_length
             yield Instance(step, position, position % size, index, path, start, tokens)
 
     @property
-    def length(self) -> int:
+    def sequence_length(self) -> int:
         """Tokens of an instance."""
         return self.cfg.model.max_sequence_length
 

@@ -20,7 +20,7 @@ from olmo.io import sealed, untrusted
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.recipe import recipe_path
 from olmo.pipeline.survey import HELDOUT_SHARES, TEXT_FIELDS, Survey, survey
-from olmo.runtime.log import format_count, format_duration
+from olmo.runtime.log import format_count, format_duration, format_number
 
 CONFIG = Path(PROJECT_CONFIG)
 # Width, layers and heads of models, by size; 16 · layers · width² parameters besides embeddings.
@@ -66,8 +66,8 @@ class Choice:
     width: int
     layers: int
     heads: int
-    length: int  # of an instance
-    batch: int  # instances
+    sequence_length: int
+    batch_size: int  # instances
     steps: int
     seconds: float
 
@@ -77,7 +77,7 @@ class Choice:
 
     @property
     def epochs(self) -> float:
-        return self.steps * self.batch * self.length / self.tokens
+        return self.steps * self.batch_size * self.sequence_length / self.tokens
 
 
 def new(name: str, folder: str, /, hours: float | None = None) -> None:
@@ -152,19 +152,21 @@ def choose(found: Survey, machine: Machine, hours: float) -> Choice:
     budget = machine.flops * EFFICIENCY * hours * 3600
     longest = 256 if machine.device == "cpu" else 1024
     while longest >= SHORTEST:
-        length, longest = longest, longest // 2
-        size = length * bytes_per_token
-        share = choose_heldout_share(found, size)
-        instances, _ = found.count_instances(share, size)
-        tokens = instances * length
+        sequence_length, longest = longest, longest // 2
+        instance_bytes = sequence_length * bytes_per_token
+        share = choose_heldout_share(found, instance_bytes)
+        instances, _ = found.count_instances(share, instance_bytes)
+        tokens = instances * sequence_length
         (width, layers, heads), trained = choose_shape(tokens, vocab_size, budget)
-        if STEPS * LEAST_BATCH * length <= trained:
+        if STEPS * LEAST_BATCH * sequence_length <= trained:
             break
     if tokens < MIN_TOKENS:
         raise too_little_text(found)
-    batch = max(LEAST_BATCH, min(MAX_BATCH_TOKENS, floor_power(trained / STEPS)) // length)
-    batch = min(batch, instances)
-    steps = max(LEAST_STEPS, trained // (batch * length))
+    batch_size = max(
+        LEAST_BATCH, min(MAX_BATCH_TOKENS, floor_power(trained / STEPS)) // sequence_length
+    )
+    batch_size = min(batch_size, instances)
+    steps = max(LEAST_STEPS, trained // (batch_size * sequence_length))
     per_token = count_flops(vocab_size, width, layers)
     return Choice(
         vocab_size=vocab_size,
@@ -174,10 +176,10 @@ def choose(found: Survey, machine: Machine, hours: float) -> Choice:
         width=width,
         layers=layers,
         heads=heads,
-        length=length,
-        batch=batch,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
         steps=steps,
-        seconds=steps * batch * length * per_token / (machine.flops * EFFICIENCY),
+        seconds=steps * batch_size * sequence_length * per_token / (machine.flops * EFFICIENCY),
     )
 
 
@@ -232,14 +234,15 @@ def too_little_text(found: Survey) -> ValueError:
         remedy += ", or join the files, since an instance has text of one file"
     return ValueError(
         f"expected text of at least some {MIN_TOKENS:,} tokens, found {found.text_bytes:,} bytes "
-        f"in {found.documents:,} documents of {found.files:,} files; {remedy}"
+        f"in {format_number(found.documents, 'document')} of "
+        f"{format_number(found.files, 'file')}; {remedy}"
     )
 
 
-def choose_heldout_share(found: Survey, size: float) -> float:
-    """The smallest share that holds out a few instances of `size` bytes; 0.0 if none does."""
+def choose_heldout_share(found: Survey, instance_bytes: float) -> float:
+    """The smallest share that holds out a few instances; 0.0 if none does."""
     for share in HELDOUT_SHARES:
-        _, instances = found.count_instances(share, size)
+        _, instances = found.count_instances(share, instance_bytes)
         if instances >= LEAST_HELDOUT and found.heldout_bytes(share) <= found.text_bytes / 3:
             return share
     return 0.0
@@ -250,7 +253,8 @@ def format_recipe(name: str, found: Survey, choice: Choice) -> str:
     about = "" if found.is_whole else "about "
     rows = found.rows
     lines = [
-        f"# {found.files:,} files: {about}{found.documents:,} documents, "
+        f"# {format_number(found.files, 'file')}: {about}"
+        f"{format_number(found.documents, 'document')}, "
         f"{format_count(found.text_bytes)}B of text, some {format_count(choice.tokens)} tokens.",
         "sources:",
         f"  files: {quote(found.patterns)}",
@@ -300,7 +304,7 @@ def format_drops(found: Survey) -> list[str]:
 def format_train(name: str, choice: Choice, machine: Machine) -> str:
     """config/train/NAME.yaml, from new_train.yaml."""
     gpu, inner = machine.device == "cuda", count_inner(choice.width, choice.layers)
-    batch_tokens, threads = choice.batch * choice.length, min(count_cores(), 8)
+    batch_tokens, threads = choice.batch_size * choice.sequence_length, min(count_cores(), 8)
     values = dataclasses.asdict(choice) | {
         "name": name,
         "machine": machine.name,
@@ -314,7 +318,7 @@ def format_train(name: str, choice: Choice, machine: Machine) -> str:
         "max_epochs": MAX_EPOCHS,
         "batch_tokens": batch_tokens,
         "for_steps": f", for some {STEPS} steps or more" if choice.steps >= STEPS else "",
-        "micro": min(choice.batch, 16 if gpu else 8),
+        "micro": min(choice.batch_size, 16 if gpu else 8),
         "precision": "amp_bf16" if gpu else "fp32",
         "threads": f"intra_op_threads: {threads} # another number gives other bits\n" * (not gpu),
         "save_interval": max(1, choice.steps // 3),
@@ -344,7 +348,8 @@ def format_summary(name: str, found: Survey, choice: Choice, machine: Machine, j
     held_out = f"{choice.heldout_share:.0%}" if choice.heldout_share else "none, too few documents"
     left_out = ", ".join(f"{count:,} {suffix}" for suffix, count in found.left_out.most_common(5))
     lines = [
-        f"{found.files:,} files, {about}{found.documents:,} documents, "
+        f"{format_number(found.files, 'file')}, {about}"
+        f"{format_number(found.documents, 'document')}, "
         f"{format_count(found.text_bytes)}B of text, some {format_count(choice.tokens)} tokens",
         *([f"  not text, left out: {left_out}"] if left_out else []),
         *(f"  left out: {drop}" for drop in format_drops(found)),

@@ -40,6 +40,7 @@ from olmo.pipeline.source_files import (
 )
 from olmo.pipeline.targets import suggest_name
 from olmo.pipeline.unsupported_keys import refuse_unsupported_keys
+from olmo.runtime.log import format_number
 from olmo.train.chain import list_link_steps
 
 LARGE_DOWNLOAD = 1e12  # bytes, from which there is a warning
@@ -173,18 +174,18 @@ class Plan:
     def decontamination_files(self, dataset: str) -> list[str]:
         """The files that a data set is decontaminated against."""
         section, key = self.recipe(dataset).decontaminate, "decontaminate.against"
-        found = source_table.find_local_files(
-            section.against if section else [], recipe_path(dataset), key
-        )
+        patterns = section.against if section else []
+        found = source_table.find_local_files(patterns, recipe_path(dataset), key)
         self._report_files(dataset, key, found)
         return [source.place for source in found]
 
     def _report_files(self, dataset: str, key: str, found: list[Source]) -> None:
         """Print, once for each key, how many files its patterns match."""
         repeated = len(found) - len({source.place for source in found})
-        more = f", {repeated:,} of them again" * bool(repeated)
+        count = format_number(len(found), "file")
+        count += f", {repeated:,} of them again" * bool(repeated)
         if found:
-            self._report_once(f"{dataset}: {key}", f" names {len(found):,} files{more}")
+            self._report_once(f"{dataset}: {key}", f" names {count}")
 
     def _report_once(self, subject: str, text: str) -> None:
         if subject not in self._reported:

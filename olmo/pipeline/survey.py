@@ -67,21 +67,24 @@ class Survey:
         found = [text for fraction, text in self.sample if fraction >= most]
         return found or [text for _, text in self.sample]
 
-    def heldout_bytes(self, share: float) -> float:
+    def heldout_bytes(self, heldout_share: float) -> float:
         """The bytes of text that would be held out."""
         if not self.is_whole:
-            return share * self.text_bytes
-        return self.heldout[share].total() if share else 0
+            return heldout_share * self.text_bytes
+        return self.heldout[heldout_share].total() if heldout_share else 0
 
-    def count_instances(self, share: float, size: float) -> tuple[int, int]:
-        """(training, held-out) instances of `size` bytes: none has text of two sources."""
-        if not self.is_whole:
-            held, kept = (part * self.text_bytes / self.sources for part in (share, 1 - share))
-            return self.sources * int(kept // size), self.sources * int(held // size)
-        held_out = self.heldout.get(share, Counter())
+    def count_instances(self, heldout_share: float, instance_bytes: float) -> tuple[int, int]:
+        """(training, held-out) instances: none has text of two sources."""
+        pairs: list[tuple[float, float]]
+        if self.is_whole:
+            all_, held_out = self.bytes_read, self.heldout.get(heldout_share, Counter())
+            pairs = [(total - held_out[name], held_out[name]) for name, total in all_.items()]
+        else:
+            total = self.text_bytes / self.sources
+            pairs = [((1 - heldout_share) * total, heldout_share * total)] * self.sources
         return (
-            sum(int((all_ - held_out[name]) // size) for name, all_ in self.bytes_read.items()),
-            sum(int(held // size) for held in held_out.values()),
+            sum(int(training // instance_bytes) for training, _ in pairs),
+            sum(int(heldout // instance_bytes) for _, heldout in pairs),
         )
 
 

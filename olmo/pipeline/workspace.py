@@ -141,8 +141,8 @@ def set_job_environment(store: str) -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
-def next_steps(plan: Plan) -> str:
-    """Commands for a user to run next with the checkpoints that this process finished."""
+def describe_finished_runs(plan: Plan) -> str:
+    """For each run that this process finished: its losses, and the commands to run next."""
     lines = []
     for run in plan.pipeline.runs:
         final = Path("checkpoints") / run / "final"

@@ -102,7 +102,7 @@ def find_state(name: str, held: Sequence[str], price: dict[str, Any]) -> RunStat
         try:
             record: Any = parse_record(record_path.read_bytes(), record_path)
         except Damaged:
-            record = {"facts": {}, "run": {}}
+            record = {"facts": {}}
         facts = record["facts"]
         last = last_metrics(final / "metrics.jsonl")
         losses = facts.get("heldout_loss", {}).get("heldout", {})
@@ -117,7 +117,7 @@ def find_state(name: str, held: Sequence[str], price: dict[str, Any]) -> RunStat
             last.get(SPEED),
             record_path.stat().st_mtime,
             folder_bytes(folder),
-            record["run"].get("wall_s"),
+            record.get("run", {}).get("wall_s"),
             format_cost(record, price),
         )
     metrics = attempt / "metrics.jsonl"
@@ -139,7 +139,7 @@ def find_state(name: str, held: Sequence[str], price: dict[str, Any]) -> RunStat
 
 def format_cost(record: Any, price: dict[str, Any]) -> str:
     """What a training cost, by its GPU-hours and measured energy; "" if that is not known."""
-    conditions, run = record.get("conditions", {}), record["run"]
+    conditions, run = record.get("conditions", {}), record.get("run", {})
     on_gpu = "NVIDIA" in str(conditions.get("device"))
     gpu_hours = run.get("wall_s", 0) / 3600 * conditions.get("processes", 1) * on_gpu
     energy = (run.get("machine_energy_j") or 0) / 3.6e6

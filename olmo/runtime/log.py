@@ -120,6 +120,15 @@ def format_bytes(n: float) -> str:
     return f"{n:.0f} B"
 
 
+def format_number(n: int, noun: str) -> str:
+    """How many there are of what a regular noun names.
+
+    >>> format_number(1, "file"), format_number(2_000, "file")
+    ('1 file', '2,000 files')
+    """
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def format_count(n: float) -> str:
     """A number with three digits and a unit.
 

@@ -19,7 +19,7 @@ from olmo.config.strict import hashed_fields
 from olmo.corpus import attributes, sources
 from olmo.corpus.documents import REASONS, DocumentsSection, documents
 from olmo.corpus.sources import Transfer, download, source_list
-from olmo.data.files import TokenFile
+from olmo.data.files import ArrayFile
 from olmo.io import bucket, downloads, gz, http_client
 from olmo.store.remote import Remote
 
@@ -135,7 +135,7 @@ def test_a_resumed_part_is_not_longer_than_the_first_length(
 
 def test_a_range_is_not_longer_than_requested(endless: str) -> None:
     with pytest.raises(ValueError, match="expected 8 bytes at most, found more"):
-        TokenFile(f"{endless}/a", "uint16").read(0, 4)
+        ArrayFile(f"{endless}/a", "uint16").read(0, 4)
 
 
 def test_a_bad_content_length(endless: str) -> None:

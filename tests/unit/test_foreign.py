@@ -287,7 +287,7 @@ def mirrored(tmp_path: Path) -> Iterator[Path]:
     """A mirror with a checkpoint that is whole."""
     own = tmp_path / "own"
     own.mkdir()
-    with layout.atomic_folder(own / "step5-unsharded") as folder:
+    with layout.atomic_checkpoint(own / "step5-unsharded") as folder:
         (folder / "model.pt").write_bytes(b"weights")
         (folder / "train").mkdir()
         (folder / "train/rank0.pt").write_bytes(b"state")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from servers import serving, web_server
 
-from olmo.checkpoint.layout import atomic_folder
+from olmo.checkpoint.layout import atomic_checkpoint
 from olmo.checkpoint.mirror import find_newest_or_download, mirror_checkpoints
 from olmo.corpus.documents import documents
 from olmo.corpus.fast import Fast
@@ -121,7 +121,7 @@ def test_a_full_disk_skips_no_newer_checkpoint(disk, tmp_path, capsys):
     """A run goes on from the newest mirrored checkpoint, or says that it does not fit."""
     run, remote = tmp_path / "run", tmp_path / "remote"
     for step, size in (("step1-unsharded", 1 << 10), ("step2-unsharded", DISK + 1)):
-        with atomic_folder(run / step) as folder:
+        with atomic_checkpoint(run / step) as folder:
             (folder / "model.pt").write_bytes(bytes(size))
     mirror_checkpoints(run, str(remote))
     with pytest.raises(OSError, match=r"the disk is full: .* do not fit"):

@@ -153,14 +153,14 @@ def end_at_any_byte(folder: Path, kind: str, deadly: bool) -> None:
 def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
     """No file of this process grows beyond some kilobytes, from when `name` is written."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    writing = layout.atomic_folder
+    writing = layout.atomic_checkpoint
 
     def filling(folder: Path) -> Any:
         if folder.name == name:
             resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
         return writing(folder)
 
-    monkeypatch.setattr(layout, "atomic_folder", filling)
+    monkeypatch.setattr(layout, "atomic_checkpoint", filling)
     try:
         yield
     finally:

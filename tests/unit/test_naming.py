@@ -1,6 +1,5 @@
 """Human names: whole or not there, and known for as long as something may need what they name."""
 
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import CONTEXT, forked
 
 from olmo.store import naming
 from olmo.store.action import Action
@@ -78,12 +78,8 @@ def test_a_folder_is_named_by_several_at_once(store: Store, tmp_path: Path):
         return make
 
     keys = [store.run(Action("demo", n), build(f"text {n}"))["key"] for n in (1, 2)]
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(3)
-    args = (store.root, tmp_path / "final", keys, barrier)
-    processes = [context.Process(target=_name, args=args) for _ in range(3)]
-    for process in processes:
-        process.start()
+    barrier = CONTEXT.Barrier(3)
+    processes = [forked(_name, store.root, tmp_path / "final", keys, barrier) for _ in range(3)]
     for process in processes:
         process.join(60)
         assert process.exitcode == 0

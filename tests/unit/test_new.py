@@ -155,15 +155,15 @@ def test_the_numbers_fit_text_and_machine(tokens: int, machine: Machine):
     if tokens > 2_000_000:  # as if the rest had not been read
         found.is_whole, found.text_bytes = False, 5 * tokens
     choice = choose(found, machine, 0.2 if machine is CPU else 12)
-    size = choice.length * choice.bytes_per_token
-    training, held_out = found.count_instances(choice.heldout_share, size)
-    assert choice.batch <= training and choice.tokens == training * choice.length
+    instance_bytes = choice.sequence_length * choice.bytes_per_token
+    training, held_out = found.count_instances(choice.heldout_share, instance_bytes)
+    assert choice.batch_size <= training and choice.tokens == training * choice.sequence_length
     assert held_out >= 4 or choice.heldout_share == 0
     assert choice.epochs <= new_module.MAX_EPOCHS + 0.01
-    assert choice.steps >= (300 if choice.length > 64 else 20)
+    assert choice.steps >= (300 if choice.sequence_length > 64 else 20)
     assert choice.seconds <= 1.01 * 3600 * (0.2 if machine is CPU else 12)
     if tokens >= 1_000_000:
-        assert choice.length == (256 if machine is CPU else 1024)
+        assert choice.sequence_length == (256 if machine is CPU else 1024)
     assert choice.width % choice.heads == 0 and (choice.width // choice.heads) % 2 == 0
 
 
@@ -267,7 +267,10 @@ MISTAKES: list[tuple[Callable[[], None], str]] = [
     ),
     (only("\udcff.txt", b"one"), r"expected a name in UTF-8, found 'in/\\udcff.txt'; rename it"),
     (only("{a}.txt", b"one"), r"in/\{a\}.txt: snakemake reads braces as wildcards; rename"),
-    (only("a.txt", b"too little"), "at least some 2,000 tokens, found 10 bytes in 1 documents"),
+    (
+        only("a.txt", b"too little"),
+        "at least some 2,000 tokens, found 10 bytes in 1 document of 1 file",
+    ),
 ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import forked
 
 from olmo.corpus import listing
 from olmo.corpus.order import order as order_command
@@ -72,26 +73,26 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+def map_as_an_ordinary_user(made: Path, expected: list[int]) -> None:
+    if os.geteuid() == 0:  # root may open everything
+        for path in (made.resolve(), made.parent):
+            os.chown(path, 65534, 65534)
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    global_indices = np.memmap(made, mode="r+", dtype=np.uint32)
+    assert global_indices[0:100].tolist() == expected
+
+
 def test_the_readmes_snippet_maps_the_order_of_an_ordinary_user(place: Path) -> None:
     entry = listing.Entry("part-0", "tokens", "part-0.npy", "0" * 64, 2 * 8 * 100)
     listing.write_listing(Path("tokens.tsv"), [entry])
     made = place / "checkpoints/small/global_indices.npy"
     order_command([Path("tokens.tsv")], made, sequence_length=8, seed=1)
     expected = order.read_order(made)[:].tolist()
-    child = os.fork()
-    if not child:  # root may open everything
-        try:
-            if os.geteuid() == 0:
-                for path in (made.resolve(), made.parent):
-                    os.chown(path, 65534, 65534)
-                os.setgroups([])
-                os.setgid(65534)
-                os.setuid(65534)
-            global_indices = np.memmap(made, mode="r+", dtype=np.uint32)
-            os._exit(0 if global_indices[0:100].tolist() == expected else 2)
-        except PermissionError:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    child = forked(map_as_an_ordinary_user, made.absolute(), expected)
+    child.join(60)
+    assert child.exitcode == 0
     # To look is no change; what is written is noticed, and made again.
     assert current_store().is_intact(current_store().digest(made))
     mapped = np.memmap(made, mode="r+", dtype=np.uint32)

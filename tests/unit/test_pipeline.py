@@ -14,7 +14,7 @@ from olmo.corpus.listing import Entry, write_listing
 from olmo.corpus.order import order
 from olmo.io import sealed
 from olmo.pipeline.plan import Plan
-from olmo.pipeline.workspace import next_steps
+from olmo.pipeline.workspace import describe_finished_runs
 
 RECIPE = {
     "sources": {"files": ["in/*.json.gz"]},
@@ -258,13 +258,13 @@ def test_numbers_of_a_run_and_of_weights_are_told_when_it_is_planned():
 
 def test_the_next_steps_can_be_pasted():
     made = plan(documents={"heldout_share": 0.1})
-    assert not next_steps(made)
+    assert not describe_finished_runs(made)
     final = Path("checkpoints/r/final")
     final.mkdir(parents=True)
     losses = {"heldout": {"first": 8.0, "last": 5.0}, "b": {"first": "Infinity", "last": "NaN"}}
     facts = {"steps": 10, "tokens": 2000, "heldout_loss": losses}
     (final / "record.json").write_text(sealed.dumps({"facts": facts}))
-    told = next_steps(made)
+    told = describe_finished_runs(made)
     ready = "r/final is ready: 10 steps, held-out loss 8.000 → 5.000 (heldout), inf → nan (b)"
     assert ready in told
     commands = [line.split(": ", 1)[1].strip() for line in told.splitlines() if " uv run " in line]
@@ -274,7 +274,9 @@ def test_the_next_steps_can_be_pasted():
         ["uv", "run", "snakemake", "--cores"],
     ]
     made.recipe("mine").documents.heldout_share = 0  # nothing to evaluate on
-    assert "snakemake --cores 2 eval/r hf/r" in told and "eval/r" not in next_steps(made)
+    assert "snakemake --cores 2 eval/r hf/r" in told and "eval/r" not in describe_finished_runs(
+        made
+    )
 
 
 def test_exactly_one_kind_of_source():

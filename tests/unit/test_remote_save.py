@@ -136,7 +136,7 @@ def test_a_place_that_fails_is_no_broken_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, raised: type[Exception]
 ) -> None:
     """An older checkpoint would lose the steps between, and a network fails for a while only."""
-    with layout.atomic_folder(tmp_path / "run/step10-unsharded") as folder:
+    with layout.atomic_checkpoint(tmp_path / "run/step10-unsharded") as folder:
         (folder / "model.pt").write_bytes(b"weights")
     mirror.mirror_checkpoints(tmp_path / "run", str(tmp_path / "there"))
 

@@ -357,7 +357,7 @@ def test_a_list_becomes_a_table_with_sizes(server, tmp_path, capsys):
         f"url\tbytes\tsha256\tlicence\n{a}\t{len(FILE)}\t\tODC-BY\n{b}\t\t\tODC-BY\n"
     )
     assert facts == {"url": url, "files": 2, "bytes": len(FILE), "unknown": 1}
-    assert "2 files" in (said := capsys.readouterr().out) and "1 files of unknown size" in said
+    assert "2 files" in (said := capsys.readouterr().out) and "1 file of unknown size" in said
     assert [path.name for path in tmp_path.iterdir()] == ["table.tsv"]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import os
 import stat
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import CONTEXT, forked
 
 from olmo.store import naming
 from olmo.store.action import Action, canonical_json
@@ -229,17 +229,6 @@ def test_a_store_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become two other users")
 def test_two_users_share_a_store_that_their_group_may_write_to():
     """One begins, with a umask that shuts others out; another finishes and seals what it left."""
-
-    def begin(work: Path):
-        (work / "kept").write_text("begun")
-        raise InterruptedError
-
-    def finish(work: Path):
-        with (work / "kept").open("a") as file:
-            file.write(" and finished")
-        (work / "kept").rename(work / "outputs" / "out")
-        return {}
-
     with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others
         root = Path(place) / "store"
         root.mkdir()
@@ -253,27 +242,36 @@ def test_two_users_share_a_store_that_their_group_may_write_to():
         assert found.read_text() == "begun and finished" and found.stat().st_uid == 10002
 
 
+def begin(work: Path):
+    (work / "kept").write_text("begun")
+    raise InterruptedError
+
+
+def finish(work: Path):
+    with (work / "kept").open("a") as file:
+        file.write(" and finished")
+    (work / "kept").rename(work / "outputs" / "out")
+    return {}
+
+
 def as_user(number: int, root: Path, build: Callable[[Path], Any]) -> str:
     """What came of an action that another user of group 54321 asks for."""
-    out, told = os.pipe()
-    child = os.fork()
-    if not child:
-        os.setgroups([])
-        os.setgid(54321)
-        os.setuid(number)
-        os.umask(0o022)
-        os.environ["OLMO_STORE"] = str(root)
-        try:
-            current_store().run(ONE, build)
-            os.write(told, b"sealed")
-        except BaseException as error:
-            os.write(told, type(error).__name__.encode())
-        os._exit(0)
-    os.close(told)
-    with open(out) as file:
-        said = file.read()
-    os.waitpid(child, 0)
-    return said
+    results = CONTEXT.SimpleQueue()
+    forked(_run_as, number, root, build, results).join(60)
+    return "" if results.empty() else results.get()
+
+
+def _run_as(number: int, root: Path, build: Callable[[Path], Any], results: Any) -> None:
+    os.setgroups([])
+    os.setgid(54321)
+    os.setuid(number)
+    os.umask(0o022)
+    os.environ["OLMO_STORE"] = str(root)
+    try:
+        current_store().run(ONE, build)
+        results.put("sealed")
+    except BaseException as error:
+        results.put(type(error).__name__)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounting needs root")
@@ -312,13 +310,9 @@ def _contend(root: Path, ran: Path, barrier) -> None:
 
 
 def test_however_many_ask_an_action_runs_once(tmp_path: Path):
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(6)
+    barrier = CONTEXT.Barrier(6)
     ran = tmp_path / "ran"
-    args = (tmp_path / "store", ran, barrier)
-    processes = [context.Process(target=_contend, args=args) for _ in range(6)]
-    for process in processes:
-        process.start()
+    processes = [forked(_contend, tmp_path / "store", ran, barrier) for _ in range(6)]
     for process in processes:
         process.join(30)
         assert process.exitcode == 0

@@ -19,7 +19,7 @@ from olmo.checkpoint import mirror as checkpoints
 from olmo.config import TrainConfig
 from olmo.corpus import ingest, source_table
 from olmo.corpus.sources import download, source_list
-from olmo.data.files import TokenFile
+from olmo.data.files import ArrayFile
 from olmo.inspect.run import load_run_config
 from olmo.io import downloads, http_client, sealed
 from olmo.io.bucket import Bucket
@@ -199,7 +199,7 @@ def test_every_way_to_ask_a_server_has_the_secret(
     (tmp_path / "there/config.yaml").write_text("run_name: theirs\n")
     assert load_run_config(f"http://{USER}{guarded}/config.yaml").run_name == "theirs"
     with pytest.raises(ValueError, match="expected a part of the file"):  # not 403
-        TokenFile(signed, "uint16").read(0, 4)
+        ArrayFile(signed, "uint16").read(0, 4)
     assert AZURE in ASKED[-1]
     with pytest.raises(ValueError) as refused:
         checkpoints.download_checkpoint(f"http://{USER}{guarded}/step5", project)

@@ -41,7 +41,7 @@ class FullCheckpointer:
         folder = Path(dir)
         if folder.exists() and not self.cfg.save_overwrite:
             raise ValueError(f"{folder} already exists; set save_overwrite to replace it")
-        with layout.atomic_folder(folder) as partial:
+        with layout.atomic_checkpoint(folder) as partial:
             self.cfg.save(partial / "config.yaml")
             save_torch_file(_unwrapped(dist_model).state_dict(), partial / "model.pt")
             save_torch_file(optim.state_dict(), partial / "optim.pt")
