@@ -31,6 +31,7 @@ USER_COMMANDS = {
     },
     "runs": {
         "runs": "olmo.report.runs:runs",
+        "watch": "olmo.report.watch:watch",
         "chat": "olmo.inspect.chat:chat",
         "generate": "olmo.inspect.generate:generate_text",
         "diff": "olmo.report.diff:diff",
@@ -39,6 +40,7 @@ USER_COMMANDS = {
         "replay": "olmo.inspect.replay:replay",
         "compare": "olmo.report.compare:compare",
         "scores": "olmo.report.scores:scores",
+        "report": "olmo.report.page:report",
         "checkpoint convert": "olmo.pipeline.convert:convert",
     },
     "the store": {

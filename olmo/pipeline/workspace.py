@@ -141,6 +141,18 @@ def set_job_environment(store: str) -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
+def evaluation_folder(plan: Plan, run: str) -> list[str]:
+    """eval/<run>, if there is something to evaluate a run on."""
+    section, tasks = plan.recipe(plan.dataset(run)).documents, plan.run(run).evaluation
+    return [f"eval/{run}"] if section.heldout_share or tasks else []
+
+
+def finished_checkpoints(plan: Plan) -> list[str]:
+    """The runs that are finished, each with the key of the action that made its checkpoint."""
+    finals = [(run, Path("checkpoints", run, "final", "record.json")) for run in plan.pipeline.runs]
+    return [f"{run} {path.resolve().stem}" for run, path in finals if path.exists()]
+
+
 def describe_finished_runs(plan: Plan) -> str:
     """For each run that this process finished: its losses, and the commands to run next."""
     lines = []
@@ -156,13 +168,12 @@ def describe_finished_runs(plan: Plan) -> str:
             + f" ({label})" * (len(losses) > 1)
             for label, loss in losses.items()
         )
-        section, tasks = plan.recipe(plan.dataset(run)).documents, plan.run(run).evaluation
-        evaluate = f"eval/{run} " if section.heldout_share or tasks else ""
+        evaluate = "".join(f"{folder} " for folder in evaluation_folder(plan, run))
         lines.append(
             f"{final} is ready: {facts.get('steps'):,} steps"
             f"{f', held-out loss {shown}' if shown else ''}\n"
             f"  Chat with it:       uv run olmo chat {run}\n"
-            f"  Look at its losses: {final}/loss.svg\n"
+            f"  See how it went:    uv run olmo report {run}\n"
             f"  How it was made:    uv run olmo store trace {final}\n"
             f"  {'Evaluate, export:  ' if evaluate else 'Export it:         '} "
             f"uv run snakemake --cores 2 {evaluate}hf/{run}\n"

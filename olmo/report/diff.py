@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config.identity import identity
-from olmo.inspect.documents import find_token_shards, select_shards
+from olmo.inspect.documents import TokenShard, find_token_shards, select_shards
 from olmo.inspect.run import TrainedRun
 from olmo.report.runs import last_metrics
 from olmo.report.scores import format_value, read_results
@@ -44,17 +44,28 @@ def diff(a: str, b: str, /) -> None:
         )
 
 
-def describe_run(name: str) -> dict[str, Fields]:
-    """What is compared of a run: section → fields, nested ones too."""
+def describe_run(
+    name: str,
+    known: dict[str, TokenShard] | None = None,
+    made_by: dict[str, list[Record]] | None = None,
+) -> dict[str, Fields]:
+    """What is compared of a run: section → fields, nested ones too.
+
+    Args:
+        known: of `find_token_shards`, which reads every record, as does
+        made_by: of `records_by_content`.
+    """
     run, store = TrainedRun(name), current_store()
-    shards = select_shards(run.cfg.data.paths or [], find_token_shards(store))
+    known = find_token_shards(store) if known is None else known
+    made_by = records_by_content(store) if made_by is None else made_by
+    shards = select_shards(run.cfg.data.paths or [], known)
     stages: dict[str, dict[str, Record]] = {}
     for record in (record for shard in shards for record in shard.ancestry):
         stages.setdefault(record["action"]["stage"], {})[record["key"]] = record
     tokenizers = sorted({shard.tokenizer.name for shard in shards})
     cost: Fields = run.record.get("run", {}) if run.record else {}
     return {
-        "config": describe_config(run, records_by_content(store)),
+        "config": describe_config(run, made_by),
         "data": {stage: describe_stage(found.values()) for stage, found in stages.items()}
         | {"tokenizer": ", ".join(tokenizers) or "none"},
         "code": {

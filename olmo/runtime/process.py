@@ -13,6 +13,7 @@ kill -9 of snakemake, of a stage or of one rank must leave nothing running:
 import contextlib
 import ctypes
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -129,3 +130,16 @@ def _exit_when(ended: Any) -> None:
         os._exit(128 + signal.SIGKILL)
 
     threading.Thread(target=poll, daemon=True, name="supervisor").start()
+
+
+def own_peak_memory_bytes() -> int:
+    """Peak resident memory of this process.
+
+    Linux keeps ru_maxrss over an exec: a process starts with the peak of the one that forked it.
+    VmHWM starts afresh.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:
+        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    return peak

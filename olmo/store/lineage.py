@@ -62,19 +62,62 @@ def ancestors(
     The first is `record` itself, at depth 0. `made_by` is the result of `records_by_content`, which
     reads every record: pass it when calling repeatedly.
     """
-    made_by, seen = records_by_content(store) if made_by is None else made_by, {record["key"]}
-    level, depth = [record], 0
+    parents = find_parents(record, records_by_content(store) if made_by is None else made_by)
+    level, depth, seen = [record], 0, {record["key"]}
     while level:
         found: list[Record] = []
-        for record in level:
-            yield depth, record
-            for digests in record["action"]["inputs"].values():
-                for digest in digests if isinstance(digests, list) else [digests]:
-                    for parent in made_by.get(digest, []):
-                        if parent["key"] not in seen:
-                            seen.add(parent["key"])
-                            found.append(parent)
+        for one in level:
+            yield depth, one
+            for parent in parents[one["key"]]:
+                if parent["key"] not in seen:
+                    seen.add(parent["key"])
+                    found.append(parent)
         level, depth = found, depth + 1
+
+
+def find_parents(record: Record, made_by: dict[str, list[Record]]) -> dict[str, list[Record]]:
+    """For the key of an action and of each of its ancestors: the actions that made its inputs.
+
+    Several actions may have made one content, and some of them from what was made of it: an export
+    has the tokenizer that its run's data was encoded with. So the parents of an action are those
+    that can be made without it: its rank, the most actions in a row before it, is above theirs.
+    """
+    candidates: dict[str, list[Record]] = {}
+    waiting = [record]
+    for one in waiting:  # grows in the loop
+        if one["key"] not in candidates:
+            makers = (made_by.get(digest, []) for digest in input_digests(one))
+            by_key = {parent["key"]: parent for found in makers for parent in found}
+            by_key.pop(one["key"], None)
+            candidates[one["key"]] = list(by_key.values())
+            waiting += by_key.values()
+    known = {one["key"]: one for one in waiting}
+    # Ranks, from the sources on: an action has one as soon as each of its inputs can be made.
+    needs, used_by = {}, dict[str, list[str]]()
+    for key, one in known.items():
+        needs[key] = {digest for digest in input_digests(one) if made_by.get(digest)}
+        for digest in needs[key]:
+            used_by.setdefault(digest, []).append(key)
+    ranks: dict[str, int] = {}
+    ready, rank = [key for key, digests in needs.items() if not digests], 0
+    while ready:
+        ranks |= dict.fromkeys(ready, rank)
+        made = {file["sha256"] for key in ready for file in output_files(known[key])}
+        for digest in made:
+            for key in used_by.pop(digest, ()):
+                needs[key].discard(digest)
+        ready = [key for key, digests in needs.items() if not digests and key not in ranks]
+        rank += 1
+    return {
+        key: [one for one in found if ranks.get(one["key"], rank) < ranks.get(key, rank + 1)]
+        for key, found in candidates.items()
+    }
+
+
+def input_digests(record: Record) -> list[str]:
+    """The digests of an action's inputs."""
+    inputs = record["action"]["inputs"].values()
+    return [d for one in inputs for d in (one if isinstance(one, list) else [one])]
 
 
 def format_lineage(store: Store, path: Path) -> list[str]:

@@ -42,6 +42,7 @@ from typing import Annotated, Any, TypeVar
 from olmo.config.strict import hashed_fields
 from olmo.runtime.energy import EnergyMeter
 from olmo.runtime.log import log
+from olmo.runtime.process import own_peak_memory_bytes
 from olmo.runtime.urls import redact, stash_secrets
 from olmo.store import naming
 from olmo.store.action import Action
@@ -260,16 +261,10 @@ def measure_run() -> Iterator[dict[str, Any]]:
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process or of a child that it has waited for.
-
-    Linux keeps ru_maxrss over an exec: a process starts with the peak of the one that forked it.
-    VmHWM starts afresh.
-    """
+    """Peak resident memory of this process or of a child that it has waited for."""
     unit = 1 if sys.platform == "darwin" else 1024
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as status:
-        own = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
+    return max(own_peak_memory_bytes(), children)
 
 
 def cpu_seconds() -> float:

@@ -85,7 +85,8 @@ def _train(run: Training, stop: StopRequest) -> int:
     run.model.train()
     try:
         while state.global_step < length.last_step and paused_by is None:
-            batch = next(batches)
+            with run.speed.waiting():
+                batch = next(batches)
             step = state.advance(length.batch_size, length.tokens_per_step)
             run.indices.write(step, batch["index"].tolist())
             losses, metrics = train_step(run, batch)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
+
+from olmo.runtime.process import own_peak_memory_bytes
 
 
 class SpeedMeter:
@@ -31,10 +34,19 @@ class SpeedMeter:
         self._devices, self._flops, self._olmo_flops = devices, flops, olmo_flops
         self._device_flops = device_flops
         self._mark: float | None = None
+        self._waited = 0.0  # s, since the last step that was counted
+        self._waits: deque[float] = deque(maxlen=window)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of the block as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
 
     def skip(self) -> None:
         """Do not count the time since the last step: it was evaluation or saving."""
-        self._mark = time.monotonic()
+        self._mark, self._waited = time.monotonic(), 0.0
 
     def step(self, steps: int, tokens: int) -> None:
         """Count `steps` steps that ended now, of `tokens` each over all devices.
@@ -44,7 +56,8 @@ class SpeedMeter:
         now = time.monotonic()
         if self._mark is not None:
             self._steps.append((now - self._mark, steps, steps * tokens))
-        self._mark = now
+            self._waits.append(min(self._waited, now - self._mark))
+        self._mark, self._waited = now, 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -73,6 +86,8 @@ class SpeedMeter:
             per_device = self.tokens_per_second / self._devices
             out["throughput/device/tokens_per_second"] = per_device
             out["throughput/device/batches_per_second"] = self.steps_per_second
+            seconds = sum(seconds for seconds, _, _ in self._steps)
+            out["throughput/data_wait_share"] = sum(self._waits) / seconds if seconds else 0.0
             if self._device_flops:
                 for convention, flops in self._flops.items():
                     mfu = per_device * flops / self._device_flops
@@ -93,7 +108,7 @@ def device_flops(device: torch.device) -> float | None:
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Peak memory of tensors on a GPU so far, in MB of 10^6 bytes; nothing on a CPU."""
+    """Peak memory so far, in MB of 10^6 bytes: of tensors on a GPU, or of a process on a CPU."""
     if device.type != "cuda":
-        return {}
+        return {"System/Peak CPU Memory (MB)": own_peak_memory_bytes() / 1e6}
     return {"System/Peak GPU Memory (MB)": torch.cuda.max_memory_allocated(device) / 1e6}

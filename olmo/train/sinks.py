@@ -44,7 +44,7 @@ class JsonLines:
             kept = b"".join(
                 line
                 for line in path.read_bytes().splitlines(True)
-                if line.endswith(b"\n") and (row := _row(line)) and row["step"] <= step
+                if line.endswith(b"\n") and (row := parse_row(line)) and row["step"] <= step
             )
         if not path.exists() or path.read_bytes() != kept:
             sealed.write_atomic(path, kept.decode(), alone=True)
@@ -65,7 +65,7 @@ class JsonLines:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, in order; skips damaged ones with a warning."""
     lines = path.read_bytes().splitlines()
-    rows = [row for line in lines if (row := _row(line))]
+    rows = [row for line in lines if (row := parse_row(line))]
     if len(rows) < len(lines):
         log.warning(
             f"{path}: {len(lines) - len(rows)} of {len(lines)} lines are damaged and skipped"
@@ -73,7 +73,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
     """A step's metrics; None for a line that is visibly damaged."""
     try:
         row: dict[str, Any] = from_json(line)
