@@ -53,18 +53,16 @@ def watch(run: str, /, page: bool = False, port: int = 0, interval: float = 2.0)
         olmo watch olmo-tiny --page
     """
     if (state := look(run)).state == "not begun":
-        known = f"it has not begun: uv run snakemake checkpoints/{run}/final"
-        raise ValueError(f"{run}: {known if is_known(run) else suggest_runs(run)}")
+        if run in (read_project_config().get("runs") or {}):
+            command = f"uv run snakemake checkpoints/{run}/final"
+            raise ValueError(f"{run} has not begun; start it: {command}")
+        raise ValueError(f"expected a run, found {run!r}; {suggest_runs(run)}")
     if page:
         serve(run, port)
     elif sys.stdout.isatty():
         follow(run, interval)
     else:
         print("\n".join(frame(state, MetricsFollower(Path("checkpoints", run)).series(), 80)))
-
-
-def is_known(run: str) -> bool:
-    return run in (read_project_config().get("runs") or {})
 
 
 def look(run: str) -> RunState:
@@ -94,6 +92,7 @@ def frame(state: RunState, series: dict[str, Series], width: int) -> list[str]:
     """The lines that show a run in a terminal of `width` columns."""
     last = {name: one.values[-1] for name, one in series.items()}
     heldout = HELDOUT_ANSWERS if HELDOUT_ANSWERS in series else HELDOUT
+    memory = next((name for name in MEMORY if name in last), MEMORY[0])
     head = [f"{state.name}: {state.state}"]
     if state.step is not None:
         head.append(f"step {state.step:,}" + (f"/{state.steps:,}" if state.steps else ""))
@@ -108,7 +107,7 @@ def frame(state: RunState, series: dict[str, Series], width: int) -> list[str]:
         "grad norm": (NORM, "{:.2f}".format),
         "tokens/s/device": (SPEED, format_count),
         "waits for data": (DATA_WAIT, "{:.1%}".format),
-        **{"memory": (name, lambda mb: format_bytes(mb * 1e6)) for name in MEMORY if name in last},
+        "memory": (memory, lambda megabytes: format_bytes(megabytes * 1e6)),
     }
     numbers = [f"{name} {write(last[key])}" for name, (key, write) in shown.items() if key in last]
     return [", ".join(head), *plots(series, heldout, width), *wrap(numbers, width)]
@@ -230,12 +229,8 @@ class PageHandler(BaseHTTPRequestHandler):
     def answer(self, text: str, kind: str, headers: dict[str, str] | None = None) -> None:
         body = text.encode()
         self.send_response(200)
-        fields = {
-            "Content-Type": kind,
-            "Content-Length": str(len(body)),
-            "Cache-Control": "no-store",
-        }
-        for name, value in (fields | (headers or {})).items():
+        fields = {"Content-Type": kind, "Content-Length": str(len(body))}
+        for name, value in (fields | {"Cache-Control": "no-store"} | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
