@@ -29,6 +29,7 @@ from olmo.config.enums import (
     TruncationDirection,
 )
 from olmo.config.strict import BaseConfig
+from olmo.config.trackers import WandbConfig
 from olmo.config.train_config import (
     CompilerConfig,
     CustomDatasetCollatorConfig,
@@ -46,7 +47,6 @@ from olmo.config.train_config import (
     SpeedMonitorConfig,
     TokenizerConfig,
     TrainConfig,
-    WandbConfig,
 )
 from olmo.config.yaml_io import (
     PROJECT_CONFIG,

@@ -19,7 +19,8 @@ RANGES = (
         "model.rope_theta model.max_sequence_length model.vocab_size eval_interval save_interval "
         "save_interval_unsharded save_interval_ephemeral global_train_batch_size "
         "device_train_microbatch_size device_eval_batch_size console_log_interval "
-        "wandb.log_interval fsdp.hybrid_sharding_num_model_replicas fp8.history intra_op_threads",
+        "wandb.log_interval trackio.log_interval tensorboard.log_interval "
+        "fsdp.hybrid_sharding_num_model_replicas fp8.history intra_op_threads",
     ),
     (
         0,

@@ -15,6 +15,8 @@ NOT_IN_IDENTITY = frozenset(
         "run_name",
         "dry_run",
         "wandb",
+        "trackio",
+        "tensorboard",
         "speed_monitor",
         "console_log_interval",
         "gen1_gc_interval",

@@ -39,6 +39,7 @@ from olmo.config.enums import (
 )
 from olmo.config.fork_keys import FORK_KEYS, remove_fork_keys
 from olmo.config.strict import BaseConfig, extension
+from olmo.config.trackers import TensorboardConfig, TrackioConfig, WandbConfig
 
 
 @dataclass
@@ -225,18 +226,6 @@ class TokenizerConfig(BaseConfig):
 
 
 @dataclass
-class WandbConfig(BaseConfig):
-    project: str | None = None
-    entity: str | None = None
-    group: str | None = None
-    name: str | None = None
-    tags: list[str] | None = None
-    log_artifacts: bool = False
-    rank_zero_only: bool = True
-    log_interval: int = 1
-
-
-@dataclass
 class SpeedMonitorConfig(BaseConfig):
     window_size: int = 100  # steps averaged
     gpu_flops_available: float | int | None = None  # per second and device, for MFU
@@ -356,6 +345,8 @@ class TrainConfig(BaseConfig):
 
     # Logging.
     wandb: WandbConfig | None = None
+    trackio: TrackioConfig | None = extension()  # noqa: RUF009
+    tensorboard: TensorboardConfig | None = extension()  # noqa: RUF009
     speed_monitor: SpeedMonitorConfig = field(default_factory=SpeedMonitorConfig)
     console_log_interval: int = 1
     gen1_gc_interval: int | None = 1

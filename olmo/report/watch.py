@@ -140,9 +140,10 @@ def plots(series: dict[str, Series], heldout: str, width: int) -> list[str]:
     mean = Series("training, smoothed", noisy.steps, smooth(noisy.values))
     losses = [thin(noisy, width), thin(mean, width)]
     losses += [series[heldout]] if heldout in series else []
+    title = "loss: each step gray, smoothed blue" + ", held-out red" * (heldout in series)
     if width < NARROW or SPEED not in series:
-        return plot("loss", losses, width)
-    left = plot("loss", losses, 2 * width // 3)
+        return plot(title, losses, width)
+    left = plot(title, losses, 2 * width // 3)
     right = plot("tokens/s/device", [thin(series[SPEED], width)], width // 3)
     return [a + b for a, b in zip(left, right, strict=True)]
 
@@ -163,8 +164,10 @@ def plot(title: str, curves: list[Series], width: int) -> list[str]:
             marker = plotext.marker(code, pixel=plotext.pixel(color))
             signal = figure.signal(*map(list, zip(*finite, strict=True)), marker=marker)
             signal.lines()
-            signal.label(curve.name)
             figure.draw(signal)
+    steps = [curve.steps[end] for curve in curves for end in (0, -1)]
+    ticks = sorted({min(steps) + i * (max(steps) - min(steps)) // 4 for i in range(5)})
+    figure.ruler("x").ticks(ticks, [f"{step:,}" for step in ticks])
     return str(figure.build()).splitlines()[:PLOT_ROWS]
 
 

@@ -30,7 +30,15 @@ from olmo.train.meters import SpeedMeter, device_flops
 from olmo.train.resume import Start, find_start
 from olmo.train.saver import Saver
 from olmo.train.segments import begin_segment, data_facts
-from olmo.train.sinks import Console, DataIndices, JsonLines, Sink, WeightsAndBiases
+from olmo.train.sinks import (
+    Console,
+    DataIndices,
+    JsonLines,
+    Sink,
+    Tensorboard,
+    Trackio,
+    WeightsAndBiases,
+)
 from olmo.train.state import RunLength, TrainState
 from olmo.train.step import keep_freed_memory
 from olmo.train.validate import choose_mask_type, validate
@@ -312,4 +320,8 @@ def _open_folder(
     ]
     if cfg.wandb is not None:
         sinks.append(WeightsAndBiases(cfg, resumed))
+    if cfg.trackio is not None:
+        sinks.append(Trackio(cfg, resumed))
+    if cfg.tensorboard is not None:
+        sinks.append(Tensorboard(cfg, step if resumed else None))
     return sinks

@@ -168,11 +168,63 @@ class WeightsAndBiases:
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        if step % self._interval == 0 or any(name.startswith("eval/") for name in metrics):
+        if is_logged(step, metrics, self._interval):
             self._run.log(dict(metrics), step=step)
 
     def close(self, exit_code: int) -> None:
         self._run.finish(exit_code=exit_code)
+
+
+class Trackio:
+    """Every trackio.log_interval-th step and all evaluations, to Trackio (TRACKIO_SERVER_URL)."""
+
+    def __init__(self, cfg: TrainConfig, resumed: bool) -> None:
+        import trackio
+
+        assert cfg.trackio is not None
+        self._interval = cfg.trackio.log_interval
+        self._run: Any = trackio.init(
+            project=cfg.trackio.project,
+            name=cfg.trackio.name or cfg.run_name,
+            config=cfg.asdict_for_saving(exclude=["trackio"]),
+            resume="allow" if resumed else "never",
+            embed=False,
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if is_logged(step, metrics, self._interval):
+            self._run.log(dict(metrics), step=step)
+
+    def close(self, exit_code: int) -> None:
+        self._run.finish()
+
+
+class Tensorboard:
+    """Every tensorboard.log_interval-th step and all evaluations, as event files.
+
+    Opened at `step`, later steps of an earlier attempt are hidden, as the resumed run writes them.
+    """
+
+    def __init__(self, cfg: TrainConfig, step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        assert cfg.tensorboard is not None
+        self._interval = cfg.tensorboard.log_interval
+        purge = None if step is None else step + 1
+        self._writer = SummaryWriter(str(Path(cfg.save_folder) / "tensorboard"), purge_step=purge)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if is_logged(step, metrics, self._interval):
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self, exit_code: int) -> None:
+        self._writer.close()
+
+
+def is_logged(step: int, metrics: Mapping[str, float], interval: int) -> bool:
+    """Whether a tracker is told of a step: every `interval`-th, and all evaluations."""
+    return step % interval == 0 or any(name.startswith("eval/") for name in metrics)
 
 
 class DataIndices:

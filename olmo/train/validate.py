@@ -53,11 +53,12 @@ def validate(cfg: TrainConfig, world: World) -> None:
             f"global_train_batch_size={batch_size} is not a multiple of the {world.size} "
             "processes; change one of them"
         )
-    if cfg.wandb is not None and not _is_installed("wandb"):
-        raise ValueError(
-            "the config has `wandb`, but Weights & Biases is not installed: "
-            "`pip install wandb`, or remove it with --wandb=null"
-        )
+    for tracker in ("wandb", "trackio", "tensorboard"):
+        if getattr(cfg, tracker) is not None and not _is_installed(tracker):
+            raise ValueError(
+                f"the config has `{tracker}`, but the package is not installed: "
+                f"`pip install {tracker}`, or remove it with --{tracker}=null"
+            )
     check_special_tokens(cfg)
     check_device(cfg, world.device, is_fsdp(cfg, world))
     if world.is_rank0:

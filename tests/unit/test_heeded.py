@@ -48,7 +48,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
 # Sections and keys of the model, the step, the schedule, evaluation, saving and telling: no stage
 # before training makes anything that they have a say in.
 TRAINING_ALONE = """
-    optimizer scheduler evaluators wandb speed_monitor compile fsdp ddp single fp8
+    optimizer scheduler evaluators wandb trackio tensorboard speed_monitor compile fsdp ddp single
+    fp8
     eval_interval eval_subset_num_batches eval_on_load device_eval_batch_size hf_datasets_cache_dir
     remote_save_folder save_interval save_interval_unsharded save_interval_ephemeral
     save_num_checkpoints_to_keep save_num_unsharded_checkpoints_to_keep force_save_unsharded

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sqlite3
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,3 +99,34 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(b"train/CrossEntropyLoss" in path.read_bytes() for path in written)
     assert run(tmp_path, wandb=settings, save_overwrite=True, max_duration=1) == 0
     assert (tmp_path / "run/wandb/id").read_text() != id, "another run"
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "tensorboard"])
+def test_a_missing_tracker_is_said(tracker: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, tracker, None)
+    with pytest.raises(ValueError, match=f"not installed: `pip install {tracker}`"):
+        run(tmp_path, **{tracker: {}})
+
+
+def test_trackio_is_told_every_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at the import
+    pytest.importorskip("trackio", reason="pip install trackio")
+    settings = {"project": "p", "name": "x"}
+    assert run(tmp_path, trackio=settings, stop_after=3) == EXIT_PAUSED
+    assert run(tmp_path, trackio=settings, try_load_latest_save=True) == 0
+    [database] = (tmp_path / "trackio").rglob("p.db")
+    with sqlite3.connect(database) as found:
+        steps = [step for (step,) in found.execute("select step from metrics order by step")]
+    assert steps == sorted(set(steps)) and steps[-1] == 10
+
+
+def test_tensorboard_hides_steps_that_are_trained_again(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="pip install tensorboard"
+    )
+    assert run(tmp_path, tensorboard={}, stop_after=3) == EXIT_PAUSED
+    assert run(tmp_path, tensorboard={}, try_load_latest_save=True) == 0
+    found = accumulator.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    found.Reload()
+    steps = [one.step for one in found.Scalars("train/CrossEntropyLoss")]
+    assert steps == list(range(1, steps[-1] + 1)) and steps[-1] == 10
