@@ -346,7 +346,7 @@ def when_seen(run: "TrainedRun") -> dict[tuple[str, int], set[tuple[int, int, in
     for step in range(1, (run.steps or 0) + 1):
         for instance in run.instances(step):
             shard = known[Path(instance.path).name]
-            for document in shard.documents(instance.start, instance.start + run.length):
+            for document in shard.documents(instance.start, instance.start + run.sequence_length):
                 times = saw.setdefault((document.source, document.line), set())
                 times.add((step, instance.position, instance.index))
     return saw

@@ -181,7 +181,7 @@ def sources(
 
 
 def transfer(file: Source, progress: Progress) -> Transfer:
-    return Transfer(file.mirrors, file.bytes, progress)
+    return Transfer(file.mirrors, file.bytes, progress, file.licence)
 
 
 def path_key(path: Path) -> str:

@@ -108,6 +108,10 @@ class Transfer:
     mirrors: tuple[str, ...] = ()  # other places of the file, tried in this order
     bytes: int | None = None  # its size, if known: a download ends as soon as it exceeds it
     progress: downloads.Progress = downloads.ignore_progress
+    licence: str = ""  # of its content, by the source table; for people
+
+    def licence_facts(self) -> Facts:
+        return {"licence": self.licence} if self.licence else {}
 
 
 DIRECT = Transfer()
@@ -131,7 +135,8 @@ def download(
     if known is not None and known.exists() and hash_file(known) == sha256:
         shutil.copyfile(known, source)
         text_bytes = check_source(source, url, transfer.bytes, sha256)
-        return {"url": url, "sha256": sha256, "text_bytes": text_bytes, "received": 0}
+        found = {"sha256": sha256, "text_bytes": text_bytes, "received": 0}
+        return {"url": url, **found, **transfer.licence_facts()}
 
     def check(place: str) -> int:
         return check_source(source, place, transfer.bytes, sha256)
@@ -186,6 +191,7 @@ def fetch_any(
             failures.append(str(error))
             continue
         shutil.rmtree(part, ignore_errors=True)
+        facts |= transfer.licence_facts()
         return {"from": place, "sha256": hash_file(path), "checked": checked, **facts}
     raise ValueError("; then ".join(failures))
 

@@ -254,7 +254,7 @@ def heldout_losses(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]
     for row in metrics:
         for name, value in row.items():
             if name.startswith("eval/") and name.endswith("/CrossEntropyLoss"):
-                label = name.split("/")[1]
+                label = name.removeprefix("eval/").removesuffix("/CrossEntropyLoss")
                 value = row.get(f"eval/{label}/{PER_LABEL}", value)
                 losses.setdefault(label, {"first": value})["last"] = value
     return losses

@@ -112,11 +112,14 @@ def curve_spec(unit: str, labels: list[str], x: str = "step") -> dict[str, Any]:
         .mark_point(filled=True, size=90)
         .encode(
             opacity=alt.condition(near, alt.value(1), alt.value(0)),
-            tooltip=[
-                alt.Tooltip("series:N", title="curve"),
-                alt.Tooltip("step:Q", title=x, format=",d"),
-                alt.Tooltip("exact:N", title="value"),
-            ],
+            # Where the nearest point is looked for, Vega-Lite has it in another place.
+            tooltip=alt.value(
+                alt.expr(
+                    "{curve: (datum.datum || datum).series, "
+                    f"{x}: format((datum.datum || datum).step, ',d'), "
+                    "value: (datum.datum || datum).exact}"
+                )
+            ),
         )
         .add_params(near)
     )

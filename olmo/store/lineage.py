@@ -91,27 +91,40 @@ def find_parents(record: Record, made_by: dict[str, list[Record]]) -> dict[str, 
             by_key.pop(one["key"], None)
             candidates[one["key"]] = list(by_key.values())
             waiting += by_key.values()
-    known = {one["key"]: one for one in waiting}
-    # Ranks, from the sources on: an action has one as soon as each of its inputs can be made.
-    needs, used_by = {}, dict[str, list[str]]()
-    for key, one in known.items():
-        needs[key] = {digest for digest in input_digests(one) if made_by.get(digest)}
+    ranks = rank_actions({one["key"]: one for one in waiting}, made_by)
+    parents: dict[str, list[Record]] = {}
+    reached = [record]
+    for one in reached:  # grows in the loop
+        if (key := one["key"]) not in parents:
+            parents[key] = [p for p in candidates[key] if ranks[p["key"]] < ranks[key]]
+            reached += parents[key]
+    return parents
+
+
+def rank_actions(known: dict[str, Record], made_by: dict[str, list[Record]]) -> dict[str, int]:
+    """For each action the round in which it could be made, if all were made as early as possible.
+
+    An action waits for those of its inputs that another one makes. Where actions wait for one
+    another, as copies of one file do, the first of them that was started goes first.
+    """
+    needs: dict[str, set[str]] = {}
+    used_by: dict[str, list[str]] = {}
+    for key, record in known.items():
+        digests = set(input_digests(record))
+        needs[key] = {d for d in digests if any(m["key"] != key for m in made_by.get(d, []))}
         for digest in needs[key]:
             used_by.setdefault(digest, []).append(key)
     ranks: dict[str, int] = {}
-    ready, rank = [key for key, digests in needs.items() if not digests], 0
-    while ready:
-        ranks |= dict.fromkeys(ready, rank)
-        made = {file["sha256"] for key in ready for file in output_files(known[key])}
-        for digest in made:
+    while len(ranks) < len(known):
+        left = [key for key in known if key not in ranks]
+        ready = [key for key in left if not needs[key]]
+        if not ready:
+            ready = [min(left, key=lambda key: known[key].get("run", {}).get("started", ""))]
+        ranks |= dict.fromkeys(ready, len(set(ranks.values())))
+        for digest in {file["sha256"] for key in ready for file in output_files(known[key])}:
             for key in used_by.pop(digest, ()):
                 needs[key].discard(digest)
-        ready = [key for key, digests in needs.items() if not digests and key not in ranks]
-        rank += 1
-    return {
-        key: [one for one in found if ranks.get(one["key"], rank) < ranks.get(key, rank + 1)]
-        for key, found in candidates.items()
-    }
+    return ranks
 
 
 def input_digests(record: Record) -> list[str]:

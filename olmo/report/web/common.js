@@ -131,7 +131,7 @@ async function drawChart(chart, place, points, onBrush) {
   const spec = structuredClone(chart.spec);
   spec.datasets = { points };
   for (const layer of spec.layer) {
-    if (chart.isLog && layer.encoding?.y?.scale) layer.encoding.y.scale.type = "log";
+    if (chart.isLog && layer.encoding?.y?.scale) layer.encoding.y.scale = { type: "log" };
   }
   const options = { actions: false, renderer: "svg", logLevel: 1, /* errors only */ config: chartConfig(), tooltip: { theme: "custom", disableDefaultStyle: false } };
   const { view } = await vegaEmbed(place, spec, options);

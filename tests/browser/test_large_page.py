@@ -1,0 +1,51 @@
+"""The page of a run with 100,000 steps and 5,000 sources: its size, and that no peak is lost."""
+
+from pathlib import Path
+from typing import Any
+
+import large_run
+import pytest
+
+from olmo.report.page import format_page
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("large")
+    with large_run.project(root, steps=100_000, sources=5_000):
+        (root / "large.html").write_text(format_page("large"))
+    return root / "large.html"
+
+
+def test_no_peak_is_lost(page: Path, open_page: Any) -> None:
+    assert page.stat().st_size <= 15_000_000
+    opened = open_page(page)
+    assert opened.errors == []
+    shown = opened.page.evaluate("page.charts[0].view.data('points').length")
+    assert shown < 10_000
+    for step in large_run.PEAKS:
+        value = large_run.loss(step)
+        is_shown = f"p.kind === 'raw' && p.step === {step}"
+        of_step = f"page.charts[0].view.data('points').filter(p => {is_shown})"
+        assert [one["value"] for one in opened.page.evaluate(of_step)] == [value]
+    # What lies between two points is there as soon as one looks closer.
+    opened.page.evaluate("zoom(50_000, 50_200)")
+    steps = "page.charts[0].view.data('points').filter(p => p.kind === 'raw').map(p => p.step)"
+    opened.page.wait_for_function(f"{steps}.length < 300")
+    assert opened.page.evaluate(steps) == list(range(50_000, 50_201))
+
+
+def test_a_source_is_found_among_thousands(page: Path, open_page: Any) -> None:
+    opened = open_page(page)
+    found = opened.page
+    found.locator("svg.lineage a", has_text="download").click()
+    rows = found.locator("details[open] tbody tr")
+    assert rows.count() == 50
+    found.get_by_label("Search the rows").fill("/part-4321.json.gz")
+    found.get_by_label("Search the rows").press("Enter")
+    found.wait_for_function("document.querySelectorAll('details[open] tbody tr').length === 1")
+    shown = rows.first.inner_text()
+    assert large_run.url(4321) in shown and large_run.digest("source", 4321) in shown
+    assert "<b>ODC-BY</b>" in shown, "a licence is text"
