@@ -20,7 +20,11 @@ rule bench_loss:
         lambda w: [f"checkpoints/{run}/final" for run in plan.pipeline.bench_loss],
     output:
         table="bench-results/loss/table.md",
-        picture="bench-results/loss/loss.svg",
+        picture=report(
+            "bench-results/loss/loss.svg",
+            caption="captions/tokens_to_loss.rst",
+            category="Comparison",
+        ),
     log:
         "logs/bench/loss.log",
     shell:

@@ -55,7 +55,13 @@ rule evaluate:
         config=lambda w: plan.run(w.run).evaluation or [],
         further=lambda w: plan.further_heldout_results(w.run),
     output:
-        directory("eval/{run}"),
+        report(
+            directory("eval/{run}"),
+            patterns=["table.md"],
+            caption="captions/evaluation.rst",
+            category="Evaluation",
+            labels={"run": "{run}"},
+        ),
     log:
         "logs/evaluate/{run}.log",
     threads: workflow.cores
@@ -75,7 +81,12 @@ rule eval:
     input:
         lambda w: [f"eval/{run}" for run in plan.pipeline.eval],
     output:
-        table="bench-results/eval/table.md",
+        table=report(
+            "bench-results/eval/table.md",
+            caption="captions/comparison.rst",
+            category="Evaluation",
+            labels={"run": "all"},
+        ),
         parquet="bench-results/eval/results.parquet",
     log:
         "logs/eval.log",

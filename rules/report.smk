@@ -10,7 +10,12 @@ rule report:
         final="checkpoints/{run}/final",
         evaluation=lambda w: workspace.evaluation_folder(plan, w.run),
     output:
-        report("report/{run}.html", category="Runs", labels={"run": "{run}"}),
+        report(
+            "report/{run}.html",
+            caption="captions/run.rst",
+            category="Runs",
+            labels={"run": "{run}"},
+        ),
     log:
         "logs/report/{run}.log",
     shell:
@@ -20,7 +25,12 @@ rule report:
 rule report_index:
     """A page with all runs so far: a table, their curves, and where any two differ."""
     output:
-        report("report/index.html", category="Runs", labels={"run": "all"}),
+        report(
+            "report/index.html",
+            caption="captions/index.rst",
+            category="Runs",
+            labels={"run": "all"},
+        ),
     log:
         "logs/report/index.log",
     params:

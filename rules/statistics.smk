@@ -9,7 +9,12 @@ rule statistics:
         tokens=lambda w: listings(w.dataset, "tokens"),
     output:
         summary="data/{dataset}/statistics.parquet",
-        text="data/{dataset}/statistics.txt",
+        text=report(
+            "data/{dataset}/statistics.txt",
+            caption="captions/statistics.rst",
+            category="Data",
+            labels={"data set": "{dataset}"},
+        ),
     log:
         "logs/statistics/{dataset}.log",
     shell:

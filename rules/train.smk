@@ -27,7 +27,13 @@ rule train:
         start=lambda w: plan.start_checkpoint(w.run),
         after=lambda w: plan.previous_link(w.run, w.get("step")),
     output:
-        directory("checkpoints/{run}/final"),
+        report(
+            directory("checkpoints/{run}/final"),
+            patterns=["loss.svg"],
+            caption="captions/loss.rst",
+            category="Training",
+            labels={"run": "{run}"},
+        ),
     log:
         "logs/train/{run}.log",
     threads: workflow.cores

@@ -13,6 +13,7 @@ from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
 from olmo.config.identity import identity
 from olmo.corpus.listing import read_objects
 from olmo.corpus.tokenizer import check_tokenizer
+from olmo.report.loss import plot_losses, redrawing
 from olmo.runtime.numbers import encode_non_finite, to_json
 from olmo.store.stage import (
     STORE_ENV,
@@ -142,10 +143,11 @@ def training(
     previous = None if after is None else after[0].absolute().parent
     filled = filled.update_with(**build_link_overrides(cfg, previous, until))
     filled.save(attempt / "given.yaml")
-    launch(attempt / "given.yaml", geometry, filled.intra_op_threads)
+    title = cfg.run_name or final.parent.name
+    with redrawing(attempt, title):
+        launch(attempt / "given.yaml", geometry, filled.intra_op_threads)
 
     from olmo.checkpoint.final import export_final
-    from olmo.report.loss import plot_losses
     from olmo.train.segments import read_segments, training_conditions
     from olmo.train.sinks import read_metrics
 
@@ -155,7 +157,7 @@ def training(
     rows = [folder / "metrics.jsonl" for folder in (previous, attempt) if folder is not None]
     metrics = [row for path in rows for row in read_metrics(path)]
     (final / "metrics.jsonl").write_text("".join(to_json(row) + "\n" for row in metrics))
-    plot_losses(metrics, final / "loss.svg")
+    plot_losses(metrics, final / "loss.svg", title)
     return {
         "facts": {
             "run_name": cfg.run_name,

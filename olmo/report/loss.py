@@ -1,37 +1,87 @@
-"""A plot of a run's training and held-out losses over its steps."""
+"""A plot of a run's losses over its steps: loss.svg, beside its metrics."""
 
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from olmo.report.series import (
+    LOSS,
+    LOSSES,
+    Series,
+    collect_series,
+    metric_label,
+    read_rows,
+    smooth,
+    thin,
+)
+from olmo.runtime.log import log
+from olmo.train.sinks import METRICS
 
-def plot_losses(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Draw training loss as a line and held-out losses as points into an SVG file.
+WIDTH, HEIGHT = 640, 360  # px
+REDRAW_S = 60.0  # while a run is trained
+
+
+def plot_losses(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw the training loss, smoothed too, and held-out losses as points into an SVG file.
 
     Args:
         metrics: rows of metrics.jsonl.
     """
     import altair
-    import polars
 
-    rows = [
-        {"step": row["step"], "loss": value, "of": metric_label(name)}
-        for row in metrics
-        for name, value in row.items()
-        if name.endswith("/CrossEntropyLoss")
-    ]
-    frame = polars.DataFrame(rows, schema={"step": int, "loss": float, "of": str})
-    base = altair.Chart(frame).encode(
+    found = collect_series(metrics)
+    per_label = {n.removesuffix("PerLabel") for n in found if n.endswith("PerLabel")}
+    names = [n for n in found if n.split("/")[-1] in LOSSES and n not in per_label]
+    rows = []
+    for series in (found[name] for name in names):
+        mean = Series(series.name, series.steps, smooth(series.values))
+        kinds = {"raw": series, "smooth": mean} if series.name == LOSS else {"point": series}
+        rows += [
+            {"step": step, "loss": value, "of": metric_label(series.name), "kind": kind}
+            for kind, curve in kinds.items()
+            for step, value in zip(thin(curve).steps, thin(curve).values, strict=True)
+            if value - value == 0  # finite
+        ]
+    base = altair.Chart(altair.Data(values=rows)).encode(
         x=altair.X("step:Q", title="step"),
         y=altair.Y("loss:Q", title="loss (nats a token)", scale=altair.Scale(zero=False)),
-        color=altair.Color("of:N", title=None),
+        color=altair.Color("of:N", title=None, sort=None),
     )
-    training = altair.datum.of == "training"
-    line = base.transform_filter(training).mark_line(strokeWidth=1)
-    points = base.transform_filter(~training).mark_line(point=True)
-    (line + points).properties(width=640, height=360).save(str(path), format="svg")
+    raw = base.transform_filter("datum.kind == 'raw'").mark_line(strokeWidth=1, opacity=0.35)
+    smoothed = base.transform_filter("datum.kind == 'smooth'").mark_line(strokeWidth=2)
+    points = base.transform_filter("datum.kind == 'point'").mark_line(point=True)
+    heading = altair.TitleParams(title, subtitle="thin: each step; thick: moving average")
+    chart = (raw + smoothed + points).properties(width=WIDTH, height=HEIGHT, title=heading)
+    chart.configure_legend(symbolOpacity=1).save(str(path), format="svg")
 
 
-def metric_label(metric: str) -> str:
-    """The legend entry of a metric: "training", or the name of the evaluation set."""
-    kind, *name, _ = metric.split("/")
-    return "training" if kind == "train" else "/".join(name)
+@contextmanager
+def redrawing(folder: Path, title: str) -> Iterator[None]:
+    """Draw folder/loss.svg every REDRAW_S while the block runs, from folder/metrics.jsonl."""
+    ended = threading.Event()
+
+    def draw() -> None:
+        drawn = -1
+        while not ended.wait(REDRAW_S):
+            metrics = folder / METRICS
+            size = metrics.stat().st_size if metrics.exists() else 0
+            if size in (0, drawn):
+                continue
+            try:
+                plot_losses(read_rows([metrics]), folder / "loss.svg", title)
+            except Exception as error:  # a picture must not end a training
+                log.warning(f"{folder / 'loss.svg'} is not drawn: {error}")
+                return
+            drawn = size
+
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
