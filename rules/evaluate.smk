@@ -57,7 +57,7 @@ rule evaluate:
     output:
         report(
             directory("eval/{run}"),
-            patterns=["table.md"],
+            patterns=["{table}.md"],
             caption="captions/evaluation.rst",
             category="Evaluation",
             labels={"run": "{run}"},

@@ -29,7 +29,7 @@ rule train:
     output:
         report(
             directory("checkpoints/{run}/final"),
-            patterns=["loss.svg"],
+            patterns=["{picture}.svg"],
             caption="captions/loss.rst",
             category="Training",
             labels={"run": "{run}"},
