@@ -40,7 +40,7 @@ USER_COMMANDS = {
         "replay": "olmo.inspect.replay:replay",
         "compare": "olmo.report.compare:compare",
         "scores": "olmo.report.scores:scores",
-        "report": "olmo.report.page:report",
+        "report": "olmo.report.pages:report",
         "checkpoint convert": "olmo.pipeline.convert:convert",
     },
     "the store": {

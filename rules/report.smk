@@ -1,9 +1,6 @@
 # Reports: a page for each run, and one that compares all.
 
 
-ruleorder: report_index > report
-
-
 rule report:
     """A page about a run: what trained it, how it went, what it cost, how good it is."""
     input:
@@ -18,6 +15,8 @@ rule report:
         ),
     log:
         "logs/report/{run}.log",
+    wildcard_constraints:
+        run=r"(?!index$)[\w.-]+",
     shell:
         "olmo report {wildcards.run:q} --folder report --log {log:q}"
 

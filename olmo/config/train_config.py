@@ -45,47 +45,47 @@ from olmo.config.trackers import TensorboardConfig, TrackioConfig, WandbConfig
 @dataclass
 class ModelConfig(BaseConfig):
     d_model: int = 768
-    n_heads: int = 12
+    n_heads: int = 12  # query heads
     n_kv_heads: int | None = None  # None: n_heads; 1: multi-query; between: grouped-query
     clip_qkv: float | None = None  # clamp q, k, v to ±this
-    n_layers: int = 12
+    n_layers: int = 12  # blocks
     mlp_ratio: int = 4  # width of ff_proj over d_model; swiglu's inner width is half of it
     mlp_hidden_size: int | None = None  # width of ff_proj; overrides mlp_ratio
-    activation_type: ActivationType = ActivationType.swiglu
-    block_type: BlockType = BlockType.sequential
-    block_group_size: int = 1
-    alibi: bool = False
-    alibi_bias_max: float = 8.0
-    rope: bool = False
-    rope_full_precision: bool = True
-    rope_theta: int = 10_000
+    activation_type: ActivationType = ActivationType.swiglu  # of the feed-forward layer
+    block_type: BlockType = BlockType.sequential  # how a block is laid out
+    block_group_size: int = 1  # blocks that FSDP wraps and compile treats together
+    alibi: bool = False  # linear position biases, instead of rope
+    alibi_bias_max: float = 8.0  # the largest slope
+    rope: bool = False  # rotary position embeddings
+    rope_full_precision: bool = True  # compute them in float32
+    rope_theta: int = 10_000  # the base of their frequencies
     flash_attention: bool = False  # true: a flash kernel or an error; the log names the kernel
-    attention_dropout: float = 0.1
+    attention_dropout: float = 0.1  # share of attention weights set to 0 in training
     multi_query_attention: bool | None = None  # older key for n_kv_heads: 1
     attention_layer_norm: bool = False  # norm on queries and keys
-    residual_dropout: float = 0.1
-    embedding_dropout: float = 0.1
-    embedding_layer_norm: bool = False
-    layer_norm_type: LayerNormType = LayerNormType.default
-    layer_norm_with_affine: bool = True
-    layer_norm_eps: float = 1e-05
-    attention_layer_norm_with_affine: bool = True
-    max_sequence_length: int = 1024
-    include_bias: bool = True
+    residual_dropout: float = 0.1  # likewise of each block's outputs
+    embedding_dropout: float = 0.1  # likewise of embeddings
+    embedding_layer_norm: bool = False  # normalize embeddings
+    layer_norm_type: LayerNormType = LayerNormType.default  # default has a mean, rms has none
+    layer_norm_with_affine: bool = True  # norms learn a scale
+    layer_norm_eps: float = 1e-05  # added to the variance
+    attention_layer_norm_with_affine: bool = True  # norms of queries and keys learn a scale
+    max_sequence_length: int = 1024  # tokens of an instance
+    include_bias: bool = True  # linear layers learn biases
     bias_for_layer_norm: bool | None = None  # None: as include_bias
     scale_logits: bool = False  # by 1/sqrt(d_model)
-    vocab_size: int = 50257
+    vocab_size: int = 50257  # ids that the tokenizer has
     embedding_size: int | None = 50304  # rows of wte, at least vocab_size; None: vocab_size
-    weight_tying: bool = True
-    eos_token_id: int = 50256
-    pad_token_id: int = 50256
-    init_device: str | None = None
-    init_fn: InitFnType = InitFnType.normal
-    init_std: float = 0.02
+    weight_tying: bool = True  # the output layer is the embedding
+    eos_token_id: int = 50256  # ends a document
+    pad_token_id: int = 50256  # fills instances; never learned
+    init_device: str | None = None  # where weights are made; not needed here
+    init_fn: InitFnType = InitFnType.normal  # how weights are drawn
+    init_std: float = 0.02  # standard deviation of normal initialization
     init_cutoff_factor: float | None = None  # cut normal init at ± this many std
     precision: str | None = None  # set TrainConfig.precision instead
-    scale_emb_init: bool = False
-    emb_init_std: float | None = None
+    scale_emb_init: bool = False  # draw embeddings with a standard deviation of sqrt(d_model)
+    emb_init_std: float | None = None  # standard deviation of embeddings
     norm_after: bool = False  # norm the output of attention and MLP, not their input (OLMo 2)
 
     @property
@@ -108,16 +108,16 @@ class ModelConfig(BaseConfig):
 @dataclass
 class OptimizerConfig(BaseConfig):
     name: OptimizerType = OptimizerType.lionw
-    learning_rate: float = 1.0e-4
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-5
+    learning_rate: float = 1.0e-4  # the peak
+    weight_decay: float = 0.01  # AdamW's, times the learning rate
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of the moments
+    eps: float = 1e-5  # added to the root of the second moment
     no_decay_norm_and_bias: bool | None = None  # older key: the negation of the two below
     selective_updates: bool = False  # no update of parameter and state where the gradient is 0
-    decay_norm_and_bias: bool = False
-    decay_embeddings: bool = False
+    decay_norm_and_bias: bool = False  # weight decay for norms and biases, too
+    decay_embeddings: bool = False  # likewise for embeddings
     metrics_log_interval: int | None = None  # steps between per-parameter metrics
-    record_update_metrics: bool = False
+    record_update_metrics: bool = False  # log how much parameters move
     packed_state: bool = extension(False)  # adamw's moments in 8 and 16 bits
 
     @classmethod
@@ -131,11 +131,11 @@ class OptimizerConfig(BaseConfig):
 class SchedulerConfig(BaseConfig):
     name: SchedulerType = SchedulerType.cosine_with_warmup
     units: SchedulerUnits = SchedulerUnits.steps  # of t_warmup, t_max, t_decay
-    t_warmup: int | float = 100
+    t_warmup: int | float = 100  # the learning rate rises linearly until then
     t_max: int | float | None = None  # None: the end of the run
     alpha_f: float = 0.1  # final learning rate / peak learning rate
-    grad_clip_warmup_steps: int | float | None = None
-    grad_clip_warmup_factor: float | None = None
+    grad_clip_warmup_steps: int | float | None = None  # until then max_grad_norm is scaled
+    grad_clip_warmup_factor: float | None = None  # by this factor
     warmup_min_lr: float | None = None  # None: a tenth of the peak
     t_decay: int | float | None = extension()  # warmup_stable_decay: length of the decay
 
@@ -144,9 +144,9 @@ class SchedulerConfig(BaseConfig):
 class InstanceFilterConfig(BaseConfig):
     """Exclude instances from the loss if an n-gram of a period in this range repeats too often."""
 
-    repetition_max_period: int = 13
-    repetition_min_period: int = 1
-    repetition_max_count: int = 32
+    repetition_max_period: int = 13  # tokens
+    repetition_min_period: int = 1  # tokens
+    repetition_max_count: int = 32  # repetitions from which an instance is left out
 
 
 @dataclass
@@ -166,10 +166,10 @@ class CustomDatasetCollatorConfig(BaseConfig):
 @dataclass
 class CustomDatasetConfig(BaseConfig):
     name: str  # class or function, in `module` or dotted
-    module: str | None = None
-    args: dict[str, Any] | None = None
-    collate_fn: str | None = None
-    token_field: str | None = None
+    module: str | None = None  # the module of the dataset's class
+    args: dict[str, Any] | None = None  # arguments of the class
+    collate_fn: str | None = None  # a function that makes a batch of items
+    token_field: str | None = None  # of an item
     collate_config: CustomDatasetCollatorConfig | None = field(
         default_factory=CustomDatasetCollatorConfig
     )
@@ -178,18 +178,18 @@ class CustomDatasetConfig(BaseConfig):
 @dataclass
 class DataConfig(BaseConfig):
     paths: list[str] | None = None  # raw token files, in this order
-    memmap_dtype: TokenType = TokenType.uint16
+    memmap_dtype: TokenType = TokenType.uint16  # of the token files
     datasets: dict[str, list[str]] | None = None  # label → paths, instead of `paths`
     label_mask_paths: list[str] | None = None  # raw bool files, one per token file
-    pad_direction: PaddingDirection = PaddingDirection.right
-    generate_attention_mask: bool = False
+    pad_direction: PaddingDirection = PaddingDirection.right  # where an instance is padded
+    generate_attention_mask: bool = False  # of tokens that are not padding
     generate_doc_lengths: bool = False  # mask attention between documents
-    num_workers: int = 0
-    drop_last: bool = False
+    num_workers: int = 0  # processes or threads that read data
+    drop_last: bool = False  # of an epoch: instances that fill no batch
     pin_memory: bool = False  # on a GPU batches are pinned either way
-    prefetch_factor: int | None = None
-    persistent_workers: bool = False
-    timeout: int = 0
+    prefetch_factor: int | None = None  # batches that each worker reads ahead
+    persistent_workers: bool = False  # keep workers from epoch to epoch
+    timeout: int = 0  # s that a worker may take for a batch; 0: any
     seed: int | None = None  # of the data order; None: the run's seed
     instance_filter: InstanceFilterConfig | None = None
     custom_dataset: CustomDatasetConfig | None = extension()  # noqa: RUF009 (newer than its release)
@@ -213,10 +213,10 @@ class DataConfig(BaseConfig):
 @dataclass
 class EvaluatorConfig(BaseConfig):
     label: str
-    type: EvaluatorType = EvaluatorType.lm
+    type: EvaluatorType = EvaluatorType.lm  # lm: a loss on documents; downstream: multiple choice
     data: DataConfig = field(default_factory=DataConfig)
-    device_eval_batch_size: int | None = None
-    subset_num_batches: int | None = None
+    device_eval_batch_size: int | None = None  # instances of a forward pass on each process
+    subset_num_batches: int | None = None  # evaluate on the first batches only
 
 
 @dataclass
@@ -294,8 +294,8 @@ class FP8Config(BaseConfig):
 class TrainConfig(BaseConfig):
     # The run, its model and its data.
     run_name: str | None = None
-    seed: int = 6198
-    epoch: int | None = None
+    seed: int = 6198  # of the weights, the order and dropout
+    epoch: int | None = None  # the number of the first epoch
     dry_run: bool = False  # set everything up, train nothing
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -310,36 +310,36 @@ class TrainConfig(BaseConfig):
 
     # Checkpoints.
     save_folder: str = "./"
-    remote_save_folder: str | None = None
-    canceled_check_interval: int = 50
+    remote_save_folder: str | None = None  # a bucket or folder to which checkpoints are copied
+    canceled_check_interval: int = 50  # not needed: every step is checked
     save_interval: int | None = 1000  # steps between sharded checkpoints
     save_interval_unsharded: int | None = None
     save_interval_ephemeral: int | None = (
         None  # steps between sharded checkpoints; only the newest is kept
     )
     save_num_checkpoints_to_keep: int = -1  # -1: all
-    save_num_unsharded_checkpoints_to_keep: int = -1
-    save_overwrite: bool = False
+    save_num_unsharded_checkpoints_to_keep: int = -1  # -1: all
+    save_overwrite: bool = False  # a folder that has a run already
     force_save_unsharded: bool = False  # also save before training, and in a dry run
     no_pre_train_checkpoint: bool = False  # do not save step 0
     load_path: str | None = None  # folder or URL of a checkpoint to start from
     load_path_sharded_checkpointer: ShardedCheckpointerType | None = None
     try_load_latest_save: bool = False  # resume from save_folder's newest checkpoint, if any
-    reset_optimizer_state: bool = False
-    reset_trainer_state: bool = False
+    reset_optimizer_state: bool = False  # begin with empty moments
+    reset_trainer_state: bool = False  # begin at step 0, with the weights of load_path
     sharded_checkpointer: ShardedCheckpointerType = ShardedCheckpointerType.torch_legacy
-    new_style_checkpoints: bool | None = None
+    new_style_checkpoints: bool | None = None  # accepted; without effect
 
     # Duration and batches.
     max_duration: int | str = 10000  # steps, or "2e12T" tokens, or "1ep" epochs
     global_train_batch_size: int = 512  # instances per step over all processes
     device_train_batch_size: int | None = None  # derived; a given value is ignored
-    device_train_microbatch_size: int = 16
-    device_eval_batch_size: int = 16
+    device_train_microbatch_size: int = 16  # instances of a forward pass; less needs less memory
+    device_eval_batch_size: int = 16  # instances of a forward pass on each process
     eval_subset_num_batches: int = -1  # -1: all
-    eval_on_load: bool = False
+    eval_on_load: bool = False  # evaluate before the first step
     device_train_grad_accum: int | None = None  # derived; a given value is ignored
-    max_grad_norm: float | None = None
+    max_grad_norm: float | None = None  # gradients with a larger norm are scaled down to it
     max_grad_norm_ratio: float | None = None  # of the running mean; overrides max_grad_norm
     precision: str | None = None  # amp_bf16, amp_fp16, fp32; None: fp32
 
@@ -348,7 +348,7 @@ class TrainConfig(BaseConfig):
     trackio: TrackioConfig | None = extension()  # noqa: RUF009
     tensorboard: TensorboardConfig | None = extension()  # noqa: RUF009
     speed_monitor: SpeedMonitorConfig = field(default_factory=SpeedMonitorConfig)
-    console_log_interval: int = 1
+    console_log_interval: int = 1  # steps
     gen1_gc_interval: int | None = 1
 
     # How steps are computed.
@@ -360,20 +360,20 @@ class TrainConfig(BaseConfig):
         default_factory=SingleGPUConfig, metadata={"extension": True}
     )
     softmax_auxiliary_loss: bool = False  # z-loss
-    auxiliary_loss_multiplier: float | None = 1e-4
+    auxiliary_loss_multiplier: float | None = 1e-4  # of the z-loss
     time_limit: float | None = None  # seconds; then save and exit
-    extra_steps_after_cancel: int = 10
+    extra_steps_after_cancel: int = 10  # not needed: a stopped run saves at once
     early_stopping_factor: float | None = None
     save_data_indices: bool = True  # data-indices/rank{r}.tsv.gz
-    python_profiling: bool = False
-    torch_profiling: bool = False
+    python_profiling: bool = False  # profile the first steps by cProfile
+    torch_profiling: bool = False  # profile some steps by torch
     stop_at: int | None = None  # step
     stop_after: int | None = None  # steps after this start or resume
     activation_checkpointing: ActivationCheckpointingStrategy | None = None
-    fused_loss: bool | None = None
-    hf_datasets_cache_dir: str | None = None
-    module_outputs_save_steps: list[int] | None = None
-    use_msamp: bool = extension(False)
+    fused_loss: bool | None = None  # flash-attn's cross-entropy
+    hf_datasets_cache_dir: str | None = None  # documents of evaluation tasks
+    module_outputs_save_steps: list[int] | None = None  # steps whose modules' outputs are saved
+    use_msamp: bool = extension(False)  # MS-AMP's 8-bit optimizer
     fp8: FP8Config | None = extension()  # noqa: RUF009
     # The attention kernel; an error if it does not work here. None: the fastest one that works, or
     # with model.flash_attention the fastest flash kernel that works.

@@ -253,6 +253,7 @@ def format_recipe(name: str, found: Survey, choice: Choice) -> str:
     about = "" if found.is_whole else "about "
     rows = found.rows
     lines = [
+        "# yaml-language-server: $schema=../schema/data.json",
         f"# {format_number(found.files, 'file')}: {about}"
         f"{format_number(found.documents, 'document')}, "
         f"{format_count(found.text_bytes)}B of text, some {format_count(choice.tokens)} tokens.",

@@ -59,7 +59,7 @@ class EvaluationConfig(BaseConfig):
     heldout: list[str] = field(default_factory=list)  # further data sets with the same tokenizer
     data: str | None = None  # folder of task data, like hf_datasets_cache_dir; None: the hub
     task_files: list[str] = field(default_factory=list)  # folders of the harness's YAML
-    batch_size: int = 8
+    batch_size: int = 8  # instances of a forward pass
     limit: int | None = None  # the number of documents to evaluate of each task
 
     def __post_init__(self) -> None:
@@ -75,8 +75,8 @@ class RunConfig(BaseConfig):
     Without a data set it trains on the token files that its training config names.
     """
 
-    train: str
-    dataset: str | None = None
+    train: str  # the training config: config/train/RUN.yaml
+    dataset: str | None = None  # the recipe: config/data/DATASET.yaml
     start_from: str | None = None  # another run, or a checkpoint: its folder or URL
     overrides: list[str] = field(default_factory=list)  # optimizer.name=muon, …
     evaluation: str | None = None  # a file in config/eval; None: held-out documents only
@@ -89,7 +89,7 @@ class RunConfig(BaseConfig):
     # Cut the run at these steps, or every so many steps: each link is a job of its own, and writes
     # checkpoints/<run>/step-<n>.
     links: list[int] = field(default_factory=list)
-    link_every: int | None = None
+    link_every: int | None = None  # steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,19 +112,19 @@ class PriceConfig(BaseConfig):
     """What `olmo plan` multiplies GPU-hours and energy with."""
 
     gpu_hour: float | None = None  # of one GPU
-    kwh: float | None = None
-    currency: str = "USD"
+    kwh: float | None = None  # of energy
+    currency: str = "USD"  # of both prices
 
 
 @dataclass
 class PipelineConfig(BaseConfig):
     """config/config.yaml."""
 
-    runs: dict[str, RunConfig]
+    runs: dict[str, RunConfig]  # the training runs, by name
     # Checkpoints that average runs' final ones; the data set of a soup is its first run's.
     soups: dict[str, list[str]] = field(default_factory=dict)
-    store: str = "store"
-    shards_per_job: int = 4
+    store: str = "store"  # the folder of all artifacts; OLMO_STORE is another
+    shards_per_job: int = 4  # files that one job of a stage processes
     # Set by profiles/slurm: the name of GPUs in --gres (gpu, gpu:a100), and the GPUs per node of
     # runs without this key.
     gpu: str = "gpu"
@@ -136,6 +136,8 @@ class PipelineConfig(BaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("shards_per_job", self.shards_per_job, 1)
+        if "index" in {*self.runs, *self.soups}:
+            raise ValueError("runs: index is the page of all runs, report/index.html; rename it")
         for name, parts in self.soups.items():
             if name in self.runs:
                 raise ValueError(f"soups: {name} is also a run; rename one of them")

@@ -172,8 +172,8 @@ def layer(stages: list[StageNode]) -> list[list[int]]:
         for i, node in enumerate(stages):
             for parent in node.parents:
                 depths[parent] = min(max(depths[parent], depths[i] + 1), len(stages) - 1)
-    columns = [[i for i, d in enumerate(depths) if d == depth] for depth in range(max(depths) + 1)]
-    return [column for column in reversed(columns) if column]
+    farthest = sorted(set(depths), reverse=True)
+    return [[i for i, depth in enumerate(depths) if depth == wanted] for wanted in farthest]
 
 
 def stage_name(record: Record, name: str) -> str:

@@ -46,12 +46,16 @@ def find_metrics(run: Path) -> list[Path]:
 
 
 def read_rows(files: Iterable[Path]) -> list[dict[str, Any]]:
-    """The metrics of each step, once: of a step in two files, or twice in one, the last."""
+    """The metrics of each step in one row: of a metric that it has twice, the last."""
     rows: dict[int, dict[str, Any]] = {}
     for path in files:
-        for row in read_metrics(path):
-            rows[row["step"]] = row
+        add_rows(rows, read_metrics(path))
     return [rows[step] for step in sorted(rows)]
+
+
+def add_rows(rows: dict[int, dict[str, Any]], new: Iterable[dict[str, Any]]) -> None:
+    for row in new:  # an evaluation may have a row of its own
+        rows[row["step"]] = rows.get(row["step"], {}) | row
 
 
 class MetricsFollower:
@@ -74,7 +78,7 @@ class MetricsFollower:
             self._rows = {row["step"]: row for row in read_rows(p for p, _ in files[:-1])}
             self._files, self._read = files, 0
         new = self._read_rows(files[-1][0]) if files else []
-        self._rows |= {row["step"]: row for row in new}
+        add_rows(self._rows, new)
         version = f"{files[-1][1]}-{self._read}" if files else ""
         is_new, self.version = version != self.version, version
         return is_new

@@ -12,7 +12,7 @@ from typing import Any
 from olmo.config import read_project_config
 from olmo.inspect.run import suggest_runs
 from olmo.report.html import compress, render
-from olmo.report.page import RunPage
+from olmo.report.run_page import RunPage
 from olmo.report.runs import HELDOUT, HELDOUT_ANSWERS, RunState, find_state, format_age
 from olmo.report.series import (
     DATA_WAIT,

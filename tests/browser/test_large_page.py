@@ -6,7 +6,7 @@ from typing import Any
 import large_run
 import pytest
 
-from olmo.report.page import format_page
+from olmo.report.run_page import format_page
 
 pytestmark = pytest.mark.slow
 

@@ -59,7 +59,7 @@ def test_a_diverged_run_is_evaluated_and_its_metrics_are_json(tmp_path: Path):
     assert rows[0]["eval/heldout/CrossEntropyLoss"] > 1000
     assert heldout_losses(rows)["heldout"]["last"] > 1000
     rows[1]["train/CrossEntropyLoss"], rows[0]["eval/heldout/CrossEntropyLoss"] = math.inf, math.nan
-    plot_losses(rows, tmp_path / "loss.svg")
+    plot_losses(rows, tmp_path / "loss.svg", "a run")
     assert "<svg" in (tmp_path / "loss.svg").read_text()
     assert "| heldout | nan |" in _evaluation(encode_non_finite(heldout_losses(rows)), "run")
 

@@ -270,6 +270,7 @@ def test_the_next_steps_can_be_pasted():
     commands = [line.split(": ", 1)[1].strip() for line in told.splitlines() if " uv run " in line]
     assert [command.split()[:4] for command in commands] == [
         ["uv", "run", "olmo", "chat"],
+        ["uv", "run", "olmo", "report"],
         ["uv", "run", "olmo", "store"],
         ["uv", "run", "snakemake", "--cores"],
     ]

@@ -16,6 +16,22 @@ def test_the_files_are_in_step():
         assert path.read_text() == text, "run: uv run python -m olmo.pipeline.schema"
 
 
+def test_editors_know_the_schema_of_each_file():
+    files = [path for path in CONFIG.rglob("*.yaml") if path.parent.name != "bench"]
+    for path in files:
+        first, schema_path = path.read_text().splitlines()[0].split("=")
+        assert first == "# yaml-language-server: $schema", path
+        assert (path.parent / schema_path).resolve() in schema_files(), path
+    assert len(files) > 12
+
+
+def test_every_key_of_ours_is_explained():
+    readme = (CONFIG / "README.md").read_text()
+    for name in ("documents", "tokens", "dedupe", "soups", "links", "price", "stop_after"):
+        [row, *_] = [line for line in readme.splitlines() if line.startswith(f"| `{name}` ")]
+        assert len(row.split("|")[4].strip()) > 10, row
+
+
 @pytest.mark.parametrize(
     ("root", "path"),
     [("config", CONFIG / "config.yaml")]

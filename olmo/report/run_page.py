@@ -1,4 +1,4 @@
-"""`olmo report`: a page for a run, and one that compares all runs; each is one file."""
+"""The page of a run: what is known of it, and how a template shows it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from olmo.config import list_runs, read_project_config
+from olmo.config import read_project_config
 from olmo.inspect.documents import find_token_shards, select_shards
 from olmo.inspect.run import TrainedRun
-from olmo.io import sealed, untrusted
 from olmo.report import samples as sampling
 from olmo.report.card import SOURCES
 from olmo.report.charts import choose_charts, curve_specs, describe_curve
@@ -35,57 +34,11 @@ from olmo.report.series import (
 from olmo.runtime.log import format_bytes, format_count, format_duration
 from olmo.store.lease import held_names
 from olmo.store.lineage import records_by_content
-from olmo.store.naming import check_not_in_store
 from olmo.store.record import Record
 from olmo.store.stage import current_store
 
-SAMPLED = 4  # checkpoints of a run
 TABLE_ROWS = 12
 BOX_W, BOX_H, GAP_X, GAP_Y = 190, 84, 56, 22  # of the picture of the lineage, in px
-
-
-def report(runs: list[str], /, folder: Path = Path("report"), samples: int = SAMPLED) -> None:
-    """Write a page about each run: what trained it, how it went, what it cost, how good it is.
-
-    Without a run it writes FOLDER/index.html, which lists all runs and compares any two. A page is
-    one file. It needs no network, and has no path and no secret of this machine.
-
-    Args:
-        runs: names of runs, finished or not
-        folder: where the pages are written
-        samples: checkpoints of a run that write a text; 0 for none
-
-    Example:
-        olmo report olmo-tiny
-        olmo report
-    """
-    pages = [folder / f"{untrusted.check_part(run, 'olmo report')}.html" for run in runs]
-    check_not_in_store(*pages, folder / "index.html")
-    for run, page in zip(runs, pages, strict=True):
-        if samples:
-            sample(run, samples)
-        write_page(page, format_page(run))
-    if not runs:
-        from olmo.report.index import format_index
-
-        write_page(folder / "index.html", format_index(list_runs()))
-
-
-def write_page(path: Path, text: str) -> None:
-    sealed.write_atomic(path, text)
-    print(f"{path}: {format_bytes(len(text.encode()))}")
-
-
-def sample(name: str, most: int) -> None:
-    """Let checkpoints of a run write texts; those that have do not again."""
-    run, store, folder = TrainedRun(name), current_store(), Path("checkpoints", name)
-    shards = select_shards(run.cfg.data.paths or [], find_token_shards(store))
-    if not shards:
-        return  # its tokens were made elsewhere: nothing is known of its text
-    heldout = [r for shard in shards for r in shard.ancestry if "heldout" in r["outputs"]]
-    key = run.record["key"] if run.record else attempt_key(folder)
-    prompts = sampling.choose_prompts(store, heldout)
-    sampling.sample_checkpoints(folder, run.cfg, shards[0].tokenizer, key, most, prompts)
 
 
 def attempt_key(folder: Path) -> str:

@@ -11,7 +11,7 @@ from olmo.inspect.documents import find_token_shards
 from olmo.report.charts import curve_kind, curve_spec
 from olmo.report.diff import describe_run
 from olmo.report.html import hide_paths, render
-from olmo.report.page import flatten
+from olmo.report.run_page import flatten
 from olmo.report.runs import HELDOUT, HELDOUT_ANSWERS, find_state
 from olmo.report.series import LOSS, collect_series, find_metrics, pack, read_rows, thin
 from olmo.runtime.log import format_bytes, format_count, format_duration, log
