@@ -1,4 +1,4 @@
-"""`olmo bench`: time a matrix of settings, and write its results as parquet and as a heat map."""
+"""`olmo bench`: time a matrix of settings, and write its results as parquet and as pictures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from olmo.bench.matrix import COMPILE_MODES, Section
 from olmo.bench.table import format_extras, ranking_speed, record_row
+from olmo.runtime.log import format_bytes
 
 
 def bench(
@@ -18,7 +19,8 @@ def bench(
 ) -> None:
     """Time the cells of a matrix that have no record yet, each in a process of its own.
 
-    OUT gets records/, table.md, table.csv, table.parquet and heat.svg.
+    OUT gets records/, table.md, table.csv, table.parquet, best.svg and heat.svg. best.svg says what
+    to use on this machine: all settings, the fastest first.
 
     Args:
         matrix: YAML file with the cells: config/bench/tps.yaml
@@ -36,6 +38,7 @@ def bench(
     records, section = run_matrix(matrix, out, peer or (), kind, draw_only)
     write_parquet(records, section, out / "table.parquet")
     draw_heat_map(records, out / "heat.svg")
+    draw_ranking(records, out / "best.svg")
 
 
 def write_parquet(records: list[dict[str, Any]], section: Section, path: Path) -> None:
@@ -46,6 +49,71 @@ def write_parquet(records: list[dict[str, Any]], section: Section, path: Path) -
     polars.DataFrame(rows, infer_schema_length=None).write_parquet(path)
 
 
+def draw_ranking(records: list[dict[str, Any]], path: Path) -> None:
+    """For each shape bars of all settings, the fastest first and named in the title.
+
+    Below them are those without a speed, by status; table.md has the reasons.
+    """
+    import altair
+
+    unit = speed_unit(records)
+    by_shape: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_shape.setdefault(record["cell"]["shape"], []).append(ranking_row(record))
+    charts = []
+    for shape, rows in by_shape.items():
+        rows.sort(key=lambda row: -row["speed"])
+        best = max(rows, key=lambda row: row["speed"] * row["is_ours"])
+        for row in rows:
+            row["rank"] = "the fastest" if row is best else "others" if row["speed"] else "no speed"
+        title = altair.TitleParams(
+            f"{shape}: use {best['setting']}" if best["speed"] else f"{shape}: nothing ran",
+            subtitle=f"{records[0]['device']}; {unit}; {best['memory']}",
+            anchor="start",
+        )
+        base = altair.Chart(altair.Data(values=rows)).encode(
+            y=altair.Y("setting:N", sort=None, axis=altair.Axis(title=None, labelLimit=600)),
+        )
+        color = altair.Color(
+            "rank:N",
+            scale=altair.Scale(
+                domain=["the fastest", "others", "no speed"],
+                range=["#0b57d0", "#9db8dd", "#e8e8e8"],
+            ),
+            legend=None,
+        )
+        bars = base.mark_bar().encode(x=altair.X("speed:Q", title=unit), color=color)
+        texts = base.mark_text(align="left", dx=4).encode(x="speed:Q", text="text:N")
+        charts.append((bars + texts).properties(title=title, width=520, height={"step": 22}))
+    figure = altair.vconcat(*charts).configure_view(stroke=None)
+    figure.save(path, format="svg")
+
+
+def ranking_row(record: dict[str, Any]) -> dict[str, Any]:
+    """A bar: its setting in words, its speed, and the text at its end."""
+    cell, speed = record["cell"], ranking_speed(record)
+    used = record.get("attention_used", cell["attention"])
+    owner = [] if cell["whose"] == "ours" else [f"{cell['whose']}:"]
+    compiled = "eager" if cell["compile"] == "eager" else f"compile {cell['compile']}"
+    words = [used, compiled, f"microbatch {cell['microbatch']}", cell["precision"]]
+    peak = record.get("peak_memory_bytes")
+    memory = f"{format_bytes(peak)} of memory at the peak" if peak else "memory not measured"
+    text = f"{speed:,.0f}, {format_bytes(peak or 0)}" if speed else f"{record['status']}: table.md"
+    setting = " ".join([*owner, ", ".join([*words, *format_extras(record)])])
+    is_ours = cell["whose"] == "ours"
+    return {
+        "setting": setting,
+        "speed": speed,
+        "text": text,
+        "memory": memory,
+        "is_ours": is_ours,
+    }
+
+
+def speed_unit(records: list[dict[str, Any]]) -> str:
+    return "tokens per CPU-second" if records[0]["kind"] == "cpu" else "tokens per second"
+
+
 def draw_heat_map(records: list[dict[str, Any]], path: Path) -> None:
     """One heat map for each shape: tokens per second, or the reason why a cell has none.
 
@@ -53,7 +121,6 @@ def draw_heat_map(records: list[dict[str, Any]], path: Path) -> None:
     """
     import altair
 
-    unit = "CPU-second" if records[0]["kind"] == "cpu" else "second"
     by_shape: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_shape.setdefault(record["cell"]["shape"], []).append(heat_map_cell(record))
@@ -62,7 +129,7 @@ def draw_heat_map(records: list[dict[str, Any]], path: Path) -> None:
         fastest = max(cell["speed"] for cell in cells)
         for cell in cells:
             cell["share"] = cell["speed"] / fastest if cell["speed"] else None
-        charts.append(build_chart(f"{shape}: tokens per {unit}", cells))
+        charts.append(build_chart(f"{shape}: {speed_unit(records)}", cells))
     figure = altair.vconcat(*charts).configure_view(stroke=None).configure_axis(domain=False)
     figure.save(path, format="svg")
 
@@ -116,6 +183,7 @@ def build_chart(title: str, cells: list[dict[str, Any]]) -> Any:
         .transform_filter(altair.datum.share > 0)
     )
     layers += base.mark_text(fontSize=11).encode(text="text:N", color=ink)
-    heading = altair.TitleParams(title, anchor="start")
+    why = "white: not in the matrix; grey: not possible here, with the reason in table.md"
+    heading = altair.TitleParams(title, subtitle=why, anchor="start")
     width, height = 150 * len(set(columns)), 26 * len({cell["kernel"] for cell in cells})
     return layers.properties(title=heading, width=width, height=height)

@@ -152,6 +152,11 @@ def test_records_are_reused_and_unavailable_cells_have_reasons(tmp_path: Path, c
     assert "another machine" in (out / "table.md").read_text()
     drawn = (out / "heat.svg").read_text()
     assert drawn.startswith("<svg") and f"{eight['tokens_per_cpu_second']:,.0f}" in drawn
+    ranked = (out / "best.svg").read_text()
+    fastest = max((one for one in records if one["status"] == "ok"), key=table.ranking_speed)
+    assert (
+        f"small: use {fastest['attention_used']}, " in ranked and "unavailable: table.md" in ranked
+    )
     frame = polars.read_parquet(out / "table.parquet")
     assert frame["status"].to_list() == [row["status"] for row in rows]
     with pytest.raises(ValueError, match="expected records"):
