@@ -16,7 +16,7 @@ rule report:
     log:
         "logs/report/{run}.log",
     wildcard_constraints:
-        run=r"(?!index$)[\w.-]+",
+        run=r"(?!index\.html$)[\w.-]+",
     shell:
         "olmo report {wildcards.run:q} --folder report --log {log:q}"
 
