@@ -1,4 +1,4 @@
-"""The README's commands exist: each is parsed, or planned, in a copy of the repository."""
+"""The commands of README and guides exist: each is parsed, or planned, in a copy of the project."""
 
 import re
 import shlex
@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 from project import REPOSITORY
 
-README = (REPOSITORY / "README.md").read_text()
-COMMANDS = [
-    line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
-]
+GUIDES = ("README.md", *(f"docs/{name}.md" for name in ("data", "store", "training", "speed")))
+COMMANDS = list(
+    dict.fromkeys(
+        line.split("#")[0].strip()
+        for name in GUIDES
+        for block in re.findall(r"```bash\n(.*?)```", (REPOSITORY / name).read_text(), re.DOTALL)
+        for line in block.splitlines()
+        if line.strip()
+    )
+)
 
 
 def test_the_readme_has_commands():
