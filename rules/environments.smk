@@ -5,8 +5,8 @@ rule environment:
     """Build the environment of the toolkit `dolma`."""
     input:
         "envs/{name}.txt",
-    output:
-        "environments/{name}.json",
+    output:  # not removed before it is made again: another project may read it
+        update("environments/{name}.json"),
     log:
         "logs/environment/{name}.log",
     shell:

@@ -52,6 +52,7 @@ ELSEWHERE = {
     "heldout_perplexity": "likewise",
     "choice_task": "likewise; tests/unit/test_evaluation.py holds it to lm-eval's numbers",
     "harness_tasks": "likewise",
+    "samples": "likewise; its texts",
     "evaluation": "a summary of these: tests/unit/test_evaluation.py",
     "download": "its bytes are the server's; tests/unit/test_sources.py",
     "download_tokens": "likewise",

@@ -136,11 +136,11 @@ def read_until(process: "subprocess.Popen[str]", seen: Callable[[str], bool]) ->
 
 
 def metrics(run_folder: Path) -> list[dict[str, float]]:
-    """Lines of metrics.jsonl without timings."""
+    """Lines of metrics.jsonl without what differs from machine to machine: times, memory."""
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    measured = ("throughput/device", "throughput/data_wait", "System/")
     return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("throughput/device")}
-        for line in lines
+        {k: v for k, v in json.loads(line).items() if not k.startswith(measured)} for line in lines
     ]
 
 

@@ -100,7 +100,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         r"scheduler\.warmup_min_lr must be from 0 to below",
     ),
     ({"fsdp": {"wrapping_strategy": "by_block_group"}}, "needs model.block_group_size above 1"),
-    ({"wandb": {"name": "x"}}, "Weights & Biases is not installed"),
+    ({"wandb": {"name": "x"}}, "`wandb`, but the package is not installed"),
     ({"load_path": "nowhere"}, "nowhere"),
 ]
 
