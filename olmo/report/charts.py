@@ -31,15 +31,14 @@ def choose_charts(names: Iterable[str]) -> dict[str, tuple[list[str], str]]:
     """Title → (metrics, unit) of each chart that has something to draw."""
     names = list(names)
     evaluated = [name for name in names if name.startswith("eval/")]
-    # Of a run that learns answers only, the loss over all tokens is another thing.
-    per_label = {name.removesuffix("PerLabel") for name in evaluated if name.endswith("PerLabel")}
-    losses = [n for n in evaluated if n.split("/")[-1] in LOSSES and n not in per_label]
+    training = [name for name in (LOSS, "train/ZLoss") if name in names]
+    losses = [n for n in evaluated if n.split("/")[-1] == LOSSES[0]]
     scores = [n for n in evaluated if n.split("/")[-1] not in (*LOSSES, "Perplexity")]
-    found = {
-        "Loss": ([LOSS] * (LOSS in names) + ["train/ZLoss"] * ("train/ZLoss" in names) + losses,
-                 "nats a token"),
-        "Evaluations": (scores, "score"),
-    }  # fmt: skip
+    found: dict[str, tuple[list[str], str]] = {}
+    if answers := [n for n in evaluated if n.split("/")[-1] == LOSSES[1]]:
+        found["Loss on answers"] = (answers, "nats a token")
+    title = "Loss on all tokens" if answers else "Loss"  # of a run that learns answers only
+    found |= {title: (training + losses, "nats a token"), "Evaluations": (scores, "score")}
     found |= {
         title: ([n for n in all_ if n in names], unit) for title, (all_, unit) in FIXED.items()
     }
@@ -51,6 +50,8 @@ def curve_specs(names: Iterable[str]) -> list[dict[str, Any]]:
     made = []
     for title, (metrics, unit) in choose_charts(names).items():
         labels = {name: label(name) for name in metrics}
+        if len(set(labels.values())) < len(labels):  # an evaluator is called "training"
+            labels = {name: name for name in metrics}
         curves = [{"metric": n, "label": labels[n], "kind": curve_kind(n)}
                   for n in metrics]  # fmt: skip
         made.append(

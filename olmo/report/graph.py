@@ -15,6 +15,7 @@ from olmo.store.store import Store
 # Facts of a stage that count something, in the order in which they are shown.
 COUNTS = ("files", "lines", "documents", "heldout", "conversations", "tokens", "instances", "steps")
 MAX_SHARES = 20  # sources whose share of the tokens is listed
+MEAN = "averaged"  # the stage of a soup
 TOKEN_STAGES = ("tokens", "instances", "download_tokens", "local_tokens")
 
 
@@ -45,12 +46,11 @@ class StageNode:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The sums of what its records count."""
-        found: Counter[str] = Counter()
-        for action in self.actions:
-            facts = action.record["facts"]
-            found.update({name: facts[name] for name in COUNTS if type(facts.get(name)) is int})
-        return {name: found[name] for name in COUNTS if found[name]}
+        """The sums of what its records count; the links of a training count from its start."""
+        add = max if self.name.startswith("training") else sum
+        found = {name: [a.record["facts"].get(name) for a in self.actions] for name in COUNTS}
+        counts = {name: [n for n in all_ if type(n) is int] for name, all_ in found.items()}
+        return {name: add(numbers) for name, numbers in counts.items() if any(numbers)}
 
     @property
     def bytes(self) -> int:
@@ -102,12 +102,11 @@ class Graph:
                 graph is that of its tokens.
         """
         actions = [action for stage in self.stages for action in stage.actions]
-        used = {
-            parent
-            for action in actions
-            if action.record["key"] in trainings
-            for parent in action.parents
-        }
+        read_by = [action for action in actions if action.record["key"] in trainings]
+        for action in read_by:  # grows in the loop: a mean is of trainings
+            if action.record["action"]["stage"] == MEAN:
+                read_by += [self.stages[i].actions[row] for i, row in action.parents]
+        used = {parent for action in read_by for parent in action.parents}
         by_file: Counter[tuple[str, str]] = Counter()
         for i, stage in enumerate(self.stages):
             for row, action in enumerate(stage.actions):
@@ -217,15 +216,3 @@ def public_source(action: Action) -> dict[str, Any]:
         "sha256": digest,
         "licence": facts.get("licence") or "",
     }
-
-
-def chain_keys(record: Record, made_by: dict[str, list[Record]]) -> set[str]:
-    """The keys of a training and, if it is cut into links, of the links before it."""
-    keys = {record["key"]}
-    while after := record["action"]["inputs"].get("after"):
-        parents = [r for r in made_by.get(after[0], []) if r["key"] not in keys]
-        if not parents:
-            break
-        record = parents[0]
-        keys.add(record["key"])
-    return keys

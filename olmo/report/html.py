@@ -21,8 +21,13 @@ from olmo.runtime.numbers import to_json
 from olmo.runtime.urls import redact
 
 WEB = Path(__file__).with_name("web")
-# An absolute path in a text: at least two parts, not in a URL.
-_PATH = re.compile(r"(?<![\w./:~-])(?:~|file://)?/(?:[^\s/:'\"<>|]+/)+([^\s/:'\",;)<>|]*)")
+# What is left as it is, a URL; and what is hidden, a home folder and an absolute path but its name.
+_PLACE = re.compile(
+    r"(?P<url>\b(?!file:)[A-Za-z][\w+.-]*://[^\s/][^\s'\"<>]*)"
+    r"|(?<![\w./])/(?:home|Users)/[\w.-]+(?![\w./-])"
+    r"|(?:file:(?://)?)?(?:(?<![\w.}])|(?<=-[A-Z]))(?:~\w*)?/{1,2}"
+    r"(?:[^\s/:'\"<>|]+/)+(?P<last>[^\s/:'\",;)<>|]*)"
+)
 
 
 def render(template: str, context: dict[str, Any], data: Any, is_live: bool = False) -> str:
@@ -91,6 +96,10 @@ def _as_markup(program: str) -> Any:
     return Markup(program)  # ours and Vega's, never data
 
 
+def _hide(found: re.Match[str]) -> str:
+    return found["url"] or ("…" if found["last"] is None else f"…/{found['last']}")
+
+
 def hide_paths(value: Any) -> Any:
     """A value for anyone to see: no credentials of URLs, and of absolute paths the last part.
 
@@ -99,7 +108,7 @@ def hide_paths(value: Any) -> Any:
     """
     if isinstance(value, str):
         text = redact(value).replace(os.getcwd() + os.sep, "")
-        return _PATH.sub(lambda found: f"…/{found[1]}", text)
+        return _PLACE.sub(_hide, text)
     if isinstance(value, dict):
         return {str(hide_paths(str(key))): hide_paths(inner) for key, inner in value.items()}
     return [hide_paths(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -34,8 +34,8 @@ def plot_losses(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     import altair
 
     found = collect_series(metrics)
-    per_label = {n.removesuffix("PerLabel") for n in found if n.endswith("PerLabel")}
-    names = [n for n in found if n.split("/")[-1] in LOSSES and n not in per_label]
+    names = [n for n in found if n.split("/")[-1] == LOSSES[1]]  # a run that learns answers only
+    names = names or [n for n in found if n.split("/")[-1] == LOSSES[0]]
     rows = []
     for series in (found[name] for name in names):
         mean = Series(series.name, series.steps, smooth(series.values))

@@ -11,7 +11,7 @@ from olmo.io import sealed, untrusted
 from olmo.report import samples as sampling
 from olmo.report.index_page import format_index
 from olmo.report.run_page import attempt_key, format_page
-from olmo.runtime.log import format_bytes
+from olmo.runtime.log import format_bytes, log
 from olmo.store.naming import check_not_in_store
 from olmo.store.stage import current_store
 
@@ -33,11 +33,16 @@ def report(runs: list[str], /, folder: Path = Path("report"), samples: int = SAM
         olmo report olmo-tiny
         olmo report
     """
+    if "index" in runs:
+        raise ValueError("expected a run, found index, which is the page of all runs: olmo report")
     pages = [folder / f"{untrusted.check_part(run, 'olmo report')}.html" for run in runs]
     check_not_in_store(*pages, folder / "index.html")
     for run, page in zip(runs, pages, strict=True):
         if samples:
-            sample(run, samples)
+            try:
+                sample(run, samples)
+            except (ValueError, OSError) as error:  # all else that is known is shown
+                log.warning(f"{run}: its checkpoints write no text: {error}")
         write_page(page, format_page(run))
     if not runs:
         write_page(folder / "index.html", format_index(list_runs()))

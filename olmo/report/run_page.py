@@ -16,9 +16,9 @@ from olmo.report import samples as sampling
 from olmo.report.card import SOURCES
 from olmo.report.charts import choose_charts, curve_specs, describe_curve
 from olmo.report.diff import describe_config
-from olmo.report.graph import Action, Graph, build_graph, chain_keys, public_source
+from olmo.report.graph import MEAN, Action, Graph, build_graph, public_source
 from olmo.report.html import hide_paths, render
-from olmo.report.runs import RunState, find_state
+from olmo.report.runs import RunState, find_state, training_records
 from olmo.report.scores import read_results
 from olmo.report.series import (
     LOSS,
@@ -64,9 +64,9 @@ class RunPage:
         shards = select_shards(self.run.cfg.data.paths or [], find_token_shards(store))
         known = [self.record] if self.record else [shard.record for shard in shards]
         self.graph = build_graph(store, known)
-        self.keys = {attempt_key(self.folder)}
-        if self.record:
-            self.keys = chain_keys(self.record, self.made_by)
+        self.records = training_records(self.folder) if self.record else []
+        self.keys = {one["key"] for one in self.records} or {attempt_key(self.folder)}
+        self.is_mean = bool(self.record and self.record["action"]["stage"] == MEAN)
         self.samples = sampling.read_samples(store, self.keys)
         self.series = collect_series(read_rows(find_metrics(self.folder)))
         self.price = read_project_config().get("price") or {}
@@ -81,6 +81,7 @@ class RunPage:
         """The metrics, exactly, and how they are drawn; what a live page asks for anew."""
         return {
             "state": {"state": self.state.state, "step": self.state.step},
+            "tiles": self.tiles(),
             "series": {name: pack(series) for name, series in self.series.items()},
             "charts": curve_specs(self.series),
         }
@@ -105,10 +106,18 @@ class RunPage:
             "sources": [public_source(action) for _, action in graph.sources()],
             "drops": [(s.name, why, n) for s in graph.stages for why, n in s.drops.items()],
             "shares": shares(graph, self.keys),
-            "config": flatten(hide_paths(describe_config(self.run, self.made_by))),
+            "config": flatten(hide_paths(self.config())),
+            "is_mean": self.is_mean,
             "environment": environment(self.record),
             "command": reproduce(self.name, self.record),
         }
+
+    def config(self) -> dict[str, Any]:
+        """What decides the result; of a mean the checkpoints that it is of."""
+        if not self.is_mean:
+            return describe_config(self.run, self.made_by)
+        trainings = [s.name for s in self.graph.stages if s.name.startswith("training")]
+        return {"the mean of": sorted(trainings)}
 
     def results(self) -> list[dict[str, Any]]:
         folder = Path("eval", self.name)
@@ -118,8 +127,13 @@ class RunPage:
         """(name, number, its text, explanation) of what one asks first."""
         state, record = self.state, self.record
         facts = record["facts"] if record else {}
-        cost = record.get("run", {}) if record else {}
-        length, energy = self.run.cfg.model.max_sequence_length, cost.get("machine_energy_j")
+        costs = [one.get("run", {}) for one in self.records]
+        length = self.run.cfg.model.max_sequence_length
+        energy = add_known([cost.get("machine_energy_j") for cost in costs])
+        memory = max((cost.get("peak_memory_bytes") or 0 for cost in costs), default=0)
+        attempts = len(facts.get("segments") or ())
+        work = "of the averaging" if self.is_mean else "of the training"
+        work = f"of the last of {attempts} attempts" if attempts > 1 else work
 
         def tile(
             name: str, value: Any, write: Callable[[Any], str], note: str = ""
@@ -131,9 +145,9 @@ class RunPage:
             tile("tokens", facts.get("tokens"), format_count, f"in instances of {length:,}"),
             tile("parameters", count_parameters(record), format_count),
             tile("training loss", state.loss, "{:.4f}".format, "nats a token, the last step"),
-            tile("time", cost.get("wall_s"), format_duration, "of the training"),
+            tile("time", add_known([cost.get("wall_s") for cost in costs]), format_duration, work),
             tile("speed", state.tokens_per_s, format_count, "tokens/s of a device, the last"),
-            tile("memory", cost.get("peak_memory_bytes"), format_bytes, "at the peak"),
+            tile("memory", memory or None, format_bytes, "at the peak"),
             tile("energy", energy, lambda j: f"{j / 3.6e6:.3g} kWh", "of the whole machine"),
         ]
         for label, loss in (facts.get("heldout_loss") or {}).items():
@@ -170,6 +184,12 @@ class RunPage:
             "parents": action.parents,
             **{k: hide_paths(v) for k, v in source.items() if v},
         }
+
+
+def add_known(numbers: list[float | None]) -> float | None:
+    """A sum, of which nothing is known if a part is not."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if known and len(known) == len(numbers) else None
 
 
 def count_parameters(record: Record | None) -> int | None:
@@ -230,11 +250,12 @@ def environment(record: Record | None) -> list[tuple[str, str]]:
     if record is None:
         return []
     run, conditions = record.get("run", {}), record.get("conditions", {})
-    found = [(name, str(value)) for name, value in conditions.items() if value is not None]
+    found = [(name, str(value)) for name, value in (run.get("tools") or {}).items()]
     found += [(name, str(run[name])) for name in ("started", "python", "platform") if name in run]
     commit = run.get("commit") or "not known"
     found += [("commit", commit + ", with changes" * bool(run.get("commit_has_changes")))]
-    found += [(name, str(value)) for name, value in (run.get("tools") or {}).items()]
+    # Last, since they say more: torch with its build.
+    found += [(name, str(value)) for name, value in conditions.items() if value is not None]
     return [(name, hide_paths(value)) for name, value in dict(found).items()]
 
 

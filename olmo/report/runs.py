@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import mmap
 import os
 import time
 from collections.abc import Sequence
@@ -17,8 +17,9 @@ from olmo.io.sealed import Damaged
 from olmo.runtime.log import format_count, format_duration
 from olmo.runtime.process import CAUSE_FILE, PAUSED_FILE
 from olmo.store.lease import LEASE_TIMEOUT_S, held_names
-from olmo.store.record import parse_record
+from olmo.store.record import Record, parse_record
 from olmo.store.stage import current_store
+from olmo.train.sinks import parse_row
 
 TAIL_BYTES = 1 << 16  # of metrics.jsonl, in which its last rows are
 LOSS = "train/CrossEntropyLoss"
@@ -100,9 +101,10 @@ def find_state(name: str, held: Sequence[str], price: dict[str, Any]) -> RunStat
     attempt, final = folder / "run", folder / "final"
     if (record_path := final / "record.json").exists():
         try:
-            record: Any = parse_record(record_path.read_bytes(), record_path)
+            records: list[Any] = training_records(folder)
         except Damaged:
-            record = {"facts": {}}
+            records = [{"facts": {}}]
+        record, seconds = records[-1], [one.get("run", {}).get("wall_s") for one in records]
         facts = record["facts"]
         last = last_metrics(final / "metrics.jsonl")
         losses = facts.get("heldout_loss", {}).get("heldout", {})
@@ -117,8 +119,8 @@ def find_state(name: str, held: Sequence[str], price: dict[str, Any]) -> RunStat
             last.get(SPEED),
             record_path.stat().st_mtime,
             folder_bytes(folder),
-            record.get("run", {}).get("wall_s"),
-            format_cost(record, price),
+            None if None in seconds else sum(seconds),
+            format_cost(records, price),
         )
     metrics = attempt / "metrics.jsonl"
     if not attempt.exists():
@@ -137,12 +139,22 @@ def find_state(name: str, held: Sequence[str], price: dict[str, Any]) -> RunStat
     )
 
 
-def format_cost(record: Any, price: dict[str, Any]) -> str:
+def training_records(folder: Path) -> list[Record]:
+    """The records of a finished run: those of the links that it is cut into, and the last one."""
+    links = [path for path in folder.glob("step-*/record.json") if path.parent.name[5:].isdigit()]
+    links.sort(key=lambda path: int(path.parent.name[5:]))
+    paths = [*links, folder / "final/record.json"]
+    return [parse_record(path.read_bytes(), path) for path in paths]
+
+
+def format_cost(records: Sequence[Any], price: dict[str, Any]) -> str:
     """What a training cost, by its GPU-hours and measured energy; "" if that is not known."""
-    conditions, run = record.get("conditions", {}), record.get("run", {})
-    on_gpu = "NVIDIA" in str(conditions.get("device"))
-    gpu_hours = run.get("wall_s", 0) / 3600 * conditions.get("processes", 1) * on_gpu
-    energy = (run.get("machine_energy_j") or 0) / 3.6e6
+    gpu_hours = energy = 0.0
+    for record in records:
+        conditions, run = record.get("conditions", {}), record.get("run", {})
+        on_gpu = "NVIDIA" in str(conditions.get("device"))
+        gpu_hours += run.get("wall_s", 0) / 3600 * conditions.get("processes", 1) * on_gpu
+        energy += (run.get("machine_energy_j") or 0) / 3.6e6
     money = gpu_hours * (price.get("gpu_hour") or 0) + energy * (price.get("kwh") or 0)
     return f"{money:.2f} {price.get('currency', 'USD')}" if money else ""
 
@@ -172,24 +184,23 @@ def planned_steps(attempt: Path) -> int | None:
     """`max_duration` of a run, if that is a number of steps."""
     given = attempt / "given.yaml"
     found = yaml.safe_load(given.read_text(encoding="utf-8")) if given.exists() else {}
-    duration = found.get("max_duration")
+    duration = found.get("max_duration") if isinstance(found, dict) else None
     return duration if isinstance(duration, int) else None
 
 
 def last_metrics(path: Path) -> dict[str, Any]:
-    """The last value of each metric, in the last rows of a file; {} without a file."""
-    if not path.exists():
+    """The last value of each metric, in a file's last rows and its last evaluation; {} if none."""
+    if not path.exists() or not (size := path.stat().st_size):
         return {}
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        lines = file.read().splitlines()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        lines = content[max(0, size - TAIL_BYTES) :].splitlines()  # the first may be cut
+        evaluation = content.rfind(b'"eval/')
+        if 0 <= evaluation < size - TAIL_BYTES:
+            start = content.rfind(b"\n", 0, evaluation) + 1
+            lines.insert(0, content[start : content.find(b"\n", evaluation)])
     values: dict[str, Any] = {}
     for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the first is cut, or the last is being written
-            continue
-        values |= {key: value for key, value in row.items() if isinstance(value, int | float)}
+        values |= parse_row(line) or {}  # the last may still be written
     return values
 
 

@@ -65,7 +65,11 @@ def sample_checkpoints(
         run: checkpoints/<run>.
         training: the key of the run's action.
     """
-    places = {parse_step(path): path for path in list_checkpoints(run / "run", unsharded=True)}
+    places = {
+        parse_step(path): path
+        for path in list_checkpoints(run / "run", unsharded=True)
+        if any((path / name).exists() for name in WEIGHTS)
+    }
     if (final := run / "final" / "train.json").exists():
         places[from_json(final.read_bytes())["global_step"]] = final.parent
     steps = sorted(step for step in places if step)
@@ -123,8 +127,10 @@ def choose_prompts(store: Store, heldout: list[Record]) -> list[str]:
         if line is None:
             continue
         document = json.loads(line, parse_int=float)
-        if "messages" in document:
-            return [document["messages"][0]["content"]]
-        start = document["text"][:PROMPT_CHARACTERS]
-        return ["", start.rsplit(None, 1)[0] if " " in start.strip() else start]
+        asked = [m["content"] for m in document.get("messages", ()) if m.get("role") == "user"]
+        if asked and isinstance(asked[0], str):
+            return asked[:1]
+        start = str(document.get("text") or "")[:PROMPT_CHARACTERS]
+        if start.strip():
+            return ["", start.rsplit(None, 1)[0] if " " in start.strip() else start]
     return [""]

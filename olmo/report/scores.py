@@ -93,7 +93,16 @@ def read_results(run: Path) -> list[Row]:
         raise ValueError(
             f"expected {path}, found none; make it: uv run snakemake --cores 2 eval/{run.name}"
         )
-    rows: list[Row] = from_json(path.read_text())
+    try:
+        rows: list[Row] = from_json(path.read_text())
+        is_whole = all(row.keys() >= SCHEMA.keys() and row["value"] is not None for row in rows)
+    except (ValueError, AttributeError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(
+            f"{path} is damaged: expected rows with {', '.join(SCHEMA)}; make it again: "
+            f"rm -r {run}; uv run snakemake --cores 2 eval/{run.name}"
+        )
     return rows
 
 

@@ -27,7 +27,7 @@ from olmo.report.series import (
     smooth,
     thin,
 )
-from olmo.runtime.log import format_bytes, format_count, format_duration
+from olmo.runtime.log import describe_error, format_bytes, format_count, format_duration, log
 from olmo.store.lease import held_names
 from olmo.store.stage import current_store
 
@@ -58,11 +58,15 @@ def watch(run: str, /, page: bool = False, port: int = 0, interval: float = 2.0)
             raise ValueError(f"{run} has not begun; start it: {command}")
         raise ValueError(f"expected a run, found {run!r}; {suggest_runs(run)}")
     if page:
+        if not 0 <= port < 1 << 16:
+            raise ValueError(f"expected a --port from 0 to 65535, found {port}")
         serve(run, port)
     elif sys.stdout.isatty():
         follow(run, interval)
     else:
-        print("\n".join(frame(state, MetricsFollower(Path("checkpoints", run)).series(), 80)))
+        metrics = MetricsFollower(Path("checkpoints", run))
+        metrics.update()
+        print("\n".join(frame(state, metrics.series(), 80)))
 
 
 def look(run: str) -> RunState:
@@ -91,7 +95,8 @@ def follow(run: str, interval: float) -> None:
 def frame(state: RunState, series: dict[str, Series], width: int) -> list[str]:
     """The lines that show a run in a terminal of `width` columns."""
     last = {name: one.values[-1] for name, one in series.items()}
-    heldout = HELDOUT_ANSWERS if HELDOUT_ANSWERS in series else HELDOUT
+    is_tuned = HELDOUT_ANSWERS in series  # its training loss counts the questions, too
+    heldout = HELDOUT_ANSWERS if is_tuned else HELDOUT
     memory = next((name for name in MEMORY if name in last), MEMORY[0])
     head = [f"{state.name}: {state.state}"]
     if state.step is not None:
@@ -101,8 +106,8 @@ def frame(state: RunState, series: dict[str, Series], width: int) -> list[str]:
     if state.last_change and state.state != "done":
         head.append(f"last step {format_age(time.time() - state.last_change)} ago")
     shown = {
-        "loss": (LOSS, "{:.4f}".format),
-        "held-out": (heldout, "{:.4f}".format),
+        "loss on all tokens" if is_tuned else "loss": (LOSS, "{:.4f}".format),
+        "held-out answers" if is_tuned else "held-out": (heldout, "{:.4f}".format),
         "lr": (RATE, "{:.2e}".format),
         "grad norm": (NORM, "{:.2f}".format),
         "tokens/s/device": (SPEED, format_count),
@@ -139,8 +144,12 @@ def plots(series: dict[str, Series], heldout: str, width: int) -> list[str]:
     noisy = series[LOSS]
     mean = Series("training, smoothed", noisy.steps, smooth(noisy.values))
     losses = [thin(noisy, width), thin(mean, width)]
-    losses += [series[heldout]] if heldout in series else []
-    title = "loss: each step gray, smoothed blue" + ", held-out red" * (heldout in series)
+    title = "loss: each step gray, smoothed blue"
+    if heldout == HELDOUT_ANSWERS:
+        title = title.replace("loss", "loss on all tokens")
+    elif heldout in series:
+        losses.append(series[heldout])
+        title += ", held-out red"
     if width < NARROW or SPEED not in series:
         return plot(title, losses, width)
     left = plot(title, losses, 2 * width // 3)
@@ -191,7 +200,15 @@ class PageServer(ThreadingHTTPServer):
     def refresh(self) -> None:
         """Read what the run has written since the last time."""
         self.metrics.update()
-        self.page.series, self.page.state = self.metrics.series(), look(self.page.name)
+        state = look(self.page.name)
+        if state.state != self.page.state.state:  # with its end comes its record
+            self.page = RunPage(self.page.name)
+        self.page.series, self.page.state = self.metrics.series(), state
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception) and not isinstance(error, ConnectionError):
+            log.error(f"the page is not served: {describe_error(error)}")  # else a browser left
 
     def html(self) -> str:
         with self.lock:

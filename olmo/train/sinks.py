@@ -77,8 +77,11 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
     """A step's metrics; None for a line that is visibly damaged."""
     try:
         row: dict[str, Any] = from_json(line)
-        numbers = all(type(value) in (int, float) for value in row.values())
-        return row if numbers and type(row["step"]) is int else None
+        numbers = all(
+            type(value) is float or (type(value) is int and abs(value) < 2**63)
+            for value in row.values()
+        )
+        return row if numbers and type(row["step"]) is int and 0 <= row["step"] < 2**31 else None
     except (ValueError, KeyError, AttributeError):
         return None
 

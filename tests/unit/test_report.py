@@ -177,6 +177,13 @@ def test_what_is_made_of_a_checkpoint_is_no_source_of_it(tmp_path: Path) -> None
         ("s3://bucket/a/b and /x/y", "s3://bucket/a/b and …/y"),
         ("config/train/a.yaml", "config/train/a.yaml"),
         ("1/2 of /", "1/2 of /"),
+        ("cfg:/home/alice/data/x.npy", "cfg:…/x.npy"),
+        ("file:/home/alice/x", "…/x"),
+        ("-I/home/alice/inc", "-I…/inc"),
+        ("~alice/data/x", "…/x"),
+        ("//nas/alice/x", "…/x"),
+        ("/home/alice", "…"),
+        ("12:30/45", "12:30/45"),
         ("${oc.env:HOME}/a", "${oc.env:HOME}/a"),
     ],
 )

@@ -134,8 +134,9 @@ async function drawChart(chart, place, points, onBrush) {
     if (chart.isLog && layer.encoding?.y?.scale) layer.encoding.y.scale = { type: "log" };
   }
   const options = { actions: false, renderer: "svg", logLevel: 1, /* errors only */ config: chartConfig(), tooltip: { theme: "custom", disableDefaultStyle: false } };
-  const { view } = await vegaEmbed(place, spec, options);
-  find("svg", place).setAttribute("aria-hidden", "true"); // the place has a description
+  const inner = element("div", { "aria-hidden": "true" }); // the place has a description
+  place.replaceChildren(inner);
+  const { view } = await vegaEmbed(inner, spec, options);
   Object.assign(chart, { view, theme: theme(), log: chart.isLog });
   let waiting = 0;
   view.addSignalListener("brush", (_, value) => {

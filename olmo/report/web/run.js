@@ -31,12 +31,12 @@ function zoom(from, to) {
 }
 
 function zoomBy(how) {
-  const [from, to] = range ?? wholeRange(), width = to - from;
+  const [from, to] = range ?? wholeRange(), [first, last] = wholeRange(), width = to - from;
   const moves = {
     in: [from + width / 4, to - width / 4],
     out: [from - width / 2, to + width / 2],
-    left: [from - width / 2, to - width / 2],
-    right: [from + width / 2, to + width / 2],
+    left: [from - Math.min(width / 2, from - first), to - Math.min(width / 2, from - first)],
+    right: [from + Math.min(width / 2, last - to), to + Math.min(width / 2, last - to)],
     all: [-Infinity, Infinity],
   };
   return zoom(...moves[how]);
@@ -99,8 +99,19 @@ function load(data) {
   series = Object.fromEntries(Object.entries(data.series).map(([name, packed]) => [name, decodeSeries(packed)]));
   for (const chart of page.charts) {
     const known = before?.charts.find((one) => one.title === chart.title);
-    if (known) Object.assign(chart, { view: known.view, theme: known.theme, log: known.log });
+    const names = (one) => one.curves.map((curve) => curve.label).join();
+    if (known && names(known) === names(chart)) {
+      Object.assign(chart, { view: known.view, theme: known.theme, log: known.log });
+    } else known?.view?.finalize();
   }
+  showState();
+  find("#tiles").replaceChildren(...data.tiles.map(([label, value, text, note]) => element("div", {},
+    element("dt", {}, label),
+    element("dd", {}, value === null ? text : element("data", { value }, text), ...(note ? [element("small", {}, note)] : [])))));
+}
+
+function showState() {
+  const data = page;
   find("#state").textContent = data.state.state + (data.state.state === "done" || !data.state.step ? "" : `, step ${data.state.step.toLocaleString("en")}`);
 }
 
@@ -110,6 +121,7 @@ async function follow() { // a live page: new metrics as they come
     await new Promise((resolve) => setTimeout(resolve, 2000));
     try {
       const answer = await fetch("data", { headers: seen ? { "If-None-Match": seen } : {} });
+      if (answer.status === 304) showState(); // the server may have been away
       if (answer.status !== 200) continue;
       seen = answer.headers.get("ETag");
       const charts = page.charts.length;
