@@ -118,7 +118,12 @@ def test_zoom_hover_theme_and_keyboard(page: Path, open_page: Any) -> None:
     assert one.locator("#range").inner_text() == "steps 0 to 24"
     one.get_by_role("button", name="Zoom in").press("Enter")
     assert one.locator("#range").inner_text() == "steps 6 to 18"
+    for _ in range(3):
+        one.get_by_role("button", name="Earlier").press("Enter")
+    assert one.locator("#range").inner_text() == "steps 0 to 12", "as wide as before"
     one.get_by_role("button", name="Whole run").press("Enter")
+    described = one.locator("[data-chart=Loss]").get_attribute("aria-label")
+    assert described.startswith("Loss. training: ") and "lowest" in described
     box = one.locator("[data-chart=Loss] svg").bounding_box()
     one.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     one.wait_for_selector("#vg-tooltip-element.visible")

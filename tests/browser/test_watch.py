@@ -53,6 +53,8 @@ def test_a_run_that_is_killed_and_resumed(
         assert reached > 40 and dict(zip(after.steps, after.values, strict=True)) == expected
         assert after.steps == list(range(1, 121)), "no gap, and no step twice"
         opened.page.wait_for_function("document.querySelector('#state').textContent === 'done'")
+        tiles = opened.page.locator("#tiles").inner_text()
+        assert f"{expected[120]:.4f}" in tiles and "parameters" in tiles
         drawn = opened.page.evaluate(f"[[...series['{LOSS}'].steps], [...series['{LOSS}'].values]]")
         assert dict(zip(*drawn, strict=True)) == expected
         assert {url.removeprefix(address) for url in opened.requests} == {"", "data"}

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -14,10 +15,14 @@ import pytest
 import yaml
 from small_run import run
 
+from olmo.report.charts import choose_charts, curve_specs
 from olmo.report.graph import build_graph
 from olmo.report.html import content_policy, hide_paths
+from olmo.report.pages import report
 from olmo.report.run_page import format_page
+from olmo.report.runs import TAIL_BYTES, RunState, last_metrics
 from olmo.report.samples import choose_prompts
+from olmo.report.scores import read_results
 from olmo.report.series import (
     LOSS,
     MetricsFollower,
@@ -28,11 +33,12 @@ from olmo.report.series import (
     smooth,
     thin,
 )
-from olmo.report.watch import frame, plots
+from olmo.report.watch import frame, plots, watch
 from olmo.store.action import Action
 from olmo.store.lineage import ancestors
 from olmo.store.record import Record, content
 from olmo.store.store import Store
+from olmo.train.sinks import parse_row
 
 
 def unpacked(series: Series) -> list[float]:
@@ -222,8 +228,6 @@ def test_a_page_allows_its_own_programs_only() -> None:
 
 
 def test_a_frame_fits_its_terminal() -> None:
-    from olmo.report.runs import RunState
-
     steps = list(range(1, 2001))
     found = {
         LOSS: Series(LOSS, steps, [5 + math.cos(step) for step in steps]),
@@ -242,3 +246,102 @@ def test_a_frame_fits_its_terminal() -> None:
 
 def test_prompts_without_held_out_documents(tmp_path: Path) -> None:
     assert choose_prompts(Store(tmp_path), []) == [""]
+
+
+def test_the_last_metrics_of_a_diverged_run_and_of_a_long_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 0, "eval/heldout/CrossEntropyLoss": 8.0}]
+    rows += [{"step": step, LOSS: 5.0, "padding": 1.0} for step in range(1, 3000)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert path.stat().st_size > 2 * TAIL_BYTES
+    assert last_metrics(path)["eval/heldout/CrossEntropyLoss"] == 8.0, "far back"
+    with path.open("a") as file:
+        file.write(f'{{"step": 3000, "{LOSS}": "NaN"}}\nnull\n{{"step": 3001, "{LOSS}": 1')
+    found = last_metrics(path)
+    assert found["step"] == 3000 and math.isnan(found[LOSS])
+    path.write_text("")
+    assert last_metrics(path) == {}
+
+
+def test_rows_that_no_run_writes_are_damaged() -> None:
+    huge = f'{{"step": 1, "x": {10**320}}}'
+    for text in ("null", "3", '{"step": 3000000000}', '{"step": -1}', huge):
+        assert parse_row(text.encode()) is None, text
+    assert parse_row(b'{"step": 7, "x": "Infinity"}') == {"step": 7, "x": math.inf}
+
+
+def test_a_run_that_learns_answers_has_two_losses() -> None:
+    label = "eval/heldout/CrossEntropyLoss"
+    found = choose_charts([LOSS, label, f"{label}PerLabel", "eval/heldout/Perplexity"])
+    assert {title: names for title, (names, _) in found.items()} == {
+        "Loss on answers": [f"{label}PerLabel"],
+        "Loss on all tokens": [LOSS, label],
+    }
+    assert choose_charts([LOSS, label]) == {"Loss": ([LOSS, label], "nats a token")}
+
+
+def test_two_curves_never_share_a_label() -> None:
+    [chart, *_] = curve_specs([LOSS, "eval/training/CrossEntropyLoss"])
+    labels = [curve["label"] for curve in chart["curves"]]
+    assert len(set(labels)) == 2
+
+
+@pytest.mark.parametrize("text", ["[", "[null]", '[{"task": "x"}]', '{"a": 1}'])
+def test_damaged_results_are_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"results.json is damaged: expected rows .* make it again"
+    ):
+        read_results(tmp_path)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with the run "r" in its config, and an empty store."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    Path("config").mkdir()
+    Path("config/config.yaml").write_text(yaml.safe_dump({"runs": {"r": {"train": "t"}}}))
+
+
+def test_what_report_and_watch_refuse(project: None) -> None:
+    for runs in (["index"], ["../x"], ["a/b"]):
+        with pytest.raises(ValueError, match="expected"):
+            report(runs)
+    with pytest.raises(ValueError, match="expected a run, found 'nothing'"):
+        watch("nothing")
+    with pytest.raises(ValueError, match="r has not begun; start it: uv run snakemake"):
+        watch("r")
+    write(Path("checkpoints/r/run/metrics.jsonl"), range(1, 5), 5.0)
+    with pytest.raises(ValueError, match="--port from 0 to 65535, found 99999"):
+        watch("r", page=True, port=99_999)
+
+
+def test_watch_into_a_pipe_shows_curves(project: None, capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("checkpoints/r/run/metrics.jsonl"), range(1, 50), 5.0)
+    watch("r")
+    shown = capsys.readouterr().out
+    assert shown.startswith("r: stopped, step 49") and "loss 5.0000" in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ({"messages": []}, [""]),
+        ({"id": "x"}, [""]),
+        ({"text": None}, [""]),
+        ({"text": "one two thr"}, ["", "one two"]),
+        (
+            {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]},
+            ["q"],
+        ),
+    ],
+)
+def test_a_prompt_is_the_start_of_what_was_held_out(
+    line: dict[str, Any], expected: list[str], tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store")
+    store.create()
+    (tmp_path / "heldout.gz").write_bytes(gzip.compress(json.dumps(line).encode() + b"\n"))
+    record: Any = {"outputs": {"heldout": store.put(tmp_path / "heldout.gz")}}
+    assert choose_prompts(store, [record]) == expected
