@@ -35,7 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`gpu` tests are skipped with the reason, `long` ones unless they are asked for."""
+    """`gpu` tests are skipped with the reason, `long` ones unless they are asked for.
+
+    Files of the pipeline's tests come first: they take minutes, and at the end one of them would
+    run alone.
+    """
+    items.sort(key=lambda item: item.path.parent.name != "pipeline")
     asked = config.getoption("markexpr")
     for item in items:
         if "long" in item.keywords and "long" not in asked:

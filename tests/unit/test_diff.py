@@ -79,6 +79,7 @@ def test_only_what_differs(project: Path, capsys):
         folder = Path("eval", name)
         folder.mkdir(parents=True)
         row = {"scorer": "ours", "task": "quiz", "metric": "acc", "value": value, "stderr": None}
+        row["documents"] = 10
         (folder / "results.json").write_text(json.dumps([row]))
     diff("one", "two")
     assert (
