@@ -143,11 +143,18 @@ def select_shards(paths: Iterable[str | Path], shards: dict[str, TokenShard]) ->
     return [shards[name] for name in map(object_digest, paths) if name in shards]
 
 
-def find_token_shards(store: Store) -> dict[str, TokenShard]:
-    """All token files that the pipeline made from documents, by sha256."""
-    made_by = records_by_content(store)
+def find_token_shards(
+    store: Store, made_by: dict[str, list[Record]] | None = None
+) -> dict[str, TokenShard]:
+    """All token files that the pipeline made from documents, by sha256.
+
+    Args:
+        made_by: of `records_by_content`, which reads every record.
+    """
+    made_by = records_by_content(store) if made_by is None else made_by
     return {
         record["outputs"]["tokens"]["sha256"]: TokenShard(store, record, made_by)
-        for record in store.records()
+        for records in made_by.values()
+        for record in records
         if record["action"]["stage"] in ("tokens", "instances")
     }

@@ -14,6 +14,7 @@ from olmo.config.identity import identity
 from olmo.corpus.listing import read_objects
 from olmo.corpus.tokenizer import check_tokenizer
 from olmo.report.loss import plot_losses, redrawing
+from olmo.report.series import collect_series
 from olmo.runtime.numbers import encode_non_finite, to_json
 from olmo.store.stage import (
     STORE_ENV,
@@ -157,7 +158,7 @@ def training(
     rows = [folder / "metrics.jsonl" for folder in (previous, attempt) if folder is not None]
     metrics = [row for path in rows for row in read_metrics(path)]
     (final / "metrics.jsonl").write_text("".join(to_json(row) + "\n" for row in metrics))
-    plot_losses(metrics, final / "loss.svg", title)
+    plot_losses(collect_series(metrics), final / "loss.svg", title)
     return {
         "facts": {
             "run_name": cfg.run_name,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from olmo.report.card import SOURCES
-from olmo.store.lineage import find_parents, records_by_content
+from olmo.store.lineage import find_parents
 from olmo.store.naming import paths_in_store
 from olmo.store.record import Record, output_files
 from olmo.store.store import Store
@@ -85,15 +85,6 @@ class Graph:
     stages: list[StageNode]
     columns: list[list[int]]  # stages, by their distance to the checkpoint, the farthest first
 
-    def sources(self) -> list[tuple[StageNode, Action]]:
-        """The actions that brought something from outside."""
-        return [
-            (stage, action)
-            for stage in self.stages
-            for action in stage.actions
-            if action.record["action"]["stage"] in SOURCES
-        ]
-
     def tokens_by_source(self, trainings: set[str]) -> dict[str, int]:
         """The tokens of training by source file, or where there are many by its URL's folder.
 
@@ -138,9 +129,13 @@ class Graph:
             action = came_from[0]
 
 
-def build_graph(store: Store, records: list[Record]) -> Graph:
-    """The lineage of a checkpoint's action, or of all inputs of one that is not finished."""
-    made_by, paths = records_by_content(store), paths_in_store(store)
+def build_graph(store: Store, records: list[Record], made_by: dict[str, list[Record]]) -> Graph:
+    """The lineage of a checkpoint's action, or of all inputs of one that is not finished.
+
+    Args:
+        made_by: of `records_by_content`.
+    """
+    paths = paths_in_store(store)
     parents_of: dict[str, list[Record]] = {}
     for record in records:
         parents_of |= find_parents(record, made_by)

@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from olmo.runtime.log import format_bytes, format_count, format_duration
+from olmo.runtime.log import format_bytes, format_duration
 from olmo.runtime.numbers import to_json
 from olmo.runtime.urls import redact
 
@@ -41,12 +41,7 @@ def render(template: str, context: dict[str, Any], data: Any, is_live: bool = Fa
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "duration": format_duration,
-        "size": format_bytes,
-        "short": format_count,
-        "public": hide_paths,
-    }
+    environment.filters |= {"duration": format_duration, "size": format_bytes}
     programs = [vega_bundle(), (WEB / "common.js").read_text(), read_program(template)]
     found = environment.get_template(template).render(
         **context,

@@ -12,8 +12,16 @@ from olmo.report.charts import curve_kind, curve_spec
 from olmo.report.diff import describe_run
 from olmo.report.html import hide_paths, render
 from olmo.report.run_page import flatten
-from olmo.report.runs import HELDOUT, HELDOUT_ANSWERS, find_state
-from olmo.report.series import LOSS, collect_series, find_metrics, pack, read_rows, thin
+from olmo.report.runs import find_state
+from olmo.report.series import (
+    HELDOUT,
+    HELDOUT_ANSWERS,
+    LOSS,
+    find_metrics,
+    pack,
+    read_series,
+    thin,
+)
 from olmo.runtime.log import format_bytes, format_count, format_duration, log
 from olmo.store.lease import held_names
 from olmo.store.lineage import records_by_content
@@ -25,18 +33,22 @@ CURVES = {"Held-out loss": (HELDOUT_ANSWERS, HELDOUT), "Training loss": (LOSS,)}
 SECTIONS = ("config", "data", "code", "results")
 
 
-def format_index(names: Sequence[str]) -> str:
-    """The page of these runs, as HTML; runs that have not begun are listed only."""
+def format_index(names: Sequence[str], folder: Path) -> str:
+    """The page of these runs, as HTML; runs that have not begun are listed only.
+
+    Args:
+        folder: where the pages of the runs are, if they have one.
+    """
     store, price = current_store(), read_project_config().get("price") or {}
     held, made_by = held_names(store.root / "leases"), records_by_content(store)
-    shards = find_token_shards(store)
+    shards = find_token_shards(store, made_by)
     runs, curves, described = [], dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
     for name in names:
         state = find_state(name, held, price)
-        runs.append((state, Path("report", f"{name}.html").exists()))
+        runs.append((state, (folder / f"{name}.html").exists()))
         if state.state == "not begun":
             continue
-        series = collect_series(read_rows(find_metrics(Path("checkpoints", name))))
+        series = read_series(find_metrics(Path("checkpoints", name)))
         is_tuned = HELDOUT_ANSWERS in series
         curves[name] = {
             title: pack(thin(next(series[metric] for metric in metrics if metric in series)))

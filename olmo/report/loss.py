@@ -6,15 +6,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from olmo.report.series import (
     LOSS,
     LOSSES,
+    MetricsFollower,
     Series,
-    collect_series,
     metric_label,
-    read_rows,
     smooth,
     thin,
 )
@@ -25,15 +23,10 @@ WIDTH, HEIGHT = 640, 360  # px
 REDRAW_S = 60.0  # while a run is trained
 
 
-def plot_losses(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw the training loss, smoothed too, and held-out losses as points into an SVG file.
-
-    Args:
-        metrics: rows of metrics.jsonl.
-    """
+def plot_losses(found: dict[str, Series], path: Path, title: str) -> None:
+    """Draw the training loss, smoothed too, and held-out losses as points into an SVG file."""
     import altair
 
-    found = collect_series(metrics)
     names = [n for n in found if n.split("/")[-1] == LOSSES[1]]  # a run that learns answers only
     names = names or [n for n in found if n.split("/")[-1] == LOSSES[0]]
     rows = []
@@ -62,21 +55,17 @@ def plot_losses(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
 @contextmanager
 def redrawing(folder: Path, title: str) -> Iterator[None]:
     """Draw folder/loss.svg every REDRAW_S while the block runs, from folder/metrics.jsonl."""
-    ended = threading.Event()
+    ended, path = threading.Event(), folder / METRICS
+    metrics = MetricsFollower(lambda: [path] if path.exists() else [])
 
     def draw() -> None:
-        drawn = -1
         while not ended.wait(REDRAW_S):
-            metrics = folder / METRICS
-            size = metrics.stat().st_size if metrics.exists() else 0
-            if size in (0, drawn):
-                continue
             try:
-                plot_losses(read_rows([metrics]), folder / "loss.svg", title)
+                if metrics.update():
+                    plot_losses(metrics.series, folder / "loss.svg", title)
             except Exception as error:  # a picture must not end a training
                 log.warning(f"{folder / 'loss.svg'} is not drawn: {error}")
                 return
-            drawn = size
 
     thread = threading.Thread(target=draw, daemon=True)
     thread.start()

@@ -45,7 +45,7 @@ def report(runs: list[str], /, folder: Path = Path("report"), samples: int = SAM
                 log.warning(f"{run}: its checkpoints write no text: {error}")
         write_page(page, format_page(run))
     if not runs:
-        write_page(folder / "index.html", format_index(list_runs()))
+        write_page(folder / "index.html", format_index(list_runs(), folder))
 
 
 def write_page(path: Path, text: str) -> None:

@@ -26,10 +26,9 @@ from olmo.report.series import (
     RATE,
     SPEED,
     Series,
-    collect_series,
     find_metrics,
     pack,
-    read_rows,
+    read_series,
 )
 from olmo.runtime.log import format_bytes, format_count, format_duration
 from olmo.store.lease import held_names
@@ -61,16 +60,18 @@ class RunPage:
         self.run = TrainedRun(name)
         self.record: Record | None = self.run.record
         self.made_by = records_by_content(store)
-        shards = select_shards(self.run.cfg.data.paths or [], find_token_shards(store))
+        shards = select_shards(
+            self.run.cfg.data.paths or [], find_token_shards(store, self.made_by)
+        )
         known = [self.record] if self.record else [shard.record for shard in shards]
-        self.graph = build_graph(store, known)
+        self.graph = build_graph(store, known, self.made_by)
         self.records = training_records(self.folder) if self.record else []
         self.keys = {one["key"] for one in self.records} or {attempt_key(self.folder)}
         self.is_mean = bool(self.record and self.record["action"]["stage"] == MEAN)
-        self.samples = sampling.read_samples(store, self.keys)
-        self.series = collect_series(read_rows(find_metrics(self.folder)))
-        self.price = read_project_config().get("price") or {}
-        self.state: RunState = find_state(name, held_names(store.root / "leases"), self.price)
+        self.samples = sampling.read_samples(store, self.keys, self.made_by)
+        self.series = read_series(find_metrics(self.folder))
+        price = read_project_config().get("price") or {}
+        self.state: RunState = find_state(name, held_names(store.root / "leases"), price)
 
     def data(self) -> dict[str, Any]:
         """What the page's program reads: the curves, and the rows of the lineage."""
@@ -103,7 +104,6 @@ class RunPage:
             "results": self.results(),
             "picture": picture(graph),
             "stages": graph.stages,
-            "sources": [public_source(action) for _, action in graph.sources()],
             "drops": [(s.name, why, n) for s in graph.stages for why, n in s.drops.items()],
             "shares": shares(graph, self.keys),
             "config": flatten(hide_paths(self.config())),
@@ -176,10 +176,8 @@ class RunPage:
         return {
             "name": hide_paths(action.name),
             "content": action.record["content"],
-            "version": action.record["action"]["version"],
             "bytes": action.bytes,
             "seconds": action.seconds,
-            "started": action.record.get("run", {}).get("started"),
             "counts": counts,
             "parents": action.parents,
             **{k: hide_paths(v) for k, v in source.items() if v},

@@ -14,6 +14,7 @@ import yaml
 
 from olmo.config import list_runs, read_project_config
 from olmo.io.sealed import Damaged
+from olmo.report.series import HELDOUT, HELDOUT_ANSWERS, LOSS, SPEED
 from olmo.runtime.log import format_count, format_duration
 from olmo.runtime.process import CAUSE_FILE, PAUSED_FILE
 from olmo.store.lease import LEASE_TIMEOUT_S, held_names
@@ -22,10 +23,6 @@ from olmo.store.stage import current_store
 from olmo.train.sinks import parse_row
 
 TAIL_BYTES = 1 << 16  # of metrics.jsonl, in which its last rows are
-LOSS = "train/CrossEntropyLoss"
-HELDOUT = "eval/heldout/CrossEntropyLoss"
-HELDOUT_ANSWERS = f"{HELDOUT}PerLabel"  # of a run that is tuned on conversations
-SPEED = "throughput/device/tokens_per_second"
 # Column → whether its values are numbers, aligned to the right.
 COLUMNS = {
     "run": False,

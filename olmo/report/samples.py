@@ -30,15 +30,16 @@ def samples(
     chat: bool,
     text: Output,
     checkpoint: Unhashed[Path],
-    step: Unhashed[int],
-    training: Unhashed[str],
+    step: int,
+    training: str,
     tokens: int = TOKENS,
     temperature: float = TEMPERATURE,
     seed: int = SEED,
 ) -> Facts:
     """Continue prompts with a checkpoint, and write them and their texts as JSON.
 
-    `model` is the config of the model. `training` is the key of the run's action.
+    `model` is the config of the model. `training` is the key of the run's action: two runs that
+    have the same weights at a step each have a record.
     """
     from olmo.inspect.generate import encode_prompt, generate_ids, load_fast_model, seed_generator
     from olmo.tokenizer import Tokenizer
@@ -93,14 +94,17 @@ def sample_checkpoints(
         )
 
 
-def read_samples(store: Store, trainings: set[str]) -> list[dict[str, Any]]:
+def read_samples(
+    store: Store, trainings: set[str], made_by: dict[str, list[Record]]
+) -> list[dict[str, Any]]:
     """All samples of a run that the store has: {"step", "prompt", "text"}, by prompt and step.
 
     Args:
         trainings: the keys of the run's actions.
+        made_by: of `records_by_content`.
     """
     found: dict[tuple[str, int], str] = {}
-    for record in store.records():
+    for record in (one for records in made_by.values() for one in records):
         facts = record["facts"]
         path = store.object_path(record["outputs"].get("text", {}).get("sha256", "-" * 64))
         is_ours = record["action"]["stage"] == "samples" and facts.get("training") in trainings

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 from array import array
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from olmo.train.sinks import METRICS, parse_row, read_metrics
 
 LOSS = "train/CrossEntropyLoss"
+HELDOUT = "eval/heldout/CrossEntropyLoss"
+HELDOUT_ANSWERS = f"{HELDOUT}PerLabel"  # of a run that is tuned on conversations
 RATE = "optim/learning_rate_group0"
 NORM = "optim/total_grad_norm"
 SPEED = "throughput/device/tokens_per_second"
@@ -31,6 +34,12 @@ class Series:
     steps: list[int]
     values: list[float]
 
+    def put(self, step: int, value: float) -> None:
+        """Add a step, which is mostly the last; if it is there, its value is replaced."""
+        at = bisect_left(self.steps, step)
+        there = at < len(self.steps) and self.steps[at] == step
+        self.steps[at : at + there], self.values[at : at + there] = [step], [value]
+
 
 def find_metrics(run: Path) -> list[Path]:
     """The files with a run's metrics, in order: of `final`, else of what was trained so far.
@@ -45,17 +54,25 @@ def find_metrics(run: Path) -> list[Path]:
     return [path for path in (*files, run / "run" / METRICS) if path.exists()]
 
 
-def read_rows(files: Iterable[Path]) -> list[dict[str, Any]]:
-    """The metrics of each step in one row: of a metric that it has twice, the last."""
-    rows: dict[int, dict[str, Any]] = {}
-    for path in files:
-        add_rows(rows, read_metrics(path))
-    return [rows[step] for step in sorted(rows)]
+def read_series(files: Iterable[Path]) -> dict[str, Series]:
+    """The metrics in files; of a step's metric that is there twice, the last."""
+    return collect_series(row for path in files for row in read_metrics(path))
 
 
-def add_rows(rows: dict[int, dict[str, Any]], new: Iterable[dict[str, Any]]) -> None:
-    for row in new:  # an evaluation may have a row of its own
-        rows[row["step"]] = rows.get(row["step"], {}) | row
+def collect_series(
+    rows: Iterable[dict[str, Any]], found: dict[str, Series] | None = None
+) -> dict[str, Series]:
+    """The metrics that are drawn: of training TRAINING, and all of evaluations.
+
+    Args:
+        found: of earlier rows, to which these are added.
+    """
+    found = {} if found is None else found
+    for row in rows:
+        for name, value in row.items():
+            if name in TRAINING or name.startswith("eval/"):
+                found.setdefault(name, Series(name, [], [])).put(row["step"], float(value))
+    return found
 
 
 class MetricsFollower:
@@ -63,22 +80,25 @@ class MetricsFollower:
 
     A resumed run cuts the file back to its checkpoint and writes the later steps again. That is a
     new file, of which everything is read again.
+
+    Args:
+        find: the files that have the metrics now, in order.
     """
 
-    def __init__(self, run: Path) -> None:
-        self.run, self.version = run, ""  # changes with the metrics
-        self._rows: dict[int, dict[str, Any]] = {}
+    def __init__(self, find: Callable[[], list[Path]]) -> None:
+        self.find, self.version = find, ""  # changes with the metrics
+        self.series: dict[str, Series] = {}
         self._files: list[tuple[Path, int]] = []  # with their inodes
         self._read = 0  # bytes of the last file
 
     def update(self) -> bool:
         """Read what is new; whether there was something."""
-        files = [(path, path.stat().st_ino) for path in find_metrics(self.run)]
+        files = [(path, path.stat().st_ino) for path in self.find()]
         if files != self._files or (files and files[-1][0].stat().st_size < self._read):
-            self._rows = {row["step"]: row for row in read_rows(p for p, _ in files[:-1])}
+            self.series = read_series(path for path, _ in files[:-1])
             self._files, self._read = files, 0
-        new = self._read_rows(files[-1][0]) if files else []
-        add_rows(self._rows, new)
+        if files:
+            collect_series(self._read_rows(files[-1][0]), self.series)
         version = f"{files[-1][1]}-{self._read}" if files else ""
         is_new, self.version = version != self.version, version
         return is_new
@@ -90,21 +110,6 @@ class MetricsFollower:
             lines, _, _ = file.read().rpartition(b"\n")
         self._read += len(lines) + bool(lines)
         return [row for line in lines.split(b"\n") if (row := parse_row(line))]
-
-    def series(self) -> dict[str, Series]:
-        return collect_series([self._rows[step] for step in sorted(self._rows)])
-
-
-def collect_series(rows: list[dict[str, Any]]) -> dict[str, Series]:
-    """The metrics that are drawn: of training TRAINING, and all of evaluations."""
-    found: dict[str, Series] = {}
-    for row in rows:
-        for name, value in row.items():
-            if name in TRAINING or name.startswith("eval/"):
-                series = found.setdefault(name, Series(name, [], []))
-                series.steps.append(row["step"])
-                series.values.append(float(value))
-    return found
 
 
 def pack(series: Series) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from olmo.config import read_project_config
 from olmo.inspect.run import suggest_runs
 from olmo.report.html import compress, render
 from olmo.report.run_page import RunPage
-from olmo.report.runs import HELDOUT, HELDOUT_ANSWERS, RunState, find_state, format_age
+from olmo.report.runs import RunState, find_state, format_age
 from olmo.report.series import (
     DATA_WAIT,
+    HELDOUT,
+    HELDOUT_ANSWERS,
     LOSS,
     MEMORY,
     NORM,
@@ -24,6 +27,7 @@ from olmo.report.series import (
     SPEED,
     MetricsFollower,
     Series,
+    find_metrics,
     smooth,
     thin,
 )
@@ -64,9 +68,9 @@ def watch(run: str, /, page: bool = False, port: int = 0, interval: float = 2.0)
     elif sys.stdout.isatty():
         follow(run, interval)
     else:
-        metrics = MetricsFollower(Path("checkpoints", run))
+        metrics = MetricsFollower(partial(find_metrics, Path("checkpoints", run)))
         metrics.update()
-        print("\n".join(frame(state, metrics.series(), 80)))
+        print("\n".join(frame(state, metrics.series, 80)))
 
 
 def look(run: str) -> RunState:
@@ -80,12 +84,12 @@ def follow(run: str, interval: float) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    metrics, console = MetricsFollower(Path("checkpoints", run)), Console()
+    metrics, console = MetricsFollower(partial(find_metrics, Path("checkpoints", run))), Console()
     with Live(console=console, auto_refresh=False) as live:
         while True:
             state = look(run)
             metrics.update()
-            lines = frame(state, metrics.series(), console.width)
+            lines = frame(state, metrics.series, console.width)
             live.update(Text.from_ansi("\n".join(lines)), refresh=True)
             if state.state == "done":
                 return
@@ -194,7 +198,7 @@ class PageServer(ThreadingHTTPServer):
 
     def __init__(self, run: str, port: int = 0) -> None:
         self.page, self.lock = RunPage(run), threading.Lock()
-        self.metrics = MetricsFollower(self.page.folder)
+        self.metrics = MetricsFollower(partial(find_metrics, self.page.folder))
         super().__init__(("127.0.0.1", port), PageHandler)
 
     def refresh(self) -> None:
@@ -203,7 +207,7 @@ class PageServer(ThreadingHTTPServer):
         state = look(self.page.name)
         if state.state != self.page.state.state:  # with its end comes its record
             self.page = RunPage(self.page.name)
-        self.page.series, self.page.state = self.metrics.series(), state
+        self.page.series, self.page.state = self.metrics.series, state
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]

@@ -5,13 +5,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from project import Project, until
 
-from olmo.report.series import LOSS, MetricsFollower
+from olmo.report.series import LOSS, MetricsFollower, find_metrics
 from olmo.report.watch import PageServer, frame, look
 
 pytestmark = pytest.mark.slow
@@ -37,9 +38,9 @@ def test_a_run_that_is_killed_and_resumed(
     process = project.start("checkpoints/small/final", mark="watched")
     until(lambda: project.steps() > 50, 120)
     with chdir(project.root), serving("small") as address:
-        metrics = MetricsFollower(Path("checkpoints/small"))
+        metrics = MetricsFollower(partial(find_metrics, Path("checkpoints/small")))
         assert metrics.update()
-        before = metrics.series()[LOSS]
+        before = metrics.series[LOSS]
         assert before.steps == list(range(1, before.steps[-1] + 1)) and before.steps[-1] > 49
         opened = open_page(address)
         assert "running" in opened.page.locator("#state").inner_text()
@@ -48,7 +49,7 @@ def test_a_run_that_is_killed_and_resumed(
         reached = project.steps()
         project.run("checkpoints/small/final", timeout=120)
         metrics.update()
-        after, rows = metrics.series()[LOSS], project.metrics()
+        after, rows = metrics.series[LOSS], project.metrics()
         expected = {row["step"]: row[LOSS] for row in rows if LOSS in row}
         assert reached > 40 and dict(zip(after.steps, after.values, strict=True)) == expected
         assert after.steps == list(range(1, 121)), "no gap, and no step twice"
@@ -58,7 +59,7 @@ def test_a_run_that_is_killed_and_resumed(
         drawn = opened.page.evaluate(f"[[...series['{LOSS}'].steps], [...series['{LOSS}'].values]]")
         assert dict(zip(*drawn, strict=True)) == expected
         assert {url.removeprefix(address) for url in opened.requests} == {"", "data"}
-        shown = frame(look("small"), metrics.series(), 80)
+        shown = frame(look("small"), metrics.series, 80)
         assert shown[0] == "small: done, step 120/120" and len(shown) < 20
         assert all(len(line) <= 80 for line in map(without_colors, shown))
         assert f"loss {expected[120]:.4f}" in shown[-1] + shown[-2]

@@ -22,6 +22,7 @@ from olmo.report.card import _evaluation
 from olmo.report.compare import draw_curves, find_tokens_to_loss
 from olmo.report.loss import plot_losses
 from olmo.report.scores import improvement, read_results, scores
+from olmo.report.series import collect_series
 from olmo.runtime import numbers
 from olmo.runtime.numbers import encode_non_finite, from_json, perplexity, to_json
 from olmo.store.stage import current_store
@@ -59,7 +60,7 @@ def test_a_diverged_run_is_evaluated_and_its_metrics_are_json(tmp_path: Path):
     assert rows[0]["eval/heldout/CrossEntropyLoss"] > 1000
     assert heldout_losses(rows)["heldout"]["last"] > 1000
     rows[1]["train/CrossEntropyLoss"], rows[0]["eval/heldout/CrossEntropyLoss"] = math.inf, math.nan
-    plot_losses(rows, tmp_path / "loss.svg", "a run")
+    plot_losses(collect_series(rows), tmp_path / "loss.svg", "a run")
     assert "<svg" in (tmp_path / "loss.svg").read_text()
     assert "| heldout | nan |" in _evaluation(encode_non_finite(heldout_losses(rows)), "run")
 

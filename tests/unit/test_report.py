@@ -8,20 +8,25 @@ import math
 import os
 import re
 import struct
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from project import until
 from small_run import run
 
+from olmo.config import TrainConfig
 from olmo.report.charts import choose_charts, curve_specs
 from olmo.report.graph import build_graph
 from olmo.report.html import content_policy, hide_paths
+from olmo.report.loss import redrawing
 from olmo.report.pages import report
 from olmo.report.run_page import format_page
 from olmo.report.runs import TAIL_BYTES, RunState, last_metrics
-from olmo.report.samples import choose_prompts
+from olmo.report.samples import choose_prompts, read_samples, sample_checkpoints
 from olmo.report.scores import read_results
 from olmo.report.series import (
     LOSS,
@@ -29,16 +34,17 @@ from olmo.report.series import (
     Series,
     find_metrics,
     pack,
-    read_rows,
+    read_series,
     smooth,
     thin,
 )
 from olmo.report.watch import frame, plots, watch
 from olmo.store.action import Action
-from olmo.store.lineage import ancestors
+from olmo.store.lineage import ancestors, records_by_content
 from olmo.store.record import Record, content
+from olmo.store.stage import current_store
 from olmo.store.store import Store
-from olmo.train.sinks import parse_row
+from olmo.train.sinks import METRICS, parse_row
 
 
 def unpacked(series: Series) -> list[float]:
@@ -96,31 +102,80 @@ def write(path: Path, steps: range, loss: float, more: str = "") -> None:
 
 def test_a_follower_takes_what_a_resumed_run_writes_again(tmp_path: Path) -> None:
     path = tmp_path / "run/metrics.jsonl"
-    follower = MetricsFollower(tmp_path)
-    assert not follower.update() and follower.series() == {}
+    follower = MetricsFollower(partial(find_metrics, tmp_path))
+    assert not follower.update() and follower.series == {}
     write(path, range(1, 51), 5.0, more='{"step": 51, "train/Cro')  # being written
-    assert follower.update() and follower.series()[LOSS].steps == list(range(1, 51))
+    assert follower.update() and follower.series[LOSS].steps == list(range(1, 51))
     assert not follower.update()
     with path.open("a") as file:
         file.write('ssEntropyLoss": 5.0}\n')
-    assert follower.update() and follower.series()[LOSS].steps[-1] == 51
+    assert follower.update() and follower.series[LOSS].steps[-1] == 51
     write(path, range(1, 41), 5.0)  # cut back to a checkpoint
-    assert follower.update() and follower.series()[LOSS].steps == list(range(1, 41))
+    assert follower.update() and follower.series[LOSS].steps == list(range(1, 41))
+    write(path, range(1, 91), 3.0)  # and again, by now longer than what was read
+    assert follower.update() and follower.series[LOSS].values == [3.0] * 90
+    write(path, range(1, 41), 5.0)
+    follower.update()
     with path.open("a") as file:
         file.write(json.dumps({"step": 41, LOSS: 4.0}) + "\n")
         file.write(json.dumps({"step": 41, "eval/heldout/CrossEntropyLoss": 4.5}) + "\n")
     follower.update()
-    found = follower.series()
+    found = follower.series
     assert (found[LOSS].steps[-1], found[LOSS].values[-1]) == (41, 4.0)
     assert found["eval/heldout/CrossEntropyLoss"].steps == [41]
-    assert [row["step"] for row in read_rows(find_metrics(tmp_path))] == list(range(1, 42))
+    assert read_series(find_metrics(tmp_path))[LOSS].steps == list(range(1, 42))
+
+
+def test_a_step_is_put_in_its_place() -> None:
+    series = Series("x", [], [])
+    for step, value in ((2, 1.0), (5, 2.0), (2, 3.0), (3, 4.0), (5, 5.0), (6, 6.0), (1, 7.0)):
+        series.put(step, value)
+    assert series.steps == [1, 2, 3, 5, 6] and series.values == [7.0, 3.0, 4.0, 5.0, 6.0]
+
+
+def test_the_loss_is_drawn_while_a_run_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("olmo.report.loss.REDRAW_S", 0.05)
+    metrics, picture = tmp_path / METRICS, tmp_path / "loss.svg"
+    with redrawing(tmp_path, "my run"):
+        time.sleep(0.2)
+        assert not picture.exists(), "nothing is trained yet"
+        write(metrics, range(1, 20), 5.0)
+        until(lambda: picture.exists() and "</svg>" in picture.read_text(), 60)
+        first = picture.read_text()
+        assert ">my run<" in first
+        with metrics.open("a") as file:
+            file.write(json.dumps({"step": 20, LOSS: 3.0}) + "\n")
+        until(lambda: picture.read_text() not in (first, "") and picture.stat().st_size > 0, 60)
+        picture.unlink()
+        picture.mkdir()  # it cannot be drawn any more
+        with metrics.open("a") as file:
+            file.write(json.dumps({"step": 21, LOSS: 2.0}) + "\n")
+        until(lambda: "loss.svg is not drawn" in caplog.text, 60)
+
+
+def test_two_runs_with_the_same_weights_have_samples_each(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    assert run(tmp_path, model={"vocab_size": 300, "embedding_size": 384}, max_duration=4) == 0
+    cfg = TrainConfig.load(tmp_path / "run/config.yaml")
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run").symlink_to(tmp_path / "run")
+        sample_checkpoints(tmp_path / name, cfg, tokenizer, name, 4, [""])
+    store = current_store()
+    made_by = records_by_content(store)
+    found = [read_samples(store, {name}, made_by) for name in ("one", "other")]
+    assert [one["step"] for one in found[0]] == [4] and found[0] == found[1]
 
 
 def test_links_of_a_chain_are_one_curve(tmp_path: Path) -> None:
     write(tmp_path / "step-20/metrics.jsonl", range(1, 21), 5.0)
     write(tmp_path / "step-100/metrics.jsonl", range(1, 101), 5.0)
     write(tmp_path / "run/metrics.jsonl", range(101, 111), 4.0)
-    assert [row["step"] for row in read_rows(find_metrics(tmp_path))] == list(range(1, 111))
+    assert read_series(find_metrics(tmp_path))[LOSS].steps == list(range(1, 111))
     write(tmp_path / "final/metrics.jsonl", range(1, 201), 3.0)
     assert find_metrics(tmp_path) == [tmp_path / "final/metrics.jsonl"]
 
@@ -166,7 +221,7 @@ def test_what_is_made_of_a_checkpoint_is_no_source_of_it(tmp_path: Path) -> None
     found = [record["action"]["stage"] for _, record in ancestors(store, training)]
     assert found[:2] == ["training", "tokens"] and "huggingface_export" not in found
     assert set(found[2:]) == {"local_source", "local_conversations", "trained_tokenizer"}
-    graph = build_graph(store, [training])
+    graph = build_graph(store, [training], records_by_content(store))
     names = [[graph.stages[i].name for i in column] for column in graph.columns]
     assert names[-1] == ["training: r"] and names[-2] == ["tokens"]
     assert "trained_tokenizer" in names[-3]
@@ -315,6 +370,15 @@ def test_what_report_and_watch_refuse(project: None) -> None:
     write(Path("checkpoints/r/run/metrics.jsonl"), range(1, 5), 5.0)
     with pytest.raises(ValueError, match="--port from 0 to 65535, found 99999"):
         watch("r", page=True, port=99_999)
+
+
+def test_the_index_links_to_the_pages_beside_it(project: None) -> None:
+    write(Path("checkpoints/r/run/metrics.jsonl"), range(1, 5), 5.0)
+    report([], folder=Path("pages"))
+    assert "r.html" not in Path("pages/index.html").read_text()
+    Path("pages/r.html").touch()
+    report([], folder=Path("pages"))
+    assert 'href="r.html"' in Path("pages/index.html").read_text()
 
 
 def test_watch_into_a_pipe_shows_curves(project: None, capsys: pytest.CaptureFixture[str]) -> None:
