@@ -5,6 +5,7 @@ model of a few thousand parameters. Everything else is the repository's own.
 """
 
 import atexit
+import base64
 import contextlib
 import gzip
 import json
@@ -298,6 +299,14 @@ def end_what_was_started() -> None:
 
 def is_since(path: Path, began: float) -> bool:
     return path.stat().st_mtime >= began - 0.05  # the clock of file times is a coarse one
+
+
+def page_text(page: Path) -> str:
+    """The text of one of `olmo report`'s pages, and that of its data, without its programs."""
+    text = page.read_text()
+    data = re.search(r'id="data">([^<]*)<', text)
+    assert data
+    return text[: data.start()] + gzip.decompress(base64.b64decode(data[1])).decode()
 
 
 def until(condition: Callable[[], bool], seconds: float) -> None:

@@ -32,7 +32,7 @@ PYTHON = "OLMO_PEER_PYTHON"  # environment variable: a Python that has the peers
 REMEDY = {
     "ai2-olmo": f"name a Python that has it with --peer ai2-olmo=PYTHON or {PYTHON}=PYTHON, or its "
     "wheel or sources with --peer ai2-olmo=WHEEL (pip download --no-deps ai2-olmo)",
-    "transformers": "pip install transformers, or name a Python that has it with --peer "
+    "transformers": "uv pip install transformers, or name a Python that has it with --peer "
     f"transformers=PYTHON or {PYTHON}=PYTHON",
 }
 # Relative tolerance of the first loss: both sides have the same weights and ids.

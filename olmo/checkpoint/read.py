@@ -192,7 +192,9 @@ def _safetensors(path: Path) -> dict[str, Any]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise ValueError(f"reading {path} needs safetensors: `pip install safetensors`") from error
+        raise ValueError(
+            f"reading {path} needs safetensors: `uv pip install safetensors`"
+        ) from error
     try:
         tensors = load_file(path)
         return decode_state(tensors) if all(map(is_encoded_key, tensors)) else tensors

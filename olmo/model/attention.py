@@ -61,7 +61,7 @@ KERNELS = {
     ),
     Backend.fa2: Kernel(
         package="flash_attn",
-        install="flash-attn 2 is missing: pip install flash-attn --no-build-isolation",
+        install="flash-attn 2 is missing: uv pip install flash-attn --no-build-isolation",
         capabilities=(8, ANY),
         is_flash=True,
     ),
@@ -75,7 +75,7 @@ KERNELS = {
     ),
     Backend.fa4: Kernel(
         package="flash_attn.cute",
-        install="flash-attn-4 is missing: pip install --pre flash-attn-4",
+        install="flash-attn-4 is missing: uv pip install --pre flash-attn-4",
         capabilities=(9, ANY),
         has_dropout=False,
         is_flash=True,

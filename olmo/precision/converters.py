@@ -109,7 +109,7 @@ class TorchAOConverter:
 
     def find_problem(self, device: torch.device, config: FP8Config) -> str | None:
         if importlib.util.find_spec("torchao") is None:
-            return "the package torchao is missing: pip install torchao"
+            return "the package torchao is missing: uv pip install torchao"
         if config.scaling is not FP8Scaling.dynamic:
             return "torchao measures each tensor; set fp8.scaling: dynamic, or fp8.backend: native"
         return build_converter(FP8Backend.native).find_problem(device, config)

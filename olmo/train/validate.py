@@ -57,7 +57,7 @@ def validate(cfg: TrainConfig, world: World) -> None:
         if getattr(cfg, tracker) is not None and not _is_installed(tracker):
             raise ValueError(
                 f"the config has `{tracker}`, but the package is not installed: "
-                f"`pip install {tracker}`, or remove it with --{tracker}=null"
+                f"`uv pip install {tracker}`, or remove it with --{tracker}=null"
             )
     check_special_tokens(cfg)
     check_device(cfg, world.device, is_fsdp(cfg, world))

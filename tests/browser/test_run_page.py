@@ -1,7 +1,5 @@
 """The page of a run, made by the real Snakefile and opened from its file."""
 
-import base64
-import gzip
 import json
 import platform
 import re
@@ -9,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from project import REPOSITORY, Project, write_source
+from project import REPOSITORY, Project, page_text, write_source
 
 pytestmark = pytest.mark.slow
 SERIES = """
@@ -166,17 +164,9 @@ def test_a_phone_scrolls_in_one_direction(project: Project, open_page: Any) -> N
         assert opened.page.evaluate("document.documentElement.scrollWidth") <= 390, name
 
 
-def everything(page: Path) -> str:
-    """A page's text, and that of its data, without its programs."""
-    text = page.read_text()
-    data = re.search(r'id="data">([^<]*)<', text)
-    assert data
-    return text[: data.start()] + gzip.decompress(base64.b64decode(data[1])).decode()
-
-
 def test_it_names_no_path_of_the_machine(project: Project) -> None:
     for name in ("small", "index"):
-        text = everything(project.root / f"report/{name}.html")
+        text = page_text(project.root / f"report/{name}.html")
         for hidden in (project.root, REPOSITORY, Path.home(), platform.node()):
             found = re.search(rf"(?<!\w){re.escape(str(hidden))}(?!\w)", text)
             assert not found, (name, text[found.start() - 50 :][:150])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from project import Project
+from project import Project, page_text
 from servers import guarded_web_server
 
 pytestmark = pytest.mark.slow
@@ -33,6 +33,12 @@ def test_secrets_reach_no_record_listing_log_or_shell_line(tmp_path: Path) -> No
         # A signature that was rotated is no reason to do anything again.
         table.write_text(table.read_text().replace(SIGNATURE, f"{SIGNATURE}-rotated"))
         assert "Nothing to be done" in project.run(*targets).output
+        # A page tells where each file is from, and none of the words that fetch it.
+        project.run("report/small.html", "report/index.html")
+        page = page_text(project.root / "report/small.html")
+        assert f"http://{place}/part-1.json.gz" in page
+        for text in (page, page_text(project.root / "report/index.html")):
+            assert WORD not in text and SIGNATURE not in text
     second = project.olmo("store", "push", str(tmp_path / "second"))
     assert second.status == 0, second.output
     for text in (done.output, done.logs, shown, second.output):

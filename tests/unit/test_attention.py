@@ -116,7 +116,7 @@ def test_find_kernel_problem_without_the_package(
     with monkeypatch.context() as patch:
         patch.setattr(kernel_choice.importlib.util, "find_spec", lambda name: None)
         assert find_kernel_problem(backend, GOOD) == f"the package {KERNELS[backend].install}"
-        assert "missing: p" in KERNELS[backend].install
+        assert "missing: uv p" in KERNELS[backend].install
     # One that was built for another torch.
     place = tmp_path.joinpath(*name.split("."))
     place.mkdir(parents=True)
@@ -174,7 +174,7 @@ def test_flash_attention_is_used_or_an_error(hopper: pytest.MonkeyPatch):
     with pytest.raises(ValueError) as error:
         choose_kernel(config, CUDA, BF16, mask=MaskType.documents)
     for part in (
-        "pip install flash-attn --no-build-isolation",
+        "uv pip install flash-attn --no-build-isolation",
         "missing packages: flash-attn 2, FlashAttention 3, flash-attn-4",
         "GPU: NVIDIA H200",
         "head size: 128",

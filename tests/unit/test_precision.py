@@ -204,7 +204,7 @@ def test_find_problem(monkeypatch: pytest.MonkeyPatch):
             convert_to_float8(Two(), FP8Config(), CPU)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     why = build_converter(FP8Backend.torchao).find_problem(CPU, FP8Config(backend="torchao"))
-    assert why == "the package torchao is missing: pip install torchao"
+    assert why == "the package torchao is missing: uv pip install torchao"
 
 
 @pytest.mark.parametrize("name", ["native", "torchao"])

@@ -59,7 +59,7 @@ def test_lines_beyond_the_resumed_step_are_forgotten(tmp_path: Path) -> None:
 
 def test_missing_wandb_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"not installed: `pip install wandb`"):
+    with pytest.raises(ValueError, match=r"not installed: `uv pip install wandb`"):
         run(tmp_path, wandb={"name": "x"})
 
 
@@ -104,13 +104,13 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tracker", ["trackio", "tensorboard"])
 def test_a_missing_tracker_is_said(tracker: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, tracker, None)
-    with pytest.raises(ValueError, match=f"not installed: `pip install {tracker}`"):
+    with pytest.raises(ValueError, match=f"not installed: `uv pip install {tracker}`"):
         run(tmp_path, **{tracker: {}})
 
 
 def test_trackio_is_told_every_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at the import
-    pytest.importorskip("trackio", reason="pip install trackio")
+    pytest.importorskip("trackio", reason="uv run --group trackers pytest")
     settings = {"project": "p", "name": "x"}
     assert run(tmp_path, trackio=settings, stop_after=3) == EXIT_PAUSED
     assert run(tmp_path, trackio=settings, try_load_latest_save=True) == 0
@@ -122,7 +122,8 @@ def test_trackio_is_told_every_step_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_tensorboard_hides_steps_that_are_trained_again(tmp_path: Path) -> None:
     accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="pip install tensorboard"
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="uv run --group trackers pytest",
     )
     assert run(tmp_path, tensorboard={}, stop_after=3) == EXIT_PAUSED
     assert run(tmp_path, tensorboard={}, try_load_latest_save=True) == 0
