@@ -44,7 +44,9 @@ from olmo.config.trackers import TensorboardConfig, TrackioConfig, WandbConfig
 
 @dataclass
 class ModelConfig(BaseConfig):
-    d_model: int = 768
+    """The shape of the model, and how its weights are drawn."""
+
+    d_model: int = 768  # width of the residual stream
     n_heads: int = 12  # query heads
     n_kv_heads: int | None = None  # None: n_heads; 1: multi-query; between: grouped-query
     clip_qkv: float | None = None  # clamp q, k, v to ±this
@@ -79,11 +81,11 @@ class ModelConfig(BaseConfig):
     weight_tying: bool = True  # the output layer is the embedding
     eos_token_id: int = 50256  # ends a document
     pad_token_id: int = 50256  # fills instances; never learned
-    init_device: str | None = None  # where weights are made; not needed here
+    init_device: str | None = None  # where weights are made
     init_fn: InitFnType = InitFnType.normal  # how weights are drawn
     init_std: float = 0.02  # standard deviation of normal initialization
     init_cutoff_factor: float | None = None  # cut normal init at ± this many std
-    precision: str | None = None  # set TrainConfig.precision instead
+    precision: str | None = None
     scale_emb_init: bool = False  # draw embeddings with a standard deviation of sqrt(d_model)
     emb_init_std: float | None = None  # standard deviation of embeddings
     norm_after: bool = False  # norm the output of attention and MLP, not their input (OLMo 2)
@@ -107,7 +109,9 @@ class ModelConfig(BaseConfig):
 
 @dataclass
 class OptimizerConfig(BaseConfig):
-    name: OptimizerType = OptimizerType.lionw
+    """How gradients become updates."""
+
+    name: OptimizerType = OptimizerType.lionw  # muon is not one of OLMo's
     learning_rate: float = 1.0e-4  # the peak
     weight_decay: float = 0.01  # AdamW's, times the learning rate
     betas: tuple[float, float] = (0.9, 0.95)  # decay of the moments
@@ -129,7 +133,9 @@ class OptimizerConfig(BaseConfig):
 
 @dataclass
 class SchedulerConfig(BaseConfig):
-    name: SchedulerType = SchedulerType.cosine_with_warmup
+    """The learning rate over the steps, as a share of its peak."""
+
+    name: SchedulerType = SchedulerType.cosine_with_warmup  # the shape of the curve
     units: SchedulerUnits = SchedulerUnits.steps  # of t_warmup, t_max, t_decay
     t_warmup: int | float = 100  # the learning rate rises linearly until then
     t_max: int | float | None = None  # None: the end of the run
@@ -153,18 +159,20 @@ class InstanceFilterConfig(BaseConfig):
 class CustomDatasetCollatorConfig(BaseConfig):
     """The field names of a custom dataset's items."""
 
-    input_id_field: str = "input_ids"
-    attention_mask_field: str | None = None
-    attention_bias_field: str | None = None
-    label_mask_field: str | None = None
-    index_field: str | None = None
-    instance_mask_field: str | None = None
-    doc_lens_field: str | None = None
-    metadata_field: str | None = None
+    input_id_field: str = "input_ids"  # token ids
+    attention_mask_field: str | None = None  # which tokens are no padding
+    attention_bias_field: str | None = None  # added to attention scores
+    label_mask_field: str | None = None  # which tokens are learned
+    index_field: str | None = None  # the number of the item
+    instance_mask_field: str | None = None  # whether the item is learned
+    doc_lens_field: str | None = None  # tokens of each document
+    metadata_field: str | None = None  # anything, for evaluators
 
 
 @dataclass
 class CustomDatasetConfig(BaseConfig):
+    """A map-style dataset of one's own, instead of token files."""
+
     name: str  # class or function, in `module` or dotted
     module: str | None = None  # the module of the dataset's class
     args: dict[str, Any] | None = None  # arguments of the class
@@ -177,6 +185,8 @@ class CustomDatasetConfig(BaseConfig):
 
 @dataclass
 class DataConfig(BaseConfig):
+    """The token files, and how they are read."""
+
     paths: list[str] | None = None  # raw token files, in this order
     memmap_dtype: TokenType = TokenType.uint16  # of the token files
     datasets: dict[str, list[str]] | None = None  # label → paths, instead of `paths`
@@ -191,7 +201,7 @@ class DataConfig(BaseConfig):
     persistent_workers: bool = False  # keep workers from epoch to epoch
     timeout: int = 0  # s that a worker may take for a batch; 0: any
     seed: int | None = None  # of the data order; None: the run's seed
-    instance_filter: InstanceFilterConfig | None = None
+    instance_filter: InstanceFilterConfig | None = None  # null: none is left out
     custom_dataset: CustomDatasetConfig | None = extension()  # noqa: RUF009 (newer than its release)
     # File with the precomputed order: raw little-endian uint32, one per instance, no padding.
     order_path: str | None = extension()
@@ -212,7 +222,9 @@ class DataConfig(BaseConfig):
 
 @dataclass
 class EvaluatorConfig(BaseConfig):
-    label: str
+    """An evaluation at every `eval_interval` steps."""
+
+    label: str  # names the metrics: eval/<label>/…
     type: EvaluatorType = EvaluatorType.lm  # lm: a loss on documents; downstream: multiple choice
     data: DataConfig = field(default_factory=DataConfig)
     device_eval_batch_size: int | None = None  # instances of a forward pass on each process
@@ -221,12 +233,16 @@ class EvaluatorConfig(BaseConfig):
 
 @dataclass
 class TokenizerConfig(BaseConfig):
-    identifier: str = "gpt2"
+    """The tokenizer of the token files."""
+
+    identifier: str = "gpt2"  # a file, or a name on the hub
     truncate_direction: TruncationDirection = TruncationDirection.right
 
 
 @dataclass
 class SpeedMonitorConfig(BaseConfig):
+    """How speed is measured."""
+
     window_size: int = 100  # steps averaged
     gpu_flops_available: float | int | None = None  # per second and device, for MFU
 
@@ -235,16 +251,19 @@ class SpeedMonitorConfig(BaseConfig):
 class CompilerConfig(BaseConfig):
     """Arguments of torch.compile."""
 
-    mode: str | None = None
-    fullgraph: bool = False
-    backend: str = "inductor"
-    dynamic: bool | None = None
+    mode: str | None = None  # default, reduce-overhead, max-autotune; null: default
+    fullgraph: bool = False  # an error where the graph would break
+    backend: str = "inductor"  # of torch.compile
+    dynamic: bool | None = None  # shapes vary; null: torch finds out
     # Tune the tiling of each kernel: minutes at the first step, for slightly faster kernels.
     coordinate_descent_tuning: bool = extension(False)
 
 
 @dataclass
 class DDPConfig(BaseConfig):
+    """Settings of distributed_strategy: ddp."""
+
+    # Gradients are reduced once a batch, or with each microbatch.
     grad_sync_mode: DDPGradSyncMode = DDPGradSyncMode.batch
     find_unused_params: bool = False
 
@@ -271,19 +290,26 @@ class SingleGPUConfig(BaseConfig):
 
 @dataclass
 class FSDPConfig(BaseConfig):
+    """Settings of distributed_strategy: fsdp."""
+
     use_orig_params: bool = True
+    # What is sharded, and over which processes.
     sharding_strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD
+    # Layers whose parameters are gathered together; null: each block.
     wrapping_strategy: FSDPWrapStrategy | None = None
+    # In which gradients are reduced: pure: the low one; mixed: float32.
     precision: FSDPPrecision | None = FSDPPrecision.pure
-    hybrid_sharding_num_model_replicas: int | None = None
+    hybrid_sharding_num_model_replicas: int | None = None  # null: one for each node
 
 
 @dataclass
 class FP8Config(BaseConfig):
     """Which matrix products run in 8-bit floating point, and how (an extension)."""
 
-    backend: FP8Backend = FP8Backend.native
+    backend: FP8Backend = FP8Backend.native  # native: torch's; emulate: slow, for tests
+    # Scales: one a tensor is fastest, one a row most exact.
     recipe: FP8Recipe = FP8Recipe.tensorwise
+    # Scales of the tensor itself, or delayed: of earlier steps.
     scaling: FP8Scaling = FP8Scaling.dynamic
     history: int = 16  # steps whose maxima delayed scaling uses
     # Last parts of layer names. Without the head, whose precision affects the loss directly.
@@ -293,7 +319,8 @@ class FP8Config(BaseConfig):
 @dataclass
 class TrainConfig(BaseConfig):
     # The run, its model and its data.
-    run_name: str | None = None
+
+    run_name: str | None = None  # names the run in trackers and records
     seed: int = 6198  # of the weights, the order and dropout
     epoch: int | None = None  # the number of the first epoch
     dry_run: bool = False  # set everything up, train nothing
@@ -309,14 +336,14 @@ class TrainConfig(BaseConfig):
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     # Checkpoints.
-    save_folder: str = "./"
+
+    save_folder: str = "./"  # where the run is written; the pipeline sets it
     remote_save_folder: str | None = None  # a bucket or folder to which checkpoints are copied
-    canceled_check_interval: int = 50  # not needed: every step is checked
+    canceled_check_interval: int = 50
     save_interval: int | None = 1000  # steps between sharded checkpoints
-    save_interval_unsharded: int | None = None
-    save_interval_ephemeral: int | None = (
-        None  # steps between sharded checkpoints; only the newest is kept
-    )
+    save_interval_unsharded: int | None = None  # steps between whole checkpoints
+    # Steps between sharded checkpoints of which only the newest is kept.
+    save_interval_ephemeral: int | None = None
     save_num_checkpoints_to_keep: int = -1  # -1: all
     save_num_unsharded_checkpoints_to_keep: int = -1  # -1: all
     save_overwrite: bool = False  # a folder that has a run already
@@ -328,31 +355,35 @@ class TrainConfig(BaseConfig):
     reset_optimizer_state: bool = False  # begin with empty moments
     reset_trainer_state: bool = False  # begin at step 0, with the weights of load_path
     sharded_checkpointer: ShardedCheckpointerType = ShardedCheckpointerType.torch_legacy
-    new_style_checkpoints: bool | None = None  # accepted; without effect
+    new_style_checkpoints: bool | None = None
 
     # Duration and batches.
+
     max_duration: int | str = 10000  # steps, or "2e12T" tokens, or "1ep" epochs
     global_train_batch_size: int = 512  # instances per step over all processes
-    device_train_batch_size: int | None = None  # derived; a given value is ignored
+    device_train_batch_size: int | None = None
     device_train_microbatch_size: int = 16  # instances of a forward pass; less needs less memory
     device_eval_batch_size: int = 16  # instances of a forward pass on each process
     eval_subset_num_batches: int = -1  # -1: all
     eval_on_load: bool = False  # evaluate before the first step
-    device_train_grad_accum: int | None = None  # derived; a given value is ignored
+    device_train_grad_accum: int | None = None
     max_grad_norm: float | None = None  # gradients with a larger norm are scaled down to it
     max_grad_norm_ratio: float | None = None  # of the running mean; overrides max_grad_norm
     precision: str | None = None  # amp_bf16, amp_fp16, fp32; None: fp32
 
     # Logging.
+
     wandb: WandbConfig | None = None
     trackio: TrackioConfig | None = extension()  # noqa: RUF009
     tensorboard: TensorboardConfig | None = extension()  # noqa: RUF009
     speed_monitor: SpeedMonitorConfig = field(default_factory=SpeedMonitorConfig)
     console_log_interval: int = 1  # steps
-    gen1_gc_interval: int | None = 1
+    gen1_gc_interval: int | None = 1  # steps between collections of Python's young garbage
 
     # How steps are computed.
+
     compile: CompilerConfig | None = None
+    # How the model is spread over processes.
     distributed_strategy: DistributedStrategy | None = DistributedStrategy.fsdp
     fsdp: FSDPConfig | None = field(default_factory=FSDPConfig)
     ddp: DDPConfig | None = None
@@ -362,13 +393,14 @@ class TrainConfig(BaseConfig):
     softmax_auxiliary_loss: bool = False  # z-loss
     auxiliary_loss_multiplier: float | None = 1e-4  # of the z-loss
     time_limit: float | None = None  # seconds; then save and exit
-    extra_steps_after_cancel: int = 10  # not needed: a stopped run saves at once
-    early_stopping_factor: float | None = None
+    extra_steps_after_cancel: int = 10
+    early_stopping_factor: float | None = None  # end if the loss exceeds its lowest this many times
     save_data_indices: bool = True  # data-indices/rank{r}.tsv.gz
     python_profiling: bool = False  # profile the first steps by cProfile
     torch_profiling: bool = False  # profile some steps by torch
-    stop_at: int | None = None  # step
-    stop_after: int | None = None  # steps after this start or resume
+    stop_at: int | None = None  # the step after which it pauses
+    stop_after: int | None = None  # pause after this many steps from a start or resume
+    # Blocks whose activations are computed again in the backward pass, to save memory.
     activation_checkpointing: ActivationCheckpointingStrategy | None = None
     fused_loss: bool | None = None  # flash-attn's cross-entropy
     hf_datasets_cache_dir: str | None = None  # documents of evaluation tasks

@@ -74,9 +74,11 @@ class DocumentsSection(BaseConfig):
     # How often a source's documents are taken, by its name: "books-*=2.5". The first pattern that
     # matches counts; a source without a match has weight 1. Fractions go by the hash of the id.
     weights: list[str] = field(default_factory=list, metadata=UNHASHED)
-    max_text_bytes: int = MAX_TEXT_BYTES
+    max_text_bytes: int = MAX_TEXT_BYTES  # a longer text is dropped
     max_line_bytes: int = MAX_LINE_BYTES  # a longer line is dropped (long-line)
-    allow: list[str] = field(default_factory=list)
+    allow: list[str] = field(
+        default_factory=list
+    )  # reasons for which lines may drop; others end the stage
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,10 +45,9 @@ class DocumentUnit(StrEnum):
 class RowsSection(BaseConfig):
     """What becomes a document, in sources of other formats than Dolma's."""
 
-    text_field: str = "text"
-    id_field: str | None = (
-        None  # None: "id" where a row has one, else the file and the row's number
-    )
+    text_field: str = "text"  # that has the text
+    # None: "id" where a row has one, else the file and the row's number.
+    id_field: str | None = None
     # Of text: file (None) or line; of others: row. `row` converts gz JSON lines too, which gives
     # ids to those without, and takes a text file as one row.
     one_document_per: DocumentUnit | None = None

@@ -30,13 +30,13 @@ ORIGINS = ("file", "hub", "dataset", "train_vocab_size")  # exactly one of these
 class TokenizerSection(BaseConfig):
     """A given tokenizer (a file, from the hub, another data set's), or one trained on documents."""
 
-    file: str | None = None
-    hub: str | None = None
+    file: str | None = None  # a tokenizer.json
+    hub: str | None = None  # a name on the Hugging Face hub
     dataset: str | None = None  # another data set, with the same two ids below
-    sha256: str | None = None
-    train_vocab_size: int | None = None
-    eos_token_id: int = 0
-    pad_token_id: int = 1
+    sha256: str | None = None  # that the file must have
+    train_vocab_size: int | None = None  # train one with this many entries
+    eos_token_id: int = 0  # ends a document
+    pad_token_id: int = 1  # fills instances
 
     def __post_init__(self) -> None:
         super().__post_init__()

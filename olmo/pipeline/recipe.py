@@ -125,10 +125,8 @@ class PipelineConfig(BaseConfig):
     soups: dict[str, list[str]] = field(default_factory=dict)
     store: str = "store"  # the folder of all artifacts; OLMO_STORE is another
     shards_per_job: int = 4  # files that one job of a stage processes
-    # Set by profiles/slurm: the name of GPUs in --gres (gpu, gpu:a100), and the GPUs per node of
-    # runs without this key.
-    gpu: str = "gpu"
-    gpus_per_node: int = 0
+    gpu: str = "gpu"  # their name in --gres (gpu, gpu:a100); profiles/slurm sets it
+    gpus_per_node: int = 0  # of runs without this key; profiles/slurm sets it
     bench_loss: list[str] = field(default_factory=list)  # runs to compare; first the reference
     eval: list[str] = field(default_factory=list)  # likewise, for `snakemake eval`
     price: PriceConfig = field(default_factory=PriceConfig)

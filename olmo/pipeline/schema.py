@@ -22,6 +22,7 @@ from typing import Any
 from olmo.config import TrainConfig
 from olmo.config.conversion import field_default, to_plain
 from olmo.pipeline.recipe import EvaluationConfig, PipelineConfig, Recipe
+from olmo.train.unused import HARMLESS
 
 FOLDER = Path(__file__).parents[2] / "config" / "schema"
 ROOTS = {"config": PipelineConfig, "data": Recipe, "eval": EvaluationConfig, "train": TrainConfig}
@@ -60,8 +61,7 @@ def dataclass_schema(cls: Any) -> dict[str, Any]:
         interpolation = {"type": "string", "pattern": r"\$\{"}
         is_text = expected.get("type") == "string" or not expected
         found = expected if is_text else {"anyOf": [expected, interpolation]}
-        meaning = field_meanings(cls).get(field.name) or section_meaning(hints[field.name])
-        if meaning:
+        if meaning := field_meaning(cls, field.name):
             found = {"description": meaning} | found
         properties[field.name] = found
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -74,8 +74,37 @@ def dataclass_schema(cls: Any) -> dict[str, Any]:
     return made | ({"required": required} if required else {})
 
 
+def field_meaning(cls: type, name: str) -> str:
+    """What is known of a field: its comment, or its section's; and whether it is ignored, and why.
+
+    A dataclass has the fields of those that it extends.
+    """
+    of_classes = (field_comments(one) for one in cls.__mro__ if dataclasses.is_dataclass(one))
+    comment = next((found[name] for found in of_classes if name in found), "")
+    why = ignored_fields().get((cls, name))
+    parts = (
+        comment or section_meaning(typing.get_type_hints(cls)[name]),
+        why and f"ignored: {why}",
+    )
+    return "; ".join(filter(None, parts))
+
+
 @functools.cache
-def field_meanings(cls: type) -> dict[str, str]:
+def ignored_fields() -> dict[tuple[type, str], str]:
+    """(dataclass, field) → why the trainer ignores it."""
+    found = {}
+    for key, why in HARMLESS.items():
+        *sections, name = key.split(".")
+        cls: Any = TrainConfig
+        for section in sections:
+            hint = typing.get_type_hints(cls)[section]
+            cls = next(filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))))
+        found[cls, name] = why
+    return found
+
+
+@functools.cache
+def field_comments(cls: type) -> dict[str, str]:
     """Field → what its comment says: at the end of its line, or in the lines above it."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
@@ -86,7 +115,7 @@ def field_meanings(cls: type) -> dict[str, str]:
             above = lines[last : node.lineno - 1]
             start = max((i + 1 for i, line in enumerate(above) if not line.strip()), default=0)
             words = [line.strip().lstrip("# ") for line in (*above[start:], behind)]
-            text = re.sub(r"noqa: [A-Z]+\d+ ?\(?|(?<=\w)\)$", "", " ".join(filter(None, words)))
+            text = re.sub(r"noqa: [A-Z]+\d+ ?(\((.*)\)$)?", r"\2", " ".join(filter(None, words)))
             if text.strip():
                 found[node.target.id] = text.strip()
         last = node.end_lineno or last
@@ -139,8 +168,7 @@ def format_row(cls: Any, field: Any) -> str:
         shown = ""
     else:
         shown = f"`{json.dumps(to_plain(default))}`"
-    meaning = field_meanings(cls).get(field.name) or section_meaning(hint)
-    cells = (f"`{field.name}`", format_type(hint), shown, meaning)
+    cells = (f"`{field.name}`", format_type(hint), shown, field_meaning(cls, field.name))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
