@@ -2,14 +2,18 @@
 
 import contextlib
 import os
+import re
 import signal
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from project import Project, processes, until
 from slurm.cluster import Cluster, ClusterProject, Job
+
+from olmo.report.series import LOSS, MetricsFollower, find_metrics
 
 AFTER = 30  # steps, of 200, with a checkpoint at each twentieth: something is there, much is left
 
@@ -70,9 +74,25 @@ def controller_away(cluster: Cluster) -> Iterator[None]:
 
 
 def test_a_cancelled_job_is_submitted_again(local: Project, prepared: ClusterProject):
-    jobs = trained(prepared, lambda job: prepared.cluster.call("scancel", job.id))
-    assert jobs == [("CANCELLED", 0), ("COMPLETED", 0)]
+    """And `olmo watch`, on the submitting machine, follows it: no gap, no step twice."""
+    metrics = MetricsFollower(partial(find_metrics, prepared.root / "checkpoints/small"))
+    seen: list[str] = []
+
+    def disturb(job: Job) -> None:
+        seen.append(prepared.olmo("watch", "small").output)
+        assert metrics.update()
+        prepared.cluster.call("scancel", job.id)
+
+    assert trained(prepared, disturb) == [("CANCELLED", 0), ("COMPLETED", 0)]
     assert prepared.content() == local.content()
+    seen.append(prepared.olmo("watch", "small").output)
+    assert re.match(r"small: running, step \d\d/200, .* left", seen[0]), seen[0]
+    assert seen[1].startswith("small: done, step 200/200"), seen[1]
+    metrics.update()
+    loss = metrics.series[LOSS]
+    expected = {row["step"]: row[LOSS] for row in prepared.metrics() if LOSS in row}
+    assert loss.steps == list(range(1, 201))
+    assert dict(zip(loss.steps, loss.values, strict=True)) == expected
 
 
 @pytest.mark.long  # as that of two nodes, below
