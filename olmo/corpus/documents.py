@@ -76,9 +76,7 @@ class DocumentsSection(BaseConfig):
     weights: list[str] = field(default_factory=list, metadata=UNHASHED)
     max_text_bytes: int = MAX_TEXT_BYTES  # a longer text is dropped
     max_line_bytes: int = MAX_LINE_BYTES  # a longer line is dropped (long-line)
-    allow: list[str] = field(
-        default_factory=list
-    )  # reasons for which lines may drop; others end the stage
+    allow: list[str] = field(default_factory=list)  # reasons for which lines may drop
 
     def __post_init__(self) -> None:
         super().__post_init__()
