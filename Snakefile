@@ -1,6 +1,6 @@
 # From a list of text files to the checkpoint of a language model:
 #
-#   sources → documents (→ attributes → mixed) → tokenizer → tokens, or instructions → order → train
+#   sources → documents (→ digests → duplicates → mixed) → tokenizer → tokens, or instructions → order → train
 #     → export, evaluate
 #
 #   snakemake --cores 2 checkpoints/olmo-tiny/final

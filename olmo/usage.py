@@ -13,7 +13,6 @@ from shutil import get_terminal_size
 STAGE_OPTIONS = {
     "after": "folder of the chain's link to continue",
     "allow_missing": "leave out files that are not available",
-    "attributes": "listing of `olmo attributes`",
     "checkpoint": "folder of a final checkpoint",
     "config": "the recipe's section of this stage",
     "documents": "listings of documents, or their files",

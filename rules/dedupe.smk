@@ -1,9 +1,9 @@
-# Deduplication and decontamination: `dolma dedupe` marks duplicates and overlaps, for all files in one
-# process; `dolma mix` removes them, in one job for each batch.
+# Deduplication and decontamination: digests of each file, compared by ranges of hashes; overlaps with
+# evaluation sets by `dolma dedupe`, with one filter for all files; `dolma mix` removes what is marked.
 
 
-rule attributes:
-    """Find duplicates, and overlaps with files of `decontaminate.against`."""
+rule references:
+    """What every file is compared with: held-out documents, and a filter of evaluation sets."""
     input:
         lambda w: damage.update_journal(w.dataset),
         documents=lambda w: listings(w.dataset, "documents"),
@@ -11,9 +11,9 @@ rule attributes:
         environment=dolma_environment,
         requirements="envs/dolma.txt",
     output:
-        "data/{dataset}/attributes/all.tsv",
+        "data/{dataset}/references/all.tsv",
     log:
-        "logs/attributes/{dataset}.log",
+        "logs/references/{dataset}.log",
     conda:
         "../envs/dolma.yaml"
     params:
@@ -21,17 +21,63 @@ rule attributes:
         dedupe=lambda w: plan.section(w.dataset, "dedupe", "dedupe"),
         decontaminate=lambda w: plan.section(w.dataset, "decontaminate", "decontaminate"),
     shell:
-        "olmo attributes --documents {input.documents:q} --against {input.against:q}"
+        "olmo references --documents {input.documents:q} --against {input.against:q}"
         " --requirements {input.requirements:q} {params.environment} {params.dedupe}"
         " {params.decontaminate} --listing {output:q} --log {log:q}"
 
 
-rule mixed:
-    """Remove what `attributes` found from a batch's documents."""
+rule digests:
+    """Digests of a batch's documents and lines, and their overlaps with evaluation sets."""
     input:
         lambda w: damage.update_journal(w.dataset),
         documents="data/{dataset}/documents/{batch}.tsv",
-        attributes="data/{dataset}/attributes/all.tsv",
+        references="data/{dataset}/references/all.tsv",
+        environment=dolma_environment,
+        requirements="envs/dolma.txt",
+    output:
+        "data/{dataset}/digests/{batch}.tsv",
+    log:
+        "logs/digests/{dataset}/{batch}.log",
+    conda:
+        "../envs/dolma.yaml"
+    params:
+        environment=environment_flag,
+        dedupe=lambda w: plan.section(w.dataset, "dedupe", "dedupe"),
+        decontaminate=lambda w: plan.section(w.dataset, "decontaminate", "decontaminate"),
+    shell:
+        "olmo digests --documents {input.documents:q} --references {input.references:q}"
+        " --requirements {input.requirements:q} {params.environment} {params.dedupe}"
+        " {params.decontaminate} --listing {output:q} --log {log:q}"
+
+
+rule duplicates:
+    """Documents and lines that occur earlier in the data set, in one range of hashes."""
+    input:
+        lambda w: damage.update_journal(w.dataset),
+        digests=lambda w: listings(w.dataset, "digests"),
+    output:
+        "data/{dataset}/duplicates/{part}.tsv",
+    log:
+        "logs/duplicates/{dataset}/{part}.log",
+    wildcard_constraints:
+        part=r"\d+",
+    params:
+        parts=lambda w: plan.recipe(w.dataset).dedupe_parts,
+    shell:
+        "olmo duplicates --digests {input.digests:q} --part {wildcards.part} --parts {params.parts}"
+        " --listing {output:q} --log {log:q}"
+
+
+rule mixed:
+    """Remove duplicates and overlaps from a batch's documents."""
+    input:
+        lambda w: damage.update_journal(w.dataset),
+        documents="data/{dataset}/documents/{batch}.tsv",
+        digests="data/{dataset}/digests/{batch}.tsv",
+        duplicates=lambda w: [
+            f"data/{w.dataset}/duplicates/{part:03}.tsv"
+            for part in range(plan.recipe(w.dataset).dedupe_parts)
+        ],
         environment=dolma_environment,
         requirements="envs/dolma.txt",
     output:
@@ -43,5 +89,6 @@ rule mixed:
     params:
         environment=environment_flag,
     shell:
-        "olmo mixed --documents {input.documents:q} --attributes {input.attributes:q}"
-        " --requirements {input.requirements:q} {params.environment} --listing {output:q} --log {log:q}"
+        "olmo mixed --documents {input.documents:q} --digests {input.digests:q}"
+        " --duplicates {input.duplicates:q} --requirements {input.requirements:q}"
+        " {params.environment} --listing {output:q} --log {log:q}"

@@ -9,14 +9,22 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo.corpus.attributes import read_attributes
-from olmo.corpus.dedupe import DUPLICATE, OVERLAP, PARAGRAPH, REASONS, Spans
+from olmo.corpus.dedupe import DUPLICATE, OVERLAP, PARAGRAPH, REASONS, Spans, read_marks
 from olmo.corpus.documents import DROPPED, PARQUET, TRAIN, parse_document, size_in_utf8
 from olmo.corpus.dolma import Dolma, open_dolma, scratch_folder, time_limit
-from olmo.corpus.listing import read_listing, run_shards, write_listing
+from olmo.corpus.listing import (
+    read_listing,
+    read_objects,
+    run_shard,
+    run_shards,
+    write_listing,
+)
+from olmo.corpus.marks import marks
+from olmo.corpus.overlaps import check_readable, locate_row
 from olmo.io import gz
 from olmo.runtime.log import log
 from olmo.store.stage import Facts, Input, Output, Unhashed, stage
@@ -32,27 +40,48 @@ Change = tuple[int | None, str | None, int, int, int]
 
 def batch(
     documents: Path,
-    attributes: Path,
+    digests: Path,
+    duplicates: list[Path],
     listing: Path,
     requirements: Path,
     environment: Path | None = None,
 ) -> None:
-    """Remove from a batch's documents what the attributes mark; its held-out documents stay.
+    """Remove what is marked from a batch's documents; its held-out documents stay.
 
     The listing has the same outputs as that of `olmo documents`. Otherwise as `olmo tokens`.
+
+    Args:
+        digests: the listing of `olmo digests`
+        duplicates: the listings of `olmo duplicates`, of all parts
     """
-    marks = {entry.shard: entry.object for entry in read_listing([attributes], "attributes")}
     tables = {entry.shard: entry.object for entry in read_listing([documents], "table")}
+    shards, given = read_listing([documents], "documents"), read_listing([digests])
+    marked: dict[str, Path] = {}
+    for entry in shards:
+        of_shard = {one.output: one.object for one in given if one.shard == entry.shard}
+        [made] = run_shard(
+            marks,
+            listing,
+            entry.shard,
+            {"marks": "mixed/{}.marks.gz"},
+            documents=entry.object,
+            table=tables[entry.shard],
+            overlaps=[path for name, path in of_shard.items() if name == "overlaps"],
+            copies=[path for name, path in of_shard.items() if name == "copies"],
+            repeats=read_objects(duplicates, "repeats"),
+            shard=entry.shard,
+        )
+        marked[entry.shard] = made.object
     with open_dolma(requirements, environment) as dolma:
         entries = run_shards(
             mixed,
             listing,
-            read_listing([documents], "documents"),
+            shards,
             {"mixed": "mixed/{}.json.gz", "mixed_table": "mixed/{}.parquet"},
             lambda entry: {
                 "documents": entry.object,
                 "table": tables[entry.shard],
-                "attributes": marks[entry.shard],
+                "attributes": marked[entry.shard],
             },
             {"mixed": "documents", "mixed_table": "table"},
             toolkit=dolma.toolkit,
@@ -71,7 +100,7 @@ def mixed(
     toolkit: str,
     dolma: Unhashed[Dolma],
 ) -> Facts:
-    """Remove from one file of training documents what `attributes` (of that stage) marks.
+    """Remove from one file of training documents what `attributes`, of the stage `marks`, marks.
 
     `mixed_table` is `table` with these documents dropped, for the reasons overlap, duplicate and
     duplicate-paragraph (no line is left), and two more columns: removed_paragraphs (how many
@@ -83,13 +112,13 @@ def mixed(
 
     before = polars.read_parquet(table)
     train = before.filter(polars.col("split") == TRAIN).sort("row")
-    marks = list(read_attributes(attributes))
-    if len(marks) != train.height:
+    found = list(read_marks(attributes))
+    if len(found) != train.height:
         raise ValueError(
-            f"expected attributes of {train.height:,} documents, found {len(marks):,}: make the "
+            f"expected attributes of {train.height:,} documents, found {len(found):,}: make the "
             "attributes of these documents"
         )
-    if not any(marks):
+    if not any(found):
         shutil.copyfile(documents, mixed)
         sizes = train["bytes"].to_list()
         changes: list[Change] = [(row, None, size, 0, 0) for row, size in enumerate(sizes, 1)]
@@ -98,23 +127,11 @@ def mixed(
             for name, path in {"documents": documents, "attributes/dedupe": attributes}.items():
                 (folder / "in" / name).mkdir(parents=True)
                 os.symlink(os.path.realpath(path), folder / "in" / name / "documents.gz")
-            toolkit_output = dolma.request(
-                "mix",
-                time_limit(int(train["bytes"].sum())),
-                folder=str(folder),
-                documents=["in/documents/documents.gz"],
-                attributes=["dedupe"],
-                exclude=[OVERLAP, DUPLICATE],
-                cut=[PARAGRAPH],
-            )
-            rewritten = folder / "mixed" / "documents" / "documents.gz"
-            if not rewritten.exists():
-                log.info(toolkit_output)
-                raise ValueError(
-                    "expected mixed documents from the toolkit, found none; its output is above"
-                )
-            places = [f"{file}:{line}" for file, line in train.select("file", "line").iter_rows()]
-            changes = write_kept(documents, rewritten, mixed, marks, places)
+            try:
+                changes = rewrite(dolma, folder, documents, train, mixed, found)
+            except ValueError:
+                check_readable(documents, partial(locate_row, train))
+                raise
     after = apply_changes(before, changes)
     after.write_parquet(mixed_table, **PARQUET)
     kept = after.filter(polars.col("split") == TRAIN)
@@ -126,6 +143,34 @@ def mixed(
         "removed_paragraphs": after["removed_paragraphs"].sum(),
         "removed_bytes": after["removed_bytes"].sum(),
     }
+
+
+def rewrite(
+    dolma: Dolma,
+    folder: Path,
+    documents: Path,
+    train: polars.DataFrame,
+    mixed: Path,
+    marks: list[dict[str, Spans]],
+) -> list[Change]:
+    """Let the toolkit apply the marks, in a scratch folder, and take over what it wrote."""
+    toolkit_output = dolma.request(
+        "mix",
+        time_limit(int(train["bytes"].sum())),
+        folder=str(folder),
+        documents=["in/documents/documents.gz"],
+        attributes=["dedupe"],
+        exclude=[OVERLAP, DUPLICATE],
+        cut=[PARAGRAPH],
+    )
+    rewritten = folder / "mixed" / "documents" / "documents.gz"
+    if not rewritten.exists():
+        log.info(toolkit_output)
+        raise ValueError(
+            "expected mixed documents from the toolkit, found none; its output is above"
+        )
+    places = [f"{file}:{line}" for file, line in train.select("file", "line").iter_rows()]
+    return write_kept(documents, rewritten, mixed, marks, places)
 
 
 def write_kept(

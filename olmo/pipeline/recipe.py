@@ -11,7 +11,7 @@ from olmo.cluster.launch import Geometry
 from olmo.config import BaseConfig, TrainConfig
 from olmo.config.conversion import Mistakes, each_mistake
 from olmo.config.strict import check_range, non_default_fields
-from olmo.corpus.attributes import DecontaminateSection, DedupeSection
+from olmo.corpus.dedupe import DecontaminateSection, DedupeSection
 from olmo.corpus.documents import DocumentsSection
 from olmo.corpus.instructions import InstructionsSection
 from olmo.corpus.sources import SourcesSection
@@ -46,6 +46,11 @@ class Recipe(BaseConfig):
                 "decontaminate: expected files in against or a documents.heldout_share above 0, "
                 "found neither"
             )
+
+    @property
+    def dedupe_parts(self) -> int:
+        """The ranges of hashes that are compared; 0 if duplicates stay."""
+        return self.dedupe.parts if self.dedupe else 0
 
 
 @dataclass

@@ -64,7 +64,8 @@ ELSEWHERE = {
     "huggingface_export": "tests/unit/test_huggingface.py holds it to transformers' numbers",
     "statistics": "a summary of shards: tests/unit/test_statistics.py",
     "tokens": "needs the toolkit's environment: tests/unit/test_tokens.py",
-    "attributes": "likewise: tests/unit/test_dedupe.py",
+    "overlap_filter": "likewise: tests/unit/test_dedupe.py",
+    "overlaps": "likewise",
     "mixed": "likewise",
 }
 
@@ -207,6 +208,44 @@ def make_questions(stage: Stage, folder: Path) -> None:
         stage.build(folder=folder / "outputs", shards=2)
 
 
+def make_digests(stage: Stage, root: Path) -> None:
+    """Of documents with copies, of each other and of a held-out one, and of lines."""
+    made = {name: folder(root) / name for name in ("document_digests", "line_digests", "copies")}
+    held = root / "held"
+    stages()["heldout_digests"].build(heldout=[source(root)], heldout_digests=held)
+    documents = root / "documents.gz"
+    with gzip.GzipFile(documents, "wb", mtime=0) as file:
+        for i, text in enumerate(["x\ny", "a\n \nb\n", "x\ny", "b\nß\nx", LINES[0]["text"]]):
+            file.write(json.dumps({"id": str(i), "text": text}).encode() + b"\n")
+    stage.build(
+        documents=documents, overlaps=[], heldout=[held], exact=True, paragraphs=True, **made
+    )
+
+
+def make_duplicates(stage: Stage, root: Path) -> None:
+    make_digests(stages()["digests"], root)
+    made = [[folder(root) / f"{kind}_digests"] for kind in ("document", "line")]
+    repeats = {"repeats": folder(root) / "repeats", "shards": ["s"], "part": 1, "parts": 2}
+    stage.build(document_digests=made[0], line_digests=made[1], **repeats)
+
+
+def make_marks(stage: Stage, root: Path) -> None:
+    import polars
+
+    make_duplicates(stages()["duplicates"], root)
+    rows = {"id": list("01234"), "split": ["train"] * 5, "row": [1, 2, 3, 4, 5]}
+    polars.DataFrame(rows).write_parquet(root / "table")
+    given = {"copies": [folder(root) / "copies"], "repeats": [folder(root) / "repeats"]}
+    stage.build(
+        documents=root / "documents.gz",
+        table=root / "table",
+        overlaps=[],
+        marks=folder(root) / "marks",
+        shard="s",
+        **given,
+    )
+
+
 MAKE: dict[str, Callable[[Stage, Path], object]] = {
     "stdlib": make_stdlib,
     "stdlib_docstrings": make_docstrings,
@@ -231,6 +270,10 @@ MAKE: dict[str, Callable[[Stage, Path], object]] = {
     "local_tokenizer": lambda s, d: s.build(source=tokenizer(d), tokenizer=d / "outputs"),
     "global_order": lambda s, d: s.build(order=d / "outputs", instances=1000, seed=6198),
     "positions": lambda s, d: s.build(order=order(d), positions=d / "outputs"),
+    "heldout_digests": lambda s, d: s.build(heldout=[source(d)], heldout_digests=d / "outputs"),
+    "digests": make_digests,
+    "duplicates": make_duplicates,
+    "marks": make_marks,
     "local_tokens": lambda s, d: s.build(file=order(d), tokens=d / "outputs", dtype="uint32"),
 }
 
@@ -276,6 +319,7 @@ def test_what_is_compressed_is_told_with_the_machine(name: str):
     """Else ARM's bytes beside x86-64's raise the alarm of one action with two contents."""
     stage = stages()[name]
     writes = "gz.writing(" in Path(inspect.getfile(stage.build)).read_text()
+    writes |= "write_marks(" in inspect.getsource(stage.build)
     assert (stage.conditions is gz.conditions) == writes
 
 

@@ -1,6 +1,10 @@
 """A recipe that takes out duplicates and overlaps, by the real Snakefile: what is planted goes."""
 
+import contextlib
+import os
 import random
+import signal
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -131,22 +135,53 @@ def test_the_way_back_is_that_of_the_documents(planted):
         assert own and {d.source for shard in own for d in shard.documents()} == {f"{file}.json.gz"}
 
 
-def test_two_runs_give_equal_digests(planted, tmp_path):
-    project, *_ = planted
-    other = Project(tmp_path / "other")
+def same_sources(project: Project, root: Path) -> Project:
+    """A project with the sources, recipe and tokenizer of another, where nothing is made yet."""
+    other = Project(root)
     for name in ("sources", "quizzes"):
         for path in (project.root / name).iterdir():
             (other.root / name).mkdir(exist_ok=True)
             (other.root / name / path.name).write_bytes(path.read_bytes())
     for name in ("tokenizer.json", "config/data/small.yaml"):
         (other.root / name).write_bytes((project.root / name).read_bytes())
-    other.run("data/small/statistics.txt", cores=1)
-    for stage in ("attributes", "mixed", "tokens"):
-        names = sorted(path.name for path in data(project).glob(f"{stage}/*.tsv"))
+    return other
+
+
+def check_equal(one: Project, two: Project, stages: tuple[str, ...]) -> None:
+    for stage in stages:
+        names = sorted(path.name for path in data(one).glob(f"{stage}/*.tsv"))
         assert names
         for name in names:
-            one, two = (data(p) / stage / name for p in (project, other))
-            assert one.read_text() == two.read_text()
+            texts = [(data(p) / stage / name).read_text() for p in (one, two)]
+            assert texts[0] == texts[1], (stage, name)
+
+
+def test_two_runs_give_equal_digests(planted, tmp_path):
+    other = same_sources(planted[0], tmp_path / "other")
+    other.run("data/small/statistics.txt", cores=1)
+    check_equal(planted[0], other, ("digests", "duplicates", "mixed", "tokens"))
+
+
+def test_three_parts_that_are_killed_give_the_same(planted, tmp_path):
+    other = same_sources(planted[0], tmp_path / "killed")
+    other.change("config/data/small.yaml", dedupe__parts=3)
+    other.change("config/config.yaml", shards_per_job=1)
+    kills = 0
+    for seconds in (6, 7, 8, 9, 10):
+        process = other.start("data/small/statistics.txt", mark="killed")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills > 1
+    other.run("data/small/statistics.txt")
+    parts = sorted(path.name for path in data(other).glob("duplicates/*.tsv"))
+    assert parts == ["000.tsv", "001.tsv", "002.tsv"]
+    for part in range(3):
+        name = f"mixed/part-{part}.json.gz"
+        assert (data(other) / name).read_bytes() == (data(planted[0]) / name).read_bytes()
 
 
 def test_only_what_must_runs_again(planted, tmp_path):
@@ -157,13 +192,14 @@ def test_only_what_must_runs_again(planted, tmp_path):
     lines.append({"id": named("new", held=False), "text": text(random.Random(1))})
     write_source(project.root / "sources/part-2.json.gz", lines)
     ran = project.run(target).ran
-    one = ("local_source", "documents", "attributes", "mixed", "statistics")
+    one = ("local_source", "documents", "overlaps", "digests", "duplicates", "marks", "mixed")
+    one += ("statistics",)
     assert ran == {**dict.fromkeys(one, 1), "tokens": 2}, "of one file, held-out ones too"
-    # An attribute that is gone is made again, and nothing after it.
-    listing = data(project) / "attributes/all.tsv"
+    # What was found and is gone is found again, and nothing is done after it.
+    listing = data(project) / "duplicates/000.tsv"
     digest = listing.read_text().splitlines()[1].split("\t")[3]
     lost = project.store / "objects" / digest[:2] / digest
     lost.chmod(0o644)
     lost.unlink()
-    assert project.run(target).ran == {"attributes": 1}
+    assert project.run(target).ran == {"duplicates": 1}
     assert lost.exists()

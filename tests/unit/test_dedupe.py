@@ -2,21 +2,23 @@
 
 import gzip
 import json
-import os
-import signal
-import threading
-import time
+import random
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import polars
 import pytest
 
-from olmo.corpus import attributes as module
-from olmo.corpus import bloom, dedupe
-from olmo.corpus.attributes import attributes, read_attributes
+from olmo.corpus import bloom, dedupe, overlaps
+from olmo.corpus.dedupe import DUPLICATE, PARAGRAPH, read_marks
+from olmo.corpus.digests import Rows, digests, heldout_digests, is_blank, sort_rows
 from olmo.corpus.documents import DocumentsSection, documents
 from olmo.corpus.dolma import Dolma
+from olmo.corpus.duplicates import duplicates, later_ones
+from olmo.corpus.marks import marks
 from olmo.corpus.mixed import mixed
+from olmo.corpus.overlaps import find_unreadable, overlap_filter
 
 WORDS = [f"word{number}" for number in range(200)]
 QUESTION = " ".join(WORDS[:20])  # of an evaluation set
@@ -64,27 +66,85 @@ def files(tmp_path_factory):
     return {"pairs": made, "heldout": held["documents"], "against": against["documents"]}
 
 
-def find(files, folder, dolma, **options):
-    """Run the stage: its facts, and the attributes of every document by its id."""
-    facts = attributes.build(
-        **{
-            "documents": [pair["documents"] for pair in files["pairs"]],
-            "tables": [pair["table"] for pair in files["pairs"]],
-            "heldout": [files["heldout"]] if options.get("exact") else [],
-            "against": [files["against"]] if options.get("ngram") else [],
-            "attributes": folder / "attributes",
-            "progress": folder / "progress",
-            "toolkit": dolma.toolkit,
-            "dolma": dolma,
-            **options,
-        }
-    )
-    assert not (folder / "progress").exists()
+def find(files, folder, dolma, exact=False, paragraphs=False, ngram=0, overlap=0.0, **options):
+    """Run the stages: the sum of the marks' facts, and the marks of every document by its id."""
+    folder.mkdir(exist_ok=True)
+    made = find_marks(files, folder, dolma, exact, paragraphs, ngram, overlap, **options)
     found = {}
-    for number, texts in enumerate((FIRST, SECOND)):
-        spans = read_attributes(folder / "attributes" / f"{number:05d}.gz")
-        found |= dict(zip(texts, spans, strict=True))
-    return facts, found
+    for (facts, path), texts in zip(made, (FIRST, SECOND), strict=True):
+        assert facts["documents"] == len(texts)
+        found |= dict(zip(texts, read_marks(path), strict=True))
+    return {name: sum(facts[name] for facts, _ in made) for name in made[0][0]}, found
+
+
+def find_marks(
+    files: Any,
+    folder: Path,
+    dolma: Any = None,
+    exact: bool = False,
+    paragraphs: bool = False,
+    ngram: int = 0,
+    overlap: float = 0.0,
+    parts: int = 1,
+    memory_bytes: int = 1 << 30,
+) -> list[tuple[Any, Path]]:
+    """For each file: the facts of its marks, and the marks."""
+    pairs, tools = files["pairs"], {"dolma": dolma, "toolkit": dolma and dolma.toolkit}
+    held, of_overlaps = [], [[] for _ in pairs]
+    if exact:
+        held = [folder / "held"]
+        heldout_digests.build(heldout=[files["heldout"]], heldout_digests=held[0])
+    if ngram:
+        given = {"against": [files["against"]], "ngram": ngram, **tools}
+        overlap_filter.build(overlap_filter=folder / "filter", **given)
+    for n, pair in enumerate(pairs):
+        if ngram:
+            of_overlaps[n] = [folder / f"{n}.overlaps"]
+            overlaps.overlaps.build(
+                documents=pair["documents"],
+                table=pair["table"],
+                overlap_filter=folder / "filter",
+                overlaps=of_overlaps[n][0],
+                ngram=ngram,
+                overlap=overlap,
+                **tools,
+            )
+        if not (exact or paragraphs):
+            continue
+        digests.build(
+            documents=pair["documents"],
+            overlaps=of_overlaps[n],
+            heldout=held,
+            document_digests=folder / f"{n}.documents",
+            line_digests=folder / f"{n}.lines",
+            copies=folder / f"{n}.copies",
+            exact=exact,
+            paragraphs=paragraphs,
+        )
+    parts = parts if exact or paragraphs else 0
+    for part in range(parts):
+        duplicates.build(
+            document_digests=[folder / f"{n}.documents" for n in range(len(pairs))],
+            line_digests=[folder / f"{n}.lines" for n in range(len(pairs))],
+            repeats=folder / f"{part}.npz",
+            shards=[f"shard {n}" for n in range(len(pairs))],
+            part=part,
+            parts=parts,
+            memory_bytes=memory_bytes,
+        )
+    made = []
+    for n, pair in enumerate(pairs):
+        facts = marks.build(
+            documents=pair["documents"],
+            table=pair["table"],
+            overlaps=of_overlaps[n],
+            copies=[folder / f"{n}.copies"] if parts else [],
+            repeats=[folder / f"{part}.npz" for part in range(parts)],
+            marks=folder / f"{n}.marks",
+            shard=f"shard {n}",
+        )
+        made.append((facts, folder / f"{n}.marks"))
+    return made
 
 
 def marked_pieces(found, kind):
@@ -152,7 +212,7 @@ ALL = {"exact": True, "paragraphs": True, "ngram": 13}
 @pytest.fixture(scope="module")
 def marked(files, tmp_path_factory, dolma):
     folder = tmp_path_factory.mktemp("marked")
-    return find(files, folder, dolma, **ALL), folder / "attributes"
+    return find(files, folder, dolma, **ALL), folder
 
 
 def test_lines_of_dropped_documents_do_not_count(marked):
@@ -169,7 +229,7 @@ def test_kept_documents_and_removed_lines(files, marked, tmp_path, dolma):
         facts = mixed.build(
             documents=pair["documents"],
             table=pair["table"],
-            attributes=folder / f"{number:05d}.gz",
+            attributes=folder / f"{number}.marks",
             toolkit=dolma.toolkit,
             dolma=dolma,
             **out,
@@ -228,34 +288,12 @@ def test_documents_without_marks_are_copied(files, tmp_path):
     assert after.drop("removed_paragraphs", "removed_bytes").equals(before)
 
 
-def contents(folder: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(folder.iterdir())]
-
-
-def test_equal_bytes_with_small_steps_and_after_a_kill(files, marked, tmp_path, python, dolma):
+@pytest.mark.parametrize("options", [{"parts": 8}, {"parts": 3, "memory_bytes": 100}])
+def test_parts_and_steps_change_nothing(files, marked, tmp_path, dolma, options):
     _, folder = marked
-    find(files, tmp_path / "again", dolma, **ALL, step_bytes=1)
-    assert contents(tmp_path / "again/attributes") == contents(folder)
-    # Killed in the second step, it goes on after the first.
-    with Dolma(python, dolma.toolkit) as killed:
-        send = killed.request
-
-        def request(verb, limit, **arguments):
-            if (tmp_path / "cut/progress/done-1").exists():
-                threading.Timer(0.0, os.kill, (killed.process.pid, signal.SIGKILL)).start()
-                return killed.read_reply(time.monotonic() + 60)
-            return send(verb, limit, **arguments)
-
-        killed.request = request
-        with pytest.raises(ChildProcessError, match="SIGKILL"):
-            find(files, tmp_path / "cut", killed, **ALL, step_bytes=1)
-    first = tmp_path / "cut/progress/00000.gz"
-    written = first.stat().st_mtime_ns
-    (tmp_path / "cut/progress/scratch/in").mkdir(exist_ok=True, parents=True)
-    facts, _ = find(files, tmp_path / "cut", dolma, **ALL, step_bytes=1)
-    assert contents(tmp_path / "cut/attributes") == contents(folder)
-    assert (tmp_path / "cut/attributes/00000.gz").stat().st_mtime_ns == written
-    assert facts["overlap"] == 2
+    find(files, tmp_path / "again", dolma, **ALL, **options)
+    for name in ("0.marks", "1.marks"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -281,7 +319,7 @@ def test_a_document_without_attributes_fails_the_stage(files, tmp_path, dolma, d
     other.write_bytes(gzip.compress(b"\n".join(damage(lines)) + b"\n"))
     pairs = [{**first, "documents": other}, second]
     with pytest.raises(ValueError, match=message):
-        find({**files, "pairs": pairs}, tmp_path, dolma, exact=True)
+        find({**files, "pairs": pairs}, tmp_path, dolma, ngram=13)
 
 
 NESTED = "[" * 127 + "]" * 127
@@ -309,7 +347,7 @@ def test_a_line_that_dedupe_cannot_read_is_an_error_with_its_place(files, tmp_pa
     )
     said = f"^s.gz:3: expected a document that dolma dedupe can read, found {message}"
     with pytest.raises(ValueError, match=said):
-        find({**files, "pairs": [made, files["pairs"][1]]}, tmp_path / "one", dolma, exact=True)
+        find({**files, "pairs": [made, files["pairs"][1]]}, tmp_path / "one", dolma, ngram=13)
     against = {**files, "against": made["documents"]}
     with pytest.raises(ValueError, match=f"documents:2: expected a document .* found {message}"):
         find(against, tmp_path / "two", dolma, ngram=13)
@@ -321,14 +359,14 @@ def test_lines_that_dedupe_can_read_are_accepted():
         b'{"a": "[[[{ 1e999 \\" [["}',
         NESTED[1:-1].encode(),
     ):
-        assert dedupe.find_unreadable(line) is None
-    assert dedupe.find_unreadable(f'{{"a": {NESTED[1:-1]}}}'.encode()) is None
-    assert dedupe.find_unreadable(f'{{"a": {NESTED}}}'.encode())
+        assert find_unreadable(line) is None
+    assert find_unreadable(f'{{"a": {NESTED[1:-1]}}}'.encode()) is None
+    assert find_unreadable(f'{{"a": {NESTED}}}'.encode())
 
 
 def test_attributes_of_other_documents_are_refused(files, marked, tmp_path, dolma):
     _, folder = marked
-    with gzip.open(folder / "00000.gz", "rt") as file:
+    with gzip.open(folder / "0.marks", "rt") as file:
         lines = [json.loads(line) for line in file]
     for wrong, message in (
         (lines[:-1], "expected attributes of 6 documents, found 5"),
@@ -349,19 +387,18 @@ def test_attributes_of_other_documents_are_refused(files, marked, tmp_path, dolm
 
 
 def test_too_little_memory_is_an_error_before_the_start(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "available_memory", lambda: 20)
+    monkeypatch.setattr(overlaps, "available_memory", lambda: 20)
     not_started = Dolma(Path("never started"), "")
-    with pytest.raises(
-        ValueError, match=r"duplicate is for up to 15 elements and needs 56 bytes.*20"
-    ):
-        find(files, tmp_path, not_started, exact=True)
+    message = r"the filter for up to 136 n-grams needs 736 bytes of memory, but 20 are free"
+    with pytest.raises(ValueError, match=message):
+        find(files, tmp_path, not_started, ngram=13)
 
 
 def test_an_evaluation_set_without_documents_is_a_warning(files, tmp_path, dolma, capsys):
     empty = tmp_path / "empty.gz"
     empty.write_bytes(gzip.compress(b""))
     facts, _ = find({**files, "against": empty}, tmp_path, dolma, ngram=13)
-    assert facts["overlap"] == 0 and facts["against"] == 1
+    assert facts["overlap"] == 0
     assert "expected text in 1 files to decontaminate against" in capsys.readouterr().err
 
 
@@ -370,3 +407,137 @@ def test_an_evaluation_set_must_hold_documents(files, tmp_path):
     bad.write_bytes(gzip.compress(b'{"id": "a", "text": "b"}\n{"question": "?"}\n'))
     with pytest.raises(ValueError, match=r"bad.gz:2: expected a document .*no-id"):
         find({**files, "against": bad}, tmp_path, Dolma(Path("never started"), ""), ngram=13)
+
+
+# --- beside the toolkit, and beside a set ---------------------------------------------------------
+
+
+def by_the_toolkit(pairs: Any, folder: Path, dolma: Dolma, by: str, drop: Any = ()) -> list[Any]:
+    """What `dolma dedupe` alone marks, with a filter that is too large to err."""
+    kind = DUPLICATE if by == "text" else PARAGRAPH
+    (folder / "in/documents").mkdir(parents=True)
+    names = []
+    for n, pair in enumerate(pairs):
+        names.append(f"in/documents/{n}.gz")
+        lines = gzip.decompress(pair["documents"].read_bytes()).splitlines(keepends=True)
+        kept = [line for row, line in enumerate(lines) if (n, row) not in drop]
+        (folder / names[-1]).write_bytes(gzip.compress(b"".join(kept)))
+    bloom.write_filter(folder / kind, 100_000, 1e-12)
+    request = {"by": by, "documents": names, "name": kind, "bloom_filter": kind}
+    dolma.request("dedupe", 300, folder=str(folder), read_only=False, **request)
+    found = []
+    for n, name in enumerate(names):
+        marked = read_marks(folder / name.replace("/documents/", f"/attributes/{kind}/"))
+        rows = [row for row in range(len(list_texts(pairs[n]))) if (n, row) not in drop]
+        found.append(dict(zip(rows, (one.get(kind, []) for one in marked), strict=True)))
+    return found
+
+
+def list_texts(pair: Any) -> list[str]:
+    lines = gzip.decompress(pair["documents"].read_bytes()).splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+SPACES = ["", " ", "\t", "\x0b", "\x0c", "\x1c", "\x1f", "\x85", "\xa0", "\u200b", "\u2003"]
+SPACES += ["\u2028", "\u3000", "\ufeff", " \u1680 ", "\u180e"]
+
+
+def random_text(chance: random.Random) -> str:
+    """A few lines of few: words, other scripts, and every kind of blank line."""
+    words = ["a", "b b", "größer", "字", "𝒳 y", "e\u0301", "é", *SPACES]
+    lines = [chance.choice(words) * chance.randint(1, 2) for _ in range(chance.randint(1, 5))]
+    return "\n".join(lines) + chance.choice(["", "\n", "\n\n"])
+
+
+def test_marks_are_those_of_the_toolkit(tmp_path, dolma):
+    chance = random.Random(1201)
+    texts = [text for _ in range(3000) if (text := random_text(chance)).strip()]
+    texts += texts[:200]
+    pairs = [
+        make(tmp_path, f"source{n}", {f"{n}-{i}": text for i, text in enumerate(texts[n::3])})
+        for n in range(3)
+    ]
+    held = make(tmp_path, "held", {"h": texts[7]})
+    files = {"pairs": pairs, "heldout": held["documents"]}
+    (tmp_path / "ours").mkdir()
+    ours = [
+        list(read_marks(path))
+        for _, path in find_marks(files, tmp_path / "ours", exact=True, paragraphs=True, parts=2)
+    ]
+    of_documents = by_the_toolkit([held, *pairs], tmp_path / "theirs", dolma, "text")[1:]
+    drop = {(n, row) for n, rows in enumerate(of_documents) for row, spans in rows.items() if spans}
+    assert len(drop) > 300
+    of_lines = by_the_toolkit(pairs, tmp_path / "lines", dolma, "paragraphs", drop)
+    for n, rows in enumerate(ours):
+        for row, spans in enumerate(rows):
+            expected = {DUPLICATE: of_documents[n][row]} if (n, row) in drop else {}
+            if lines := of_lines[n].get(row):
+                expected[PARAGRAPH] = lines
+            assert spans == expected, (list_texts(pairs[n])[row], spans, expected)
+
+
+def naive(files: list[dict[str, str]], held: str) -> list[list[bool]]:
+    """Whether each document stays, by a set."""
+    seen, found = {held}, []
+    for texts in files:
+        found.append([not (text in seen or seen.add(text)) for text in texts.values()])
+    return found
+
+
+@pytest.mark.slow
+def test_200_000_documents_beside_a_set(tmp_path):
+    chance = random.Random(2)
+    held = "a document that is held out"
+    own = [f"document {n} says {chance.random()}" for n in range(150_000)]
+    texts = [*own, *chance.choices(own, k=49_990), *[held] * 10]
+    chance.shuffle(texts)
+    names = [f"source{n}" for n in range(8)]
+    contents = {
+        name: {f"{name}-{i}": text for i, text in enumerate(texts[n::8])}
+        for n, name in enumerate(names)
+    }
+    pairs = {name: make(tmp_path, name, contents[name]) for name in names}
+    heldout = make(tmp_path, "held", {"h": held})["documents"]
+    marked: dict[tuple[str, ...], list[bytes]] = {}
+    for parts, memory in ((1, 1 << 30), (2, 1 << 30), (8, 1 << 16)):
+        for order in (names, names[::-1], sorted(names, key=lambda name: hash(name[-1]))):
+            folder = tmp_path / "found"
+            folder.mkdir()
+            given = {"pairs": [pairs[name] for name in order], "heldout": heldout}
+            made = find_marks(given, folder, exact=True, parts=parts, memory_bytes=memory)
+            kept = [[not spans for spans in read_marks(path)] for _, path in made]
+            assert kept == naive([contents[name] for name in order], held), (parts, order)
+            content = [path.read_bytes() for _, path in made]
+            assert marked.setdefault(tuple(order), content) == content
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
+
+
+def test_digests_with_equal_upper_halves_are_told_apart():
+    def rows(*digests: tuple[int, int]) -> Rows:
+        raw = np.array(digests, np.uint64).reshape(-1, 2)
+        return sort_rows(raw, range(len(digests)))
+
+    one, other = rows((7, 1), (7, 2), (5, 5)), rows((7, 2), (9, 1), (7, 3), (7, 1), (5, 4))
+    found = sorted(later_ones([one, other]).tolist())
+    assert found == [1 << 32 | 0, 1 << 32 | 3]
+    assert other.place[other.find(one)].tolist() == [3, 0]
+    assert one.between(6, 2**64 - 1).place.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("text", SPACES)
+def test_what_is_blank(text):
+    """As Rust's `trim`: separators of information and zero-width characters are no white space."""
+    expected = text not in ("\x1c", "\x1f", "\u200b", "\ufeff", "\u180e")
+    assert is_blank(text.encode()) is expected
+
+
+def test_a_part_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="expected a part from 0 to 1, found 2"):
+        duplicates.build(
+            document_digests=[], line_digests=[], repeats=tmp_path / "r", shards=[], part=2, parts=2
+        )
+    (tmp_path / "cut").write_bytes(bytes(21))
+    with pytest.raises(ValueError, match="expected rows of 20 bytes, found 21 bytes"):
+        Rows.read(tmp_path / "cut")

@@ -1,0 +1,262 @@
+"""Digests of a file's documents and lines: what `duplicates` compares, instead of their text.
+
+A file of digests has three columns, one after the other: the upper and the lower half of each
+digest (little-endian uint64), and where it was found (uint32): a document's row, from 0, or a
+line's number among all lines of the file's documents. Rows are sorted by digest, then place, so
+that a range of hashes is a slice.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from olmo.corpus.dedupe import DecontaminateSection, DedupeSection, read_marks
+from olmo.corpus.documents import document_decoder
+from olmo.corpus.dolma import open_dolma
+from olmo.corpus.listing import read_listing, read_objects, run_shard, write_listing
+from olmo.corpus.overlaps import overlap_filter, overlaps
+from olmo.io import gz
+from olmo.store.stage import Facts, Input, Inputs, Output, stage
+
+DIGEST_BYTES, ROW_BYTES = 16, 20
+MAX_PLACE = 2**32 - 1
+# Rust's White_Space besides ASCII's: the toolkit never counts a line of these alone.
+WHITE_SPACE = " \t\r\v\f\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+ASCII_WHITE_SPACE = b" \t\r\v\f"
+
+
+def batch_references(
+    documents: list[Path],
+    listing: Path,
+    requirements: Path,
+    environment: Path | None = None,
+    against: tuple[Path, ...] = (),
+    dedupe: DedupeSection | None = None,
+    decontaminate: DecontaminateSection | None = None,
+) -> None:
+    """Make what each file is compared with: held-out documents, evaluation sets.
+
+    Otherwise as `olmo tokens`.
+
+    Args:
+        against: files whose text must not be in the documents
+        dedupe: the recipe's section of this name
+        decontaminate: the recipe's section of this name
+    """
+    heldout, entries = read_objects(documents, "heldout"), []
+    if dedupe is not None and dedupe.exact:
+        made = {"heldout_digests": "references/{}.heldout"}
+        entries += run_shard(heldout_digests, listing, "all", made, heldout=heldout)
+    if decontaminate is not None:
+        made = {"overlap_filter": "references/{}.filter"}
+        files = [*against, *(heldout if decontaminate.heldout else [])]
+        with open_dolma(requirements, environment) as dolma:
+            given: dict[str, Any] = {"toolkit": dolma.toolkit, "dolma": dolma}
+            given |= {"against": files, "ngram": decontaminate.ngram}
+            entries += run_shard(overlap_filter, listing, "all", made, **given)
+    write_listing(listing, entries)
+
+
+def batch(
+    documents: Path,
+    references: Path,
+    listing: Path,
+    requirements: Path,
+    environment: Path | None = None,
+    dedupe: DedupeSection | None = None,
+    decontaminate: DecontaminateSection | None = None,
+) -> None:
+    """Digest the documents of a batch's files, and find their overlaps with evaluation sets.
+
+    Otherwise as `olmo tokens`.
+
+    Args:
+        references: the listing of `olmo references`
+        dedupe: the recipe's section of this name
+        decontaminate: the recipe's section of this name
+    """
+    tables = {entry.shard: entry.object for entry in read_listing([documents], "table")}
+    heldout = read_objects([references], "heldout_digests")
+    entries = []
+    with open_dolma(requirements, environment) as dolma:
+        for entry in read_listing([documents], "documents"):
+            found = []
+            if decontaminate is not None:
+                found = run_shard(
+                    overlaps,
+                    listing,
+                    entry.shard,
+                    {"overlaps": "digests/{}.overlaps.gz"},
+                    documents=entry.object,
+                    table=tables[entry.shard],
+                    overlap_filter=read_objects([references], "overlap_filter")[0],
+                    toolkit=dolma.toolkit,
+                    dolma=dolma,
+                    ngram=decontaminate.ngram,
+                    overlap=decontaminate.overlap,
+                )
+            entries += found
+            if dedupe is not None:
+                entries += run_shard(
+                    digests,
+                    listing,
+                    entry.shard,
+                    {
+                        "document_digests": "digests/{}.documents",
+                        "line_digests": "digests/{}.lines",
+                        "copies": "digests/{}.copies",
+                    },
+                    documents=entry.object,
+                    overlaps=[one.object for one in found],
+                    heldout=heldout,
+                    exact=dedupe.exact,
+                    paragraphs=dedupe.paragraphs,
+                )
+    write_listing(listing, entries)
+
+
+@stage(version=1)
+def heldout_digests(heldout: Inputs, heldout_digests: Output) -> Facts:
+    """The digests of held-out documents."""
+    found = bytearray()
+    for path in heldout:
+        for text in read_texts(path):
+            found += digest(text)
+    sort_rows(found, range(len(found) // DIGEST_BYTES)).write(heldout_digests)
+    return {"heldout": len(found) // DIGEST_BYTES}
+
+
+@stage(version=1)
+def digests(
+    documents: Input,
+    overlaps: Inputs,
+    heldout: Inputs,
+    document_digests: Output,
+    line_digests: Output,
+    copies: Output,
+    exact: bool = False,
+    paragraphs: bool = False,
+) -> Facts:
+    """The digests of a file's documents (`exact`) and of their lines (`paragraphs`).
+
+    `copies` has the rows, uint32, of documents that are in `heldout`, of the stage
+    `heldout_digests`. Their lines do not count, nor do those of documents with a mark in
+    `overlaps`, of the stage of this name, nor blank ones.
+
+    Raises ValueError for a file of 2^32 lines or more.
+    """
+    of_documents, of_lines = bytearray(), bytearray()
+    places, line_counts = array("I"), array("I")
+    first = 0  # the number of a document's first line
+    for text in read_texts(documents):
+        if exact:
+            of_documents += digest(text)
+        if not paragraphs:
+            continue
+        lines = text.split(b"\n")
+        if first + len(lines) > MAX_PLACE:
+            raise ValueError(
+                f"expected a file of fewer than {MAX_PLACE:,} lines of text, found more; split the "
+                "source"
+            )
+        counted = [n for n, line in enumerate(lines, first) if not is_blank(line)]
+        of_lines += b"".join(digest(lines[n - first]) for n in counted)
+        places.extend(counted)
+        line_counts.append(len(counted))
+        first += len(lines)
+    rows = sort_rows(of_documents, range(len(of_documents) // DIGEST_BYTES))
+    rows.write(document_digests)
+    is_copy = np.zeros(max(len(line_counts), rows.place.size), bool)
+    for path in heldout:
+        is_copy[rows.place[rows.find(Rows.read(path))]] = True
+    np.flatnonzero(is_copy).astype("<u4").tofile(copies)
+    if paragraphs:
+        dropped = is_copy.copy()
+        for path in overlaps:
+            dropped |= np.array([bool(marks) for marks in read_marks(path)], bool)
+        kept = ~np.repeat(dropped, np.frombuffer(line_counts, np.uint32))
+        raw = np.frombuffer(of_lines, np.uint64).reshape(-1, 2)[kept]
+        sort_rows(raw, np.frombuffer(places, np.uint32)[kept]).write(line_digests)
+    else:
+        line_digests.touch()
+    return {"copies": int(is_copy.sum()), "lines": len(places)}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Digests and their places, sorted."""
+
+    high: np.ndarray
+    low: np.ndarray
+    place: np.ndarray
+
+    @classmethod
+    def read(cls, path: Path) -> Rows:
+        """A file's rows, which are read where they are used. Raises ValueError for another size."""
+        size = path.stat().st_size
+        if size % ROW_BYTES:
+            raise ValueError(f"{path}: expected rows of {ROW_BYTES} bytes, found {size:,} bytes")
+        n = size // ROW_BYTES
+        if not n:
+            return cls(*(np.zeros(0, kind) for kind in ("<u8", "<u8", "<u4")))
+        raw = np.memmap(path, np.uint8, "r")
+        return cls(
+            raw[: 8 * n].view("<u8"), raw[8 * n : 16 * n].view("<u8"), raw[16 * n :].view("<u4")
+        )
+
+    def write(self, path: Path) -> None:
+        with path.open("wb") as file:
+            for column in (self.high, self.low, self.place):
+                file.write(column.data)
+
+    def between(self, first: int, last: int) -> Rows:
+        """The rows whose upper half is from `first` to `last`."""
+        start = np.searchsorted(self.high, np.uint64(first))
+        end = np.searchsorted(self.high, np.uint64(last), side="right")
+        return Rows(self.high[start:end], self.low[start:end], self.place[start:end])
+
+    def find(self, others: Rows) -> np.ndarray:
+        """Which rows have a digest that is one of `others`."""
+        found = np.isin(self.high, others.high)
+        if found.any():  # the lower halves of few are compared
+            near = np.isin(others.high, self.high[found])
+            known = set(zip(others.high[near].tolist(), others.low[near].tolist(), strict=True))
+            at = np.flatnonzero(found)
+            pairs = zip(self.high[at].tolist(), self.low[at].tolist(), strict=True)
+            found[at] = [pair in known for pair in pairs]
+        return found
+
+
+def sort_rows(raw: bytearray | np.ndarray, places: Any) -> Rows:
+    """Rows of digests in the order of their places, sorted by digest, then place."""
+    pairs = np.frombuffer(raw, "<u8").reshape(-1, 2) if isinstance(raw, bytearray) else raw
+    high, low, place = pairs[:, 0], pairs[:, 1], np.asarray(places, "<u4")
+    order = np.lexsort((low, high))
+    return Rows(high[order], low[order], place[order])
+
+
+def read_texts(documents: Path) -> Iterator[bytes]:
+    """The texts of a file of documents, in UTF-8."""
+    decode = document_decoder().decode
+    with gz.reading(documents) as lines:
+        for line in lines:
+            yield decode(line).text.encode()
+
+
+def digest(text: bytes) -> bytes:
+    return blake2b(text, digest_size=DIGEST_BYTES).digest()
+
+
+def is_blank(line: bytes) -> bool:
+    """Whether a line is white space only, by Unicode's property, as Rust's `trim` has it."""
+    rest = line.strip(ASCII_WHITE_SPACE)
+    return not rest or (not rest.isascii() and not rest.decode().strip(WHITE_SPACE))

@@ -1,0 +1,99 @@
+"""Marks: which documents of a file, and which of their lines, go; with the spans of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from olmo.corpus.dedupe import (
+    DUPLICATE,
+    PARAGRAPH,
+    REASONS,
+    Spans,
+    read_marks,
+    read_train_rows,
+    write_marks,
+)
+from olmo.corpus.digests import read_texts
+from olmo.io import gz
+from olmo.store.stage import Facts, Input, Inputs, Output, stage
+
+
+@stage(version=1, conditions=gz.conditions)
+def marks(
+    documents: Input,
+    table: Input,
+    overlaps: Inputs,
+    copies: Inputs,
+    repeats: Inputs,
+    marks: Output,
+    shard: str,
+) -> Facts:
+    """Bring together what was found in one file of training documents.
+
+    `marks` gets a line per document, {"id", "attributes"}, the attributes spans of characters,
+    [start, end, share]:
+
+    - dedupe__overlap: as in `overlaps`, of the stage of this name.
+    - dedupe__duplicate: a copy of a held-out document (`copies`, of `digests`), or its text is that
+      of an earlier document (`repeats`, of all parts of `duplicates`).
+    - dedupe__paragraph: lines, with their line ends, that occur in an earlier document or earlier
+      in this one. Blank lines never count, nor do lines of dropped documents.
+    """
+    ids = read_train_rows(table)["id"].to_list()
+    found: list[dict[str, Spans]] = [{} for _ in ids]
+    for path in overlaps:
+        found = list(read_marks(path))
+    is_duplicate = np.zeros(len(ids), bool)
+    for path in copies:
+        is_duplicate[np.fromfile(path, "<u4")] = True
+    lines = []
+    for path in repeats:
+        with np.load(path) as columns:
+            is_duplicate[places_of(columns, shard, "documents")] = True
+            lines.append(places_of(columns, shard, "lines"))
+    if is_duplicate.any() or any(part.size for part in lines):
+        marked = np.sort(np.concatenate(lines)) if lines else np.zeros(0, np.uint32)
+        first = 0
+        for row, text in enumerate(read_texts(documents)):
+            end = first + text.count(b"\n") + 1
+            if is_duplicate[row]:
+                found[row][DUPLICATE] = [[0, len(text), 1]]
+            elif not found[row]:
+                here = slice(*np.searchsorted(marked, (first, end)))
+                if spans := find_spans(text, (marked[here] - first).tolist()):
+                    found[row][PARAGRAPH] = spans
+            first = end
+    write_marks(marks, ids, found)
+    counts = Counter({reason: 0 for reason in REASONS.values()})
+    for one in found:
+        counts.update({REASONS[kind]: len(spans) for kind, spans in one.items()})
+    return {"documents": len(ids), **counts}
+
+
+def places_of(columns: Any, shard: str, kind: str) -> np.ndarray:
+    """The places of one shard in an output of `duplicates`."""
+    [number] = np.flatnonzero(columns["shards"] == shard)
+    start, end = columns[f"{kind}_starts"][number : number + 2]
+    places: np.ndarray = columns[f"{kind}_places"][start:end]
+    return places
+
+
+def find_spans(text: bytes, numbers: list[int]) -> Spans:
+    """The spans of some lines of a text: start, end (characters, with the line end), share.
+
+    As in the toolkit: of a text with none but ASCII's characters, the last line that is not empty
+    has no line end.
+    """
+    spans: Spans = []
+    offset, wanted = 0, set(numbers)
+    for number, line in enumerate(text.split(b"\n")) if wanted else ():
+        start = offset
+        offset += len(line) if line.isascii() else len(line.decode())
+        if offset < len(text) - 1:
+            offset += 1
+        if number in wanted:
+            spans.append([start, offset, 1])
+    return spans
