@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from project import REPOSITORY, Project, page_text, write_source
 
+from olmo.report.series import LOSS, smooth
+
 pytestmark = pytest.mark.slow
 SERIES = """
 Object.fromEntries(Object.entries(series).map(([n, s]) => [n, [[...s.steps], [...s.values]]]))
@@ -140,10 +142,53 @@ def test_zoom_hover_theme_and_keyboard(page: Path, open_page: Any) -> None:
     for expected in ("dark", "light"):
         one.locator("#theme").press("Enter")
         assert one.evaluate("document.documentElement.dataset.theme") == expected
+    one.evaluate(f"series['{LOSS}'].values[3] = 0")
     one.locator("#log").press("Space")
+    one.wait_for_function("page.charts[0].log")
+    assert one.evaluate("page.charts[0].view.data('points').every(p => p.value > 0)")
     one.locator("#smoothing").press("Home")
     one.wait_for_function("!page.charts[0].view.data('points').some(p => p.kind === 'smooth')")
     assert opened.errors == []
+
+
+def test_curves_are_smoothed_as_elsewhere_and_zoom_shows_every_step(
+    page: Path, project: Project, open_page: Any
+) -> None:
+    one = open_page(page).page
+    losses = {row["step"]: row[LOSS] for row in project.metrics() if LOSS in row}
+    drawn = "page.charts[0].view.data('points').filter(p => p.kind === '{}')"
+    drawn += ".map(p => [p.step, p.value])"
+    expected = zip(losses, smooth(losses.values()), strict=True)
+    assert one.evaluate(drawn.format("smooth")) == [[s, pytest.approx(v)] for s, v in expected]
+    assert one.evaluate(drawn.format("raw")) == [list(pair) for pair in losses.items()]
+    one.get_by_role("button", name="Zoom in").press("Enter")
+    one.wait_for_function("page.charts[0].view.data('points').length < 40")
+    assert [step for step, _ in one.evaluate(drawn.format("raw"))] == list(range(6, 19))
+    one.get_by_role("button", name="Zoom out").press("Enter")
+    assert one.locator("#range").inner_text() == "steps 0 to 24"
+    one.get_by_role("button", name="Zoom in").press("Enter")
+    for _ in range(3):
+        one.get_by_role("button", name="Later").press("Enter")
+    assert one.locator("#range").inner_text() == "steps 12 to 24"
+    # A metric that begins later or ends sooner than others does not narrow the whole run.
+    one.evaluate("series.short = { steps: [3, 4], values: [1, 1] }")
+    assert one.evaluate("wholeRange()") == [0, 24]
+
+
+def test_curves_change_with_the_theme_and_are_light_on_paper(page: Path, open_page: Any) -> None:
+    one = open_page(page, color_scheme="light").page
+    label = "getComputedStyle(document.querySelector('[data-chart=Loss] svg text')).fill"
+    colors = {name: one.evaluate(f"palettes.{name}.text") for name in ("light", "dark")}
+
+    def wait_for(name: str) -> None:
+        rgb = tuple(int(colors[name][i : i + 2], 16) for i in (1, 3, 5))
+        one.wait_for_function(f"{label} === 'rgb{rgb}'")
+
+    wait_for("light")
+    one.locator("#theme").press("Enter")
+    wait_for("dark")
+    one.pdf()
+    wait_for("light")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
