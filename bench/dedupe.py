@@ -121,6 +121,7 @@ def digest_all(corpus: list[Path]) -> None:
             heldout=[],
             document_digests=part / "document_digests",
             line_digests=part / "line_digests",
+            near_digests=part / "near_digests",
             copies=part / "copies",
             exact=True,
             paragraphs=True,
@@ -132,6 +133,7 @@ def find(corpus: list[Path], parts: int) -> None:
         duplicates.build(
             document_digests=[part / "document_digests" for part in corpus],
             line_digests=[part / "line_digests" for part in corpus],
+            near_digests=[part / "near_digests" for part in corpus],
             repeats=corpus[0] / f"repeats-{number}",
             shards=[part.name for part in corpus],
             part=number,
@@ -147,6 +149,7 @@ def mark(corpus: list[Path]) -> None:
             overlaps=[],
             copies=[part / "copies"],
             repeats=sorted(corpus[0].glob("repeats-*")),
+            near=[],
             marks=part / "marks",
             shard=part.name,
         )

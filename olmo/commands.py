@@ -66,6 +66,7 @@ STAGES = {
     "environment": "olmo.corpus.environments:environment",
     "order": "olmo.corpus.order:order",
     "positions": "olmo.corpus.order:positions",
+    "clusters": "olmo.corpus.duplicates:batch_clusters",
     "references": "olmo.corpus.digests:batch_references",
     "start": "olmo.pipeline.start:start",
     "train": "olmo.pipeline.train:train_run",

@@ -2,6 +2,18 @@
 # evaluation sets by `dolma dedupe`, with one filter for all files; `dolma mix` removes what is marked.
 
 
+def parts_of_duplicates(dataset):
+    """The listings of `duplicates`, one for each range of hashes."""
+    parts = range(plan.recipe(dataset).dedupe_parts)
+    return [f"data/{dataset}/duplicates/{part:03}.tsv" for part in parts]
+
+
+def finds_near(dataset):
+    """Whether a recipe drops near duplicates."""
+    dedupe = plan.recipe(dataset).dedupe
+    return bool(dedupe and dedupe.near)
+
+
 rule references:
     """What every file is compared with: held-out documents, and a filter of evaluation sets."""
     input:
@@ -68,16 +80,27 @@ rule duplicates:
         " --listing {output:q} --log {log:q}"
 
 
+rule clusters:
+    """Connect near duplicates, of which the first stays."""
+    input:
+        lambda w: damage.update_journal(w.dataset),
+        duplicates=lambda w: parts_of_duplicates(w.dataset),
+    output:
+        "data/{dataset}/clusters/all.tsv",
+    log:
+        "logs/clusters/{dataset}.log",
+    shell:
+        "olmo clusters --duplicates {input.duplicates:q} --listing {output:q} --log {log:q}"
+
+
 rule mixed:
     """Remove duplicates and overlaps from a batch's documents."""
     input:
         lambda w: damage.update_journal(w.dataset),
         documents="data/{dataset}/documents/{batch}.tsv",
         digests="data/{dataset}/digests/{batch}.tsv",
-        duplicates=lambda w: [
-            f"data/{w.dataset}/duplicates/{part:03}.tsv"
-            for part in range(plan.recipe(w.dataset).dedupe_parts)
-        ],
+        duplicates=lambda w: parts_of_duplicates(w.dataset),
+        clusters=lambda w: f"data/{w.dataset}/clusters/all.tsv" if finds_near(w.dataset) else [],
         environment=dolma_environment,
         requirements="envs/dolma.txt",
     output:
@@ -90,5 +113,5 @@ rule mixed:
         environment=environment_flag,
     shell:
         "olmo mixed --documents {input.documents:q} --digests {input.digests:q}"
-        " --duplicates {input.duplicates:q} --requirements {input.requirements:q}"
+        " --duplicates {input.duplicates:q} --clusters {input.clusters:q} --requirements {input.requirements:q}"
         " {params.environment} --listing {output:q} --log {log:q}"

@@ -22,11 +22,34 @@ from olmo.io import gz
 if TYPE_CHECKING:
     import polars
 
-# Attribute names, as the toolkit's taggers have them. The first two are for whole documents.
-OVERLAP, DUPLICATE, PARAGRAPH = "dedupe__overlap", "dedupe__duplicate", "dedupe__paragraph"
-REASONS = {OVERLAP: "overlap", DUPLICATE: "duplicate", PARAGRAPH: "duplicate-paragraph"}
+# Attribute names, as the toolkit's taggers have them.
+OVERLAP, DUPLICATE, NEAR = "dedupe__overlap", "dedupe__duplicate", "dedupe__near"
+PARAGRAPH = "dedupe__paragraph"
+# What a mark means; PARAGRAPH is for lines, the others for whole documents, the first one counts.
+REASONS = {OVERLAP: "overlap", DUPLICATE: "duplicate", NEAR: "near-duplicate"}
+WHOLE = tuple(REASONS)
+REASONS[PARAGRAPH] = "duplicate-paragraph"
 Spans = list[list[float]]  # start, end (characters), share
 MAX_PARTS = 4096
+
+
+@dataclass
+class NearSection(BaseConfig):
+    """Drops documents that share most n-grams of words with an earlier one, by MinHash.
+
+    Two documents with the share s of their n-grams in common (Jaccard) are found with a chance of
+    1 - (1 - s^rows)^bands; half of those with s = (1 / bands)^(1 / rows), 0.72 by default. The
+    first of all that are connected in this way stays.
+    """
+
+    ngram: int = 5  # words, of letters and digits, in lower case
+    bands: int = 14  # more find more
+    rows: int = 8  # hashes of a band; more find fewer
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, most in (("ngram", 100), ("bands", 255), ("rows", 255)):
+            check_range(f"dedupe.near.{name}", getattr(self, name), 1, most)
 
 
 @dataclass
@@ -35,13 +58,21 @@ class DedupeSection(BaseConfig):
 
     exact: bool = False  # documents with the text of an earlier one, or of a held-out one
     paragraphs: bool = False  # lines of any length that an earlier document has
+    near: NearSection | None = None
     # Jobs that compare the digests, each those of a range of hashes. The result is the same.
     parts: int = field(default=1, metadata=UNHASHED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.exact or self.paragraphs):
-            raise ValueError("dedupe: expected exact or paragraphs to be true, found neither")
+        if not (self.exact or self.paragraphs or self.near):
+            raise ValueError(
+                "dedupe: expected exact or paragraphs to be true, or near, found none of them"
+            )
+        if self.near and self.paragraphs:
+            raise ValueError(
+                "dedupe: expected near or paragraphs, found both; lines of near duplicates would "
+                "count as seen and be lost; remove one of the two"
+            )
         check_range("dedupe.parts", self.parts, 1, MAX_PARTS)
 
 

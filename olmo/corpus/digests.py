@@ -1,5 +1,8 @@
 """Digests of a file's documents and lines: what `duplicates` compares, instead of their text.
 
+For near duplicates a document has a digest for each band of its MinHash signature (Broder 1997;
+rensa's R-MinHash).
+
 A file of digests has three columns, one after the other: the upper and the lower half of each
 digest (little-endian uint64), and where it was found (uint32): a document's row, from 0, or a
 line's number among all lines of the file's documents. Rows are sorted by digest, then place, so
@@ -8,16 +11,18 @@ that a range of hashes is a slice.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from olmo.corpus.dedupe import DecontaminateSection, DedupeSection, read_marks
+from olmo.corpus.dedupe import DecontaminateSection, DedupeSection, NearSection, read_marks
 from olmo.corpus.documents import document_decoder
 from olmo.corpus.dolma import open_dolma
 from olmo.corpus.listing import read_listing, read_objects, run_shard, write_listing
@@ -32,6 +37,7 @@ WHITE_SPACE = " \t\r\v\f\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
 ASCII_WHITE_SPACE = b" \t\r\v\f"
+WORD = re.compile(r"\w+")
 
 
 def batch_references(
@@ -113,6 +119,7 @@ def batch(
                     {
                         "document_digests": "digests/{}.documents",
                         "line_digests": "digests/{}.lines",
+                        "near_digests": "digests/{}.near",
                         "copies": "digests/{}.copies",
                     },
                     documents=entry.object,
@@ -120,6 +127,7 @@ def batch(
                     heldout=heldout,
                     exact=dedupe.exact,
                     paragraphs=dedupe.paragraphs,
+                    **signature_options(dedupe.near),
                 )
     write_listing(listing, entries)
 
@@ -142,24 +150,33 @@ def digests(
     heldout: Inputs,
     document_digests: Output,
     line_digests: Output,
+    near_digests: Output,
     copies: Output,
     exact: bool = False,
     paragraphs: bool = False,
+    ngram: int = 0,
+    bands: int = 0,
+    rows: int = 0,
+    minhash: str = "",
 ) -> Facts:
-    """The digests of a file's documents (`exact`) and of their lines (`paragraphs`).
+    """The digests of a file's documents (`exact`), lines (`paragraphs`) and signatures (`bands`).
 
     `copies` has the rows, uint32, of documents that are in `heldout`, of the stage
-    `heldout_digests`. Their lines do not count, nor do those of documents with a mark in
-    `overlaps`, of the stage of this name, nor blank ones.
+    `heldout_digests`. Their lines and signatures do not count, nor do those of documents with a
+    mark in `overlaps`, of the stage of this name, nor blank lines. `minhash` is the package that
+    makes signatures, with its version, which decides their bits; `ngram`, `bands` and `rows` as in
+    NearSection.
 
     Raises ValueError for a file of 2^32 lines or more.
     """
-    of_documents, of_lines = bytearray(), bytearray()
+    of_documents, of_lines, of_bands = bytearray(), bytearray(), bytearray()
     places, line_counts = array("I"), array("I")
     first = 0  # the number of a document's first line
     for text in read_texts(documents):
         if exact:
             of_documents += digest(text)
+        if bands:
+            of_bands += band_digests(text.decode(), ngram, bands, rows)
         if not paragraphs:
             continue
         lines = text.split(b"\n")
@@ -173,22 +190,46 @@ def digests(
         places.extend(counted)
         line_counts.append(len(counted))
         first += len(lines)
-    rows = sort_rows(of_documents, range(len(of_documents) // DIGEST_BYTES))
-    rows.write(document_digests)
-    is_copy = np.zeros(max(len(line_counts), rows.place.size), bool)
+    whole = sort_rows(of_documents, range(len(of_documents) // DIGEST_BYTES))
+    whole.write(document_digests)
+    count = max(whole.place.size, len(line_counts), len(of_bands) // DIGEST_BYTES // max(bands, 1))
+    is_copy = np.zeros(count, bool)
     for path in heldout:
-        is_copy[rows.place[rows.find(Rows.read(path))]] = True
+        is_copy[whole.place[whole.find(Rows.read(path))]] = True
     np.flatnonzero(is_copy).astype("<u4").tofile(copies)
-    if paragraphs:
-        dropped = is_copy.copy()
-        for path in overlaps:
-            dropped |= np.array([bool(marks) for marks in read_marks(path)], bool)
-        kept = ~np.repeat(dropped, np.frombuffer(line_counts, np.uint32))
-        raw = np.frombuffer(of_lines, np.uint64).reshape(-1, 2)[kept]
-        sort_rows(raw, np.frombuffer(places, np.uint32)[kept]).write(line_digests)
-    else:
-        line_digests.touch()
+    kept = ~is_copy
+    for path in overlaps if paragraphs or bands else ():
+        kept &= np.array([not marks for marks in read_marks(path)], bool)
+    line_kept: Any = np.repeat(kept, np.frombuffer(line_counts, np.uint32)) if paragraphs else []
+    write_kept_rows(line_digests, of_lines, np.frombuffer(places, np.uint32), line_kept)
+    in_bands = np.repeat(np.arange(count, dtype=np.uint32), bands)
+    write_kept_rows(near_digests, of_bands, in_bands, np.repeat(kept, bands))
     return {"copies": int(is_copy.sum()), "lines": len(places)}
+
+
+def write_kept_rows(path: Path, raw: bytearray, places: np.ndarray, kept: Any) -> None:
+    """Write the rows that are `kept`, sorted."""
+    pairs = np.frombuffer(raw, "<u8").reshape(-1, 2)
+    chosen = np.asarray(kept, bool)
+    sort_rows(pairs[chosen], places[: len(pairs)][chosen]).write(path)
+
+
+def signature_options(near: NearSection | None) -> dict[str, Any]:
+    """The parameters of `digests` for near duplicates."""
+    return {**asdict(near), "minhash": f"rensa=={version('rensa')}"} if near else {}
+
+
+def band_digests(text: str, ngram: int, bands: int, rows: int) -> bytes:
+    """A digest for each band of a document's MinHash signature."""
+    from rensa import RMinHash
+
+    words = WORD.findall(text.lower())
+    starts = range(max(1, len(words) - ngram + 1))
+    grams = [" ".join(words[start : start + ngram]) for start in starts]
+    signature = RMinHash(num_perm=bands * rows, seed=0)
+    signature.update(grams)
+    raw = np.array(signature.digest(), "<u4").reshape(bands, rows)
+    return b"".join(digest(bytes([band]) + row.tobytes()) for band, row in enumerate(raw))
 
 
 @dataclass(frozen=True)

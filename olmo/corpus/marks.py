@@ -9,6 +9,7 @@ import numpy as np
 
 from olmo.corpus.dedupe import (
     DUPLICATE,
+    NEAR,
     PARAGRAPH,
     REASONS,
     Spans,
@@ -28,6 +29,7 @@ def marks(
     overlaps: Inputs,
     copies: Inputs,
     repeats: Inputs,
+    near: Inputs,
     marks: Output,
     shard: str,
 ) -> Facts:
@@ -39,6 +41,7 @@ def marks(
     - dedupe__overlap: as in `overlaps`, of the stage of this name.
     - dedupe__duplicate: a copy of a held-out document (`copies`, of `digests`), or its text is that
       of an earlier document (`repeats`, of all parts of `duplicates`).
+    - dedupe__near: it is much like an earlier document (`near`, of `clusters`).
     - dedupe__paragraph: lines, with their line ends, that occur in an earlier document or earlier
       in this one. Blank lines never count, nor do lines of dropped documents.
     """
@@ -46,7 +49,7 @@ def marks(
     found: list[dict[str, Spans]] = [{} for _ in ids]
     for path in overlaps:
         found = list(read_marks(path))
-    is_duplicate = np.zeros(len(ids), bool)
+    is_duplicate, is_near = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
     for path in copies:
         is_duplicate[np.fromfile(path, "<u4")] = True
     lines = []
@@ -54,13 +57,17 @@ def marks(
         with np.load(path) as columns:
             is_duplicate[places_of(columns, shard, "documents")] = True
             lines.append(places_of(columns, shard, "lines"))
-    if is_duplicate.any() or any(part.size for part in lines):
+    for path in near:
+        with np.load(path) as columns:
+            is_near[places_of(columns, shard, "near")] = True
+    if is_duplicate.any() or is_near.any() or any(part.size for part in lines):
         marked = np.sort(np.concatenate(lines)) if lines else np.zeros(0, np.uint32)
         first = 0
         for row, text in enumerate(read_texts(documents)):
             end = first + text.count(b"\n") + 1
-            if is_duplicate[row]:
-                found[row][DUPLICATE] = [[0, len(text), 1]]
+            if is_duplicate[row] or is_near[row]:
+                kind = DUPLICATE if is_duplicate[row] else NEAR
+                found[row][kind] = [[0, len(text), 1]]
             elif not found[row]:
                 here = slice(*np.searchsorted(marked, (first, end)))
                 if spans := find_spans(text, (marked[here] - first).tolist()):

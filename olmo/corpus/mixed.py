@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo.corpus.dedupe import DUPLICATE, OVERLAP, PARAGRAPH, REASONS, Spans, read_marks
+from olmo.corpus.dedupe import PARAGRAPH, REASONS, WHOLE, Spans, read_marks
 from olmo.corpus.documents import DROPPED, PARQUET, TRAIN, parse_document, size_in_utf8
 from olmo.corpus.dolma import Dolma, open_dolma, scratch_folder, time_limit
 from olmo.corpus.listing import (
@@ -42,6 +42,7 @@ def batch(
     documents: Path,
     digests: Path,
     duplicates: list[Path],
+    clusters: list[Path],
     listing: Path,
     requirements: Path,
     environment: Path | None = None,
@@ -53,6 +54,7 @@ def batch(
     Args:
         digests: the listing of `olmo digests`
         duplicates: the listings of `olmo duplicates`, of all parts
+        clusters: the listing of `olmo clusters`, for near duplicates
     """
     tables = {entry.shard: entry.object for entry in read_listing([documents], "table")}
     shards, given = read_listing([documents], "documents"), read_listing([digests])
@@ -69,6 +71,7 @@ def batch(
             overlaps=[path for name, path in of_shard.items() if name == "overlaps"],
             copies=[path for name, path in of_shard.items() if name == "copies"],
             repeats=read_objects(duplicates, "repeats"),
+            near=read_objects(clusters, "near"),
             shard=entry.shard,
         )
         marked[entry.shard] = made.object
@@ -160,7 +163,7 @@ def rewrite(
         folder=str(folder),
         documents=["in/documents/documents.gz"],
         attributes=["dedupe"],
-        exclude=[OVERLAP, DUPLICATE],
+        exclude=list(WHOLE),
         cut=[PARAGRAPH],
     )
     rewritten = folder / "mixed" / "documents" / "documents.gz"
@@ -194,7 +197,7 @@ def write_kept(
             identity, text, _ = parse_document(line)
             assert text is not None
             size = size_in_utf8(text)
-            if reason := next((REASONS[k] for k in (OVERLAP, DUPLICATE) if k in spans), None):
+            if reason := next((REASONS[k] for k in WHOLE if k in spans), None):
                 changes.append((None, reason, size, 0, 0))
                 continue
             cuts = spans.get(PARAGRAPH, [])

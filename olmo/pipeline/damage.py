@@ -99,9 +99,9 @@ class DamageScanner:
         return missing | {str(file) for file in needed if not file.exists()}
 
     def find_listings(self, dataset: str) -> list[Path]:
-        """Listings of batches, and the one of `references`; other .tsv files are artifacts."""
+        """Listings of batches, and those of all of them; other .tsv files are artifacts."""
         folder = Path("data", dataset)
-        return [*folder.glob("*/[0-9]*.tsv"), *folder.glob("references/all.tsv")]
+        return [*folder.glob("*/[0-9]*.tsv"), *folder.glob("*/all.tsv")]
 
     def find_changed_sources(self, dataset: str) -> set[str]:
         """Downloaded sources whose size or sha256 the recipe's table now gives differently."""

@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 
 import olmo
+from olmo.corpus.dedupe import NearSection
+from olmo.corpus.digests import signature_options
 from olmo.corpus.documents import DocumentsSection
 from olmo.corpus.instructions import InstructionsSection
 from olmo.io import gz
@@ -210,7 +212,10 @@ def make_questions(stage: Stage, folder: Path) -> None:
 
 def make_digests(stage: Stage, root: Path) -> None:
     """Of documents with copies, of each other and of a held-out one, and of lines."""
-    made = {name: folder(root) / name for name in ("document_digests", "line_digests", "copies")}
+    made = {
+        name: folder(root) / name
+        for name in ("document_digests", "line_digests", "near_digests", "copies")
+    }
     held = root / "held"
     stages()["heldout_digests"].build(heldout=[source(root)], heldout_digests=held)
     documents = root / "documents.gz"
@@ -218,15 +223,27 @@ def make_digests(stage: Stage, root: Path) -> None:
         for i, text in enumerate(["x\ny", "a\n \nb\n", "x\ny", "b\nß\nx", LINES[0]["text"]]):
             file.write(json.dumps({"id": str(i), "text": text}).encode() + b"\n")
     stage.build(
-        documents=documents, overlaps=[], heldout=[held], exact=True, paragraphs=True, **made
+        documents=documents,
+        overlaps=[],
+        heldout=[held],
+        exact=True,
+        paragraphs=True,
+        **signature_options(NearSection(ngram=1, bands=2, rows=2)),
+        **made,
     )
 
 
 def make_duplicates(stage: Stage, root: Path) -> None:
     make_digests(stages()["digests"], root)
-    made = [[folder(root) / f"{kind}_digests"] for kind in ("document", "line")]
+    kinds = ("document_digests", "line_digests", "near_digests")
+    given = {kind: [folder(root) / kind] for kind in kinds}
     repeats = {"repeats": folder(root) / "repeats", "shards": ["s"], "part": 1, "parts": 2}
-    stage.build(document_digests=made[0], line_digests=made[1], **repeats)
+    stage.build(**given, **repeats)
+
+
+def make_clusters(stage: Stage, root: Path) -> None:
+    make_duplicates(stages()["duplicates"], root)
+    stage.build(repeats=[folder(root) / "repeats"], near=folder(root) / "near")
 
 
 def make_marks(stage: Stage, root: Path) -> None:
@@ -240,6 +257,7 @@ def make_marks(stage: Stage, root: Path) -> None:
         documents=root / "documents.gz",
         table=root / "table",
         overlaps=[],
+        near=[],
         marks=folder(root) / "marks",
         shard="s",
         **given,
@@ -273,6 +291,7 @@ MAKE: dict[str, Callable[[Stage, Path], object]] = {
     "heldout_digests": lambda s, d: s.build(heldout=[source(d)], heldout_digests=d / "outputs"),
     "digests": make_digests,
     "duplicates": make_duplicates,
+    "clusters": make_clusters,
     "marks": make_marks,
     "local_tokens": lambda s, d: s.build(file=order(d), tokens=d / "outputs", dtype="uint32"),
 }

@@ -203,3 +203,28 @@ def test_only_what_must_runs_again(planted, tmp_path):
     lost.unlink()
     assert project.run(target).ran == {"duplicates": 1}
     assert lost.exists()
+
+
+def test_near_duplicates_go_and_are_counted(tmp_path):
+    chance = random.Random(3)
+    texts = [text(chance, lines=12) for _ in range(60)]
+    near = [one.replace(one.split()[7], "other") for one in texts[:20]]
+    project = Project(tmp_path / "project")
+    for path in (project.root / "sources").iterdir():
+        path.unlink()
+    for name, part in (("a", texts), ("b", near + [text(chance) for _ in range(5)])):
+        lines = [{"id": f"{name}-{i}", "text": content} for i, content in enumerate(part)]
+        write_source(project.root / f"sources/{name}.json.gz", lines)
+    project.change(
+        "config/data/small.yaml",
+        documents={},
+        dedupe={"exact": True, "near": {"rows": 4}, "parts": 2},
+    )
+    project.change("config/config.yaml", shards_per_job=1)
+    project.run("data/small/statistics.txt")
+    table = polars.read_parquet(data(project) / "mixed/b.parquet")
+    dropped = table.filter(split="dropped")
+    assert set(dropped["id"]) == {f"b-{i}" for i in range(20)}
+    assert set(dropped["reason"]) == {"near-duplicate"}
+    assert "near-duplicate" in (data(project) / "statistics.txt").read_text()
+    assert polars.read_parquet(data(project) / "mixed/a.parquet").filter(split="dropped").is_empty()

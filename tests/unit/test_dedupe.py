@@ -11,11 +11,18 @@ import polars
 import pytest
 
 from olmo.corpus import bloom, dedupe, overlaps
-from olmo.corpus.dedupe import DUPLICATE, PARAGRAPH, read_marks
-from olmo.corpus.digests import Rows, digests, heldout_digests, is_blank, sort_rows
+from olmo.corpus.dedupe import DUPLICATE, NEAR, PARAGRAPH, NearSection, read_marks
+from olmo.corpus.digests import (
+    Rows,
+    digests,
+    heldout_digests,
+    is_blank,
+    signature_options,
+    sort_rows,
+)
 from olmo.corpus.documents import DocumentsSection, documents
 from olmo.corpus.dolma import Dolma
-from olmo.corpus.duplicates import duplicates, later_ones
+from olmo.corpus.duplicates import clusters, duplicates, pair_with_first
 from olmo.corpus.marks import marks
 from olmo.corpus.mixed import mixed
 from olmo.corpus.overlaps import find_unreadable, overlap_filter
@@ -87,6 +94,7 @@ def find_marks(
     overlap: float = 0.0,
     parts: int = 1,
     memory_bytes: int = 1 << 30,
+    near: NearSection | None = None,
 ) -> list[tuple[Any, Path]]:
     """For each file: the facts of its marks, and the marks."""
     pairs, tools = files["pairs"], {"dolma": dolma, "toolkit": dolma and dolma.toolkit}
@@ -109,7 +117,7 @@ def find_marks(
                 overlap=overlap,
                 **tools,
             )
-        if not (exact or paragraphs):
+        if not (exact or paragraphs or near):
             continue
         digests.build(
             documents=pair["documents"],
@@ -117,21 +125,27 @@ def find_marks(
             heldout=held,
             document_digests=folder / f"{n}.documents",
             line_digests=folder / f"{n}.lines",
+            near_digests=folder / f"{n}.near",
+            **signature_options(near),
             copies=folder / f"{n}.copies",
             exact=exact,
             paragraphs=paragraphs,
         )
-    parts = parts if exact or paragraphs else 0
+    parts = parts if exact or paragraphs or near else 0
     for part in range(parts):
         duplicates.build(
             document_digests=[folder / f"{n}.documents" for n in range(len(pairs))],
             line_digests=[folder / f"{n}.lines" for n in range(len(pairs))],
+            near_digests=[folder / f"{n}.near" for n in range(len(pairs))],
             repeats=folder / f"{part}.npz",
             shards=[f"shard {n}" for n in range(len(pairs))],
             part=part,
             parts=parts,
             memory_bytes=memory_bytes,
         )
+    if near:
+        files = [folder / f"{part}.npz" for part in range(parts)]
+        clusters.build(repeats=files, near=folder / "near.npz")
     made = []
     for n, pair in enumerate(pairs):
         facts = marks.build(
@@ -140,6 +154,7 @@ def find_marks(
             overlaps=of_overlaps[n],
             copies=[folder / f"{n}.copies"] if parts else [],
             repeats=[folder / f"{part}.npz" for part in range(parts)],
+            near=[folder / "near.npz"] if near else [],
             marks=folder / f"{n}.marks",
             shard=f"shard {n}",
         )
@@ -520,7 +535,7 @@ def test_digests_with_equal_upper_halves_are_told_apart():
         return sort_rows(raw, range(len(digests)))
 
     one, other = rows((7, 1), (7, 2), (5, 5)), rows((7, 2), (9, 1), (7, 3), (7, 1), (5, 4))
-    found = sorted(later_ones([one, other]).tolist())
+    found = sorted(pair_with_first([one, other])[:, 1].tolist())
     assert found == [1 << 32 | 0, 1 << 32 | 3]
     assert other.place[other.find(one)].tolist() == [3, 0]
     assert one.between(6, 2**64 - 1).place.tolist() == [0, 1]
@@ -536,8 +551,69 @@ def test_what_is_blank(text):
 def test_a_part_that_is_none(tmp_path):
     with pytest.raises(ValueError, match="expected a part from 0 to 1, found 2"):
         duplicates.build(
-            document_digests=[], line_digests=[], repeats=tmp_path / "r", shards=[], part=2, parts=2
+            document_digests=[],
+            line_digests=[],
+            near_digests=[],
+            repeats=tmp_path / "r",
+            shards=[],
+            part=2,
+            parts=2,
         )
     (tmp_path / "cut").write_bytes(bytes(21))
     with pytest.raises(ValueError, match="expected rows of 20 bytes, found 21 bytes"):
         Rows.read(tmp_path / "cut")
+
+
+def edited(text: str, share: float, chance: random.Random) -> str:
+    """A text in which a share of the words are others."""
+    words = text.split()
+    for at in chance.sample(range(len(words)), int(share * len(words))):
+        words[at] = f"other{chance.random()}"
+    return " ".join(words)
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+def test_near_duplicates_of_which_the_first_stays(tmp_path, parts):
+    chance = random.Random(20)
+    own = [" ".join(f"w{chance.randrange(3000)}" for _ in range(300)) for _ in range(200)]
+    second = {f"near {n}": edited(own[n], 0.01, chance) for n in range(50)}  # J = 0.9
+    second |= {f"half {n}": edited(own[n], 0.15, chance) for n in range(50, 100)}  # J = 0.3
+    second |= {f"case {n}": own[n].upper().replace(" ", ", ") for n in range(100, 110)}
+    second |= {"held": own[199], "same": own[150], "short": "Two words", "short too": "two words!"}
+    pairs = [
+        make(tmp_path, "first", {f"own {n}": text for n, text in enumerate(own[:190])}),
+        make(tmp_path, "second", second),
+    ]
+    files = {"pairs": pairs, "heldout": make(tmp_path, "held", {"h": own[199]})["documents"]}
+    (tmp_path / "found").mkdir()
+    made = find_marks(files, tmp_path / "found", exact=True, parts=parts, near=NearSection())
+    ours = [list(read_marks(path)) for _, path in made]
+    assert not any(ours[0])
+    found = dict(zip(second, ours[1], strict=True))
+    near = {name for name, spans in found.items() if NEAR in spans}
+    assert {name for name, spans in found.items() if DUPLICATE in spans} == {"held", "same"}
+    assert {f"case {n}" for n in range(100, 110)} | {"short too"} <= near
+    assert not any(name.startswith("half") for name in near) and "short" not in near
+    assert sum(name.startswith("near") for name in near) == 50
+    assert all(found[name] == {NEAR: [[0, len(second[name]), 1]]} for name in near)
+
+
+def test_clusters_are_connected_across_parts(tmp_path):
+    """a-b in one part, b-c in another: a stays. c-d through a later one."""
+
+    def place(shard: int, row: int) -> int:
+        return shard << 32 | row
+
+    pairs = [[(place(0, 5), place(1, 0)), (place(2, 1), place(2, 3))], [(place(1, 0), place(2, 1))]]
+    for part, found in enumerate(pairs):
+        with (tmp_path / f"{part}.npz").open("wb") as file:
+            np.savez(file, shards=np.array(["x", "y", "z"]), pairs=np.array(found, np.uint64))
+    files = [tmp_path / f"{part}.npz" for part in range(2)]
+    facts = clusters.build(repeats=files, near=tmp_path / "near")
+    with np.load(tmp_path / "near") as columns:
+        assert columns["near_places"].tolist() == [0, 1, 3]
+        assert columns["near_starts"].tolist() == [0, 0, 1, 3]
+    assert dict(facts) == {"clusters": 1, "near": 3}
+    with (tmp_path / "0.npz").open("wb") as file:
+        np.savez(file, shards=np.array(["x"]), pairs=np.zeros((0, 2), np.uint64))
+    assert clusters.build(repeats=files[:1], near=tmp_path / "near")["near"] == 0
