@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from string import ascii_lowercase
 
 from olmo.bench.script import cpu_time, describe_run, parse_options
 from olmo.corpus.dedupe import NEAR, NearSection, read_marks
@@ -70,7 +71,7 @@ def make_texts(root: Path, count: int) -> dict[str, str]:
 def edit(text: str, share: float, chance: random.Random) -> str:
     words = text.split()
     for at in chance.sample(range(len(words)), round(share * len(words))):
-        words[at] = f"other{chance.random()}"
+        words[at] = "".join(chance.choices(ascii_lowercase, k=9))
     return " ".join(words)
 
 
