@@ -26,7 +26,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,15 +45,16 @@ GPT4_WORDS = (
 GPT4_PATTERN = GPT4_WORDS + r"|\s+(?!\S)|\s+"
 # Longer runs of white space overflow the stack of tiktoken's regular expression engine.
 MAX_SPACE_RUN = 50_000
+ASCII = bytes(range(128))
 
-# gigatoken remembers the ids of each word that it has seen, up to some 9 bytes for each byte of text.
-# After so much text it is loaded again, which takes 0.1 s.
+# gigatoken remembers the ids of each word that it has seen: up to 9 bytes of memory for a byte of
+# text without repeats. After so much text it is loaded again, which takes 0.1 s.
 MAX_REMEMBERED_BYTES = 1 << 28
 
 ENCODERS = GIGATOKEN, TIKTOKEN, TOKENIZERS = "gigatoken", "tiktoken", "tokenizers"
-Ids = "np.ndarray[Any, Any] | list[int]"
+Ids: TypeAlias = "np.ndarray | list[int]"
 Encode = Callable[[str], "Ids | None"]
-EncodeWords = Callable[[str], Ids]
+EncodeWords = Callable[[str], "Ids"]
 
 
 @cache
@@ -218,16 +219,16 @@ class AddedTokenSplitter:
             for token in tokens
         }
         names = sorted(self.ids, key=len, reverse=True)
+        # One that all of them have: it is found ten times as fast as a name. "": there is none.
+        shared = (letter for letter in "".join(names[:1]) if all(letter in n for n in names))
+        self.letter = next(shared, "")
         # Those that contain no other one: a text without any of them has no added token.
         self.smallest = [n for n in names if not any(o in n for o in names if o != n)]
         self.pattern = re.compile("|".join(map(re.escape, names)))
 
     def split(self, text: str) -> list[str | int]:
         """The text's pieces: ids of added tokens, and the texts between them."""
-        for name in self.smallest:  # a loop: any(…) takes three times as long
-            if name in text:
-                break
-        else:
+        if self.letter not in text or not any(name in text for name in self.smallest):
             return [text]
         pieces: list[str | int] = []
         start = 0
@@ -244,7 +245,10 @@ class AddedTokenSplitter:
 
 def is_stable_text(text: str) -> bool:
     """Whether all libraries here split and normalise each character of a text alike."""
-    return text.isascii() or all(map(is_stable, set(text)))
+    if text.isascii():
+        return True
+    others = text.encode().translate(None, ASCII).decode()  # a seventh of the time of set(text)
+    return all(map(is_stable, set(others)))
 
 
 @cache
@@ -290,9 +294,7 @@ def find_byte_level_problem(tokenizer: dict[str, Any], content: str) -> str | No
     return find_merge_mismatch(model, plain_vocabulary(tokenizer), content)
 
 
-def find_merge_mismatch(
-    model: dict[str, Any], vocab: dict[str, int], content: str
-) -> str | None:
+def find_merge_mismatch(model: dict[str, Any], vocab: dict[str, int], content: str) -> str | None:
     """Why merging by rank differs from merging by the model's list; None if it does not."""
     from tokenizers import Tokenizer
 

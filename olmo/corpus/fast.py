@@ -32,9 +32,7 @@ class Fast:
         encoder: one of ENCODERS, the first library to try.
     """
 
-    def __init__(
-        self, dolma: Dolma, audit_share: float = 0.01, encoder: str = GIGATOKEN
-    ) -> None:
+    def __init__(self, dolma: Dolma, audit_share: float = 0.01, encoder: str = GIGATOKEN) -> None:
         self.dolma = dolma
         self.audit_share = audit_share
         self.encoder = encoder
@@ -48,7 +46,7 @@ class Fast:
         import numpy as np
 
         encode = make_encoder(job.tokenizer.read_bytes(), job.special_as_text, self.encoder)
-        end = np.array([job.eos_token_id], job.dtype)
+        end = np.array([job.eos_token_id], job.dtype).tobytes()
         ids: list[str] = []
         lengths: list[int] = []
         left: list[int] = []  # the rows of documents that are left to the toolkit
@@ -72,7 +70,7 @@ class Fast:
                         left_lines.write(line)
                         lengths.append(0)
                     else:
-                        output.write(np.asarray(found, job.dtype))
+                        output.write(np.asarray(found, job.dtype).data)
                         lengths.append(len(found))
                         if found[-1] != job.eos_token_id:
                             output.write(end)
