@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from olmo.config import BaseConfig
 from olmo.config.strict import check_range
 from olmo.corpus.documents import HELDOUT, MAX_BYTES_PER_BYTE, MAX_TOKENS, PARQUET, TRAIN
-from olmo.corpus.dolma import open_dolma
+from olmo.corpus.dolma import Dolma, open_dolma
 from olmo.corpus.encoding import ENCODERS, GIGATOKEN
 from olmo.corpus.engine import Engine, TokenizeJob
 from olmo.corpus.fast import Fast
@@ -70,8 +70,7 @@ def batch(
     """
     # The toolkit starts when the first shard is not in the store.
     with open_dolma(requirements, environment) as dolma:
-        is_fast = config.engine == FAST
-        engine = Fast(dolma, config.audit_share, config.encoder) if is_fast else dolma
+        engine = choose_engine(config, dolma)
         run_splits(
             tokens,
             documents,
@@ -84,6 +83,12 @@ def batch(
             engine=engine,
             special_tokens=config.special_tokens,
         )
+
+
+def choose_engine(config: TokensSection, dolma: Dolma) -> Engine:
+    if config.engine == DOLMA:
+        return dolma
+    return Fast(dolma, config.audit_share, config.encoder)
 
 
 def run_splits(
