@@ -268,7 +268,10 @@ def is_stable(letter: str) -> bool:
 
 
 def has_long_space(text: str) -> bool:
-    return re.search(rf"\s{{{MAX_SPACE_RUN}}}", text) is not None
+    """Whether a text has a run of MAX_SPACE_RUN white space."""
+    half = MAX_SPACE_RUN // 2  # such a run covers a whole block of half its length, found at once
+    blocks = (text[start : start + half] for start in range(0, len(text), half))
+    return any(map(str.isspace, blocks)) and bool(re.search(rf"\s{{{MAX_SPACE_RUN}}}", text))
 
 
 def find_byte_level_problem(tokenizer: dict[str, Any], content: str) -> str | None:

@@ -245,9 +245,14 @@ def test_memory_is_bounded_however_many_words_a_text_has(tokenizers, monkeypatch
 
 
 def test_a_run_of_spaces_that_overflows_tiktoken_goes_to_the_toolkit(tmp_path, tokenizers, dolma):
-    written = ["a" + " " * (MAX_SPACE_RUN + 1) + "b", "a" + " \n" * MAX_SPACE_RUN + "b", "c"]
+    half = MAX_SPACE_RUN // 2
+    long = [
+        "a" * shift + "\u3000" + " " * (MAX_SPACE_RUN - 1) + "b" for shift in (1, half - 1, half)
+    ]
+    short = ["a" + " " * (MAX_SPACE_RUN - 1) + "b" + " " * half + "c", "a" * MAX_SPACE_RUN + "b"]
+    written = [*long, "a" + " \n" * MAX_SPACE_RUN + "b", *short]
     encode = make_encoder(tokenizers["plain"].read_bytes(), False)
-    assert [encode(text) is None for text in written] == [True, True, False]
+    assert [encode(text) is None for text in written] == [True] * 4 + [False] * 2
     both(tmp_path, written, tokenizers["plain"], dolma)
 
 
