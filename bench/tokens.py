@@ -1,12 +1,14 @@
 """Both tokenizing engines beside the bare toolkit, per CPU-second, gz in, shard and table out.
 
     python bench/tokens.py --environment environments/dolma.json [--tokenizer FILE] [--rounds 3]
-        [--copies 1]
+        [--text FILE.gz]
 
 The environment is the pipeline's (`snakemake environments/dolma.json`). The text is the Python's
-standard library, --copies times. `bare` is the toolkit's own command, one process a file, without
-its start-up (the same command on one short document); the engines start up on a first file that is
-not timed. CPU seconds are medians of interleaved rounds; the engines' outputs are compared.
+standard library, or a gz file of documents. `bare` is the toolkit's own command, one process a
+file, without its start-up (the same command on one short document); the engines, `fast` with each
+of its encoders, start up on a first file that is not timed. Each round has a fresh encoder, for
+gigatoken remembers the words that it has seen. CPU seconds are medians of interleaved rounds; the
+engines' outputs are compared.
 """
 
 import gzip
@@ -26,6 +28,7 @@ from olmo.bench.script import (
 )
 from olmo.corpus.documents import documents
 from olmo.corpus.dolma import Dolma, pinned_toolkit
+from olmo.corpus.encoding import ENCODERS, make_encoder
 from olmo.corpus.environments import interpreter_path
 from olmo.corpus.fast import Fast
 from olmo.corpus.stdlib import stdlib
@@ -42,7 +45,7 @@ def main() -> None:
         tokenizer={"type": Path, "help": "default: trained here, 32,768 tokens"},
         eos_token_id=0,
         rounds=3,
-        copies=1,
+        text={"type": Path, "help": "default: the standard library"},
     )
     python = interpreter_path(options.environment)
     with (
@@ -50,9 +53,10 @@ def main() -> None:
         Dolma(python, pinned_toolkit(REQUIREMENTS)) as dolma,
     ):
         root = Path(folder)
-        stdlib.build(folder=root / "stdlib", shards=1)
-        text = root / "text.gz"
-        text.write_bytes((root / "stdlib" / "stdlib-00.json.gz").read_bytes() * options.copies)
+        text = options.text
+        if text is None:
+            stdlib.build(folder=root / "stdlib", shards=1)
+            text = root / "stdlib" / "stdlib-00.json.gz"
         large, short = prepare_documents(root, "large", text), prepare_short(root)
         tokenizer = options.tokenizer or root / "tokenizer.json"
         if options.tokenizer is None:
@@ -60,10 +64,13 @@ def main() -> None:
                 documents=[large / "documents.gz"], tokenizer=tokenizer, vocab_size=32_768
             )
         settings = (tokenizer, options.eos_token_id)
-        engines: dict[str, Engine] = {"dolma": dolma, "fast": Fast(dolma, audit_share=0)}
+        engines: dict[str, Engine] = {"dolma": dolma}
+        engines |= {name: Fast(dolma, audit_share=0, encoder=name) for name in ENCODERS}
         outputs = set()
 
         def run_engine(name: str) -> float:
+            make_encoder.cache_clear()
+            time_engine(short, engines[name], dolma, *settings)
             seconds = time_engine(large, engines[name], dolma, *settings)
             outputs.add((large / "tokens").read_bytes() + (large / "index").read_bytes())
             return seconds
@@ -72,8 +79,6 @@ def main() -> None:
             start_up = time_dolma_command(short, python, *settings)
             return time_dolma_command(large, python, *settings) - start_up
 
-        for engine in engines.values():
-            time_engine(short, engine, dolma, *settings)
         programs = {name: lambda name=name: run_engine(name) for name in engines}
         cpu = medians(measure_interleaved(options.rounds, {"bare": run_bare, **programs}))
         assert len(outputs) == 1, "expected equal outputs of the engines"
@@ -81,7 +86,7 @@ def main() -> None:
     print(describe_run(pinned_toolkit(REQUIREMENTS)))
     for name, seconds in cpu.items():
         rate = f"{megabytes / seconds:6.2f} MB/CPU-s, {cpu['bare'] / seconds:.2f} of bare"
-        print(f"{name:5} {seconds:7.2f} CPU-s {rate}")
+        print(f"{name:10} {seconds:7.3f} CPU-s {rate}")
 
 
 def prepare_documents(root: Path, name: str, source: Path) -> Path:

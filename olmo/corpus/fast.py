@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from olmo.corpus.documents import hash_number, parse_document
 from olmo.corpus.dolma import Dolma, scratch_folder
-from olmo.corpus.encoding import make_encoder
+from olmo.corpus.encoding import ENCODERS, GIGATOKEN, make_encoder
 from olmo.corpus.engine import TokenizeJob, token_ranges
 from olmo.io import gz
 
@@ -29,12 +29,14 @@ class Fast:
         dolma: the toolkit, which starts only when it is needed.
         audit_share: the share of files, chosen by a hash of their contents, that the toolkit
             tokenizes too, to compare.
+        encoder: one of ENCODERS, the first library to try.
     """
 
-    def __init__(self, dolma: Dolma, audit_share: float = 0.01) -> None:
+    def __init__(self, dolma: Dolma, audit_share: float = 0.01, encoder: str = GIGATOKEN) -> None:
         self.dolma = dolma
         self.audit_share = audit_share
-        self.toolkit = f"fast==2 {library_versions()} beside {dolma.toolkit}"
+        self.encoder = encoder
+        self.toolkit = f"fast==2 {library_versions(encoder)} beside {dolma.toolkit}"
 
     def tokenize(self, job: TokenizeJob) -> tuple[polars.DataFrame, str]:
         """Write a file's tokens; the documents' ranges, and a message.
@@ -43,7 +45,8 @@ class Fast:
         """
         import numpy as np
 
-        encode = make_encoder(job.tokenizer.read_bytes(), job.special_as_text)
+        encode = make_encoder(job.tokenizer.read_bytes(), job.special_as_text, self.encoder)
+        end = np.array([job.eos_token_id], job.dtype).tobytes()
         ids: list[str] = []
         lengths: list[int] = []
         left: list[int] = []  # the rows of documents that are left to the toolkit
@@ -52,7 +55,7 @@ class Fast:
             with (
                 gz.reading(job.documents) as lines,
                 gz.writing(folder / "left.gz") as left_lines,
-                open(folder / "tokens", "wb") as output,
+                open(folder / "tokens", "wb", gz.BUFFER_BYTES) as output,
             ):
                 for line in lines:
                     identity, text, reason = parse_document(line)
@@ -65,12 +68,14 @@ class Fast:
                         left.append(len(ids))
                         left_bytes += len(text.encode())
                         left_lines.write(line)
-                        found = []
-                    elif found[-1] != job.eos_token_id:
-                        found.append(job.eos_token_id)
+                        lengths.append(0)
+                    else:
+                        output.write(np.asarray(found, job.dtype).data)
+                        lengths.append(len(found))
+                        if found[-1] != job.eos_token_id:
+                            output.write(end)
+                            lengths[-1] += 1
                     ids.append(identity)
-                    lengths.append(len(found))
-                    output.write(np.array(found, job.dtype).tobytes())
             if left:
                 rest = replace(
                     job,
@@ -142,9 +147,9 @@ def insert_tokens(job: TokenizeJob, folder: Path, lengths: list[int], left: dict
             output.write(source[start : at[is_left]].tobytes())
 
 
-def library_versions() -> str:
-    """The versions of the libraries that encode."""
-    names = ("tiktoken", "tokenizers")
+def library_versions(encoder: str) -> str:
+    """The versions of the libraries that may encode."""
+    names = ENCODERS[ENCODERS.index(encoder) :]
     try:
         return " ".join(f"{name}=={version(name)}" for name in names)
     except PackageNotFoundError as error:

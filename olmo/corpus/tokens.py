@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from olmo.config import BaseConfig
 from olmo.config.strict import check_range
 from olmo.corpus.documents import HELDOUT, MAX_BYTES_PER_BYTE, MAX_TOKENS, PARQUET, TRAIN
-from olmo.corpus.dolma import open_dolma
+from olmo.corpus.dolma import Dolma, open_dolma
+from olmo.corpus.encoding import ENCODERS, GIGATOKEN
 from olmo.corpus.engine import Engine, TokenizeJob
 from olmo.corpus.fast import Fast
 from olmo.corpus.listing import read_listing, run_shards, write_listing
@@ -35,12 +36,17 @@ class TokensSection(BaseConfig):
 
     engine: str = DOLMA  # the toolkit itself, or `fast`
     audit_share: float = 0.01  # of fast's files, which the toolkit tokenizes too, to compare
+    encoder: str = GIGATOKEN  # of fast; without it: "tiktoken", or "tokenizers"
     special_tokens: str = AS_SPECIAL  # what becomes of their names in a text; or "as-text"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("tokens.audit_share", self.audit_share, 0, 1)
-        for name, known in {"engine": ENGINES, "special_tokens": SPECIAL_TOKENS}.items():
+        for name, known in {
+            "engine": ENGINES,
+            "encoder": ENCODERS,
+            "special_tokens": SPECIAL_TOKENS,
+        }.items():
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"tokens.{name}: expected {' or '.join(known)}, found {getattr(self, name)!r}"
@@ -64,7 +70,7 @@ def batch(
     """
     # The toolkit starts when the first shard is not in the store.
     with open_dolma(requirements, environment) as dolma:
-        engine = Fast(dolma, config.audit_share) if config.engine == FAST else dolma
+        engine = choose_engine(config, dolma)
         run_splits(
             tokens,
             documents,
@@ -77,6 +83,12 @@ def batch(
             engine=engine,
             special_tokens=config.special_tokens,
         )
+
+
+def choose_engine(config: TokensSection, dolma: Dolma) -> Engine:
+    if config.engine == DOLMA:
+        return dolma
+    return Fast(dolma, config.audit_share, config.encoder)
 
 
 def run_splits(

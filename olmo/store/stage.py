@@ -66,6 +66,7 @@ RECORDED_PACKAGES = (
     "numpy",
     "polars",
     "tokenizers",
+    "gigatoken",
     "tiktoken",
     "isal",
     "safetensors",

@@ -5,24 +5,28 @@ import json
 import random
 import re
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers import pre_tokenizers as pre
 
-from olmo.corpus import fast
+from olmo.corpus import encoding, fast
 from olmo.corpus.documents import DocumentsSection, documents
 from olmo.corpus.encoding import (
+    ENCODERS,
+    GIGATOKEN,
     GPT4_PATTERN,
     MAX_SPACE_RUN,
-    find_tiktoken_problem,
+    TIKTOKEN,
+    find_byte_level_problem,
     is_stable,
     make_encoder,
 )
 from olmo.corpus.fast import Fast
 from olmo.corpus.tokenizer import to_portable, trained_tokenizer
-from olmo.corpus.tokens import tokens
+from olmo.corpus.tokens import TokensSection, choose_engine, tokens
 
 PROSE = [
     "The quick brown fox doesn't jump; it'll sleep, we're told. I'm 99.9% sure they've 1,234.",
@@ -34,6 +38,7 @@ PROSE = [
 ]
 NAMES = ["<|endoftext|>", "<|padding|>", "|||IP_ADDRESS|||", "|||EMAIL_ADDRESS|||"]
 SCRAPS = [*NAMES, "<|end", "|||IP", "|||", " ", "  ", "   ", "\n", "\t", "'s", "'LL", "\u0301", "İ"]
+SCRAPS += ["'ſ", "ſ", "\u2000", "\xa0", "\u212a", "\u037e", "\u0338", "\u200d", "\U0001f468"]
 
 
 def texts(seed, count=400):
@@ -90,7 +95,7 @@ def other_tokenizers():
     )
 
 
-BY_TIKTOKEN, BY_TOKENIZERS = ["plain", "olmo", "raw", "gpt4"], ["llama", "bert", "unigram"]
+BYTE_LEVEL, OTHERS = ["plain", "olmo", "raw", "gpt4"], ["llama", "bert", "unigram"]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +124,8 @@ def tokenizers(tmp_path_factory):
 
 
 def both(folder, written, tokenizer, dolma, **parameters):
-    """Tokenize documents by both engines; asserts equal bytes; what `fast` returned."""
+    """Tokenize documents by the toolkit, and by `fast` with each encoder; asserts equal bytes; what
+    `fast` returned."""
     lines = [json.dumps({"id": f"doc-{n}", "text": text}) for n, text in enumerate(written)]
     (folder / "source.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     made = {kind: folder / f"{kind}.out" for kind in ("documents", "heldout", "table")}
@@ -129,7 +135,8 @@ def both(folder, written, tokenizer, dolma, **parameters):
         **made,
         config=DocumentsSection(allow=["empty-text"]),
     )
-    for engine in dolma, Fast(dolma, audit_share=0):
+    engines = [dolma, *(Fast(dolma, audit_share=0, encoder=encoder) for encoder in ENCODERS)]
+    for engine in engines:
         (folder / engine.toolkit).mkdir()
         facts = tokens.build(
             documents=made["documents"],
@@ -143,24 +150,28 @@ def both(folder, written, tokenizer, dolma, **parameters):
             engine=engine,
             **parameters,
         )
-    a, b = (folder / engine.toolkit for engine in (dolma, engine))
-    mine, theirs = (np.fromfile(path / "tokens", facts["dtype"]) for path in (a, b))
-    assert mine.tolist() == theirs.tolist()
-    assert (a / "index").read_bytes() == (b / "index").read_bytes()
+    theirs, *ours = (folder / engine.toolkit for engine in engines)
+    for path in ours:
+        a, b = (np.fromfile(place / "tokens", facts["dtype"]) for place in (theirs, path))
+        assert a.tolist() == b.tolist(), path.name
+        assert (theirs / "index").read_bytes() == (path / "index").read_bytes()
     return facts
 
 
 @pytest.mark.parametrize("special_tokens", ["as-special", "as-text"])
-@pytest.mark.parametrize("name", BY_TIKTOKEN + BY_TOKENIZERS)
+@pytest.mark.parametrize("name", BYTE_LEVEL + OTHERS)
 def test_the_engines_agree_on_text_of_all_kinds(tmp_path, tokenizers, dolma, name, special_tokens):
     written = [*PROSE, *texts(2), "x" * 20_000, "=-" * 9_000, "\n" * 9_000 + "."]
     facts = both(tmp_path, written, tokenizers[name], dolma, special_tokens=special_tokens)
     if name != "unigram":  # whose pieces are the names themselves, special or not
         assert (NAMES[0] in facts["special_tokens_in_text"]) == (special_tokens == "as-special")
     content = tokenizers[name].read_text()
-    encode = make_encoder(content.encode(), special_tokens == "as-text")
-    assert all(encode(text) is not None for text in written), "none was left to the toolkit"
-    assert (find_tiktoken_problem(json.loads(content), content) is None) == (name in BY_TIKTOKEN)
+    for encoder in ENCODERS:
+        encode = make_encoder(content.encode(), special_tokens == "as-text", encoder)
+        assert all(encode(text) is not None for text in written), "none was left to the toolkit"
+        is_array = isinstance(encode("plain"), np.ndarray)
+        assert is_array == (encoder == GIGATOKEN and name in BYTE_LEVEL)
+    assert (find_byte_level_problem(json.loads(content), content) is None) == (name in BYTE_LEVEL)
 
 
 def test_characters_on_which_unicode_versions_differ_go_to_the_toolkit(tmp_path, tokenizers, dolma):
@@ -193,17 +204,75 @@ def test_stable_characters_are_split_and_composed_as_by_the_toolkit(
     both(tmp_path, stable, tokenizers[name], dolma)
 
 
+def random_texts(stable, count):
+    """Code points of all planes, half of the texts of stable ones alone."""
+    chance = random.Random(5)
+    every = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    letters = [c for text in stable for c in text]
+    for n in range(count):
+        some = chance.choices(letters if n % 2 else every, k=chance.randrange(1, 30))
+        some += chance.choices(SCRAPS, k=chance.randrange(3))
+        chance.shuffle(some)
+        yield "".join(some)
+
+
+@pytest.mark.parametrize("name", ["olmo", "gpt4"])
+@pytest.mark.parametrize("count", [2_000, pytest.param(200_000, marks=pytest.mark.long)])
+def test_random_text_of_all_planes(tmp_path, tokenizers, dolma, stable, name, count):
+    written = list(random_texts(stable, count))
+    encode = make_encoder(tokenizers[name].read_bytes(), False)
+    left = sum(encode(text) is None for text in written)
+    assert count // 4 < left < count // 2, "both kinds"
+    both(tmp_path, written, tokenizers[name], dolma)
+
+
+def test_memory_is_bounded_however_many_words_a_text_has(tokenizers, monkeypatch):
+    def resident_mb():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz  ", np.uint8)
+    texts = [
+        np.random.default_rng(n).choice(letters, 1_000_000).tobytes().decode() for n in range(40)
+    ]
+    content = tokenizers["plain"].read_bytes()
+    monkeypatch.setattr(encoding, "MAX_REMEMBERED_BYTES", 3_000_000)
+    encode = make_encoder(content, False)
+    encode(texts[0])
+    before = resident_mb()
+    found = [len(encode(text)) for text in texts]
+    assert resident_mb() - before < 120  # 280 without a limit
+    assert found == [len(make_encoder(content, False, TIKTOKEN)(text)) for text in texts]
+
+
 def test_a_run_of_spaces_that_overflows_tiktoken_goes_to_the_toolkit(tmp_path, tokenizers, dolma):
-    written = ["a" + " " * (MAX_SPACE_RUN + 1) + "b", "a" + " \n" * MAX_SPACE_RUN + "b", "c"]
+    half = MAX_SPACE_RUN // 2
+    long = [
+        "a" * shift + "\u3000" + " " * (MAX_SPACE_RUN - 1) + "b" for shift in (1, half - 1, half)
+    ]
+    short = ["a" + " " * (MAX_SPACE_RUN - 1) + "b" + " " * half + "c", "a" * MAX_SPACE_RUN + "b"]
+    written = [*long, "a" + " \n" * MAX_SPACE_RUN + "b", *short]
     encode = make_encoder(tokenizers["plain"].read_bytes(), False)
-    assert [encode(text) is None for text in written] == [True, True, False]
+    assert [encode(text) is None for text in written] == [True] * 4 + [False] * 2
     both(tmp_path, written, tokenizers["plain"], dolma)
 
 
-def test_an_audit_finds_a_wrong_token(tmp_path, tokenizers, dolma, monkeypatch):
-    encode = make_encoder(tokenizers["plain"].read_bytes(), False)
-    assert Fast(dolma, 0).toolkit.startswith("fast==2 tiktoken==")
+@pytest.mark.parametrize(
+    ("chosen", "beginning"),
+    [
+        ({}, "dolma=="),
+        ({"engine": "fast"}, "fast==2 gigatoken=="),
+        ({"engine": "fast", "encoder": "tiktoken"}, "fast==2 tiktoken=="),
+        ({"engine": "fast", "encoder": "tokenizers"}, "fast==2 tokenizers=="),
+    ],
+)
+def test_the_recipe_chooses_the_encoder_and_a_key_has_its_version(dolma, chosen, beginning):
+    engine = choose_engine(TokensSection(**chosen), dolma)
+    assert engine.toolkit.startswith(beginning)
+    with pytest.raises(ValueError, match=r"tokens\.encoder: expected .*, found 'other'"):
+        TokensSection(encoder="other")
 
+
+def test_an_audit_finds_a_wrong_token(tmp_path, tokenizers, dolma, monkeypatch):
     def tokenize(share):
         lines = [json.dumps({"id": f"doc-{n}", "text": f"text {n}"}) for n in range(9)]
         (tmp_path / "source.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
@@ -223,9 +292,14 @@ def test_an_audit_finds_a_wrong_token(tmp_path, tokenizers, dolma, monkeypatch):
         )
 
     tokenize(share=1)
-    monkeypatch.setattr(
-        fast, "make_encoder", lambda *_: lambda t: [5, 6] if t == "text 7" else encode(t)
-    )
+    words = encoding.gigatoken_words
+
+    def wrong(*given):
+        encode = words(*given)
+        return lambda text: encode(text) ^ (text == "text 7")  # one bit of each id
+
+    monkeypatch.setattr(encoding, "gigatoken_words", wrong)
+    monkeypatch.setattr(fast, "make_encoder", make_encoder.__wrapped__)
     tokenize(share=0)
     with pytest.raises(ValueError, match="failed its audit: document 'doc-7'"):
         tokenize(share=1)
@@ -269,7 +343,7 @@ def test_tiktoken_is_not_used_for_a_tokenizer_that_it_cannot_reproduce(
     tokenizer = json.loads(tokenizers["plain"].read_text())
     change(tokenizer)
     content = json.dumps(tokenizer)
-    assert re.search(reason, str(find_tiktoken_problem(tokenizer, content)))
+    assert re.search(reason, str(find_byte_level_problem(tokenizer, content)))
     (tmp_path / "tokenizer.json").write_text(content)
     both(tmp_path, [*PROSE, *texts(3, 100), "ÿþý"], tmp_path / "tokenizer.json", dolma)
 
