@@ -26,7 +26,7 @@ from tutorials.literally import (
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 ORDER = ("first-run", "inspect", "share-a-store", "fine-tune-and-chat", "compare")
 ALONE = ("your-own-folder", "benchmark")
-OWN_TEST = ("dolma-on-one-gpu",)
+OWN_TEST = ("dolma-on-one-gpu", "cluster")
 
 
 @pytest.fixture(scope="module")
