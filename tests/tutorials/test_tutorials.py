@@ -6,10 +6,13 @@ They are run in one copy of this repository, tutorial after tutorial, since late
 of the first. The tutorial of the cluster is run in tests/slurm.
 """
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,8 @@ from tutorials.literally import (
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 ORDER = ("first-run", "inspect", "share-a-store", "fine-tune-and-chat", "compare")
 ALONE = ("your-own-folder", "benchmark")
-OWN_TEST = ("dolma-on-one-gpu", "cluster")
+WAY_TO_PACKAGES = ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY")
+OWN_TEST = ("dolma-on-one-gpu", "cluster", "container")
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +82,60 @@ def paragraphs(part: int, parts: int) -> list[dict]:
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[part::parts]
     texts = [text for path in paths for text in re.split(r"\n{2,}", path.read_text()) if text]
     return [{"id": f"{part}-{i}", "text": text, "source": "stdlib"} for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def podman(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a podman with images, and settings, of its own; it has the image that
+    envs/Containerfile starts from, since the registry that has it may be out of reach. It is made
+    of Debian's packages, as that one is, and knows this machine's way to packages.
+    """
+    if missing := [tool for tool in ("podman", "mmdebstrap") if not shutil.which(tool)]:
+        pytest.skip(f"found no {', '.join(missing)}; apt-get install podman runc mmdebstrap")
+    here = tmp_path / "podman"
+    here.mkdir()
+    limits = ["nofile=1024:1024", "nproc=4096:4096"]  # its own are higher than some may ask for
+    runtime = "runc" if shutil.which("runc") else "crun"  # crun wants one kind of cgroups
+    (here / "containers.conf").write_text(  # a network of its own would need more of the machine
+        f'[containers]\ndefault_ulimits={limits}\nnetns="host"\n[engine]\nruntime="{runtime}"\n'
+    )
+    (here / "storage.conf").write_text(
+        f'[storage]\ndriver="overlay"\ngraphroot="{here}/images"\nrunroot="{here}/run"\n'
+    )
+    surroundings = environment() | {
+        "CONTAINERS_CONF": f"{here}/containers.conf",
+        "CONTAINERS_STORAGE_CONF": f"{here}/storage.conf",
+        "HOME": str(tmp_path),
+    }
+    known = {name: os.environ[name] for name in WAY_TO_PACKAGES if name in os.environ}
+    image, tar = "docker.io/library/debian:bookworm-slim", here / "debian.tar"
+    made = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=ca-certificates"]
+    if authorities := os.environ.get("SSL_CERT_FILE"):
+        made.append(f"--customize-hook=copy-in {authorities} /etc/ssl")
+        inside = f"/etc/ssl/{Path(authorities).name}"
+        known |= {"SSL_CERT_FILE": inside, "PIP_CERT": inside}
+    changes = [word for item in known.items() for word in ("--change", "ENV {}={}".format(*item))]
+    steps = (
+        [*made, "bookworm", str(tar)],
+        ["podman", "import", "--quiet", *changes, str(tar), image],
+        ["podman", "run", "--rm", image, "true"],
+    )
+    try:
+        for step in steps:
+            done = subprocess.run(step, env=surroundings, capture_output=True, text=True)
+            if done.returncode:
+                why = done.stderr.strip().splitlines()[-1:]
+                pytest.skip(f"no containers here: {' '.join(step[:2])}: {' '.join(why)}")
+        tar.unlink()
+        yield surroundings
+    finally:
+        for what in ("rm", "rmi"):
+            words = ["podman", what, "--all", "--force"]
+            subprocess.run(words, env=surroundings, stdout=subprocess.DEVNULL, check=False)
+        subprocess.run(["umount", f"{here}/images/overlay"], capture_output=True, check=False)
+        shutil.rmtree(here, ignore_errors=True)
+
+
+@pytest.mark.timeout(2400)  # the image has torch's CUDA, 7 GB
+def test_a_container(podman: dict[str, str], tmp_path: Path) -> None:
+    follow("container", copy_repository(tmp_path / "olmo"), podman)
