@@ -6,6 +6,7 @@ import base64
 import functools
 import http.server
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -116,6 +117,72 @@ def slow_web_server(folder: Path, pause_s: float = 0.02) -> Iterator[str]:
 
     with serving(Slow) as address:
         yield address
+
+
+@contextmanager
+def internet(folder: Path, asked: list[str]) -> Iterator[dict[str, str]]:
+    """The https servers whose names are folders of `folder`, each with the files of its own, behind
+    a proxy on loopback. Yields what the environment of their clients holds; `asked` gets each file
+    that was asked for. Other servers are not to be reached.
+    """
+    import trustme
+
+    authority = trustme.CA()
+    sealed = {}
+    for host in (path.name for path in folder.iterdir()):
+        sealed[host] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert(host).configure_cert(sealed[host])
+
+    class Site(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def __init__(self, host: str, *arguments: Any) -> None:
+            self.host = host
+            super().__init__(*arguments)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            path = folder / self.host / self.path.partition("?")[0].lstrip("/")
+            found, start = path.is_file(), 0
+            body = path.read_bytes() if found else b""
+            if self.headers.get("If-Range") == '"1"':
+                start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            asked.append(f"{self.command} https://{self.host}{self.path}")
+            self.send_response((206 if start else 200) if found else 404)
+            self.send_header("ETag", '"1"')
+            self.send_header("X-Repo-Commit", "0" * 40)  # of which the hub's client wants to know
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body[start:])
+
+        do_HEAD = do_GET
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_CONNECT(self) -> None:
+            host = self.path.partition(":")[0]
+            if host not in sealed:
+                asked.append(f"CONNECT {host}")
+                return self.send_error(502)
+            self.send_response(200)
+            self.end_headers()
+            with (
+                suppress(OSError),  # a client that was killed
+                sealed[host].wrap_socket(self.connection, server_side=True) as connection,
+            ):
+                Site(host, connection, self.client_address, self.server)
+            self.close_connection = True
+
+    with serving(Proxy) as address, authority.cert_pem.tempfile() as certificate:
+        trusted = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+        yield {"HTTPS_PROXY": address, "NO_PROXY": ""} | dict.fromkeys(trusted, certificate)
 
 
 @contextmanager

@@ -188,4 +188,4 @@ def _abbreviate(value: Any) -> str:
     text = str(value)
     if len(text) > 40 and isinstance(value, list):
         return f"{len(value)} of them"
-    return text if len(text) <= 40 else f"{text[:12]}…"
+    return text if len(text) <= 40 or "://" in text else f"{text[:12]}…"

@@ -19,6 +19,7 @@ from ranks import CONTEXT, forked
 from olmo.store import naming
 from olmo.store.action import Action, canonical_json
 from olmo.store.commands import collect_garbage, quarantine_damaged, set_pin
+from olmo.store.lineage import flatten
 from olmo.store.stage import current_store
 from olmo.store.store import CorruptObject, NondeterministicStage, Store
 
@@ -373,3 +374,8 @@ def test_a_damaged_record_is_written_anew_from_its_copy(store: Store):
     path.unlink()
     path.write_bytes(b"")
     assert store.record(ONE.key) is None
+
+
+def test_a_digest_is_abbreviated_and_a_url_is_not():
+    url = "https://a-long-name.example/and/a/long/path/part-0000.json.gz"
+    assert flatten({"sha256": "0" * 64, "url": url}) == ["sha256: 000000000000…", f"url: {url}"]
