@@ -16,7 +16,7 @@ import pytest
 from servers import serving
 
 from olmo.config.strict import hashed_fields
-from olmo.corpus import attributes, sources
+from olmo.corpus import overlaps, sources
 from olmo.corpus.documents import REASONS, DocumentsSection, documents
 from olmo.corpus.sources import Transfer, download, source_list
 from olmo.data.files import ArrayFile
@@ -283,8 +283,8 @@ def test_three_gigabytes_in_a_line_take_constant_memory(tmp_path: Path, bomb: Pa
 
 @pytest.mark.slow
 def test_long_lines_of_files_to_decontaminate_against_too(bomb: Path, monkeypatch) -> None:
-    monkeypatch.setattr(attributes, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(overlaps, "MAX_LINE_BYTES", 1 << 20)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"bomb.json.gz:2: .*a line of more than 1,048,576 bytes"):
-        attributes.count_text_bytes([bomb])
+        overlaps.count_text_bytes([bomb])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000

@@ -302,7 +302,9 @@ def test_documents_become_tokens_as_they_are_unless_the_recipe_takes_some_out():
     assert mixed.section("mine", "decontaminate").endswith(', "ngram": 8}\'')
     for wrong, message in (
         ({"dedupe": {}}, "expected exact or paragraphs to be true"),
-        ({"dedupe": {"exact": True, "false_positives": 0}}, "false_positives: expected"),
+        ({"dedupe": {"exact": True, "parts": 0}}, "dedupe.parts: expected"),
+        ({"dedupe": {"paragraphs": True, "near": {}}}, "expected near or paragraphs, found both"),
+        ({"dedupe": {"near": {"bands": 256}}}, "dedupe.near.bands: expected"),
         ({"decontaminate": {}}, "expected files in against or a documents.heldout_share"),
         ({"decontaminate": {"against": ["x"], "ngram": 0}}, "ngram of at least 1"),
         ({"decontaminate": {"heldout": False}}, "expected against or heldout"),
