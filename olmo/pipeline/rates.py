@@ -45,7 +45,7 @@ DEFAULTS = {
 # Files of the standard library's text: their prefix, and bytes in all (Python 3.11).
 GENERATED_FILES = {"stdlib": ("stdlib", 2_960_000), "stdlib_questions": ("questions", 1_000_000)}
 MAX_FACTOR = 100  # small files say little about the speed with files that are larger by more
-FAST_TOKENS = 6e6  # bytes a second, of the engine `fast`
+FAST_TOKENS = 15e6  # bytes a second, of the engine `fast`
 
 
 @dataclass(frozen=True)
