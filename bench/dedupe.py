@@ -4,9 +4,9 @@
         [--parts 8] [--toolkit]
 
 The corpus is made here: documents of lines that nothing else has, but a tenth of the documents are
-copies, and a twentieth of the lines. With --toolkit also the toolkit's own command on the same
-files, in one process, with a filter of its size. It starts up in a first, short call that is not
-timed; the CPU time of its process is added to ours. Memory is the peak of this process so far.
+copies, and a twentieth of the lines. With --toolkit also what the toolkit does, overlaps and the
+removal, and its own command on the same files, in one process; it starts up in a first, short call
+that is not timed, and its CPU time is added to ours. Memory is the peak of this process so far.
 """
 
 import random
@@ -63,11 +63,11 @@ def main() -> None:
         total[1] += (last := measure("marks", megabytes, dolma, lambda: mark(corpus)))
         total[options.parts] += last
         print(f"{options.parts} parts cost {total[options.parts] / total[1]:.3f} of one")
-        short = prepare_short(root)
-        find_overlaps([short], short, dolma)
-        measure("overlap", megabytes, dolma, lambda: find_overlaps(corpus, corpus[0], dolma))
-        measure("mixed", megabytes, dolma, lambda: mix(corpus, dolma))
         if options.toolkit:
+            short = prepare_short(root)
+            find_overlaps([short], short, dolma)
+            measure("overlap", megabytes, dolma, lambda: find_overlaps(corpus, corpus[0], dolma))
+            measure("mixed", megabytes, dolma, lambda: mix(corpus, dolma))
             for kind in (DUPLICATE, PARAGRAPH):
                 run = lambda kind=kind: run_toolkit(corpus, root, dolma, kind)  # noqa: E731
                 measure(f"toolkit, {kind}", megabytes, dolma, run)
