@@ -21,9 +21,9 @@ from tokens import REQUIREMENTS, cpu_with_toolkit, prepare_documents, prepare_sh
 from olmo.bench.script import describe_run, parse_options
 from olmo.corpus import bloom
 from olmo.corpus.dedupe import DUPLICATE, PARAGRAPH
-from olmo.corpus.digests import digests
+from olmo.corpus.digests import copies, digests
 from olmo.corpus.dolma import Dolma, pinned_toolkit
-from olmo.corpus.duplicates import duplicates
+from olmo.corpus.duplicates import OUTPUTS, duplicates, places
 from olmo.corpus.environments import interpreter_path
 from olmo.corpus.marks import marks
 from olmo.corpus.mixed import mixed
@@ -31,6 +31,7 @@ from olmo.corpus.overlaps import overlap_filter, overlaps
 from olmo.io import gz
 
 DOCUMENT_LINES, WORDS = 25, "the words of a line"
+DIGESTS = ("document_digests", "line_digests", "near_digests", "line_starts")
 COPIED_DOCUMENTS, COPIED_LINES = 0.1, 0.05
 
 
@@ -60,7 +61,9 @@ def main() -> None:
         for parts in (1, options.parts):
             name = f"duplicates, {parts} parts"
             total[parts] = shared + measure(name, megabytes, dolma, lambda p=parts: find(corpus, p))
-        total[1] += (last := measure("marks", megabytes, dolma, lambda: mark(corpus)))
+        total[1] += (
+            last := measure("marks", megabytes, dolma, lambda: mark(corpus, options.parts))
+        )
         total[options.parts] += last
         print(f"{options.parts} parts cost {total[options.parts] / total[1]:.3f} of one")
         if options.toolkit:
@@ -115,43 +118,36 @@ def texts(size: int, chance: random.Random) -> Iterator[str]:
 
 def digest_all(corpus: list[Path]) -> None:
     for part in corpus:
-        digests.build(
-            documents=part / "documents.gz",
-            overlaps=[],
-            heldout=[],
-            document_digests=part / "document_digests",
-            line_digests=part / "line_digests",
-            near_digests=part / "near_digests",
-            copies=part / "copies",
-            exact=True,
-            paragraphs=True,
-        )
+        made = {name: part / name for name in DIGESTS}
+        given = {"documents": part / "documents.gz", "overlaps": []}
+        digests.build(**given, exact=True, paragraphs=True, **made)
+        found = part / "document_digests"
+        copies.build(document_digests=found, heldout=[], copies=part / "copies")
 
 
 def find(corpus: list[Path], parts: int) -> None:
     for number in range(parts):
         duplicates.build(
-            document_digests=[part / "document_digests" for part in corpus],
-            line_digests=[part / "line_digests" for part in corpus],
-            near_digests=[part / "near_digests" for part in corpus],
-            repeats=corpus[0] / f"repeats-{number}",
-            shards=[part.name for part in corpus],
+            **{name: [part / name for part in corpus] for name in (*DIGESTS, "copies")},
+            **{name: corpus[0] / f"{name}-{number}" for name in OUTPUTS},
+            names=[part.name for part in corpus],
             part=number,
             parts=parts,
         )
 
 
-def mark(corpus: list[Path]) -> None:
+def mark(corpus: list[Path], parts: int) -> None:
     for part in corpus:
+        names = ("shards", "document_repeats", "line_repeats")
+        given = {name: [corpus[0] / f"{name}-{n}" for n in range(parts)] for name in names}
+        places.build(**given, near=[], places=part / "places", shard=part.name)
         marks.build(
             documents=part / "documents.gz",
             table=part / "table",
             overlaps=[],
             copies=[part / "copies"],
-            repeats=sorted(corpus[0].glob("repeats-*")),
-            near=[],
+            places=[part / "places"],
             marks=part / "marks",
-            shard=part.name,
         )
 
 

@@ -20,9 +20,9 @@ from string import ascii_lowercase
 
 from olmo.bench.script import cpu_time, describe_run, parse_options
 from olmo.corpus.dedupe import NEAR, NearSection, read_marks
-from olmo.corpus.digests import WORD, digests, read_texts, signature_options
+from olmo.corpus.digests import WORD, copies, digests, read_texts, signature_options
 from olmo.corpus.documents import documents
-from olmo.corpus.duplicates import clusters, duplicates
+from olmo.corpus.duplicates import OUTPUTS, clusters, duplicates, places
 from olmo.corpus.marks import marks
 from olmo.corpus.stdlib import stdlib
 
@@ -81,16 +81,23 @@ def ours(root: Path, lines: list[str], near: NearSection) -> set[str]:
     source.write_bytes(gzip.compress("\n".join(lines).encode()))
     made = {name: root / name for name in ("documents", "heldout", "table")}
     documents.build(source=source, name="source", **made)
-    kinds = ("document_digests", "line_digests", "near_digests")
-    outputs = {kind: root / kind for kind in kinds}
+    names = ("document_digests", "line_digests", "near_digests", "line_starts")
     given = {"documents": made["documents"], "overlaps": []}
-    digests.build(**given, heldout=[], copies=root / "copies", **signature_options(near), **outputs)
-    files = {kind: [path] for kind, path in outputs.items()}
-    repeats = {"repeats": root / "repeats", "shards": ["all"], "part": 0, "parts": 1}
-    duplicates.build(**files, **repeats)
-    clusters.build(repeats=[root / "repeats"], near=root / "near")
-    found = {"copies": [root / "copies"], "repeats": [root / "repeats"], "near": [root / "near"]}
-    marks.build(**given, **found, table=made["table"], marks=root / "marks", shard="all")
+    outputs = {name: root / name for name in names}
+    digests.build(**given, **signature_options(near), **outputs)
+    copies.build(document_digests=root / names[0], heldout=[], copies=root / "copies")
+    duplicates.build(
+        **{name: [root / name] for name in (*names, "copies")},
+        **{name: root / name for name in OUTPUTS},
+        names=["all"],
+        part=0,
+        parts=1,
+    )
+    clusters.build(near_pairs=[root / "near_pairs"], near=root / "near")
+    found = {name: [root / name] for name in ("shards", "document_repeats", "line_repeats", "near")}
+    places.build(**found, places=root / "places", shard="all")
+    found = {"copies": [root / "copies"], "places": [root / "places"]}
+    marks.build(**given, **found, table=made["table"], marks=root / "marks")
     ids = [json.loads(line)["id"] for line in lines]
     marked = zip(ids, read_marks(root / "marks"), strict=True)
     return {name for name, spans in marked if NEAR in spans}

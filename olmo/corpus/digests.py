@@ -110,25 +110,29 @@ def batch(
                     ngram=decontaminate.ngram,
                     overlap=decontaminate.overlap,
                 )
-            entries += found
             if dedupe is not None:
-                entries += run_shard(
+                made = ("document_digests", "line_digests", "near_digests", "line_starts")
+                found += run_shard(
                     digests,
                     listing,
                     entry.shard,
-                    {
-                        "document_digests": "digests/{}.documents",
-                        "line_digests": "digests/{}.lines",
-                        "near_digests": "digests/{}.near",
-                        "copies": "digests/{}.copies",
-                    },
+                    {name: f"digests/{{}}.{name}" for name in made},
                     documents=entry.object,
                     overlaps=[one.object for one in found],
-                    heldout=heldout,
                     exact=dedupe.exact,
                     paragraphs=dedupe.paragraphs,
                     **signature_options(dedupe.near),
                 )
+                given = {one.output: one.object for one in found}
+                found += run_shard(
+                    copies,
+                    listing,
+                    entry.shard,
+                    {"copies": "digests/{}.copies"},
+                    document_digests=given["document_digests"],
+                    heldout=heldout,
+                )
+            entries += found
     write_listing(listing, entries)
 
 
@@ -147,11 +151,10 @@ def heldout_digests(heldout: Inputs, heldout_digests: Output) -> Facts:
 def digests(
     documents: Input,
     overlaps: Inputs,
-    heldout: Inputs,
     document_digests: Output,
     line_digests: Output,
     near_digests: Output,
-    copies: Output,
+    line_starts: Output,
     exact: bool = False,
     paragraphs: bool = False,
     ngram: int = 0,
@@ -161,16 +164,15 @@ def digests(
 ) -> Facts:
     """The digests of a file's documents (`exact`), lines (`paragraphs`) and signatures (`bands`).
 
-    `copies` has the rows, uint32, of documents that are in `heldout`, of the stage
-    `heldout_digests`. Their lines and signatures do not count, nor do those of documents with a
-    mark in `overlaps`, of the stage of this name, nor blank lines. `minhash` is the package that
-    makes signatures, with its version, which decides their bits; `ngram`, `bands` and `rows` as in
-    NearSection.
+    Lines and signatures of documents with a mark in `overlaps`, of the stage of this name, do not
+    count, nor do blank lines. `line_starts` has the number of each document's first line, uint32.
+    `minhash` is the package that makes signatures, with its version, which decides their bits;
+    `ngram`, `bands` and `rows` as in NearSection.
 
     Raises ValueError for a file of 2^32 lines or more.
     """
     of_documents, of_lines, of_bands = bytearray(), bytearray(), bytearray()
-    places, line_counts = array("I"), array("I")
+    places, line_counts, starts = array("I"), array("I"), array("I")
     first = 0  # the number of a document's first line
     for text in read_texts(documents):
         if exact:
@@ -189,22 +191,33 @@ def digests(
         of_lines += b"".join(digest(lines[n - first]) for n in counted)
         places.extend(counted)
         line_counts.append(len(counted))
+        starts.append(first)
         first += len(lines)
     whole = sort_rows(of_documents, range(len(of_documents) // DIGEST_BYTES))
     whole.write(document_digests)
-    count = max(whole.place.size, len(line_counts), len(of_bands) // DIGEST_BYTES // max(bands, 1))
-    is_copy = np.zeros(count, bool)
-    for path in heldout:
-        is_copy[whole.place[whole.find(Rows.read(path))]] = True
-    np.flatnonzero(is_copy).astype("<u4").tofile(copies)
-    kept = ~is_copy
-    for path in overlaps if paragraphs or bands else ():
+    np.array(starts, "<u4").tofile(line_starts)
+    count = max(len(line_counts), len(of_bands) // DIGEST_BYTES // max(bands, 1))
+    kept = np.ones(count, bool)
+    for path in overlaps if count else ():
         kept &= np.array([not marks for marks in read_marks(path)], bool)
     line_kept: Any = np.repeat(kept, np.frombuffer(line_counts, np.uint32)) if paragraphs else []
     write_kept_rows(line_digests, of_lines, np.frombuffer(places, np.uint32), line_kept)
     in_bands = np.repeat(np.arange(count, dtype=np.uint32), bands)
     write_kept_rows(near_digests, of_bands, in_bands, np.repeat(kept, bands))
-    return {"copies": int(is_copy.sum()), "lines": len(places)}
+    return {"lines": len(places)}
+
+
+@stage(version=1)
+def copies(document_digests: Input, heldout: Inputs, copies: Output) -> Facts:
+    """The rows of documents that were held out elsewhere, uint32.
+
+    `document_digests` is of the stage `digests`, `heldout` of `heldout_digests`.
+    """
+    rows = Rows.read(document_digests)
+    found = [rows.place[rows.find(Rows.read(path))] for path in heldout]
+    sorted_rows = np.sort(np.concatenate([np.zeros(0, "<u4"), *found]))
+    sorted_rows.tofile(copies)
+    return {"copies": sorted_rows.size}
 
 
 def write_kept_rows(path: Path, raw: bytearray, places: np.ndarray, kept: Any) -> None:

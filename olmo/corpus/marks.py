@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import numpy as np
 
@@ -28,10 +27,8 @@ def marks(
     table: Input,
     overlaps: Inputs,
     copies: Inputs,
-    repeats: Inputs,
-    near: Inputs,
+    places: Inputs,
     marks: Output,
-    shard: str,
 ) -> Facts:
     """Bring together what was found in one file of training documents.
 
@@ -39,9 +36,9 @@ def marks(
     [start, end, share]:
 
     - dedupe__overlap: as in `overlaps`, of the stage of this name.
-    - dedupe__duplicate: a copy of a held-out document (`copies`, of `digests`), or its text is that
-      of an earlier document (`repeats`, of all parts of `duplicates`).
-    - dedupe__near: it is much like an earlier document (`near`, of `clusters`).
+    - dedupe__duplicate: a copy of a held-out document (`copies`), or its text is that of an earlier
+      document (`places`).
+    - dedupe__near: it is much like an earlier document (`places`).
     - dedupe__paragraph: lines, with their line ends, that occur in an earlier document or earlier
       in this one. Blank lines never count, nor do lines of dropped documents.
     """
@@ -52,16 +49,13 @@ def marks(
     is_duplicate, is_near = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
     for path in copies:
         is_duplicate[np.fromfile(path, "<u4")] = True
-    lines = []
-    for path in repeats:
+    marked = np.zeros(0, np.uint32)  # lines
+    for path in places:
         with np.load(path) as columns:
-            is_duplicate[places_of(columns, shard, "documents")] = True
-            lines.append(places_of(columns, shard, "lines"))
-    for path in near:
-        with np.load(path) as columns:
-            is_near[places_of(columns, shard, "near")] = True
-    if is_duplicate.any() or is_near.any() or any(part.size for part in lines):
-        marked = np.sort(np.concatenate(lines)) if lines else np.zeros(0, np.uint32)
+            is_duplicate[columns["documents"]] = True
+            is_near[columns["near"]] = True
+            marked = columns["lines"]
+    if is_duplicate.any() or is_near.any() or marked.size:
         first = 0
         for row, text in enumerate(read_texts(documents)):
             end = first + text.count(b"\n") + 1
@@ -78,14 +72,6 @@ def marks(
     for one in found:
         counts.update({REASONS[kind]: len(spans) for kind, spans in one.items()})
     return {"documents": len(ids), **counts}
-
-
-def places_of(columns: Any, shard: str, kind: str) -> np.ndarray:
-    """The places of one shard in an output of `duplicates`."""
-    [number] = np.flatnonzero(columns["shards"] == shard)
-    start, end = columns[f"{kind}_starts"][number : number + 2]
-    places: np.ndarray = columns[f"{kind}_places"][start:end]
-    return places
 
 
 def find_spans(text: bytes, numbers: list[int]) -> Spans:

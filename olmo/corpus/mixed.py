@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from olmo.corpus.dedupe import PARAGRAPH, REASONS, WHOLE, Spans, read_marks
 from olmo.corpus.documents import DROPPED, PARQUET, TRAIN, parse_document, size_in_utf8
 from olmo.corpus.dolma import Dolma, open_dolma, scratch_folder, time_limit
+from olmo.corpus.duplicates import places
 from olmo.corpus.listing import (
     read_listing,
     read_objects,
@@ -61,6 +62,18 @@ def batch(
     marked: dict[str, Path] = {}
     for entry in shards:
         of_shard = {one.output: one.object for one in given if one.shard == entry.shard}
+        found = []
+        if duplicates:
+            names = ("shards", "document_repeats", "line_repeats")
+            found = run_shard(
+                places,
+                listing,
+                entry.shard,
+                {"places": "mixed/{}.places"},
+                near=read_objects(clusters, "near"),
+                shard=entry.shard,
+                **{name: read_objects(duplicates, name) for name in names},
+            )
         [made] = run_shard(
             marks,
             listing,
@@ -70,9 +83,7 @@ def batch(
             table=tables[entry.shard],
             overlaps=[path for name, path in of_shard.items() if name == "overlaps"],
             copies=[path for name, path in of_shard.items() if name == "copies"],
-            repeats=read_objects(duplicates, "repeats"),
-            near=read_objects(clusters, "near"),
-            shard=entry.shard,
+            places=[one.object for one in found],
         )
         marked[entry.shard] = made.object
     with open_dolma(requirements, environment) as dolma:

@@ -25,7 +25,7 @@ from olmo.store.store import Store
 
 MAX_RECORDS = 2000  # the newest are read
 # Inputs that a stage reads besides what its outputs are made of.
-SIDE_INPUTS = ("tokenizer", "table", "config", "order", "attributes", "overlap_filter", "repeats")
+SIDE_INPUTS = ("tokenizer", "table", "config", "order", "attributes", "overlap_filter", "heldout")
 TRAINING = "training"
 DOWNLOADS = ("download", "download_tokens", "fetched", "fetched_checkpoint")
 # Without a record: (bytes written for each byte read, bytes read in a second), by docs/lab.md for
@@ -37,6 +37,8 @@ DEFAULTS = {
     "documents": ({"documents": 1.0, "table": 0.02}, 100e6),
     "digests": ({"document_digests": 0.02, "line_digests": 0.5}, 30e6),
     "overlaps": ({"overlaps": 0.02}, 5e6),
+    "copies": ({"copies": 0.001}, 500e6),
+    "places": ({"places": 0.01}, 500e6),
     "marks": ({"marks": 0.02}, 100e6),
     "mixed": ({"mixed": 1.0, "mixed_table": 0.02}, 10e6),
     "tokens": ({"tokens": 1.3, "index": 0.03}, 0.7e6),

@@ -49,3 +49,28 @@ def test_a_source_is_found_among_thousands(page: Path, open_page: Any) -> None:
     shown = rows.first.inner_text()
     assert large_run.url(4321) in shown and large_run.digest("source", 4321) in shown
     assert "<b>ODC-BY</b>" in shown, "a licence is text"
+
+
+def test_rows_are_turned_and_the_way_back_chooses_one(page: Path, open_page: Any) -> None:
+    found = open_page(page).page
+
+    def stage(name: str) -> Any:
+        return found.locator(f"details.stage:has(summary b:text-is('{name}'))")
+
+    stage("tokens").locator("summary").press("Enter")
+    rows = stage("tokens").locator("tbody tr")
+    rows.first.wait_for()
+    assert rows.count() == 50
+    stage("tokens").get_by_role("button", name="Next").click()
+    assert rows.first.get_attribute("data-row") == "50"
+    assert "51 to 100 of 5,000" in stage("tokens").inner_text()
+    way = rows.nth(20).locator("a", has_text="documents: ")
+    name = way.inner_text().removeprefix("documents: ")
+    way.click()
+    chosen = found.locator("tr.chosen")
+    assert chosen.count() == 1 and chosen.locator("td").first.inner_text() == name
+    assert int(chosen.get_attribute("data-row")) >= 50, "not on the first page of rows"
+    stage("training: large").locator("summary").press("Enter")
+    made_from = stage("training: large").locator("tbody td").last
+    made_from.wait_for()
+    assert made_from.locator("a").count() == 8 and "and 4,993 more" in made_from.inner_text()

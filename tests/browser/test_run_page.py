@@ -142,6 +142,7 @@ def test_zoom_hover_theme_and_keyboard(page: Path, open_page: Any) -> None:
     for expected in ("dark", "light"):
         one.locator("#theme").press("Enter")
         assert one.evaluate("document.documentElement.dataset.theme") == expected
+    one.get_by_role("button", name="Whole run").press("Enter")
     one.evaluate(f"series['{LOSS}'].values[3] = 0")
     one.locator("#log").press("Space")
     one.wait_for_function("page.charts[0].log")
@@ -170,6 +171,8 @@ def test_curves_are_smoothed_as_elsewhere_and_zoom_shows_every_step(
     for _ in range(3):
         one.get_by_role("button", name="Later").press("Enter")
     assert one.locator("#range").inner_text() == "steps 12 to 24"
+    one.get_by_role("button", name="Whole run").press("Enter")
+    assert one.locator("#range").inner_text() == "steps 0 to 24"
     # A metric that begins later or ends sooner than others does not narrow the whole run.
     one.evaluate("series.short = { steps: [3, 4], values: [1, 1] }")
     assert one.evaluate("wholeRange()") == [0, 24]

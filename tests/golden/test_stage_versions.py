@@ -24,6 +24,7 @@ import olmo
 from olmo.corpus.dedupe import NearSection
 from olmo.corpus.digests import signature_options
 from olmo.corpus.documents import DocumentsSection
+from olmo.corpus.duplicates import OUTPUTS
 from olmo.corpus.instructions import InstructionsSection
 from olmo.io import gz
 from olmo.store.stage import Stage
@@ -210,14 +211,11 @@ def make_questions(stage: Stage, folder: Path) -> None:
         stage.build(folder=folder / "outputs", shards=2)
 
 
+DIGESTS = ("document_digests", "line_digests", "near_digests", "line_starts")
+
+
 def make_digests(stage: Stage, root: Path) -> None:
     """Of documents with copies, of each other and of a held-out one, and of lines."""
-    made = {
-        name: folder(root) / name
-        for name in ("document_digests", "line_digests", "near_digests", "copies")
-    }
-    held = root / "held"
-    stages()["heldout_digests"].build(heldout=[source(root)], heldout_digests=held)
     documents = root / "documents.gz"
     with gzip.GzipFile(documents, "wb", mtime=0) as file:
         for i, text in enumerate(["x\ny", "a\n \nb\n", "x\ny", "b\nß\nx", LINES[0]["text"]]):
@@ -225,42 +223,53 @@ def make_digests(stage: Stage, root: Path) -> None:
     stage.build(
         documents=documents,
         overlaps=[],
-        heldout=[held],
         exact=True,
         paragraphs=True,
         **signature_options(NearSection(ngram=1, bands=2, rows=2)),
-        **made,
+        **{name: folder(root) / name for name in DIGESTS},
     )
 
 
-def make_duplicates(stage: Stage, root: Path) -> None:
+def make_copies(stage: Stage, root: Path) -> None:
     make_digests(stages()["digests"], root)
-    kinds = ("document_digests", "line_digests", "near_digests")
-    given = {kind: [folder(root) / kind] for kind in kinds}
-    repeats = {"repeats": folder(root) / "repeats", "shards": ["s"], "part": 1, "parts": 2}
-    stage.build(**given, **repeats)
+    held = root / "held"
+    stages()["heldout_digests"].build(heldout=[source(root)], heldout_digests=held)
+    found = folder(root) / "document_digests"
+    stage.build(document_digests=found, heldout=[held], copies=folder(root) / "copies")
+
+
+def make_duplicates(stage: Stage, root: Path) -> None:
+    make_copies(stages()["copies"], root)
+    given = {name: [folder(root) / name] for name in (*DIGESTS, "copies")}
+    made = {name: folder(root) / name for name in OUTPUTS}
+    stage.build(**given, **made, names=["s"], part=1, parts=2)
 
 
 def make_clusters(stage: Stage, root: Path) -> None:
     make_duplicates(stages()["duplicates"], root)
-    stage.build(repeats=[folder(root) / "repeats"], near=folder(root) / "near")
+    stage.build(near_pairs=[folder(root) / "near_pairs"], near=folder(root) / "near")
+
+
+def make_places(stage: Stage, root: Path) -> None:
+    make_clusters(stages()["clusters"], root)
+    names = ("shards", "document_repeats", "line_repeats", "near")
+    given = {name: [folder(root) / name] for name in names}
+    stage.build(**given, places=folder(root) / "places", shard="s")
 
 
 def make_marks(stage: Stage, root: Path) -> None:
     import polars
 
-    make_duplicates(stages()["duplicates"], root)
+    make_places(stages()["places"], root)
     rows = {"id": list("01234"), "split": ["train"] * 5, "row": [1, 2, 3, 4, 5]}
     polars.DataFrame(rows).write_parquet(root / "table")
-    given = {"copies": [folder(root) / "copies"], "repeats": [folder(root) / "repeats"]}
     stage.build(
         documents=root / "documents.gz",
         table=root / "table",
         overlaps=[],
-        near=[],
+        copies=[folder(root) / "copies"],
+        places=[folder(root) / "places"],
         marks=folder(root) / "marks",
-        shard="s",
-        **given,
     )
 
 
@@ -291,7 +300,9 @@ MAKE: dict[str, Callable[[Stage, Path], object]] = {
     "heldout_digests": lambda s, d: s.build(heldout=[source(d)], heldout_digests=d / "outputs"),
     "digests": make_digests,
     "duplicates": make_duplicates,
+    "copies": make_copies,
     "clusters": make_clusters,
+    "places": make_places,
     "marks": make_marks,
     "local_tokens": lambda s, d: s.build(file=order(d), tokens=d / "outputs", dtype="uint32"),
 }

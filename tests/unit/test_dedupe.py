@@ -14,6 +14,7 @@ from olmo.corpus import bloom, dedupe, overlaps
 from olmo.corpus.dedupe import DUPLICATE, NEAR, PARAGRAPH, NearSection, read_marks
 from olmo.corpus.digests import (
     Rows,
+    copies,
     digests,
     heldout_digests,
     is_blank,
@@ -22,11 +23,12 @@ from olmo.corpus.digests import (
 )
 from olmo.corpus.documents import DocumentsSection, documents
 from olmo.corpus.dolma import Dolma
-from olmo.corpus.duplicates import clusters, duplicates, pair_with_first
+from olmo.corpus.duplicates import OUTPUTS, clusters, duplicates, pair_with_first, places
 from olmo.corpus.marks import marks
 from olmo.corpus.mixed import mixed
 from olmo.corpus.overlaps import find_unreadable, overlap_filter
 
+DIGESTS = ("document_digests", "line_digests", "near_digests", "line_starts")
 WORDS = [f"word{number}" for number in range(200)]
 QUESTION = " ".join(WORDS[:20])  # of an evaluation set
 LONG = " ".join(WORDS[100:160])
@@ -122,41 +124,45 @@ def find_marks(
         digests.build(
             documents=pair["documents"],
             overlaps=of_overlaps[n],
-            heldout=held,
-            document_digests=folder / f"{n}.documents",
-            line_digests=folder / f"{n}.lines",
-            near_digests=folder / f"{n}.near",
-            **signature_options(near),
-            copies=folder / f"{n}.copies",
             exact=exact,
             paragraphs=paragraphs,
+            **signature_options(near),
+            **{name: folder / f"{n}.{name}" for name in DIGESTS},
         )
+        found = folder / f"{n}.document_digests"
+        copies.build(document_digests=found, heldout=held, copies=folder / f"{n}.copies")
     parts = parts if exact or paragraphs or near else 0
     for part in range(parts):
+        given = {name: [folder / f"{n}.{name}" for n in range(len(pairs))] for name in DIGESTS}
         duplicates.build(
-            document_digests=[folder / f"{n}.documents" for n in range(len(pairs))],
-            line_digests=[folder / f"{n}.lines" for n in range(len(pairs))],
-            near_digests=[folder / f"{n}.near" for n in range(len(pairs))],
-            repeats=folder / f"{part}.npz",
-            shards=[f"shard {n}" for n in range(len(pairs))],
+            **given,
+            copies=[folder / f"{n}.copies" for n in range(len(pairs))],
+            **{name: folder / f"{part}.{name}" for name in OUTPUTS},
+            names=[f"shard {n}" for n in range(len(pairs))],
             part=part,
             parts=parts,
             memory_bytes=memory_bytes,
         )
     if near:
-        files = [folder / f"{part}.npz" for part in range(parts)]
-        clusters.build(repeats=files, near=folder / "near.npz")
+        files = [folder / f"{part}.near_pairs" for part in range(parts)]
+        clusters.build(near_pairs=files, near=folder / "near")
     made = []
     for n, pair in enumerate(pairs):
+        if parts:
+            names = ("shards", "document_repeats", "line_repeats")
+            places.build(
+                near=[folder / "near"] if near else [],
+                places=folder / f"{n}.places",
+                shard=f"shard {n}",
+                **{name: [folder / f"{part}.{name}" for part in range(parts)] for name in names},
+            )
         facts = marks.build(
             documents=pair["documents"],
             table=pair["table"],
             overlaps=of_overlaps[n],
             copies=[folder / f"{n}.copies"] if parts else [],
-            repeats=[folder / f"{part}.npz" for part in range(parts)],
-            near=[folder / "near.npz"] if near else [],
+            places=[folder / f"{n}.places"] if parts else [],
             marks=folder / f"{n}.marks",
-            shard=f"shard {n}",
         )
         made.append((facts, folder / f"{n}.marks"))
     return made
@@ -551,11 +557,9 @@ def test_what_is_blank(text):
 def test_a_part_that_is_none(tmp_path):
     with pytest.raises(ValueError, match="expected a part from 0 to 1, found 2"):
         duplicates.build(
-            document_digests=[],
-            line_digests=[],
-            near_digests=[],
-            repeats=tmp_path / "r",
-            shards=[],
+            **{name: [] for name in (*DIGESTS, "copies")},
+            **{name: tmp_path / name for name in OUTPUTS},
+            names=[],
             part=2,
             parts=2,
         )
@@ -604,16 +608,21 @@ def test_clusters_are_connected_across_parts(tmp_path):
     def place(shard: int, row: int) -> int:
         return shard << 32 | row
 
-    pairs = [[(place(0, 5), place(1, 0)), (place(2, 1), place(2, 3))], [(place(1, 0), place(2, 1))]]
+    pairs = [[place(0, 5), place(1, 0), place(2, 1), place(2, 3)], [place(1, 0), place(2, 1)]]
     for part, found in enumerate(pairs):
-        with (tmp_path / f"{part}.npz").open("wb") as file:
-            np.savez(file, shards=np.array(["x", "y", "z"]), pairs=np.array(found, np.uint64))
-    files = [tmp_path / f"{part}.npz" for part in range(2)]
-    facts = clusters.build(repeats=files, near=tmp_path / "near")
-    with np.load(tmp_path / "near") as columns:
-        assert columns["near_places"].tolist() == [0, 1, 3]
-        assert columns["near_starts"].tolist() == [0, 0, 1, 3]
+        np.array(found, np.uint64).tofile(tmp_path / f"{part}")
+    facts = clusters.build(near_pairs=[tmp_path / "0", tmp_path / "1"], near=tmp_path / "near")
+    later = [place(1, 0), place(2, 1), place(2, 3)]
+    assert np.fromfile(tmp_path / "near", np.uint64).tolist() == later
     assert dict(facts) == {"clusters": 1, "near": 3}
-    with (tmp_path / "0.npz").open("wb") as file:
-        np.savez(file, shards=np.array(["x"]), pairs=np.zeros((0, 2), np.uint64))
-    assert clusters.build(repeats=files[:1], near=tmp_path / "near")["near"] == 0
+    (tmp_path / "0").write_bytes(b"")
+    assert clusters.build(near_pairs=[tmp_path / "0"], near=tmp_path / "near")["near"] == 0
+
+
+def test_parts_of_other_files_are_refused(tmp_path):
+    for part, names in enumerate((["a", "b"], ["a", "c"])):
+        (tmp_path / f"{part}").write_text(json.dumps(names))
+    given = {"document_repeats": [], "line_repeats": [], "near": [], "places": tmp_path / "out"}
+    for shards, shard in ((["0", "1"], "a"), (["0"], "c")):
+        with pytest.raises(ValueError, match=f"expected parts of the same files, with {shard}"):
+            places.build(shards=[tmp_path / name for name in shards], shard=shard, **given)
