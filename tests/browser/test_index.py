@@ -48,3 +48,12 @@ def test_runs_are_sorted_and_their_curves_chosen(project: Project, open_page: An
     page.locator("#runs a", has_text="small").click()
     page.wait_for_selector("html[data-ready]")
     assert page.url.endswith("report/small.html")
+
+
+def test_what_is_not_known_comes_last(project: Project, open_page: Any) -> None:
+    page = open_page(project.root / "report/index.html").page
+    page.evaluate("findAll('#runs tbody tr')[0].children[4].dataset.value = ''")
+    unknown = page.locator("#runs tbody tr").first.locator("th").inner_text()
+    for _ in range(2):  # up, and down
+        page.get_by_role("button", name="held-out loss").click()
+        assert page.locator("#runs tbody tr").last.locator("th").inner_text() == unknown
