@@ -80,6 +80,7 @@ def batch(
     environment: Path | None = None,
     dedupe: DedupeSection | None = None,
     decontaminate: DecontaminateSection | None = None,
+    tags: tuple[Path, ...] = (),
 ) -> None:
     """Digest the documents of a batch's files, and find their overlaps with evaluation sets.
 
@@ -89,7 +90,9 @@ def batch(
         references: the listing of `olmo references`
         dedupe: the recipe's section of this name
         decontaminate: the recipe's section of this name
+        tags: the listing of `olmo tags`, for a recipe with conditions on quality
     """
+    low = {entry.shard: entry.object for entry in read_listing(tags, "quality")}
     tables = {entry.shard: entry.object for entry in read_listing([documents], "table")}
     heldout = read_objects([references], "heldout_digests")
     entries = []
@@ -125,6 +128,7 @@ def batch(
                     documents=entry.object,
                     overlaps=[one.object for one in found],
                     heldout=heldout,
+                    quality=low.get(entry.shard),
                     exact=dedupe.exact,
                     paragraphs=dedupe.paragraphs,
                     **signature_options(dedupe.near),
@@ -158,12 +162,14 @@ def digests(
     bands: int = 0,
     rows: int = 0,
     minhash: str = "",
+    quality: Input | None = None,
 ) -> Facts:
     """The digests of a file's documents (`exact`), lines (`paragraphs`) and signatures (`bands`).
 
     `copies` has the rows, uint32, of documents that are in `heldout`, of the stage
     `heldout_digests`. Their lines and signatures do not count, nor do those of documents with a
-    mark in `overlaps`, of the stage of this name, nor blank lines. `minhash` is the package that
+    mark in `overlaps`, of the stage of this name, nor blank lines. A document with a mark in
+    `quality`, of the stage of this name, counts nowhere. `minhash` is the package that
     makes signatures, with its version, which decides their bits; `ngram`, `bands` and `rows` as in
     NearSection.
 
@@ -191,13 +197,18 @@ def digests(
         line_counts.append(len(counted))
         first += len(lines)
     whole = sort_rows(of_documents, range(len(of_documents) // DIGEST_BYTES))
-    whole.write(document_digests)
     count = max(whole.place.size, len(line_counts), len(of_bands) // DIGEST_BYTES // max(bands, 1))
+    kept = np.ones(count, bool)
+    if quality is not None:
+        kept = np.array([not marks for marks in read_marks(quality)], bool)
+        counted_rows = kept[whole.place]
+        whole = Rows(whole.high[counted_rows], whole.low[counted_rows], whole.place[counted_rows])
+    whole.write(document_digests)
     is_copy = np.zeros(count, bool)
     for path in heldout:
         is_copy[whole.place[whole.find(Rows.read(path))]] = True
     np.flatnonzero(is_copy).astype("<u4").tofile(copies)
-    kept = ~is_copy
+    kept &= ~is_copy
     for path in overlaps if paragraphs or bands else ():
         kept &= np.array([not marks for marks in read_marks(path)], bool)
     line_kept: Any = np.repeat(kept, np.frombuffer(line_counts, np.uint32)) if paragraphs else []
