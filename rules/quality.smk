@@ -21,3 +21,25 @@ rule tags:
     shell:
         "olmo tags --documents {input.documents:q} --requirements {input.requirements:q}"
         " {params.environment} {params.section} --listing {output:q} --log {log:q}"
+
+
+rule quality_page:
+    """A page with a histogram of each tag, and documents on either side of a condition."""
+    input:
+        lambda w: damage.update_journal(w.dataset),
+        documents=lambda w: listings(w.dataset, "documents"),
+        tags=lambda w: listings(w.dataset, "tags"),
+    output:
+        report(
+            "data/{dataset}/quality.html",
+            caption="captions/quality.rst",
+            category="Data",
+            labels={"data set": "{dataset}"},
+        ),
+    log:
+        "logs/quality/{dataset}.log",
+    params:
+        section=lambda w: plan.recipe(w.dataset).quality_flag(w.dataset),
+    shell:
+        "olmo quality --documents {input.documents:q} --tags {input.tags:q} {params.section}"
+        " --page {output:q} --log {log:q}"
