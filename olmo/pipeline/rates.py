@@ -38,7 +38,7 @@ DEFAULTS = {
     "local_source": ({"source": 1.0}, 200e6),
     "converted": ({"source": 1.0}, 20e6),
     "documents": ({"documents": 1.0, "table": 0.02}, 100e6),
-    "tags": ({"tags": 0.2}, 0.5e6),
+    "tags": ({"tags": 0.2}, 0.3e6),
     "quality": ({"quality": 0.02, "values": 0.1}, 10e6),
     "digests": ({"document_digests": 0.02, "line_digests": 0.5}, 30e6),
     "overlaps": ({"overlaps": 0.02}, 5e6),

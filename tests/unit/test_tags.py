@@ -28,6 +28,7 @@ from olmo.corpus.quality import (
     variable_name,
 )
 from olmo.corpus.tags import tags
+from olmo.pipeline.recipe import Recipe
 
 PROSE = "The words of this line have an end, and that is to be. It is with us.\n"
 TEXTS = {
@@ -239,6 +240,12 @@ def test_every_tagger_of_the_toolkit_is_known_or_refused_with_a_reason(python):
     for name in set(names) - {*TAGGERS, *MODEL_TAGGERS}:
         with pytest.raises(ValueError, match=f"found {name}, which (needs|reads|says)"):
             QualitySection.new(taggers=[name])
+
+
+def test_the_recipe_of_ai2_s_filters_is_valid():
+    """Its files have 21 filters of documents besides duplicates, and 100 repetitions."""
+    recipe = Recipe.load(Path(__file__).parents[2] / "config/data/dolma-v1_7-recipe.yaml")
+    assert recipe.quality and len(recipe.quality.conditions) == 21
 
 
 # --- a dropped document counts as seen nowhere ----------------------------------------------------
