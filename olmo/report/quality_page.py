@@ -196,7 +196,7 @@ def histogram_spec(title: str, limits: list[float], is_log: bool) -> dict[str, A
                 "what:N",
                 title=None,
                 scale=alt.Scale(domain=[KEPT, DROPPED]),
-                legend=alt.Legend(orient="top"),
+                legend=alt.Legend(orient="top", symbolType="square"),
             ),
             tooltip=["what:N", "documents:Q", "start:Q", "end:Q"],
         )
