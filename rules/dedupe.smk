@@ -16,7 +16,7 @@ def finds_near(dataset):
 
 def tags_of_batch(wildcards):
     """The marks of documents that conditions on quality drop: they count as seen nowhere."""
-    if plan.recipe(wildcards.dataset).quality is None:
+    if not plan.recipe(wildcards.dataset).drops_quality:
         return []
     return f"data/{wildcards.dataset}/tags/{wildcards.batch}.tsv"
 

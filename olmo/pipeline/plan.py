@@ -168,7 +168,7 @@ class Plan:
     def documents_stage(self, dataset: str) -> str:
         """The stage whose documents are tokenized: `mixed` if the recipe removes some of them."""
         recipe = self.recipe(dataset)
-        return "mixed" if recipe.quality or recipe.removes_overlaps else "documents"
+        return "mixed" if recipe.drops_quality or recipe.removes_overlaps else "documents"
 
     def decontamination_files(self, dataset: str) -> list[str]:
         """The files that a data set is decontaminated against."""

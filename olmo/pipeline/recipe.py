@@ -56,6 +56,11 @@ class Recipe(BaseConfig):
         """Whether documents are compared, with one another or with evaluation sets."""
         return bool(self.dedupe or self.decontaminate)
 
+    @property
+    def drops_quality(self) -> bool:
+        """Whether documents are dropped for their tags; else they are only tagged, for the page."""
+        return bool(self.quality and self.quality.keep)
+
     def quality_flag(self, dataset: str) -> str:
         """The section on quality as a flag. Raises ValueError if there is none."""
         if self.quality is None:

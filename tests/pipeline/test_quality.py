@@ -143,6 +143,16 @@ def test_conditions_alone_need_no_digests(project, tmp_path):
     assert table.filter(split="dropped").is_empty(), "the copy stays"
 
 
+def test_without_conditions_documents_are_only_tagged(project, tmp_path):
+    project = project[0].copy(tmp_path / "tagged")
+    project.change("config/data/small.yaml", dedupe=None, quality={"taggers": ["char_length_v1"]})
+    said = project.olmo("plan", "data/small/statistics.txt", "data/small/quality.html").output
+    assert "data/small/tags" in said and "data/small/mixed" not in said
+    ran = project.run("data/small/statistics.txt", "data/small/quality.html").ran
+    assert ran == {"tags": 2, "quality": 2, "tokens": 4, "statistics": 1}
+    assert (data(project) / "quality.html").read_text().count("<figure>") == 1
+
+
 def test_an_unknown_tag_is_an_error_before_any_job(project, tmp_path):
     project = project[0].copy(tmp_path / "wrong")
     project.change("config/data/small.yaml", quality__keep=["word_count >= 12"])

@@ -340,20 +340,26 @@ def test_a_language_model_of_one_s_own(python, tmp_path, dolma):
     train += " dim=8, lr=0.5).save_model('model.bin')"
     subprocess.run([python, "-c", train], cwd=tmp_path, check=True, capture_output=True)
     texts = {"en": "The words of this line", "de": "Die Wörter dieser Zeile\nhaben ein Ende"}
-    tagger = "ft_lang_id_en_doc_v2"
-    models = {tagger: tmp_path / "model.bin"}
-    path = tag(make(tmp_path, texts), tmp_path / "tags.gz", dolma, [tagger], **models)
-    english, german = (one[f"{tagger}__{tagger}__en"][0][2] for one in read_marks(path))
-    assert english > 0.9 > 0.1 > german
+    taggers = [tagger for tagger in MODEL_TAGGERS if tagger.startswith("ft_")]
+    models = {tagger: tmp_path / "model.bin" for tagger in taggers}
+    path = tag(make(tmp_path, texts), tmp_path / "tags.gz", dolma, taggers, **models)
+    english, german = read_marks(path)
+    for tagger in taggers:
+        name = f"{tagger}__{tagger}__en"
+        assert english[name][0][2] > 0.9 > 0.1 > german[name][0][2]
+    assert {*english, *german} == {measure.tag for measure in list_measures(taggers)}
 
 
 def test_a_tokenizer_of_one_s_own(tokenizer, tmp_path, dolma):
     texts = {"many": "No. " + "abc " * 50, "none": "No word is here again."}
     tagger = "tokenizer_repetitions_v2r2"
     pair = make(tmp_path, texts)
-    path = tag(pair, tmp_path / "tags.gz", dolma, [tagger], **{tagger: tokenizer})
+    taggers = [one for one in MODEL_TAGGERS if "tokenizer" in one]
+    models = dict.fromkeys(taggers, tokenizer)
+    path = tag(pair, tmp_path / "tags.gz", dolma, taggers, **models)
     many, none = read_marks(path)
+    assert set(many) == {measure.tag for measure in list_measures(taggers)}
     assert many[f"{tagger}__{tagger}__doc_max_score_repetition"][0][2] >= 40
-    assert none == {}
+    assert not [name for name in none if name.startswith(tagger)]
     [condition] = parse_conditions([f"{tagger}__{tagger}__doc_max_score_repetition < 40"], [tagger])
     assert condition.holds(condition.measure.of([])) and not condition.holds(50)
