@@ -1,6 +1,6 @@
 # From a list of text files to the checkpoint of a language model:
 #
-#   sources → documents (→ digests → duplicates → mixed) → tokenizer → tokens, or instructions → order → train
+#   sources → documents (→ tags → digests → duplicates → mixed) → tokenizer → tokens, or instructions → order → train
 #     → export, evaluate
 #
 #   snakemake --cores 2 checkpoints/olmo-tiny/final
@@ -56,6 +56,7 @@ rule all:
 include: "rules/environments.smk"
 include: "rules/sources.smk"
 include: "rules/documents.smk"
+include: "rules/quality.smk"
 include: "rules/dedupe.smk"
 include: "rules/tokens.smk"
 include: "rules/instructions.smk"

@@ -73,6 +73,7 @@ STAGES = {
     "soup": "olmo.pipeline.soup:soup",
     "hf": "olmo.pipeline.export:hf",
     "heldout": "olmo.pipeline.evaluate:heldout",
+    "quality": "olmo.report.quality_page:quality",
     "docstrings": "olmo.pipeline.evaluate:docstrings",
     "evaluate": "olmo.pipeline.evaluate:evaluate",
 }

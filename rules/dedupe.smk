@@ -14,6 +14,20 @@ def finds_near(dataset):
     return bool(dedupe and dedupe.near)
 
 
+def tags_of_batch(wildcards):
+    """The marks of documents that conditions on quality drop: they count as seen nowhere."""
+    if not plan.recipe(wildcards.dataset).drops_quality:
+        return []
+    return f"data/{wildcards.dataset}/tags/{wildcards.batch}.tsv"
+
+
+def digests_of_batch(wildcards):
+    """The digests and overlaps of a batch, if the recipe removes them."""
+    if not plan.recipe(wildcards.dataset).removes_overlaps:
+        return []
+    return f"data/{wildcards.dataset}/digests/{wildcards.batch}.tsv"
+
+
 rule references:
     """What every file is compared with: held-out documents, and a filter of evaluation sets."""
     input:
@@ -44,6 +58,7 @@ rule digests:
         lambda w: damage.update_journal(w.dataset),
         documents="data/{dataset}/documents/{batch}.tsv",
         references="data/{dataset}/references/all.tsv",
+        tags=tags_of_batch,
         environment=dolma_environment,
         requirements="envs/dolma.txt",
     output:
@@ -58,6 +73,7 @@ rule digests:
         decontaminate=lambda w: plan.section(w.dataset, "decontaminate", "decontaminate"),
     shell:
         "olmo digests --documents {input.documents:q} --references {input.references:q}"
+        " --tags {input.tags:q}"
         " --requirements {input.requirements:q} {params.environment} {params.dedupe}"
         " {params.decontaminate} --listing {output:q} --log {log:q}"
 
@@ -94,11 +110,12 @@ rule clusters:
 
 
 rule mixed:
-    """Remove duplicates and overlaps from a batch's documents."""
+    """Remove low quality, duplicates and overlaps from a batch's documents."""
     input:
         lambda w: damage.update_journal(w.dataset),
         documents="data/{dataset}/documents/{batch}.tsv",
-        digests="data/{dataset}/digests/{batch}.tsv",
+        digests=digests_of_batch,
+        tags=tags_of_batch,
         duplicates=lambda w: parts_of_duplicates(w.dataset),
         clusters=lambda w: f"data/{w.dataset}/clusters/all.tsv" if finds_near(w.dataset) else [],
         environment=dolma_environment,
@@ -111,7 +128,8 @@ rule mixed:
         "../envs/dolma.yaml"
     params:
         environment=environment_flag,
+        quality=lambda w: plan.section(w.dataset, "quality", "quality"),
     shell:
-        "olmo mixed --documents {input.documents:q} --digests {input.digests:q}"
+        "olmo mixed --documents {input.documents:q} --digests {input.digests:q} --tags {input.tags:q}"
         " --duplicates {input.duplicates:q} --clusters {input.clusters:q} --requirements {input.requirements:q}"
-        " {params.environment} --listing {output:q} --log {log:q}"
+        " {params.environment} {params.quality} --listing {output:q} --log {log:q}"

@@ -2,6 +2,12 @@
 
 from enum import StrEnum
 
+from olmo.config.data_config import (
+    CustomDatasetCollatorConfig,
+    CustomDatasetConfig,
+    DataConfig,
+    InstanceFilterConfig,
+)
 from olmo.config.enums import (
     ActivationCheckpointingStrategy,
     ActivationType,
@@ -32,14 +38,10 @@ from olmo.config.strict import BaseConfig
 from olmo.config.trackers import WandbConfig
 from olmo.config.train_config import (
     CompilerConfig,
-    CustomDatasetCollatorConfig,
-    CustomDatasetConfig,
-    DataConfig,
     DDPConfig,
     EvaluatorConfig,
     FP8Config,
     FSDPConfig,
-    InstanceFilterConfig,
     ModelConfig,
     OptimizerConfig,
     SchedulerConfig,

@@ -6,9 +6,10 @@ import math
 import sys
 from typing import Any
 
+from olmo.config.data_config import DataConfig
 from olmo.config.enums import ActivationType, FSDPWrapStrategy, OptimizerType
 from olmo.config.strict import check_range
-from olmo.config.train_config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from olmo.config.train_config import ModelConfig, OptimizerConfig, TrainConfig
 
 # (minimum, maximum, keys): values outside would fail later, or train nonsense.
 RANGES = (

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 # Attribute names, as the toolkit's taggers have them.
 OVERLAP, DUPLICATE, NEAR = "dedupe__overlap", "dedupe__duplicate", "dedupe__near"
+QUALITY = "quality__dropped"  # its value is the number of the condition that does not hold
 PARAGRAPH = "dedupe__paragraph"
 # What a mark means; PARAGRAPH is for lines, the others for whole documents, the first one counts.
-REASONS = {OVERLAP: "overlap", DUPLICATE: "duplicate", NEAR: "near-duplicate"}
+REASONS = {QUALITY: "quality", OVERLAP: "overlap", DUPLICATE: "duplicate"}
+REASONS[NEAR] = "near-duplicate"
 WHOLE = tuple(REASONS)
 REASONS[PARAGRAPH] = "duplicate-paragraph"
 Spans = list[list[float]]  # start, end (characters), share

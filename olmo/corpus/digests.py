@@ -80,6 +80,7 @@ def batch(
     environment: Path | None = None,
     dedupe: DedupeSection | None = None,
     decontaminate: DecontaminateSection | None = None,
+    tags: tuple[Path, ...] = (),
 ) -> None:
     """Digest the documents of a batch's files, and find their overlaps with evaluation sets.
 
@@ -89,7 +90,9 @@ def batch(
         references: the listing of `olmo references`
         dedupe: the recipe's section of this name
         decontaminate: the recipe's section of this name
+        tags: the listing of `olmo tags`, for a recipe with conditions on quality
     """
+    low = {entry.shard: entry.object for entry in read_listing(tags, "quality")}
     tables = {entry.shard: entry.object for entry in read_listing([documents], "table")}
     heldout = read_objects([references], "heldout_digests")
     entries = []
@@ -119,6 +122,7 @@ def batch(
                     {name: f"digests/{{}}.{name}" for name in made},
                     documents=entry.object,
                     overlaps=[one.object for one in found],
+                    quality=low.get(entry.shard),
                     exact=dedupe.exact,
                     paragraphs=dedupe.paragraphs,
                     **signature_options(dedupe.near),
@@ -161,13 +165,15 @@ def digests(
     bands: int = 0,
     rows: int = 0,
     minhash: str = "",
+    quality: Input | None = None,
 ) -> Facts:
     """The digests of a file's documents (`exact`), lines (`paragraphs`) and signatures (`bands`).
 
     Lines and signatures of documents with a mark in `overlaps`, of the stage of this name, do not
-    count, nor do blank lines. `line_starts` has the number of each document's first line, uint32.
-    `minhash` is the package that makes signatures, with its version, which decides their bits;
-    `ngram`, `bands` and `rows` as in NearSection.
+    count, nor do blank lines. A document with a mark in `quality`, of the stage of this name,
+    counts nowhere. `line_starts` has the number of each document's first line, uint32. `minhash` is
+    the package that makes signatures, with its version, which decides their bits; `ngram`, `bands`
+    and `rows` as in NearSection.
 
     Raises ValueError for a file of 2^32 lines or more.
     """
@@ -194,11 +200,15 @@ def digests(
         starts.append(first)
         first += len(lines)
     whole = sort_rows(of_documents, range(len(of_documents) // DIGEST_BYTES))
+    count = max(whole.place.size, len(line_counts), len(of_bands) // DIGEST_BYTES // max(bands, 1))
+    kept = np.ones(count, bool)
+    if quality is not None:
+        kept = np.array([not marks for marks in read_marks(quality)], bool)
+        counted_rows = kept[whole.place]
+        whole = Rows(whole.high[counted_rows], whole.low[counted_rows], whole.place[counted_rows])
     whole.write(document_digests)
     np.array(starts, "<u4").tofile(line_starts)
-    count = max(len(line_counts), len(of_bands) // DIGEST_BYTES // max(bands, 1))
-    kept = np.ones(count, bool)
-    for path in overlaps if count else ():
+    for path in overlaps if paragraphs or bands else ():
         kept &= np.array([not marks for marks in read_marks(path)], bool)
     line_kept: Any = np.repeat(kept, np.frombuffer(line_counts, np.uint32)) if paragraphs else []
     write_kept_rows(line_digests, of_lines, np.frombuffer(places, np.uint32), line_kept)

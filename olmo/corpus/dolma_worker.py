@@ -1,4 +1,4 @@
-"""Runs `dolma tokens`, `dedupe` and `mix` inside the toolkit's own environment.
+"""Runs `dolma tokens`, `dedupe`, `mix` and `tag` inside the toolkit's own environment.
 
 Imports nothing of ours. One process serves a batch, since importing dolma takes seconds. It reads
 one request per line from stdin, {"verb", "folder", "documents", …}, and writes one reply per line
@@ -136,7 +136,33 @@ def run_mixer(
     mixer({**WORK, "streams": [stream], "shuffle": False})  # not shuffled: one output per file
 
 
-VERBS: dict[str, Any] = {"tokens": run_tokens, "dedupe": run_dedupe, "mix": run_mixer}
+def run_tagger(documents: str, taggers: list[str], models: dict[str, str]) -> None:
+    """`dolma tag` on <folder>/documents/…; it writes <folder>/attributes/`tagger`/… for each.
+
+    `models`: tagger → the file that it would download, a fastText model or a tokenizer.
+    """
+    from dolma.cli.tagger import TaggerCli, TaggerConfig
+    from dolma.core.registry import TaggerRegistry
+    from tokenizers import Tokenizer
+
+    for tagger, path in models.items():
+        kind: Any = TaggerRegistry.get(tagger)
+        if hasattr(kind, "TOKENIZER_IDENTIFIER"):
+            kind.__init__ = lambda self, path=path: setattr(
+                self, "tokenizer", Tokenizer.from_file(path)
+            )
+        else:
+            kind.MODEL_PATH = path
+    # In this process (debug): each worker of a pool would import dolma again.
+    TaggerCli.run(TaggerConfig(documents=[documents], taggers=taggers, processes=1, debug=True))
+
+
+VERBS: dict[str, Any] = {
+    "tokens": run_tokens,
+    "dedupe": run_dedupe,
+    "mix": run_mixer,
+    "tag": run_tagger,
+}
 
 
 def main() -> None:

@@ -29,12 +29,14 @@ def marks(
     copies: Inputs,
     places: Inputs,
     marks: Output,
+    quality: Input | None = None,
 ) -> Facts:
     """Bring together what was found in one file of training documents.
 
     `marks` gets a line per document, {"id", "attributes"}, the attributes spans of characters,
     [start, end, share]:
 
+    - quality__dropped: as in `quality`, of the stage of this name.
     - dedupe__overlap: as in `overlaps`, of the stage of this name.
     - dedupe__duplicate: a copy of a held-out document (`copies`), or its text is that of an earlier
       document (`places`).
@@ -46,6 +48,8 @@ def marks(
     found: list[dict[str, Spans]] = [{} for _ in ids]
     for path in overlaps:
         found = list(read_marks(path))
+    if quality is not None:
+        found = [low | one for low, one in zip(read_marks(quality), found, strict=True)]
     is_duplicate, is_near = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
     for path in copies:
         is_duplicate[np.fromfile(path, "<u4")] = True

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olmo.corpus.dedupe import PARAGRAPH, REASONS, WHOLE, Spans, read_marks
+from olmo.corpus.dedupe import PARAGRAPH, QUALITY, REASONS, WHOLE, Spans, read_marks
 from olmo.corpus.documents import DROPPED, PARQUET, TRAIN, parse_document, size_in_utf8
 from olmo.corpus.dolma import Dolma, open_dolma, scratch_folder, time_limit
 from olmo.corpus.duplicates import places
@@ -26,6 +26,7 @@ from olmo.corpus.listing import (
 )
 from olmo.corpus.marks import marks
 from olmo.corpus.overlaps import check_readable, locate_row
+from olmo.corpus.quality import QualitySection
 from olmo.io import gz
 from olmo.runtime.log import log
 from olmo.store.stage import Facts, Input, Output, Unhashed, stage
@@ -41,38 +42,45 @@ Change = tuple[int | None, str | None, int, int, int]
 
 def batch(
     documents: Path,
-    digests: Path,
+    digests: list[Path],
     duplicates: list[Path],
     clusters: list[Path],
     listing: Path,
     requirements: Path,
     environment: Path | None = None,
+    tags: tuple[Path, ...] = (),
+    quality: QualitySection | None = None,
 ) -> None:
     """Remove what is marked from a batch's documents; its held-out documents stay.
 
     The listing has the same outputs as that of `olmo documents`. Otherwise as `olmo tokens`.
 
     Args:
-        digests: the listing of `olmo digests`
+        digests: the listing of `olmo digests`, for duplicates and overlaps
         duplicates: the listings of `olmo duplicates`, of all parts
         clusters: the listing of `olmo clusters`, for near duplicates
+        tags: the listing of `olmo tags`, for a recipe with conditions on quality
+        quality: the recipe's section of this name
     """
+    keep = tuple(map(str, quality.conditions)) if quality else ()
     tables = {entry.shard: entry.object for entry in read_listing([documents], "table")}
-    shards, given = read_listing([documents], "documents"), read_listing([digests])
+    shards, given = read_listing([documents], "documents"), read_listing([*digests, *tags])
+    names = ("shards", "document_repeats", "line_repeats")
+    repeats = {name: read_objects(duplicates, name) for name in names}
+    near = read_objects(clusters, "near")
     marked: dict[str, Path] = {}
     for entry in shards:
         of_shard = {one.output: one.object for one in given if one.shard == entry.shard}
         found = []
         if duplicates:
-            names = ("shards", "document_repeats", "line_repeats")
             found = run_shard(
                 places,
                 listing,
                 entry.shard,
                 {"places": "mixed/{}.places"},
-                near=read_objects(clusters, "near"),
+                near=near,
                 shard=entry.shard,
-                **{name: read_objects(duplicates, name) for name in names},
+                **repeats,
             )
         [made] = run_shard(
             marks,
@@ -84,6 +92,7 @@ def batch(
             overlaps=[path for name, path in of_shard.items() if name == "overlaps"],
             copies=[path for name, path in of_shard.items() if name == "copies"],
             places=[one.object for one in found],
+            quality=of_shard.get("quality"),
         )
         marked[entry.shard] = made.object
     with open_dolma(requirements, environment) as dolma:
@@ -100,6 +109,7 @@ def batch(
             {"mixed": "documents", "mixed_table": "table"},
             toolkit=dolma.toolkit,
             dolma=dolma,
+            keep=keep,
         )
     write_listing(listing, [*entries, *read_listing([documents], "heldout")])
 
@@ -113,11 +123,13 @@ def mixed(
     mixed_table: Output,
     toolkit: str,
     dolma: Unhashed[Dolma],
+    keep: tuple[str, ...] = (),
 ) -> Facts:
     """Remove from one file of training documents what `attributes`, of the stage `marks`, marks.
 
-    `mixed_table` is `table` with these documents dropped, for the reasons overlap, duplicate and
-    duplicate-paragraph (no line is left), and two more columns: removed_paragraphs (how many
+    `mixed_table` is `table` with these documents dropped, for the reasons "quality: " with one of
+    the conditions `keep`, overlap, duplicate, near-duplicate and duplicate-paragraph (no line is
+    left), and two more columns: removed_paragraphs (how many
     spans of lines) and removed_bytes of each document.
 
     Raises ValueError where the toolkit's output does not agree with the attributes.
@@ -142,7 +154,7 @@ def mixed(
                 (folder / "in" / name).mkdir(parents=True)
                 os.symlink(os.path.realpath(path), folder / "in" / name / "documents.gz")
             try:
-                changes = rewrite(dolma, folder, documents, train, mixed, found)
+                changes = rewrite(dolma, folder, documents, train, mixed, found, keep)
             except ValueError:
                 check_readable(documents, partial(locate_row, train))
                 raise
@@ -166,6 +178,7 @@ def rewrite(
     train: polars.DataFrame,
     mixed: Path,
     marks: list[dict[str, Spans]],
+    keep: tuple[str, ...],
 ) -> list[Change]:
     """Let the toolkit apply the marks, in a scratch folder, and take over what it wrote."""
     toolkit_output = dolma.request(
@@ -184,11 +197,16 @@ def rewrite(
             "expected mixed documents from the toolkit, found none; its output is above"
         )
     places = [f"{file}:{line}" for file, line in train.select("file", "line").iter_rows()]
-    return write_kept(documents, rewritten, mixed, marks, places)
+    return write_kept(documents, rewritten, mixed, marks, places, keep)
 
 
 def write_kept(
-    documents: Path, rewritten: Path, mixed: Path, marks: list[dict[str, Spans]], places: list[str]
+    documents: Path,
+    rewritten: Path,
+    mixed: Path,
+    marks: list[dict[str, Spans]],
+    places: list[str],
+    keep: tuple[str, ...],
 ) -> list[Change]:
     """Write the documents that stay to `mixed`; what happened to each, in order.
 
@@ -208,7 +226,7 @@ def write_kept(
             identity, text, _ = parse_document(line)
             assert text is not None
             size = size_in_utf8(text)
-            if reason := next((REASONS[k] for k in WHOLE if k in spans), None):
+            if reason := find_reason(spans, keep):
                 changes.append((None, reason, size, 0, 0))
                 continue
             cuts = spans.get(PARAGRAPH, [])
@@ -235,6 +253,13 @@ def write_kept(
                 f"expected {row:,} documents from the toolkit, found one more: {more[:200]!r}"
             )
     return changes
+
+
+def find_reason(spans: dict[str, Spans], keep: tuple[str, ...]) -> str | None:
+    """Why a document is dropped, by its marks; None if it stays."""
+    if QUALITY in spans:
+        return f"{REASONS[QUALITY]}: {keep[int(spans[QUALITY][0][2])]}"
+    return next((REASONS[kind] for kind in WHOLE if kind in spans), None)
 
 
 def apply_changes(before: polars.DataFrame, changes: list[Change]) -> polars.DataFrame:

@@ -49,7 +49,7 @@ from olmo.store.stage import looking_up
 from olmo.store.store import Store
 
 # Rules whose commands are no stages: they are not called for a plan.
-NOT_STAGES = ("environment", "bench_tps", "bench_loss", "eval")
+NOT_STAGES = ("environment", "bench_tps", "bench_loss", "eval", "quality_page")
 NO_TIME = Range()
 BYTES_PER_TOKEN = 2  # of uint16, which all but the largest vocabularies have
 JOB_SECONDS = 1.5  # of a job's process, on a core, besides its work

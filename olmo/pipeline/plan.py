@@ -106,9 +106,8 @@ class Plan:
                     + suggest_name(dataset, known, "name one of them, or write the recipe")
                 )
             recipe = Recipe.load(path)
-            check_environment_values(
-                recipe, path, ("sources", "tokenizer.file", "decontaminate.against")
-            )
+            allowed = ("sources", "tokenizer.file", "decontaminate.against", "quality.models")
+            check_environment_values(recipe, path, allowed)
             if (other := recipe.tokenizer.dataset) is not None:
                 self._tokenizer_from[dataset] = other
                 ids = self.recipe(other).tokenizer
@@ -169,7 +168,7 @@ class Plan:
     def documents_stage(self, dataset: str) -> str:
         """The stage whose documents are tokenized: `mixed` if the recipe removes some of them."""
         recipe = self.recipe(dataset)
-        return "mixed" if recipe.dedupe or recipe.decontaminate else "documents"
+        return "mixed" if recipe.drops_quality or recipe.removes_overlaps else "documents"
 
     def decontamination_files(self, dataset: str) -> list[str]:
         """The files that a data set is decontaminated against."""

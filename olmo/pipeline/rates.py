@@ -25,7 +25,10 @@ from olmo.store.store import Store
 
 MAX_RECORDS = 2000  # the newest are read
 # Inputs that a stage reads besides what its outputs are made of.
-SIDE_INPUTS = ("tokenizer", "table", "config", "order", "attributes", "overlap_filter", "heldout")
+SIDE_INPUTS = (
+    *("tokenizer", "table", "config", "order", "attributes", "overlap_filter", "heldout"),
+    *("quality", "models"),
+)
 TRAINING = "training"
 DOWNLOADS = ("download", "download_tokens", "fetched", "fetched_checkpoint")
 # Without a record: (bytes written for each byte read, bytes read in a second), by docs/lab.md for
@@ -35,6 +38,8 @@ DEFAULTS = {
     "local_source": ({"source": 1.0}, 200e6),
     "converted": ({"source": 1.0}, 20e6),
     "documents": ({"documents": 1.0, "table": 0.02}, 100e6),
+    "tags": ({"tags": 0.2}, 0.3e6),
+    "quality": ({"quality": 0.02, "values": 0.1}, 10e6),
     "digests": ({"document_digests": 0.02, "line_digests": 0.5}, 30e6),
     "overlaps": ({"overlaps": 0.02}, 5e6),
     "copies": ({"copies": 0.001}, 500e6),

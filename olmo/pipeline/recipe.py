@@ -14,6 +14,7 @@ from olmo.config.strict import check_range, non_default_fields
 from olmo.corpus.dedupe import DecontaminateSection, DedupeSection
 from olmo.corpus.documents import DocumentsSection
 from olmo.corpus.instructions import InstructionsSection
+from olmo.corpus.quality import QualitySection
 from olmo.corpus.sources import SourcesSection
 from olmo.corpus.tokenizer import TokenizerSection
 from olmo.corpus.tokens import TokensSection
@@ -28,14 +29,17 @@ class Recipe(BaseConfig):
     tokenizer: TokenizerSection
     documents: DocumentsSection = field(default_factory=DocumentsSection)
     tokens: TokensSection = field(default_factory=TokensSection)
+    quality: QualitySection | None = None
     dedupe: DedupeSection | None = None
     decontaminate: DecontaminateSection | None = None
     instructions: InstructionsSection | None = None  # the sources contain conversations
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.instructions and (self.dedupe or self.decontaminate):
-            raise ValueError("dedupe and decontaminate work on documents only; remove them")
+        if self.instructions and (self.quality or self.removes_overlaps):
+            raise ValueError(
+                "quality, dedupe and decontaminate work on documents only; remove them"
+            )
         if self.dedupe and self.documents.has_repeats():
             raise ValueError(
                 "dedupe: documents.weights has a weight above 1, whose copies are duplicates; "
@@ -46,6 +50,32 @@ class Recipe(BaseConfig):
                 "decontaminate: expected files in against or a documents.heldout_share above 0, "
                 "found neither"
             )
+
+    @property
+    def removes_overlaps(self) -> bool:
+        """Whether documents are compared, with one another or with evaluation sets."""
+        return bool(self.dedupe or self.decontaminate)
+
+    @property
+    def drops_quality(self) -> bool:
+        """Whether documents are dropped for their tags; else they are only tagged, for the page."""
+        return bool(self.quality and self.quality.keep)
+
+    def quality_flag(self, dataset: str) -> str:
+        """The section on quality as a flag. Raises ValueError if there is none."""
+        if self.quality is None:
+            raise ValueError(
+                f"{recipe_path(dataset)}: expected a section quality, which names taggers, found "
+                "none; add quality: {taggers: [gopher_v1]}"
+            )
+        return json_flag("config", self.quality)
+
+    def quality_models(self, dataset: str) -> list[str]:
+        """The models and tokenizers of taggers. Raises ValueError for one that is missing."""
+        models = self.quality.models if self.quality else {}
+        for tagger, path in models.items():
+            check_file_exists(path, f"{recipe_path(dataset)}: quality.models.{tagger}")
+        return list(models.values())
 
     @property
     def dedupe_parts(self) -> int:

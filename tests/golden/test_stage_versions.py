@@ -70,6 +70,7 @@ ELSEWHERE = {
     "overlap_filter": "likewise: tests/unit/test_dedupe.py",
     "overlaps": "likewise",
     "mixed": "likewise",
+    "tags": "likewise: tests/unit/test_tags.py",
 }
 
 
@@ -257,6 +258,17 @@ def make_places(stage: Stage, root: Path) -> None:
     stage.build(**given, places=folder(root) / "places", shard="s")
 
 
+def make_quality(stage: Stage, root: Path) -> None:
+    name = "c4_v2__c4_v2__has_curly_brace"
+    with gzip.GzipFile(root / "tags.gz", "wb", mtime=0) as file:
+        for i, spans in enumerate([[], [[0, 1, 1.0]], [[0, 1, 1.0], [2, 3, 0.5]]]):
+            tags = {name: spans, "c4_v2__c4_v2__line_count": [[0, 9, float(i)]]}
+            file.write(json.dumps({"id": str(i), "attributes": tags}).encode() + b"\n")
+    keep = (f"sum({name}) <= 1", "c4_v2__c4_v2__line_count > 0")
+    made = {"quality": folder(root) / "quality", "values": folder(root) / "values"}
+    stage.build(tags=root / "tags.gz", taggers=("c4_v2",), keep=keep, **made)
+
+
 def make_marks(stage: Stage, root: Path) -> None:
     import polars
 
@@ -304,6 +316,7 @@ MAKE: dict[str, Callable[[Stage, Path], object]] = {
     "clusters": make_clusters,
     "places": make_places,
     "marks": make_marks,
+    "quality": make_quality,
     "local_tokens": lambda s, d: s.build(file=order(d), tokens=d / "outputs", dtype="uint32"),
 }
 
