@@ -5,6 +5,7 @@ import gzip
 import html
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,10 @@ def test_a_threshold_tags_nothing_again(project, tmp_path):
 def test_conditions_alone_need_no_digests(project, tmp_path):
     project = project[0].copy(tmp_path / "alone")
     project.change("config/data/small.yaml", dedupe=None)
+    shutil.rmtree(data(project) / "digests")
     ran = project.run("data/small/statistics.txt").ran
     assert not {"tags", "quality", "digests", "duplicates"} & set(ran)
+    assert not (data(project) / "digests").exists()
     table = polars.read_parquet(data(project) / "mixed/part-1.parquet")
     assert table.filter(split="dropped").is_empty(), "the copy stays"
 

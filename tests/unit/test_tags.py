@@ -34,7 +34,7 @@ from olmo.pipeline.recipe import Recipe
 PROSE = "The words of this line have an end, and that is to be. It is with us.\n"
 TEXTS = {
     "prose": PROSE * 3,
-    "short": "Two words",
+    "short": "Two { words",
     "code": PROSE + "function() { javascript } and lorem ipsum, boobs\n" + "a b\n" * 12,
     "private": PROSE + "Write to me@example.com or  213-555-1234 or 10.0.0.1 or you@example.org \n",
     "repeated": "ab ab ab ab ab ab\n\n" * 20 + "!!!\n- a list…\n",
