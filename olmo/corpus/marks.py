@@ -53,12 +53,13 @@ def marks(
     is_duplicate, is_near = np.zeros(len(ids), bool), np.zeros(len(ids), bool)
     for path in copies:
         is_duplicate[np.fromfile(path, "<u4")] = True
-    marked = np.zeros(0, np.uint32)  # lines
+    marked = np.zeros(0, np.int64)  # lines
     for path in places:
         with np.load(path) as columns:
             is_duplicate[columns["documents"]] = True
             is_near[columns["near"]] = True
-            marked = columns["lines"]
+            # The type of what is looked up: of another one, each look would copy all.
+            marked = columns["lines"].astype(np.int64)
     if is_duplicate.any() or is_near.any() or marked.size:
         first = 0
         for row, text in enumerate(read_texts(documents)):
