@@ -6,14 +6,25 @@ rule order:
     input:
         lambda w: damage.update_journal(plan.dataset(w.run)),
         tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
+        before=lambda w: parts.order_before(plan, w.run, w.get("step")),
     output:
         "checkpoints/{run}/global_indices.npy",
     log:
         "logs/order/{run}.log",
     params:
-        recipe=lambda w: plan.order_flags(w.run),
+        recipe=lambda w: parts.order_flags(plan, w.run, w.get("step")),
+        before=lambda w, input: f"--before {input.before}" if input.before else "",
     shell:
-        "olmo order --tokens {input.tokens:q} --order {output:q} {params.recipe} --log {log:q}"
+        "olmo order --tokens {input.tokens:q} --order {output:q} {params.recipe} {params.before}"
+        " --log {log:q}"
+
+
+# The order up to the end of a part of the run's mixture.
+use rule order as order_until with:
+    output:
+        "checkpoints/{run}/global_indices-until-{step}.npy",
+    log:
+        "logs/order/{run}-until-{step}.log",
 
 
 rule positions:

@@ -21,11 +21,11 @@ rule train:
     input:
         lambda w: damage.update_journal(plan.dataset(w.run)),
         tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
-        order="checkpoints/{run}/global_indices.npy",
+        order=lambda w: parts.order_until(plan, w.run, w.get("step")),
         tokenizer=lambda w: f"data/{plan.dataset(w.run)}/tokenizer.json",
         config=lambda w: plan.run(w.run).train,
         start=lambda w: plan.start_checkpoint(w.run),
-        after=lambda w: plan.previous_link(w.run, w.get("step")),
+        after=lambda w: parts.previous_link(plan, w.run, w.get("step")),
     output:
         report(
             directory("checkpoints/{run}/final"),
@@ -47,7 +47,7 @@ rule train:
     params:
         overrides=lambda w: plan.override_flags(w.run),
         start=lambda w, input: f"--start {input.start}" if input.start else "",
-        piece=lambda w: plan.link_flags(w.run, w.get("step")),
+        piece=lambda w: parts.link_flags(plan, w.run, w.get("step")),
     shell:  # exec, since a scheduler's SIGTERM would end a shell, and the trainer with it
         "exec olmo train --config {input.config:q} --tokens {input.tokens:q} --order {input.order:q}"
         " --tokenizer {input.tokenizer:q} --final {output:q} {resources.geometry}"

@@ -68,6 +68,8 @@ class DataConfig(BaseConfig):
     custom_dataset: CustomDatasetConfig | None = extension()  # noqa: RUF009 (newer than its release)
     # File with the precomputed order: raw little-endian uint32, one per instance, no padding.
     order_path: str | None = extension()
+    # Whether that order is a mixture's: of any length, and an instance may repeat or be left out.
+    mixture: bool | None = extension()
 
     @property
     def effective_memmap_dtype(self) -> Any:

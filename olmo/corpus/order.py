@@ -4,6 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from olmo.corpus.listing import read_listing
+from olmo.corpus.mixture import MixturePart, build_mixture_order
 from olmo.data.files import token_itemsize
 from olmo.data.order import global_indices, invert_order, read_order, write_order
 from olmo.store.stage import Facts, Input, Output, stage
@@ -17,22 +18,29 @@ def order(
     dtype: str = "uint16",
     epoch: int = 0,
     batch_size: int = 1,
+    mixture: MixturePart | None = None,
+    steps: int = 0,
+    before: Path | None = None,
 ) -> None:
     """Shuffle the instances that a run sees; the order depends on their number alone.
 
     `epoch` is the one in which the run begins; the trainer computes the orders of later epochs.
+    Of a run with a mixture, the order of the steps up to the end of one part.
 
     Args:
         order: file to write
         sequence_length: tokens of an instance
         epoch: the one in which the run begins
         batch_size: instances of a batch, of which there must be one
+        mixture: the part of the run's mixture
+        steps: of that part
+        before: the order up to that part
 
     Raises ValueError if they are fewer than a batch, or the held-out documents fill none.
     """
+    width = token_itemsize(dtype)
 
     def count(output: str) -> tuple[int, int]:
-        width = token_itemsize(dtype)
         sizes = [entry.bytes // width for entry in read_listing(tokens, output)]
         return sum(size // sequence_length for size in sizes), sum(sizes)
 
@@ -51,7 +59,12 @@ def order(
             "held out, of which each shard fills its own; set a larger documents.heldout_share, or "
             "0 for none"
         )
-    global_order(order=order, instances=instances, seed=seed, epoch=epoch)
+    if mixture is None:
+        global_order(order=order, instances=instances, seed=seed, epoch=epoch)
+    else:
+        shards = read_listing(tokens, "tokens")
+        counts = [shard.bytes // width // sequence_length for shard in shards]
+        build_mixture_order(mixture, shards, counts, order, seed, steps * batch_size, before)
     # OLMo's README maps it with mode="r+", though it only reads it, so its owner may write. The
     # store notices a written object by its time and checks it on the next use.
     with suppress(PermissionError):  # another user owns it

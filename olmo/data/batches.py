@@ -54,7 +54,8 @@ class OrderedDataset:
 
     `start_index` and `max_examples` count over all processes and are multiples of
     `global_batch_size`. With `work_dir`, the order is saved there as global_indices.npy; with
-    `order_path`, the first epoch's order is read from that file instead of being made.
+    `order_path`, the first epoch's order is read from that file instead of being made. A `mixture`
+    is such an order of any length (olmo.data.mixture), after which the run ends.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class OrderedDataset:
         fs_local_rank: int | None = None,
         work_dir: str | Path | None = None,
         order_path: str | Path | None = None,
+        mixture: bool = False,
     ) -> None:
         self.dataset = dataset
         self.seed = seed
@@ -90,12 +92,13 @@ class OrderedDataset:
             )
         self.global_batch_size = global_batch_size
         self.device_batch_size = global_batch_size // self.world_size
-        self.total_size = order.total_size(len(dataset), self.world_size, drop_last)
+        self._order_path, self._order_epoch, self.mixture = order_path, epoch, mixture
+        instances = len(self._read_mixture()) if mixture else len(dataset)
+        self.total_size = order.total_size(instances, self.world_size, drop_last)
         # One process per file system writes the order. On a shared one several do, and write the
         # same bytes.
         self.fs_local_rank = get_fs_local_rank() if fs_local_rank is None else fs_local_rank
         self.work_dir = None if work_dir is None else Path(work_dir)
-        self._order_path, self._order_epoch = order_path, epoch
         self.global_indices_file: Path | None = None
         if self.work_dir is not None:
             self._save_global_indices()
@@ -112,11 +115,31 @@ class OrderedDataset:
 
     def _build_global_indices(self) -> np.ndarray:
         n = len(self.dataset)
-        if self._order_path is not None and self._order_epoch == self.epoch:
+        if self.mixture:
+            indices = self._read_mixture()
+        elif self._order_path is not None and self._order_epoch == self.epoch:
             indices = order.read_order(self._order_path, n)
         else:
             indices = order.global_indices(n, self.seed, self.epoch, self.shuffle)
         return order.fit_to_world_size(indices, self.world_size, self.drop_last)
+
+    def _read_mixture(self) -> np.ndarray:
+        if self._order_path is None:
+            raise ValueError("data.mixture: expected its order in data.order_path, found none")
+        indices = order.read_order(self._order_path)
+        if self.epoch != self._order_epoch or not len(indices):
+            raise ValueError(
+                f"{self._order_path}: expected the instances of the whole run, found "
+                f"{len(indices):,}, since a mixture has no second epoch; make the order longer, or "
+                "the run shorter (max_duration)"
+            )
+        if (last := int(indices.max())) >= len(self.dataset):
+            raise ValueError(
+                f"{self._order_path}: expected instances below {len(self.dataset):,}, as many as "
+                f"the token files have, found {last:,}; the order belongs to other data, or to "
+                "another max_sequence_length"
+            )
+        return indices
 
     def get_global_indices(self) -> np.ndarray:
         """The epoch's order over all processes, padded or cut to a multiple of them, uint32."""
@@ -254,6 +277,7 @@ def build_train_dataloader(
         fs_local_rank=fs_local_rank,
         work_dir=work_dir,
         order_path=data.order_path,
+        mixture=bool(data.mixture),
     )
     # data.pin_memory is ignored: a copy from pageable memory makes the host wait for the device.
     pin = torch.cuda.is_available()

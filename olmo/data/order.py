@@ -29,16 +29,22 @@ def global_indices(n: int, seed: int, epoch: int = 0, shuffle: bool = True) -> n
         raise ValueError(
             f"an order is stored as uint32 and has at most {limit - 1} instances, not {n}"
         )
-    needed, free = n * ORDER_DTYPE.itemsize, available_memory()
-    if free is not None and needed > free:
-        raise ValueError(
-            f"the order of {n:,} instances needs {needed:,} bytes of memory, and {free:,} are free "
-            "here. Make it on a machine with more: the file is the same wherever it is made"
-        )
+    check_memory(n, ORDER_DTYPE.itemsize)
     indices = np.arange(n, dtype=ORDER_DTYPE)
     if shuffle:
         np.random.Generator(np.random.PCG64(seed + epoch)).shuffle(indices)
     return indices
+
+
+def check_memory(instances: int, bytes_each: int) -> None:
+    """Raises ValueError if this machine has not the memory for an order."""
+    needed, free = instances * bytes_each, available_memory()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"the order of {instances:,} instances needs {needed:,} bytes of memory, and {free:,} "
+            "are free here. Make it on a machine with more: the file is the same wherever it is "
+            "made"
+        )
 
 
 def available_memory(
@@ -83,9 +89,20 @@ def fit_to_world_size(indices: np.ndarray, world_size: int, drop_last: bool) -> 
 
 
 def invert_order(indices: np.ndarray) -> np.ndarray:
-    """The position of each instance in an order, (n,) uint32: the inverse permutation."""
-    positions = np.empty(len(indices), ORDER_DTYPE)
-    positions[indices] = np.arange(len(indices), dtype=ORDER_DTYPE)
+    """The position of each instance in an order, (n,) uint32: the inverse permutation.
+
+    Raises ValueError for an order in which an instance repeats or is left out: a mixture's.
+    """
+    numbers, positions = np.arange(len(indices), dtype=ORDER_DTYPE), np.zeros_like(indices)
+    is_permutation = not len(indices) or int(indices.max()) < len(indices)
+    if is_permutation:
+        positions[indices] = numbers
+        is_permutation = np.array_equal(positions[indices], numbers)
+    if not is_permutation:
+        raise ValueError(
+            "expected an order with each instance once, found a mixture's, in which an instance "
+            "has several positions or none; olmo seen shows the steps of a document"
+        )
     return positions
 
 

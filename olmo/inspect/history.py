@@ -12,6 +12,7 @@ the config of earlier steps. So these two are read last.
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,8 +24,10 @@ from olmo.config import TrainConfig
 from olmo.data.files import ArrayFile, file_sizes
 from olmo.data.order import ORDER_DTYPE, global_indices
 from olmo.inspect.order import SeenInstances
+from olmo.io.untrusted import check_digest
 from olmo.store.lineage import records_by_content
 from olmo.store.record import Record
+from olmo.store.stage import current_store
 from olmo.store.store import Store
 from olmo.train.sinks import lines_upto
 
@@ -76,6 +79,8 @@ class StepRange:
         stored, read, base = n, derive_order(n, facts["seed"], first), first
         if (name := facts.get("order")) is not None:
             place, base = self._origin.order, facts["order_epoch"]
+            if place is not None and not self._origin.is_given:
+                place = find_order(place, name)
             if place is None or not (self._origin.is_given or Path(place).name == name):
                 raise ValueError(
                     f"expected the order {name} of the steps after {self.after}, found "
@@ -184,6 +189,14 @@ def _row(path: Path, step: int) -> list[int]:
 def open_order(place: str) -> tuple[int, Any]:
     """The length of a stored order, and a function that reads a slice of it."""
     return file_sizes([place])[0] // ORDER_DTYPE.itemsize, ArrayFile(place, ORDER_DTYPE).read
+
+
+def find_order(place: str, name: str) -> str:
+    """The order of this name, if the store has it: a mixture's earlier part had its own file."""
+    with suppress(ValueError):  # the name of another file
+        found = current_store().object_path(check_digest(name, "segments"))
+        return str(found) if found.exists() else place
+    return place
 
 
 def derive_order(n: int, seed: int, epoch: int) -> Any:

@@ -20,7 +20,8 @@ class SeenInstances:
     Args:
         cfg: the run's config; `read` reads the order of its `epoch`.
         n: instances in its data.
-        stored: numbers in its order file: n, or in OLMo's files n fitted to the world size.
+        stored: numbers in its order file: n, or in OLMo's files n fitted to the world size; a
+            mixture's has any number, and is all that the run has.
         read: reads a slice of that file.
         world_size: decides where an epoch ends (`order.total_size`), and which rank reads what.
         after: the step after which the run began, or continued, with this config.
@@ -46,17 +47,18 @@ class SeenInstances:
                 f"expected a world size that divides global_train_batch_size={self.batch_size}, "
                 f"found {world_size}"
             )
-        worlds = [w for w in range(1, self.batch_size + 1) if self.batch_size % w == 0]
-        drop_last = cfg.data.drop_last
-        if stored != n and stored not in {total_size(n, w, drop_last) for w in worlds}:
+        worlds = (w for w in range(1, self.batch_size + 1) if self.batch_size % w == 0)
+        fitted = {total_size(n, w, cfg.data.drop_last) for w in worlds}
+        self.is_mixture = bool(cfg.data.mixture)
+        if not (self.is_mixture or stored == n or stored in fitted):
             raise ValueError(
                 f"expected an order of {n} instances, or one fitted to a number of processes that "
                 f"divides global_train_batch_size={self.batch_size}, found {stored}: it belongs to "
                 "other data, or to another max_sequence_length"
             )
         # OLMo's order files are fitted to the run's world size, which may not be known.
-        self.is_fitted = stored != n
-        total = stored if self.is_fitted else total_size(n, world_size, drop_last)
+        self.is_fitted = self.is_mixture or stored != n
+        total = stored if self.is_fitted else total_size(n, world_size, cfg.data.drop_last)
         self.steps_per_epoch = total // self.batch_size
         self.after, self._epoch, self._examples = after, epoch, examples
         self._first_steps = max(total - examples, 0) // self.batch_size  # of that epoch
@@ -99,6 +101,8 @@ class SeenInstances:
             step += steps
 
     def _slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        if self.is_mixture and epoch > 0:
+            raise ValueError("expected a step of the run's mixture, found one after its end")
         if epoch == 0 and (self.is_fitted or stop <= self.n):
             return self.read(start, stop)
         if self.is_fitted and self.steps_per_epoch != self._steps_of_world_size():

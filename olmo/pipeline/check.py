@@ -15,6 +15,7 @@ from olmo.config import PROJECT_CONFIG, TrainConfig, read_project_config, requir
 from olmo.config.checks import check_train_config
 from olmo.config.conversion import each_mistake
 from olmo.config.yaml_io import Loader
+from olmo.pipeline.parts import previous_link
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.recipe import EvaluationConfig, prefix_errors
 from olmo.pipeline.source_files import find_sources, source_table_path
@@ -96,7 +97,7 @@ def check_training(path: str) -> None:
 def check_run(plan: Plan, run: str) -> None:
     """A run: its training config with the overrides, its data set, start, links, evaluation."""
     plan.train_config(run)
-    plan.previous_link(run)
+    previous_link(plan, run)
     plan.evaluation_flags(run)
 
 

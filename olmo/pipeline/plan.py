@@ -41,7 +41,6 @@ from olmo.pipeline.source_files import (
 from olmo.pipeline.targets import suggest_name
 from olmo.pipeline.unsupported_keys import refuse_unsupported_keys
 from olmo.runtime.log import format_number
-from olmo.train.chain import list_link_steps
 
 LARGE_DOWNLOAD = 1e12  # bytes, from which there is a warning
 
@@ -328,16 +327,6 @@ class Plan:
     def trains_tokenizer(self, dataset: str) -> bool:
         return self.recipe(dataset).tokenizer.train_vocab_size is not None
 
-    def order_flags(self, run: str) -> str:
-        """The settings that determine the order of a run's instances, and how many it needs."""
-        cfg = self.train_config(run)
-        length = cfg.model.max_sequence_length
-        words = ["--sequence-length", length, "--seed", cfg.data_seed]
-        words += ["--dtype", cfg.data.memmap_dtype, "--batch-size", cfg.global_train_batch_size]
-        if cfg.epoch:  # the epoch in which the run begins
-            words += ["--epoch", cfg.epoch]
-        return shlex.join(map(str, words))
-
     def geometry_flags(self, run: str) -> str:
         """How many processes train a run, and where."""
         geometry = self.run(run).geometry
@@ -368,31 +357,9 @@ class Plan:
         }
         return resources[name]
 
-    def previous_link(self, run: str, step: str | None = None) -> list[str]:
-        """The link before the run's end, or before its link at `step`; [] if it is the first.
-
-        Raises:
-            ValueError: the run has no link at `step`.
-        """
-        settings = self.run(run)
-        known = list_link_steps(self.train_config(run), settings.links, settings.link_every)
-        end = None if step is None else int(step)
-        if end is not None and end not in known:
-            raise ValueError(
-                f"checkpoints/{run}/step-{step}: expected one of the steps "
-                f"{known or 'that links or link_every of the run name, found neither'}"
-            )
-        before = [cut for cut in known if end is None or cut < end]
-        return [f"checkpoints/{run}/step-{cut}" for cut in before[-1:]]
-
-    def link_flags(self, run: str, step: str | None = None) -> str:
-        """Where a link of a run begins and ends."""
-        words = [word for link in self.previous_link(run, step) for word in ("--after", link)]
-        return shlex.join(words + (["--until", step] if step else []))
-
     def override_flags(self, run: str) -> str:
         """A run's overrides as a flag of `olmo train`."""
-        words = self.run(run).overrides
+        words = self.run(run).overrides + ["data.mixture=true"] * bool(self.run(run).mixture)
         return f"--overrides {shlex.join(words)}" if words else ""
 
     def evaluation_flags(self, run: str) -> str:

@@ -149,8 +149,9 @@ class Rates:
             return Prediction({name: transfer.bytes or 0 for name in names})
         if action.stage == TRAINING:
             return Prediction({"final": checkpoint_files(arguments["cfg"])})
-        if action.stage == "global_order":
-            return Prediction({"order": 4 * action.params["instances"]})
+        if action.stage in ("global_order", "mixture_order"):
+            before = size_of(action.inputs["before"]) if "before" in action.inputs else 0
+            return Prediction({"order": 4 * action.params["instances"] + before})
         if history is None and action.stage in GENERATED_FILES:
             prefix, total = GENERATED_FILES[action.stage]
             shards = action.params["shards"]

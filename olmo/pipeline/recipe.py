@@ -14,6 +14,7 @@ from olmo.config.strict import check_range, non_default_fields
 from olmo.corpus.dedupe import DecontaminateSection, DedupeSection
 from olmo.corpus.documents import DocumentsSection
 from olmo.corpus.instructions import InstructionsSection
+from olmo.corpus.mixture import MixturePart
 from olmo.corpus.quality import QualitySection
 from olmo.corpus.sources import SourcesSection
 from olmo.corpus.tokenizer import TokenizerSection
@@ -125,6 +126,9 @@ class RunConfig(BaseConfig):
     # checkpoints/<run>/step-<n>.
     links: list[int] = field(default_factory=list)
     link_every: int | None = None  # steps
+    # The shares of the data set's sources; several parts are a curriculum, and each part but the
+    # last ends with a link. Without it every instance is used once an epoch.
+    mixture: list[MixturePart] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()

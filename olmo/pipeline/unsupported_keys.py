@@ -20,6 +20,7 @@ def refuse_unsupported_keys(name: str, run: RunConfig, cfg: TrainConfig) -> None
         "fast_forward_batches": cfg.fast_forward_batches,
         "data.custom_dataset": cfg.data.custom_dataset,
         "data.order_path": cfg.data.order_path,
+        "data.mixture": cfg.data.mixture,
         "data.label_mask_paths": cfg.data.label_mask_paths,
     }
     if unsupported := [name for name, value in values.items() if value]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config.identity import identity
+from olmo.corpus.mixture import read_parts
 from olmo.inspect.documents import TokenShard, find_token_shards, select_shards
 from olmo.inspect.run import TrainedRun
 from olmo.report.runs import last_metrics
@@ -86,6 +87,13 @@ def describe_config(run: TrainedRun, made_by: dict[str, list[Record]]) -> Fields
     if start := action["inputs"].get("start"):
         bases = [record["facts"].get("run_name") for record in made_by.get(start[0], [])]
         fields["start_from"] = next(filter(None, bases), start[0])
+    if parts := read_parts(action["inputs"].get("order", ""), made_by):
+        fields["mixture"] = {
+            f"from step {part['from_step']}": {
+                row["weight"].partition("=")[0]: f"{row['expected']:.2%}" for row in part["mixture"]
+            }
+            for part in parts
+        }
     return fields
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import read_project_config
+from olmo.corpus.mixture import read_parts
 from olmo.inspect.documents import find_token_shards, select_shards
 from olmo.inspect.run import TrainedRun
 from olmo.report import samples as sampling
@@ -106,11 +107,18 @@ class RunPage:
             "stages": graph.stages,
             "drops": [(s.name, why, n) for s in graph.stages for why, n in s.drops.items()],
             "shares": shares(graph, self.keys),
+            "mixture": read_parts(self.order, self.made_by),
             "config": flatten(hide_paths(self.config())),
             "is_mean": self.is_mean,
             "environment": environment(self.record),
             "command": reproduce(self.name, self.record),
         }
+
+    @property
+    def order(self) -> str:
+        """The digest of a finished run's order; else nothing."""
+        found: str = self.record["action"]["inputs"].get("order", "") if self.record else ""
+        return found
 
     def config(self) -> dict[str, Any]:
         """What decides the result; of a mean the checkpoints that it is of."""

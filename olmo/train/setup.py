@@ -129,6 +129,7 @@ def set_up(cfg: TrainConfig, world: World) -> Training:
     if loader.dataset.epoch != state.epoch:
         loader.dataset.reshuffle(state.epoch)
     length = RunLength.of(cfg, state, loader.dataset.total_size)
+    _check_mixture(cfg, state, length, loader.dataset.total_size)
     _report_length(cfg, state, length, loader.dataset.total_size)
 
     saver = Saver(cfg, world, model, optimizer, state)
@@ -274,6 +275,17 @@ def _build_optimizer(
         log.info(f"learning rate: a new warm-up from step {step}, for the optimizer starts afresh")
     start.checkpoint = None  # frees its memory
     return optimizer, scheduler, model
+
+
+def _check_mixture(cfg: TrainConfig, state: TrainState, length: RunLength, total_size: int) -> None:
+    """Raises ValueError for a run that is longer than the order of its mixture."""
+    left, to_go = state.batches_left(total_size, length.batch_size), length.end - state.global_step
+    if cfg.data.mixture and to_go > left:
+        raise ValueError(
+            f"{cfg.data.order_path}: expected {to_go} more steps of {length.batch_size} instances, "
+            f"found {left}, since a mixture has no second epoch; make the order longer, or the run "
+            "shorter (max_duration)"
+        )
 
 
 def _report_length(cfg: TrainConfig, state: TrainState, length: RunLength, total_size: int) -> None:

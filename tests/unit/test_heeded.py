@@ -12,6 +12,7 @@ from olmo.config import TrainConfig
 from olmo.corpus.listing import Entry, write_listing
 from olmo.corpus.order import order as order_command
 from olmo.data import order
+from olmo.pipeline.parts import order_flags
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.train import build_link_overrides
 
@@ -32,6 +33,7 @@ HEEDED: dict[str, tuple[Any, str]] = {
 REFUSED: dict[str, tuple[Any, str]] = {
     "data.custom_dataset": ({"name": "a.B"}, "only; remove it"),
     "data.order_path": ("order.npy", "only; remove it"),
+    "data.mixture": (True, "only; remove it"),
     "data.label_mask_paths": (["m.npy"], "only; remove it"),
     "fast_forward_batches": (2, "only; remove it"),
     "dry_run": (True, "only; remove it"),
@@ -132,7 +134,7 @@ def test_every_key_is_heeded_refused_or_harmless() -> None:
 @pytest.mark.parametrize("key", HEEDED)
 def test_what_is_heeded(key: str) -> None:
     value, flags = HEEDED[key]
-    assert plan(key, value).order_flags("r") == flags != plan().order_flags("r")
+    assert order_flags(plan(key, value), "r") == flags != order_flags(plan(), "r")
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -155,7 +157,7 @@ def test_what_a_run_without_a_data_set_may_not_have_either() -> None:
 
 def test_the_order_is_that_of_the_epoch_in_which_the_run_begins() -> None:
     write_listing(Path("000.tsv"), [Entry("a", "tokens", "tokens/a.npy", "0" * 64, 2 * 1024 * 600)])
-    words = shlex.split(plan("epoch", 2).order_flags("r"))
+    words = shlex.split(order_flags(plan("epoch", 2), "r"))
     flags = {k[2:].replace("-", "_"): v for k, v in zip(words[::2], words[1::2], strict=True)}
     numbers = {k: v if k == "dtype" else int(v) for k, v in flags.items()}
     order_command([Path("000.tsv")], Path("order"), **numbers)

@@ -13,6 +13,7 @@ from olmo.corpus.ingest import parse_sources
 from olmo.corpus.listing import Entry, write_listing
 from olmo.corpus.order import order
 from olmo.io import sealed
+from olmo.pipeline.parts import previous_link
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.workspace import describe_finished_runs
 
@@ -401,14 +402,14 @@ def test_a_further_attempt_asks_for_nodes_that_share_a_batch():
         return Plan({**plan.pipeline.asdict(), "runs": runs})
 
     plan = elastic(4)
-    assert plan.previous_link("big") == []
+    assert previous_link(plan, "big") == []
     assert [plan.scheduler_resource("big", "nodes", attempt) for attempt in (1, 2, 3)] == [8, 4, 4]
     assert plan.geometry_flags("big") == "--processes 8 --nodes 8 --min-nodes 4"
     said = r"runs.big.min_nodes: .* 8 on each, share global_train_batch_size=2048 evenly; found 6. "
     with pytest.raises(ValueError, match=said + "Valid, up to 8: 1, 2, 4, 8"):
-        elastic(6).previous_link("big")
+        previous_link(elastic(6), "big")
     with pytest.raises(ValueError, match=r"runs.big.nodes: .*found 7. .*, up to 7: 1, 2, 4"):
-        elastic(4, nodes=7).previous_link("big")
+        previous_link(elastic(4, nodes=7), "big")
 
 
 def test_a_soup_is_made_of_runs_and_evaluated_as_the_first():
