@@ -38,6 +38,7 @@ AMOUNTS = ("documents", "text_bytes", "tokens", "source_bytes", "documents_bytes
 CONFIDENCE = 0.95
 ONE_SOURCE_FACTOR = 2.0  # the range, assumed, where one source shows no spread
 ALL = "all"
+NUMBER = re.compile(r"([-_.]\d+-of)?([-_.]\d+)+$|\d+$")  # that ends a source's name
 NOTE = (
     "Ranges: 95 % t intervals over the sampled sources; of a group with one, a factor of "
     f"{ONE_SOURCE_FACTOR:g} is assumed. Only the beginning of a file is read: if its later part "
@@ -191,7 +192,7 @@ def group_names(sources: list[Source], max_sources: int) -> dict[str, list[Sourc
     """Sources by their names without the number at the end; all in one group if few are alike."""
     groups: dict[str, list[Source]] = defaultdict(list)
     for source in sources:
-        groups[re.sub(r"[-_.]*\d[-_.\d]*$", "", source.name) or ALL].append(source)
+        groups[NUMBER.sub("", source.name) or ALL].append(source)
     is_fine = 2 * len(groups) <= min(len(sources), max_sources)
     return dict(sorted(groups.items())) if is_fine else {ALL: sources}
 
