@@ -43,7 +43,7 @@ def beginning(
     url: str,
     head: Output,
     max_bytes: int = MAX_BYTES,
-    sha256: str | None = None,
+    sha256: Unhashed[str | None] = None,
     transfer: Unhashed[Transfer] = DIRECT,
 ) -> Facts:
     """Download the first `max_bytes` bytes of a source, and check them as far as they go.

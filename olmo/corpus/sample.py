@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import textwrap
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from math import sqrt
@@ -376,5 +377,5 @@ def format_sample(groups: list[dict[str, Any]], total: dict[str, Any]) -> str:
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    notes = [NOTE] + [NO_TOKENIZER] * (total["tokens"] is None)
+    notes = textwrap.wrap(NOTE, 100) + [NO_TOKENIZER] * (total["tokens"] is None)
     return "\n".join([*lines, *notes]) + "\n"

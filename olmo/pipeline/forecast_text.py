@@ -50,7 +50,7 @@ def format_row(row: Row, width: int, cores: int) -> str:
 
 def row_seconds(row: Row, cores: int) -> Range:
     """The time of a place's jobs, which run side by side, on so many cores."""
-    beside = min(cores, row.jobs)
+    beside = max(1, min(cores, row.jobs))
     start = row.jobs * JOB_SECONDS / beside
     return row.seconds / beside + Range(start, start, start)
 
