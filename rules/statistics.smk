@@ -35,4 +35,4 @@ rule sample:
     params:
         recipe=lambda w: sampling.sample_flags(plan, w.dataset),
     shell:
-        "olmo sample {params.recipe} --estimates {output.estimates:q} --text {output.text:q} --log {log:q}"
+        "olmo sample --estimates {output.estimates:q} --text {output.text:q} {params.recipe} --log {log:q}"

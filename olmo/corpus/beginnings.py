@@ -1,41 +1,23 @@
-"""Beginnings of sources: fetched, and measured, for an estimate of the whole (olmo.corpus.sample).
-
-What a beginning has is found by the stages' own code: `converted` and `documents`.
-"""
+"""Beginnings of sources: fetched, checked and decompressed as far as they go."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import BinaryIO, cast
 from urllib.parse import urlparse
 
-from olmo.corpus.documents import REASONS, DocumentsSection, documents, parse_document
 from olmo.corpus.formats import (
-    RowsSection,
-    converted,
-    needs_conversion,
     open_decompressed,
-    split_suffixes,
 )
 from olmo.corpus.sources import DIRECT, Transfer, check_against_table, wrong_size
 from olmo.io import file_types, gz
 from olmo.io.beginnings import fetch_beginning
-from olmo.runtime.log import log
 from olmo.runtime.urls import stash_secrets
 from olmo.store.stage import Facts, Output, Unhashed, stage
 
 MAX_BYTES = 2 << 20  # that are read of a source
 MAX_TEXT_BYTES = 1 << 30  # that a beginning may expand to
 SMALL_BLOCK_BYTES = 1 << 12  # at the end of a cut zstd stream the last block is lost
-TOKENIZED_BYTES = 1 << 20  # of a beginning's text
-Count = Callable[[list[str]], int]  # texts → their tokens, without those that end documents
-Measured = dict[
-    str, float
-]  # an amount's name → how much of it the whole source is expected to give
 
 
 @stage(version=1)
@@ -133,141 +115,3 @@ def read_cut(head: Path, name: str) -> Iterator[bytes]:
             yield start
             while block := file.read(gz.BLOCK_BYTES):
                 yield block
-
-
-def write_whole_rows(head: Path, name: str, is_whole: bool, rows: RowsSection, cut: Path) -> float:
-    """Write a beginning's complete rows, decompressed; the share of its text that they are.
-
-    Raises:
-        ValueError: it is damaged, or has no complete row.
-    """
-    kind, size, end, quotes = split_suffixes(name)[0], 0, 0, 0
-    with open(cut, "wb") as file:
-        for block in read_decompressed(head, name, is_whole):
-            file.write(block)
-            size += len(block)
-    if is_whole:
-        return 1.0
-    with open(cut, "rb+") as file:
-        if rows.takes_whole_files(name):
-            file.seek(max(0, size - 4))
-            last = file.read()
-            end = size - len(last) + len(last.decode(errors="ignore").encode())
-        else:
-            at = 0
-            for line in cast(BinaryIO, file):
-                at += len(line)
-                quotes += line.count(b'"') if kind in (".csv", ".tsv") else 0
-                if line.endswith(b"\n") and quotes % 2 == 0:  # not within a quoted field
-                    end = at
-        if end == 0:
-            raise ValueError(
-                f"{name}: expected a complete row in its first {head.stat().st_size:,} bytes, "
-                "found none: it cannot be sampled; `olmo plan` without a sample takes fixed rates"
-            )
-        file.truncate(end)
-    return end / size
-
-
-def measure(
-    head: Path,
-    name: str,
-    size: int,
-    files: int,
-    weight: float,
-    rows: RowsSection,
-    config: DocumentsSection,
-    count_tokens: Count | None,
-) -> Measured:
-    """What a source is expected to give, by its beginning: exactly, if that is all of it.
-
-    documents, text_bytes (UTF-8) and tokens are those of training documents; source_bytes is what
-    the stage `documents` reads, documents_bytes what it writes for training. `lines` were read.
-
-    Args:
-        size: bytes of the source.
-        files: text files that the source is made of.
-        weight: how often the recipe takes the source's documents.
-
-    Raises:
-        ValueError: the beginning is damaged, or has no document's row.
-    """
-    import polars
-
-    read = head.stat().st_size
-    is_whole = read == size
-    everything = replace(config, keep_one_in=1, offset=0, heldout_share=0.0, allow=list(REASONS))
-    with TemporaryDirectory() as folder:
-        cut, source, kept, heldout, table = (Path(folder, part) for part in "csdht")
-        share = write_whole_rows(head, name, is_whole, rows, cut)
-        if needs_conversion(name, rows):
-            converted.build(files=[cut], source=source, names=[name], rows=rows)
-            source_bytes = source.stat().st_size
-        else:
-            with open(cut, "rb") as text, gz.writing(source) as lines:
-                lines.writelines(text)
-            source_bytes = round(read * share)
-        made = documents.build(
-            source=source,
-            documents=kept,
-            heldout=heldout,
-            table=table,
-            name=name,
-            config=config if is_whole else everything,
-            weight=weight if is_whole else 1.0,
-        )
-        train = polars.read_parquet(table).filter(split="train")
-        found = {
-            "documents": made["documents"],
-            "text_bytes": int(train["bytes"].sum()),
-            "documents_bytes": kept.stat().st_size,
-        }
-        if count_tokens is not None:
-            per_byte = tokens_per_byte(kept, count_tokens)
-            found["tokens"] = found["text_bytes"] * per_byte + found["documents"]
-    if is_whole:
-        return {**found, "source_bytes": source_bytes, "lines": made["lines"]}
-    scale = size / (read * share)
-    if forbidden := sorted(set(made["drops"]) - set(config.allow)):
-        log.warning(
-            f"{name}: of its first {made['lines']:,} lines, some are no documents, for reasons "
-            f"that the recipe does not allow: {', '.join(forbidden)}; the stage documents will fail"
-        )
-    taken = scale * weight * (1 - config.heldout_share) / config.keep_one_in
-    measured = {amount: number * taken for amount, number in found.items()}
-    # A cut falls into a long row more often than into a short one: by the bytes of complete rows
-    # alone there would be too many.
-    measured["documents"] *= share
-    if rows.takes_whole_files(name):
-        measured["documents"] = found["documents"] * files * taken / scale
-    return {**measured, "source_bytes": source_bytes * scale, "lines": made["lines"]}
-
-
-def tokens_per_byte(path: Path, count_tokens: Count) -> float:
-    """Tokens of a byte of text, by the first documents of a file."""
-    texts, size = [], 0
-    with gz.reading(path) as lines:
-        for line in lines:
-            _, text, _ = parse_document(line)
-            texts.append((text or "").strip())
-            size += len((text or "").encode())
-            if size >= TOKENIZED_BYTES:
-                break
-    return count_tokens(texts) / size if size else 0.0
-
-
-@cache
-def open_tokenizer(path: Path) -> Count:
-    """The counting function of a tokenizer.json."""
-    import tokenizers
-
-    try:
-        model = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # its own have no class
-        raise ValueError(f"{path}: expected a tokenizer.json, found: {error}") from error
-    model.no_truncation()
-
-    def count(texts: list[str]) -> int:
-        return sum(len(found) for found in model.encode_batch_fast(texts, add_special_tokens=False))
-
-    return count

@@ -1,88 +1,34 @@
 """What a data set will have, expected from the beginnings of some of its sources.
 
 Sources are grouped by the beginnings of their names. Of each group, some sources spread evenly are
-read, each from its beginning, and scaled up to all bytes of the group. The range is the 95 % t
-interval of a ratio estimate over sources (Cochran, Sampling Techniques, 1977, chapter 6): what the
-spread between sources explains. It does not cover a file whose later part differs from its
-beginning, nor what deduplication and filters take away.
+read, each from its beginning (olmo.corpus.estimates says what follows from them).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import textwrap
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
-from math import sqrt
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from olmo.config.strict import hashed_fields
 from olmo.corpus import source_table
-from olmo.corpus.beginnings import MAX_BYTES, Measured, beginning, measure, open_tokenizer
+from olmo.corpus.beginnings import MAX_BYTES, beginning
 from olmo.corpus.documents import EVERY_LINE, DocumentsSection
-from olmo.corpus.formats import EVERY_ROW, RowsSection, split_suffixes
+from olmo.corpus.estimates import Group, sample
+from olmo.corpus.formats import split_suffixes
 from olmo.corpus.ingest import ingest_files, transfer
 from olmo.corpus.listing import Entry
 from olmo.corpus.source_table import Source
 from olmo.corpus.sources import SourcesSection
 from olmo.io import http_client
 from olmo.io.downloads import Progress
-from olmo.runtime.log import format_bytes, format_count, log
-from olmo.store.stage import Facts, Input, Inputs, Output, stage
+from olmo.runtime.log import log
 
 MAX_SOURCES = 128  # that are read; with MAX_BYTES of each, 256 MiB
-AMOUNTS = ("documents", "text_bytes", "tokens", "source_bytes", "documents_bytes")
-CONFIDENCE = 0.95
-ONE_SOURCE_FACTOR = 2.0  # the range, assumed, where one source shows no spread
 ALL = "all"
 NUMBER = re.compile(r"([-_.]\d+-of)?([-_.]\d+)+$|\d+$")  # that ends a source's name
-NOTE = (
-    "Ranges: 95 % t intervals over the sampled sources; of a group with one, a factor of "
-    f"{ONE_SOURCE_FACTOR:g} is assumed. Only the beginning of a file is read: if its later part "
-    "differs, the truth may be outside. Documents are counted before deduplication and filters."
-)
-NO_TOKENIZER = "Tokens: no tokenizer is here yet, so `olmo plan` takes a fixed rate."
-
-
-@dataclass(frozen=True)
-class Group:
-    """Sources whose names begin alike, in all."""
-
-    name: str
-    sources: int
-    bytes: int
-    taken_bytes: float  # each source's times its weight in the recipe
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A source whose beginning is measured."""
-
-    name: str  # of the file, with the suffix
-    group: str
-    bytes: int
-    weight: float = 1.0
-    files: int = 1  # text files that it is made of
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """An amount: likely between `low` and `high`."""
-
-    low: float
-    expected: float
-    high: float
-
-    def __add__(self, other: Estimate) -> Estimate:
-        """The sum of two that are independent: the widths add as standard errors do."""
-        expected = self.expected + other.expected
-        below = sqrt((self.expected - self.low) ** 2 + (other.expected - other.low) ** 2)
-        above = sqrt((self.high - self.expected) ** 2 + (other.high - other.expected) ** 2)
-        return Estimate(max(0.0, expected - below), expected, expected + above)
 
 
 def batch(
@@ -264,118 +210,3 @@ def sum_group(
     known = [source for source in members if source.name in sizes]
     taken = sum(sizes[source.name] * config.find_weight(source.name) for source in known)
     return Group(name, len(known), sum(sizes[source.name] for source in known), taken)
-
-
-@stage(version=1)
-def sample(
-    heads: Inputs,
-    estimates: Output,
-    text: Output,
-    sampled: list[dict[str, Any]],
-    groups: list[dict[str, Any]],
-    tokenizer: Input | None = None,
-    rows: RowsSection = EVERY_ROW,
-    config: DocumentsSection = EVERY_LINE,
-) -> Facts:
-    """Measure beginnings, and estimate what the groups of sources and all of them will have.
-
-    `estimates` (JSON): `groups` and `total`, each with sources, sampled, bytes, read (bytes) and
-    low, expected, high of each of AMOUNTS (tokens: null without a tokenizer); and the recipe's
-    section on documents. `text` is a table of it.
-
-    Args:
-        heads: the beginnings of the sources in `sampled`.
-        sampled: fields of Sampled.
-        groups: fields of Group.
-    """
-    count_tokens = open_tokenizer(tokenizer) if tokenizer else None
-    measured: dict[str, list[tuple[Sampled, Measured, int]]] = defaultdict(list)
-    for number, (head, fields) in enumerate(zip(heads, sampled, strict=True)):
-        log.debug(f"{number} of {len(heads)} sources")
-        one = Sampled(**fields)
-        size, files = one.bytes, one.files
-        found = measure(head, one.name, size, files, one.weight, rows, config, count_tokens)
-        measured[one.group].append((one, found, head.stat().st_size))
-    made = []
-    for group in (Group(**fields) for fields in groups):
-        if not (known := measured[group.name]):
-            raise ValueError(
-                f"{group.name}: expected a source that can be read, found none of "
-                f"{group.sources:,}; correct their URLs, or remove them from the sources"
-            )
-        read = sum(size for _, _, size in known)
-        row: dict[str, Any] = {"group": group.name, "sources": group.sources}
-        row |= {"sampled": len(known), "bytes": group.bytes, "read": read}
-        for amount in AMOUNTS:
-            row[amount] = None
-            if all(amount in found for _, found, _ in known):
-                pairs = [(found[amount], weigh(one, amount)) for one, found, _ in known]
-                total = group.bytes if amount == "source_bytes" else group.taken_bytes
-                row[amount] = asdict(estimate(pairs, total, read / group.bytes))
-        made.append(row)
-    total_row: dict[str, Any] = {"group": "in all"}
-    for key in ("sources", "sampled", "bytes", "read"):
-        total_row[key] = sum(row[key] for row in made)
-    for amount in AMOUNTS:
-        parts = [Estimate(**row[amount]) for row in made if row[amount]]
-        total_row[amount] = asdict(sum(parts[1:], parts[0])) if parts else None
-    content = {"groups": made, "total": total_row, "documents": hashed_fields(config)}
-    estimates.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    text.write_text(format_sample(made, total_row), encoding="utf-8")
-    return {key: total_row[key] for key in ("sources", "sampled", "bytes", "read")}
-
-
-def weigh(one: Sampled, amount: str) -> float:
-    """The bytes that an amount of a source is in proportion to."""
-    return one.bytes * (1.0 if amount == "source_bytes" else one.weight)
-
-
-def estimate(pairs: list[tuple[float, float]], total: float, share_read: float) -> Estimate:
-    """An amount of a group by (amount, bytes) of some of its sources, in proportion to bytes.
-
-    Args:
-        total: bytes of the whole group.
-        share_read: the share of these that was read. Of what was read, nothing is uncertain.
-    """
-    from scipy.stats import t
-
-    count, size = len(pairs), sum(size for _, size in pairs)
-    rate = sum(amount for amount, _ in pairs) / size
-    expected = rate * total
-    if share_read >= 1:
-        return Estimate(expected, expected, expected)
-    if count == 1:
-        return Estimate(expected / ONE_SOURCE_FACTOR, expected, expected * ONE_SOURCE_FACTOR)
-    residuals = [amount - rate * size for amount, size in pairs]
-    variance = sum(residual**2 for residual in residuals) / (count - 1) * (1 - share_read)
-    error = sqrt(variance / count) / (size / count) * total
-    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
-    return Estimate(max(0.0, expected - half), expected, expected + half)
-
-
-def format_sample(groups: list[dict[str, Any]], total: dict[str, Any]) -> str:
-    """The estimates as an aligned table, and what they mean."""
-
-    def cell(found: dict[str, float] | None, form: Any) -> str:
-        if found is None:
-            return "?"
-        low, expected, high = (form(int(found[key])) for key in ("low", "expected", "high"))
-        return expected if low == high else f"{expected} ({low} to {high})"
-
-    rows = [["group", "sources", "read", "size", "documents", "text", "tokens"]]
-    for row in [*groups, total] if len(groups) > 1 else [total]:
-        rows.append(
-            [
-                row["group"],
-                f"{row['sampled']:,} of {row['sources']:,}",
-                format_bytes(row["read"]),
-                format_bytes(row["bytes"]),
-                cell(row["documents"], format_count),
-                cell(row["text_bytes"], format_bytes),
-                cell(row["tokens"], format_count),
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    notes = textwrap.wrap(NOTE, 100) + [NO_TOKENIZER] * (total["tokens"] is None)
-    return "\n".join([*lines, *notes]) + "\n"

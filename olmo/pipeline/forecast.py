@@ -7,12 +7,9 @@ prediction of its size (olmo.pipeline.rates), and the next job reads both.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -23,9 +20,8 @@ from typing import Any
 
 from olmo.cluster.launch import Geometry
 from olmo.commands import bind, load_command
-from olmo.config import TrainConfig, read_project_config, require_project
+from olmo.config import TrainConfig
 from olmo.config.strict import hashed_fields
-from olmo.pipeline.forecast_text import format_forecast
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.rates import (
     DOWNLOADS,
@@ -40,7 +36,6 @@ from olmo.pipeline.rates import (
 from olmo.pipeline.sampling import Sample, why_no_sample
 from olmo.report.runs import last_metrics
 from olmo.runtime.log import log
-from olmo.runtime.process import JOBS_ENV
 from olmo.store import naming
 from olmo.store.action import Action
 from olmo.store.lineage import diff_actions
@@ -99,45 +94,6 @@ class Row:
     @property
     def runs(self) -> int:
         return self.states[NEW] + self.states[REBUILT]
-
-
-def plan(targets: list[str], /, jobs: Path | None = None) -> None:
-    """Say what a target needs: what the store has, what will run and why, its size, time and cost.
-
-    Nothing is run.
-
-    Args:
-        targets: paths, as given to snakemake
-        jobs: file of the jobs that a dry run of snakemake found
-
-    Example: olmo plan checkpoints/olmo-tiny/final
-    """
-    found = read_jobs(jobs) if jobs else list_jobs(targets)
-    if not found["jobs"]:
-        print("nothing to be done: every file is there and up to date")
-        return
-    project = Plan(read_project_config())
-    forecast = Forecast(project, [Job(**job) for job in found["jobs"]], int(found["cores"]))
-    print(format_forecast(forecast))
-
-
-def list_jobs(targets: list[str]) -> Any:
-    """The jobs that snakemake would run for some targets, by a dry run."""
-    require_project()
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder, "jobs.json")
-        command = [sys.executable, "-m", "snakemake", "-n", *targets]
-        environment = {**os.environ, JOBS_ENV: str(place)}
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        if not place.exists():
-            raise ValueError(done.stdout.strip().splitlines()[-1])
-        return read_jobs(place)
-
-
-def read_jobs(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 class Forecast:

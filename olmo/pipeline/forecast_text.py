@@ -1,25 +1,69 @@
-"""The text of a plan: a line a place, then the sums."""
+"""`olmo plan`: the jobs of a target by a dry run, and their forecast as text."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from olmo.pipeline.plan import LARGE_DOWNLOAD
+from olmo.config import read_project_config, require_project
+from olmo.pipeline.forecast import Forecast, Job, Row
+from olmo.pipeline.plan import LARGE_DOWNLOAD, Plan
 from olmo.pipeline.rates import Range
 from olmo.runtime.log import format_bytes, format_count
+from olmo.runtime.process import JOBS_ENV
 from olmo.store.lookup import FOUND
-
-if TYPE_CHECKING:
-    from olmo.pipeline.forecast import Forecast, Row
 
 NOTHING = Range()
 JOB_SECONDS = 1.5  # of a job's process, on a core, besides its work
 START_SECONDS = 5.0  # of snakemake
 UNITS = (("years", 365.25 * 86400), ("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
+
+
+def plan(targets: list[str], /, jobs: Path | None = None) -> None:
+    """Say what a target needs: what the store has, what will run and why, its size, time and cost.
+
+    Nothing is run.
+
+    Args:
+        targets: paths, as given to snakemake
+        jobs: file of the jobs that a dry run of snakemake found
+
+    Example: olmo plan checkpoints/olmo-tiny/final
+    """
+    found = read_jobs(jobs) if jobs else list_jobs(targets)
+    if not found["jobs"]:
+        print("nothing to be done: every file is there and up to date")
+        return
+    project = Plan(read_project_config())
+    forecast = Forecast(project, [Job(**job) for job in found["jobs"]], int(found["cores"]))
+    print(format_forecast(forecast))
+
+
+def list_jobs(targets: list[str]) -> Any:
+    """The jobs that snakemake would run for some targets, by a dry run."""
+    require_project()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "jobs.json")
+        command = [sys.executable, "-m", "snakemake", "-n", *targets]
+        environment = {**os.environ, JOBS_ENV: str(place)}
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if not place.exists():
+            raise ValueError(done.stdout.strip().splitlines()[-1])
+        return read_jobs(place)
+
+
+def read_jobs(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def format_forecast(forecast: Forecast) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from olmo.config import ModelConfig, TrainConfig
-from olmo.pipeline.forecast import Forecast, Job, format_forecast
+from olmo.pipeline.forecast import Forecast, Job
+from olmo.pipeline.forecast_text import format_forecast
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.rates import History, Range, Rates, count_parameters, trained_tokens
 from olmo.store.action import Action

@@ -12,10 +12,11 @@ import pyarrow
 import pytest
 from servers import ScriptedServer, s3_server
 
-from olmo.corpus.beginnings import MAX_BYTES, beginning, open_tokenizer
+from olmo.corpus.beginnings import MAX_BYTES, beginning
 from olmo.corpus.documents import DocumentsSection, documents
+from olmo.corpus.estimates import estimate, open_tokenizer
 from olmo.corpus.formats import converted
-from olmo.corpus.sample import batch, choose, estimate, group_names
+from olmo.corpus.sample import batch, choose, group_names
 from olmo.corpus.source_table import Source
 from olmo.corpus.sources import SourcesSection, Transfer
 from olmo.corpus.tokenizer import trained_tokenizer
