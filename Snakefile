@@ -13,7 +13,7 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 from olmo.cluster.slurm_plugin import patch_plugin
-from olmo.pipeline import parts, screen, workspace
+from olmo.pipeline import parts, sampling, screen, workspace
 from olmo.pipeline.damage import DamageScanner
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.targets import match_any

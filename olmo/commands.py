@@ -27,7 +27,7 @@ USER_COMMANDS = {
     "from text to a run": {
         "new": "olmo.pipeline.new:new",
         "check": "olmo.pipeline.check:check",
-        "plan": "olmo.pipeline.forecast:plan",
+        "plan": "olmo.pipeline.forecast_text:plan",
     },
     "runs": {
         "runs": "olmo.report.runs:runs",

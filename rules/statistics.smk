@@ -20,3 +20,19 @@ rule statistics:
     shell:
         "olmo statistics --documents {input.documents:q} --tokens {input.tokens:q}"
         " --summary {output.summary:q} --text {output.text:q} --log {log:q}"
+
+
+rule sample:
+    """Expected documents and tokens, by the beginnings of some sources: data/<dataset>/sample.txt."""
+    input:
+        lambda w: sampling.sample_inputs(plan, w.dataset),
+        lambda w: sampling.given_tokenizer(plan, w.dataset),
+    output:
+        estimates="data/{dataset}/sample.json",
+        text="data/{dataset}/sample.txt",
+    log:
+        "logs/sample/{dataset}.log",
+    params:
+        recipe=lambda w: sampling.sample_flags(plan, w.dataset),
+    shell:
+        "olmo sample --estimates {output.estimates:q} --text {output.text:q} {params.recipe} --log {log:q}"

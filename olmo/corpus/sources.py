@@ -56,6 +56,11 @@ class SourcesSection(RowsSection):
     def rows(self) -> RowsSection:
         return RowsSection(self.text_field, self.id_field, self.one_document_per)
 
+    def mirrors_of(self, place: str) -> tuple[str, ...]:
+        """The other places of a file."""
+        pairs = (mirror.split("=") for mirror in self.mirrors)
+        return tuple(b + place.removeprefix(a) for a, b in pairs if place.startswith(a))
+
 
 @stage(version=1)
 def source_list(url: str, table: Output, licence: str = "") -> Facts:

@@ -122,6 +122,11 @@ class Bucket:
         with self._explain_errors(name):
             return self._fs.cat_file(f"{self._root}/{name}")
 
+    def read_beginning(self, name: str, count: int) -> bytes:
+        """The first `count` bytes of a file, or all if it has fewer. Raises NotFound."""
+        with self._explain_errors(name):
+            return self._fs.cat_file(f"{self._root}/{name}", start=0, end=count)
+
     def remove(self, name: str) -> None:
         with self._explain_errors(name):
             self._fs.rm_file(f"{self._root}/{name}")

@@ -25,6 +25,7 @@ from olmo.runtime.urls import check_no_secrets, redact, stash_secrets
 
 if TYPE_CHECKING:
     import requests
+    from tenacity import RetryCallState, Retrying
 
 BLOCK_BYTES = 1 << 20
 MAX_FRUITLESS_ATTEMPTS = 6  # attempts in a row without a new byte
@@ -147,6 +148,23 @@ def fetch_by_client(url: str, part: Path, max_bytes: int | None = None) -> Path:
     return Path(cached_path(url, cache_dir=part / "cached-path"))
 
 
+def make_retry(give_up: Callable[[RetryCallState], bool]) -> Retrying:
+    """Calls a function again after a TransientError, with growing waits, until `give_up`."""
+    from tenacity import Retrying, retry_if_exception_type
+    from tenacity.wait import wait_exponential_jitter
+
+    backoff = wait_exponential_jitter(multiplier=0.2, max=30, jitter=0.2)
+
+    def wait(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        wait_s = error.wait_s if isinstance(error, TransientError) else None
+        return backoff(state) if wait_s is None else min(wait_s, MAX_WAIT_S)
+
+    return Retrying(
+        retry=retry_if_exception_type(TransientError), stop=give_up, wait=wait, reraise=True
+    )
+
+
 class Download:
     """One resumable http download.
 
@@ -178,8 +196,6 @@ class Download:
     def run(self, path: Path) -> dict[str, Any]:
         """Retry until the file is complete, then move it to `path`."""
         import requests
-        from tenacity import RetryCallState, Retrying, retry_if_exception_type
-        from tenacity.wait import wait_exponential_jitter
 
         largest, fruitless = self.size, 0
 
@@ -189,15 +205,7 @@ class Download:
             largest = max(largest, self.size)
             return fruitless >= MAX_FRUITLESS_ATTEMPTS
 
-        def wait(state: RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            wait_s = error.wait_s if isinstance(error, TransientError) else None
-            return backoff(state) if wait_s is None else min(wait_s, MAX_WAIT_S)
-
-        backoff = wait_exponential_jitter(multiplier=0.2, max=30, jitter=0.2)
-        retry = Retrying(
-            retry=retry_if_exception_type(TransientError), stop=give_up, wait=wait, reraise=True
-        )
+        retry = make_retry(give_up)
         with requests.Session() as session:
             try:
                 retry(self.attempt, session)

@@ -72,6 +72,31 @@ def reading(
         ) from error
 
 
+def read_beginning(path: Path, name: str) -> Iterator[bytes]:
+    """The decompressed bytes of the first bytes of a gz file, as far as they go.
+
+    Not by `reading`, which loses the last block of a file without an end.
+
+    Raises:
+        ValueError: these bytes are not gzip.
+    """
+    check_is_gzip(path, name)
+    member, is_new = zlib.decompressobj(wbits=31), True
+    with open(path, "rb") as file:
+        while block := file.read(1 << 14):
+            while block := block.lstrip(b"\0") if is_new else block:  # zeros between members
+                try:
+                    yield member.decompress(block)
+                except zlib.error as error:
+                    raise ValueError(
+                        f"{name}: corrupt: expected a gzip stream, found: {error}. Download the "
+                        "file again."
+                    ) from error
+                block, is_new = member.unused_data, member.eof
+                if is_new:
+                    member = zlib.decompressobj(wbits=31)
+
+
 class CutLines(io.RawIOBase):
     """A stream that cuts lines after more than `longest` bytes."""
 

@@ -7,16 +7,12 @@ prediction of its size (olmo.pipeline.rates), and the next job reads both.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
-import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +20,9 @@ from typing import Any
 
 from olmo.cluster.launch import Geometry
 from olmo.commands import bind, load_command
-from olmo.config import TrainConfig, read_project_config, require_project
+from olmo.config import TrainConfig
 from olmo.config.strict import hashed_fields
-from olmo.pipeline.plan import LARGE_DOWNLOAD, Plan
+from olmo.pipeline.plan import Plan
 from olmo.pipeline.rates import (
     DOWNLOADS,
     TRAINING,
@@ -37,24 +33,23 @@ from olmo.pipeline.rates import (
     main_bytes,
     trained_tokens,
 )
+from olmo.pipeline.sampling import Sample, why_no_sample
 from olmo.report.runs import last_metrics
-from olmo.runtime.log import format_bytes, format_count, log
-from olmo.runtime.process import JOBS_ENV
+from olmo.runtime.log import log
 from olmo.store import naming
 from olmo.store.action import Action
 from olmo.store.lineage import diff_actions
-from olmo.store.lookup import FOUND, NEW, REBUILT, Lookup, LookupStore
+from olmo.store.lookup import FOUND, NEW, REBUILT, Lookup, LookupStore, Prediction
 from olmo.store.record import output_files
 from olmo.store.stage import looking_up
 from olmo.store.store import Store
 
 # Rules whose commands are no stages: they are not called for a plan.
 NOT_STAGES = ("environment", "bench_tps", "bench_loss", "eval", "quality_page")
-NO_TIME = Range()
+NOTHING = Range()
+# Stages whose outputs a sample tells → the amount that has their range.
+SAMPLED = {"converted": "source_bytes", "documents": "documents_bytes", "tokens": "tokens"}
 BYTES_PER_TOKEN = 2  # of uint16, which all but the largest vocabularies have
-JOB_SECONDS = 1.5  # of a job's process, on a core, besides its work
-START_SECONDS = 5.0  # of snakemake
-UNITS = (("years", 365.25 * 86400), ("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
 
 @dataclass(frozen=True)
@@ -86,58 +81,19 @@ class Row:
     jobs: int = 0
     states: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
-    written: int = 0  # bytes
+    written: Range = NOTHING  # bytes
     downloaded: int = 0
     attempt: int = 0  # bytes of checkpoints while it is trained
-    documents: int = 0
-    tokens: int = 0  # that are made
+    documents: Range = NOTHING
+    tokens: Range = NOTHING  # that are made
     trained_tokens: int = 0
-    seconds: Range = NO_TIME
+    seconds: Range = NOTHING
     is_time_known: bool = True
     gpus: int = 0
 
     @property
     def runs(self) -> int:
         return self.states[NEW] + self.states[REBUILT]
-
-
-def plan(targets: list[str], /, jobs: Path | None = None) -> None:
-    """Say what a target needs: what the store has, what will run and why, its size, time and cost.
-
-    Nothing is run.
-
-    Args:
-        targets: paths, as given to snakemake
-        jobs: file of the jobs that a dry run of snakemake found
-
-    Example: olmo plan checkpoints/olmo-tiny/final
-    """
-    found = read_jobs(jobs) if jobs else list_jobs(targets)
-    if not found["jobs"]:
-        print("nothing to be done: every file is there and up to date")
-        return
-    project = Plan(read_project_config())
-    forecast = Forecast(project, [Job(**job) for job in found["jobs"]], int(found["cores"]))
-    print(format_forecast(forecast))
-
-
-def list_jobs(targets: list[str]) -> Any:
-    """The jobs that snakemake would run for some targets, by a dry run."""
-    require_project()
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder, "jobs.json")
-        command = [sys.executable, "-m", "snakemake", "-n", *targets]
-        environment = {**os.environ, JOBS_ENV: str(place)}
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        if not place.exists():
-            raise ValueError(done.stdout.strip().splitlines()[-1])
-        return read_jobs(place)
-
-
-def read_jobs(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 class Forecast:
@@ -158,8 +114,10 @@ class Forecast:
             (root / "store").mkdir()
             # It reads records, too: the real store would put a damaged one into quarantine.
             self._lookups = LookupStore(
-                self.store, root / "store", lambda *call: self.rates.predict(*call)
+                self.store, root / "store", lambda *call: self._predict(*call)
             )
+            self._samples: dict[str, Sample | None] = {}  # data set → what was found
+            self._dataset = ""  # of the job that is looked at
             self.rates = Rates(self._lookups)
             self._project = root / "project"
             self._moved: dict[str, str] = {}  # path → where it is for the plan
@@ -171,6 +129,8 @@ class Forecast:
         """Call a job's command on the lookup store, and count what its stages were asked."""
         row = self.rows.setdefault(job.place, Row(job.place))
         row.jobs += 1
+        parts = Path(job.place).parts
+        self._dataset = parts[1] if parts[0] == "data" and len(parts) > 1 else ""
         if not job.command:
             self._count_unknown(job, row, "after the list of its files")
             return
@@ -210,6 +170,52 @@ class Forecast:
             log.setLevel(level)
         return True
 
+    @property
+    def sample(self) -> Sample | None:
+        """The sample of the data set that is looked at."""
+        if self._dataset and self._dataset not in self._samples:
+            self._samples[self._dataset] = Sample.find(self.project, self._dataset)
+        return self._samples.get(self._dataset)
+
+    def _predict(
+        self,
+        action: Action,
+        names: Mapping[str, Path],
+        arguments: Mapping[str, Any],
+        size_of: Callable[[str], int],
+    ) -> Prediction:
+        """The sizes of an action's outputs: by the data set's sample, else by fixed rates."""
+        found = self.rates.predict(action, names, arguments, size_of)
+        if (sample := self.sample) is None or action.stage not in SAMPLED:
+            return found
+        read = main_bytes(action, size_of)
+        share = self.project.recipe(self._dataset).documents.heldout_share
+        sizes = {
+            name: int(size) for name, size in sample.outputs(action.stage, read, share).items()
+        }
+        documents = int(sample.documents(read)) if action.stage == "documents" else 0
+        facts = {"documents": documents} if documents else found.facts
+        return Prediction({**found.outputs, **sizes}, facts)
+
+    def _range(self, amount: str, number: float) -> Range:
+        """A predicted number, with its range by the sample of the data set."""
+        low, high = self.sample.spread(amount) if self.sample else (1.0, 1.0)
+        return Range(number * low, number, number * high)
+
+    def datasets_without_sample(self) -> list[str]:
+        """Data sets of which sources are missing, and a sample could be made."""
+        places = [Path(row.place) for row in self.rows.values() if row.runs]
+        found = {p.parts[1]: None for p in places if p.match("data/*/sources")}
+        found |= {p.parts[1]: None for p in places if p.match("data/*/sources.tsv")}
+        asked = {p.parts[1] for p in places if p.match("data/*/sample.json")}
+        return [
+            dataset
+            for dataset in found
+            if dataset not in asked
+            and why_no_sample(self.project, dataset) is None
+            and Sample.find(self.project, dataset) is None
+        ]
+
     def _copy_for_plan(self, table: str) -> None:
         place = self._project / table
         if table not in self._moved and Path(table).exists():
@@ -225,12 +231,14 @@ class Forecast:
         read = main_bytes(action, size_of)
         written = sum(file["size"] for file in output_files(call.record))
         row.reasons[self._reason(call)] += 1
-        row.written += written
+        amount = SAMPLED.get(action.stage)
+        row.written += self._range(amount, written) if amount else Range.exactly(written)
         row.downloaded += written if action.stage in DOWNLOADS else 0
         if action.stage == "documents":
-            row.documents += call.record["facts"].get("documents", 0)
+            row.documents += self._range("documents", call.record["facts"].get("documents", 0))
         elif action.stage == "tokens":
-            row.tokens += call.record["outputs"]["tokens"]["size"] // BYTES_PER_TOKEN
+            tokens = call.record["outputs"]["tokens"]["size"] // BYTES_PER_TOKEN
+            row.tokens += self._range("tokens", tokens)
         if action.stage == TRAINING:
             cfg, geometry = call.arguments["cfg"], call.arguments["geometry"]
             attempt = self.store.root / "work" / action.key / "attempt"
@@ -277,8 +285,8 @@ class Forecast:
         run = Path(row.place).parts[1]
         tokens = self.rows.get(f"data/{self.project.dataset(run)}/tokens", row)
         cfg, geometry = self.project.train_config(run), self.project.run(run).geometry
-        self._count_training(cfg, geometry, tokens.written, row)
-        row.written += sum(checkpoint_files(cfg).values())
+        self._count_training(cfg, geometry, int(tokens.written.middle), row)
+        row.written += Range.exactly(sum(checkpoint_files(cfg).values()))
 
     def _count_listed(self, dataset: str) -> None:
         """The rows of a data set whose list is not here yet, by the size that its recipe gives."""
@@ -300,11 +308,12 @@ class Forecast:
             names = {name: Path(name) for name in (stage, "table", "index")}
             sizes = self.rates.predict(action, names, {}, {"all": read}.__getitem__).outputs
             written = {name: size for name, size in sizes.items() if isinstance(size, int)}
-            row.written = sum(written.values()) if stage != "download" else read
+            made = sum(written.values()) if stage != "download" else read
+            row.written = Range.exactly(made)
             row.downloaded = read if stage == "download" else 0
-            self._add_time(row, self.rates.seconds(action, read, row.written))
+            self._add_time(row, self.rates.seconds(action, read, made))
             row.jobs = self.cores
-            row.tokens = written.get("tokens", 0) // BYTES_PER_TOKEN
+            row.tokens = Range.exactly(written.get("tokens", 0) // BYTES_PER_TOKEN)
             read = written.get("documents", read)
 
 
@@ -324,114 +333,3 @@ def shorten_changes(changed: list[str]) -> str:
         if not name.startswith("inputs.")
     ]
     return "; ".join(others) or "other " + ", ".join(inputs)
-
-
-def format_forecast(forecast: Forecast) -> str:
-    """A plan as text: a line a place, then the sums."""
-    rows, cores = list(forecast.rows.values()), forecast.cores
-    lines = []
-    if found := [row for row in rows if row.states[FOUND] and not row.runs]:
-        count = sum(row.states[FOUND] for row in found)
-        lines += [f"found in the store: {count}", *wrap(row.place for row in found)]
-    if running := [row for row in rows if row.runs]:
-        lines.append(f"will run: {sum(row.runs for row in running)}")
-        width = max(len(row.place) for row in running)
-        lines += [format_row(row, width, cores) for row in running]
-    if not running:
-        return "\n".join([*lines, "nothing has to be computed"])
-    return "\n".join(lines + format_sums(forecast, running))
-
-
-def format_row(row: Row, width: int, cores: int) -> str:
-    """One place: how many of its stages' calls run, why, and how long."""
-    total = sum(row.states.values())
-    count = f"{row.runs} of {total}" if row.states[FOUND] else f"{total}"
-    reason, times = row.reasons.most_common(1)[0]
-    reason += f" ({times} of {row.runs})" * (len(row.reasons) > 1)
-    amount = format_time(row_seconds(row, cores).middle) if row.is_time_known else "?"
-    return f"  {row.place:{width}}  {count:>7}  {amount:>8}  {reason}"
-
-
-def row_seconds(row: Row, cores: int) -> Range:
-    """The time of a place's jobs, which run side by side, on so many cores."""
-    beside = min(cores, row.jobs)
-    start = row.jobs * JOB_SECONDS / beside
-    return row.seconds / beside + Range(start, start, start)
-
-
-def format_sums(forecast: Forecast, running: list[Row]) -> list[str]:
-    """Download, disk, time, GPU-hours, energy and money of a plan, and a warning if it is large."""
-    start = Range(START_SECONDS, START_SECONDS, START_SECONDS)
-    cores = forecast.cores
-    total = sum((row_seconds(row, cores) for row in running), start)
-    unknown = [row.place for row in running if not row.is_time_known]
-    downloaded = sum(row.downloaded for row in running)
-    disk = sum(row.written + row.attempt for row in running)
-    free = shutil.disk_usage(forecast.store.root if forecast.store.root.exists() else ".").free
-    amounts = {
-        "documents": sum(row.documents for row in running),
-        "tokens": sum(row.tokens for row in running),
-        "tokens to train on": sum(row.trained_tokens for row in running),
-    }
-    lines = [
-        f"time: about {format_time(total.middle)} ({format_time(total.low)} to "
-        f"{format_time(total.high)}) on {cores} cores",
-        f"disk: {format_bytes(downloaded)} to download, {format_bytes(disk)} to write, "
-        f"{format_bytes(free)} free",
-    ]
-    if unknown:
-        lines[0] += f"; without {len(unknown)} of unknown time"
-    if known := [f"{format_count(count)} {name}" for name, count in amounts.items() if count]:
-        lines.append("data: about " + ", ".join(known))
-    gpu_hours = sum((row.seconds * row.gpus for row in running), Range()) / 3600
-    lines += format_cost(forecast, gpu_hours, sum((row.seconds for row in running), Range()))
-    if downloaded > LARGE_DOWNLOAD or disk > free:
-        datasets = {Path(row.place).parts[1] for row in running if row.downloaded}
-        found = map(forecast.project.find_smaller_run, sorted(datasets))
-        smaller = next(filter(None, found), None)
-        lines.append(
-            "WARNING: this is large; "
-            + (f"{smaller} is the small one" if smaller else "keep fewer documents, or free space")
-        )
-    return lines
-
-
-def format_cost(forecast: Forecast, gpu_hours: Range, seconds: Range) -> list[str]:
-    """GPU-hours, energy and money, as far as they are known."""
-    price, watts = forecast.project.pipeline.price, forecast.rates.watts
-    parts, money = [], Range()
-    if gpu_hours.middle:
-        parts.append(f"{format_range(gpu_hours)} GPU-hours")
-        money += gpu_hours * (price.gpu_hour or 0)
-    if watts:
-        energy = seconds * (watts / 3.6e6)
-        parts.append(f"{format_range(energy)} kWh")
-        money += energy * (price.kwh or 0)
-    if money.middle:
-        parts.append(f"{format_range(money)} {price.currency}")
-    return ["cost: " + ", ".join(parts)] if parts else []
-
-
-def format_range(found: Range) -> str:
-    """A number with its range.
-
-    >>> format_range(Range(1, 2, 4))
-    '2 (1 to 4)'
-    """
-    return f"{found.middle:.2g} ({found.low:.2g} to {found.high:.2g})"
-
-
-def wrap(words: Iterable[str], width: int = 78) -> list[str]:
-    return textwrap.wrap(", ".join(words), width, initial_indent="  ", subsequent_indent="  ")
-
-
-def format_time(seconds: float) -> str:
-    """A time in its largest unit.
-
-    >>> format_time(50), format_time(5400), format_time(3e9)
-    ('50 s', '1.5 h', '95 years')
-    """
-    name, size = next(((n, s) for n, s in UNITS if seconds >= 1.5 * s), UNITS[-1])
-    return (
-        f"{seconds / size:.2g} {name}" if seconds < 99 * size else f"{seconds / size:,.0f} {name}"
-    )

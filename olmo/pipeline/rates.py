@@ -30,7 +30,7 @@ SIDE_INPUTS = (
     *("quality", "models"),
 )
 TRAINING = "training"
-DOWNLOADS = ("download", "download_tokens", "fetched", "fetched_checkpoint")
+DOWNLOADS = ("download", "download_tokens", "fetched", "fetched_checkpoint", "beginning")
 # Without a record: (bytes written for each byte read, bytes read in a second), by docs/lab.md for
 # documents and tokens. A download's speed is a guess.
 DEFAULTS = {
@@ -48,6 +48,7 @@ DEFAULTS = {
     "mixed": ({"mixed": 1.0, "mixed_table": 0.02}, 10e6),
     "tokens": ({"tokens": 1.3, "index": 0.03}, 0.7e6),
     "trained_tokenizer": ({}, 0.7e6),
+    "sample": ({}, 1e6),
 }
 # Files of the standard library's text: their prefix, and bytes in all (Python 3.11).
 GENERATED_FILES = {"stdlib": ("stdlib", 2_960_000), "stdlib_questions": ("questions", 1_000_000)}
@@ -57,7 +58,7 @@ FAST_TOKENS = 15e6  # bytes a second, of the engine `fast`
 
 @dataclass(frozen=True)
 class Range:
-    """A time in seconds: likely between `low` and `high`."""
+    """A time in seconds, or another amount: likely between `low` and `high`."""
 
     low: float = 0.0
     middle: float = 0.0
@@ -66,6 +67,10 @@ class Range:
     @classmethod
     def around(cls, seconds: float, factor: float) -> Range:
         return cls(seconds / factor, seconds, seconds * factor)
+
+    @classmethod
+    def exactly(cls, number: float) -> Range:
+        return cls(number, number, number)
 
     def __add__(self, other: Range) -> Range:
         return Range(self.low + other.low, self.middle + other.middle, self.high + other.high)
@@ -146,7 +151,8 @@ class Rates:
         history, read = self._history(action.stage), main_bytes(action, size_of)
         kept = read / action.params.get("keep_one_in", 1)
         if (transfer := arguments.get("transfer")) is not None:
-            return Prediction({name: transfer.bytes or 0 for name in names})
+            most = arguments.get("max_bytes", transfer.bytes)  # of a beginning
+            return Prediction({name: min(transfer.bytes or 0, most or 0) for name in names})
         if action.stage == TRAINING:
             return Prediction({"final": checkpoint_files(arguments["cfg"])})
         if action.stage in ("global_order", "mixture_order"):

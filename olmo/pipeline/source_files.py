@@ -74,12 +74,10 @@ def source_flags(dataset: str, recipe: Recipe, sources: list[Source]) -> str:
     the table, and adds those that are missing.
     """
     section = recipe.sources
-    beginnings = [mirror.split("=") for mirror in section.mirrors]
     words = ["--sources"]
     for source in sources:
-        place = source.place
-        mirrors = [b + place.removeprefix(a) for a, b in beginnings if place.startswith(a)]
-        words.append("#".join([f"{source.name}={quote(place)}", *map(quote, mirrors)]))
+        places = (source.place, *section.mirrors_of(source.place))
+        words.append(f"{source.name}=" + "#".join(map(quote, places)))
     if section.table or section.url_list:
         words += ["--table", str(source_table_path(dataset, section))]
     words += ["--allow-missing"] * section.allow_missing

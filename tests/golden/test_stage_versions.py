@@ -63,6 +63,8 @@ ELSEWHERE = {
     "download_conversations": "likewise; what it makes of them is local_conversations'",
     "fetched_checkpoint": "likewise; it shares its code with local_checkpoint",
     "source_list": "likewise",
+    "beginning": "likewise: tests/unit/test_sample.py",
+    "sample": "a summary of beginnings: tests/unit/test_sample.py",
     "given_tokenizer": "its bytes are the hub's; it shares its code with local_tokenizer",
     "huggingface_export": "tests/unit/test_huggingface.py holds it to transformers' numbers",
     "statistics": "a summary of shards: tests/unit/test_statistics.py",

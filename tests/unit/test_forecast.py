@@ -1,11 +1,13 @@
 """What `olmo plan` knows before anything runs: what the store has, sizes, times, money."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from olmo.config import ModelConfig, TrainConfig
-from olmo.pipeline.forecast import Forecast, Job, format_forecast
+from olmo.pipeline.forecast import Forecast, Job
+from olmo.pipeline.forecast_text import format_forecast
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.rates import History, Range, Rates, count_parameters, trained_tokens
 from olmo.store.action import Action
@@ -152,3 +154,61 @@ def test_an_error_that_no_prediction_explains_is_told():
     job = Job("order", f"{words} --seed 1", ["checkpoints/a/order.npy"])
     with pytest.raises(FileNotFoundError, match=r"nothing\.tsv"):
         Forecast(Plan({"runs": {}}), [job], 1)
+
+
+AMOUNTS = {
+    "documents": (9e3, 10e3, 12e3),
+    "text_bytes": (2e6, 4e6, 5e6),
+    "tokens": (0.5e6, 1e6, 1.5e6),
+    "source_bytes": (2e6, 2e6, 2e6),
+    "documents_bytes": (0.8e6, 1e6, 1.2e6),
+}
+
+
+def plan_of_a_table() -> str:
+    """The plan of a data set whose two sources, of 1 MB each, are not here."""
+    Path("config/data").mkdir(parents=True, exist_ok=True)
+    rows = "".join(f"http://127.0.0.1:9/{name}.json.gz\t1000000\t\n" for name in "ab")
+    Path("config/t.tsv").write_text(f"url\tbytes\tsha256\n{rows}")
+    Path("config/data/mine.yaml").write_text(
+        "sources: {table: config/t.tsv}\ndocuments: {keep_one_in: 4}\n"
+        "tokenizer: {file: tokenizer.json}\n"
+    )
+    sources = " ".join(f"{name}=http://127.0.0.1:9/{name}.json.gz" for name in "ab")
+    listing = "data/mine/{}/000.tsv"
+    commands = {
+        "sources": f"--sources {sources} --table config/t.tsv",
+        "documents": f"--sources {listing.format('sources')} --config '{{\"keep_one_in\": 4}}'",
+        "tokens": f"--documents {listing.format('documents')} --tokenizer tokenizer.json "
+        f"--requirements {REPOSITORY}/envs/dolma.txt --eos-token-id 0 --pad-token-id 1 "
+        "--config '{}'",
+    }
+    Path("tokenizer.json").write_text("{}")
+    jobs = [
+        Job(name, f"olmo {name} {words} --listing {listing.format(name)}", [listing.format(name)])
+        for name, words in commands.items()
+    ]
+    return format_forecast(Forecast(Plan({"runs": {}}), jobs, 2))
+
+
+def write_sample(keep_one_in: int) -> None:
+    total: dict[str, object] = {"bytes": 2_000_000}
+    for name, (low, expected, high) in AMOUNTS.items():
+        total[name] = {"low": low, "expected": expected, "high": high}
+    Path("data/mine").mkdir(parents=True, exist_ok=True)
+    content = {"total": total, "documents": {"keep_one_in": keep_one_in}}
+    Path("data/mine/sample.json").write_text(json.dumps(content))
+
+
+def test_a_sample_replaces_the_fixed_rates():
+    hint = "uv run snakemake --cores 2 data/mine/sample.txt"
+    before = plan_of_a_table()
+    assert hint in before and "325k tokens" in before
+    write_sample(keep_one_in=4)
+    after = plan_of_a_table()
+    assert hint not in after
+    assert "data: about 10k (9k to 12k) documents, 1M (500k to 1.5M) tokens" in after
+    # 2 MB of sources, 1 MB of documents and the table, 2 bytes a token and the index
+    assert "5.04 MB (3.82 MB to 6.26 MB) to write" in after
+    write_sample(keep_one_in=5)  # of the recipe as it was
+    assert plan_of_a_table() == before
