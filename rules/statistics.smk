@@ -20,3 +20,24 @@ rule statistics:
     shell:
         "olmo statistics --documents {input.documents:q} --tokens {input.tokens:q}"
         " --summary {output.summary:q} --text {output.text:q} --log {log:q}"
+
+
+rule text_index:
+    """Which of a batch's documents can contain a text, for `olmo seen --text`."""
+    input:
+        lambda w: damage.update_journal(w.dataset),
+        documents=lambda w: f"data/{w.dataset}/{plan.documents_stage(w.dataset)}/{w.batch}.tsv",
+    output:
+        "data/{dataset}/text_index/{batch}.tsv",
+    log:
+        "logs/text_index/{dataset}/{batch}.log",
+    shell:
+        "olmo text-index --documents {input.documents:q} --listing {output:q} --log {log:q}"
+
+
+rule text_indexes:
+    """The text indexes of all batches of a data set."""
+    input:
+        lambda w: listings(w.dataset, "text_index"),
+    output:
+        touch("data/{dataset}/text_index/ready"),

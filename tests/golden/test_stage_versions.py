@@ -308,6 +308,9 @@ MAKE: dict[str, Callable[[Stage, Path], object]] = {
     ),
     "local_tokenizer": lambda s, d: s.build(source=tokenizer(d), tokenizer=d / "outputs"),
     "global_order": lambda s, d: s.build(order=d / "outputs", instances=1000, seed=6198),
+    "text_index": lambda s, d: s.build(
+        documents=source(d), **{name: folder(d) / name for name in ("grams", "blocks")}
+    ),
     "positions": lambda s, d: s.build(order=order(d), positions=d / "outputs"),
     "heldout_digests": lambda s, d: s.build(heldout=[source(d)], heldout_digests=d / "outputs"),
     "digests": make_digests,
