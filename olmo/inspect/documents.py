@@ -107,7 +107,7 @@ class TokenShard:
     @property
     def documents_path(self) -> Path:
         """The file of these documents, a line for each row of `read_table`."""
-        return self._find_object("documents", self.documents_digest)
+        return self.find_object("documents", self.documents_digest)
 
     def read_table(self) -> polars.DataFrame:
         """A row for each document, also for conversations that have no tokens."""
@@ -141,9 +141,10 @@ class TokenShard:
         return table.filter(polars.col("start") < polars.col("end"))
 
     def _object(self, output: str) -> Path:
-        return self._find_object(output, self.record["outputs"][output]["sha256"])
+        return self.find_object(output, self.record["outputs"][output]["sha256"])
 
-    def _find_object(self, name: str, digest: str) -> Path:
+    def find_object(self, name: str, digest: str) -> Path:
+        """The path of an object of the store. Raises ValueError if it is not there."""
         path = self.store.object_path(digest)
         if not path.exists():
             raise ValueError(

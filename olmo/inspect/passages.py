@@ -146,7 +146,8 @@ class TokenLocator:
         if shard.record["action"]["stage"] != "tokens":
             return  # a conversation, whose messages stand between marks: all of it
         special = shard.record["action"]["params"].get("special_tokens", AS_SPECIAL)
-        tokenizer = _open_tokenizer(shard.tokenizer, special == AS_TEXT)
+        path = shard.find_object("tokenizer", shard.record["action"]["inputs"]["tokenizer"])
+        tokenizer = _open_tokenizer(path, special == AS_TEXT)
         encoding = tokenizer.encode(whole.strip(), add_special_tokens=False)
         stored = shard.read_tokens(document).tolist()
         if stored not in (encoding.ids, [*encoding.ids, *stored[-1:]]):
@@ -157,7 +158,7 @@ class TokenLocator:
             return
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         self._ends = np.maximum.accumulate(offsets[:, 1])
-        # Some tokenizers leave white space out of the offsets: it belongs to the token after it.
+        # White space that a tokenizer drops counts for the token after it.
         self._starts = np.minimum(offsets[:, 0], np.concatenate([[0], self._ends[:-1]]))
 
     def __call__(self, start: int, end: int) -> range:
@@ -172,9 +173,11 @@ class TokenLocator:
 
 @cache
 def _open_tokenizer(path: Path, special_as_text: bool) -> Tokenizer:
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer, processors
 
     tokenizer = Tokenizer.from_file(str(path))
+    # The usual one takes spaces out of the offsets, also those at a token's end.
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.encode_special_tokens = special_as_text
     return tokenizer
 
