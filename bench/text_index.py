@@ -4,7 +4,7 @@
 
 The text is the Python's standard library, repeated with other numbers and names until there is so
 much of it. Each fragment, 1 to 200 bytes of a random document, is looked up, and what is found is
-compared with a search of all texts. Times are wall seconds of one process; the build is CPU seconds.
+compared with a search of all texts. Times are wall seconds of one process; the build's CPU seconds.
 """
 
 import json

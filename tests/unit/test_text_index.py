@@ -209,9 +209,9 @@ def test_a_planted_text_is_told_with_its_steps_and_the_checkpoint(searched: Sear
     assert said.startswith(f"{one.document.id} (0.gz:8), characters {one.start:,} to ")
     joined: dict[str, str] = {}
     parts = [line for line in said.splitlines() if line.startswith("  its ")][: len(one.instances)]
-    for line in said.splitlines():
-        if ": step " not in line:
-            continue
+    for line in said.splitlines()[1:]:
+        if not line.startswith("  "):
+            break  # the next occurrence
         part, _, rest = line.strip().partition(": step ")
         step, position = int(rest.split(",")[0]), int(rest.split("position ")[1].split()[0])
         ids = list(run.instances(step))[position].tokens.tolist()
