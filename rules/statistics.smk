@@ -36,3 +36,24 @@ rule sample:
         recipe=lambda w: sampling.sample_flags(plan, w.dataset),
     shell:
         "olmo sample --estimates {output.estimates:q} --text {output.text:q} {params.recipe} --log {log:q}"
+
+
+rule text_index:
+    """Which of a batch's documents can contain a text, for `olmo seen --text`."""
+    input:
+        lambda w: damage.update_journal(w.dataset),
+        documents=lambda w: f"data/{w.dataset}/{plan.documents_stage(w.dataset)}/{w.batch}.tsv",
+    output:
+        "data/{dataset}/text_index/{batch}.tsv",
+    log:
+        "logs/text_index/{dataset}/{batch}.log",
+    shell:
+        "olmo text-index --documents {input.documents:q} --listing {output:q} --log {log:q}"
+
+
+rule text_indexes:
+    """The text indexes of all batches of a data set."""
+    input:
+        lambda w: listings(w.dataset, "text_index"),
+    output:
+        touch("data/{dataset}/text_index/ready"),

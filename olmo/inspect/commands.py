@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,10 @@ from olmo.inspect.documents import (
     TokenShard,
     find_token_shards,
     object_digest,
+    require_shard,
     select_shards,
 )
+from olmo.inspect.passages import describe_passages
 from olmo.inspect.run import Instance, TrainedRun
 from olmo.runtime.log import log
 from olmo.store.stage import current_store
@@ -119,19 +122,22 @@ def seen(
     id: str | None = None,
     url: str | None = None,
     text: str | None = None,
+    file: Path | None = None,
     sha256: str | None = None,
     world_size: int | None = None,
 ) -> None:
-    """Print every step and batch position at which a run of ours was trained on a document.
+    """Print every step and batch position at which a run of ours was trained on a document or text.
 
-    Give a document's id or a part of its text, or for all documents of a source file its URL or its
-    sha256.
+    Give a document's id, or for all documents of a source file its URL or its sha256. Or give a
+    text: of its occurrences in documents, the steps that were trained on these very tokens, and the
+    first checkpoint that was saved then. `data/<data set>/text_index/ready` makes that fast.
 
     Args:
         run: name in config/config.yaml, or the folder of a run
         id: id of a document
         url: URL of a source file
-        text: part of the text of documents
+        text: part of the text of a document, to the letter
+        file: a file with such a text, in UTF-8
         sha256: digest of a source file
         world_size: number of processes, if the run has no record of it
 
@@ -140,56 +146,53 @@ def seen(
         olmo seen --run olmo-250m --url https://example.org/part-0.json.gz
     """
     trained = TrainedRun(run, world_size=world_size)
-    wanted = {"id": id, "url": url, "text": text, "sha256": sha256}
-    if sum(value is not None for value in wanted.values()) != 1:
-        raise ValueError("expected one of --id, --url, --text, --sha256")
-    count = 0
-    for document, times in find_sightings(trained, **wanted):
-        count += 1
-        print(f"{document.id} ({document.source}:{document.line})")
+    wanted = {"id": id, "url": url, "text": text, "file": file, "sha256": sha256}
+    given = [f"{name} {value}" for name, value in wanted.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError("expected one of --id, --url, --text, --file, --sha256")
+    if text is not None or file is not None:
+        found = describe_passages(trained, read_text(file) if file else text or "")
+    else:
+        found = describe_sightings(trained, id, url, sha256)
+    if (first := next(found, None)) is None:
+        raise ValueError(f"no document of {run}'s data has the {given[0]}")
+    for line in chain([first], found):
+        print(line)
+
+
+def read_text(file: Path) -> str:
+    """The text of a file, with its line ends as they are. Raises ValueError if it is not UTF-8."""
+    try:
+        return file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8, found {error}; convert it") from error
+
+
+def describe_sightings(
+    run: TrainedRun, id: str | None, url: str | None, sha256: str | None
+) -> Iterator[str]:
+    """Lines for each such document: where it is, and each use."""
+    for document, times in find_sightings(run, id, url, sha256):
+        yield f"{document.id} ({document.source}:{document.line})"
         for step, position, index in times:
-            rank = position % trained.world_size(step)
-            print(f"  step {step}, position {position} (rank {rank}), instance {index}")
+            rank = position % run.world_size(step)
+            yield f"  step {step}, position {position} (rank {rank}), instance {index}"
         if not times:
-            print("  not seen: the run ended before, or it is in a file's incomplete last instance")
-    if not count:
-        what = " ".join(f"{name} {value!r}" for name, value in wanted.items() if value is not None)
-        raise ValueError(f"no document of {run}'s data has the {what}")
+            yield "  not seen: the run ended before, or it is in a file's incomplete last instance"
 
 
 def find_sightings(
-    run: TrainedRun,
-    id: str | None = None,
-    url: str | None = None,
-    text: str | None = None,
-    sha256: str | None = None,
+    run: TrainedRun, id: str | None = None, url: str | None = None, sha256: str | None = None
 ) -> Iterator[tuple[Document, list[tuple[int, int, int]]]]:
     """Each such document of a run's data, with (step, position, instance) of each use."""
     shards = find_token_shards(current_store())
     for number, path in enumerate(run.dataset.paths):
-        shard = shards.get(object_digest(path))
-        if shard is None:
-            raise ValueError(
-                f"{path} is not known to the store {current_store().root}: only data that "
-                "this pipeline made can be searched for documents"
-            )
+        shard = require_shard(path, shards)
+        if (url is not None and shard.origin != url) or sha256 not in (None, *shard.sources):
+            continue
         first, end = run.dataset.offsets[number]
-        for document in select_documents(shard, id, url, text, sha256):
+        for document in shard.documents(id=id):
             length = run.sequence_length
             rows = np.arange(document.start // length, (document.end - 1) // length + 1)
             instances = first + rows[rows < end - first]
             yield document, list(run.find_instances(instances))
-
-
-def select_documents(
-    shard: TokenShard, id: str | None, url: str | None, text: str | None, sha256: str | None
-) -> list[Document]:
-    """The documents of a shard that match."""
-    if url is not None and shard.origin != url:
-        return []
-    if sha256 is not None and sha256 not in shard.sources:
-        return []
-    documents = shard.documents(id=id)
-    if text is not None:
-        return [d for d, one in zip(documents, shard.texts(), strict=True) if text in one]
-    return documents

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from olmo.io import gz
+import numpy as np
+
 from olmo.store.lineage import records_by_content
 from olmo.store.record import Record
+from olmo.store.stage import current_store
 from olmo.store.store import Store
+
+if TYPE_CHECKING:
+    import polars
+
+RecordsByContent = dict[str, list[Record]]  # of olmo.store.lineage.records_by_content
 
 
 @dataclass(frozen=True)
@@ -89,23 +95,43 @@ class TokenShard:
             table = table.filter(polars.col("id") == id)
         if end is not None:
             table = table.filter(polars.col("start") < end)
-        rows = table.select("id", "file", "line", "start", "end").collect().iter_rows()
-        return [
-            Document(id, file, line, self.origin, self.sha256, first, last)
-            for id, file, line, first, last in rows
-        ]
+        rows = table.select("id", "file", "line", "start", "end").collect()
+        return [self.document(row) for row in rows.iter_rows(named=True)]
 
-    def texts(self) -> Iterator[str]:
-        """The texts of the documents or conversations, in the order of `documents()`."""
+    @property
+    def documents_digest(self) -> str:
+        """The digest of the documents that became its tokens."""
+        digest: str = self.record["action"]["inputs"]["documents"]
+        return digest
+
+    @property
+    def documents_path(self) -> Path:
+        """The file of these documents, a line for each row of `read_table`."""
+        return self.find_object("documents", self.documents_digest)
+
+    def read_table(self) -> polars.DataFrame:
+        """A row for each document, also for conversations that have no tokens."""
         import polars
 
-        table = polars.read_parquet(self._object("index"), columns=["start", "end"])
-        has_tokens = table["start"] < table["end"]
-        documents = self.store.object_path(self.record["action"]["inputs"]["documents"])
-        with gz.reading(documents) as lines:
-            for line, is_kept in zip(lines, has_tokens, strict=True):
-                if is_kept:
-                    yield document_text(json.loads(line, parse_int=float))  # some are too long
+        return polars.read_parquet(self._object("index"))
+
+    def document(self, row: dict[str, Any]) -> Document:
+        """The document of a row of `read_table`."""
+        return Document(
+            id=row["id"],
+            source=row["file"],
+            line=row["line"],
+            origin=self.origin,
+            shard=self.sha256,
+            start=row["start"],
+            end=row["end"],
+        )
+
+    def read_tokens(self, document: Document) -> np.ndarray:
+        """The token ids of a document of this shard: (end - start,)."""
+        dtype = np.dtype(self.record["facts"]["dtype"])
+        tokens, size = self._object("tokens"), document.end - document.start
+        return np.fromfile(tokens, dtype, size, offset=document.start * dtype.itemsize)
 
     def _rows(self) -> Any:
         """The table of the documents that have tokens; conversations may have none."""
@@ -115,27 +141,32 @@ class TokenShard:
         return table.filter(polars.col("start") < polars.col("end"))
 
     def _object(self, output: str) -> Path:
-        digest: str = self.record["outputs"][output]["sha256"]
+        return self.find_object(output, self.record["outputs"][output]["sha256"])
+
+    def find_object(self, name: str, digest: str) -> Path:
+        """The path of an object of the store. Raises ValueError if it is not there."""
         path = self.store.object_path(digest)
         if not path.exists():
             raise ValueError(
-                f"{output} of a shard ({digest[:12]}…) is not in the store {self.store.root}; "
+                f"{name} of a shard ({digest[:12]}…) is not in the store {self.store.root}; "
                 "pull it, or run snakemake again"
             )
         return path
 
 
-def document_text(line: dict[str, Any]) -> str:
-    """The text of a document, or of all messages of a conversation."""
-    if "messages" in line:
-        return "\n".join(message["content"] for message in line["messages"])
-    text: str = line["text"]
-    return text
-
-
 def object_digest(path: str | Path) -> str:
     """The last part of a path or URL; for an object of the store that is its digest."""
     return Path(path).name
+
+
+def require_shard(path: str | Path, shards: dict[str, TokenShard]) -> TokenShard:
+    """The shard of a token file. Raises ValueError if the pipeline did not make it."""
+    if (shard := shards.get(object_digest(path))) is None:
+        raise ValueError(
+            f"{path} is not known to the store {current_store().root}: only data that this "
+            "pipeline made can be searched for documents"
+        )
+    return shard
 
 
 def select_shards(paths: Iterable[str | Path], shards: dict[str, TokenShard]) -> list[TokenShard]:
@@ -144,7 +175,7 @@ def select_shards(paths: Iterable[str | Path], shards: dict[str, TokenShard]) ->
 
 
 def find_token_shards(
-    store: Store, made_by: dict[str, list[Record]] | None = None
+    store: Store, made_by: RecordsByContent | None = None
 ) -> dict[str, TokenShard]:
     """All token files that the pipeline made from documents, by sha256.
 
@@ -152,9 +183,15 @@ def find_token_shards(
         made_by: of `records_by_content`, which reads every record.
     """
     made_by = records_by_content(store) if made_by is None else made_by
-    return {
-        record["outputs"]["tokens"]["sha256"]: TokenShard(store, record, made_by)
-        for records in made_by.values()
-        for record in records
-        if record["action"]["stage"] in ("tokens", "instances")
-    }
+    return {shard.sha256: shard for shard in _all_shards(store, made_by)}
+
+
+def find_shards_by_documents(store: Store, made_by: RecordsByContent) -> dict[str, TokenShard]:
+    """The same by the digest of their documents; without tokens, several have one sha256."""
+    return {shard.documents_digest: shard for shard in _all_shards(store, made_by)}
+
+
+def _all_shards(store: Store, made_by: RecordsByContent) -> Iterator[TokenShard]:
+    for record in (record for records in made_by.values() for record in records):
+        if record["action"]["stage"] in ("tokens", "instances"):
+            yield TokenShard(store, record, made_by)

@@ -66,6 +66,7 @@ class TrainedRun:
     """
 
     def __init__(self, where: str, order: str | None = None, world_size: int | None = None) -> None:
+        self.where = where
         self.config_path = find_config(where)
         self.folder = self.config_path.rpartition("/")[0] or "."
         self.cfg = load_run_config(self.config_path)

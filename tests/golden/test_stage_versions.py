@@ -320,6 +320,9 @@ MAKE: dict[str, Callable[[Stage, Path], object]] = {
         from_step=5,
         before=order(d),
     ),
+    "text_index": lambda s, d: s.build(
+        documents=source(d), **{name: folder(d) / name for name in ("grams", "blocks")}
+    ),
     "positions": lambda s, d: s.build(order=order(d), positions=d / "outputs"),
     "heldout_digests": lambda s, d: s.build(heldout=[source(d)], heldout_digests=d / "outputs"),
     "digests": make_digests,

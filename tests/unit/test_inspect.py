@@ -157,7 +157,7 @@ def test_a_run_that_there_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"found 'nothing' \(looked in nothing, checkpoints/"):
         inspect("nothing", 1)
-    with pytest.raises(ValueError, match="expected one of --id, --url, --text, --sha256"):
+    with pytest.raises(ValueError, match="expected one of --id, --url, --text, --file, --sha256"):
         (tmp_path / "run").mkdir()
         config(8, True).save(tmp_path / "run/config.yaml")
         seen("run")
