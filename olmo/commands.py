@@ -46,6 +46,7 @@ USER_COMMANDS = {
     "the store": {
         "store trace": "olmo.store.commands:trace",
         "store why": "olmo.store.commands:why",
+        "store affected": "olmo.inspect.affected:affected",
         "store verify": "olmo.store.commands:verify",
         "store gc": "olmo.store.commands:gc",
         "store pin": "olmo.store.commands:pin",

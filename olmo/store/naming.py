@@ -56,11 +56,11 @@ def link_output(store: Store, record: Record, output: str, path: Path) -> None:
 def _save_name(store: Store, path: Path, key: str, output: str) -> Name:
     """Write a name to links/."""
     name = {
-        "path": _stored_path(store, path),
-        "project": _stored_path(store, _project_of(store, path)),
+        "path": stored_path(store, path),
+        "project": stored_path(store, _project_of(store, path)),
     }
     name |= {"key": key, "output": output}
-    sealed.write_atomic(_name_file(store, path), sealed.dumps(name), read_only=True)
+    sealed.write_atomic(name_file(store, path), sealed.dumps(name), read_only=True)
     return name
 
 
@@ -82,7 +82,7 @@ def symlink_atomic(store: Store, path: Path, target: Path) -> None:
 
 def _link_folder(store: Store, path: Path, targets: Mapping[str, Path]) -> None:
     """Replace a folder by one of links; it takes two renames, so one process at a time does it."""
-    with lease(store.root / "leases", f"name-{_name_file(store, path).name}"):
+    with lease(store.root / "leases", f"name-{name_file(store, path).name}"):
         for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}"):
             shutil.rmtree(left)  # of a killed process
         if path.is_dir() and all(
@@ -113,7 +113,7 @@ def _symlink(store: Store, path: Path, target: Path) -> None:
     path.symlink_to(os.path.relpath(target, path.parent) if inside else target)
 
 
-def _stored_path(store: Store, path: Path) -> str:
+def stored_path(store: Store, path: Path) -> str:
     """A path as in links/: relative to the store if it lies below the store's parent folder."""
     is_near = path.is_relative_to(store.root.parent)
     return os.path.relpath(path, store.root) if is_near else str(path)
@@ -125,19 +125,19 @@ def _project_of(store: Store, path: Path) -> Path:
     return next((place for place in places if path.is_relative_to(place)), path.parent)
 
 
-def _name_file(store: Store, path: Path) -> Path:
+def name_file(store: Store, path: Path) -> Path:
     """The file of a name in links/."""
     path = Path(os.path.abspath(path))
-    digest = hashlib.sha256(_stored_path(store, path).encode()).hexdigest()
+    digest = hashlib.sha256(stored_path(store, path).encode()).hexdigest()
     return store.root / "links" / digest[:32]
 
 
 def find_name(store: Store, path: Path, repair: bool = True) -> Name | None:
     """What a name stands for, or stood for before it was deleted; None if it is unknown."""
     path = Path(os.path.abspath(path))
-    file = _name_file(store, path)
+    file = name_file(store, path)
     try:
-        return _load_name(file)
+        return load_name(file)
     except FileNotFoundError:
         return None
     except Damaged:
@@ -148,7 +148,7 @@ def find_name(store: Store, path: Path, repair: bool = True) -> Name | None:
         return name
 
 
-def _load_name(file: Path) -> Name:
+def load_name(file: Path) -> Name:
     """A name from its file in links/. Raises Damaged."""
     content = file.read_bytes()
     try:
@@ -199,7 +199,7 @@ def read_names(store: Store, all_links: bool = False) -> tuple[dict[Path, Name],
     damaged = set()
     for file in sorted((store.root / "links").glob("[0-9a-f]" * 32)):
         try:
-            found[file] = _load_name(file)
+            found[file] = load_name(file)
         except IsADirectoryError:  # not ours
             continue
         except Damaged:
@@ -209,7 +209,7 @@ def read_names(store: Store, all_links: bool = False) -> tuple[dict[Path, Name],
     outputs = _output_index(store)
     named = {(name["key"], name["output"]) for name in found.values()}
     for path in _find_links(store):
-        file = _name_file(store, path)
+        file = name_file(store, path)
         lost = all_links and file not in found and _output_behind(store, path, outputs) not in named
         if (file in damaged or lost) and (name := _restore_name(store, path, outputs)):
             log.warning(f"store: the name of {path} was damaged or missing, and was restored")

@@ -11,6 +11,7 @@
     pins/                     actions whose outputs `gc` keeps without a name
     unnamed/                  actions that were started and have no names yet; `gc` keeps them too
     quarantine/               damaged objects and records
+    index/lineage             who made and who used which content (olmo.store.index); a cache
 
 An action (olmo.store.action) is the request, a content is the result. olmo.store.naming gives
 contents the paths that people use. A consumer's key contains the digests of its inputs, not the

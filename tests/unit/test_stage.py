@@ -325,7 +325,7 @@ def test_help_says_what_each_does_and_imports_none(capsys: pytest.CaptureFixture
     cli.main(["store", "--help"])
     told = capsys.readouterr().out
     assert [line.split()[1] for line in told.splitlines() if line.startswith("  store ")] == (
-        ["trace", "why", "verify", "gc", "pin", "checkout", "push", "pull"]
+        ["trace", "why", "affected", "verify", "gc", "pin", "checkout", "push", "pull"]
     )
     cli.main(["--version"])
     assert capsys.readouterr().out.startswith("olmo ")
