@@ -175,7 +175,7 @@ def test_it_finds_what_grep_finds_where_it_was_trained(searched: Searched, index
     several = missing = heldout = 0
     long = searched.texts["long"]
     texts = [long[BLOCK_BYTES - 9 : BLOCK_BYTES + 9], long[1000:60_000], PLANTED]
-    for text in [*texts, *fragments(searched, 60)]:
+    for text in [*texts, *fragments(searched, 30)]:
         passages = find_passages(run, text)
         places = [(one.document.id, one.start) for one in passages]
         assert len(places) == len(set(places)) and set(places) == grep(searched, text)
