@@ -141,11 +141,7 @@ COMMANDS = """source-list sources given-tokens documents tags quality references
 mixed tokenizer tokens instructions statistics order positions start train soup hf heldout
 docstrings evaluate inspect seen replay generate chat new plan check runs watch diff bench compare
 scores checkpoint-convert environment store-verify store-gc store-checkout store-why store-trace
-<<<<<<< HEAD
-store-pin store-push store-pull completion text-index"""
-=======
-store-pin store-push store-pull store-affected completion"""
->>>>>>> affected
+store-pin store-push store-pull store-affected completion text-index"""
 
 
 def test_the_commands_are_what_they_were():
