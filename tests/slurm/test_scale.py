@@ -66,3 +66,16 @@ def test_shards_as_an_array(which: str, request: pytest.FixtureRequest, tmp_path
     assert [task for _, task in tasks] == ["1", "2", "3"]
     assert len({job for job, _ in tasks}) == 1
     assert all((project.root / name).exists() for name in names)
+
+
+def test_a_task_that_fails_fails_no_other_and_names_its_log(project: ClusterProject):
+    project.settings(arrays=["sources"], shards_per_job=1, attempts=1)
+    (project.root / "sources/part-0.json.gz").write_bytes(b"no gz")
+    made = [f"data/small/sources/00{batch}.tsv" for batch in range(3)]
+    outcome = project.run(*made, ok=False, timeout=600)
+    assert outcome.status != 0
+    assert [job.state for job in project.jobs("sources")] == ["FAILED", "COMPLETED", "COMPLETED"]
+    assert [(project.root / name).exists() for name in made] == [False, True, True]
+    (log,) = project.root.glob(".snakemake/slurm_logs/rule_sources/**/*.log")
+    assert f"see logs/sources/small/000.log and {log}" in outcome.output
+    assert "part-0.json.gz" in outcome.output

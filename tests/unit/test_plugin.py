@@ -145,7 +145,8 @@ def test_a_job_that_squeue_forgot_is_submitted_again(slurm: Slurm, age: int):
 
 
 def test_a_plugin_without_what_is_replaced_is_refused(monkeypatch: pytest.MonkeyPatch):
-    other = SimpleNamespace(Executor=SimpleNamespace(run_jobs=1, check_active_jobs=1))
+    methods = ("run_jobs", "check_active_jobs", "_report_job_submission_threadsafe")
+    other = SimpleNamespace(Executor=SimpleNamespace(**dict.fromkeys(methods, 1)))
     monkeypatch.setitem(sys.modules, "snakemake_executor_plugin_slurm", other)
     monkeypatch.setattr(slurm_plugin, "version", lambda name: "2.9.0")
     with pytest.raises(ValueError, match=r"expected 2\.8\.0, .*pending_jobs.*; found 2\.9\.0"):
