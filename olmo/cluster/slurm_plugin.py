@@ -10,6 +10,7 @@ import math
 import os
 import shlex
 import sys
+import threading
 import zlib
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from typing import Any
 
 NAME = "snakemake-executor-plugin-slurm"
 VERSION = "2.8.0"
+COLLECT_S = 2.0
 ARRAY_OPTION = "--slurm-jobstep-array-execs="  # the later tasks' commands, by their numbers
 REPLACED = (
     "Executor.run_jobs",
@@ -53,6 +55,7 @@ def patch_plugin() -> None:
     patches: tuple[Callable[[Any], None], ...] = (
         submit_arrays_at_once,
         split_arrays_by_attempt,
+        collect_arrays,
         name_array_logs,
         query_array_tasks,
         parse_cancelled_state,
@@ -98,6 +101,36 @@ def split_arrays_by_attempt(plugin: Any) -> None:
     def patched(self: Any, jobs: list[Any]) -> None:
         for attempt in sorted({job.attempt for job in jobs}):
             run(self, [job for job in jobs if job.attempt == attempt])
+
+    plugin.Executor.run_jobs = patched
+
+
+def collect_arrays(plugin: Any) -> None:
+    """Wait `COLLECT_S` for further jobs of the rules in `arrays`, and submit them together.
+
+    Snakemake passes on the jobs that can begin after each job that it finds finished. So a check
+    that found many finished led to as many calls of sbatch, with one job each.
+    """
+    run = plugin.Executor.run_jobs
+    lock, collected = threading.Lock(), list[Any]()
+
+    def submit(executor: Any) -> None:
+        with lock:
+            jobs = [*collected]
+            collected.clear()
+        if executor.wait:  # else snakemake has been stopped meanwhile
+            run(executor, jobs)
+
+    def patched(self: Any, jobs: list[Any]) -> None:
+        arrays = [job for job in jobs if not job.is_group() and job.rule.name in self.array_jobs]
+        if others := [job for job in jobs if job not in arrays]:
+            run(self, others)
+        with lock:
+            if arrays and not collected:
+                timer = threading.Timer(COLLECT_S, submit, [self])
+                timer.daemon = True
+                timer.start()
+            collected.extend(arrays)
 
     plugin.Executor.run_jobs = patched
 
