@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +106,34 @@ def test_an_array_of_more_jobs_than_may_run(slurm: Slurm, jobs: int, command: st
     if jobs > 1:
         assert f"--array=1-{min(jobs, 5)} " in slurm.submitted[0]
     assert len(slurm.submitted) == math.ceil(5 / jobs)
+
+
+def test_jobs_of_an_array_that_come_one_by_one_are_submitted_together(monkeypatch):
+    """As after a check that found many finished: snakemake may pass each job on in a call."""
+    monkeypatch.setattr(slurm_plugin, "COLLECT_S", 0.05)
+    submitted: list[list[str]] = []
+
+    class Executor:
+        wait, array_jobs = True, {"one"}
+
+        def run_jobs(self, jobs: list) -> None:
+            submitted.append([job.name for job in jobs])
+
+    def job(name: str, rule: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name, rule=SimpleNamespace(name=rule), is_group=lambda: rule == "group"
+        )
+
+    slurm_plugin.collect_arrays(SimpleNamespace(Executor=Executor))
+    executor = Executor()
+    for name, rule in (("a", "one"), ("b", "other"), ("c", "one"), ("d", "group"), ("e", "one")):
+        executor.run_jobs([job(name, rule)])
+    time.sleep(0.5)
+    assert submitted == [["b"], ["d"], ["a", "c", "e"]]
+    executor.run_jobs([job("f", "one")])
+    executor.wait = False  # stopped before the moment has passed
+    time.sleep(0.5)
+    assert submitted == [["b"], ["d"], ["a", "c", "e"]]
 
 
 def test_a_task_that_failed_gets_memory_of_its_own(slurm: Slurm):
