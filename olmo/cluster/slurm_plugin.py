@@ -4,18 +4,26 @@ Each patch wraps a function of the plugin. The common cause: Snakemake loses a j
 neither reports as finished nor yields back as active.
 """
 
+import base64
+import json
 import math
+import os
 import shlex
 import sys
+import threading
+import zlib
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from typing import Any
 
 NAME = "snakemake-executor-plugin-slurm"
 VERSION = "2.8.0"
+COLLECT_S = 2.0
+ARRAY_OPTION = "--slurm-jobstep-array-execs="  # the later tasks' commands, by their numbers
 REPLACED = (
     "Executor.run_jobs",
     "Executor.check_active_jobs",
+    "Executor._report_job_submission_threadsafe",
     "pending_jobs_for_rule",
     "get_min_job_age",
     "query_job_status",
@@ -47,6 +55,8 @@ def patch_plugin() -> None:
     patches: tuple[Callable[[Any], None], ...] = (
         submit_arrays_at_once,
         split_arrays_by_attempt,
+        collect_arrays,
+        name_array_logs,
         query_array_tasks,
         parse_cancelled_state,
         detect_final_preemption,
@@ -55,6 +65,21 @@ def patch_plugin() -> None:
     )
     for patch in patches:
         patch(plugin)
+
+
+def become_array_task() -> None:
+    """Replace this snakemake by that of its own job, if it is a later task of a SLURM array.
+
+    The plugin starts each task with the command of the first one, whose snakemake then started the
+    task's own. But it also waited for the first task's output: all tasks failed with that one.
+    """
+    tasks = [word for word in sys.argv if word.startswith(ARRAY_OPTION)]
+    if tasks:
+        commands = json.loads(base64.b64decode(tasks[0].removeprefix(ARRAY_OPTION)))
+        own = commands.get(os.environ.get("SLURM_ARRAY_TASK_ID"))  # the first task has none
+        if own:
+            command = zlib.decompress(bytes.fromhex(own)).decode()
+            os.execvp("sh", ["sh", "-c", command])
 
 
 def submit_arrays_at_once(plugin: Any) -> None:
@@ -78,6 +103,53 @@ def split_arrays_by_attempt(plugin: Any) -> None:
             run(self, [job for job in jobs if job.attempt == attempt])
 
     plugin.Executor.run_jobs = patched
+
+
+def collect_arrays(plugin: Any) -> None:
+    """Wait `COLLECT_S` for further jobs of the rules in `arrays`, and submit them together.
+
+    Snakemake passes on the jobs that can begin after each job that it finds finished. So a check
+    that found many finished led to as many calls of sbatch, with one job each.
+    """
+    run = plugin.Executor.run_jobs
+    lock, collected = threading.Lock(), list[Any]()
+
+    def submit(executor: Any) -> None:
+        with lock:
+            jobs = [*collected]
+            collected.clear()
+        if executor.wait:  # else snakemake has been stopped meanwhile
+            run(executor, jobs)
+
+    def patched(self: Any, jobs: list[Any]) -> None:
+        arrays = [job for job in jobs if not job.is_group() and job.rule.name in self.array_jobs]
+        if others := [job for job in jobs if job not in arrays]:
+            run(self, others)
+        with lock:
+            if arrays and not collected:
+                timer = threading.Timer(COLLECT_S, submit, [self])
+                timer.daemon = True
+                timer.start()
+            collected.extend(arrays)
+
+    plugin.Executor.run_jobs = patched
+
+
+def name_array_logs(plugin: Any) -> None:
+    """Name the log that a task of an array writes: those of a rule are in one folder.
+
+    The plugin expected it in a folder of the job's wildcards, as that of any other job. It named a
+    file that did not exist, and deleted no log of a task that succeeded.
+    """
+    report = plugin.Executor._report_job_submission_threadsafe
+
+    def patched(self: Any, submitted: Any) -> None:
+        if "_" in submitted.external_jobid:
+            folder = self.slurm_logdir / f"rule_{submitted.job.name}"
+            submitted.aux["slurm_logfile"] = folder / f"{submitted.external_jobid}.log"
+        report(self, submitted)
+
+    plugin.Executor._report_job_submission_threadsafe = patched
 
 
 def query_array_tasks(plugin: Any) -> None:

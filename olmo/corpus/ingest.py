@@ -35,8 +35,8 @@ from olmo.io.downloads import Progress, ignore_progress
 from olmo.io.progress import DownloadProgress, Totals
 from olmo.runtime.log import log
 from olmo.store.lease import lease
-from olmo.store.record import Record
-from olmo.store.stage import current_store
+from olmo.store.record import Record, output_files
+from olmo.store.stage import Stage, current_store
 
 
 def parse_sources(words: list[str], table: Path | None = None) -> list[Source]:
@@ -147,7 +147,8 @@ def sources(
         if file.is_remote:
             place = {FETCHED: "sources/raw/{}"}
             fetch = {"url": file.place, "transfer": transfer(file, progress)}
-            arrived = run_shard(fetched, listing, file.name, place, sha256=file.sha256, **fetch)
+            sha256 = unless_downloaded(fetched, file)
+            arrived = run_shard(fetched, listing, file.name, place, sha256=sha256, **fetch)
             places = [arrived[0].object]
         made = {"files": places, "names": names, "rows": rows}
         suffix, _ = split_suffixes(names[0])
@@ -161,7 +162,8 @@ def sources(
             return convert(file, progress)
         if file.is_remote:
             fetch = {"url": file.place, "transfer": transfer(file, progress)}
-            return run_shard(remote, listing, file.name, outputs, sha256=file.sha256, **fetch)
+            sha256 = unless_downloaded(remote, file)
+            return run_shard(remote, listing, file.name, outputs, sha256=sha256, **fetch)
         kind, _, shard = file.place.partition(":")
         if kind in STDLIB_STAGES:
             return [stdlib_entry(listing, kind, file.name, *map(int, shard.split("/")))]
@@ -178,6 +180,17 @@ def sources(
         with lease(current_store().root / "leases", f"table-{path_key(table)}"):
             source_table.complete_table(table, found)
     write_listing(listing, entries)
+
+
+def unless_downloaded(stage: Stage, file: Source) -> str | None:
+    """The sha256 to ask for: None if the download that found it out is in the store.
+
+    It was asked for without one, and the table has that since. With it the action is another one,
+    which would copy and check the same bytes again.
+    """
+    record = current_store().lookup(stage.action(current_store(), url=file.place).key)
+    known = [output["sha256"] for output in output_files(record)] if record else []
+    return None if known == [file.sha256] else file.sha256
 
 
 def transfer(file: Source, progress: Progress) -> Transfer:

@@ -10,6 +10,7 @@ moved or copied as a whole. A name is written down with its project, or `gc` wou
 disk that is not mounted for deleted ones.
 """
 
+import contextlib
 import difflib
 import glob
 import hashlib
@@ -54,13 +55,17 @@ def link_output(store: Store, record: Record, output: str, path: Path) -> None:
 
 
 def _save_name(store: Store, path: Path, key: str, output: str) -> Name:
-    """Write a name to links/."""
+    """Write a name to links/, unless it is there: to write it takes two calls of fsync."""
     name = {
         "path": stored_path(store, path),
         "project": stored_path(store, _project_of(store, path)),
     }
     name |= {"key": key, "output": output}
-    sealed.write_atomic(name_file(store, path), sealed.dumps(name), read_only=True)
+    file, text = name_file(store, path), sealed.dumps(name)
+    with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+        if file.read_text(encoding="utf-8") == text:
+            return name
+    sealed.write_atomic(file, text, read_only=True)
     return name
 
 

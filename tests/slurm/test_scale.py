@@ -66,3 +66,18 @@ def test_shards_as_an_array(which: str, request: pytest.FixtureRequest, tmp_path
     assert [task for _, task in tasks] == ["1", "2", "3"]
     assert len({job for job, _ in tasks}) == 1
     assert all((project.root / name).exists() for name in names)
+
+
+def test_a_task_that_fails_fails_no_other_and_names_its_log(project: ClusterProject):
+    project.settings(arrays=["sources"], shards_per_job=1, attempts=1)
+    for bad in (0, 2):  # the first task is one of these two in most runs
+        (project.root / f"sources/part-{bad}.json.gz").write_bytes(b"no gz")
+    made = [f"data/small/sources/00{batch}.tsv" for batch in range(3)]
+    outcome = project.run(*made, ok=False, timeout=600)
+    assert outcome.status != 0
+    states = [job.state for job in project.jobs("sources")]
+    assert sorted(states) == ["COMPLETED", "FAILED", "FAILED"]
+    assert [(project.root / name).exists() for name in made] == [False, True, False]
+    logs = list(project.root.glob(".snakemake/slurm_logs/rule_sources/**/*.log"))
+    assert len(logs) == 2 and all(f" and {log}" in outcome.output for log in logs)
+    assert all(f"part-{bad}.json.gz" in outcome.output for bad in (0, 2))

@@ -260,3 +260,19 @@ def test_what_a_killed_process_left_between_objects_is_none(store: Store, projec
     look = Path("out").resolve().with_name(".look-abc")
     look.touch()
     assert quarantine_damaged(store) == [] and collect_garbage(store) == [] and not look.exists()
+
+
+def test_a_name_that_is_written_down_is_written_again_only_if_it_is_damaged(
+    store: Store, project: Path
+):
+    for damage in (None, "other", b"\xff"):
+        naming.link_output(store, made(store, "a"), "out", project / "named")
+        (file,) = (store.root / "links").iterdir()
+        whole, before = file.read_text(), file.stat().st_ino
+        if damage is not None:
+            file.chmod(0o644)
+            file.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+        (project / "named").unlink()
+        naming.link_output(store, made(store, "a"), "out", project / "named")
+        assert (file.stat().st_ino == before) is (damage is None)
+        assert file.read_text() == whole and (project / "named").read_text() == "a"

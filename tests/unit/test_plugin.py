@@ -4,9 +4,11 @@ Without the patches of `olmo.cluster.slurm_plugin` snakemake hangs in most of th
 """
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,11 +101,39 @@ def test_an_outage_forgets_no_job(slurm: Slurm, command: str):
     ("jobs", "command"), [(1, "squeue"), (2, "squeue"), (100, "squeue"), (100, "sacct")]
 )
 def test_an_array_of_more_jobs_than_may_run(slurm: Slurm, jobs: int, command: str):
-    """Those that may run come first, as an array; of the others those that come together."""
+    """Those that may run come first, as an array; the others as arrays, too."""
     slurm.run(5, "--slurm-array-jobs=one", jobs=jobs, command=command)
     if jobs > 1:
         assert f"--array=1-{min(jobs, 5)} " in slurm.submitted[0]
-    assert len(slurm.submitted) <= 6 - min(jobs, 5)
+    assert len(slurm.submitted) == math.ceil(5 / jobs)
+
+
+def test_jobs_of_an_array_that_come_one_by_one_are_submitted_together(monkeypatch):
+    """As after a check that found many finished: snakemake may pass each job on in a call."""
+    monkeypatch.setattr(slurm_plugin, "COLLECT_S", 0.05)
+    submitted: list[list[str]] = []
+
+    class Executor:
+        wait, array_jobs = True, {"one"}
+
+        def run_jobs(self, jobs: list) -> None:
+            submitted.append([job.name for job in jobs])
+
+    def job(name: str, rule: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name, rule=SimpleNamespace(name=rule), is_group=lambda: rule == "group"
+        )
+
+    slurm_plugin.collect_arrays(SimpleNamespace(Executor=Executor))
+    executor = Executor()
+    for name, rule in (("a", "one"), ("b", "other"), ("c", "one"), ("d", "group"), ("e", "one")):
+        executor.run_jobs([job(name, rule)])
+    time.sleep(0.5)
+    assert submitted == [["b"], ["d"], ["a", "c", "e"]]
+    executor.run_jobs([job("f", "one")])
+    executor.wait = False  # stopped before the moment has passed
+    time.sleep(0.5)
+    assert submitted == [["b"], ["d"], ["a", "c", "e"]]
 
 
 def test_a_task_that_failed_gets_memory_of_its_own(slurm: Slurm):
@@ -145,7 +175,8 @@ def test_a_job_that_squeue_forgot_is_submitted_again(slurm: Slurm, age: int):
 
 
 def test_a_plugin_without_what_is_replaced_is_refused(monkeypatch: pytest.MonkeyPatch):
-    other = SimpleNamespace(Executor=SimpleNamespace(run_jobs=1, check_active_jobs=1))
+    methods = ("run_jobs", "check_active_jobs", "_report_job_submission_threadsafe")
+    other = SimpleNamespace(Executor=SimpleNamespace(**dict.fromkeys(methods, 1)))
     monkeypatch.setitem(sys.modules, "snakemake_executor_plugin_slurm", other)
     monkeypatch.setattr(slurm_plugin, "version", lambda name: "2.9.0")
     with pytest.raises(ValueError, match=r"expected 2\.8\.0, .*pending_jobs.*; found 2\.9\.0"):
