@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_run import run as train
 
 from olmo.config import DataConfig, ModelConfig, TrainConfig
 from olmo.corpus.mixture import MixturePart, check_parts, mixture_order
@@ -197,3 +198,13 @@ def test_the_loader_reads_a_mixture(world_size: int, tmp_path: Path) -> None:
 def test_a_mixture_of_other_data(order: list[int] | None, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         build_train_dataloader(config(tmp_path, order))
+
+
+def test_a_run_that_is_longer_than_its_mixture(tmp_path: Path) -> None:
+    """It fails before the first step; of the right length it ends with the order."""
+    write_order(np.arange(72) % 5, tmp_path / "order.npy")
+    data = {"order_path": str(tmp_path / "order.npy"), "mixture": True}
+    with pytest.raises(ValueError, match="expected 10 more steps of 8 instances, found 9, since"):
+        train(tmp_path, data=data)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert train(tmp_path, data=data, max_duration=9, save_overwrite=True) == 0
