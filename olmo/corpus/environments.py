@@ -44,7 +44,9 @@ def build_environment(requirements: Path, environment: Path) -> None:
     marker, interpreter = folder / "made-from.json", folder / "bin" / "python"
     if not (marker.exists() and interpreter.exists()):
         shutil.rmtree(folder, ignore_errors=True)  # an interrupted attempt
-        run_uv("venv", "--quiet", "--no-project", "--python", sys.executable, str(folder))
+        # Relocatable: its commands work in a project that is moved, or behind a link that goes.
+        options = ("--quiet", "--no-project", "--relocatable", "--python", sys.executable)
+        run_uv("venv", *options, str(folder))
         target = ("--python", str(folder), "-r", os.path.abspath(requirements))
         run_uv("pip", "install", "--quiet", "--compile-bytecode", *target)
         sealed.write_atomic(marker, json.dumps(made_from, indent=1), alone=True)
