@@ -22,5 +22,6 @@ def test_two_concurrent_builds_make_one_environment(tmp_path: Path):
     python = made.parent / json.loads(made.read_text())["python"]
     assert subprocess.run([python, "-c", ""]).returncode == 0
     folder = python.parents[1]
+    assert "relocatable = true" in (folder / "pyvenv.cfg").read_text()
     assert {path.name for path in made.parent.iterdir()} == {made.name, folder.name, "leases"}
     assert list((made.parent / "leases").iterdir()) == []
