@@ -161,4 +161,4 @@ def test_zsh_runs_the_script(capsys):
     call = "emulate -L sh; setopt ksharrays; COMP_WORDS=(olmo store tr); COMP_CWORD=2; _olmo"
     program = f"{capsys.readouterr().out}\ncall() {{ {call}; echo ${{COMPREPLY[*]}} }}; call"
     done = subprocess.run(["zsh", "-fc", program], capture_output=True, text=True)
-    assert done.stdout.startswith("trace why verify ") and not done.stderr
+    assert done.stdout.startswith("trace why affected verify ") and not done.stderr
