@@ -240,6 +240,19 @@ class ScriptedServer(http.server.ThreadingHTTPServer):
         pass  # a client that hangs up is part of the plan
 
 
+@contextmanager
+def scripted_server(content: bytes) -> Iterator[ScriptedServer]:
+    """A ScriptedServer that answers."""
+    with ScriptedServer(content) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 class ScriptedHandler(http.server.BaseHTTPRequestHandler):
     server: ScriptedServer
     protocol_version = "HTTP/1.1"

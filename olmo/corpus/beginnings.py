@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
-from olmo.corpus.formats import (
-    open_decompressed,
-)
+from olmo.corpus.formats import open_decompressed
 from olmo.corpus.sources import DIRECT, Transfer, check_against_table, wrong_size
 from olmo.io import file_types, gz
 from olmo.io.beginnings import fetch_beginning

@@ -19,12 +19,13 @@ import numpy as np
 from olmo.config.strict import BaseConfig, check_range
 from olmo.corpus.listing import Entry
 from olmo.data.mixture import count_instances, mix_instances, token_shares
-from olmo.data.order import read_order, write_order
+from olmo.data.order import check_size, read_order, write_order
 from olmo.runtime.log import log
 from olmo.store.record import Record
 from olmo.store.stage import Facts, Input, Output, stage
 
 STAGE = "mixture_order"
+BYTES_PER_INSTANCE = 40  # of memory at the peak: times, orders, a sort; groups, uses
 MANY_TIMES = 4  # passes over the same tokens, from which they teach less (arXiv:2305.16264)
 
 
@@ -179,7 +180,11 @@ def mixture_order(
 
     The fact "mixture" has of each pattern the shares of this part's tokens that were expected and
     realised, the instances used of those available, and how often each was used up to here.
+
+    Raises ValueError if a weight has no instance, or there are too many for an order or memory.
     """
+    available = sum(count for count, _ in spans)
+    check_size(available, (available + instances) * BYTES_PER_INSTANCE)
     numbers = [float(weight.partition("=")[2]) for weight in weights]
     owners = np.repeat([group for _, group in spans], [count for count, _ in spans])
     groups = [np.flatnonzero(owners == number) for number in range(len(weights))]
@@ -196,14 +201,14 @@ def mixture_order(
     write_order(np.concatenate([earlier, found]), order)
 
     def describe(number: int) -> dict[str, Any]:
-        available = len(groups[number])
+        size = len(groups[number])
         return {
             "weight": weights[number],
             "expected": float(shares[number]),
             "realised": int(counts[number]) / instances,
             "instances": int(counts[number]),
-            "available": available,
-            "passes": float(used[groups[number]].mean()) if available else 0.0,
+            "available": size,
+            "passes": float(used[groups[number]].mean()) if size else 0.0,
         }
 
     rows = [describe(number) for number in range(len(weights))]

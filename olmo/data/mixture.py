@@ -1,7 +1,7 @@
 """The order of a mixture: how many instances of each group of files, which, and when.
 
 An ordinary order has each instance once. A mixture's takes of each group what its share asks for:
-some instances never, others several times. Its shares are exact to half an instance at the end,
+some instances never, others several times. Its shares are exact to one instance at the end,
 and close to that on the way, since each group's instances are spread evenly.
 """
 
@@ -11,9 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from olmo.data.order import ORDER_DTYPE, check_memory
-
-BYTES_PER_INSTANCE = 40  # of memory at the peak: two times, two orders, a sort
+from olmo.data.order import ORDER_DTYPE
 
 
 def token_shares(
@@ -62,10 +60,7 @@ def mix_instances(
         groups: the instances of each group.
         used: how often each instance was used before, (n,); it is updated.
         seed: decides the order.
-
-    Raises ValueError if memory does not suffice.
     """
-    check_memory(sum(counts), BYTES_PER_INSTANCE)
     drawn, times = [], []
     for number, (group, count) in enumerate(zip(groups, counts, strict=True)):
         random = np.random.Generator(np.random.PCG64([*seed, number]))

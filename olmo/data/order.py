@@ -24,26 +24,27 @@ def global_indices(n: int, seed: int, epoch: int = 0, shuffle: bool = True) -> n
 
     Raises ValueError if there are too many instances for uint32, or for this machine's memory.
     """
-    limit = np.iinfo(np.uint32).max
-    if not 0 <= n < limit:
-        raise ValueError(
-            f"an order is stored as uint32 and has at most {limit - 1} instances, not {n}"
-        )
-    check_memory(n, ORDER_DTYPE.itemsize)
+    check_size(n, n * ORDER_DTYPE.itemsize)
     indices = np.arange(n, dtype=ORDER_DTYPE)
     if shuffle:
         np.random.Generator(np.random.PCG64(seed + epoch)).shuffle(indices)
     return indices
 
 
-def check_memory(instances: int, bytes_each: int) -> None:
-    """Raises ValueError if this machine has not the memory for an order."""
-    needed, free = instances * bytes_each, available_memory()
+def check_size(n: int, needed: int) -> None:
+    """Check that an order of the instances 0 … n-1 can be made, which needs so much memory.
+
+    Raises ValueError if they are too many for uint32, or it is more memory than is free here.
+    """
+    limit, free = np.iinfo(np.uint32).max, available_memory()
+    if not 0 <= n < limit:
+        raise ValueError(
+            f"an order is stored as uint32 and has at most {limit - 1} instances, not {n}"
+        )
     if free is not None and needed > free:
         raise ValueError(
-            f"the order of {instances:,} instances needs {needed:,} bytes of memory, and {free:,} "
-            "are free here. Make it on a machine with more: the file is the same wherever it is "
-            "made"
+            f"the order of {n:,} instances needs {needed:,} bytes of memory, and {free:,} are free "
+            "here. Make it on a machine with more: the file is the same wherever it is made"
         )
 
 

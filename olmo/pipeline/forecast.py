@@ -113,9 +113,7 @@ class Forecast:
             root = Path(folder)
             (root / "store").mkdir()
             # It reads records, too: the real store would put a damaged one into quarantine.
-            self._lookups = LookupStore(
-                self.store, root / "store", lambda *call: self._predict(*call)
-            )
+            self._lookups = LookupStore(self.store, root / "store", self._predict)
             self._samples: dict[str, Sample | None] = {}  # data set → what was found
             self._dataset = ""  # of the job that is looked at
             self.rates = Rates(self._lookups)

@@ -208,3 +208,11 @@ def test_a_run_that_is_longer_than_its_mixture(tmp_path: Path) -> None:
         train(tmp_path, data=data)
     assert not (tmp_path / "run/metrics.jsonl").exists()
     assert train(tmp_path, data=data, max_duration=9, save_overwrite=True) == 0
+
+
+def test_more_instances_than_an_order_can_name(tmp_path: Path) -> None:
+    """They would wrap around in uint32; refused before memory is used."""
+    with pytest.raises(ValueError, match="has at most 4294967294 instances, not 5000000000"):
+        build(tmp_path, spans=[[2_500_000_000, 0], [2_500_000_000, 1]])
+    with pytest.raises(ValueError, match="bytes of memory"):
+        build(tmp_path, spans=[[4_000_000_000, 0], [40, 1]])

@@ -4,13 +4,12 @@ import gzip
 import json
 import random
 import struct
-import threading
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
-from servers import ScriptedServer, s3_server
+from servers import ScriptedServer, s3_server, scripted_server
 
 from olmo.corpus.beginnings import MAX_BYTES, beginning
 from olmo.corpus.documents import DocumentsSection, documents
@@ -30,13 +29,8 @@ CONFIG = DocumentsSection(keep_one_in=2, heldout_share=0.05)
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
-    server = ScriptedServer(b"")
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with scripted_server(b"") as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import threading
 import time
 
 import pytest
-from servers import ScriptedServer
+from servers import scripted_server
 
 from olmo.corpus import ingest
 from olmo.corpus import listing as listings
@@ -40,13 +40,8 @@ OTHER = gzip.compress(TEXT[::-1], mtime=0)
 
 @pytest.fixture
 def server():
-    server = ScriptedServer(FILE)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with scripted_server(FILE) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
