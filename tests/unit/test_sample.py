@@ -416,3 +416,11 @@ def test_a_bucket_is_read_by_ranges():
         with pytest.raises(ValueError, match=r"s3://corpus/v1/none\.json\.gz"):
             beginning(url="s3://corpus/v1/none.json.gz", head=Path("none"), max_bytes=4000)
     assert current_store().root.exists()
+
+
+def test_what_was_read_is_not_uncertain():
+    """The width is that of what was not read: half, where three quarters were read."""
+    pairs = [(10.0, 5.0), (30.0, 10.0), (14.0, 8.0)]
+    none, most, all_ = (estimate(pairs, 100.0, share) for share in (0.0, 0.75, 1.0))
+    assert most.high - most.expected == pytest.approx((none.high - none.expected) / 2)
+    assert all_.low == all_.expected == all_.high == most.expected

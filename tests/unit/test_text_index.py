@@ -258,3 +258,13 @@ def test_an_index_reads_few_blocks(searched: Searched, tmp_path: Path):
     write_source(empty, [])
     assert text_index.build(documents=empty, **made)["blocks"] == 0
     assert not len(find_lines("longer", **made))
+
+
+def test_a_text_over_the_end_of_a_block_is_found(tmp_path: Path):
+    """In a long document without repeats, where no other place of a block has its sequences."""
+    whole = random.Random(3).randbytes(3 * BLOCK_BYTES).hex()
+    write_source(tmp_path / "long.gz", [{"id": "long", "text": whole}])
+    made = {name: tmp_path / name for name in ("grams", "blocks")}
+    assert text_index.build(documents=tmp_path / "long.gz", **made)["blocks"] == 6
+    for end in range(BLOCK_BYTES, len(whole), BLOCK_BYTES):
+        assert find_lines(whole[end - 8 : end + 8], **made).tolist() == [0]
