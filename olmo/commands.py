@@ -67,6 +67,7 @@ STAGES = {
     "environment": "olmo.corpus.environments:environment",
     "order": "olmo.corpus.order:order",
     "positions": "olmo.corpus.order:positions",
+    "skip": "olmo.corpus.skip:skip",
     "clusters": "olmo.corpus.duplicates:batch_clusters",
     "references": "olmo.corpus.digests:batch_references",
     "start": "olmo.pipeline.start:start",

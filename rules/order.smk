@@ -27,6 +27,24 @@ use rule order as order_until with:
         "logs/order/{run}-until-{step}.log",
 
 
+rule skip:
+    """The order without what a run leaves out, and the tokens whose labels are masked."""
+    input:
+        lambda w: damage.update_journal(plan.dataset(w.run)),
+        tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
+        order=lambda w: parts.order_path(w.run),
+    output:
+        remaining="checkpoints/{run}/global_indices-remaining.npy",
+        holes="checkpoints/{run}/holes.npy",
+    log:
+        "logs/skip/{run}.log",
+    params:
+        recipe=lambda w: parts.skip_flags(plan, w.run),
+    shell:
+        "olmo skip --tokens {input.tokens:q} --order {input.order:q} {params.recipe}"
+        " --remaining {output.remaining:q} --holes {output.holes:q} --log {log:q}"
+
+
 rule positions:
     """The inverse: the position of each instance in the order."""
     input:

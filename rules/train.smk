@@ -26,6 +26,7 @@ rule train:
         config=lambda w: plan.run(w.run).train,
         start=lambda w: plan.start_checkpoint(w.run),
         after=lambda w: parts.previous_link(plan, w.run, w.get("step")),
+        holes=lambda w: parts.holes_path(plan, w.run, w.get("step")),
     output:
         report(
             directory("checkpoints/{run}/final"),
@@ -45,13 +46,14 @@ rule train:
         gres=lambda w: plan.scheduler_resource(w.run, "gres"),
         tasks_per_gpu=lambda w: plan.scheduler_resource(w.run, "tasks_per_gpu"),
     params:
-        overrides=lambda w: plan.override_flags(w.run),
+        overrides=lambda w: parts.override_flags(plan, w.run, w.get("step")),
         start=lambda w, input: f"--start {input.start}" if input.start else "",
         piece=lambda w: parts.link_flags(plan, w.run, w.get("step")),
+        holes=lambda w, input: f"--holes {input.holes}" if input.holes else "",
     shell:  # exec, since a scheduler's SIGTERM would end a shell, and the trainer with it
         "exec olmo train --config {input.config:q} --tokens {input.tokens:q} --order {input.order:q}"
         " --tokenizer {input.tokenizer:q} --final {output:q} {resources.geometry}"
-        " {params.start} {params.piece} {params.overrides} --log {log:q}"
+        " {params.start} {params.piece} {params.holes} {params.overrides} --log {log:q}"
 
 
 # A run that is cut into links: the same command, up to one of its steps.

@@ -79,6 +79,8 @@ def check_data(data: DataConfig) -> None:
     """Raises ValueError for instances from more than one place."""
     if data.custom_dataset and (data.paths or data.datasets):
         raise ValueError("data.custom_dataset excludes data.paths and data.datasets; keep one")
+    if data.custom_dataset and data.holes_path:
+        raise ValueError("data.holes_path is for token files, not for data.custom_dataset")
     if data.paths and data.datasets:
         raise ValueError("data.paths and data.datasets: expected one of them, found both")
 

@@ -70,6 +70,8 @@ class DataConfig(BaseConfig):
     order_path: str | None = extension()
     # Whether that order is a mixture's: of any length, and an instance may repeat or be left out.
     mixture: bool | None = extension()
+    # File with tokens that are read but not learned (olmo.data.holes).
+    holes_path: str | None = extension()
 
     @property
     def effective_memmap_dtype(self) -> Any:

@@ -61,6 +61,7 @@ NOT_IN_IDENTITY = frozenset(
         "data.datasets",
         "data.label_mask_paths",
         "data.order_path",
+        "data.holes_path",
         "data.num_workers",
         "data.pin_memory",
         "data.prefetch_factor",

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 
 from olmo.config import DataConfig, InstanceFilterConfig, TrainConfig
+from olmo.data.holes import learned_tokens, read_holes
 from olmo.data.instance_files import InstanceFiles, list_token_files
 
 
 class MemMapDataset(InstanceFiles, torch.utils.data.Dataset[dict[str, Any]]):
     """Instances of token files as tensors.
 
-    An item has input_ids, (T,) int64, and by option: label_mask, (T,) bool, from raw bool files;
+    An item has input_ids, (T,) int64, and by option: label_mask, (T,) bool, from raw bool files
+    and a file of holes;
     attention_mask, (T,) int64, 0 at padding; doc_lens, (documents,) int32, the tokens of each
     document, its end token included; instance_mask, False where the instance repeats more than
     `instance_filter_config` allows; metadata of the file.
@@ -39,6 +41,7 @@ class MemMapDataset(InstanceFiles, torch.utils.data.Dataset[dict[str, Any]]):
         eos_token_id: int | None = None,
         label_mask_paths: Sequence[str | Path] | None = None,
         instance_filter_config: InstanceFilterConfig | None = None,
+        holes_path: str | Path | None = None,
     ) -> None:
         super().__init__(
             *paths,
@@ -59,6 +62,7 @@ class MemMapDataset(InstanceFiles, torch.utils.data.Dataset[dict[str, Any]]):
         self.pad_token_id = pad_token_id
         self.eos_token_id = eos_token_id
         self.instance_filter_config = instance_filter_config
+        self._holes = None if holes_path is None else read_holes(holes_path)
 
     @property
     def max_seq_len(self) -> int:
@@ -89,6 +93,10 @@ class MemMapDataset(InstanceFiles, torch.utils.data.Dataset[dict[str, Any]]):
             masks = np.stack([self._tokens(file, row, mask=True) for file, row in places])
             # A numpy bool of another byte than 0 or 1 is undefined.
             out["label_mask"] = torch.from_numpy(masks.view(np.uint8) != 0)
+        if self._holes is not None:
+            numbers = np.asarray(indices) % len(self)  # -1 is the last
+            learned = torch.from_numpy(learned_tokens(self._holes, numbers, self.chunk_size))
+            out["label_mask"] = learned & out.get("label_mask", torch.tensor(True))
         if self.instance_filter_config is not None:
             mask = [not is_repetitive(row, self.instance_filter_config) for row in ids]
             out["instance_mask"] = torch.tensor(mask)
@@ -106,6 +114,8 @@ class MemMapDataset(InstanceFiles, torch.utils.data.Dataset[dict[str, Any]]):
             raise NotImplementedError(f"Expected another MemMapDataset but got {type(other)}")
         if (self.label_mask_paths is None) != (other.label_mask_paths is None):
             raise ValueError("cannot join a data set that has label masks with one that has none")
+        if self._holes is not None or other._holes is not None:
+            raise ValueError("cannot join data sets that have holes: their instances are numbered")
         masks = (self.label_mask_paths or []) + (other.label_mask_paths or [])
         return MemMapDataset(
             *self.paths,
@@ -173,4 +183,5 @@ def build_memmap_dataset(
         generate_doc_lengths=data_config.generate_doc_lengths,
         label_mask_paths=data_config.label_mask_paths,
         instance_filter_config=data_config.instance_filter,
+        holes_path=data_config.holes_path,
     )

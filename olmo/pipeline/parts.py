@@ -2,8 +2,10 @@
 links that it is cut into.
 """
 
+import math
 import shlex
 
+from olmo.config.strict import check_range
 from olmo.corpus.mixture import check_parts
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.recipe import json_flag, prefix_errors
@@ -72,8 +74,10 @@ def order_until(plan: Plan, run: str, step: str | None) -> str:
     """The order by which a run, or its link that ends at `step`, is trained.
 
     That of a link has the parts of the mixture up to its own only, so that a change of a later
-    one does not train it again.
+    one does not train it again. A link before anything is skipped has the order of all.
     """
+    if skips_before(plan, run, step):
+        return f"checkpoints/{run}/global_indices-remaining.npy"
     later = [end for end in part_ends(plan, run) if step is not None and end >= int(step)]
     return order_path(run, next(iter(later), None))
 
@@ -86,7 +90,7 @@ def previous_link(plan: Plan, run: str, step: str | None = None) -> list[str]:
     """
     settings = plan.run(run)
     known = list_link_steps(plan.train_config(run), settings.links, settings.link_every)
-    known = sorted({*known, *part_ends(plan, run)})
+    known = sorted({*known, *part_ends(plan, run), *filter(None, [skip_after(plan, run)])})
     end = None if step is None else int(step)
     if end is not None and end not in known:
         raise ValueError(
@@ -101,3 +105,65 @@ def link_flags(plan: Plan, run: str, step: str | None = None) -> str:
     """Where a link of a run begins and ends."""
     words = [word for link in previous_link(plan, run, step) for word in ("--after", link)]
     return shlex.join(words + (["--until", step] if step else []))
+
+
+def skip_after(plan: Plan, run: str) -> int | None:
+    """The step after which a run skips something, None if it skips nothing.
+
+    Raises:
+        ValueError: the run has no such step, or one of its skip_steps, or no known end.
+    """
+    settings, cfg = plan.run(run), plan.train_config(run)
+    if not (skip := settings.skip):
+        return None
+    after, end = settings.skip_after, count_steps(cfg)
+    ranges = skip.step_ranges
+    with prefix_errors(f"config/config.yaml: runs.{run}."):
+        if skip.shortens and end is None:
+            raise ValueError(
+                "skip_steps, skip_by: expected a max_duration in steps or tokens, found epochs, "
+                "which have all instances; skip documents or sources by mask"
+            )
+        if ranges and max(last for _, last in ranges) > (end or 0):
+            raise ValueError(f"skip_steps: expected steps up to {end}, found {skip.steps}")
+        first = min((first for first, _ in ranges), default=None)
+        if after is None:
+            only_steps = first is not None and not (skip.documents or skip.sources)
+            return first - 1 if only_steps and first else 0
+        check_range("skip_after", after, 0, min(first or math.inf, end or math.inf) - 1)
+    return after
+
+
+def skips_before(plan: Plan, run: str, step: str | None) -> bool:
+    """Whether a run, or its link that ends at `step`, is trained without something."""
+    after = skip_after(plan, run)
+    return after is not None and (step is None or int(step) > after)
+
+
+def skip_flags(plan: Plan, run: str) -> str:
+    """What a run leaves out, and of which order."""
+    cfg, skip = plan.train_config(run), plan.run(run).skip
+    if (after := skip_after(plan, run)) is None:
+        raise ValueError(
+            f"config/config.yaml: runs.{run}: expected skip_documents, skip_sources or skip_steps, "
+            "found none of them"
+        )
+    words = ["--sequence-length", cfg.model.max_sequence_length, "--dtype", cfg.data.memmap_dtype]
+    words += ["--batch-size", cfg.global_train_batch_size, "--after", after]
+    if (steps := count_steps(cfg)) is not None:
+        words += ["--steps", steps]
+    return shlex.join(map(str, words)) + " " + json_flag("config", skip)
+
+
+def holes_path(plan: Plan, run: str, step: str | None) -> list[str]:
+    """The file with the tokens that a run, or its link that ends at `step`, does not learn."""
+    masks = plan.run(run).skip.masks and skips_before(plan, run, step)
+    return [f"checkpoints/{run}/holes.npy"] * masks
+
+
+def override_flags(plan: Plan, run: str, step: str | None = None) -> str:
+    """Overrides of the training config as a flag of `olmo train`."""
+    settings = plan.run(run)
+    is_shorter = settings.skip.shortens and skips_before(plan, run, step)
+    words = settings.overrides + ["data.mixture=true"] * bool(settings.mixture or is_shorter)
+    return f"--overrides {shlex.join(words)}" if words else ""

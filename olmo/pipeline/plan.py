@@ -357,11 +357,6 @@ class Plan:
         }
         return resources[name]
 
-    def override_flags(self, run: str) -> str:
-        """A run's overrides as a flag of `olmo train`."""
-        words = self.run(run).overrides + ["data.mixture=true"] * bool(self.run(run).mixture)
-        return f"--overrides {shlex.join(words)}" if words else ""
-
     def evaluation_flags(self, run: str) -> str:
         """A run's evaluation config as a flag; ValueError for an unknown choice task."""
         from olmo.eval.tasks import find_task

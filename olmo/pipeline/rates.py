@@ -159,6 +159,8 @@ class Rates:
         if action.stage in ("global_order", "mixture_order"):
             before = size_of(action.inputs["before"]) if "before" in action.inputs else 0
             return Prediction({"order": 4 * action.params["instances"] + before})
+        if action.stage == "skipped":
+            return Prediction({"remaining": size_of(action.inputs["order"]), "holes": 0})
         if history is None and action.stage in GENERATED_FILES:
             prefix, total = GENERATED_FILES[action.stage]
             shards = action.params["shards"]

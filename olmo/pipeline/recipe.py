@@ -16,6 +16,7 @@ from olmo.corpus.documents import DocumentsSection
 from olmo.corpus.instructions import InstructionsSection
 from olmo.corpus.mixture import MixturePart
 from olmo.corpus.quality import QualitySection
+from olmo.corpus.skip import Skip, SkipRule
 from olmo.corpus.sources import SourcesSection
 from olmo.corpus.tokenizer import TokenizerSection
 from olmo.corpus.tokens import TokensSection
@@ -129,15 +130,34 @@ class RunConfig(BaseConfig):
     # The shares of the data set's sources; several parts are a curriculum, and each part but the
     # last ends with a link. Without it every instance is used once an epoch.
     mixture: list[MixturePart] = field(default_factory=list)
+    # What the run leaves out of its data set; what is left keeps its order.
+    skip_documents: list[str] = field(default_factory=list)  # by their ids
+    skip_sources: list[str] = field(default_factory=list)  # patterns of their names
+    skip_steps: list[str] = field(default_factory=list)  # "5", "100..119"; later ones move up
+    skip_by: SkipRule = SkipRule.mask  # documents and sources: masked, or replaced by the next
+    # A step before the first that uses what is left out. It ends a link, which is that of a run
+    # that leaves nothing out. None: the step before skip_steps, else 0.
+    skip_after: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.skip.step_ranges
+        if self.skip_after is not None and not self.skip:
+            raise ValueError(
+                "skip_after: expected skip_documents, skip_sources or skip_steps, found none of "
+                "them; remove it"
+            )
         if self.gpus_per_node and self.processes not in (1, self.gpus_per_node):
             raise ValueError(
                 f"processes: expected one per GPU, that is gpus_per_node={self.gpus_per_node}; "
                 f"found {self.processes}; remove it"
             )
         _ = self.geometry
+
+    @property
+    def skip(self) -> Skip:
+        """What the run leaves out."""
+        return Skip(self.skip_documents, self.skip_sources, self.skip_steps, self.skip_by)
 
     @property
     def geometry(self) -> Geometry:

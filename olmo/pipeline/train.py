@@ -8,11 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from olmo.checkpoint.layout import list_checkpoints
 from olmo.cluster.launch import Geometry, launch
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
 from olmo.config.identity import identity
 from olmo.corpus.listing import read_objects
 from olmo.corpus.tokenizer import check_tokenizer
+from olmo.pipeline.reuse import GIVEN, find_saved, take_over
 from olmo.report.loss import plot_losses, redrawing
 from olmo.report.series import collect_series
 from olmo.runtime.numbers import encode_non_finite, to_json
@@ -47,6 +49,7 @@ def train_run(
     max_restarts: int = 0,
     after: Path | None = None,
     until: int | None = None,
+    holes: Path | None = None,
     overrides: tuple[str, ...] = (),
 ) -> None:
     """Train as `config` says on the shards of `tokens`, or resume an interrupted run.
@@ -65,6 +68,7 @@ def train_run(
         min_nodes: fewest nodes to start or continue with
         max_restarts: restarts of the processes by torchrun before the run fails
         until: step at which this link of a chain ends
+        holes: file with the tokens that are not learned
         overrides: key=value, as on the trainer's own command line
     """
     cfg = TrainConfig.load(config, list(overrides), validate_paths=False)
@@ -81,6 +85,7 @@ def train_run(
         tokens=read_objects(tokens, "tokens"),
         labels=read_objects(tokens, "labels") or None,
         order=order,
+        holes=holes,
         start=None if start is None else start_files(start, cfg),
         after=None if after is None else [after / name for name in STATE],
         until=until,
@@ -129,31 +134,38 @@ def training(
     start: Inputs | None = None,
     after: Inputs | None = None,
     until: int | None = None,
+    holes: Input | None = None,
 ) -> Facts:
     """Run the trainer to its end and export its last checkpoint.
 
     `attempt` keeps the run's own checkpoints, from which the next attempt resumes. `settings` is
-    the identity of `cfg`. `labels` are masks of the tokens that are learned. `start` are the files
-    that the run begins with (`start_files`). A link of a chain continues `after` the files of the
-    previous one, and ends at step `until`.
+    the identity of `cfg`. `labels` are masks of the tokens that are learned, `holes` the tokens
+    that are not. `start` are the files that the run begins with (`start_files`). A link of a chain
+    continues `after` the files of the previous one, and ends at step `until`; it is taken over
+    from a finished run that has its state.
     """
     attempt.mkdir(parents=True, exist_ok=True)
-    filled = fill_in_paths(cfg, tokens, order, heldout, attempt, labels, heldout_labels)
+    if until is not None and not list_checkpoints(attempt):
+        links = {"tokens": tokens, "order": order, "labels": labels, "start": start}
+        inputs = training.action(current_store(), **links, after=after, holes=holes).inputs
+        if saved := find_saved(current_store(), inputs, settings, until):
+            take_over(saved, attempt)
+    filled = fill_in_paths(cfg, tokens, order, heldout, attempt, labels, heldout_labels, holes)
     if start is not None:
         filled = filled.update_with(load_path=str(start[0].absolute().parent))
     previous = None if after is None else after[0].absolute().parent
     filled = filled.update_with(**build_link_overrides(cfg, previous, until))
-    filled.save(attempt / "given.yaml")
+    filled.save(attempt / GIVEN)
     title = cfg.run_name or final.parent.name
     with redrawing(attempt, title):
-        launch(attempt / "given.yaml", geometry, filled.intra_op_threads)
+        launch(attempt / GIVEN, geometry, filled.intra_op_threads)
 
     from olmo.checkpoint.final import export_final
     from olmo.train.segments import read_segments, training_conditions
     from olmo.train.sinks import read_metrics
 
     reached = export_final(
-        attempt, final, content_addressed_config(settings, tokens, order, labels, start)
+        attempt, final, content_addressed_config(settings, tokens, order, labels, start, holes)
     )
     rows = [folder / "metrics.jsonl" for folder in (previous, attempt) if folder is not None]
     metrics = [row for path in rows for row in read_metrics(path)]
@@ -180,6 +192,7 @@ def fill_in_paths(
     folder: Path,
     labels: list[Path] | None = None,
     heldout_labels: list[Path] | None = None,
+    holes: Path | None = None,
 ) -> TrainConfig:
     """The config with the paths of this attempt: data, order, held-out data, folder."""
 
@@ -191,6 +204,7 @@ def fill_in_paths(
         label_mask_paths=to_strings(labels),
         datasets=None,
         order_path=os.path.realpath(order),
+        holes_path=None if holes is None else os.path.realpath(holes),
     )
     evaluators = list(cfg.evaluators)
     if heldout:
@@ -236,6 +250,7 @@ def content_addressed_config(
     order: Path,
     labels: list[Path] | None = None,
     start: list[Path] | None = None,
+    holes: Path | None = None,
 ) -> dict[str, Any]:
     """The content of final/config.yaml: the settings, with the inputs' addresses in any store."""
     store = current_store()
@@ -247,6 +262,8 @@ def content_addressed_config(
     data = {"paths": [address(path) for path in tokens], "order_path": address(order)}
     if labels is not None:
         data["label_mask_paths"] = [address(path) for path in labels]
+    if holes is not None:
+        data["holes_path"] = address(holes)
     config = settings | {"data": settings.get("data", {}) | data}
     return config if start is None else config | {"load_path": address(start[0])}
 

@@ -21,6 +21,7 @@ def refuse_unsupported_keys(name: str, run: RunConfig, cfg: TrainConfig) -> None
         "data.custom_dataset": cfg.data.custom_dataset,
         "data.order_path": cfg.data.order_path,
         "data.mixture": cfg.data.mixture,
+        "data.holes_path": cfg.data.holes_path,
         "data.label_mask_paths": cfg.data.label_mask_paths,
     }
     if unsupported := [name for name, value in values.items() if value]:

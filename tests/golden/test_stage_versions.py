@@ -320,6 +320,14 @@ MAKE: dict[str, Callable[[Stage, Path], object]] = {
         from_step=5,
         before=order(d),
     ),
+    "skipped": lambda s, d: s.build(
+        order=order(d),
+        **{name: folder(d) / name for name in ("remaining", "holes")},
+        spans=[[100, 700]],
+        steps=[[5, 6]],
+        sequence_length=64,
+        batch_size=8,
+    ),
     "text_index": lambda s, d: s.build(
         documents=source(d), **{name: folder(d) / name for name in ("grams", "blocks")}
     ),

@@ -1,0 +1,86 @@
+"""A link of a chain without training: the state that an earlier run saved at that very step.
+
+A run that was not cut still has some of its checkpoints in its work folder. One at the link's last
+step has the link's bytes, if data, order, start and settings up to that step are equal.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from olmo.checkpoint import layout
+from olmo.config import TrainConfig
+from olmo.io import sealed
+from olmo.runtime.log import log
+from olmo.runtime.numbers import to_json
+from olmo.runtime.process import SEGMENTS_FILE
+from olmo.store.record import Record
+from olmo.store.store import Store
+from olmo.train.chain import identity_until
+from olmo.train.segments import read_segments
+from olmo.train.sinks import METRICS, read_metrics
+
+STAGE = "training"
+GIVEN = "given.yaml"  # the config that the trainer was given, in the work folder
+
+
+def attempt_folder(store: Store, key: str) -> Path:
+    """The work folder of a training action."""
+    return store.root / "work" / key / "attempt"
+
+
+def saved_steps(store: Store, record: Record) -> dict[int, Path]:
+    """Step → checkpoint that a finished run, or one of its links, still has."""
+    folder = attempt_folder(store, record["key"])
+    return {layout.parse_step(path) or 0: path for path in layout.list_checkpoints(folder)}
+
+
+def find_saved(
+    store: Store, inputs: Mapping[str, Any], settings: Mapping[str, Any], until: int
+) -> Path | None:
+    """A checkpoint at step `until` of a finished run that was the same up to there; None if none.
+
+    Args:
+        inputs, settings: of the link's action.
+    """
+    for record in finished_runs(store):
+        saved = saved_steps(store, record)
+        if until not in saved or record["action"]["inputs"] != inputs:
+            continue
+        given = saved[until].parent / GIVEN
+        cfg = TrainConfig.load(given, validate_paths=False)
+        if identity_until(cfg, until) == settings:
+            layout.verify_checkpoint(saved[until])
+            return saved[until]
+    return None
+
+
+def finished_runs(store: Store) -> Iterator[Record]:
+    """The records of training actions whose work folders are still there."""
+    for given in sorted(store.root.glob(f"work/*/attempt/{GIVEN}")):
+        record = store.record(given.parent.parent.name)
+        if record is not None and record["action"]["stage"] == STAGE:
+            yield record
+
+
+def take_over(checkpoint: Path, attempt: Path) -> None:
+    """Make a run's folder one that was interrupted at this checkpoint of another run.
+
+    The checkpoint comes last, so that an interrupted call is repeated.
+    """
+    step, origin = layout.parse_step(checkpoint) or 0, checkpoint.parent
+    log.info(f"steps 1 to {step}: taken over from {origin}, which trained the same")
+    if (origin / "data-indices").is_dir():  # the trainer cuts them
+        shutil.copytree(origin / "data-indices", attempt / "data-indices", dirs_exist_ok=True)
+    rows = [row for row in read_metrics(origin / METRICS) if row["step"] <= step]
+    (attempt / METRICS).write_text("".join(to_json(row) + "\n" for row in rows))
+    segments = [segment for segment in read_segments(origin) if segment["after"] < step]
+    sealed.write_atomic(attempt / SEGMENTS_FILE, sealed.dump_lines(segments))
+    partial = layout.partial_path(attempt / checkpoint.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint, partial, copy_function=os.link)  # checkpoints are never changed
+    layout.publish_folder(partial, attempt / checkpoint.name)
