@@ -35,6 +35,7 @@ USER_COMMANDS = {
         "chat": "olmo.inspect.chat:chat",
         "generate": "olmo.inspect.generate:generate_text",
         "diff": "olmo.report.diff:diff",
+        "fork": "olmo.pipeline.fork:fork",
         "inspect": "olmo.inspect.commands:inspect",
         "seen": "olmo.inspect.commands:seen",
         "replay": "olmo.inspect.replay:replay",

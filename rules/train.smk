@@ -27,6 +27,7 @@ rule train:
         start=lambda w: plan.start_checkpoint(w.run),
         after=lambda w: parts.previous_link(plan, w.run, w.get("step")),
         holes=lambda w: parts.holes_path(plan, w.run, w.get("step")),
+        checked=lambda w: parts.skip_outputs(plan, w.run),
     output:
         report(
             directory("checkpoints/{run}/final"),

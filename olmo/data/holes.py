@@ -30,6 +30,7 @@ def make_holes(spans: Iterable[tuple[int, int]], length: int) -> np.ndarray:
         ends = np.minimum(end - instances * length, length)
         parts.append(np.stack([instances, begins, ends], axis=1).astype(HOLES_DTYPE))
     rows = np.concatenate(parts)
+    rows = rows[rows[:, 1] < rows[:, 2]]  # an empty span is no hole
     return rows[np.lexsort((rows[:, 1], rows[:, 0]))]
 
 

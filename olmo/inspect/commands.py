@@ -19,7 +19,7 @@ from olmo.inspect.documents import (
     require_shard,
     select_shards,
 )
-from olmo.inspect.passages import describe_passages
+from olmo.inspect.passages import MASKED, describe_passages
 from olmo.inspect.run import Instance, TrainedRun
 from olmo.runtime.log import log
 from olmo.store.stage import current_store
@@ -176,7 +176,8 @@ def describe_sightings(
         yield f"{document.id} ({document.source}:{document.line})"
         for step, position, index in times:
             rank = position % run.world_size(step)
-            yield f"  step {step}, position {position} (rank {rank}), instance {index}"
+            masked = "" if run.learns(index, document.start, document.end) else MASKED
+            yield f"  step {step}, position {position} (rank {rank}), instance {index}{masked}"
         if not times:
             yield "  not seen: the run ended before, or it is in a file's incomplete last instance"
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 LARGE_BYTES = 1 << 25  # of compressed documents: they are searched for more than a second
 
+MASKED = ": read and not learned, since the run skips it"
+
 Use = tuple[int, int, int]  # (step, position in its batch, instance)
 
 
@@ -237,5 +239,5 @@ def describe_passages(run: TrainedRun, text: str) -> Iterator[str]:
                 later = next((f"; saved then: {path}" for at, path in saved if at >= step), "")
                 yield (
                     f"  {part}step {step}, position {position} (rank {rank}), instance {index}"
-                    f"{later}"
+                    f"{later if run.learns(index, document.start, document.end) else MASKED}"
                 )

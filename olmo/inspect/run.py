@@ -6,6 +6,7 @@ Ours or OLMo's, local or at a URL. Reads only the bytes that a question needs.
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 from olmo.checkpoint import layout
 from olmo.config import PROJECT_CONFIG, TrainConfig, list_runs
 from olmo.data.files import is_url
+from olmo.data.holes import learned_tokens, read_holes
 from olmo.data.instance_files import InstanceFiles, open_instance_files
 from olmo.inspect import history
 from olmo.inspect.history import OrderSource, RecordedBatches, StepRange
@@ -249,6 +251,26 @@ class TrainedRun:
             path, row = self.locate(index)
             start = row * self.sequence_length
             yield Instance(step, position, position % size, index, path, start, tokens)
+
+    @cached_property
+    def _holes(self) -> np.ndarray:
+        place = self.cfg.data.holes_path
+        if place is None:
+            return read_holes(os.devnull)
+        if not Path(place).exists():
+            raise ValueError(
+                f"{place}: expected the tokens that {self.where} did not learn, found no file; "
+                "pull it, or run snakemake again"
+            )
+        return read_holes(place)
+
+    def learns(self, index: int, start: int, end: int) -> bool:
+        """Whether it learned any of the tokens [start, end) of an instance's file that it holds."""
+        if not len(self._holes):
+            return True
+        first = self.locate(index)[1] * self.sequence_length
+        learned = learned_tokens(self._holes, [index], self.sequence_length)[0]
+        return bool(learned[max(start - first, 0) : max(end - first, 0)].any())
 
     @property
     def sequence_length(self) -> int:

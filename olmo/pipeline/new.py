@@ -7,9 +7,12 @@ import json
 import math
 import os
 import re
+import textwrap
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -113,7 +116,7 @@ def new(name: str, folder: str, /, hours: float | None = None) -> None:
     texts = {
         files["recipe"]: format_recipe(name, found, choice),
         files["train"]: format_train(name, choice, machine),
-        CONFIG: add_run(before, name),
+        CONFIG: add_run(before, name, {"train": f"config/train/{name}.yaml", "dataset": name}),
     }
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -329,15 +332,19 @@ def format_train(name: str, choice: Choice, machine: Machine) -> str:
     return template.format(**values)
 
 
-def add_run(config: str, name: str) -> str:
-    """The text of config/config.yaml with one run more, its comments kept."""
-    entry = f"  {name}:\n    train: config/train/{name}.yaml\n    dataset: {name}\n"
-    before = yaml.safe_load(config)
+def add_run(config: str, name: str, settings: Mapping[str, Any]) -> str:
+    """The text of config/config.yaml with one run more, its comments kept.
+
+    Raises ValueError if it has no line `runs:`.
+    """
+    lines = yaml.safe_dump(
+        {name: dict(settings)}, sort_keys=False, width=10_000, allow_unicode=True
+    )
+    entry, before = textwrap.indent(lines, "  "), yaml.safe_load(config)
     added, count = re.subn(
         r"(?m)^runs:[ \t]*(#.*)?\n", lambda m: m.group() + entry, config, count=1
     )
-    runs = {name: {"train": f"config/train/{name}.yaml", "dataset": name}}
-    wanted = {**before, "runs": {**(before.get("runs") or {}), **runs}}
+    wanted = {**before, "runs": {**(before.get("runs") or {}), name: dict(settings)}}
     if not count or yaml.safe_load(added) != wanted:
         raise ValueError(f"{CONFIG}: expected a line `runs:` to add a run below; add\n{entry}")
     return added

@@ -155,6 +155,11 @@ def skip_flags(plan: Plan, run: str) -> str:
     return shlex.join(map(str, words)) + " " + json_flag("config", skip)
 
 
+def skip_outputs(plan: Plan, run: str) -> list[str]:
+    """What a run is trained without is known, and checked, before its first step."""
+    return [] if skip_after(plan, run) is None else [f"checkpoints/{run}/holes.npy"]
+
+
 def holes_path(plan: Plan, run: str, step: str | None) -> list[str]:
     """The file with the tokens that a run, or its link that ends at `step`, does not learn."""
     masks = plan.run(run).skip.masks and skips_before(plan, run, step)

@@ -1,6 +1,7 @@
 """Runs that leave something out, by the real Snakefile: the same bits as other ways to the same."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,14 @@ def test_a_document_is_masked_from_its_first_step_on(trained: Project, tmp_path:
     assert weights(trained, "masked") != weights(trained, "small")
 
 
+def test_seen_says_that_a_document_was_not_learned(trained: Project):
+    dropped = document_used_at(trained, 14)
+    fork(trained, "masked", skip_documents=[dropped], skip_after=12)
+    said = trained.olmo("seen", "--run", "masked", "--id", dropped).output
+    assert "step 14" in said and "read and not learned" in said
+    assert "not learned" not in trained.olmo("seen", "--run", "small", "--id", dropped).output
+
+
 def log_of(project: Project, name: str) -> str:
     return (project.root / f"logs/{name}.log").read_text()
 
@@ -127,13 +136,18 @@ def weights(project: Project, name: str) -> bytes:
 
 def test_a_link_that_is_taken_over_has_the_bytes_of_a_trained_one(trained: Project, tmp_path: Path):
     fork(trained, "masked", skip_documents=[document_used_at(trained, 14)], skip_after=12)
+    link = trained.root / "checkpoints/masked/step-12"
+    taken = json.loads((link / "record.json").read_text())
     other = trained.copy(tmp_path / "project")
-    for folder in other.store.glob("work/*/attempt"):
-        for checkpoint in folder.glob("step*"):
-            subprocess.run(["rm", "-r", str(checkpoint)], check=True)
-    link = (other.root / "checkpoints/masked/step-12").resolve()
-    before = json.loads((link / "record.json").read_text())
-    subprocess.run(["rm", "-r", str(link)], check=True)
+    shutil.rmtree(other.store / "work")
+    for path in other.store.glob("actions/*/*.json"):
+        if json.loads(path.read_text())["action"]["stage"] == "training":
+            path.unlink()
+    shutil.rmtree(other.root / "checkpoints/masked/step-12")
+    other.run("checkpoints/masked/step-12")
+    assert "taken over" not in log_of(other, "train/masked-step-12")
+    again = json.loads((other.root / "checkpoints/masked/step-12/record.json").read_text())
+    assert again["key"] == taken["key"] and again["content"] == taken["content"]
 
 
 def test_steps_move_up(trained: Project, tmp_path: Path):
@@ -163,3 +177,62 @@ def test_a_source_by_the_next_instances(trained: Project, tmp_path: Path):
     settings = {"paths": paths, "order_path": str(tmp_path / "order.npy")}
     expected = train_alone(trained, tmp_path / "alone", **settings, mixture=True)
     assert_equal(trained, "without-source", expected)
+
+
+def test_fork_says_what_it_costs_and_adds_the_run(trained: Project):
+    config = (trained.root / "config/config.yaml").read_text()
+    dropped = document_used_at(trained, 17)
+    said = trained.olmo("fork", "small", "--without", dropped)
+    assert said.status == 0 and "first uses it at step 17" in said.output
+    assert "steps shared with small: 15" in said.output
+    assert "steps to train: 9 of 24 (38%)" in said.output
+    assert (trained.root / "config/config.yaml").read_text() == config
+
+    assert not trained.olmo("fork", "small", "--without", dropped, "--name", "forked").status
+    settings = trained.read("config/config.yaml")["runs"]["forked"]
+    assert settings["skip_documents"] == [dropped] and settings["skip_after"] == 15
+    ran = trained.run("checkpoints/forked/final")
+    assert "steps 1 to 15: taken over" in log_of(trained, "train/forked-step-15")
+    record = json.loads((trained.root / "checkpoints/forked/final/record.json").read_text())
+    assert [s["after"] for s in record["facts"]["segments"]] == [15] and ran.status == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["small", "--without", "no-such-document"], "expected ids of documents"),
+        (["small", "--without", "source:part-9"], "the sources are part-0, part-1, part-2"),
+        (["small", "--without", "20..30"], "expected steps up to 24, where small ends"),
+        (["small", "--without", "steps:9..3"], "expected the earlier step first"),
+        (["small", "--without"], "found nothing"),
+        (["small", "--without", "part-1", "--by", "random"], "--by"),
+        (["smal", "--without", "part-1"], "the nearest is 'small'"),
+        (["small", "--without", "part-1", "--name", "small"], "expected a new name"),
+        (["small", "--without", "part-1", "--name", "../a"], "--name"),
+    ],
+)
+def test_what_cannot_be_forked_is_one_sentence(trained: Project, words: list[str], message: str):
+    said = trained.olmo("fork", *words)
+    assert said.status and message in said.output.strip().splitlines()[-1]
+    assert "Traceback" not in said.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"skip_documents": ["no-such"]}, "expected ids of documents"),
+        ({"skip_steps": ["20..30"]}, "expected steps up to 24"),
+        ({"skip_steps": ["9..3"]}, "expected the earlier step first"),
+        ({"skip_after": 3}, "skip_after: expected skip_documents"),
+        ({"skip_steps": ["5"], "skip_after": 5}, "skip_after: expected from 0 to 4, found 5"),
+        ({"skip_sources": ["*"], "skip_by": "next"}, "expected instances for 24 steps, found 0"),
+        ({"skip_sources": ["part-0"], "skip_after": 20}, "a step before 1, the first one"),
+    ],
+)
+def test_bad_skips_are_one_sentence(trained: Project, settings: dict, message: str, tmp_path: Path):
+    project = trained.copy(tmp_path / "project")
+    run = {"train": "config/train/small.yaml", "dataset": "small", **settings}
+    project.change("config/config.yaml", runs__bad=run)
+    failed = project.run("checkpoints/bad/final", ok=False)
+    assert failed.status and not failed.ran["training"] and message in failed.output
+    assert "Traceback" not in failed.output

@@ -1,0 +1,237 @@
+"""`olmo fork`: the run that would have been, without a document, a source or some steps.
+
+It says first what that costs, and then adds a run to config/config.yaml. Like any other run it is
+made by snakemake; its steps before the first difference are those of the run that it comes from.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from olmo.config import PROJECT_CONFIG, read_project_config
+from olmo.config.identity import identity
+from olmo.config.strict import non_default_fields
+from olmo.corpus.listing import read_listing
+from olmo.corpus.skip import Skip, SkipRule, find_spans, merge_spans, parse_step_range
+from olmo.data.files import token_itemsize
+from olmo.inspect.run import TrainedRun, find_config
+from olmo.io import sealed, untrusted
+from olmo.pipeline.new import add_run
+from olmo.pipeline.plan import Plan
+from olmo.pipeline.recipe import RunConfig
+from olmo.pipeline.reuse import saved_steps
+from olmo.runtime.log import format_duration, format_number
+from olmo.store.record import Record, parse_record
+from olmo.store.stage import current_store
+from olmo.train.sinks import read_metrics
+
+PACE = "throughput/device/batches_per_second"
+KINDS = ("document", "source", "steps")
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What a run without something costs."""
+
+    first_step: int  # of the run that is forked, which uses what is left out
+    shared: int  # steps that are that run's
+    steps: int  # of the whole run
+    instances: int  # with something that is left out
+    tokens: int  # that are left out, of all that the run's data has
+    seconds: float | None  # of the steps to train; None: not known
+
+    @property
+    def to_train(self) -> int:
+        return self.steps - self.shared
+
+
+def fork(run: str, /, without: list[str], by: SkipRule = SkipRule.mask, name: str = "") -> None:
+    """Say what a run would cost without a document, a source or steps; with --name, add that run.
+
+    The order of the data stays. Labels of documents and sources are masked (--by mask), or their
+    instances are removed and the next ones move up (--by next); steps are always removed. The steps
+    before the first difference are taken from the run, up to its last link or checkpoint there.
+
+    Args:
+        run: name in config/config.yaml, of a finished run
+        without: ids of documents, names or patterns of sources, steps (5 or 100..119); if one could
+            be another, document:ID, source:NAME or steps:5..9
+        by: mask or next
+        name: of the new run in config/config.yaml; without it nothing is written
+
+    Example:
+        olmo fork olmo-tiny --without stdlib-03
+        olmo fork olmo-tiny --without 100..119 --name olmo-tiny-without-spike
+    """
+    plan = Plan(read_project_config())
+    record = find_record(plan, run)
+    listings = [Path(path) for path in plan.listings(plan.dataset(run), "tokens")]
+    skip = parse_without(without, by, [e.shard for e in read_listing(listings, "tokens")])
+    quote, known = make_quote(plan, run, record, skip, listings)
+    settings = fork_settings(plan.run(run), skip, quote.shared)
+    print(format_quote(run, quote, known))
+    if not name:
+        words = " ".join(without) + (f" --by {by}" if by != SkipRule.mask else "")
+        print(f"Add it to {PROJECT_CONFIG}: olmo fork {run} --without {words} --name NAME")
+        return
+    untrusted.check_part(name, "olmo fork --name")
+    if plan.is_made_here(name):
+        raise ValueError(f"--name: expected a new name, found the run {name}; give another one")
+    text = add_run(Path(PROJECT_CONFIG).read_text(encoding="utf-8"), name, settings)
+    sealed.write_atomic(Path(PROJECT_CONFIG), text)
+    print(f"{name} is in {PROJECT_CONFIG}. Train it:")
+    print(f"  uv run snakemake --cores 2 checkpoints/{name}/final")
+
+
+def find_record(plan: Plan, run: str) -> Record:
+    """The record of a finished run whose settings are those of config/config.yaml.
+
+    Raises ValueError for a run that is not finished, that skips something, or that has changed.
+    """
+    settings = plan.run(run)
+    if run in plan.pipeline.soups:
+        raise ValueError(
+            f"expected a run that was trained, found the soup {run}; name one of its "
+            f"runs, {', '.join(plan.pipeline.soups[run])}"
+        )
+    if settings.skip:
+        raise ValueError(
+            f"expected a run that leaves nothing out, found {run}; fork the run that it comes "
+            "from, and name all that is left out"
+        )
+    path = Path("checkpoints", run, "final", "record.json")
+    if not path.exists():
+        find_config(run)  # raises, with a remedy, if there is no such run
+        raise ValueError(
+            f"expected a finished run, found none in {path.parent}; train it: uv run snakemake "
+            f"--cores 2 {path.parent}"
+        )
+    record = parse_record(path.read_bytes(), path)
+    cfg = plan.train_config(run).update_with()
+    if settings.mixture:
+        cfg = cfg.update_with(data=cfg.data.update_with(mixture=True))
+    if identity(cfg) != record["action"]["params"]["settings"]:
+        raise ValueError(
+            f"{path.parent} was trained with other settings than {settings.train} and "
+            f"{PROJECT_CONFIG} have now; undo the change, or train it again: uv run snakemake "
+            f"--cores 2 {path.parent}"
+        )
+    return record
+
+
+def parse_without(words: Sequence[str], by: SkipRule, sources: Sequence[str]) -> Skip:
+    """What is left out, of the words on the command line.
+
+    Args:
+        sources: their names in the data set.
+    """
+    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for word in words:
+        kind, colon, rest = word.partition(":")
+        if colon and kind in KINDS:
+            found[kind].append(rest)
+        elif any(fnmatchcase(source, word) for source in sources):
+            found["source"].append(word)
+        elif word.replace("..", "", 1).isdecimal():
+            found["steps"].append(word)
+        else:
+            found["document"].append(word)
+    if not any(found.values()):
+        raise ValueError("--without: expected a document, a source or steps, found nothing")
+    for steps in found["steps"]:
+        parse_step_range(steps)
+    return Skip(found["document"], found["source"], found["steps"], by)
+
+
+def make_quote(
+    plan: Plan, run: str, record: Record, skip: Skip, listings: list[Path]
+) -> tuple[Quote, dict[int, str]]:
+    """What the run without something costs, and the states of the run: step → where it is."""
+    cfg, steps = plan.train_config(run), int(record["facts"]["steps"])
+    length, width = cfg.model.max_sequence_length, token_itemsize(cfg.data.memmap_dtype)
+    spans = merge_spans(find_spans(listings, skip, length, width))
+    places = [np.arange(first // length, -(-end // length)) for first, end in spans]
+    instances = np.concatenate([np.empty(0, np.int64), *places])
+    trained = TrainedRun(run)
+    used = next((step for step, _, _ in trained.find_instances(instances)), None)
+    ranges = skip.step_ranges
+    if ranges and max(last for _, last in ranges) > steps:
+        raise ValueError(f"--without: expected steps up to {steps}, where {run} ends")
+    firsts = [first for first, _ in ranges] + ([] if used is None else [used])
+    if not firsts:
+        raise ValueError(
+            f"{run} was not trained on it: it comes after the run's end in the data order, or in "
+            "the incomplete last instance of a file"
+        )
+    known = known_states(plan, run, record)
+    shared = max((step for step in known if step < min(firsts)), default=0)
+    quote = Quote(
+        first_step=min(firsts),
+        shared=shared,
+        steps=steps,
+        instances=len(instances),
+        tokens=sum(end - first for first, end in spans),
+        seconds=expect_seconds(record, Path("checkpoints", run, "final"), steps - shared),
+    )
+    return quote, known
+
+
+def known_states(plan: Plan, run: str, record: Record) -> dict[int, str]:
+    """The steps at which a run's state is still there: its links, and checkpoints in its folder."""
+    links = [
+        int(p.name[5:])
+        for p in Path("checkpoints", run).glob("step-*")
+        if p.name[5:].isdecimal() and (p / "record.json").exists()
+    ]
+    found = {step: f"checkpoints/{run}/step-{step}" for step in sorted(links)}
+    if "after" not in record["action"]["inputs"]:
+        found |= {step: str(path) for step, path in saved_steps(current_store(), record).items()}
+    return found
+
+
+def expect_seconds(record: Record, final: Path, steps: int) -> float | None:
+    """How long so many steps take, by the run's own time; None if it is not known."""
+    paces = [row[PACE] for row in read_metrics(final / "metrics.jsonl") if row.get(PACE)]
+    if not paces:
+        return None
+    pace, facts = statistics.median(paces), record["facts"]
+    start, segments = 0.0, facts.get("segments", ())
+    if len(segments) == 1 and (wall := record.get("run", {}).get("wall_s")):
+        start = max(0.0, wall - (facts["steps"] - segments[0]["after"]) / pace)
+    return start + steps / pace
+
+
+def fork_settings(settings: RunConfig, skip: Skip, shared: int) -> dict[str, Any]:
+    """The settings of the run in config/config.yaml."""
+    kept = non_default_fields(settings)
+    kept |= {f"skip_{name}": value for name, value in non_default_fields(skip).items()}
+    return kept | {"skip_after": shared}
+
+
+def format_quote(run: str, quote: Quote, known: dict[int, str]) -> str:
+    """The quote for people."""
+    share = quote.to_train / quote.steps
+    where = f" (from {known[quote.shared]})" if quote.shared else ""
+    lines = [
+        f"{run} first uses it at step {quote.first_step:,}: "
+        f"{format_number(quote.instances, 'instance')} with "
+        f"{format_number(quote.tokens, 'token')} that are left out",
+        f"steps shared with {run}: {quote.shared:,}{where}",
+        f"steps to train: {quote.to_train:,} of {quote.steps:,} ({share:.0%})",
+    ]
+    if quote.seconds is not None:
+        lines.append(f"time: about {format_duration(quote.seconds)} at the pace of {run}")
+    missed = quote.first_step - 1 - quote.shared
+    if missed > quote.steps // 10:
+        lines.append(
+            f"{missed:,} more steps could be shared: no link or checkpoint is nearer; with "
+            "link_every the run has one"
+        )
+    return "\n".join(lines)

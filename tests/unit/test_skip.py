@@ -1,0 +1,120 @@
+"""What a run leaves out: orders and holes beside a naive computation, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from olmo.corpus.skip import Skip, keep_instances, merge_spans, parse_step_range, skipped
+from olmo.data.holes import learned_tokens, make_holes, read_holes, write_holes
+from olmo.data.memmap import MemMapDataset
+from olmo.data.order import read_order, write_order
+
+LENGTH, BATCH = 8, 4
+
+
+def build(folder: Path, order: np.ndarray, **settings: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Remaining order, holes and facts."""
+    write_order(order, folder / "order.npy")
+    given: dict[str, Any] = {"spans": [], "steps": [], "sequence_length": LENGTH}
+    facts = skipped.build(
+        order=folder / "order.npy",
+        remaining=folder / "remaining.npy",
+        holes=folder / "holes.npy",
+        batch_size=BATCH,
+        **{**given, **settings},
+    )
+    return read_order(folder / "remaining.npy"), read_holes(folder / "holes.npy"), facts
+
+
+def naive_tokens(spans: list[list[int]], instances: int) -> np.ndarray:
+    """(instances, LENGTH) bool: which tokens are left out."""
+    out = np.zeros(instances * LENGTH, bool)
+    for first, end in spans:
+        out[first:end] = True
+    return out.reshape(instances, LENGTH)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("by", ["mask", "next"])
+def test_as_a_naive_computation(tmp_path: Path, seed: int, by: str) -> None:
+    random = np.random.default_rng(seed)
+    instances = int(random.integers(1, 40))
+    order = random.integers(0, instances, 48).astype(np.uint32)  # a mixture's: some twice
+    cuts = np.sort(random.integers(0, instances * LENGTH + 1, 6)).reshape(3, 2)
+    spans = [list(span) for span in merge_spans(map(tuple, cuts[: random.integers(0, 4)].tolist()))]
+    steps = [[3, 4], [7, 7]] if random.random() < 0.5 else []
+    remaining, holes, facts = build(tmp_path, order, spans=spans, steps=steps, by=by)
+
+    out = naive_tokens(spans, instances)
+    expected, first, masked = [], None, 0
+    for position, instance in enumerate(order.tolist()):
+        step = position // BATCH + 1
+        is_skipped = any(begin <= step <= last for begin, last in steps)
+        if is_skipped or out[instance].any():
+            first = step if first is None else first
+        if not is_skipped and not (by == "next" and out[instance].any()):
+            expected.append(instance)
+            masked += int(out[instance].sum())
+    assert remaining.tolist() == expected
+    assert facts["first_step"] == first and facts["masked_tokens"] == (by == "mask") * masked
+    assert facts["instances"] == len(expected) == len(order) - facts["removed"]
+    learned = learned_tokens(holes, np.arange(instances), LENGTH)
+    assert np.array_equal(learned, ~out) if by == "mask" else learned.all()
+
+
+def test_a_data_set_masks_the_holes(tmp_path: Path) -> None:
+    """Also where OLMo's own masks are, and for an index that counts from the end."""
+    np.arange(40, dtype=np.uint16).tofile(tmp_path / "tokens.npy")
+    mask = np.ones(40, bool)
+    mask[0:3] = False
+    mask.tofile(tmp_path / "mask.npy")
+    write_holes(make_holes([(6, 10), (35, 37)], LENGTH), tmp_path / "holes.npy")
+    settings: dict[str, Any] = {"chunk_size": LENGTH, "holes_path": tmp_path / "holes.npy"}
+    plain = MemMapDataset(tmp_path / "tokens.npy", **settings)
+    both = MemMapDataset(
+        tmp_path / "tokens.npy", label_mask_paths=[tmp_path / "mask.npy"], **settings
+    )
+    expected = torch.ones(40, dtype=torch.bool)
+    expected[6:10] = expected[35:37] = False
+    rows = expected.view(5, LENGTH)
+    assert torch.equal(plain.batch(range(5))["label_mask"], rows)
+    assert torch.equal(plain[-1]["label_mask"], rows[4])
+    expected[0:3] = False
+    assert torch.equal(both.batch([4, 0])["label_mask"], expected.view(5, LENGTH)[[4, 0]])
+    with pytest.raises(ValueError, match="cannot join data sets that have holes"):
+        plain + plain
+
+
+def test_a_damaged_file_of_holes(tmp_path: Path) -> None:
+    np.arange(4, dtype=np.uint32).tofile(tmp_path / "holes.npy")
+    with pytest.raises(ValueError, match="rows of 3 uint32 numbers, found 4"):
+        read_holes(tmp_path / "holes.npy")
+
+
+def test_no_spans_and_no_steps_change_nothing(tmp_path: Path) -> None:
+    order = np.arange(12, dtype=np.uint32)
+    remaining, holes, facts = build(tmp_path, order)
+    assert np.array_equal(remaining, order) and not len(holes)
+    assert facts == {"instances": 12, "removed": 0, "masked_tokens": 0, "first_step": None}
+
+
+def test_instances_of_steps() -> None:
+    keep, first = keep_instances(np.arange(10), [[2, 2], [3, 9]], 4)
+    assert keep.tolist() == [True] * 4 + [False] * 6 and first == 2
+    assert keep_instances(np.arange(3), [], 4)[1] is None
+
+
+@pytest.mark.parametrize("text", ["", "a", "1..", "..5", "5..4", "0", "0..3", "-1", "1..2..3"])
+def test_text_that_is_no_range_of_steps(text: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        parse_step_range(text)
+
+
+def test_which_way() -> None:
+    assert not Skip() and not Skip().masks and not Skip().shortens
+    assert Skip(documents=["a"]).masks and not Skip(documents=["a"]).shortens
+    assert Skip(sources=["a"], by="next").shortens and not Skip(sources=["a"], by="next").masks
+    assert Skip(steps=["3"]).shortens and Skip(steps=["3"], documents=["a"]).masks
