@@ -11,6 +11,8 @@ from olmo.corpus.skip import Skip, keep_instances, merge_spans, parse_step_range
 from olmo.data.holes import learned_tokens, make_holes, read_holes, write_holes
 from olmo.data.memmap import MemMapDataset
 from olmo.data.order import read_order, write_order
+from olmo.pipeline.parts import holes_path, order_until, override_flags, skip_after
+from olmo.pipeline.plan import Plan
 
 LENGTH, BATCH = 8, 4
 
@@ -118,3 +120,42 @@ def test_which_way() -> None:
     assert Skip(documents=["a"]).masks and not Skip(documents=["a"]).shortens
     assert Skip(sources=["a"], by="next").shortens and not Skip(sources=["a"], by="next").masks
     assert Skip(steps=["3"]).shortens and Skip(steps=["3"], documents=["a"]).masks
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"skip_steps": ["200..300"]}, "expected steps up to 240"),
+        ({"skip_steps": ["9..3"]}, "expected the earlier step first"),
+        ({"skip_after": 3}, "skip_after: expected skip_documents"),
+        ({"skip_steps": ["5"], "skip_after": 5}, "skip_after: expected from 0 to 4, found 5"),
+        ({"skip_documents": ["a"], "skip_after": 240}, "skip_after: expected from 0 to 239"),
+        ({"skip_steps": ["5"], "overrides": ["max_duration=2ep"]}, "in steps or tokens, found ep"),
+        ({"skip_by": "others", "skip_sources": ["a"]}, "skip_by"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    run = {"train": "config/train/olmo-tiny.yaml", "dataset": "stdlib", **settings}
+    with pytest.raises(ValueError, match=message):
+        skip_after(Plan({"runs": {"a": run}}), "a")
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "order", "overrides"),
+    [
+        ({"skip_steps": ["5"]}, "4", "global_indices.npy", ""),
+        ({"skip_steps": ["5"]}, None, "global_indices-remaining.npy", "data.mixture=true"),
+        ({"skip_sources": ["a"]}, None, "global_indices-remaining.npy", "--holes"),
+        ({"skip_sources": ["a"], "skip_after": 9}, "9", "global_indices.npy", ""),
+        ({}, None, "global_indices.npy", ""),
+    ],
+)
+def test_a_link_before_the_difference_is_that_of_a_run_that_skips_nothing(
+    settings: dict[str, Any], step: str | None, order: str, overrides: str
+) -> None:
+    run = {"train": "config/train/olmo-tiny.yaml", "dataset": "stdlib", **settings}
+    plan = Plan({"runs": {"a": run}})
+    assert order_until(plan, "a", step) == f"checkpoints/a/{order}"
+    holes = "--holes" * bool(holes_path(plan, "a", step))
+    assert overrides in override_flags(plan, "a", step) + holes
+    assert overrides or not override_flags(plan, "a", step) + holes
