@@ -112,7 +112,19 @@ def skip(
         batch_size=batch_size,
         by=str(config.by),
     )
-    facts = record["facts"]
+    check_skipped(record["facts"], config, after, batch_size, steps)
+    if record["facts"]["first_step"] is None:
+        log.warning("the run does not use what is left out: it is not in its data order")
+    log.info(describe_skipped(record["facts"]))
+
+
+def check_skipped(
+    facts: Facts, config: Skip, after: int, batch_size: int, steps: int | None
+) -> None:
+    """Check the facts of `skipped` for a run of so many steps that differs after step `after`.
+
+    Raises ValueError if something is left out before, or too few instances remain.
+    """
     first, left = facts["first_step"], facts["instances"] // batch_size
     if first is not None and first <= after:
         raise ValueError(
@@ -125,11 +137,13 @@ def skip(
             f"{facts['removed']:,} were removed; set a smaller max_duration, use more documents, "
             "or skip_by: mask"
         )
-    if first is None:
-        log.warning("the run does not use what is left out: it is not in its data order")
-    log.info(
-        f"first step with a difference: {first}; {facts['removed']:,} instances removed, "
-        f"{facts['masked_tokens']:,} tokens masked"
+
+
+def describe_skipped(facts: Facts) -> str:
+    """The facts of `skipped` for people."""
+    return (
+        f"first used at step {facts['first_step']}; in the data order "
+        f"{facts['removed']:,} instances are removed, {facts['masked_tokens']:,} tokens masked"
     )
 
 

@@ -6,30 +6,40 @@ made by snakemake; its steps before the first difference are those of the run th
 
 from __future__ import annotations
 
+import shlex
 import statistics
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from olmo.config import PROJECT_CONFIG, read_project_config
 from olmo.config.identity import identity
 from olmo.config.strict import non_default_fields
 from olmo.corpus.listing import read_listing
-from olmo.corpus.skip import Skip, SkipRule, find_spans, merge_spans, parse_step_range
+from olmo.corpus.skip import (
+    Skip,
+    SkipRule,
+    check_skipped,
+    describe_skipped,
+    find_spans,
+    merge_spans,
+    parse_step_range,
+    skipped,
+)
 from olmo.data.files import token_itemsize
-from olmo.inspect.run import TrainedRun, find_config
+from olmo.inspect.run import find_config
 from olmo.io import sealed, untrusted
 from olmo.pipeline.new import add_run
+from olmo.pipeline.parts import order_path
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.recipe import RunConfig
 from olmo.pipeline.reuse import saved_steps
-from olmo.runtime.log import format_duration, format_number
+from olmo.runtime.log import format_duration
 from olmo.store.record import Record, parse_record
-from olmo.store.stage import current_store
+from olmo.store.stage import Facts, current_store
 from olmo.train.sinks import read_metrics
 
 PACE = "throughput/device/batches_per_second"
@@ -40,16 +50,11 @@ KINDS = ("document", "source", "steps")
 class Quote:
     """What a run without something costs."""
 
-    first_step: int  # of the run that is forked, which uses what is left out
-    shared: int  # steps that are that run's
+    facts: Facts  # of the stage `skipped`
+    shared: int  # steps that are those of the run that is forked
+    place: str  # where their state is
     steps: int  # of the whole run
-    instances: int  # with something that is left out
-    tokens: int  # that are left out, of all that the run's data has
     seconds: float | None  # of the steps to train; None: not known
-
-    @property
-    def to_train(self) -> int:
-        return self.steps - self.shared
 
 
 def fork(run: str, /, without: list[str], by: SkipRule = SkipRule.mask, name: str = "") -> None:
@@ -74,12 +79,12 @@ def fork(run: str, /, without: list[str], by: SkipRule = SkipRule.mask, name: st
     record = find_record(plan, run)
     listings = [Path(path) for path in plan.listings(plan.dataset(run), "tokens")]
     skip = parse_without(without, by, [e.shard for e in read_listing(listings, "tokens")])
-    quote, known = make_quote(plan, run, record, skip, listings)
+    quote = make_quote(plan, run, record, skip, listings)
     settings = fork_settings(plan.run(run), skip, quote.shared)
-    print(format_quote(run, quote, known))
+    print(format_quote(run, quote))
     if not name:
-        words = " ".join(without) + (f" --by {by}" if by != SkipRule.mask else "")
-        print(f"Add it to {PROJECT_CONFIG}: olmo fork {run} --without {words} --name NAME")
+        words = ["olmo", "fork", run, "--without", *without, "--by", by, "--name", "NAME"]
+        print(f"Add it to {PROJECT_CONFIG}: {shlex.join(words)}")
         return
     untrusted.check_part(name, "olmo fork --name")
     if plan.is_made_here(name):
@@ -150,49 +155,50 @@ def parse_without(words: Sequence[str], by: SkipRule, sources: Sequence[str]) ->
     return Skip(found["document"], found["source"], found["steps"], by)
 
 
-def make_quote(
-    plan: Plan, run: str, record: Record, skip: Skip, listings: list[Path]
-) -> tuple[Quote, dict[int, str]]:
-    """What the run without something costs, and the states of the run: step → where it is."""
+def make_quote(plan: Plan, run: str, record: Record, skip: Skip, listings: list[Path]) -> Quote:
+    """What the run without something costs.
+
+    Raises ValueError if the run does not use it, or too few instances remain.
+    """
     cfg, steps = plan.train_config(run), int(record["facts"]["steps"])
     length, width = cfg.model.max_sequence_length, token_itemsize(cfg.data.memmap_dtype)
-    spans = merge_spans(find_spans(listings, skip, length, width))
-    places = [np.arange(first // length, -(-end // length)) for first, end in spans]
-    instances = np.concatenate([np.empty(0, np.int64), *places])
-    trained = TrainedRun(run)
-    used = next((step for step, _, _ in trained.find_instances(instances)), None)
-    ranges = skip.step_ranges
-    if ranges and max(last for _, last in ranges) > steps:
+    if skip.steps and max(last for _, last in skip.step_ranges) > steps:
         raise ValueError(f"--without: expected steps up to {steps}, where {run} ends")
-    firsts = [first for first, _ in ranges] + ([] if used is None else [used])
-    if not firsts:
+    with tempfile.TemporaryDirectory() as folder:
+        facts = skipped.build(
+            order=Path(order_path(run)),
+            remaining=Path(folder, "remaining"),
+            holes=Path(folder, "holes"),
+            spans=merge_spans(find_spans(listings, skip, length, width)),
+            steps=skip.step_ranges,
+            sequence_length=length,
+            batch_size=cfg.global_train_batch_size,
+            by=skip.by,
+        )
+    if facts["first_step"] is None or (facts["first_step"] > steps and cfg.epoch is None):
         raise ValueError(
             f"{run} was not trained on it: it comes after the run's end in the data order, or in "
             "the incomplete last instance of a file"
         )
-    known = known_states(plan, run, record)
-    shared = max((step for step in known if step < min(firsts)), default=0)
-    quote = Quote(
-        first_step=min(firsts),
-        shared=shared,
-        steps=steps,
-        instances=len(instances),
-        tokens=sum(end - first for first, end in spans),
-        seconds=expect_seconds(record, Path("checkpoints", run, "final"), steps - shared),
-    )
-    return quote, known
+    check_skipped(facts, skip, 0, cfg.global_train_batch_size, steps)
+    states = known_states(run, record)
+    shared = max((step for step in states if step < facts["first_step"]), default=0)
+    seconds = expect_seconds(record, Path("checkpoints", run, "final"), steps - shared)
+    return Quote(facts, shared, states.get(shared, ""), steps, seconds)
 
 
-def known_states(plan: Plan, run: str, record: Record) -> dict[int, str]:
-    """The steps at which a run's state is still there: its links, and checkpoints in its folder."""
-    links = [
-        int(p.name[5:])
-        for p in Path("checkpoints", run).glob("step-*")
-        if p.name[5:].isdecimal() and (p / "record.json").exists()
-    ]
-    found = {step: f"checkpoints/{run}/step-{step}" for step in sorted(links)}
+def known_states(run: str, record: Record) -> dict[int, str]:
+    """The steps at which a run's state is still there, and where."""
+    found = {}
     if "after" not in record["action"]["inputs"]:
-        found |= {step: str(path) for step, path in saved_steps(current_store(), record).items()}
+        found = {
+            step: f"checkpoints/{run}/run/{path.name}"
+            for step, path in saved_steps(current_store(), record).items()
+        }
+    for link in Path("checkpoints", run).glob("step-*"):
+        step = link.name.removeprefix("step-")
+        if step.isdecimal() and (link / "record.json").exists():
+            found[int(step)] = str(link)
     return found
 
 
@@ -215,23 +221,19 @@ def fork_settings(settings: RunConfig, skip: Skip, shared: int) -> dict[str, Any
     return kept | {"skip_after": shared}
 
 
-def format_quote(run: str, quote: Quote, known: dict[int, str]) -> str:
+def format_quote(run: str, quote: Quote) -> str:
     """The quote for people."""
-    share = quote.to_train / quote.steps
-    where = f" (from {known[quote.shared]})" if quote.shared else ""
+    to_train, first = quote.steps - quote.shared, quote.facts["first_step"]
     lines = [
-        f"{run} first uses it at step {quote.first_step:,}: "
-        f"{format_number(quote.instances, 'instance')} with "
-        f"{format_number(quote.tokens, 'token')} that are left out",
-        f"steps shared with {run}: {quote.shared:,}{where}",
-        f"steps to train: {quote.to_train:,} of {quote.steps:,} ({share:.0%})",
+        f"{run} without it: {describe_skipped(quote.facts)}",
+        f"steps shared: {quote.shared:,}" + (f", from {quote.place}" if quote.shared else ""),
+        f"steps to train: {to_train:,} of {quote.steps:,} ({to_train / quote.steps:.0%})",
     ]
     if quote.seconds is not None:
-        lines.append(f"time: about {format_duration(quote.seconds)} at the pace of {run}")
-    missed = quote.first_step - 1 - quote.shared
-    if missed > quote.steps // 10:
+        lines.append(f"time: about {format_duration(quote.seconds)}, at the pace of {run}")
+    if first - 1 - quote.shared > quote.steps // 10:
         lines.append(
-            f"{missed:,} more steps could be shared: no link or checkpoint is nearer; with "
-            "link_every the run has one"
+            f"{first - 1 - quote.shared:,} more steps are equal, but {run} has no state there; a "
+            "run with link_every keeps some"
         )
     return "\n".join(lines)

@@ -183,8 +183,8 @@ def test_fork_says_what_it_costs_and_adds_the_run(trained: Project):
     config = (trained.root / "config/config.yaml").read_text()
     dropped = document_used_at(trained, 17)
     said = trained.olmo("fork", "small", "--without", dropped)
-    assert said.status == 0 and "first uses it at step 17" in said.output
-    assert "steps shared with small: 15" in said.output
+    assert said.status == 0 and "first used at step 17" in said.output
+    assert "steps shared: 15" in said.output
     assert "steps to train: 9 of 24 (38%)" in said.output
     assert (trained.root / "config/config.yaml").read_text() == config
 
