@@ -338,7 +338,7 @@ def add_run(config: str, name: str, settings: Mapping[str, Any]) -> str:
     Raises ValueError if it has no line `runs:`.
     """
     lines = yaml.safe_dump(
-        {name: dict(settings)}, sort_keys=False, width=10_000, allow_unicode=True
+        {name: dict(settings)}, sort_keys=False, width=999, default_flow_style=None
     )
     entry, before = textwrap.indent(lines, "  "), yaml.safe_load(config)
     added, count = re.subn(
