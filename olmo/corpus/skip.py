@@ -7,21 +7,23 @@ move up. So the steps before the first change are those of a run that leaves not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from olmo.config.strict import BaseConfig
+from olmo.config.strict import BaseConfig, non_default_fields
 from olmo.corpus.listing import read_listing
 from olmo.data.files import token_itemsize
 from olmo.data.holes import make_holes, write_holes
 from olmo.data.order import read_order, write_order
 from olmo.runtime.log import log
-from olmo.store.stage import Facts, Input, Output, stage
+from olmo.store.record import Record
+from olmo.store.stage import Facts, Input, Output, Unhashed, stage
 
 
 class SkipRule(StrEnum):
@@ -111,6 +113,7 @@ def skip(
         sequence_length=sequence_length,
         batch_size=batch_size,
         by=str(config.by),
+        names=non_default_fields(config),
     )
     check_skipped(record["facts"], config, after, batch_size, steps)
     if record["facts"]["first_step"] is None:
@@ -218,12 +221,14 @@ def skipped(
     sequence_length: int,
     batch_size: int,
     by: str = "mask",
+    names: Unhashed[dict[str, Any] | None] = None,
 ) -> Facts:
     """Write an order without what is left out, and the tokens whose labels are masked.
 
     Args:
         spans: of tokens: [first, end), in the data set's instances laid end to end.
         steps: [first, last] of the order.
+        names: the fields of `Skip`, for people.
 
     The facts: the instances that remain and those removed, the masked tokens, and the first step of
     the order that differs, None if none does.
@@ -248,6 +253,7 @@ def skipped(
         "removed": len(indices) - len(found),
         "masked_tokens": int(masked @ uses),
         "first_step": first,
+        "left_out": names or {},
     }
 
 
@@ -259,3 +265,20 @@ def keep_instances(
     for first, last in steps:
         keep[(first - 1) * batch_size : last * batch_size] = False
     return keep, min((first for first, _ in steps), default=None)
+
+
+def read_left_out(inputs: Mapping[str, Any], made_by: Mapping[str, list[Record]]) -> dict[str, Any]:
+    """What a run left out, as its `Skip` has it; {} for a run that left nothing out.
+
+    Args:
+        inputs: of the run's action.
+        made_by: of `records_by_content`.
+    """
+    for name in ("holes", "order"):
+        for record in made_by.get(inputs.get(name, ""), []):
+            # An order from which nothing is removed is that of a run that leaves nothing out.
+            if record["action"]["stage"] == "skipped" and (
+                name == "holes" or record["facts"].get("removed")
+            ):
+                return dict(record["facts"].get("left_out", {}))
+    return {}

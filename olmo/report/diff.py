@@ -8,6 +8,7 @@ from typing import Any
 
 from olmo.config.identity import identity
 from olmo.corpus.mixture import read_parts
+from olmo.corpus.skip import read_left_out
 from olmo.inspect.documents import TokenShard, find_token_shards, select_shards
 from olmo.inspect.run import TrainedRun
 from olmo.report.runs import last_metrics
@@ -94,6 +95,8 @@ def describe_config(run: TrainedRun, made_by: dict[str, list[Record]]) -> Fields
             }
             for part in parts
         }
+    if left_out := read_left_out(action["inputs"], made_by):
+        fields["skip"] = left_out
     return fields
 
 

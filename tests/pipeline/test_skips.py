@@ -162,6 +162,7 @@ def test_steps_move_up(trained: Project, tmp_path: Path):
         trained, tmp_path / "alone", order_path=str(tmp_path / "order.npy"), mixture=True
     )
     assert_equal(trained, "without-steps", expected)
+    assert "skip.steps: none → ['10..11']" in trained.olmo("diff", "small", "without-steps").output
 
 
 def test_a_source_by_the_next_instances(trained: Project, tmp_path: Path):
@@ -194,6 +195,8 @@ def test_fork_says_what_it_costs_and_adds_the_run(trained: Project):
     ran = trained.run("checkpoints/forked/final")
     assert "steps 1 to 15: taken over" in log_of(trained, "train/forked-step-15")
     record = json.loads((trained.root / "checkpoints/forked/final/record.json").read_text())
+    diff = trained.olmo("diff", "small", "forked").output
+    assert f"skip.documents: none → ['{dropped}']" in diff
     assert [s["after"] for s in record["facts"]["segments"]] == [15] and ran.status == 0
 
 
