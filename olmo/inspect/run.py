@@ -185,7 +185,9 @@ class TrainedRun:
 
         Raises ValueError if there is no such step, or if its instances are no longer known.
         """
-        if step < 1 or (self.steps is not None and step > self.steps):
+        # A run that is not finished may have ended within a step, for its gradient was not finite.
+        last = None if self.steps is None else self.steps + (self.record is None)
+        if step < 1 or (last is not None and step > last):
             end = "on" if self.steps is None else f"to {self.steps}"
             raise ValueError(f"expected a step from 1 {end}, found {step}")
         step_range = history.find_step_range(step, self.step_ranges) if self.segments else None
