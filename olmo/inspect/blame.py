@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from olmo.inspect.group_testing import Group, find_guilty
+from olmo.inspect.group_testing import Group, Search, find_guilty
 from olmo.inspect.replay import LOSS, find_start_checkpoint, read_step_metrics
 from olmo.inspect.run import TrainedRun
 from olmo.runtime.log import log
@@ -46,6 +46,7 @@ class Findings:
     threshold: float  # the smallest effect that makes a document guilty
     replayed: int  # steps, in all
     searched: int  # of these for the search
+    tests: int  # groups that were left out
     is_complete: bool  # the budget was enough
 
     @property
@@ -79,7 +80,7 @@ def find_causes(
     scores = dict(zip(window.seen, score(window.seen), strict=True))
     loss = window.losses[step]
     before = [window.losses[one] for one in range(first, step)]
-    spent, is_complete = 0, True
+    search = Search()
     if math.isfinite(loss):
         height = loss - float(np.median(before or [loss]))
         threshold = SHARE * max(height, 0.05 * loss)
@@ -107,7 +108,6 @@ def find_causes(
             budget=budget,
         )
         effects |= {earlier[one]: moved for one, moved in search.effects.items()}
-        spent, is_complete = search.spent, search.is_complete
     causes = [Cause(seen, scores[seen], moved) for seen, moved in effects.items()]
     return Findings(
         step=step,
@@ -117,8 +117,9 @@ def find_causes(
         causes=sorted(causes, key=lambda cause: (-cause.effect, -cause.score)),
         threshold=threshold,
         replayed=window.replayed,
-        searched=spent,
-        is_complete=is_complete,
+        searched=search.spent,
+        tests=search.tests,
+        is_complete=search.is_complete,
     )
 
 

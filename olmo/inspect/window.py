@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from olmo.inspect.replay import build_replay_config
 from olmo.inspect.run import TrainedRun
 from olmo.optim.optimizer import compute_norms
 from olmo.precision.autocast import autocast_context
-from olmo.runtime.log import log
 from olmo.store.stage import current_store
 from olmo.train.loop import train_step
 from olmo.train.setup import Training, set_up
@@ -118,9 +116,7 @@ def _parameters(run: Training) -> list[Any]:
 
 
 def _tensors(run: Training) -> list[Tensor]:
-    return list(
-        dict.fromkeys([*run.model.parameters(), *run.model.buffers(), *_parameters(run)])
-    )
+    return list(dict.fromkeys([*run.model.parameters(), *run.model.buffers(), *_parameters(run)]))
 
 
 class Window:
@@ -288,7 +284,9 @@ class Window:
         """
         run, device = self.training, self.training.world.device
         one = {
-            name: value[row : row + 1].to(device) if torch.is_tensor(value) else value[row : row + 1]
+            name: value[row : row + 1].to(device)
+            if torch.is_tensor(value)
+            else value[row : row + 1]
             for name, value in batch.items()
             if name != "index"
         }

@@ -199,7 +199,7 @@ def draw(found: Findings) -> list[dict[str, Any]]:
     mark = alt.datum.step == found.step
     blamed = points.transform_filter(mark).mark_rule(strokeDash=[4, 4]).encode(step)
     loss = found.losses[found.step]
-    made = [
+    made: list[dict[str, Any]] = [
         {
             "title": "Loss",
             "description": f"steps {min(found.losses)} to {found.step}, whose loss is {loss:.5g}",

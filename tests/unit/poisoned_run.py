@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from small_run import SETTINGS, run
 
-from olmo.config import TrainConfig
 from olmo.corpus.documents import documents
 from olmo.corpus.dolma import Dolma
 from olmo.corpus.fast import Fast
@@ -21,8 +20,21 @@ from olmo.data import order
 from olmo.io import gz
 from olmo.store.stage import current_store
 
-T = 128  # tokens of an instance
-G = 8  # instances of a step
+LENGTH = 128  # tokens of an instance
+BATCH = 8  # instances of a step
+
+
+# Gradient descent: without AdamW's normalization a document of large gradients does harm.
+DESCENT: dict[str, Any] = {
+    "optimizer": {
+        "name": "adamw",
+        "learning_rate": 1.0,
+        "betas": [0.0, 0.95],
+        "eps": 1.0,
+        "weight_decay": 0.0,
+    },
+    "max_grad_norm": None,
+}
 
 
 @dataclass
@@ -46,30 +58,36 @@ def clean_texts(count: int, rng: random.Random) -> list[str]:
 
 
 def poison(kind: str, rng: random.Random, clean: list[str]) -> str:
-    """`random`: letters and signs; `shuffled`: words of clean text; `repeated`: a word."""
+    """`random`: letters and signs; `shuffled`: words of clean text; `repeated`: a character."""
     if kind == "random":
-        return "".join(chr(rng.randrange(33, 127)) for _ in range(T * 2))
+        return "".join(chr(rng.randrange(33, 127)) for _ in range(LENGTH * 2))
     if kind == "shuffled":
         words = " ".join(rng.sample(clean, 8)).split()
         rng.shuffle(words)
-        return " ".join(words)[: T * 4]
-    return f" {rng.choice(['lorem', 'zq', 'Kalev', 'xii'])}" * T
+        return " ".join(words)[: LENGTH * 4]
+    return rng.choice("QZJXYK~^@$%&!;?") * (3 * LENGTH)
+
+
+def spread(count: int, last: int, kind: str) -> list[tuple[int, str]]:
+    """Plants in every second step before the last, the nearest first."""
+    return [(last - 1 - 2 * number, kind) for number in range(count)]
 
 
 def plant(
-    root: Path, steps: list[int], kind: str, count: int = 5000, seed: int = 0, **changes: Any
+    root: Path, plants: list[tuple[int, str]], last: int, count: int = 5000, **changes: Any
 ) -> Planted:
-    """Train on `count` documents, of which one for each of `steps` is planted in that step.
+    """Train `last` steps on `count` documents, into which the (step, kind) of `plants` are planted.
 
     `root` becomes the working directory, with a store in it.
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     os.chdir(root)
     current_store().create()
+    steps = [step for step, _ in plants]
     texts = clean_texts(count - len(steps), rng)
     bad = [f"poison-{n}" for n in range(len(steps))]
     lines = [{"id": f"clean-{n}", "text": text} for n, text in enumerate(texts)]
-    for number, name in enumerate(bad):
+    for number, (name, (_, kind)) in enumerate(zip(bad, plants, strict=True)):
         at = (2 * number + 1) * len(lines) // (2 * len(bad))
         lines.insert(at, {"id": name, "text": poison(kind, rng, texts)})
     with gz.writing(root / "source.gz") as file:
@@ -91,49 +109,38 @@ def plant(
         engine=engine,
     )
     object = current_store().object_path(record["outputs"]["tokens"]["sha256"])
-    place(root / "made/index", object.stat().st_size // (2 * T), bad, steps, root / "order.npy")
-    model = {"max_sequence_length": T, "vocab_size": 512, "embedding_size": 512, "d_model": 32}
+    instances = object.stat().st_size // (2 * LENGTH)
+    place(root / "made/index", instances, bad, steps, last, root / "order.npy")
+    model = {"max_sequence_length": LENGTH, "vocab_size": 512, "embedding_size": 512, "d_model": 32}
     settings = {
         "model": SETTINGS["model"] | model,
         "data": {"paths": [str(object)], "order_path": str(root / "order.npy")},
         "evaluators": [],
-        "global_train_batch_size": G,
-        "device_train_microbatch_size": G,
-        "max_duration": max(steps),
-        "save_interval_unsharded": 1000,
+        "global_train_batch_size": BATCH,
+        "device_train_microbatch_size": BATCH,
+        "max_duration": last,
+        "save_interval_unsharded": 10,
         "optimizer": {"name": "adamw", "learning_rate": 3e-3},
     }
     assert run(root, **{**settings, **changes}) == 0
     return Planted(root / "run", bad, steps)
 
 
-def place(index: Path, instances: int, ids: list[str], steps: list[int], path: Path) -> None:
-    """Write an order that has most of each document in its step, and what else there is of it in
-    steps after all of these."""
+def place(
+    index: Path, instances: int, ids: list[str], steps: list[int], last: int, path: Path
+) -> None:
+    """Write an order that has each document's instances in its step."""
     import polars
 
-    table = polars.read_parquet(index)
-    rng = np.random.default_rng(0)
-    after, chosen, late = max(steps) * G, {}, []
+    table, length = polars.read_parquet(index), LENGTH
+    own: dict[int, list[int]] = {}
     for name, step in zip(ids, steps, strict=True):
         start, end = table.filter(polars.col("id") == name).select("start", "end").row(0)
-        parts = range(start // T, (end - 1) // T + 1)
-        most = max(parts, key=lambda one: min(end, (one + 1) * T) - max(start, one * T))
-        chosen[most] = step
-        late += [one for one in parts if one != most]
-    late = [one for one in late if one not in chosen]
-    others = rng.permutation([n for n in range(instances) if n not in chosen and n not in late])
-    left = list(others)
-    found: list[int] = []
-    by_step: dict[int, list[int]] = {}
-    for one, step in chosen.items():
-        by_step.setdefault(step, []).append(one)
-    for step in range(1, max(steps) + 1):
-        own = by_step.get(step, [])
-        found += own + [int(left.pop()) for _ in range(G - len(own))]
-    assert len(found) == after
-    order.write_order(np.array(found + late + [int(one) for one in left]), path)
-
-
-def config_of(planted: Planted) -> TrainConfig:
-    return TrainConfig.load(planted.folder / "config.yaml", validate_paths=False)
+        own.setdefault(step, []).extend(range(start // length, (end - 1) // length + 1))
+    chosen = {one for parts in own.values() for one in parts}
+    others = np.random.default_rng(0).permutation([n for n in range(instances) if n not in chosen])
+    left, found = others.tolist(), []
+    for step in range(1, last + 1):
+        parts = own.get(step, [])
+        found += parts + [left.pop() for _ in range(BATCH - len(parts))]
+    order.write_order(np.array(found + left), path)
