@@ -220,7 +220,7 @@ def draw(found: Findings) -> list[dict[str, Any]]:
                     step,
                     alt.Y("position:O", title="position", axis=alt.Axis(labelOverlap=True)),
                     alt.Color(f"{field}:Q", title=None),
-                    tooltip=["step", "position", "index", "loss", "norm"],
+                    tooltip=["step:O", "position:O", "index:O", "loss:Q", "norm:Q"],
                 ),
             }
         )

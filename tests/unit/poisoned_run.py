@@ -28,12 +28,13 @@ BATCH = 8  # instances of a step
 DESCENT: dict[str, Any] = {
     "optimizer": {
         "name": "adamw",
-        "learning_rate": 1.0,
+        "learning_rate": 1.5,
         "betas": [0.0, 0.95],
         "eps": 1.0,
         "weight_decay": 0.0,
     },
     "max_grad_norm": None,
+    "scheduler": {"name": "cosine_with_warmup", "t_warmup": 3, "alpha_f": 1.0},
 }
 
 

@@ -16,6 +16,7 @@ from olmo.inspect.blame import find_causes
 from olmo.inspect.group_testing import find_guilty
 from olmo.inspect.replay import LOSS, read_step_metrics
 from olmo.inspect.run import TrainedRun
+from olmo.inspect.window import Window
 from olmo.report.blame_page import blame
 
 
@@ -72,15 +73,23 @@ def test_planted_documents_are_found_and_their_effect_is_that_of_label_masks(
     opened = TrainedRun(str(planted.folder))
     found = find_causes(opened, last, last - 6, 300, tmp_path / "work")
     assert found.agreement == f"{last - 30} steps, equal to the bit to the record"
-    planted_causes = {
-        c.seen.document.id: c for c in found.causes if c.seen.document.id in planted.ids
-    }
-    assert planted_causes.keys() == set(planted.ids)
-    assert {c.seen.document.id for c in found.causes[:3]} == set(planted.ids)
+    causes = {cause.seen.document.id: cause for cause in found.causes}
+    moved = [(c.seen.document.id, c.seen.step, c.effect) for c in found.causes[:8]]
+    assert set(planted.ids) <= causes.keys(), moved
+    assert found.causes[0].seen.document.id == "poison-0", moved
     assert found.searched <= 300
 
+    # Each document that the window's earlier steps saw, left out alone.
+    window = Window(opened, last - 6, last, planted.folder / "step30-unsharded", tmp_path / "all")
+    window.train()
+    earlier = [seen for seen in window.seen if seen.step < last]
+    truth = {seen: window.losses[last] - window.loss_without([seen]) for seen in earlier}
+    measured = {c.seen: c.effect for c in found.causes if c.seen.step < last}
+    assert measured.items() <= truth.items()
+    assert max(measured.values()) > max(truth.values()) / 2, (moved, max(truth.values()))
+
     # The same steps, really trained again, with OLMo's label masks.
-    cause = planted_causes["poison-1"]
+    cause = causes["poison-1"]
     document = cause.seen.document
     cfg = TrainConfig.load(planted.folder / "config.yaml", validate_paths=False)
     (path,) = cfg.data.paths
