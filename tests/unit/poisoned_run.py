@@ -59,13 +59,16 @@ def clean_texts(count: int, rng: random.Random) -> list[str]:
 
 
 def poison(kind: str, rng: random.Random, clean: list[str]) -> str:
-    """`random`: letters and signs; `shuffled`: words of clean text; `repeated`: a character."""
+    """`random`: letters and signs; `shuffled`: words of clean text; `repeated`: a character;
+    `unseen`: a character that no other document has."""
     if kind == "random":
         return "".join(chr(rng.randrange(33, 127)) for _ in range(LENGTH * 2))
     if kind == "shuffled":
         words = " ".join(rng.sample(clean, 8)).split()
         rng.shuffle(words)
         return " ".join(words)[: LENGTH * 4]
+    if kind == "unseen":
+        return "\u20ac and " + rng.choice(clean)
     return rng.choice("QZJXYK~^@$%&!;?") * (3 * LENGTH)
 
 

@@ -3,21 +3,26 @@
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from poisoned_run import DESCENT, LENGTH, plant, spread
 from project import page_text
-from small_run import run
+from small_run import SETTINGS, run
 
 from olmo.config import TrainConfig
 from olmo.inspect.blame import find_causes
+from olmo.inspect.documents import Document, find_token_shards
 from olmo.inspect.group_testing import find_guilty
 from olmo.inspect.replay import LOSS, read_step_metrics
 from olmo.inspect.run import TrainedRun
 from olmo.inspect.window import Window
 from olmo.report.blame_page import blame
+from olmo.store.stage import current_store
+from olmo.train.metrics_buffer import NotFinite
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -125,3 +130,52 @@ def test_planted_documents_are_found_and_their_effect_is_that_of_label_masks(
     with pytest.raises(ValueError, match=f"--from: expected a step from 1 to {last}, found 99"):
         blame(str(planted.folder), step=last, from_=99)
     assert opened.sequence_length == LENGTH
+
+
+@pytest.mark.slow
+def test_the_document_that_made_a_step_nan_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint's embedding of a token is damaged, which one document of step 12 has."""
+    monkeypatch.chdir(tmp_path)
+    model = SETTINGS["model"] | {
+        "max_sequence_length": LENGTH,
+        "vocab_size": 512,
+        "embedding_size": 512,
+        "weight_tying": False,
+    }
+    planted = plant(tmp_path, [(12, "unseen")], 20, 400, model=model, max_duration=10)
+    opened = TrainedRun(str(planted.folder))
+    tokens = np.fromfile(opened.dataset.paths[0], np.uint16)
+    (rare,) = (one for one in find_documents("poison-0"))
+    damaged = tmp_path / "damaged/step10-unsharded"
+    shutil.copytree(planted.folder / "step10-unsharded", damaged)
+    (damaged / "manifest.json").unlink()
+    weights = torch.load(damaged / "model.pt", weights_only=True)
+    weights["transformer.wte.weight"][int(tokens[rare.start])] = math.inf
+    torch.save(weights, damaged / "model.pt")
+    again = {
+        **TrainConfig.load(planted.folder / "config.yaml", validate_paths=False).asdict(),
+        "save_folder": str(tmp_path / "broken"),
+        "load_path": str(damaged),
+        "reset_trainer_state": False,
+        "reset_optimizer_state": False,
+        "max_duration": 20,
+    }
+    with pytest.raises(NotFinite, match="step 12: the gradient is not finite"):
+        run(tmp_path, **again)
+    capsys.readouterr()
+    blame(str(tmp_path / "broken"), step=12, json=True)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["id"], row["step"], row["effect"]) for row in rows] == [
+        ("poison-0", 12, "Infinity")
+    ]
+    with pytest.raises(ValueError, match=r"step 8 was not trained here.* continues from step 10"):
+        blame(str(tmp_path / "broken"), step=8)
+    with pytest.raises(ValueError, match="expected a checkpoint before step 9"):
+        blame(str(tmp_path / "broken"), step=12, from_=9)
+
+
+def find_documents(name: str) -> list[Document]:
+    shards = find_token_shards(current_store()).values()
+    return [document for shard in shards for document in shard.documents(id=name)]
