@@ -43,7 +43,7 @@ def find(run: TrainedRun, budget: int) -> tuple[Findings, float]:
 
 def measure_all(run: TrainedRun, found: Findings) -> dict[Seen, float]:
     """The effect of each document of the window, left out alone."""
-    effects = {cause.seen: cause.effect for cause in found.causes if cause.seen.step == LAST}
+    effects = {c.seen: c.effect or 0.0 for c in found.causes if c.seen.step == LAST}
     with tempfile.TemporaryDirectory() as work:
         _, place = find_start_checkpoint(run, LAST - WINDOW, Path(work, "start"))
         window = Window(run, LAST - WINDOW, LAST, place, Path(work))
@@ -74,7 +74,11 @@ def main() -> None:
 
 def describe(found: Findings, ids: list[str], seconds: float) -> str:
     first = {cause.seen.document.id for cause in found.causes[: len(ids)]}
-    moved = [f"{c.effect:+.3f}" for c in found.causes if c.seen.document.id in ids]
+    moved = [
+        "(not measured)" if c.effect is None else f"{c.effect:+.3f}"
+        for c in found.causes
+        if c.seen.document.id in ids
+    ]
     return (
         f"recall@k {len(first & set(ids)) / len(ids):.2f}, loss {found.losses[LAST]:.3f} after "
         f"{found.losses[LAST - 1]:.3f}, {found.searched} steps in {found.tests} tests and "

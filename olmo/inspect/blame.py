@@ -31,7 +31,9 @@ class Cause:
 
     seen: Seen
     score: float  # how far its loss or gradient is from the others'
-    effect: float  # the step's loss less the loss without it; inf: without it the step is finite
+    # The step's loss less the loss without it; inf: without it the step is finite; None: it is a
+    # suspect by its score, which the search did not test alone.
+    effect: float | None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Findings:
     losses: dict[int, float]  # of the window's steps, trained again
     agreement: str  # of these losses with the run's record
     instances: list[Measured]
-    causes: list[Cause]  # measured one by one, the largest effect first
+    causes: list[
+        Cause
+    ]  # the guilty, the largest effect first; then others, the highest score first
     threshold: float  # the smallest effect that makes a document guilty
     replayed: int  # steps, in all
     searched: int  # of these for the search
@@ -51,7 +55,7 @@ class Findings:
 
     @property
     def guilty(self) -> list[Cause]:
-        return [cause for cause in self.causes if cause.effect > self.threshold]
+        return [cause for cause in self.causes if is_guilty(cause, self.threshold)]
 
 
 def find_causes(
@@ -81,14 +85,15 @@ def find_causes(
     loss = window.losses[step]
     before = [window.losses[one] for one in range(first, step)]
     search = Search()
+    effects: dict[Seen, float | None] = {}
     if math.isfinite(loss):
         height = loss - float(np.median(before or [loss]))
         threshold = SHARE * max(height, 0.05 * loss)
         own = [seen for seen in window.seen if seen.step == step]
-        effects = own_effects(own, len(window.batches[step][0]) * run.sequence_length)
+        effects |= own_effects(own, len(window.batches[step][0]) * run.sequence_length)
     else:
         threshold = 0.5
-        effects = dict.fromkeys(find_non_finite(window), math.inf)
+        effects |= dict.fromkeys(find_non_finite(window), math.inf)
     if math.isfinite(loss) or not effects:
         earlier = [seen for seen in window.seen if seen.step < step]
 
@@ -108,19 +113,31 @@ def find_causes(
             budget=budget,
         )
         effects |= {earlier[one]: moved for one, moved in search.effects.items()}
+        effects |= {one: None for one in earlier if scores[one] > SUSPICIOUS and one not in effects}
     causes = [Cause(seen, scores[seen], moved) for seen, moved in effects.items()]
     return Findings(
         step=step,
         losses={one: window.losses[one] for one in range(first, step + 1)},
         agreement=compare_with_record(run, window, start, folder),
         instances=window.instances,
-        causes=sorted(causes, key=lambda cause: (-cause.effect, -cause.score)),
+        causes=sorted(causes, key=lambda cause: rank(cause, threshold)),
         threshold=threshold,
         replayed=window.replayed,
         searched=search.spent,
         tests=search.tests,
         is_complete=search.is_complete,
     )
+
+
+def is_guilty(cause: Cause, threshold: float) -> bool:
+    """Whether a document moved the loss by more than ordinary ones."""
+    return cause.effect is not None and cause.effect > threshold
+
+
+def rank(cause: Cause, threshold: float) -> tuple[float, float]:
+    """A sort key: small effects are noise, so documents with one are told apart by their score."""
+    effect = cause.effect if cause.effect is not None and cause.effect > threshold else 0.0
+    return -effect, -cause.score
 
 
 def score(seen: list[Seen]) -> list[float]:

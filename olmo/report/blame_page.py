@@ -66,7 +66,7 @@ def blame(
         redirect_stdout(sys.stderr) if json else nullcontext(),
     ):
         found = find_causes(trained, step, from_, budget, Path(work))
-    rows = describe_causes(trained, (found.guilty if found.guilty else found.causes)[:ROWS])
+    rows = describe_causes(trained, found.causes[:ROWS])
     if json:
         for row in rows:
             print(to_json(row, ensure_ascii=False))
@@ -119,7 +119,9 @@ def format_rows(rows: list[dict[str, Any]]) -> list[str]:
 
 def format_cells(row: dict[str, Any]) -> tuple[str, ...]:
     origin = f" of {row['origin']}" if row["origin"] else ""
-    moved = "to finite" if math.isinf(row["effect"]) else f"{row['effect']:+.5f}"
+    effect = row["effect"]
+    moved = "not measured" if effect is None else f"{effect:+.5f}"
+    moved = "to finite" if effect is not None and math.isinf(effect) else moved
     numbers = (f"{row['loss']:.3f}", f"{row['norm']:.3g}", f"{row['score']:.1f}")
     return (moved, str(row["step"]), *numbers, row["id"], f"{row['source']}:{row['line']}{origin}")
 
