@@ -39,6 +39,7 @@ USER_COMMANDS = {
         "inspect": "olmo.inspect.commands:inspect",
         "seen": "olmo.inspect.commands:seen",
         "replay": "olmo.inspect.replay:replay",
+        "blame": "olmo.report.blame_page:blame",
         "compare": "olmo.report.compare:compare",
         "scores": "olmo.report.scores:scores",
         "report": "olmo.report.pages:report",
@@ -159,8 +160,11 @@ def add_argument(
     """Add the argument of a parameter, by its kind, default and type; `meaning` is its help."""
     required = parameter.default is inspect.Parameter.empty
     is_positional = required and parameter.kind is inspect.Parameter.POSITIONAL_ONLY
-    flag = parameter.name if is_positional else "--" + parameter.name.replace("_", "-")
-    options: dict[str, Any] = {} if is_positional else {"required": required}
+    # `from_` is --from, which is a word of Python's.
+    flag = "--" + parameter.name.rstrip("_").replace("_", "-")
+    options: dict[str, Any] = {"required": required, "dest": parameter.name}
+    if is_positional:
+        flag, options = parameter.name, {}
     options["default"] = None if required else parameter.default
     default = "" if options["default"] in (None, False, (), "") else f" ({parameter.default})"
     options["help"] = f"{meaning}{default}".replace("%", "%%")

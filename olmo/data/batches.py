@@ -191,7 +191,8 @@ class TrainLoader:
             return len(self.dataset.remaining_indices()) // self.dataset.global_batch_size
         return -(-len(self.dataset.rank_indices()) // self.batch_size)
 
-    def _load_batch(self, indices: np.ndarray) -> dict[str, Any]:
+    def load_batch(self, indices: np.ndarray) -> dict[str, Any]:
+        """The batch of these (B,) instances, whatever the order says."""
         source = self.dataset.dataset
         if isinstance(source, MemMapDataset):
             batch = source.batch(indices)
@@ -221,7 +222,7 @@ class TrainLoader:
                 for step in range(steps):
                     if stopped.is_set():
                         return
-                    put(self._load_batch(indices[step * size : (step + 1) * size]))
+                    put(self.load_batch(indices[step * size : (step + 1) * size]))
             except BaseException as error:  # raised in the main thread
                 put(error)
 

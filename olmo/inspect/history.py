@@ -12,6 +12,7 @@ the config of earlier steps. So these two are read last.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -143,19 +144,23 @@ def find_step_range(step: int, ranges: list[StepRange]) -> StepRange:
 def collect_segments(store: Store, record: Record | None) -> list[dict[str, Any]]:
     """All segments of a finished run; of a chained run, also those of earlier links."""
     found: list[dict[str, Any]] = []
+    for link in list_links(store, record):
+        facts, last = link.get("facts", {}), found[0]["after"] if found else None
+        own = facts.get("segments") or [{"processes": 1, **link.get("conditions", {}), "after": 0}]
+        found = [s for s in own if last is None or s["after"] < last] + found
+    return found
+
+
+def list_links(store: Store, record: Record | None) -> Iterator[Record]:
+    """The record of a finished run and, of a chained one, those of its links, the last first."""
     made_by: dict[str, list[Record]] = {}
     while record:
-        facts, last = record.get("facts", {}), found[0]["after"] if found else None
-        own = facts.get("segments") or [
-            {"processes": 1, **record.get("conditions", {}), "after": 0}
-        ]
-        found = [s for s in own if last is None or s["after"] < last] + found
+        yield record
         if not (links := record.get("action", {}).get("inputs", {}).get("after")):
-            break
+            return
         made_by = made_by or records_by_content(store)
         training = [r for r in made_by.get(links[0], []) if r["action"]["stage"] == "training"]
         record = training[0] if training else None
-    return found
 
 
 class RecordedBatches:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from olmo.checkpoint import layout
 from olmo.cluster.launch import Geometry, launch
+from olmo.config import TrainConfig
+from olmo.inspect.history import list_links
 from olmo.inspect.order import parse_steps
 from olmo.inspect.run import TrainedRun
 from olmo.runtime.log import log
@@ -41,11 +44,11 @@ def replay(checkpoint: str, /, steps: str) -> None:
     if not (chosen[0] >= 1 and chosen[-1] <= last_step):
         raise ValueError(f"expected steps from 1 to {last_step}, found {steps}")
     recorded = read_step_metrics(Path(run.folder, "metrics.jsonl"))
-    start, start_folder = find_start_checkpoint(Path(run.folder).parent / "run", chosen[0])
-    parts = merge_equal(run.segments, start, chosen[-1])
     with tempfile.TemporaryDirectory() as folder:
-        log.info(f"steps {start + 1} to {chosen[-1]}, from {start_folder or 'the start'}")
-        train_again(run, start, start_folder, parts, chosen[-1], Path(folder))
+        start, place = find_start_checkpoint(run, chosen[0], Path(folder, "start"))
+        parts = merge_equal(run.segments, start, chosen[-1])
+        log.info(f"steps {start + 1} to {chosen[-1]}, from {place or 'the start'}")
+        train_again(run, start, place, parts, chosen[-1], Path(folder))
         again = read_step_metrics(Path(folder, "metrics.jsonl"))
         weights = max_weight_difference(run, Path(folder)) if chosen[-1] == last_step else None
         here, there = training_conditions(read_segments(Path(folder))), training_conditions(parts)
@@ -86,24 +89,7 @@ def train_again(
 
     `parts` are its segments of these steps; each has its own number of processes.
     """
-    initial: dict[str, Any] = {}  # by default the run's start, without a checkpoint
-    if start_folder is not None:
-        initial = {"load_path": str(start_folder)}
-        initial |= {"reset_trainer_state": False, "reset_optimizer_state": False}
-    elif run.record and (digests := run.record["action"]["inputs"].get("start")):
-        initial = {"load_path": str(link_initial_checkpoint(digests, folder / "start"))}
-    never = (run.steps or 0) + 1
-    cfg = run.cfg.update_with(
-        save_folder=str(folder),
-        save_overwrite=True,
-        evaluators=[],
-        eval_interval=never,
-        save_interval=None,
-        save_interval_unsharded=never,
-        no_pre_train_checkpoint=True,
-        wandb=None,
-        **initial,
-    )
+    cfg = build_replay_config(run, start_folder, folder)
     ends = [*(part["after"] for part in parts[1:]), last]
     for part, end in zip(parts, ends, strict=True):
         resumes = part["after"] > start  # from the checkpoint that the previous part saved
@@ -114,14 +100,38 @@ def train_again(
         launch(folder / "given.yaml", Geometry(processes), cfg.intra_op_threads)
 
 
-def link_initial_checkpoint(digests: list[str], folder: Path) -> Path:
-    """Link the files of the checkpoint that a run started from, by digest, into a folder."""
+def build_replay_config(run: TrainedRun, start_folder: Path | None, folder: Path) -> TrainConfig:
+    """The run's config, to train steps after a checkpoint, or from its start, again in `folder`."""
+    initial: dict[str, Any] = {}  # by default the run's start, without a checkpoint
+    if start_folder is not None:
+        initial = {"load_path": str(start_folder)}
+        initial |= {"reset_trainer_state": False, "reset_optimizer_state": False}
+    elif run.record and (digests := run.record["action"]["inputs"].get("start")):
+        initial = {"load_path": str(link_checkpoint(digests, folder / "initial"))}
+    never = (run.steps or 0) + 2
+    return run.cfg.update_with(
+        save_folder=str(folder),
+        save_overwrite=True,
+        evaluators=[],
+        eval_interval=never,
+        save_interval=None,
+        save_interval_unsharded=never,
+        no_pre_train_checkpoint=True,
+        remote_save_folder=None,
+        module_outputs_save_steps=None,
+        **dict.fromkeys(("wandb", "trackio", "tensorboard")),
+        **initial,
+    )
+
+
+def link_checkpoint(digests: list[str], folder: Path) -> Path:
+    """Link the files of a checkpoint, by digest, into a folder."""
     folder.mkdir()
     for digest, name in zip(digests, STATE, strict=False):
         if not (file := current_store().object_path(digest)).exists():
             raise ValueError(
-                f"the checkpoint that the run started from ({digest[:12]}…) is not in the store "
-                f"{current_store().root}; pull it, or run snakemake again"
+                f"{name} of the checkpoint that the run started from or passed ({digest[:12]}…) is "
+                f"not in the store {current_store().root}; pull it, or run snakemake again"
             )
         (folder / name).symlink_to(file.absolute())
     return folder
@@ -132,12 +142,35 @@ def read_step_metrics(path: Path) -> dict[int, dict[str, Any]]:
     return {row["step"]: row for row in read_metrics(path) if LOSS in row}
 
 
-def find_start_checkpoint(folder: Path, first: int) -> tuple[int, Path | None]:
-    """Step and folder of a run's last checkpoint before step `first`; (0, None) without one."""
-    for path in reversed(layout.list_checkpoints(folder, unsharded=True)):
-        if 0 < (step := layout.parse_step(path) or 0) < first:
-            return step, path.resolve()
-    return 0, None
+def find_start_checkpoint(run: TrainedRun, first: int, folder: Path) -> tuple[int, Path | None]:
+    """Step and folder of a run's last checkpoint before step `first`; (0, None) without one.
+
+    That is one of its own, a link of its chain, which `folder` is made for, or the checkpoint that
+    it continues.
+
+    Raises ValueError if a link is no longer in the store, or if the run began after `first`.
+    """
+    own = Path(run.folder).parent / "run" if run.record else run.run_folder
+    found: list[tuple[int, Path | list[str] | None]] = [
+        (layout.parse_step(path) or 0, path.resolve())
+        for path in layout.list_checkpoints(own, unsharded=True)
+    ]
+    for link, before in pairwise(list_links(current_store(), run.record)):
+        found.append((before["facts"]["steps"], link["action"]["inputs"]["after"]))
+    began = min((segment["after"] for segment in run.segments), default=0)
+    if began == 0:
+        found.append((0, None))
+    elif run.cfg.load_path is not None and Path(run.cfg.load_path).exists():
+        found.append((began, Path(run.cfg.load_path).resolve()))
+    earlier = [one for one in found if one[0] < first and (one[0] > 0 or one[1] is None)]
+    if not earlier:
+        raise ValueError(
+            f"{run.where}: expected a checkpoint before step {first} to train it again from, found "
+            f"none, since the run continues another from step {began}; give that run, or a later "
+            "step"
+        )
+    step, place = max(earlier, key=lambda one: one[0])
+    return step, link_checkpoint(place, folder) if isinstance(place, list) else place
 
 
 def max_weight_difference(run: TrainedRun, folder: Path) -> float:

@@ -187,7 +187,7 @@ class TrainedRun:
 
         Raises ValueError if there is no such step, or if its instances are no longer known.
         """
-        if step < 1 or (self.steps is not None and step > self.steps):
+        if step < 1 or (self.steps is not None and step > self.steps and not self._broke_at(step)):
             end = "on" if self.steps is None else f"to {self.steps}"
             raise ValueError(f"expected a step from 1 {end}, found {step}")
         step_range = history.find_step_range(step, self.step_ranges) if self.segments else None
@@ -210,6 +210,11 @@ class TrainedRun:
                 f"a config of that time: --run {self.run_folder}/step…/config.yaml"
             )
         return batch
+
+    def _broke_at(self, step: int) -> bool:
+        """Whether a run ended within this step: it was begun, and has no metrics."""
+        is_next = self.record is None and step == (self.steps or 0) + 1
+        return is_next and self.recorded_batches.batch(step, None) is not None
 
     def world_size(self, step: int) -> int:
         """The number of processes that trained a step."""

@@ -30,8 +30,17 @@ _PLACE = re.compile(
 )
 
 
-def render(template: str, context: dict[str, Any], data: Any, is_live: bool = False) -> str:
-    """A page. `data` is what its program reads; `is_live` allows requests to its own server."""
+def render(
+    template: str,
+    context: dict[str, Any],
+    data: Any,
+    is_live: bool = False,
+    program: str | None = None,
+) -> str:
+    """A page. `data` is what its program reads; `is_live` allows requests to its own server.
+
+    `program` is the template whose program it has, by default its own.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -42,7 +51,7 @@ def render(template: str, context: dict[str, Any], data: Any, is_live: bool = Fa
         lstrip_blocks=True,
     )
     environment.filters |= {"duration": format_duration, "size": format_bytes}
-    programs = [vega_bundle(), (WEB / "common.js").read_text(), read_program(template)]
+    programs = [vega_bundle(), (WEB / "common.js").read_text(), read_program(program or template)]
     found = environment.get_template(template).render(
         **context,
         style=(WEB / "page.css").read_text(),

@@ -1,5 +1,5 @@
 "use strict";
-// The page of a data set's quality: a histogram of each tag.
+// Pages of charts without controls: a data set's quality, what moved a step's loss.
 let page;
 
 async function drawCharts() {
