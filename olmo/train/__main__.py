@@ -12,7 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from olmo.io import sealed
-from olmo.runtime.process import CAUSE_FILE, EXIT_PAUSED, LAUNCHED_ENV, has_launcher
+from olmo.runtime.process import (
+    CAUSE_FILE,
+    EXIT_PAUSED,
+    LAUNCHED_ENV,
+    die_with_parent,
+    has_launcher,
+)
 
 # The kinds of OSError that another start would raise again.
 WRONG = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -69,6 +75,8 @@ def main(arguments: Sequence[str]) -> int:
     who = f"rank {rank}: " if rank else ""
     if LAUNCHED_ENV in os.environ:  # olmo.cluster.node ignores SIGTERM; ranks do not
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if has_launcher():  # also where it ends while this one imports
+        die_with_parent()
     import torch
 
     from olmo.config import TrainConfig
