@@ -23,11 +23,10 @@ with patch("torch.cuda.is_available", lambda: True):
 
 
 def run(program: str, request: str, output: str) -> None:
-    """Be `python PROGRAM REQUEST`; what it says goes to the file."""
+    """Be `python PROGRAM REQUEST >OUTPUT`."""
     code = 1
     try:
-        for number in (1, 2):
-            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         sys.argv = [program, request]
         runpy.run_path(program, run_name="__main__")
         code = 0
