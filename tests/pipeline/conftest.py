@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from project import Project, documents, write_source
@@ -13,10 +14,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("commands")
-    with served(folder):
-        yield folder
+def commands() -> Iterator[Path]:
+    """The folder with commands that are forks. A socket's path must be short."""
+    with TemporaryDirectory() as folder, served(Path(folder)):
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module", autouse=True)
