@@ -13,7 +13,7 @@ SIGKILL at a random moment of its life, and then looks:
 - the next run needs no --unlock, succeeds, and ends with the undisturbed run's final digest.
 
 Victims: snakemake itself; a download, a subsample, the stage that snakemake started; dolma's
-process; the launcher; the only rank; one rank of two.
+process; the launcher of two ranks; the only rank; one rank of two.
 """
 
 import argparse
@@ -62,7 +62,7 @@ VICTIMS = {
         Victim("documents", "olmo documents", 0.8, SOURCES, target=ORDER, copies=20),
         Victim("stage", "olmo tokens", 2.5, "data/small/tokenizer.json"),
         Victim("dolma", "dolma_worker.py", 2.0, "data/small/tokenizer.json"),
-        Victim("launcher", "olmo.cluster.torchrun", 6.0, ORDER),
+        Victim("launcher", "olmo.cluster.torchrun", 6.0, ORDER, ranks=2),
         Victim("trainer", "-m olmo.train", 4.0, ORDER),
         Victim("rank", "-m olmo.train", 5.0, ORDER, ranks=2),
     )

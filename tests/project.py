@@ -97,6 +97,8 @@ class Outcome:
 class Project:
     """A folder with the repository's rules and a small recipe."""
 
+    warm: Path | None = None  # the folder with commands that are forks (warm_commands.py)
+
     def __init__(self, root: Path, store: Path | None = None):
         self.root, self.store = root, store or root / "store"
         self.machine: list[str] = []  # words that run a command on another machine
@@ -166,15 +168,25 @@ class Project:
         """What each of the project's processes finds."""
         found = {**os.environ, "OLMO_STORE": str(self.store), "PYTHONPATH": str(REPOSITORY)}
         found.pop("OLMO_SUPERVISOR", None)
+        if self.warm:  # snakemake has its jobs find the commands of its own Python first
+            found["BASH_ENV"] = str(self.warm / "path")
         return found
+
+    def command(self, name: str) -> list[str]:
+        """The words that run snakemake or olmo."""
+        if self.warm:
+            return [str(self.warm / name)]
+        return [sys.executable, "-m", {"olmo": "olmo.cli"}.get(name, name)]
 
     def start(self, *words: str, cores: int = 2, mark: str = "") -> "subprocess.Popen[str]":
         """Start snakemake; its output goes to `output.txt`."""
+        if mark or self.machine:  # forks have neither the mark nor the machine
+            self.warm = None
         environment = {**self.environment(), MARK: mark}
         self.began = time.time()
         with (self.root / "output.txt").open("w") as output:
             process = subprocess.Popen(
-                [*self.machine, sys.executable, "-m", "snakemake", *words, "--cores", str(cores)],
+                [*self.machine, *self.command("snakemake"), *words, "--cores", str(cores)],
                 cwd=self.root,
                 env=environment,
                 stdout=output,
@@ -206,7 +218,7 @@ class Project:
 
     def olmo(self, *words: str) -> Outcome:
         done = subprocess.run(
-            [sys.executable, "-m", "olmo.cli", *words],
+            [*self.command("olmo"), *words],
             cwd=self.root,
             env=self.environment(),
             stdout=subprocess.PIPE,

@@ -149,7 +149,7 @@ def stand_for(script: str, environment: dict[str, str]) -> NoReturn:
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(str(ForkingPopen.toolkit))
         given = {"script": script, "environment": environment, "cwd": os.getcwd()}
-        socket.send_fds(server, [json.dumps(given).encode()], [0, 1, 2])
+        socket.send_fds(server, [json.dumps(given).encode() + b"\n"], [0, 1, 2])
         os.closerange(0, 3)
         code = int(server.recv(100) or 1)
     if code < 0:

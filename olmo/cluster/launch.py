@@ -1,4 +1,4 @@
-"""Start the processes that train: torchrun on this machine, or srun and torchrun on many nodes.
+"""Start the processes that train: one alone, torchrun here, or srun and torchrun on many nodes.
 
 The number of nodes and processes is not in a run's identity. Each start or resume records it as a
 segment (`olmo.train.segments`).
@@ -176,7 +176,10 @@ def requeue_slurm_job(folder: Path, paused: Mapping[str, Any]) -> None:
 
 
 def build_command(geometry: Geometry, config: Path) -> list[str]:
-    """The command line of srun and torchrun, up to the module that the processes run."""
+    """The command line of srun and torchrun, up to `-m` and the module that the processes run.
+
+    A single process that is not restarted needs no torchrun, which would import torch first.
+    """
     torchrun = [sys.executable, "-m", "olmo.cluster.torchrun"]
     torchrun += ["--nproc-per-node", str(geometry.processes)]
     torchrun += ["--max-restarts", str(geometry.max_restarts)]
@@ -184,6 +187,8 @@ def build_command(geometry: Geometry, config: Path) -> list[str]:
     node = [sys.executable, "-m", "olmo.cluster.node"]
     addresses = allocated_addresses(geometry) if geometry.nodes > 1 else []
     count = len(addresses)
+    if count < 2 and geometry.processes == 1 and not geometry.max_restarts:
+        return [*node, "", sys.executable]
     if count < 2:
         # An address: torchrun would try to resolve the machine's name, which may fail slowly.
         return [*node, "", *torchrun, "--standalone", "--local-addr=127.0.0.1"]

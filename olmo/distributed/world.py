@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from olmo.config import SingleGPUConfig
-from olmo.runtime.process import die_with_parent
+from olmo.runtime.process import die_with_parent, has_launcher
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ def join_world(hang_timeout: float | None = None, alone: SingleGPUConfig | None 
     size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if has_launcher():
         die_with_parent()
     configured = None if alone is None else alone.get_device()
     if torch.cuda.is_available() and configured == torch.device("cpu"):

@@ -6,8 +6,8 @@ kill -9 of snakemake, of a stage or of one rank must leave nothing running:
 - `supervised`: a stage's child runs in a process group together with a warden process, which reads
   from a pipe that the stage alone holds open. However the stage ends, the pipe closes, and the
   warden kills the group;
-- `die_with_parent`: a process started by others (a rank under torchrun) asks the kernel to be
-  killed when its parent ends.
+- `die_with_parent`: a process started by others (a rank, by torchrun or its launcher) asks the
+  kernel to be killed when its parent ends.
 """
 
 import contextlib
@@ -43,6 +43,11 @@ JOBS_ENV = "OLMO_JOBS"  # the file to which a dry run of snakemake writes its jo
 
 class Paused(ChildProcessError):
     """A run stopped before its end on request and has saved; the same command resumes it."""
+
+
+def has_launcher() -> bool:
+    """Whether torchrun or `olmo train` started this process, and waits for its end."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or LAUNCHED_ENV in os.environ
 
 
 def die_with_parent() -> None:

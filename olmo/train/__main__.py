@@ -12,7 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from olmo.io import sealed
-from olmo.runtime.process import CAUSE_FILE, EXIT_PAUSED, LAUNCHED_ENV
+from olmo.runtime.process import (
+    CAUSE_FILE,
+    EXIT_PAUSED,
+    LAUNCHED_ENV,
+    die_with_parent,
+    has_launcher,
+)
 
 # The kinds of OSError that another start would raise again.
 WRONG = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -67,8 +73,10 @@ def main(arguments: Sequence[str]) -> int:
     # imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     who = f"rank {rank}: " if rank else ""
-    if LAUNCHED_ENV in os.environ:  # torchrun ignores SIGTERM (see olmo.cluster.node); ranks do not
+    if LAUNCHED_ENV in os.environ:  # olmo.cluster.node ignores SIGTERM; ranks do not
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if has_launcher():  # also where it ends while this one imports
+        die_with_parent()
     import torch
 
     from olmo.config import TrainConfig
@@ -113,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
             wrong = isinstance(error, (ValueError, *WRONG))  # not the disk's or network's failure
             failed(describe_error(error), repeats=wrong)
             return 2
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if not has_launcher():
             raise
         # Another process has probably exited, and a thread here may wait for it: exit at once.
         traceback.print_exc()

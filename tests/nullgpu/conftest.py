@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,19 +19,24 @@ def python(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def run(python: str) -> Run:
+def run(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """run("loop", compile={…}) runs loop.py on the null GPU and gives what it answers."""
+    output = tmp_path_factory.mktemp("nullgpu") / "output.txt"
+    with subprocess.Popen(
+        [python, "-W", "ignore", str(HERE / "forks.py")],
+        env=environment(python),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as forks:
+        assert forks.stdin and forks.stdout
 
-    def ran(program: str, **request: Any) -> Any:
-        done = subprocess.run(
-            [python, "-W", "ignore", str(HERE / f"{program}.py"), json.dumps(request)],
-            env=environment(python),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
+        def ran(program: str, **request: Any) -> Any:
+            words = [str(HERE / f"{program}.py"), json.dumps(request), str(output)]
+            print(json.dumps(words), file=forks.stdin, flush=True)
+            assert forks.stdout.readline() == "0\n", "its traceback is on stderr"
+            return json.loads(output.read_text().splitlines()[-1])
 
-    return ran
+        yield ran
+        forks.kill()

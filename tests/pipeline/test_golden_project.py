@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from project import Project, write_source
 
+IN_PROCESSES = True  # see conftest.py
 GOLDEN = Path(__file__).parents[1] / "golden/project.json"
 TARGETS = (
     "checkpoints/small/heldout.json",

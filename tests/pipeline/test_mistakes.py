@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,10 +54,9 @@ def type_command(
 ) -> tuple[int, str]:
     """The exit status of a command line, and what was on the screen."""
     program, *words = shlex.split(command)
-    module = {"olmo": "olmo.cli"}.get(program, program)
     environment = project.environment() | ({"OLMO_STORE": store} if store else {})
     done = subprocess.run(
-        [sys.executable, "-m", module, *words],
+        [*project.command(program), *words],
         cwd=project.root / folder,
         env=environment,
         stdout=subprocess.PIPE,

@@ -11,6 +11,7 @@ import pyarrow
 import pytest
 from project import Outcome, Project, documents
 
+IN_PROCESSES = True  # see conftest.py
 TEXTS = [document["text"] for number in range(3) for document in documents(number, 40)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 

@@ -7,6 +7,7 @@ import sys
 
 from project import Project, run_in_terminal
 
+IN_PROCESSES = True  # see conftest.py
 HASH = re.compile(r"\b(?=[0-9]*[a-f])[0-9a-f]{8,}\b")
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 INSTALLERS_LINES = 14  # of uv, where it builds and installs everything first

@@ -27,7 +27,7 @@ from tutorials.literally import (
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
-ORDER = ("first-run", "inspect", "share-a-store", "fine-tune-and-chat", "compare")
+ORDER = ("first-run", "inspect", "bad-source", "share-a-store", "fine-tune-and-chat", "compare")
 ALONE = ("your-own-folder", "benchmark")
 WAY_TO_PACKAGES = ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY")
 OWN_TEST = ("dolma-on-one-gpu", "cluster", "container")

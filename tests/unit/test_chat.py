@@ -107,6 +107,7 @@ def test_what_cannot_be(say):
         say("small", "a \udcff")
 
 
+@pytest.mark.slow
 def test_a_terminal_has_a_prompt_and_ctrl_d_ends(project: Path):
     """The terminal is one of its own; Ctrl-D is a key in it."""
     ours, theirs = pty.openpty()

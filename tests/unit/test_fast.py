@@ -198,6 +198,7 @@ def stable():
 
 
 @pytest.mark.parametrize("name", ["plain", "gpt4", "unigram"])
+@pytest.mark.slow
 def test_stable_characters_are_split_and_composed_as_by_the_toolkit(
     tmp_path, tokenizers, dolma, stable, name
 ):
@@ -226,6 +227,7 @@ def test_random_text_of_all_planes(tmp_path, tokenizers, dolma, stable, name, co
     both(tmp_path, written, tokenizers[name], dolma)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_however_many_words_a_text_has(tokenizers, monkeypatch):
     def resident_mb():
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
@@ -244,6 +246,7 @@ def test_memory_is_bounded_however_many_words_a_text_has(tokenizers, monkeypatch
     assert found == [len(make_encoder(content, False, TIKTOKEN)(text)) for text in texts]
 
 
+@pytest.mark.slow
 def test_a_run_of_spaces_that_overflows_tiktoken_goes_to_the_toolkit(tmp_path, tokenizers, dolma):
     half = MAX_SPACE_RUN // 2
     long = [

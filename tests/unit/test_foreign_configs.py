@@ -91,6 +91,7 @@ def test_a_foreign_config_that_is_none_is_a_sentence(text: str, tmp_path: Path) 
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_small_config_does_not_become_a_large_one(tmp_path: Path) -> None:
     """Billion laughs: each name stands for ten of the one before it."""
     lines = ["data:", "  datasets:", "    l0: &l0 [x, x, x, x, x, x, x, x, x, x]"]
@@ -103,6 +104,7 @@ def test_a_small_config_does_not_become_a_large_one(tmp_path: Path) -> None:
         TrainConfig.load(config(tmp_path, "\n".join(merged)), untrusted=True)
 
 
+@pytest.mark.slow
 def test_everything_that_is_saved_keeps_the_expression(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,6 +269,7 @@ def test_bad_folders(tmp_path: Path, tokenizer: Path) -> None:
         convert(tmp_path / "ends", tmp_path / "z", kind="hf", tokenizer=tokenizer)
 
 
+@pytest.mark.slow
 def test_writing_needs_no_transformers(tmp_path: Path, tokenizer: Path) -> None:
     checkpoint(tmp_path / "final", OLMO2)
     words = ["checkpoint", "convert", str(tmp_path / "final"), str(tmp_path / "hf")]
@@ -297,6 +298,7 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("settings", [OLMO1, OLMO2], ids=["olmo", "olmo2"])
+@pytest.mark.slow
 def test_greedy_text_is_ours(settings: dict[str, Any], tmp_path: Path, tokenizer: Path) -> None:
     """Ten prompts, 64 tokens: by `generate` and by the pipeline, as a user calls it."""
     from transformers import AutoTokenizer, pipeline

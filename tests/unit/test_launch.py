@@ -78,7 +78,7 @@ def test_torchrun_lives_through_what_a_scheduler_sends_to_every_process(
     number: signal.Signals,
 ) -> None:
     """Ours heed it and save; torchrun would die of SIGUSR1, and at SIGTERM give them 30 seconds."""
-    words = build_command(Geometry(), Path("run/given.yaml"))
+    words = build_command(Geometry(2), Path("run/given.yaml"))
     heard = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(number)})"]
     deaf = signal.signal(number, signal.SIG_DFL)  # a child begins with what we have
     try:
@@ -99,6 +99,7 @@ def test_a_node_that_cannot_be_reached_is_told_at_once() -> None:
 
 
 def test_one_node_needs_no_scheduler() -> None:
+    assert build_command(Geometry(), Path("run/given.yaml"))[-2:] == ["", sys.executable]
     words = build_command(Geometry(processes=2, max_restarts=1), Path("run/given.yaml"))
     assert "srun" not in words and "--standalone" in words
     assert words[words.index("--nproc-per-node") + 1] == "2"
@@ -111,7 +112,7 @@ def test_a_machine_whose_own_name_nobody_knows_trains(tmp_path: Path) -> None:
     if subprocess.run([*named, "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("this process may not give its machine another name")
     (tmp_path / "meet.py").write_text("import os; print('rank', os.environ['RANK'])")
-    words = [*named, *build_command(Geometry(), tmp_path / "given.yaml"), tmp_path / "meet.py"]
+    words = [*named, *build_command(Geometry(max_restarts=1), tmp_path), tmp_path / "meet.py"]
     said = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert said.stdout == "rank 0\n", said.stderr
 

@@ -116,18 +116,24 @@ def test_the_cause_is_in_the_launchers_sentence_and_in_the_log(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("processes", "how"), [(1, "killed by SIGKILL"), (2, "exit status 1")])
 def test_a_trainer_that_dies_without_a_word(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, how: str
 ) -> None:
     """What an earlier attempt failed of is not taken for its cause."""
     config = given(tmp_path, evaluators=[])
     (config.parent / CAUSE_FILE).write_text("an earlier cause\n")
-    kill = "import os\nif 'RANK' in os.environ: os.kill(os.getpid(), 9)\n"
+    kill = (
+        "import os, sys\n"
+        "started = {'-m', 'olmo.train'} <= {*sys.orig_argv}\n"
+        "if started and not any('olmo.cluster' in word for word in sys.orig_argv):\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
     (tmp_path / "sitecustomize.py").write_text(kill)
     places = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
-    with pytest.raises(ChildProcessError, match=r"exit status 1\) without an error message"):
-        launch(config, Geometry(), threads=1)
+    with pytest.raises(ChildProcessError, match=rf"{how}\) without an error message"):
+        launch(config, Geometry(processes), threads=1)
 
 
 @pytest.mark.slow

@@ -85,6 +85,7 @@ def test_imports_go_one_way(name: str):
         assert not above, file
 
 
+@pytest.mark.slow
 def test_no_module_is_in_a_circle():
     """Nor inside a package; what is imported when it is called counts, too."""
     graph = {module: imports(path) & modules().keys() for module, path in modules().items()}
@@ -112,6 +113,7 @@ def test_the_model_has_no_word_of_how_it_is_spread():
         assert not re.findall(r"fsdp|distributed|torch\.compile\b", text), file
 
 
+@pytest.mark.slow
 def test_the_trainer_needs_torch_numpy_and_omegaconf_only():
     """A GPU machine often has no more: everything else is as if it were not installed."""
     script = """

@@ -84,6 +84,7 @@ def map_as_an_ordinary_user(made: Path, expected: list[int]) -> None:
     assert global_indices[0:100].tolist() == expected
 
 
+@pytest.mark.slow
 def test_the_readmes_snippet_maps_the_order_of_an_ordinary_user(place: Path) -> None:
     entry = listing.Entry("part-0", "tokens", "part-0.npy", "0" * 64, 2 * 8 * 100)
     listing.write_listing(Path("tokens.tsv"), [entry])

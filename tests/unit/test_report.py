@@ -257,6 +257,7 @@ def test_paths_below_the_project_are_shown_without_it() -> None:
     assert hide_paths(f"{os.getcwd()}/data/x.npy") == "data/x.npy"
 
 
+@pytest.mark.slow
 def test_a_run_of_the_trainer_alone_has_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

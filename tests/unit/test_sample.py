@@ -137,6 +137,7 @@ def make_tokenizer() -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_truth_is_in_the_range_and_little_is_read(server):
     files, tokenizer = corpus(), make_tokenizer()
     serve(server, files)
@@ -330,6 +331,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.slow
 def test_other_formats_are_sampled_too(server, suffix):
     """Of local files and of remote ones alike, as the stages convert them."""
     count = 20_000 if suffix.endswith("zst") else 3000  # its blocks are large
@@ -403,6 +405,7 @@ def test_an_unknown_size_is_told(server):
     assert sample(900_000)["total"]["bytes"] == len(content)  # it came to its end
 
 
+@pytest.mark.slow
 def test_a_bucket_is_read_by_ranges():
     content = dolma("a", texts(1, 3000, 50))
     with s3_server("corpus"):

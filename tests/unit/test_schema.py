@@ -19,6 +19,7 @@ def test_the_files_are_in_step():
         assert path.read_text() == text, "run: uv run python -m olmo.pipeline.schema"
 
 
+@pytest.mark.slow
 def test_editors_know_the_schema_of_each_file():
     files = [path for path in CONFIG.rglob("*.yaml") if path.parent.name != "bench"]
     for path in files:

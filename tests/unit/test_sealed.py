@@ -39,6 +39,7 @@ def test_what_was_written_is_read_and_nothing_else(kind: str):
 
 
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.floats(allow_nan=False)))
+@pytest.mark.slow
 def test_any_object_comes_back(value: dict):
     value.pop("seal", None)
     assert sealed.loads(sealed.dumps(value).encode(), "f") == value

@@ -269,6 +269,7 @@ def test_a_killed_download_resumes_in_the_next_process(server, tmp_path):
     assert int(server.requests[1][1]["Range"].removeprefix("bytes=")[:-1]) >= 50_000
 
 
+@pytest.mark.slow
 def test_two_hundred_files_from_a_bad_server_cost_little_more_than_their_bytes(server, tmp_path):
     chance = random.Random(0)
 

@@ -120,6 +120,7 @@ def test_what_cannot_be_computed_is_refused_before_a_model_is_built(
         small_run.run(tmp_path, **changes)
 
 
+@pytest.mark.slow
 def test_a_bench_cell_is_refused_before_its_model_is_built(monkeypatch: pytest.MonkeyPatch):
     def built(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was built first")

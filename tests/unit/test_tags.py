@@ -101,6 +101,7 @@ def by_the_toolkit(python: Path, documents: Path, folder: Path, taggers: Any) ->
     return found
 
 
+@pytest.mark.slow
 def test_tags_are_those_of_the_toolkit_s_command(pair, tagged, tmp_path, python):
     expected = by_the_toolkit(python, pair["documents"], tmp_path, TAGGERS)
     with gzip.open(tagged, "rt", encoding="utf-8") as lines:

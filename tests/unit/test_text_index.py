@@ -163,6 +163,7 @@ def fragments(searched: Searched, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.slow
 def test_it_finds_what_grep_finds_where_it_was_trained(searched: Searched, indexed: bool):
     if indexed:
         for name in ("0.documents", "0.heldout", "1.documents", "1.heldout"):

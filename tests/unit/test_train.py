@@ -240,6 +240,7 @@ def test_going_on_past_what_was_not_finite(tmp_path: Path, monkeypatch: pytest.M
     assert lines.splitlines()[-1].split("\t") == ["5", *map(str, ids[6 * 8 : 7 * 8])], "the 7th"
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves_with_its_own_code(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"max_duration": 100_000, "save_interval_unsharded": 50_000}
     process = start(tmp_path, **changes)
@@ -260,6 +261,7 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_straight(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"max_duration": 60, "save_interval_unsharded": 7}
     assert run(tmp_path, save_folder=str(tmp_path / "straight"), **changes) == 0

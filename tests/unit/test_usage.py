@@ -139,8 +139,8 @@ def test_fish_and_zsh(capsys):
 # The public command line: a change here breaks scripts, and belongs into the CHANGELOG.
 COMMANDS = """source-list sources given-tokens documents tags quality references digests duplicates
 mixed tokenizer tokens instructions statistics order positions start train soup hf heldout
-docstrings evaluate inspect seen replay blame generate chat new plan check runs watch diff fork bench
-compare scores checkpoint-convert environment store-verify store-gc store-checkout store-why
+docstrings evaluate inspect seen replay blame generate chat new plan check runs watch diff fork
+bench compare scores checkpoint-convert environment store-verify store-gc store-checkout store-why
 store-trace store-pin store-push store-pull store-affected completion text-index"""
 
 
