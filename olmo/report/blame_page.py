@@ -159,7 +159,7 @@ def join_ranges(steps: Iterable[int]) -> list[str]:
     """Steps as ranges.
 
     >>> join_ranges([7, 5, 6, 9])
-    ['5..7', '9..9']
+    ['5..7', '9']
     """
     ranges: list[list[int]] = []
     for step in sorted(set(steps)):
@@ -167,7 +167,7 @@ def join_ranges(steps: Iterable[int]) -> list[str]:
             ranges[-1][1] = step
         else:
             ranges.append([step, step])
-    return [f"{first}..{last}" for first, last in ranges]
+    return [f"{first}..{last}" if first < last else str(first) for first, last in ranges]
 
 
 def format_page(name: str, found: Findings, rows: list[dict[str, Any]]) -> str:
