@@ -200,17 +200,8 @@ def test_fork_says_what_it_costs_and_adds_the_run(trained: Project):
     assert [s["after"] for s in record["facts"]["segments"]] == [15] and ran.status == 0
 
 
-def test_what_has_changed_since_is_not_quoted(trained: Project, tmp_path: Path):
-    """A link of other settings is no place to begin at, and other data no run to fork."""
-    project = trained.copy(tmp_path / "project")
-    dropped = document_used_at(project, 17)
-    shutil.copytree(project.final, project.root / "checkpoints/small/step-16")
-    record = project.root / "checkpoints/small/step-16/record.json"
-    found = json.loads(record.read_text())
-    found["action"]["params"] |= {"until": 16, "settings": {"seed": 1}}
-    record.write_text(json.dumps(found))
-    assert "steps shared: 15" in project.olmo("fork", "small", "--without", dropped).output
-
+def test_a_run_on_other_data_is_not_forked(trained: Project, tmp_path: Path):
+    project, dropped = trained.copy(tmp_path / "project"), document_used_at(trained, 17)
     project.change("config/data/small.yaml", documents={"heldout_share": 0.1})
     project.run("data/small/tokens/000.tsv", "data/small/tokens/001.tsv")
     said = project.olmo("fork", "small", "--without", dropped)

@@ -12,6 +12,7 @@ from olmo.cluster.launch import Geometry
 from olmo.config import TrainConfig
 from olmo.config.identity import identity
 from olmo.data import order
+from olmo.pipeline.fork import known_states
 from olmo.pipeline.reuse import find_saved
 from olmo.pipeline.train import training
 from olmo.store.stage import current_store
@@ -138,3 +139,16 @@ def test_a_link_is_found_in_a_run_that_began_elsewhere(trained: Any, tmp_path: P
         assert saved and saved.parent.parent.name == record["key"]
         other = identity_until(cfg.update_with(seed=7), 6)
         assert find_saved(current_store(), inputs, other, 6) is None
+
+
+def test_a_fork_begins_at_no_link_of_other_settings(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained("a/step-3", until=3, max_duration=9)
+    trained("a/step-6", until=6, max_duration=9, seed=7)  # of before a change of the config
+    trained("a/step-7", until=7, max_duration=9, seed=7)
+    _, record, _ = trained("a/final", max_duration=9)
+    states = known_states("a", record)
+    assert states[3] == "checkpoints/a/step-3"
+    assert states[6] == "checkpoints/a/run/step6-unsharded" and 7 not in states
