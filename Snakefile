@@ -16,7 +16,6 @@ from olmo.cluster.slurm_plugin import become_array_task, patch_plugin
 from olmo.pipeline import parts, sampling, screen, workspace
 from olmo.pipeline.damage import DamageScanner
 from olmo.pipeline.plan import Plan
-from olmo.pipeline.recipe import json_text
 from olmo.pipeline.targets import match_any
 from olmo.pipeline.terminal import print_at_exit
 

@@ -8,7 +8,7 @@ import shlex
 from olmo.config.strict import check_range
 from olmo.corpus.mixture import check_parts
 from olmo.pipeline.plan import Plan
-from olmo.pipeline.recipe import json_flag, prefix_errors
+from olmo.pipeline.recipe import json_flag, json_text, prefix_errors
 from olmo.train.chain import count_steps, list_link_steps
 
 
@@ -167,6 +167,11 @@ def skip_flags(plan: Plan, run: str) -> str:
     if (steps := count_steps(cfg)) is not None:
         words += ["--steps", steps]
     return shlex.join(map(str, words))
+
+
+def left_out(plan: Plan, run: str) -> str:
+    """What a run leaves out, as JSON."""
+    return json_text(plan.run(run).skip)
 
 
 def skip_outputs(plan: Plan, run: str) -> list[str]:
