@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -184,9 +185,12 @@ def add_argument(
 
 
 def parse_section(kind: Any, text: str) -> Any:
-    """A recipe's section from JSON. argparse shows the message of an ArgumentTypeError only."""
+    """A recipe's section from JSON; "-": from the standard input, since an argument has 128 KiB.
+
+    argparse shows the message of an ArgumentTypeError only.
+    """
     try:
-        return kind.new(**json.loads(text))
+        return kind.new(**json.loads(sys.stdin.read() if text == "-" else text))
     except (ValueError, TypeError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -40,9 +40,11 @@ rule skip:
         "logs/skip/{run}.log",
     params:
         recipe=lambda w: parts.skip_flags(plan, w.run),
-    shell:
-        "olmo skip --tokens {input.tokens:q} --order {input.order:q} {params.recipe}"
+        left_out=lambda w: parts.left_out(plan, w.run),
+    shell:  # what is left out is no argument, since many ids are longer than one may be
+        "olmo skip --tokens {input.tokens:q} --order {input.order:q} {params.recipe} --config -"
         " --remaining {output.remaining:q} --holes {output.holes:q} --log {log:q}"
+        " <<< {params.left_out:q}"
 
 
 rule positions:

@@ -115,20 +115,29 @@ def skip(
         by=str(config.by),
         names=non_default_fields(config),
     )
-    check_skipped(record["facts"], config, after, batch_size, steps)
+    check_skipped(record["facts"], config, after, batch_size, steps, sequence_length)
     if record["facts"]["first_step"] is None:
         log.warning("the run does not use what is left out: it is not in its data order")
     log.info(describe_skipped(record["facts"]))
 
 
 def check_skipped(
-    facts: Facts, config: Skip, after: int, batch_size: int, steps: int | None
+    facts: Facts, config: Skip, after: int, batch_size: int, steps: int | None, length: int
 ) -> None:
     """Check the facts of `skipped` for a run of so many steps that differs after step `after`.
 
-    Raises ValueError if something is left out before, or too few instances remain.
+    Args:
+        length: tokens of an instance.
+
+    Raises ValueError if something is left out before, too few instances remain, or no token that is
+    learned.
     """
     first, left = facts["first_step"], facts["instances"] // batch_size
+    if facts["instances"] and facts["masked_tokens"] == facts["instances"] * length:
+        raise ValueError(
+            "expected a token that the run learns, found that all of its data order is left out; "
+            "leave out fewer documents or sources"
+        )
     if first is not None and first <= after:
         raise ValueError(
             f"skip_after: expected a step before {first}, the first one that uses what is left "
@@ -168,7 +177,8 @@ def find_spans(
     listings = list(listings)
     shards = read_listing(listings, "tokens")
     tables = {entry.shard: entry.object for entry in read_listing(listings, "index")}
-    unknown, unmatched, begin = set(config.documents), set(config.sources), 0
+    places: dict[str, list[str]] = {name: [] for name in config.documents}  # id → its sources
+    unmatched, begin = set(config.sources), 0
     for shard in shards:
         size = shard.bytes // width // length * length
         matching = {p for p in config.sources if fnmatchcase(shard.shard, p)}
@@ -178,7 +188,8 @@ def find_spans(
         if config.documents and shard.shard in tables:
             table = polars.scan_parquet(tables[shard.shard])
             rows = table.filter(polars.col("id").is_in(config.documents)).collect()
-            unknown -= set(rows["id"])
+            for name in sorted(set(rows["id"])):
+                places[name].append(shard.shard)
             for first, end in zip(rows["start"].to_list(), rows["end"].to_list(), strict=True):
                 if first < min(end, size):
                     yield begin + first, begin + min(end, size)
@@ -189,10 +200,16 @@ def find_spans(
             f"skip_sources: expected the name of a source, or a pattern of names; found "
             f"{min(unmatched)!r}, and the sources are {names}{' …' if len(shards) > 8 else ''}"
         )
-    if unknown:
+    if unknown := [name for name, found in places.items() if not found]:
+        known = "" if tables else ", whose token files were given without documents"
         raise ValueError(
-            f"skip_documents: expected ids of documents that the data set is trained on, found "
-            f"{min(unknown)!r}; `olmo inspect` shows the ids of a step's documents"
+            f"skip_documents: expected ids of documents that the data set is trained on{known}; "
+            f"found {min(unknown)!r}; `olmo inspect` shows the ids of a step's documents"
+        )
+    if several := [name for name, found in places.items() if len(found) > 1]:
+        log.warning(
+            f"skip_documents: {len(several)} ids are in several sources and left out of all, the "
+            f"first {several[0]!r} of {', '.join(places[several[0]][:8])}"
         )
 
 

@@ -151,6 +151,10 @@ class Forecast:
             if flag in words:
                 at = words.index(flag)
                 del words[at : at + 2]
+        if "<<<" in words:  # what a word "-" stands for
+            at = words.index("<<<")
+            words[words.index("-")] = words[at + 1]
+            del words[at : at + 2]
         if "--table" in words:  # `olmo sources` completes it
             self._copy_for_plan(words[words.index("--table") + 1])
         words = [self._moved.get(word, word) for word in words]

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from olmo.config import PROJECT_CONFIG, read_project_config
+from olmo.config import PROJECT_CONFIG, TrainConfig, read_project_config
 from olmo.config.identity import identity
 from olmo.config.strict import non_default_fields
 from olmo.corpus.listing import read_listing
@@ -33,13 +33,14 @@ from olmo.data.files import token_itemsize
 from olmo.inspect.run import find_config
 from olmo.io import sealed, untrusted
 from olmo.pipeline.new import add_run
-from olmo.pipeline.parts import order_path
+from olmo.pipeline.parts import check_can_move_up, order_path
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.recipe import RunConfig
 from olmo.pipeline.reuse import saved_steps
 from olmo.runtime.log import format_duration
 from olmo.store.record import Record, parse_record
 from olmo.store.stage import Facts, current_store
+from olmo.train.chain import identity_until
 from olmo.train.sinks import read_metrics
 
 PACE = "throughput/device/batches_per_second"
@@ -50,6 +51,7 @@ KINDS = ("document", "source", "steps")
 class Quote:
     """What a run without something costs."""
 
+    skip: Skip
     facts: Facts  # of the stage `skipped`
     shared: int  # steps that are those of the run that is forked
     place: str  # where their state is
@@ -78,7 +80,13 @@ def fork(run: str, /, without: list[str], by: SkipRule = SkipRule.mask, name: st
     plan = Plan(read_project_config())
     record = find_record(plan, run)
     listings = [Path(path) for path in plan.listings(plan.dataset(run), "tokens")]
-    skip = parse_without(without, by, [e.shard for e in read_listing(listings, "tokens")])
+    entries = read_listing(listings, "tokens")
+    if [entry.sha256 for entry in entries] != record["action"]["inputs"]["tokens"]:
+        raise ValueError(
+            f"checkpoints/{run}/final was trained on other token files than {plan.dataset(run)} "
+            f"has now; train it again: uv run snakemake --cores 2 checkpoints/{run}/final"
+        )
+    skip = parse_without(without, by, [entry.shard for entry in entries])
     quote = make_quote(plan, run, record, skip, listings)
     settings = fork_settings(plan.run(run), skip, quote.shared)
     print(format_quote(run, quote))
@@ -164,6 +172,8 @@ def make_quote(plan: Plan, run: str, record: Record, skip: Skip, listings: list[
     length, width = cfg.model.max_sequence_length, token_itemsize(cfg.data.memmap_dtype)
     if skip.steps and max(last for _, last in skip.step_ranges) > steps:
         raise ValueError(f"--without: expected steps up to {steps}, where {run} ends")
+    if skip.shortens:
+        check_can_move_up(plan, run)
     with tempfile.TemporaryDirectory() as folder:
         facts = skipped.build(
             order=Path(order_path(run)),
@@ -180,25 +190,29 @@ def make_quote(plan: Plan, run: str, record: Record, skip: Skip, listings: list[
             f"{run} was not trained on it: it comes after the run's end in the data order, or in "
             "the incomplete last instance of a file"
         )
-    check_skipped(facts, skip, 0, cfg.global_train_batch_size, steps)
+    check_skipped(facts, skip, 0, cfg.global_train_batch_size, steps, length)
     states = known_states(run, record)
     shared = max((step for step in states if step < facts["first_step"]), default=0)
     seconds = expect_seconds(record, Path("checkpoints", run, "final"), steps - shared)
-    return Quote(facts, shared, states.get(shared, ""), steps, seconds)
+    return Quote(skip, facts, shared, states.get(shared, ""), steps, seconds)
 
 
 def known_states(run: str, record: Record) -> dict[int, str]:
     """The steps at which a run's state is still there, and where."""
-    found = {}
-    if "after" not in record["action"]["inputs"]:
-        found = {
-            step: f"checkpoints/{run}/run/{path.name}"
-            for step, path in saved_steps(current_store(), record).items()
-        }
-    for link in Path("checkpoints", run).glob("step-*"):
-        step = link.name.removeprefix("step-")
-        if step.isdecimal() and (link / "record.json").exists():
-            found[int(step)] = str(link)
+    found = {
+        step: f"checkpoints/{run}/run/{path.name}"
+        for step, path in saved_steps(current_store(), record).items()
+    }
+    cfg = TrainConfig.new(**record["action"]["params"]["settings"])
+    for path in Path("checkpoints", run).glob("step-*/record.json"):
+        link = parse_record(path.read_bytes(), path)["action"]
+        until = link["params"]["until"]
+        is_same = all(
+            link["inputs"].get(name) == record["action"]["inputs"].get(name)
+            for name in ("tokens", "labels", "start")
+        )
+        if is_same and link["params"]["settings"] == identity_until(cfg, until):  # not an old one
+            found[until] = str(path.parent)
     return found
 
 
@@ -221,11 +235,21 @@ def fork_settings(settings: RunConfig, skip: Skip, shared: int) -> dict[str, Any
     return kept | {"skip_after": shared}
 
 
+def describe_left_out(skip: Skip) -> str:
+    """What is left out, for people: what each word was taken for.
+
+    >>> describe_left_out(Skip(documents=["a"], steps=["5", "7..9"]))
+    'document a, steps 5, 7..9'
+    """
+    kinds = {"document": skip.documents, "source": skip.sources, "steps": skip.steps}
+    return ", ".join(f"{kind} {', '.join(names)}" for kind, names in kinds.items() if names)
+
+
 def format_quote(run: str, quote: Quote) -> str:
     """The quote for people."""
     to_train, first = quote.steps - quote.shared, quote.facts["first_step"]
     lines = [
-        f"{run} without it: {describe_skipped(quote.facts)}",
+        f"{run} without {describe_left_out(quote.skip)}: {describe_skipped(quote.facts)}",
         f"steps shared: {quote.shared:,}" + (f", from {quote.place}" if quote.shared else ""),
         f"steps to train: {to_train:,} of {quote.steps:,} ({to_train / quote.steps:.0%})",
     ]

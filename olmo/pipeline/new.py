@@ -337,10 +337,10 @@ def add_run(config: str, name: str, settings: Mapping[str, Any]) -> str:
 
     Raises ValueError if it has no line `runs:`.
     """
-    lines = yaml.safe_dump(
-        {name: dict(settings)}, sort_keys=False, width=999, default_flow_style=None
-    )
-    entry, before = textwrap.indent(lines, "  "), yaml.safe_load(config)
+    lines = yaml.safe_dump({name: dict(settings)}, sort_keys=False, width=999)
+    first = re.search(r"(?m)^runs:[ \t]*(?:#.*)?\n(?:[ \t]*(?:#.*)?\n)*( +)\S", config)
+    entry = textwrap.indent(lines, first[1] if first else "  ")  # as deep as the other runs
+    before = yaml.safe_load(config)
     added, count = re.subn(
         r"(?m)^runs:[ \t]*(#.*)?\n", lambda m: m.group() + entry, config, count=1
     )

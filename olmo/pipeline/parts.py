@@ -8,7 +8,7 @@ import shlex
 from olmo.config.strict import check_range
 from olmo.corpus.mixture import check_parts
 from olmo.pipeline.plan import Plan
-from olmo.pipeline.recipe import json_flag, prefix_errors
+from olmo.pipeline.recipe import json_flag, json_text, prefix_errors
 from olmo.train.chain import count_steps, list_link_steps
 
 
@@ -119,11 +119,8 @@ def skip_after(plan: Plan, run: str) -> int | None:
     after, end = settings.skip_after, count_steps(cfg)
     ranges = skip.step_ranges
     with prefix_errors(f"config/config.yaml: runs.{run}."):
-        if skip.shortens and end is None:
-            raise ValueError(
-                "skip_steps, skip_by: expected a max_duration in steps or tokens, found epochs, "
-                "which have all instances; skip documents or sources by mask"
-            )
+        if skip.shortens:
+            check_can_move_up(plan, run)
         if ranges and max(last for _, last in ranges) > (end or 0):
             raise ValueError(f"skip_steps: expected steps up to {end}, found {skip.steps}")
         first = min((first for first, _ in ranges), default=None)
@@ -134,6 +131,23 @@ def skip_after(plan: Plan, run: str) -> int | None:
     return after
 
 
+def check_can_move_up(plan: Plan, run: str) -> None:
+    """Raises ValueError for a run without instances to take the place of those that it skips."""
+    cfg = plan.train_config(run)
+    if plan.run(run).mixture:
+        found = "found a mixture, whose order has the instances of the run's own steps only"
+    elif count_steps(cfg) is None:
+        found = "found a max_duration in epochs, which have all instances; set it in steps"
+    elif cfg.epoch:
+        found = f"found epoch {cfg.epoch} in {plan.run(run).train}, at which the order begins"
+    else:
+        return
+    raise ValueError(
+        "skip_steps, skip_by: next: expected a run whose next instances can move up, "
+        f"{found}; or skip documents or sources by mask"
+    )
+
+
 def skips_before(plan: Plan, run: str, step: str | None) -> bool:
     """Whether a run, or its link that ends at `step`, is trained without something."""
     after = skip_after(plan, run)
@@ -141,8 +155,8 @@ def skips_before(plan: Plan, run: str, step: str | None) -> bool:
 
 
 def skip_flags(plan: Plan, run: str) -> str:
-    """What a run leaves out, and of which order."""
-    cfg, skip = plan.train_config(run), plan.run(run).skip
+    """Of which order a run leaves something out, and after which step."""
+    cfg = plan.train_config(run)
     if (after := skip_after(plan, run)) is None:
         raise ValueError(
             f"config/config.yaml: runs.{run}: expected skip_documents, skip_sources or skip_steps, "
@@ -152,7 +166,12 @@ def skip_flags(plan: Plan, run: str) -> str:
     words += ["--batch-size", cfg.global_train_batch_size, "--after", after]
     if (steps := count_steps(cfg)) is not None:
         words += ["--steps", steps]
-    return shlex.join(map(str, words)) + " " + json_flag("config", skip)
+    return shlex.join(map(str, words))
+
+
+def left_out(plan: Plan, run: str) -> str:
+    """What a run leaves out, as JSON."""
+    return json_text(plan.run(run).skip)
 
 
 def skip_outputs(plan: Plan, run: str) -> list[str]:

@@ -26,6 +26,7 @@ from olmo.pipeline.recipe import (
     RunConfig,
     check_environment_values,
     check_file_exists,
+    check_ids_are_text,
     json_flag,
     prefix_errors,
     recipe_from_train_config,
@@ -51,6 +52,7 @@ class Plan:
     def __init__(self, config: dict[str, Any]) -> None:
         with prefix_errors("config/config.yaml: "):
             self.pipeline = PipelineConfig.new(**config)
+            check_ids_are_text(config["runs"])
         # Runs without `dataset`: the token files that each names are a data set of the run's name.
         self.tokenized_datasets = {
             n: run for n, run in self.pipeline.runs.items() if not run.dataset

@@ -3,9 +3,10 @@
 import contextlib
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from olmo.cluster.launch import Geometry
 from olmo.config import BaseConfig, TrainConfig
@@ -206,6 +207,18 @@ class PipelineConfig(BaseConfig):
                 )
 
 
+def check_ids_are_text(runs: Mapping[str, Any]) -> None:
+    """Raises ValueError for a number where a run names what it skips: YAML reads 010 as 8."""
+    for run, settings in runs.items():
+        for key in ("skip_documents", "skip_sources"):
+            for found in settings.get(key, ()) if isinstance(settings, Mapping) else ():
+                if not isinstance(found, str):
+                    raise ValueError(
+                        f"runs.{run}.{key}: expected text, found {found}, which YAML may have read "
+                        f"from another text, as 8 from 010; put it in quotes: '{found}'"
+                    )
+
+
 def recipe_path(dataset: str) -> Path:
     return Path(f"config/data/{dataset}.yaml")
 
@@ -221,7 +234,12 @@ def prefix_errors(prefix: str) -> Iterator[None]:
 
 def json_flag(flag: str, config: BaseConfig) -> str:
     """A command's flag with a config as JSON: the fields that differ from their defaults."""
-    return shlex.join([f"--{flag}", json.dumps(non_default_fields(config))])
+    return shlex.join([f"--{flag}", json_text(config)])
+
+
+def json_text(config: BaseConfig) -> str:
+    """A config as JSON: the fields that differ from their defaults."""
+    return json.dumps(non_default_fields(config))
 
 
 def check_environment_values(

@@ -51,8 +51,8 @@ def find_saved(
         saved = saved_steps(store, record)
         if until not in saved or record["action"]["inputs"] != inputs:
             continue
-        given = saved[until].parent / GIVEN
-        cfg = TrainConfig.load(given, validate_paths=False)
+        # Not of GIVEN, which also says where this attempt began: a run's start, a link.
+        cfg = TrainConfig.new(**record["action"]["params"]["settings"])
         if identity_until(cfg, until) == settings:
             layout.verify_checkpoint(saved[until])
             return saved[until]

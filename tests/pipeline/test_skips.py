@@ -200,6 +200,14 @@ def test_fork_says_what_it_costs_and_adds_the_run(trained: Project):
     assert [s["after"] for s in record["facts"]["segments"]] == [15] and ran.status == 0
 
 
+def test_a_run_on_other_data_is_not_forked(trained: Project, tmp_path: Path):
+    project, dropped = trained.copy(tmp_path / "project"), document_used_at(trained, 17)
+    project.change("config/data/small.yaml", documents={"heldout_share": 0.1})
+    project.run("data/small/tokens/000.tsv", "data/small/tokens/001.tsv")
+    said = project.olmo("fork", "small", "--without", dropped)
+    assert said.status and "was trained on other token files than small has now" in said.output
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -12,7 +12,10 @@ from olmo.cluster.launch import Geometry
 from olmo.config import TrainConfig
 from olmo.config.identity import identity
 from olmo.data import order
+from olmo.pipeline.fork import known_states
+from olmo.pipeline.reuse import find_saved
 from olmo.pipeline.train import training
+from olmo.store.stage import current_store
 from olmo.train.chain import STATE, depends_on_end, identity_until, list_link_steps
 from olmo.train.loop import train
 
@@ -34,7 +37,11 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(olmo.pipeline.train, "launch", here)
 
     def piece(
-        name: str, after: Path | None = None, until: int | None = None, **changes: Any
+        name: str,
+        after: Path | None = None,
+        until: int | None = None,
+        start: Path | None = None,
+        **changes: Any,
     ) -> tuple[Path, dict[str, Any], bool]:
         cfg = config(tmp_path, evaluators=[], save_interval_unsharded=3, **changes)
         before = len(ran)
@@ -47,6 +54,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             cfg=cfg,
             heldout=[],
             geometry=Geometry(),
+            start=None if start is None else [start / STATE[0]],
             after=None if after is None else [after / part for part in STATE],
             until=until,
         )
@@ -116,3 +124,31 @@ def test_an_interrupted_run_passes_over_nothing(tmp_path: Path) -> None:
     cfg = config(tmp_path, fast_forward_batches=2)
     filled = olmo.pipeline.train.fill_in_paths(cfg, [], tmp_path / "order", [], tmp_path)
     assert filled.try_load_latest_save and filled.fast_forward_batches is None
+
+
+def test_a_link_is_found_in_a_run_that_began_elsewhere(trained: Any, tmp_path: Path) -> None:
+    """From another run's weights, or after a link: where it began is an input, not a setting."""
+    changes: dict[str, Any] = {"max_duration": 12}
+    fresh = {"reset_optimizer_state": True, "reset_trainer_state": True}
+    first, _, _ = trained("first", until=3, **changes)
+    _, after, _ = trained("after", after=first, **changes)
+    _, started, _ = trained("started", start=first, **changes, **fresh)
+    for record, more in ((after, {}), (started, fresh)):
+        cfg, inputs = config(tmp_path, **changes, **more), record["action"]["inputs"]
+        saved = find_saved(current_store(), inputs, identity_until(cfg, 6), 6)
+        assert saved and saved.parent.parent.name == record["key"]
+        other = identity_until(cfg.update_with(seed=7), 6)
+        assert find_saved(current_store(), inputs, other, 6) is None
+
+
+def test_a_fork_begins_at_no_link_of_other_settings(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained("a/step-3", until=3, max_duration=9)
+    trained("a/step-6", until=6, max_duration=9, seed=7)  # of before a change of the config
+    trained("a/step-7", until=7, max_duration=9, seed=7)
+    _, record, _ = trained("a/final", max_duration=9)
+    states = known_states("a", record)
+    assert states[3] == "checkpoints/a/step-3"
+    assert states[6] == "checkpoints/a/run/step6-unsharded" and 7 not in states

@@ -1,18 +1,36 @@
 """What a run leaves out: orders and holes beside a naive computation, and what is refused."""
 
+import functools
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars
 import pytest
 import torch
+import yaml
 
-from olmo.corpus.skip import Skip, keep_instances, merge_spans, parse_step_range, skipped
+from olmo.commands import parse_section
+from olmo.corpus.listing import Entry, write_listing
+from olmo.corpus.skip import (
+    Skip,
+    check_skipped,
+    find_spans,
+    keep_instances,
+    merge_spans,
+    parse_step_range,
+    skipped,
+)
 from olmo.data.holes import learned_tokens, make_holes, read_holes, write_holes
 from olmo.data.memmap import MemMapDataset
 from olmo.data.order import read_order, write_order
+from olmo.pipeline.new import add_run
 from olmo.pipeline.parts import holes_path, order_until, override_flags, skip_after
 from olmo.pipeline.plan import Plan
+from olmo.pipeline.recipe import json_text
+from olmo.store.stage import current_store
 
 LENGTH, BATCH = 8, 4
 
@@ -116,6 +134,41 @@ def test_text_that_is_no_range_of_steps(text: str) -> None:
         parse_step_range(text)
 
 
+def test_nothing_to_learn_is_refused(tmp_path: Path) -> None:
+    everything = {"spans": [[0, 12 * LENGTH]]}
+    _, _, facts = build(tmp_path, np.arange(12), **everything)
+    with pytest.raises(ValueError, match="expected a token that the run learns"):
+        check_skipped(facts, Skip(sources=["*"]), 0, BATCH, 3, LENGTH)
+    _, _, facts = build(tmp_path, np.arange(12), spans=[[0, 12 * LENGTH - 1]])
+    check_skipped(facts, Skip(sources=["*"]), 0, BATCH, 3, LENGTH)
+
+
+def test_many_ids_are_no_argument_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux has 128 KiB for one."""
+    skip = Skip(documents=[f"document-{number}" for number in range(20_000)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json_text(skip)))
+    assert parse_section(Skip, "-") == skip == parse_section(Skip, json_text(skip))
+
+
+def test_an_id_of_two_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Both documents are left out, and the user is told."""
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    entries = []
+    for shard, ids in (("a", ["1", "2"]), ("b", ["2", "3"])):
+        polars.DataFrame({"start": [0, 9], "end": [9, 20], "id": ids}).write_parquet(
+            tmp_path / shard
+        )
+        np.arange(20, dtype=np.uint16).tofile(tmp_path / f"{shard}.npy")
+        for output, path in (("tokens", tmp_path / f"{shard}.npy"), ("index", tmp_path / shard)):
+            file = current_store().put(path)
+            entries.append(Entry(shard, output, path.name, file["sha256"], file["size"]))
+    write_listing(tmp_path / "000.tsv", entries)
+    find = functools.partial(find_spans, [tmp_path / "000.tsv"], length=LENGTH, width=2)
+    assert list(find(config=Skip(documents=["1"]))) == [(0, 9)] and not caplog.messages
+    assert list(find(config=Skip(documents=["2"]))) == [(9, 16), (16, 25)]
+    assert "the first '2' of a, b" in caplog.text
+
+
 def test_which_way() -> None:
     assert not Skip() and not Skip().masks and not Skip().shortens
     assert Skip(documents=["a"]).masks and not Skip(documents=["a"]).shortens
@@ -131,7 +184,10 @@ def test_which_way() -> None:
         ({"skip_after": 3}, "skip_after: expected skip_documents"),
         ({"skip_steps": ["5"], "skip_after": 5}, "skip_after: expected from 0 to 4, found 5"),
         ({"skip_documents": ["a"], "skip_after": 240}, "skip_after: expected from 0 to 239"),
-        ({"skip_steps": ["5"], "overrides": ["max_duration=2ep"]}, "in steps or tokens, found ep"),
+        ({"skip_steps": ["5"], "overrides": ["max_duration=2ep"]}, "found a max_duration in ep"),
+        ({"skip_steps": ["5"], "overrides": ["epoch=1"]}, "found epoch 1"),
+        ({"skip_steps": ["5"], "mixture": [{"weights": ["*=1"]}]}, "found a mixture"),
+        ({"skip_documents": [8]}, "expected text, found 8"),
         ({"skip_by": "others", "skip_sources": ["a"]}, "skip_by"),
     ],
 )
@@ -160,3 +216,12 @@ def test_a_link_before_the_difference_is_that_of_a_run_that_skips_nothing(
     holes = "--holes" * bool(holes_path(plan, "a", step))
     assert overrides in override_flags(plan, "a", step) + holes
     assert overrides or not override_flags(plan, "a", step) + holes
+
+
+def test_a_run_is_added_as_deep_as_the_others() -> None:
+    text = "runs:  # ours\n\n   # the first\n   a:\n      train: a.yaml\nstore: b"
+    assert yaml.safe_load(add_run(text, "c", {"train": "c.yaml"})) == {
+        "runs": {"c": {"train": "c.yaml"}, "a": {"train": "a.yaml"}},
+        "store": "b",
+    }
+    assert yaml.safe_load(add_run("runs:\n", "c", {})) == {"runs": {"c": {}}}
