@@ -290,10 +290,7 @@ def find_descendants(
     )
     reached = {number for (number,) in db.execute("SELECT id FROM reached")}
     makers = db.execute("SELECT content, record FROM tainted CROSS JOIN made USING (content)")
-    uses = db.execute(
-        "SELECT content, record FROM tainted CROSS JOIN used USING (content) "
-        "WHERE record IN (SELECT id FROM reached)"
-    )
+    uses = db.execute("SELECT content, record FROM tainted CROSS JOIN used USING (content)")
     good = _find_good(reached, makers.fetchall(), uses.fetchall(), records, contents)
     return reached - good - records, good
 
