@@ -40,7 +40,7 @@ from olmo.pipeline.reuse import saved_steps
 from olmo.runtime.log import format_duration
 from olmo.store.record import Record, parse_record
 from olmo.store.stage import Facts, current_store
-from olmo.train.chain import identity_until
+from olmo.train.chain import STATE, identity_until
 from olmo.train.sinks import read_metrics
 
 PACE = "throughput/device/batches_per_second"
@@ -211,6 +211,7 @@ def known_states(run: str, record: Record) -> dict[int, str]:
             link["inputs"].get(name) == record["action"]["inputs"].get(name)
             for name in ("tokens", "labels", "start")
         )
+        is_same &= all((path.parent / name).exists() for name in STATE)  # gc takes what has no pin
         if is_same and link["params"]["settings"] == identity_until(cfg, until):  # not an old one
             found[until] = str(path.parent)
     return found

@@ -13,6 +13,8 @@ import torch
 import yaml
 
 from olmo.commands import parse_section
+from olmo.config import TrainConfig
+from olmo.config.identity import identity
 from olmo.corpus.listing import Entry, write_listing
 from olmo.corpus.skip import (
     Skip,
@@ -26,11 +28,16 @@ from olmo.corpus.skip import (
 from olmo.data.holes import learned_tokens, make_holes, read_holes, write_holes
 from olmo.data.memmap import MemMapDataset
 from olmo.data.order import read_order, write_order
+from olmo.io import sealed
+from olmo.pipeline.fork import known_states
 from olmo.pipeline.new import add_run
 from olmo.pipeline.parts import holes_path, order_until, override_flags, skip_after
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.recipe import json_text
+from olmo.store.action import Action
+from olmo.store.record import content
 from olmo.store.stage import current_store
+from olmo.train.chain import STATE, identity_until
 
 LENGTH, BATCH = 8, 4
 
@@ -225,3 +232,37 @@ def test_a_run_is_added_as_deep_as_the_others() -> None:
         "store": "b",
     }
     assert yaml.safe_load(add_run("runs:\n", "c", {})) == {"runs": {"c": {}}}
+
+
+def test_a_link_whose_objects_are_lost_shares_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OLMO_STORE", str(tmp_path / "store"))
+    settings = identity(TrainConfig(max_duration=24))
+    inputs = {"tokens": ["a" * 64], "order": "b" * 64}
+    folder = tmp_path / "checkpoints/run/step-16"
+    folder.mkdir(parents=True)
+    files = {name: folder / name for name in STATE}
+    for path in files.values():
+        path.write_text("bytes")
+    action = Action(
+        "training",
+        3,
+        {"settings": identity_until(TrainConfig(max_duration=24), 16), "until": 16},
+        inputs,
+    )
+    made = {"final": {"files": {}, "aside": {}}}
+    record: Any = {
+        "key": action.key,
+        "action": action.as_dict(),
+        "content": content(made),
+        "outputs": made,
+        "facts": {},
+        "conditions": {},
+    }
+    (folder / "record.json").write_text(sealed.dumps(record, 1))
+    whole: Any = {"key": "c" * 64, "action": {"params": {"settings": settings}, "inputs": inputs}}
+    assert known_states("run", whole) == {16: "checkpoints/run/step-16"}
+    files["optim.safetensors"].unlink()
+    assert known_states("run", whole) == {}
