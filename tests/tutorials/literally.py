@@ -25,7 +25,8 @@ def copy_repository(root: Path) -> Path:
     for name in filter(None, listed.stdout.split("\0")):
         if (REPOSITORY / name).exists():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, root / name)
+            # With its time, or snakemake would write the shared environment's file again.
+            shutil.copy2(REPOSITORY / name, root / name)
     return root
 
 
