@@ -20,7 +20,7 @@ from olmo.config.strict import BaseConfig, non_default_fields
 from olmo.corpus.listing import read_listing
 from olmo.data.files import token_itemsize
 from olmo.data.holes import make_holes, write_holes
-from olmo.data.order import read_order, write_order
+from olmo.data.order import parse_steps, read_order, write_order
 from olmo.runtime.log import log
 from olmo.store.record import Record
 from olmo.store.stage import Facts, Input, Output, Unhashed, stage
@@ -62,18 +62,11 @@ class Skip(BaseConfig):
 
 
 def parse_step_range(text: str) -> tuple[int, int]:
-    """First and last step of "5" or "5..9".
-
-    >>> parse_step_range("5..9"), parse_step_range("5")
-    ((5, 9), (5, 5))
-    """
-    first, dots, last = text.partition("..")
-    if not (first.isdecimal() and (last.isdecimal() or not dots)):
-        raise ValueError(f"expected steps as 5 or 5..9, found {text!r}")
-    begin, end = int(first), int(last or first)
-    if not 1 <= begin <= end:
-        raise ValueError(f"expected the earlier step first, from 1 on, found {text!r}")
-    return begin, end
+    """First and last step of "5" or "5..9". Raises ValueError for other text, and for step 0."""
+    steps = parse_steps(text)
+    if steps[0] < 1:
+        raise ValueError(f"expected steps from 1 on, found {text!r}")
+    return steps[0], steps[-1]
 
 
 def skip(

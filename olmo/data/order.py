@@ -127,3 +127,17 @@ def read_order(path: str | Path, n: int | None = None) -> np.ndarray:
     if size == 0:
         return np.empty(0, ORDER_DTYPE)
     return np.memmap(path, mode="r", dtype=ORDER_DTYPE)
+
+
+def parse_steps(text: str) -> range:
+    """Parse steps as a user writes them: "5", or "5..9" with both ends.
+
+    >>> list(parse_steps("5..7")), list(parse_steps("3"))
+    ([5, 6, 7], [3])
+    """
+    first, dots, last = text.partition("..")
+    if not (first.isdecimal() and (last.isdecimal() or not dots)):
+        raise ValueError(f"expected steps as 5 or 5..9, found {text!r}")
+    if not (steps := range(int(first), int(last or first) + 1)):
+        raise ValueError(f"expected the earlier step first, as 5..9, found {text!r}")
+    return steps

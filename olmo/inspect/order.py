@@ -120,18 +120,3 @@ class SeenInstances:
 
     def _steps_of_world_size(self) -> int:
         return total_size(self.n, self.world_size, self.cfg.data.drop_last) // self.batch_size
-
-
-def parse_steps(text: str) -> range:
-    """Parse steps as a user writes them: "5", or "5..9" with both ends.
-
-    >>> list(parse_steps("5..7")), list(parse_steps("3"))
-    ([5, 6, 7], [3])
-    """
-    first, _, last = text.partition("..")
-    if not (first.isdecimal() and (last or first).isdecimal()):
-        raise ValueError(f"expected steps as 5 or 5..9, found {text!r}")
-    if not (steps := range(int(first), int(last or first) + 1)):
-        raise ValueError(f"expected the earlier step first, as 5..9, found {text!r}")
-
-    return steps

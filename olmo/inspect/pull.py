@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from olmo.config import TrainConfig
+from olmo.data.order import parse_steps
 from olmo.inspect import history
 from olmo.inspect.history import OrderSource
-from olmo.inspect.order import parse_steps
 from olmo.store import remote as second
 from olmo.store.lineage import ancestors
 from olmo.store.naming import record_of

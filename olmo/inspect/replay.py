@@ -10,8 +10,8 @@ from typing import Any
 from olmo.checkpoint import layout
 from olmo.cluster.launch import Geometry, launch
 from olmo.config import TrainConfig
+from olmo.data.order import parse_steps
 from olmo.inspect.history import list_links
-from olmo.inspect.order import parse_steps
 from olmo.inspect.run import TrainedRun
 from olmo.runtime.log import log
 from olmo.store.stage import current_store

@@ -13,8 +13,9 @@ from tokenizers.models import WordLevel
 from olmo.config import DataConfig, TrainConfig
 from olmo.data import order
 from olmo.data.batches import OrderedDataset
+from olmo.data.order import parse_steps
 from olmo.inspect.commands import inspect, seen
-from olmo.inspect.order import SeenInstances, parse_steps
+from olmo.inspect.order import SeenInstances
 
 
 def config(batch_size: int, drop_last: bool) -> TrainConfig:
