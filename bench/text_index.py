@@ -1,26 +1,45 @@
-"""Text indexes: what they cost, and how fast `olmo seen --text` finds with and without one.
+"""Text indexes: what they cost, and how fast `olmo seen --text` answers with and without one.
 
     python bench/text_index.py [--megabytes 40] [--shards 3] [--fragments 1000]
 
 The text is the Python's standard library, repeated with other numbers and names until there is so
-much of it. Each fragment, 1 to 200 bytes of a random document, is looked up, and what is found is
-compared with a search of all texts. Times are wall seconds of one process; the build's CPU seconds.
+much of it; a small model is trained on a fifth of it. Each fragment, 1 to 200 bytes of a random
+document, is asked for as `olmo seen --text` asks (the first 100 occurrences: documents, tokens,
+steps, checkpoints), and then every occurrence is compared with a search of all texts, timed as
+"all". Times are wall seconds in one process; the build's are CPU seconds.
 """
 
 import json
+import os
 import random
 import re
 import statistics
+import sys
 import sysconfig
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
-from olmo.bench.script import describe_run, parse_options
-from olmo.corpus.text_index import find_lines, find_texts, text_index
-from olmo.io import gz
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/unit"))
 
-BYTES_A_TOKEN = 4  # of English and code with a vocabulary of 50,000 tokens
+from small_run import SETTINGS
+from small_run import run as train
+
+from olmo.bench.script import describe_run, parse_options
+from olmo.corpus.documents import documents
+from olmo.corpus.dolma import Dolma
+from olmo.corpus.fast import Fast
+from olmo.corpus.text_index import GRAM_BYTES, text_index
+from olmo.corpus.tokenizer import trained_tokenizer
+from olmo.corpus.tokens import tokens
+from olmo.inspect.passages import describe_passages, find_passages
+from olmo.inspect.run import TrainedRun
+from olmo.io import gz
+from olmo.store.stage import current_store
+
+LENGTH, BATCH = 1024, 64  # tokens of an instance, instances of a step
+LIMIT = 100  # occurrences that `olmo seen` prints
 
 
 def make_texts(size: int) -> list[str]:
@@ -32,65 +51,106 @@ def make_texts(size: int) -> list[str]:
         for module in modules:
             changed = re.sub(r"\b(self|return|if|\d+)\b", lambda _: rng.choice(words), module)
             cut = rng.randrange(500, 8000)
-            texts += [changed[at : at + cut] for at in range(0, len(changed), cut)]
+            parts = (changed[at : at + cut].strip() for at in range(0, len(changed), cut))
+            texts += [part for part in parts if part]
             made += len(changed)
             if made >= size:
                 break
     return texts
 
 
+def make_run(folder: Path, texts: list[str], shards: int) -> tuple[TrainedRun, float, int]:
+    """A run of a fifth of an epoch in `folder`; CPU seconds and bytes of its text indexes."""
+    os.chdir(folder)
+    current_store().create()
+    tokenizer, engine = folder / "tokenizer.json", Fast(Dolma(Path("never started"), ""), 0)
+    paths, size, cpu = [], 0, 0.0
+    for shard in range(shards):
+        made = {name: folder / f"{shard}.{name}" for name in ("documents", "heldout", "table")}
+        with gz.writing(folder / f"{shard}.gz") as file:
+            for number, text in list(enumerate(texts))[shard::shards]:
+                file.write(json.dumps({"id": str(number), "text": text}).encode() + b"\n")
+        documents(source=folder / f"{shard}.gz", name=f"{shard}.gz", **made)
+        if not shard:
+            trained_tokenizer(documents=[made["documents"]], tokenizer=tokenizer, vocab_size=8000)
+        outputs = {name: folder / f"{shard}.{name}" for name in ("tokens", "index")}
+        tokens(
+            documents=made["documents"],
+            table=made["table"],
+            tokenizer=tokenizer,
+            eos_token_id=0,
+            pad_token_id=1,
+            toolkit=engine.toolkit,
+            engine=engine,
+            **outputs,
+        )
+        paths.append(str(outputs["tokens"].resolve()))
+        index = {name: folder / f"{shard}.{name}" for name in ("grams", "blocks")}
+        began = time.process_time()
+        text_index(documents=made["documents"], **index)
+        cpu += time.process_time() - began
+        size += sum(path.stat().st_size for path in index.values())
+    model = {"d_model": 8, "n_layers": 1, "max_sequence_length": LENGTH}
+    steps = sum(Path(path).stat().st_size // (2 * LENGTH) for path in paths) // BATCH // 5
+    train(
+        folder,
+        model=SETTINGS["model"] | model | {"vocab_size": 8000, "embedding_size": 8000},
+        data={"paths": paths},
+        evaluators=[],
+        max_duration=steps,
+        global_train_batch_size=BATCH,
+        device_train_microbatch_size=4,
+        save_interval_unsharded=steps,
+    )
+    return TrainedRun(str(folder / "run")), cpu, size
+
+
+def choose(texts: list[str], rng: random.Random) -> str:
+    """A random part of a random document: at most as many bytes as asked for."""
+    length = rng.choice((1, 3, 6, 10, 16, 30, 60, 100, 200))
+    text = rng.choice(texts)
+    at = rng.randrange(max(len(text) - length, 1))
+    return text[at : at + length].encode()[:length].decode(errors="ignore")
+
+
 def main() -> None:
     options = parse_options(__doc__, megabytes=40, shards=3, fragments=1000)
-    print(describe_run())
+    print(describe_run(), flush=True)
     texts, rng = make_texts(options.megabytes * 10**6), random.Random(1)
-    parts = [texts[number :: options.shards] for number in range(options.shards)]
     with tempfile.TemporaryDirectory() as name:
-        shards, cpu = [], 0.0
-        for number, part in enumerate(parts):
-            files = [Path(name, f"{number}.{kind}") for kind in ("gz", "grams", "blocks")]
-            with gz.writing(files[0]) as lines:
-                for at, text in enumerate(part):
-                    lines.write(json.dumps({"id": str(at), "text": text}).encode() + b"\n")
-            began = time.process_time()
-            text_index.build(documents=files[0], grams=files[1], blocks=files[2])
-            cpu += time.process_time() - began
-            shards.append(files)
-        size = sum(len(text.encode()) for text in texts)
-        index = sum(path.stat().st_size for _, *made in shards for path in made)
-        print(f"text: {size / 1e6:.1f} MB in {len(texts):,} documents")
+        with redirect_stdout(sys.stderr):
+            run, cpu, index = make_run(Path(name), texts, options.shards)
+        size, count = sum(len(text.encode()) for text in texts), run.dataset.offsets[-1][1] * LENGTH
+        print(f"text: {size / 1e6:.1f} MB in {len(texts):,} documents, {count / 1e6:.1f} M tokens")
         print(f"build: {1e6 * cpu / size:.3f} CPU-s/MB")
-        print(f"index: {index / size:.3f} bytes/byte, {BYTES_A_TOKEN * index / size:.2f}/token")
-        taken: dict[str, list[float]] = {}
-        for number in range(options.fragments):
-            length = rng.choice((1, 3, 6, 10, 16, 30, 60, 100, 200))
-            text = rng.choice(texts)
-            at = rng.randrange(max(len(text) - length, 1))
-            wanted = text[at : at + length].encode()[:length].decode(errors="ignore")
-            if not wanted or (length < 6 and number % 20):  # these read all: fewer of them
-                continue
+        print(f"index: {index / size:.3f} bytes/byte, {index / count:.2f}/token", flush=True)
+        taken: dict[tuple[int, str], list[float]] = {}
+        asked = 0
+        while asked < options.fragments:
+            wanted = choose(texts, rng)
+            size = len(wanted.encode())
+            if not wanted or (size < GRAM_BYTES and rng.randrange(20)):
+                continue  # all is read and compared for these: fewer of them
+            asked += 1
+            kind = next(most for most in (5, 6, 10, 16, 30, 60, 100, 200) if size <= most)
             began = time.perf_counter()
-            found = [
-                [(line, places) for line, _, places in find_texts(files[0], wanted, lines)]
-                for files in shards
-                for lines in [find_lines(wanted, *files[1:])]
+            list(describe_passages(run, wanted, LIMIT))
+            taken.setdefault((kind, "first 100"), []).append(time.perf_counter() - began)
+            began = time.perf_counter()
+            found = [(int(one.document.id), one.start) for one in find_passages(run, wanted)]
+            taken.setdefault((kind, "all"), []).append(time.perf_counter() - began)
+            places = re.compile(f"(?={re.escape(wanted)})")
+            expected = [
+                (number, match.start())
+                for number, text in enumerate(texts)
+                if wanted in text
+                for match in places.finditer(text)
             ]
-            kind = "under 6 bytes" if len(wanted.encode()) < 6 else f"{length} bytes"
-            taken.setdefault(kind, []).append(time.perf_counter() - began)
-            for part, places in zip(parts, found, strict=True):
-                expected = [
-                    (line, [m.start() for m in re.finditer(f"(?={re.escape(wanted)})", text)])
-                    for line, text in enumerate(part)
-                    if wanted in text
-                ]
-                assert places == expected, wanted
-        for kind, seconds in taken.items():
-            most = max(seconds)
-            print(f"{kind}: {len(seconds)} texts, median {statistics.median(seconds):.3f} s, "
-                  f"longest {most:.3f} s")  # fmt: skip
-        began = time.perf_counter()
-        for files in shards:
-            list(find_texts(files[0], "nowhere at all"))
-        print(f"without an index: {time.perf_counter() - began:.2f} s")
+            assert sorted(found) == expected, wanted
+        print(f"{asked} fragments: all occurrences equal")
+        for (kind, what), seconds in sorted(taken.items()):
+            print(f"to {kind} bytes, {what}: {len(seconds)} texts, median "
+                  f"{statistics.median(seconds):.3f} s, longest {max(seconds):.3f} s")  # fmt: skip
 
 
 if __name__ == "__main__":

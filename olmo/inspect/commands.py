@@ -124,6 +124,7 @@ def seen(
     text: str | None = None,
     file: Path | None = None,
     sha256: str | None = None,
+    limit: int = 100,
     world_size: int | None = None,
 ) -> None:
     """Print every step and batch position at which a run of ours was trained on a document or text.
@@ -139,6 +140,7 @@ def seen(
         text: part of the text of a document, to the letter
         file: a file with such a text, in UTF-8
         sha256: digest of a source file
+        limit: occurrences of a text to print, the first in the order of the data; 0 prints all
         world_size: number of processes, if the run has no record of it
 
     Example:
@@ -150,8 +152,10 @@ def seen(
     given = [f"{name} {value}" for name, value in wanted.items() if value is not None]
     if len(given) != 1:
         raise ValueError("expected one of --id, --url, --text, --file, --sha256")
+    if limit < 0:
+        raise ValueError(f"expected --limit of 0 or more, found {limit}")
     if text is not None or file is not None:
-        found = describe_passages(trained, read_text(file) if file else text or "")
+        found = describe_passages(trained, read_text(file) if file else text or "", limit)
     else:
         found = describe_sightings(trained, id, url, sha256)
     if (first := next(found, None)) is None:

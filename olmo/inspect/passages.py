@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,10 +55,11 @@ class Passage:
     instances: tuple[int | None, ...]  # that hold it, in order; None: the incomplete last one
 
 
-def find_passages(run: TrainedRun, text: str) -> list[Passage]:
-    """Every occurrence of a text in a run's training and held-out documents.
+def find_passages(run: TrainedRun, text: str) -> Iterator[Passage]:
+    """Every occurrence of a text in a run's training and held-out documents, in their order.
 
-    Only with all of its characters in one document; occurrences may overlap.
+    Only with all of its characters in one document; occurrences may overlap. What is read depends
+    on how many of them are taken.
 
     Raises ValueError for a text that cannot be searched, and for data of which the store has no
     documents.
@@ -78,7 +80,6 @@ def find_passages(run: TrainedRun, text: str) -> list[Passage]:
     others = [by_documents[digest] for digest in held if digest in by_documents]
     search.warn_of_missing_indexes(run, [*trained, *others])
 
-    found = []
     length = run.sequence_length
     for shard, (first, end) in zip(trained, run.dataset.offsets, strict=True):
         for document, whole, places in search.find(shard):
@@ -87,11 +88,11 @@ def find_passages(run: TrainedRun, text: str) -> list[Passage]:
                 tokens = locate(start, start + len(text))
                 rows = range(tokens.start // length, -(-tokens.stop // length)) if tokens else ()
                 instances = tuple(first + row if first + row < end else None for row in rows)
-                found.append(Passage(document, start, start + len(text), False, instances))
+                yield Passage(document, start, start + len(text), False, instances)
     for shard in others:
         for document, _, places in search.find(shard):
-            found += [Passage(document, at, at + len(text), True, ()) for at in places]
-    return found
+            for start in places:
+                yield Passage(document, start, start + len(text), True, ())
 
 
 class DocumentSearch:
@@ -211,9 +212,13 @@ def list_saved(run: TrainedRun) -> list[tuple[int, Path]]:
     return sorted(saved, key=lambda one: one[0])
 
 
-def describe_passages(run: TrainedRun, text: str) -> Iterator[str]:
-    """Lines for each occurrence of a text: where it is, and each step that was trained on it."""
-    passages = find_passages(run, text)
+def describe_passages(run: TrainedRun, text: str, limit: int) -> Iterator[str]:
+    """Lines for each occurrence of a text: where it is, and each step that was trained on it.
+
+    Only for the first `limit` of them, unless that is 0.
+    """
+    found = find_passages(run, text)
+    passages = list(islice(found, limit or None))
     uses, saved = find_uses(run, passages), list_saved(run)
     for one in passages:
         document = one.document
@@ -241,3 +246,5 @@ def describe_passages(run: TrainedRun, text: str) -> Iterator[str]:
                     f"  {part}step {step}, position {position} (rank {rank}), instance {index}"
                     f"{later if run.learns(index, document.start, document.end) else MASKED}"
                 )
+    if next(found, None):
+        yield f"the first {limit:,} occurrences in the order of the data; --limit 0 prints all"

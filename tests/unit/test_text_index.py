@@ -177,7 +177,7 @@ def test_it_finds_what_grep_finds_where_it_was_trained(searched: Searched, index
     long = searched.texts["long"]
     texts = [long[BLOCK_BYTES - 9 : BLOCK_BYTES + 9], long[1000:60_000], PLANTED]
     for text in [*texts, *fragments(searched, 30)]:
-        passages = find_passages(run, text)
+        passages = list(find_passages(run, text))
         places = [(one.document.id, one.start) for one in passages]
         assert len(places) == len(set(places)) and set(places) == grep(searched, text)
         missing += not places
@@ -206,7 +206,7 @@ def test_a_planted_text_is_told_with_its_steps_and_the_checkpoint(searched: Sear
     words = Tokenizer.from_file(str(searched.folder / "tokenizer.json"))
     seen(str(searched.folder / "run"), text=PLANTED)
     said = capsys.readouterr().out
-    one = find_passages(run, PLANTED)[0]
+    one = next(find_passages(run, PLANTED))
     assert said.startswith(f"{one.document.id} (0.gz:8), characters {one.start:,} to ")
     joined: dict[str, str] = {}
     parts = [line for line in said.splitlines() if line.startswith("  its ")][: len(one.instances)]
@@ -242,6 +242,25 @@ def test_what_cannot_be_found_or_searched_is_told(searched: Searched, capsys):
     held = max((searched.texts[id] for id in searched.heldout), key=len)
     seen(folder, text=held)
     assert "not seen: held out, so evaluated and not trained on" in capsys.readouterr().out
+
+
+def test_a_frequent_text_is_printed_to_the_limit(searched: Searched, capsys):
+    """And what is printed does not depend on the limit."""
+    folder = str(searched.folder / "run")
+    told = {}
+    for limit in (0, 1, 30):
+        seen(folder, text="n ", limit=limit)
+        told[limit] = capsys.readouterr().out.splitlines()
+    places = [line for line in told[0] if not line.startswith("  ")]
+    assert len(places) == len(grep(searched, "n ")) > 100
+    for limit in (1, 30):
+        *lines, last = told[limit]
+        assert lines == told[0][: len(lines)] and told[0][len(lines)] == places[limit]
+        assert last.startswith(f"the first {limit} occurrences")
+    seen(folder, text=PLANTED, limit=len(grep(searched, PLANTED)))
+    assert "occurrences" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--limit of 0 or more, found -1"):
+        seen(folder, text=PLANTED, limit=-1)
 
 
 def test_an_index_reads_few_blocks(searched: Searched, tmp_path: Path):
