@@ -247,7 +247,7 @@ def skipped(
     keep, first = keep_instances(indices, steps, batch_size)
     rows = make_holes([(begin, end) for begin, end in spans], sequence_length)
     is_affected = np.isin(indices, rows[:, 0])
-    if affected := np.flatnonzero(is_affected & keep)[:1].tolist():
+    if affected := np.flatnonzero(is_affected)[:1].tolist():
         step = affected[0] // batch_size + 1
         first = step if first is None else min(first, step)
     if by == "next":
