@@ -95,6 +95,7 @@ def train_run(
         cfg=cfg,
         heldout=read_objects(tokens, "heldout-tokens", skip_empty=True),
         heldout_labels=read_objects(tokens, "heldout-labels", skip_empty=True) or None,
+        heldout_bytes=read_objects(tokens, "heldout-token_bytes", skip_empty=True) or None,
         geometry=Geometry(processes, nodes, min_nodes, max_restarts, cfg.global_train_batch_size),
     )
 
@@ -130,6 +131,7 @@ def training(
     heldout: Unhashed[list[Path]],
     geometry: Unhashed[Geometry],
     heldout_labels: Unhashed[list[Path] | None] = None,
+    heldout_bytes: Unhashed[list[Path] | None] = None,
     labels: Inputs | None = None,
     start: Inputs | None = None,
     after: Inputs | None = None,
@@ -150,7 +152,9 @@ def training(
         inputs = training.action(current_store(), **links, after=after, holes=holes).inputs
         if saved := find_saved(current_store(), inputs, settings, until):
             take_over(saved, attempt)
-    filled = fill_in_paths(cfg, tokens, order, heldout, attempt, labels, heldout_labels, holes)
+    filled = fill_in_paths(
+        cfg, tokens, order, heldout, attempt, labels, heldout_labels, holes, heldout_bytes
+    )
     if start is not None:
         filled = filled.update_with(load_path=str(start[0].absolute().parent))
     previous = None if after is None else after[0].absolute().parent
@@ -193,6 +197,7 @@ def fill_in_paths(
     labels: list[Path] | None = None,
     heldout_labels: list[Path] | None = None,
     holes: Path | None = None,
+    heldout_bytes: list[Path] | None = None,
 ) -> TrainConfig:
     """The config with the paths of this attempt: data, order, held-out data, folder."""
 
@@ -211,6 +216,7 @@ def fill_in_paths(
         heldout_data = DataConfig(
             paths=to_strings(heldout),
             label_mask_paths=to_strings(heldout_labels),
+            token_bytes_paths=to_strings(heldout_bytes),
             memmap_dtype=cfg.data.memmap_dtype,
             drop_last=False,
         )
