@@ -33,6 +33,7 @@ from olmo.train.chain import STATE, identity_until
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
 PER_LABEL = "CrossEntropyLossPerLabel"  # of olmo.eval.perplexity, if labels are masked
+BITS_PER_BYTE = "BitsPerByte"  # of the same, if the bytes of tokens are known
 NOT_IN_CONTENT = ["metrics.jsonl", "loss.svg"]  # timings and plots: not in the output's digest
 
 
@@ -181,6 +182,7 @@ def training(
             "steps": reached["global_step"],
             "tokens": reached["global_train_tokens_seen"],
             "heldout_loss": encode_non_finite(heldout_losses(metrics)),
+            "heldout_bits_per_byte": encode_non_finite(heldout_bits_per_byte(metrics)),
             "segments": read_segments(attempt),
         },
         "conditions": training_conditions(read_segments(attempt)),
@@ -272,6 +274,17 @@ def content_addressed_config(
         data["holes_path"] = address(holes)
     config = settings | {"data": settings.get("data", {}) | data}
     return config if start is None else config | {"load_path": address(start[0])}
+
+
+def heldout_bits_per_byte(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The first and the last bits per byte on each held-out set whose tokens' bytes are known."""
+    found: dict[str, dict[str, float]] = {}
+    for row in metrics:
+        for name, value in row.items():
+            if name.startswith("eval/") and name.endswith(f"/{BITS_PER_BYTE}"):
+                label = name.removeprefix("eval/").removesuffix(f"/{BITS_PER_BYTE}")
+                found.setdefault(label, {"first": value})["last"] = value
+    return found
 
 
 def heldout_losses(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
