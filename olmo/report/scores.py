@@ -64,13 +64,13 @@ def compute_bits_per_byte(
     """(bits per byte of all documents, standard error), of the nats and bytes of each document.
 
     The error is that of a ratio of sums over independent documents (Cochran, Sampling Techniques,
-    1977, chapter 2.11); None for a single one.
+    1977, chapter 2.11); None for a single one, and where a loss is not finite.
     """
     import numpy as np
 
     loss, size = np.asarray(nats, np.float64), np.asarray(sizes, np.float64)
     n, ratio = len(loss), loss.sum() / size.sum()
-    if n < 2:
+    if n < 2 or not math.isfinite(ratio):
         return float(ratio / math.log(2)), None
     variance = np.square(loss - ratio * size).sum() / (n - 1) / n
     return float(ratio / math.log(2)), float(math.sqrt(variance) / size.mean() / math.log(2))
