@@ -7,13 +7,14 @@ rule heldout:
         final="checkpoints/{run}/final",
         tokens=lambda w: listings(plan.dataset(w.run), "tokens"),
     output:
-        "checkpoints/{run}/heldout.json",
+        results="checkpoints/{run}/heldout.json",
+        documents="checkpoints/{run}/heldout.parquet",
     log:
         "logs/heldout/{run}.log",
     threads: workflow.cores
     shell:
-        "olmo heldout --checkpoint {input.final:q} --tokens {input.tokens:q} --results {output:q}"
-        " --log {log:q}"
+        "olmo heldout --checkpoint {input.final:q} --tokens {input.tokens:q}"
+        " --results {output.results:q} --documents {output.documents:q} --log {log:q}"
 
 
 rule heldout_of:
@@ -25,12 +26,14 @@ rule heldout_of:
             f"data/{dataset}/tokenizer.json" for dataset in (plan.dataset(w.run), w.dataset)
         ],
     output:
-        "checkpoints/{run}/heldout/{dataset}.json",
+        results="checkpoints/{run}/heldout/{dataset}.json",
+        documents="checkpoints/{run}/heldout/{dataset}.parquet",
     log:
         "logs/heldout/{run}-{dataset}.log",
     threads: workflow.cores
     shell:
-        "olmo heldout --checkpoint {input.final:q} --tokens {input.tokens:q} --results {output:q}"
+        "olmo heldout --checkpoint {input.final:q} --tokens {input.tokens:q}"
+        " --results {output.results:q} --documents {output.documents:q}"
         " --tokenizers {input.tokenizers:q} --log {log:q}"
 
 
@@ -54,6 +57,7 @@ rule evaluate:
         docstrings="data/docstrings",
         config=lambda w: plan.run(w.run).evaluation or [],
         further=lambda w: plan.further_heldout_results(w.run),
+        losses=lambda w: plan.document_losses(w.run),
     output:
         report(
             directory("eval/{run}"),
@@ -73,7 +77,7 @@ rule evaluate:
         "olmo evaluate --checkpoint {input.final:q} --hf {input.hf:q} {params.heldout}"
         " --tokenizer {input.tokenizer:q} --docstrings {input.docstrings:q}"
         " --answers {params.answers:q} --results {output:q} {params.tasks}"
-        " --further {input.further:q} --log {log:q}"
+        " --further {input.further:q} --losses {input.losses:q} --log {log:q}"
 
 
 rule eval:

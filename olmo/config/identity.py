@@ -62,6 +62,7 @@ NOT_IN_IDENTITY = frozenset(
         "data.label_mask_paths",
         "data.order_path",
         "data.holes_path",
+        "data.token_bytes_paths",
         "data.num_workers",
         "data.pin_memory",
         "data.prefetch_factor",

@@ -19,6 +19,7 @@ from olmo.io import file_types, gz
 from olmo.store.stage import Facts, Input, Output, Unhashed, Work, stage
 
 ROLES = ("system", "user", "assistant")
+LABELLED_ROLE = "assistant"  # whose messages are learned
 Message = tuple[str, str]  # role, content
 
 # Reasons for dropping a line; the recipe's `allow` takes these names.

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 from olmo.config import BaseConfig
 from olmo.config.strict import check_range
-from olmo.corpus.conversations import Message, parse_messages
+from olmo.corpus.conversations import LABELLED_ROLE, Message, parse_messages
 from olmo.corpus.documents import PARQUET, TRAIN
-from olmo.corpus.tokens import read_vocabulary, run_splits, token_dtype
+from olmo.corpus.tokenizer import read_vocabulary, token_dtype
+from olmo.corpus.tokens import run_splits
 from olmo.io import gz
 from olmo.runtime.log import log
 from olmo.store.stage import Facts, Input, Output, stage
@@ -28,7 +29,6 @@ from olmo.store.stage import Facts, Input, Output, stage
 if TYPE_CHECKING:
     from olmo.tokenizer import Tokenizer
 
-LABELLED_ROLE = "assistant"
 NO_LABEL = "no-label"  # the reason of a drop: no answer within the sequence length
 ENCODE_BATCH = 512  # conversations that one call of the tokenizer encodes
 
@@ -65,7 +65,8 @@ def batch(
             "labels": "{}/label_mask.npy",
             "index": "{}/conversations.parquet",
         },
-        tokenizer=tokenizer,
+        "{}/token_bytes.npy",
+        tokenizer,
         config=config,
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,

@@ -6,8 +6,9 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from olmo.config import BaseConfig
 from olmo.config.strict import check_one_set, check_range
@@ -17,6 +18,9 @@ from olmo.io import file_types, gz
 from olmo.io.downloads import explain_client_errors
 from olmo.io.sealed import hash_file
 from olmo.store.stage import Facts, Input, Inputs, Output, current_store, stage
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|padding|>")  # ids 0 and 1
 # Names of the end-of-text token and of the padding token in common tokenizers.
@@ -205,6 +209,23 @@ def write_portable(source: Path, name: str, output: Path) -> dict[str, Any]:
     else:
         output.write_text(text, encoding="utf-8")
     return {"vocab_size": vocab_size}
+
+
+@cache
+def read_vocabulary(tokenizer: bytes) -> tuple[int, dict[int, str]]:
+    """The number of tokens of a tokenizer file, and its special tokens by id."""
+    from tokenizers import Tokenizer
+
+    model = Tokenizer.from_buffer(tokenizer)
+    added = sorted(model.get_added_tokens_decoder().items())
+    return model.get_vocab_size(), {id: token.content for id, token in added if token.special}
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest dtype that holds all token ids."""
+    import numpy as np
+
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def check_tokenizer(

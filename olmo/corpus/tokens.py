@@ -7,7 +7,6 @@ accepted only if it has every document that went in.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ from olmo.corpus.encoding import ENCODERS, GIGATOKEN
 from olmo.corpus.engine import Engine, TokenizeJob
 from olmo.corpus.fast import Fast
 from olmo.corpus.listing import read_listing, run_shards, write_listing
+from olmo.corpus.token_bytes import count_heldout_bytes
+from olmo.corpus.tokenizer import read_vocabulary, token_dtype
 from olmo.runtime.log import log
 from olmo.store.stage import Facts, Input, Output, Stage, Unhashed, stage
 
@@ -76,7 +77,9 @@ def batch(
             documents,
             listing,
             {"tokens": "{}.npy", "index": "{}.parquet"},
-            tokenizer=tokenizer,
+            "{}.token_bytes.npy",
+            tokenizer,
+            config.special_tokens == AS_TEXT,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
             toolkit=engine.toolkit,
@@ -92,12 +95,20 @@ def choose_engine(config: TokensSection, dolma: Dolma) -> Engine:
 
 
 def run_splits(
-    stage: Stage, documents: list[Path], listing: Path, files: dict[str, str], **arguments: Any
+    stage: Stage,
+    documents: list[Path],
+    listing: Path,
+    files: dict[str, str],
+    token_bytes: str,
+    tokenizer: Path,
+    special_as_text: bool = False,
+    **arguments: Any,
 ) -> None:
     """Run a stage on the training, then on the held-out documents of each shard; write a listing.
 
-    `files`: output → its path below tokens/ or heldout/, in which {} is the shard's name. The
-    listing has the held-out outputs under names that begin with "heldout-".
+    `files`: output → its path below tokens/ or heldout/, in which {} is the shard's name;
+    `token_bytes` the same of the held-out tokens' bytes. The listing has the held-out outputs under
+    names that begin with "heldout-".
     """
     tables = {entry.shard: entry.object for entry in read_listing(documents, "table")}
     entries = []
@@ -113,8 +124,12 @@ def run_splits(
             lambda entry: {"documents": entry.object, "table": tables[entry.shard]},
             {output: prefix + output for output in files},
             split=split,
+            tokenizer=tokenizer,
             **arguments,
         )
+    entries += count_heldout_bytes(
+        listing, documents, entries, f"heldout/{token_bytes}", tokenizer, special_as_text
+    )
     write_listing(listing, entries)
 
 
@@ -199,23 +214,6 @@ def tokens(
         "dtype": dtype.name,
         "special_tokens_in_text": special,
     }
-
-
-@cache
-def read_vocabulary(tokenizer: bytes) -> tuple[int, dict[int, str]]:
-    """The number of tokens of a tokenizer file, and its special tokens by id."""
-    from tokenizers import Tokenizer
-
-    model = Tokenizer.from_buffer(tokenizer)
-    added = sorted(model.get_added_tokens_decoder().items())
-    return model.get_vocab_size(), {id: token.content for id, token in added if token.special}
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest dtype that holds all token ids."""
-    import numpy as np
-
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def check_lengths(expected: polars.DataFrame, max_size: int) -> None:

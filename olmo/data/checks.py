@@ -85,6 +85,13 @@ def _check_sizes(
                 f"{labels} in {path}, one byte each (numpy's bool); correct "
                 f"--{section}.label_mask_paths=[…]"
             )
+    beside = _find_sizes(dataset.token_bytes_paths, f"{section}.token_bytes_paths", section)
+    if [4 * (size // itemsize) for size in sizes] != beside and beside:
+        raise ValueError(
+            f"{section}: expected 4 bytes (int32) for each token of {section}.paths, found "
+            f"{sum(beside)} bytes for {sum(sizes) // itemsize} tokens in {len(beside)} files; "
+            f"correct --{section}.token_bytes_paths=[…]"
+        )
     if len(dataset) == 0:
         for path, size in zip(dataset.paths, sizes, strict=True):
             check_is_raw(path, size, dtype)

@@ -22,7 +22,7 @@ class MemMapDataset(InstanceFiles, torch.utils.data.Dataset[dict[str, Any]]):
     """Instances of token files as tensors.
 
     An item has input_ids, (T,) int64, and by option: label_mask, (T,) bool, from raw bool files
-    and a file of holes;
+    and a file of holes; token_bytes, (T,) int32, from raw files (olmo.corpus.token_bytes);
     attention_mask, (T,) int64, 0 at padding; doc_lens, (documents,) int32, the tokens of each
     document, its end token included; instance_mask, False where the instance repeats more than
     `instance_filter_config` allows; metadata of the file.
@@ -42,6 +42,7 @@ class MemMapDataset(InstanceFiles, torch.utils.data.Dataset[dict[str, Any]]):
         label_mask_paths: Sequence[str | Path] | None = None,
         instance_filter_config: InstanceFilterConfig | None = None,
         holes_path: str | Path | None = None,
+        token_bytes_paths: Sequence[str | Path] | None = None,
     ) -> None:
         super().__init__(
             *paths,
@@ -63,6 +64,12 @@ class MemMapDataset(InstanceFiles, torch.utils.data.Dataset[dict[str, Any]]):
         self.eos_token_id = eos_token_id
         self.instance_filter_config = instance_filter_config
         self._holes = None if holes_path is None else read_holes(holes_path)
+        self.token_bytes_paths = list(token_bytes_paths or ())
+        self._token_bytes = None
+        if token_bytes_paths:
+            self._token_bytes = InstanceFiles(
+                *token_bytes_paths, chunk_size=chunk_size, memmap_dtype=np.int32
+            )
 
     @property
     def max_seq_len(self) -> int:
@@ -82,7 +89,8 @@ class MemMapDataset(InstanceFiles, torch.utils.data.Dataset[dict[str, Any]]):
         """Some instances as one batch: what `DataCollator` makes of them, without `index`.
 
         input_ids (B, T) int64, attention_mask (B, T) float32, label_mask (B, T) bool,
-        instance_mask (B,) bool, doc_lens (B, most documents) int32 padded with 0.
+        token_bytes (B, T) int32, instance_mask (B,) bool, doc_lens (B, most documents) int32
+        padded with 0.
         """
         places = [self.locate(int(i)) for i in indices]
         ids = self.read_ids(places)
@@ -97,6 +105,8 @@ class MemMapDataset(InstanceFiles, torch.utils.data.Dataset[dict[str, Any]]):
             numbers = np.asarray(indices) % len(self)  # -1 is the last
             learned = torch.from_numpy(learned_tokens(self._holes, numbers, self.chunk_size))
             out["label_mask"] = learned & out.get("label_mask", torch.tensor(True))
+        if self._token_bytes is not None:
+            out["token_bytes"] = torch.from_numpy(self._token_bytes.read_ids(places)).int()
         if self.instance_filter_config is not None:
             mask = [not is_repetitive(row, self.instance_filter_config) for row in ids]
             out["instance_mask"] = torch.tensor(mask)
@@ -116,6 +126,8 @@ class MemMapDataset(InstanceFiles, torch.utils.data.Dataset[dict[str, Any]]):
             raise ValueError("cannot join a data set that has label masks with one that has none")
         if self._holes is not None or other._holes is not None:
             raise ValueError("cannot join data sets that have holes: their instances are numbered")
+        if self._token_bytes is not None or other._token_bytes is not None:
+            raise ValueError("cannot join data sets that have token_bytes_paths")
         masks = (self.label_mask_paths or []) + (other.label_mask_paths or [])
         return MemMapDataset(
             *self.paths,
@@ -184,4 +196,5 @@ def build_memmap_dataset(
         label_mask_paths=data_config.label_mask_paths,
         instance_filter_config=data_config.instance_filter,
         holes_path=data_config.holes_path,
+        token_bytes_paths=data_config.token_bytes_paths,
     )

@@ -113,7 +113,7 @@ class TokenShard:
         """A row for each document, also for conversations that have no tokens."""
         import polars
 
-        return polars.read_parquet(self._object("index"))
+        return polars.read_parquet(self.find_output("index"))
 
     def document(self, row: dict[str, Any]) -> Document:
         """The document of a row of `read_table`."""
@@ -130,17 +130,18 @@ class TokenShard:
     def read_tokens(self, document: Document) -> np.ndarray:
         """The token ids of a document of this shard: (end - start,)."""
         dtype = np.dtype(self.record["facts"]["dtype"])
-        tokens, size = self._object("tokens"), document.end - document.start
+        tokens, size = self.find_output("tokens"), document.end - document.start
         return np.fromfile(tokens, dtype, size, offset=document.start * dtype.itemsize)
 
     def _rows(self) -> Any:
         """The table of the documents that have tokens; conversations may have none."""
         import polars
 
-        table = polars.scan_parquet(self._object("index"))
+        table = polars.scan_parquet(self.find_output("index"))
         return table.filter(polars.col("start") < polars.col("end"))
 
-    def _object(self, output: str) -> Path:
+    def find_output(self, output: str) -> Path:
+        """The path of one of its files: "tokens", "index". Raises ValueError if it is lost."""
         return self.find_object(output, self.record["outputs"][output]["sha256"])
 
     def find_object(self, name: str, digest: str) -> Path:

@@ -6,6 +6,7 @@ Their answers are in checkpoints/<run>/answers; eval/<run> is made from them.
 
 import dataclasses
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,10 @@ from olmo.config import TrainConfig
 from olmo.corpus.docstrings import DATASET, stdlib_docstrings
 from olmo.corpus.listing import read_listing, read_objects
 from olmo.corpus.stdlib import library_digest
-from olmo.inspect.documents import find_token_shards, select_shards
+from olmo.corpus.tokens import AS_TEXT
+from olmo.inspect.documents import TokenShard, find_token_shards, require_shard, select_shards
+from olmo.pipeline.conditions import measurement_conditions
+from olmo.pipeline.document_losses import document_losses
 from olmo.pipeline.recipe import EvaluationConfig
 from olmo.runtime.numbers import encode_non_finite, from_json, to_json
 from olmo.store.stage import Facts, Folder, Input, Inputs, Output, Unhashed, current_store, stage
@@ -23,22 +27,31 @@ OURS, HARNESS = "ours", "lm-eval"  # scorers
 
 
 def heldout(
-    checkpoint: Path, tokens: list[Path], results: Path, tokenizers: tuple[Path, ...] = ()
+    checkpoint: Path,
+    tokens: list[Path],
+    results: Path,
+    documents: Path,
+    tokenizers: tuple[Path, ...] = (),
 ) -> None:
     """Loss and perplexity of a final checkpoint on the documents a data set held out.
+
+    `results` has those of token files, as in the loop; `documents` the loss of each document by
+    itself, as lm-eval computes it for bits per byte.
 
     `tokenizers`, of the run and of another data set, must be equal. So must those that, by the
     store's records, made the run's tokens and the held-out ones.
 
     Args:
         tokens: listings of tokens with held-out documents
+        results: JSON file to write
+        documents: parquet file to write, a row for each document
         tokenizers: tokenizer.json of the run, and of the held-out documents
     """
     found = {current_store().digest(path): str(path) for path in tokenizers}
     known = find_token_shards(current_store())
     cfg = TrainConfig.load(checkpoint / "config.yaml", untrusted=True)
-    heldout_tokens = [entry.sha256 for entry in read_listing(tokens, "heldout-tokens")]
-    for shard in select_shards((*(cfg.data.paths or []), *heldout_tokens), known):
+    listed = read_listing(tokens, "heldout-tokens")
+    for shard in select_shards((*(cfg.data.paths or []), *(e.sha256 for e in listed)), known):
         digest = shard.tokenizer.name
         found.setdefault(digest, f"{digest[:12]}…")
     if len(found) > 1:
@@ -63,6 +76,24 @@ def heldout(
         results=results,
         checkpoint=checkpoint,
     )
+    measure_each(checkpoint, [require_shard(e.sha256, known) for e in listed if e.bytes], documents)
+
+
+def measure_each(checkpoint: Path, shards: list[TokenShard], losses: Path) -> None:
+    """Run `document_losses` on the held-out documents of shards, all of one kind."""
+    is_labelled = "labels" in shards[0].record["outputs"]
+    names = ("tokens", "index", "labels") * is_labelled
+    special = shards[0].record["action"]["params"].get("special_tokens")
+    document_losses(
+        model=checkpoint / "model.safetensors",
+        config=checkpoint / "config.yaml",
+        documents=[shard.documents_path for shard in shards],
+        tokenizer=shards[0].find_object("tokenizer", shards[0].tokenizer.name),
+        losses=losses,
+        checkpoint=checkpoint,
+        special_as_text=special == AS_TEXT,
+        **{name: [shard.find_output(name) for shard in shards] for name in names},
+    )
 
 
 def docstrings(folder: Path) -> None:
@@ -80,6 +111,7 @@ def evaluate(
     config: EvaluationConfig,
     heldout: Path | None = None,
     further: tuple[Path, ...] = (),
+    losses: tuple[Path, ...] = (),
 ) -> None:
     """Evaluate a finished run on the tasks of `config`, and write a table.
 
@@ -95,6 +127,7 @@ def evaluate(
         config: the evaluation config, config/eval/<name>.yaml
         heldout: result of `olmo heldout`
         further: its results on other data sets
+        losses: the losses of documents that it wrote beside each of these
 
     Raises ValueError for a task that is unknown, that has no answers, or whose data is neither here
     nor on the hub.
@@ -158,6 +191,7 @@ def evaluate(
         requests=[folder / "requests.parquet" for folder in answered],
         results=results,
         further=list(further) or None,
+        losses=list(losses) or None,
         datasets=tuple(path.stem for path in further),
     )
 
@@ -257,15 +291,23 @@ def evaluation(
     results: Folder,
     further: Inputs | None = None,
     datasets: tuple[str, ...] = (),
+    losses: Inputs | None = None,
 ) -> Facts:
-    """All results of a run: results.json, results.parquet, requests.parquet, table.md."""
+    """All results of a run: results.json, results.parquet, requests.parquet, table.md.
+
+    With `losses`, of the documents of `heldout` and of each of `further`, also documents.parquet:
+    dataset ("heldout", or "heldout of <data set>"), document, tokens, bytes, nats.
+    """
     import polars
 
     from olmo.report.scores import SCHEMA, format_run_table, heldout_scores
 
-    rows = heldout_scores(from_json(heldout.read_text()), "heldout") if heldout else []
-    for path, dataset in zip(further or (), datasets, strict=True):
-        rows += heldout_scores(from_json(path.read_text()), f"heldout of {dataset}")
+    results_of = {"heldout": heldout} if heldout else {}
+    results_of |= {f"heldout of {d}": p for d, p in zip(datasets, further or (), strict=True)}
+    each = [polars.read_parquet(path) for path in losses or ()]
+    rows: list[dict[str, Any]] = []
+    for (task, path), documents in zip_longest(results_of.items(), each):
+        rows += heldout_scores(from_json(path.read_text()), task, documents)
     for path in scores:
         rows += from_json(path.read_text())
     results.mkdir()
@@ -273,6 +315,10 @@ def evaluation(
     frame = polars.DataFrame(rows, schema=SCHEMA)
     frame.write_parquet(results / "results.parquet")
     (results / "table.md").write_text(format_run_table(rows))
+    if each:
+        named = zip(results_of, each, strict=True)
+        documents = polars.concat(d.select(polars.lit(t).alias("dataset"), "*") for t, d in named)
+        documents.write_parquet(results / "documents.parquet")
     answered = [polars.read_parquet(path) for path in requests]
     if answered:
         polars.concat(answered, how="diagonal").write_parquet(results / "requests.parquet")
@@ -290,16 +336,3 @@ def write_answers(
     by = scores[0]["scorer"] if scores else HARNESS
     rows = [{"scorer": by, **row} for row in requests]
     polars.DataFrame(rows, infer_schema_length=None).write_parquet(folder / "requests.parquet")
-
-
-def measurement_conditions(checkpoint: Path) -> dict[str, Any]:
-    """The device, threads and torch version, on which the bits of a measurement depend."""
-    import torch
-
-    cfg = TrainConfig.load(checkpoint / "config.yaml", untrusted=True)
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
-        "threads": cfg.intra_op_threads or torch.get_num_threads(),
-        "torch": version("torch"),
-    }

@@ -48,6 +48,7 @@ DEFAULTS = {
     "mixed": ({"mixed": 1.0, "mixed_table": 0.02}, 10e6),
     "tokens": ({"tokens": 1.3, "index": 0.03}, 0.7e6),
     "text_index": ({"grams": 0.5, "blocks": 0.001}, 50e6),
+    "token_bytes": ({"token_bytes": 1.0}, 5e6),
     "trained_tokenizer": ({}, 0.7e6),
     "sample": ({}, 1e6),
 }

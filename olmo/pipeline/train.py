@@ -33,6 +33,7 @@ from olmo.train.chain import STATE, identity_until
 
 HELDOUT = "heldout"  # the label of the data set's own held-out documents
 PER_LABEL = "CrossEntropyLossPerLabel"  # of olmo.eval.perplexity, if labels are masked
+BITS_PER_BYTE = "BitsPerByte"  # of the same, if the bytes of tokens are known
 NOT_IN_CONTENT = ["metrics.jsonl", "loss.svg"]  # timings and plots: not in the output's digest
 
 
@@ -95,6 +96,7 @@ def train_run(
         cfg=cfg,
         heldout=read_objects(tokens, "heldout-tokens", skip_empty=True),
         heldout_labels=read_objects(tokens, "heldout-labels", skip_empty=True) or None,
+        heldout_bytes=read_objects(tokens, "heldout-token_bytes", skip_empty=True) or None,
         geometry=Geometry(processes, nodes, min_nodes, max_restarts, cfg.global_train_batch_size),
     )
 
@@ -130,6 +132,7 @@ def training(
     heldout: Unhashed[list[Path]],
     geometry: Unhashed[Geometry],
     heldout_labels: Unhashed[list[Path] | None] = None,
+    heldout_bytes: Unhashed[list[Path] | None] = None,
     labels: Inputs | None = None,
     start: Inputs | None = None,
     after: Inputs | None = None,
@@ -150,7 +153,9 @@ def training(
         inputs = training.action(current_store(), **links, after=after, holes=holes).inputs
         if saved := find_saved(current_store(), inputs, settings, until):
             take_over(saved, attempt)
-    filled = fill_in_paths(cfg, tokens, order, heldout, attempt, labels, heldout_labels, holes)
+    filled = fill_in_paths(
+        cfg, tokens, order, heldout, attempt, labels, heldout_labels, holes, heldout_bytes
+    )
     if start is not None:
         filled = filled.update_with(load_path=str(start[0].absolute().parent))
     previous = None if after is None else after[0].absolute().parent
@@ -177,6 +182,7 @@ def training(
             "steps": reached["global_step"],
             "tokens": reached["global_train_tokens_seen"],
             "heldout_loss": encode_non_finite(heldout_losses(metrics)),
+            "heldout_bits_per_byte": encode_non_finite(heldout_bits_per_byte(metrics)),
             "segments": read_segments(attempt),
         },
         "conditions": training_conditions(read_segments(attempt)),
@@ -193,6 +199,7 @@ def fill_in_paths(
     labels: list[Path] | None = None,
     heldout_labels: list[Path] | None = None,
     holes: Path | None = None,
+    heldout_bytes: list[Path] | None = None,
 ) -> TrainConfig:
     """The config with the paths of this attempt: data, order, held-out data, folder."""
 
@@ -211,6 +218,7 @@ def fill_in_paths(
         heldout_data = DataConfig(
             paths=to_strings(heldout),
             label_mask_paths=to_strings(heldout_labels),
+            token_bytes_paths=to_strings(heldout_bytes),
             memmap_dtype=cfg.data.memmap_dtype,
             drop_last=False,
         )
@@ -266,6 +274,17 @@ def content_addressed_config(
         data["holes_path"] = address(holes)
     config = settings | {"data": settings.get("data", {}) | data}
     return config if start is None else config | {"load_path": address(start[0])}
+
+
+def heldout_bits_per_byte(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The first and the last bits per byte on each held-out set whose tokens' bytes are known."""
+    found: dict[str, dict[str, float]] = {}
+    for row in metrics:
+        for name, value in row.items():
+            if name.startswith("eval/") and name.endswith(f"/{BITS_PER_BYTE}"):
+                label = name.removeprefix("eval/").removesuffix(f"/{BITS_PER_BYTE}")
+                found.setdefault(label, {"first": value})["last"] = value
+    return found
 
 
 def heldout_losses(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -23,6 +23,7 @@ def refuse_unsupported_keys(name: str, run: RunConfig, cfg: TrainConfig) -> None
         "data.mixture": cfg.data.mixture,
         "data.holes_path": cfg.data.holes_path,
         "data.label_mask_paths": cfg.data.label_mask_paths,
+        "data.token_bytes_paths": cfg.data.token_bytes_paths,
     }
     if unsupported := [name for name, value in values.items() if value]:
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def card(
         "## Training\n",
         format_table(("", ""), [row for row in rows.items() if row[1]]),
         "## Evaluation\n",
-        _evaluation(facts.get("heldout_loss", {}), name),
+        _evaluation(facts.get("heldout_loss", {}), name, facts.get("heldout_bits_per_byte", {})),
         "## Where it comes from\n",
         _lineage(record, store),
     ]
@@ -95,12 +95,20 @@ def format_table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _evaluation(losses: dict[str, dict[str, float]], name: str) -> str:
+def _evaluation(
+    losses: dict[str, dict[str, float]],
+    name: str,
+    bits_per_byte: Mapping[str, dict[str, float]] | None = None,
+) -> str:
     if not losses:
         return f"None so far: `snakemake eval/{name}`.\n"
     rows = [
         (label, *(f"{float(loss[when]):.4f}" for when in ("first", "last")))
         for label, loss in losses.items()
+    ]
+    rows += [
+        (f"{label}, bits per byte", *(f"{float(bits[when]):.4f}" for when in ("first", "last")))
+        for label, bits in (bits_per_byte or {}).items()
     ]
     return (
         "Loss (nats per token) on documents that it was not trained on:\n\n"

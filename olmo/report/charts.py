@@ -38,7 +38,12 @@ def choose_charts(names: Iterable[str]) -> dict[str, tuple[list[str], str]]:
     if answers := [n for n in evaluated if n.split("/")[-1] == LOSSES[1]]:
         found["Loss on answers"] = (answers, "nats a token")
     title = "Loss on all tokens" if answers else "Loss"  # of a run that learns answers only
-    found |= {title: (training + losses, "nats a token"), "Evaluations": (scores, "score")}
+    bits = [n for n in evaluated if n.split("/")[-1] == LOSSES[2]]
+    found |= {
+        title: (training + losses, "nats a token"),
+        "Bits per byte": (bits, "bits a byte"),
+        "Evaluations": (scores, "score"),
+    }
     found |= {
         title: ([n for n in all_ if n in names], unit) for title, (all_, unit) in FIXED.items()
     }

@@ -13,6 +13,7 @@ from olmo.inspect.documents import TokenShard, find_token_shards, select_shards
 from olmo.inspect.run import TrainedRun
 from olmo.report.runs import last_metrics
 from olmo.report.scores import format_value, read_results
+from olmo.report.series import LOSSES
 from olmo.runtime.log import format_duration
 from olmo.store.lineage import diff_actions, records_by_content
 from olmo.store.record import Record
@@ -124,7 +125,7 @@ def describe_results(run: TrainedRun, cost: Fields) -> Fields:
     """A run's last losses, how far it came and how long it took, and its evaluation."""
     last = last_metrics(run.run_folder / "metrics.jsonl")
     fields: Fields = {
-        name: f"{value:.4f}" for name, value in last.items() if "CrossEntropyLoss" in name
+        name: f"{value:.4f}" for name, value in last.items() if name.split("/")[-1] in LOSSES
     }
     if "step" in last:
         fields["steps"] = f"{last['step']:,}"

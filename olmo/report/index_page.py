@@ -16,6 +16,7 @@ from olmo.report.runs import find_state
 from olmo.report.series import (
     HELDOUT,
     HELDOUT_ANSWERS,
+    HELDOUT_BITS,
     LOSS,
     find_metrics,
     pack,
@@ -29,7 +30,11 @@ from olmo.store.stage import current_store
 
 # Title → metric, of the curves that runs have in common. A run that learns answers only has its
 # loss on them; its training loss counts the questions, too.
-CURVES = {"Held-out loss": (HELDOUT_ANSWERS, HELDOUT), "Training loss": (LOSS,)}
+CURVES = {
+    "Held-out loss": (HELDOUT_ANSWERS, HELDOUT),
+    "Training loss": (LOSS,),
+    "Held-out bits per byte": (HELDOUT_BITS,),
+}
 SECTIONS = ("config", "data", "code", "results")
 
 
@@ -65,7 +70,9 @@ def format_index(names: Sequence[str], folder: Path) -> str:
         {
             "title": title,
             "kind": curve_kind(metrics[0]),
-            "spec": curve_spec("nats a token", list(curves)),
+            "spec": curve_spec(
+                "bits a byte" if metrics == (HELDOUT_BITS,) else "nats a token", list(curves)
+            ),
         }
         for title, metrics in CURVES.items()
         if any(title in found for found in curves.values())

@@ -161,6 +161,10 @@ class RunPage:
         for label, loss in (facts.get("heldout_loss") or {}).items():
             before = f"nats a token; before: {float(loss['first']):.4f}"
             tiles.append(tile(f"loss on {label}", float(loss["last"]), "{:.4f}".format, before))
+        for label, bits in (facts.get("heldout_bits_per_byte") or {}).items():
+            before = f"of UTF-8; before: {float(bits['first']):.4f}"
+            name = f"bits per byte of {label}"
+            tiles.append(tile(name, float(bits["last"]), "{:.4f}".format, before))
         tiles = [one for one in tiles if one[1] is not None]
         if record and energy is None:
             tiles.append(("energy", None, "unknown", "this machine does not measure it"))

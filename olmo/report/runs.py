@@ -14,7 +14,7 @@ import yaml
 
 from olmo.config import list_runs, read_project_config
 from olmo.io.sealed import Damaged
-from olmo.report.series import HELDOUT, HELDOUT_ANSWERS, LOSS, SPEED
+from olmo.report.series import HELDOUT, HELDOUT_ANSWERS, HELDOUT_BITS, LOSS, SPEED
 from olmo.runtime.log import format_count, format_duration
 from olmo.runtime.process import CAUSE_FILE, PAUSED_FILE
 from olmo.store.lease import LEASE_TIMEOUT_S, held_names
@@ -30,6 +30,7 @@ COLUMNS = {
     "step": True,
     "loss": True,
     "held-out": True,
+    "bits/byte": True,
     "tokens/s": True,
     "age": True,
     "size": True,
@@ -49,6 +50,7 @@ class RunState:
     steps: int | None = None
     loss: float | None = None
     heldout_loss: float | None = None
+    heldout_bits: float | None = None  # a byte
     tokens_per_s: float | None = None  # of a device
     last_change: float | None = None  # seconds since the epoch
     bytes: int | None = None
@@ -65,6 +67,7 @@ class RunState:
             step,
             "" if self.loss is None else f"{self.loss:.3f}",
             "" if self.heldout_loss is None else f"{self.heldout_loss:.3f}",
+            "" if self.heldout_bits is None else f"{self.heldout_bits:.3f}",
             "" if self.tokens_per_s is None else format_count(self.tokens_per_s),
             "" if self.last_change is None else format_age(now - self.last_change),
             "" if self.bytes is None else f"{format_count(self.bytes)}B",
@@ -74,11 +77,12 @@ class RunState:
 
 
 def runs() -> None:
-    """List the runs: state, step, loss, held-out loss, speed, age, size, time and cost.
+    """List the runs: state, step, losses, speed, age, size, time and cost.
 
     A run is `running` where a process of any machine holds its lease. `age` is the time since its
-    last step. `size` is that of its checkpoints. `cost` is that of the training by `price` of
-    config/config.yaml.
+    last step. `held-out` is a loss in nats per token; `bits/byte` is its text's, which can be
+    compared with that of another tokenizer. `size` is that of its checkpoints. `cost` is that of
+    the training by `price` of config/config.yaml.
 
     Example:
         olmo runs
@@ -113,6 +117,7 @@ def find_state(name: str, held: Sequence[str], price: dict[str, Any]) -> RunStat
             facts.get("steps"),
             learned_loss(last),
             None if heldout is None else float(heldout),
+            last.get(HELDOUT_BITS),
             last.get(SPEED),
             record_path.stat().st_mtime,
             folder_bytes(folder),
@@ -130,6 +135,7 @@ def find_state(name: str, held: Sequence[str], price: dict[str, Any]) -> RunStat
         planned_steps(attempt),
         learned_loss(last),
         last.get(HELDOUT_ANSWERS, last.get(HELDOUT)),
+        last.get(HELDOUT_BITS),
         last.get(SPEED),
         metrics.stat().st_mtime if metrics.exists() else attempt.stat().st_mtime,
         folder_bytes(folder),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from olmo.report.card import format_table
 from olmo.runtime.numbers import from_json
 from olmo.store.naming import check_not_in_store
+
+if TYPE_CHECKING:
+    import polars
 
 SCHEMA = {
     "scorer": str,
@@ -20,12 +23,18 @@ SCHEMA = {
     "documents": int,
 }
 PER_ANSWER = "loss per answer token"
-LOWER_IS_BETTER = ("loss", PER_ANSWER, "perplexity", "ce_loss", "bpb")
+LOWER_IS_BETTER = ("loss", PER_ANSWER, "perplexity", "bits_per_byte", "ce_loss", "bpb")
 Row = dict[str, Any]
 
 
-def heldout_scores(found: dict[str, Any], task: str) -> list[Row]:
-    """The rows of a result of `olmo heldout`. The perplexity's error is a first-order estimate."""
+def heldout_scores(
+    found: dict[str, Any], task: str, documents: polars.DataFrame | None = None
+) -> list[Row]:
+    """The rows of a result of `olmo heldout`. The perplexity's error is a first-order estimate.
+
+    Args:
+        documents: bytes and nats of each document, for bits per byte.
+    """
     common = {"scorer": "ours", "task": task, "documents": found["instances"]}
     loss, ppl, stderr = found["CrossEntropyLoss"], found["Perplexity"], found["stderr"]
     rows = [
@@ -40,7 +49,31 @@ def heldout_scores(found: dict[str, Any], task: str) -> list[Row]:
     if (per_label := found.get("CrossEntropyLossPerLabel")) is not None:
         # On conversations the others count the questions' tokens, too, which are not learned.
         rows.insert(0, {**common, "metric": PER_ANSWER, "value": per_label, "stderr": None})
+    if documents is not None and documents.height:
+        bits, error = compute_bits_per_byte(
+            *(documents[name].to_list() for name in ("nats", "bytes"))
+        )
+        row = {**common, "documents": documents.height, "metric": "bits_per_byte"}
+        rows.append({**row, "value": bits, "stderr": error})
     return rows
+
+
+def compute_bits_per_byte(
+    nats: Sequence[float], sizes: Sequence[int]
+) -> tuple[float, float | None]:
+    """(bits per byte of all documents, standard error), of the nats and bytes of each document.
+
+    The error is that of a ratio of sums over independent documents (Cochran, Sampling Techniques,
+    1977, chapter 2.11); None for a single one, and where a loss is not finite.
+    """
+    import numpy as np
+
+    loss, size = np.asarray(nats, np.float64), np.asarray(sizes, np.float64)
+    n, ratio = len(loss), loss.sum() / size.sum()
+    if n < 2 or not math.isfinite(ratio):
+        return float(ratio / math.log(2)), None
+    variance = np.square(loss - ratio * size).sum() / (n - 1) / n
+    return float(ratio / math.log(2)), float(math.sqrt(variance) / size.mean() / math.log(2))
 
 
 def format_run_table(rows: Sequence[Row]) -> str:

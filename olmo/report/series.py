@@ -15,6 +15,7 @@ from olmo.train.sinks import METRICS, parse_row, read_metrics
 LOSS = "train/CrossEntropyLoss"
 HELDOUT = "eval/heldout/CrossEntropyLoss"
 HELDOUT_ANSWERS = f"{HELDOUT}PerLabel"  # of a run that is tuned on conversations
+HELDOUT_BITS = "eval/heldout/BitsPerByte"  # comparable for other tokenizers, too
 RATE = "optim/learning_rate_group0"
 NORM = "optim/total_grad_norm"
 SPEED = "throughput/device/tokens_per_second"
@@ -23,7 +24,7 @@ MEMORY = ("System/Peak GPU Memory (MB)", "System/Peak CPU Memory (MB)")
 PACE = "throughput/device/batches_per_second"  # steps/s, without evaluation and saving
 TRAINING = (LOSS, "train/ZLoss", RATE, NORM, SPEED, PACE, DATA_WAIT, *MEMORY)
 # Whether more of an evaluation's metric is better cannot be known; these are losses.
-LOSSES = ("CrossEntropyLoss", "CrossEntropyLossPerLabel")
+LOSSES = ("CrossEntropyLoss", "CrossEntropyLossPerLabel", "BitsPerByte")
 
 
 @dataclass(frozen=True)

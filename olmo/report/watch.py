@@ -19,6 +19,7 @@ from olmo.report.series import (
     DATA_WAIT,
     HELDOUT,
     HELDOUT_ANSWERS,
+    HELDOUT_BITS,
     LOSS,
     MEMORY,
     NORM,
@@ -112,6 +113,7 @@ def frame(state: RunState, series: dict[str, Series], width: int) -> list[str]:
     shown = {
         "loss on all tokens" if is_tuned else "loss": (LOSS, "{:.4f}".format),
         "held-out answers" if is_tuned else "held-out": (heldout, "{:.4f}".format),
+        "bits/byte": (HELDOUT_BITS, "{:.4f}".format),
         "lr": (RATE, "{:.2e}".format),
         "grad norm": (NORM, "{:.2f}".format),
         "tokens/s/device": (SPEED, format_count),

@@ -57,6 +57,7 @@ def test_every_number_is_the_records(page: Path, project: Project, open_page: An
         "speed": last["throughput/device/tokens_per_second"],
         "memory": run["peak_memory_bytes"],
         "loss on heldout": facts["heldout_loss"]["heldout"]["last"],
+        "bits per byte of heldout": last["eval/heldout/BitsPerByte"],
     }
     drawn = opened.page.evaluate(SERIES)
     assert {"train/CrossEntropyLoss", "eval/heldout/CrossEntropyLoss"} <= drawn.keys()

@@ -53,6 +53,7 @@ LINES = [
 ELSEWHERE = {
     "training": "its bits depend on the processor; tests/golden holds its curves",
     "heldout_perplexity": "likewise",
+    "document_losses": "likewise; tests/unit/test_bits_per_byte.py holds it to lm-eval's numbers",
     "choice_task": "likewise; tests/unit/test_evaluation.py holds it to lm-eval's numbers",
     "harness_tasks": "likewise",
     "samples": "likewise; its texts",
@@ -138,6 +139,26 @@ def make_instances(stage: Stage, root: Path) -> None:
             eos_token_id=0,
             pad_token_id=1,
         )
+
+
+def make_token_bytes(stage: Stage, root: Path) -> None:
+    import numpy as np
+    import polars
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_file(str(tokenizer(root)))
+    ids = [[*encoder.encode(line["text"].strip()).ids, 0] for line in LINES]
+    np.concatenate(ids).astype(np.uint16).tofile(root / "tokens")
+    ends = np.cumsum([len(one) for one in ids])
+    rows = {"start": [0, *ends[:-1]], "end": ends, "id": [line["id"] for line in LINES]}
+    polars.DataFrame(rows).write_parquet(root / "index")
+    given = {name: root / name for name in ("tokens", "index")}
+    stage.build(
+        documents=source(root),
+        tokenizer=root / "given.json",
+        token_bytes=root / "outputs",
+        **given,
+    )
 
 
 def make_checkpoint(stage: Stage, folder: Path) -> None:
@@ -293,6 +314,7 @@ MAKE: dict[str, Callable[[Stage, Path], object]] = {
     "stdlib_questions": make_questions,
     "local_conversations": lambda s, d: s.build(file=talks(d), source=d / "outputs"),
     "instances": make_instances,
+    "token_bytes": make_token_bytes,
     "local_checkpoint": make_checkpoint,
     "averaged": make_soup,
     "converted": make_converted,

@@ -413,6 +413,8 @@ def test_runs_of_other_data_or_tokenizers_are_not_compared(
         )
         cfg.save(final / "config.yaml")
         rows = [{"step": s, "eval/heldout/CrossEntropyLoss": 8.0 - s} for s in (0, 1)]
+        if name not in ("alike", "other-size"):
+            rows = [row | {"eval/heldout/BitsPerByte": 3.0 - row["step"]} for row in rows]
         (final / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def with_a(name: str) -> str:
@@ -421,12 +423,19 @@ def test_runs_of_other_data_or_tokenizers_are_not_compared(
 
     assert "| alike | 100 | 7.0000 | 100 | 1.00 |" in with_a("alike")
     assert not capsys.readouterr().err
+    # A loss per token says nothing beside that of other tokens; of the same documents bytes do.
+    text = with_a("other-tokenizer")
+    assert "Held-out loss in bits per byte (heldout); the target is a's last loss, 2.0000" in text
+    assert "| other-tokenizer | 100 | 2.0000 | 100 | 1.00 |" in text
+    assert "bits per byte" in Path("loss.svg").read_text()
     for name, found in (
-        ("other-tokenizer", "the same tokenizer"),
-        ("other-documents", "the same held-out documents"),
-        ("other-size", "the same model.vocab_size, found 128 in a and 256 in other-size"),
+        ("other-documents", "runs with the same held-out documents"),
+        ("other-size", "evaluations in bits per byte, .* found none .* eval/other-size, then olmo"),
     ):
-        with pytest.raises(ValueError, match=f"expected runs with {found}"):
+        with pytest.raises(ValueError, match=f"expected {found}"):
             with_a(name)
+    with pytest.raises(ValueError, match="expected runs with the same tokenizer"):
+        compare([Path("a"), Path("other-tokenizer")], Path("t.md"), Path("l.svg"), label="own")
+    assert "| 100 | 1.00 | 2.0000 |" in with_a("from-elsewhere"), "both, where both can be compared"
     assert "| from-elsewhere |" in with_a("from-elsewhere")
     assert "the store has no record of the data of from-elsewhere" in capsys.readouterr().err

@@ -173,7 +173,7 @@ def test_nothing_was_held_out(final: Path, tmp_path: Path) -> None:
         tmp_path / "000.tsv", [Entry("a", "heldout-tokens", "heldout/a.npy", "0" * 64, 0)]
     )
     with pytest.raises(ValueError, match=r"expected held-out documents, found none in 1 listings"):
-        heldout(final, [tmp_path / "000.tsv"], tmp_path / "heldout.json")
+        heldout(final, [tmp_path / "000.tsv"], tmp_path / "a.json", tmp_path / "a.parquet")
 
 
 def test_another_tokenizers_held_out_tokens_are_refused(
@@ -189,7 +189,7 @@ def test_another_tokenizers_held_out_tokens_are_refused(
     ):
         write_listing(tmp_path / "000.tsv", [Entry("a", "heldout-tokens", "a.npy", tokens, 0)])
         with pytest.raises(ValueError, match=message):
-            heldout(tmp_path, [tmp_path / "000.tsv"], tmp_path / "heldout.json")
+            heldout(tmp_path, [tmp_path / "000.tsv"], tmp_path / "a.json", tmp_path / "a.parquet")
 
 
 def test_answers_have_a_row_of_their_own_the_first() -> None:

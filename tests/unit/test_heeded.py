@@ -36,6 +36,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "data.mixture": (True, "only; remove it"),
     "data.label_mask_paths": (["m.npy"], "only; remove it"),
     "data.holes_path": ("h.npy", "only; remove it"),
+    "data.token_bytes_paths": (["b.npy"], "only; remove it"),
     "fast_forward_batches": (2, "only; remove it"),
     "dry_run": (True, "only; remove it"),
     "load_path": ("step5", "start_from: step5"),

@@ -12,16 +12,15 @@ from small_run import run, settings
 from test_huggingface import OLMO2, checkpoint
 
 from olmo.checkpoint.read import load_checkpoint
-from olmo.corpus.listing import Entry, write_listing
 from olmo.eval.choices import compute_score
 from olmo.eval.tasks import Request
 from olmo.pipeline.convert import convert
-from olmo.pipeline.evaluate import evaluation, heldout
+from olmo.pipeline.evaluate import evaluation, heldout_perplexity
 from olmo.pipeline.train import heldout_losses
 from olmo.report.card import _evaluation
 from olmo.report.compare import draw_curves, find_tokens_to_loss
 from olmo.report.loss import plot_losses
-from olmo.report.scores import improvement, read_results, scores
+from olmo.report.scores import compute_bits_per_byte, improvement, read_results, scores
 from olmo.report.series import collect_series
 from olmo.runtime import numbers
 from olmo.runtime.numbers import encode_non_finite, from_json, perplexity, to_json
@@ -86,13 +85,10 @@ def test_a_diverged_checkpoint_is_measured(tmp_path: Path, monkeypatch: pytest.M
     weights = load_file(tmp_path / "final/model.safetensors")
     save_file({k: v * 3000 for k, v in weights.items()}, tmp_path / "final/model.safetensors")
     settings(tmp_path)
-    listing = tmp_path / "data/x/tokens/000.tsv"
-    held = current_store().put(tmp_path / "heldout.npy")
-    write_listing(
-        listing, [Entry("a", "heldout-tokens", "heldout/a.npy", held["sha256"], held["size"])]
-    )
-    found = tmp_path / "heldout.json"
-    heldout(tmp_path / "final", [listing], found)
+    found, final = tmp_path / "heldout.json", tmp_path / "final"
+    files = {"model": final / "model.safetensors", "config": final / "config.yaml"}
+    heldout = [tmp_path / "heldout.npy"]
+    heldout_perplexity(**files, heldout=heldout, results=found, checkpoint=final)
     strictly(found.read_text().replace("\n", " "))
     assert from_json(found.read_text())["Perplexity"] == math.inf
     record = next(current_store().records())
@@ -117,6 +113,7 @@ def test_reports_of_runs_that_diverged(tmp_path: Path):
         assert find_tokens_to_loss(2.5, [(0, before), (5, 2.0)]) == 5.0
     assert find_tokens_to_loss(2.5, [(0, 3.5), (5, math.nan), (9, 2.5)]) == 9.0
     assert find_tokens_to_loss(2.5, [(0, 3.5), (6, 2.0)]) == 4.0
+    assert compute_bits_per_byte([math.inf, 1.0], [5, 5]) == (math.inf, None)
     draw_curves({"a": [(0, math.nan), (5, math.inf)], "b": [(0, 3.0)]}, tmp_path / "picture.svg")
     row = {"metric": "loss", "value": math.inf, "stderr": math.inf}
     assert improvement(row, {"metric": "loss", "value": 2.0, "stderr": 0.1}) == ""
