@@ -24,12 +24,12 @@ class Estimate(NamedTuple):
     """A mean over questions, before an interval is made of it."""
 
     value: float
-    centre: float
-    """Of the interval; `value`, unless few questions move it towards 0."""
-
-    variance: float  # of `centre`
+    variance: float
     freedom: float  # degrees of freedom of `variance`; inf: it is not estimated from a spread
     questions: int
+    # What the adjustment for few right and wrong answers adds to both.
+    moved: float = 0.0
+    widened: float = 0.0
 
 
 class Difference(NamedTuple):
@@ -69,11 +69,12 @@ def estimate_difference(reference: ArrayLike, other: ArrayLike) -> Estimate:
     changes = after - before
     n, value = len(changes), float(np.mean(changes))
     if np.isin((before, after), (0, 1)).all():
-        added = np.append(changes, (1.0, -1.0))
-        centre = float(np.mean(added))
-        return Estimate(value, centre, float(np.var(added)) / (n + 2), math.inf, n)
+        more = np.append(changes, (1.0, -1.0))
+        plain, adjusted = float(np.var(changes)) / n, float(np.var(more)) / (n + 2)
+        moved = float(np.mean(more)) - value
+        return Estimate(value, plain, math.inf, n, moved, adjusted - plain)
     variance = float(np.var(changes, ddof=1)) / n if n > 1 else math.nan
-    return Estimate(value, value, variance, n - 1, n)
+    return Estimate(value, variance, n - 1, n)
 
 
 def estimate_ratio_difference(reference: ArrayLike, other: ArrayLike, sizes: ArrayLike) -> Estimate:
@@ -86,23 +87,27 @@ def estimate_ratio_difference(reference: ArrayLike, other: ArrayLike, sizes: Arr
     n, ratio = len(changes), float(changes.sum() / weights.sum())
     rest = (changes - ratio * weights) / weights.mean()
     variance = float(np.sum(rest**2)) / (n - 1) / n if n > 1 else math.nan
-    return Estimate(ratio, ratio, variance, n - 1, n)
+    return Estimate(ratio, variance, n - 1, n)
 
 
 def combine(parts: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
     """A weighted sum of independent estimates, as of a suite's tasks.
 
-    The degrees of freedom are Welch and Satterthwaite's.
+    The degrees of freedom are Welch and Satterthwaite's. The adjustment is that of the task where
+    it weighs most: one more answer for each run, not one in each task.
     """
-    variances = [w * w * part.variance for part, w in zip(parts, weights, strict=True)]
+    pairs = list(zip(parts, weights, strict=True))
+    variances = [w * w * part.variance for part, w in pairs]
     total = sum(variances)
-    spread = sum(v * v / part.freedom for v, part in zip(variances, parts, strict=True) if v)
+    spread = sum(v * v / part.freedom for v, (part, _) in zip(variances, pairs, strict=True) if v)
+    most, weight = max(pairs, key=lambda pair: pair[1] ** 2 * pair[0].widened)
     return Estimate(
-        sum(w * part.value for part, w in zip(parts, weights, strict=True)),
-        sum(w * part.centre for part, w in zip(parts, weights, strict=True)),
+        sum(w * part.value for part, w in pairs),
         total,
         total * total / spread if spread else math.inf,
         sum(part.questions for part in parts),
+        weight * most.moved,
+        weight**2 * most.widened,
     )
 
 
@@ -113,8 +118,8 @@ def with_interval(found: Estimate) -> Difference:
     """
     from scipy import stats
 
-    value, centre, variance, freedom, questions = found
-    stderr = math.sqrt(variance)
+    value, variance, freedom, questions, moved, widened = found
+    centre, stderr = value + moved, math.sqrt(variance + widened)
     if math.isnan(stderr):
         return Difference(value, math.nan, math.nan, math.nan, math.nan, math.nan, questions)
     law: Any = stats.norm if math.isinf(freedom) else stats.t(freedom)
