@@ -32,7 +32,7 @@ class Evaluation(NamedTuple):
     name: str
     rows: dict[Key, Row]
     questions: polars.DataFrame
-    documents: polars.DataFrame | None  # held-out ones, if each one's nats are kept
+    documents: polars.DataFrame | None  # held-out ones with their nats; `dataset` is the task
 
 
 def read_evaluation(run: Path, rows: list[Row]) -> Evaluation:
@@ -71,7 +71,7 @@ def find_differences(reference: Evaluation, other: Evaluation) -> dict[Key, Diff
     for key in shared:
         if "parts" in reference.rows[key]:
             estimate = _compare_suites(key[0], reference, other, answers)
-        elif key[2] == BITS_PER_BYTE:
+        elif key[1:] == ("ours", BITS_PER_BYTE):
             estimate = _compare_documents(key[0], reference, other)
         else:
             estimate = answers.get(key)
@@ -82,16 +82,9 @@ def find_differences(reference: Evaluation, other: Evaluation) -> dict[Key, Diff
 
 def _pair_questions(reference: Evaluation, other: Evaluation) -> dict[Key, Estimate | None]:
     """Score → its estimate; None if a score is not finite."""
-    import polars
-
     on = ["task", "scorer", "metric"]
-    kept = [
-        # A question that a task asks twice is paired with itself, in order.
-        evaluation.questions.with_columns(
-            polars.int_range(polars.len()).over([*on, "question"]).alias("time")
-        )
-        for evaluation in (reference, other)
-    ]
+    same = [*on, "question"]
+    kept = [_number_repeats(found.questions, same) for found in (reference, other)]
     counts = [{row[:3]: row[3] for row in frame.group_by(on).len().iter_rows()} for frame in kept]
     both = kept[0].join(
         kept[1], on=[*on, "question", "time"], suffix="_other", maintain_order="left"
@@ -145,28 +138,31 @@ def _compare_suites(
 
 
 def _compare_documents(task: str, reference: Evaluation, other: Evaluation) -> Estimate | None:
-    """Bits per byte of the held-out documents of one data set."""
-    import polars
+    """Bits per byte of one data set's held-out documents."""
 
     if reference.documents is None or other.documents is None:
         return None
-    both = reference.documents.join(
-        other.documents, on=["dataset", "document", "bytes"], suffix="_other"
-    )
-    named = both.filter(polars.format("heldout of {}", "dataset") == task)
-    tasks = [key[0] for key in reference.rows]
-    if named.is_empty():  # the run's own data set
-        further = [name for name in both["dataset"].unique() if f"heldout of {name}" in tasks]
-        named = both.filter(~polars.col("dataset").is_in(further))
-    if named.is_empty():
+    kept = [
+        _number_repeats(found.filter(dataset=task), ["document", "bytes"])
+        for found in (reference.documents, other.documents)
+    ]
+    both = kept[0].join(kept[1], on=["document", "bytes", "time"], suffix="_other")
+    if both.is_empty():
         raise ValueError(
             f"{task}: expected held-out documents that both {reference.name} and {other.name} "
             "read, found none; evaluate both on the same data"
         )
-    before, after = (named[c].to_numpy() / math.log(2) for c in ("nats", "nats_other"))
+    before, after = (both[name].to_numpy() / math.log(2) for name in ("nats", "nats_other"))
     if not math.isfinite(float(before.sum() + after.sum())):
         return None
-    return estimate_ratio_difference(before, after, named["bytes"].to_numpy())
+    return estimate_ratio_difference(before, after, both["bytes"].to_numpy())
+
+
+def _number_repeats(frame: polars.DataFrame, same: list[str]) -> polars.DataFrame:
+    """A column `time`: what occurs twice is paired with itself, in order."""
+    import polars
+
+    return frame.with_columns(polars.int_range(polars.len()).over(same).alias("time"))
 
 
 def _read(path: Path, schema: dict[str, Any]) -> polars.DataFrame:

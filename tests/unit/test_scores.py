@@ -151,8 +151,10 @@ def test_bits_per_byte_of_held_out_documents(tmp_path: Path) -> None:
     for name, rate in (("a", 1.1), ("b", 0.9)):
         nats.append(sizes * rate * rng.uniform(0.9, 1.1, 40))
         frame = polars.DataFrame({"document": [f"d{i}" for i in range(40)], "bytes": sizes})
-        own = frame.with_columns(nats=nats[-1], dataset=polars.lit("stdlib"), tokens=7)
-        other = frame.with_columns(nats=sizes * rate, dataset=polars.lit("more"), tokens=7)
+        own = frame.with_columns(nats=nats[-1], dataset=polars.lit("heldout"), tokens=7)
+        other = frame.with_columns(
+            nats=sizes * rate, dataset=polars.lit("heldout of more"), tokens=7
+        )
         rows = [row(task, "bits_per_byte", rate) for task in ("heldout", "heldout of more")]
         documents = polars.concat([own, other]).sample(fraction=1, shuffle=True, seed=len(runs))
         runs.append(answered(tmp_path / name, rows=rows, documents=documents))
