@@ -116,34 +116,33 @@ def score_task(
     metrics = [task.metric]
     if task.metric not in TARGET_METRICS:  # every option is scored, so these cost nothing
         metrics += [name for name in ("acc", "len_norm", "bpb") if name != task.metric]
-    asked: dict[int, list[Request]] = {}
-    for request in evaluator.requests:
-        asked.setdefault(request.document, []).append(request)
+    asked = evaluator.requests
+    by_document: dict[int, list[Request]] = {}
+    for request in asked:
+        by_document.setdefault(request.document, []).append(request)
     digests = {
-        document: digest_question(((r.context, r.continuation) for r in found), found[0].target)
-        for document, found in asked.items()
+        document: digest_question(((r.context, r.continuation) for r in of), of[0].target)
+        for document, of in by_document.items()
     }
     scores, questions = [], []
     for metric in metrics:
-        scored = list(range(len(evaluator.requests)))
-        if metric in TARGET_METRICS:
-            scored = [
-                i for i in scored if evaluator.requests[i].option == evaluator.requests[i].target
-            ]
-        these = [evaluator.requests[i] for i in scored]
-        reference = None if unconditional is None else unconditional[scored]
-        score = compute_score(metric, these, conditional[scored], reference)
+        # The right option alone decides some metrics.
+        used = [
+            i for i, r in enumerate(asked) if metric not in TARGET_METRICS or r.option == r.target
+        ]
+        reference = None if unconditional is None else unconditional[used]
+        answers = (metric, [asked[i] for i in used], conditional[used], reference)
+        score = compute_score(*answers)
         row = {"metric": metric, "value": score.value, "stderr": nan_to_none(score.stderr)}
         scores.append(row | {"documents": score.documents})
-        if metric != "f1":
-            found = score_documents(metric, these, conditional[scored], reference)
+        if metric != "f1":  # no mean over questions
             questions += [
                 {"metric": metric, "question": digests[document], "value": value}
-                for document, value in found.items()
+                for document, value in score_documents(*answers).items()
             ]
     requests = [
         request._asdict() | {"loglikelihood": value}
-        for request, value in zip(evaluator.requests, conditional.tolist(), strict=True)
+        for request, value in zip(asked, conditional.tolist(), strict=True)
     ]
     return Answers(scores, questions, requests)
 

@@ -70,7 +70,7 @@ def find_differences(reference: Evaluation, other: Evaluation) -> dict[Key, Diff
     found = {}
     for key in shared:
         if "parts" in reference.rows[key]:
-            estimate = _compare_suites(key[0], reference, other, answers)
+            estimate = _compare_suites(key, reference, other, answers)
         elif key[1:] == ("ours", BITS_PER_BYTE):
             estimate = _compare_documents(key[0], reference, other)
         else:
@@ -115,20 +115,19 @@ def _pair_questions(reference: Evaluation, other: Evaluation) -> dict[Key, Estim
 
 
 def _compare_suites(
-    name: str,
+    suite: Key,
     reference: Evaluation,
     other: Evaluation,
     answers: dict[Key, Estimate | None],
 ) -> Estimate | None:
-    suites = []
-    for evaluation in (reference, other):
-        (row,) = (row for key, row in evaluation.rows.items() if key[0] == name and "parts" in row)
-        suites.append({(p.task, p.scorer, p.metric): p for p in (Part(**p) for p in row["parts"])})
-    scales = [{key: part.scale for key, part in suite.items()} for suite in suites]
+    scales = [
+        {key_of(part): Part(**part).scale for part in evaluation.rows[suite]["parts"]}
+        for evaluation in (reference, other)
+    ]
     if scales[0] != scales[1]:
         raise ValueError(
-            f"{name}: expected a suite of the same parts, found others in {reference.name} than in "
-            f"{other.name}; give both runs one `evaluation` in config/config.yaml"
+            f"{suite[0]}: expected a suite of the same parts, found others in {reference.name} "
+            f"than in {other.name}; give both runs one `evaluation` in config/config.yaml"
         )
     estimates = [answers.get(key) for key in scales[0]]
     known = [estimate for estimate in estimates if estimate is not None]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from olmo.eval.paired import Difference, holm
+from olmo.eval.questions import Part
 from olmo.report.card import format_table
 from olmo.report.differences import Key, find_differences, key_of, read_evaluation
 from olmo.runtime.numbers import from_json
@@ -134,6 +135,8 @@ def read_results(run: Path) -> list[Row]:
     try:
         rows: list[Row] = from_json(path.read_text())
         is_whole = all(row.keys() >= SCHEMA.keys() and row["value"] is not None for row in rows)
+        parts = [part for row in rows for part in row.get("parts", ())]
+        is_whole = is_whole and all(part.keys() == set(Part._fields) for part in parts)
     except (ValueError, AttributeError, TypeError):
         is_whole = False
     if not is_whole:

@@ -204,6 +204,8 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     old = answered(tmp_path / "old", quiz_acc={"q": 1.0})
     (old / "questions.parquet").unlink()
     refused(r"expected .*old/questions.parquet, each question's score, found none; .*rm -r", old)
+    suite = answered(tmp_path / "suite", rows=[row("S", "acc", 0.5) | {"parts": [{"task": "q"}]}])
+    refused(r"suite/results.json is damaged: expected rows with scorer, task", suite)
     for name, content in (("cut", b"PAR1 cut"), ("wrong", None)):
         damaged = answered(tmp_path / name, quiz_acc={"q": 1.0})
         if content is None:
