@@ -111,10 +111,28 @@ def compute_score(
     per character. pmi_dc: the highest ratio to the `unconditional` one. f1: of the first option.
     ce_loss, bpb: means over documents of nats per character, bits per byte of the right option.
     """
+    if likelihoods.isnan().any():  # argmax would choose the first NaN
+        return Score(math.nan, math.nan, len({request.document for request in requests}))
+    if metric == "f1":
+        predictions = list(_predict(requests, likelihoods.float()).values())
+        return Score(_f1(predictions), math.nan, len(predictions))
+    results = list(score_documents(metric, requests, likelihoods, unconditional).values())
+    n, mean = len(results), sum(results) / len(results)
+    variance = sum((result - mean) ** 2 for result in results) / (n - 1) if n > 1 else math.nan
+    return Score(mean, math.sqrt(variance / n), n)
+
+
+def score_documents(
+    metric: str,
+    requests: Sequence[Request],
+    likelihoods: Tensor,
+    unconditional: Tensor | None = None,
+) -> dict[int, float]:
+    """A metric of each document, of which `compute_score` is the mean; f1 is no mean."""
+    if likelihoods.isnan().any():
+        return {request.document: math.nan for request in requests}
     # float32, as in OLMo: it can decide which of two options wins.
     values = likelihoods.float()
-    if values.isnan().any():  # argmax would choose the first NaN
-        return Score(math.nan, math.nan, len({request.document for request in requests}))
     if metric in ("len_norm", "ce_loss"):
         values = values / torch.tensor([len(r.continuation) - 1 for r in requests])
     elif metric == "bpb":
@@ -124,24 +142,24 @@ def compute_score(
         assert unconditional is not None
         values = values / unconditional.float()
     else:
-        assert metric in ("acc", "f1"), metric
+        assert metric == "acc", metric
+    if metric in ("ce_loss", "bpb"):  # requests of the right option alone
+        found = zip(requests, values.tolist(), strict=True)
+        return {request.document: -value for request, value in found}
+    predictions = _predict(requests, values).items()
+    return {document: float(option == target) for document, (option, target) in predictions}
 
+
+def _predict(requests: Sequence[Request], values: Tensor) -> dict[int, tuple[int, int]]:
+    """Document → its option of the highest value, and the right one."""
     documents: dict[int, list[tuple[int, float, int]]] = {}
     for request, value in zip(requests, values.tolist(), strict=True):
         documents.setdefault(request.document, []).append((request.option, value, request.target))
-    if metric in ("ce_loss", "bpb"):
-        results = [-value for ((_, value, _),) in documents.values()]
-    else:
-        predictions = []
-        for options in documents.values():
-            best = int(np.argmax([value for _, value, _ in options]))  # the first of equal ones
-            predictions.append((options[best][0], options[best][2]))
-        if metric == "f1":
-            return Score(_f1(predictions), math.nan, len(predictions))
-        results = [float(option == target) for option, target in predictions]
-    n, mean = len(results), sum(results) / len(results)
-    variance = sum((result - mean) ** 2 for result in results) / (n - 1) if n > 1 else math.nan
-    return Score(mean, math.sqrt(variance / n), n)
+    predictions = {}
+    for document, options in documents.items():
+        best = int(np.argmax([value for _, value, _ in options]))  # the first of equal ones
+        predictions[document] = (options[best][0], options[best][2])
+    return predictions
 
 
 def _f1(predictions: Sequence[tuple[int, int]]) -> float:

@@ -2,17 +2,18 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from olmo.checkpoint.read import load_model
 from olmo.config import DataConfig, EvaluatorConfig, EvaluatorType, TrainConfig
 from olmo.distributed.world import World, join_world
-from olmo.eval.choices import compute_score
+from olmo.eval.choices import compute_score, score_documents
 from olmo.eval.evaluators import ChoiceEvaluator
 from olmo.eval.perplexity import PER_LABEL, PerplexityEvaluator
-from olmo.eval.tasks import TARGET_METRICS, ChoiceTask
+from olmo.eval.questions import digest_question
+from olmo.eval.tasks import TARGET_METRICS, ChoiceTask, Request
 from olmo.model import OLMo
 from olmo.runtime import numbers
 
@@ -68,6 +69,17 @@ def measure_perplexity(
     return results
 
 
+class Answers(NamedTuple):
+    """What a scorer found; the rows of results.json, questions.parquet and requests.parquet."""
+
+    scores: list[dict[str, Any]]
+    questions: list[dict[str, Any]]
+    """Each question's own score, for each metric that is a mean over questions."""
+
+    requests: list[dict[str, Any]]
+    """Each request with its log-likelihood in nats."""
+
+
 def score_task(
     checkpoint: Path,
     task: ChoiceTask,
@@ -75,8 +87,11 @@ def score_task(
     folder: Path | None,
     batch_size: int,
     limit: int | None = None,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A multiple-choice task: its metrics, and each request with its log-likelihood in nats.
+) -> Answers:
+    """A multiple-choice task: its metrics, of all questions and of each, and its requests.
+
+    Besides the task's own metric these are acc, len_norm, and bpb of the right option, which tells
+    small models apart that are right as often as chance is.
 
     Args:
         folder: contains the data set in OLMo's layout (olmo.eval.rows); None: the hub's.
@@ -100,17 +115,36 @@ def score_task(
         conditional, unconditional = evaluator.likelihoods(model)
     metrics = [task.metric]
     if task.metric not in TARGET_METRICS:  # every option is scored, so these cost nothing
-        metrics += [name for name in ("acc", "len_norm") if name != task.metric]
-    rows = []
+        metrics += [name for name in ("acc", "len_norm", "bpb") if name != task.metric]
+    asked = evaluator.requests
+    by_document: dict[int, list[Request]] = {}
+    for request in asked:
+        by_document.setdefault(request.document, []).append(request)
+    digests = {
+        document: digest_question(((r.context, r.continuation) for r in of), of[0].target)
+        for document, of in by_document.items()
+    }
+    scores, questions = [], []
     for metric in metrics:
-        score = compute_score(metric, evaluator.requests, conditional, unconditional)
+        # The right option alone decides some metrics.
+        used = [
+            i for i, r in enumerate(asked) if metric not in TARGET_METRICS or r.option == r.target
+        ]
+        reference = None if unconditional is None else unconditional[used]
+        answers = (metric, [asked[i] for i in used], conditional[used], reference)
+        score = compute_score(*answers)
         row = {"metric": metric, "value": score.value, "stderr": nan_to_none(score.stderr)}
-        rows.append(row | {"documents": score.documents})
+        scores.append(row | {"documents": score.documents})
+        if metric != "f1":  # no mean over questions
+            questions += [
+                {"metric": metric, "question": digests[document], "value": value}
+                for document, value in score_documents(*answers).items()
+            ]
     requests = [
         request._asdict() | {"loglikelihood": value}
-        for request, value in zip(evaluator.requests, conditional.tolist(), strict=True)
+        for request, value in zip(asked, conditional.tolist(), strict=True)
     ]
-    return rows, requests
+    return Answers(scores, questions, requests)
 
 
 def nan_to_none(value: float) -> float | None:

@@ -1,7 +1,7 @@
 """Runs EleutherAI's lm-evaluation-harness (lm_eval) on an exported model.
 
-Its own tasks come from the hub. Tasks of tasks.yaml with local documents, and the user's own task
-files, need no network.
+Its own tasks come from the hub, or from local copies in OLMo's layout (olmo.eval.rows). Tasks of
+tasks.yaml with local documents, and the user's own task files, need no network.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from olmo.eval.final import nan_to_none
+from olmo.eval.final import Answers, nan_to_none
+from olmo.eval.questions import digest_question
+from olmo.eval.rows import read_local_splits
 from olmo.eval.tasks import TARGET_METRICS, ChoiceTask, build_requests
 
 
@@ -71,16 +74,19 @@ def run_harness(
     task_files: Sequence[Path],
     batch_size: int = 8,
     limit: int | None = None,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Evaluate an exported model: the metrics, and each request with its log-likelihood in nats.
+    copies: Path | None = None,
+) -> Answers:
+    """Evaluate an exported model: the metrics, of all questions and of each, and each request.
 
     Args:
         model: a folder that transformers reads.
         names: tasks and groups, the harness's own or from `task_files`.
         task_files: folders of task files (YAML).
         limit: only the first so many documents of each task; None: all.
+        copies: folder of data sets in OLMo's layout; what it does not have comes from the hub.
 
-    Raises ValueError for an unknown or broken task, or if its data is not available.
+    Raises ValueError for an unknown or broken task, if its data is not available, or if its
+    documents have no answers.
     """
     with silence_output():
         import lm_eval
@@ -101,7 +107,7 @@ def run_harness(
     with silence_output():
         lm = HFLM(pretrained=str(model), device=device, batch_size=batch_size, dtype="auto")
     try:
-        with silence_output():
+        with silence_output(), read_copies(copies):
             results = lm_eval.simple_evaluate(
                 lm, tasks=list(names), task_manager=known, limit=limit, bootstrap_iters=1000
             )
@@ -116,7 +122,30 @@ def run_harness(
             f"harness: {', '.join(names)}: {first[0] if first else type(error).__name__}. Without "
             "access to the hub, give task files of local data (`task_files`), or remove the task"
         ) from error
-    return extract_metrics(results), extract_requests(results)
+    check_answers(results)
+    scores = extract_metrics(results)
+    return Answers(scores, extract_questions(results, scores), extract_requests(results))
+
+
+@contextmanager
+def read_copies(folder: Path | None) -> Iterator[None]:
+    """Data sets that lm_eval loads by their hub's name come from `folder` if they are there."""
+    import datasets
+
+    from_hub = datasets.load_dataset
+
+    def load(path: str, name: str | None = None, **settings: Any) -> Any:
+        splits = read_local_splits(path, name, folder) if folder else {}
+        if not splits:
+            return from_hub(path, name, **settings)
+        found = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+        return datasets.DatasetDict(found)
+
+    datasets.load_dataset = load
+    try:
+        yield
+    finally:
+        datasets.load_dataset = from_hub
 
 
 def silence_output() -> AbstractContextManager[Any]:
@@ -144,6 +173,50 @@ def extract_metrics(results: dict[str, Any]) -> list[dict[str, Any]]:
                     "documents": results["n-samples"].get(task, {}).get("effective"),
                 }
             )
+    return rows
+
+
+def check_answers(results: dict[str, Any]) -> None:
+    """Raise ValueError for a choice without a right answer: lm_eval would count it as wrong."""
+    for task, samples in results["samples"].items():
+        if results["configs"].get(task, {}).get("output_type") != "multiple_choice":
+            continue
+        for sample in samples:
+            asked = [tuple(request[:2]) for request in sample["arguments"]]
+            options = [text.strip() for context, text in asked if context == asked[0][0]]
+            right = sample["target"]
+            if isinstance(right, int) and (len(options) > 1 or right < 0):
+                is_known = 0 <= right < len(options)
+            else:  # the answer's text; of a context for each option it is what follows them
+                is_known = not isinstance(right, str) or right.strip() in options
+            if not is_known:
+                raise ValueError(
+                    f"harness: '{task}': document {sample['doc_id']} has no answer: expected a "
+                    f"number below {len(options)}, or an option, found {right!r}. Name a split "
+                    "whose answers are public"
+                )
+
+
+def extract_questions(
+    results: dict[str, Any], scores: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row for each question and metric, of metrics that are means over questions."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for task, samples in results["samples"].items():
+        for sample in samples:
+            kind = sample.get("filter", "none")
+            question = digest_question(sample["arguments"], sample["target"])
+            for name in sample["metrics"]:
+                if isinstance(value := sample.get(name), int | float):
+                    metric = name if kind == "none" else f"{name} ({kind})"
+                    row = {"metric": metric, "question": question, "value": float(value)}
+                    found.setdefault((task, metric), []).append({"task": task, **row})
+    means = {(row["task"], row["metric"]): row["value"] for row in scores}
+    rows = []
+    for key, asked in found.items():
+        mean = sum(row["value"] for row in asked) / len(asked)
+        if math.isclose(mean, means.get(key, math.nan), rel_tol=1e-9, abs_tol=1e-12):
+            rows += asked
     return rows
 
 

@@ -101,6 +101,15 @@ def list_local_files(
     return sorted(path for place in places for path in place.glob("*") if path.is_file())
 
 
+def read_local_splits(
+    dataset: str, config: str | None, folder: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Split → its documents, of a data set in `folder`; empty if it is not there."""
+    local = folder / "hf_datasets" / dataset / (config or "none")
+    splits = sorted(place for place in local.glob("*") if place.is_dir())
+    return {place.name: list(_read_folder(place)) for place in splits}
+
+
 def _read_folder(folder: Path) -> Iterator[dict[str, Any]]:
     import polars
 

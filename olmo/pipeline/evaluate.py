@@ -9,7 +9,7 @@ from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from olmo.config import TrainConfig
 from olmo.corpus.docstrings import DATASET, stdlib_docstrings
@@ -22,6 +22,9 @@ from olmo.pipeline.document_losses import document_losses
 from olmo.pipeline.recipe import EvaluationConfig
 from olmo.runtime.numbers import encode_non_finite, from_json, to_json
 from olmo.store.stage import Facts, Folder, Input, Inputs, Output, Unhashed, current_store, stage
+
+if TYPE_CHECKING:
+    from olmo.eval.final import Answers
 
 OURS, HARNESS = "ours", "lm-eval"  # scorers
 
@@ -145,6 +148,7 @@ def evaluate(
         rows = list_local_files(task.dataset, task.configs, splits, folder) if folder else []
         return folder, rows
 
+    names = sorted(set(config.harness))
     for path in task_files:
         if not any(file.is_file() for file in path.rglob("*")):
             raise ValueError(f"task_files: expected a folder with files, found none in {path}")
@@ -167,13 +171,18 @@ def evaluate(
     if config.harness:
         local = {label: find_rows(label) for label in config.harness if label in load_tasks()}
         local = {label: (folder, rows) for label, (folder, rows) in local.items() if rows}
+        # Which data sets a task of the harness reads is known only when it has run.
+        copies = data if data and not set(names) <= local.keys() else None
+        copied = (
+            sorted(p for p in (copies / "hf_datasets").rglob("*") if p.is_file()) if copies else []
+        )
         harness_tasks(
             model=sorted(p for p in hf.iterdir() if p.suffix in (".json", ".safetensors"))
             if hf.is_dir()
             else [hf],
-            rows=[row for _, rows in local.values() for row in rows],
+            rows=[row for _, rows in local.values() for row in rows] + copied,
             files=sorted(p for f in task_files for p in f.rglob("*") if p.is_file()),
-            names=sorted(set(config.harness)),
+            names=names,
             ours={label: dataclasses.asdict(find_task(label)) for label in local},
             versions={name: version(name) for name in ("lm-eval", "transformers")},
             answers=answers / HARNESS,
@@ -181,6 +190,7 @@ def evaluate(
             hf=hf,
             data={label: folder for label, (folder, _) in local.items() if folder},
             task_files=task_files,
+            copies=copies,
             batch_size=config.batch_size,
             limit=config.limit,
         )
@@ -188,11 +198,16 @@ def evaluate(
     evaluation(
         heldout=heldout,
         scores=[folder / "scores.json" for folder in answered],
+        questions=[folder / "questions.parquet" for folder in answered],
         requests=[folder / "requests.parquet" for folder in answered],
         results=results,
         further=list(further) or None,
         losses=list(losses) or None,
         datasets=tuple(path.stem for path in further),
+        suites={
+            name: [dataclasses.asdict(member) for member in members]
+            for name, members in config.suites.items()
+        },
     )
 
 
@@ -216,7 +231,7 @@ def heldout_perplexity(
     return {"facts": encode_non_finite(measured), "conditions": measurement_conditions(checkpoint)}
 
 
-@stage(version=1)
+@stage(version=2)
 def choice_task(
     model: Input,
     config: Input,
@@ -229,23 +244,23 @@ def choice_task(
     batch_size: Unhashed[int],
     limit: int | None = None,
 ) -> Facts:
-    """A multiple-choice task by our own scorer: scores.json and requests.parquet.
+    """A multiple-choice task by our own scorer: scores.json, questions.parquet, requests.parquet.
 
     `rows` are the files of its documents in `data`. If there are none, the documents come from the
     hub, and are not in the action's key.
     """
-    from olmo.eval.final import score_task
+    from olmo.eval.final import Answers, score_task
     from olmo.eval.tasks import ChoiceTask
 
     choice = ChoiceTask(**task)
-    scores, requests = score_task(checkpoint, choice, tokenizer, data, batch_size, limit)
-    scores = [{"scorer": OURS, "task": choice.label, **score} for score in scores]
-    write_answers(answers, scores, [{"task": choice.label, **row} for row in requests])
+    found = score_task(checkpoint, choice, tokenizer, data, batch_size, limit)
+    labelled = Answers(*([{"task": choice.label, **row} for row in rows] for rows in found))
+    scores = write_answers(answers, OURS, labelled)
     where = measurement_conditions(checkpoint) | {"batch_size": batch_size}
     return {"facts": encode_non_finite({"scores": scores}), "conditions": where}
 
 
-@stage(version=1)
+@stage(version=2)
 def harness_tasks(
     model: Inputs,
     rows: Inputs,
@@ -258,13 +273,15 @@ def harness_tasks(
     hf: Unhashed[Path],
     data: Unhashed[dict[str, Path]],
     task_files: Unhashed[list[Path]],
+    copies: Unhashed[Path | None],
     batch_size: Unhashed[int],
     limit: int | None = None,
 ) -> Facts:
-    """Tasks by lm-evaluation-harness on an export: scores.json and requests.parquet.
+    """Tasks by lm-evaluation-harness on an export: scores.json, questions and requests.parquet.
 
     `ours` are tasks of tasks.yaml whose documents, `rows`, are in `data`: they are written as tasks
-    of the harness. `files` are the files in the folders `task_files`.
+    of the harness. `files` are the files in the folders `task_files`; those of `copies`, a folder
+    of data sets, are among `rows`.
     """
     import torch
 
@@ -276,30 +293,33 @@ def harness_tasks(
         for label, fields in ours.items():
             write_task(ChoiceTask(**fields), data[label], Path(place))
         folders = [*task_files, *([Path(place)] if ours else [])]
-        scores, requests = run_harness(hf, names, folders, batch_size, limit)
-    scores = [{"scorer": HARNESS, **score} for score in scores]
-    write_answers(answers, scores, requests)
+        found = run_harness(hf, names, folders, batch_size, limit, copies)
+    scores = write_answers(answers, HARNESS, found)
     where = measurement_conditions(checkpoint) | {"batch_size": batch_size}
     return {"facts": encode_non_finite({"scores": scores}), "conditions": where}
 
 
-@stage(version=2)
+@stage(version=3)
 def evaluation(
     heldout: Input | None,
     scores: Inputs,
+    questions: Inputs,
     requests: Inputs,
     results: Folder,
     further: Inputs | None = None,
     datasets: tuple[str, ...] = (),
     losses: Inputs | None = None,
+    suites: dict[str, Any] | None = None,
 ) -> Facts:
-    """All results of a run: results.json, results.parquet, requests.parquet, table.md.
+    """All results of a run: results.json and .parquet, questions and requests.parquet, table.md.
 
     With `losses`, of the documents of `heldout` and of each of `further`, also documents.parquet:
     dataset ("heldout", or "heldout of <data set>"), document, tokens, bytes, nats.
     """
     import polars
 
+    from olmo.eval.questions import score_suite
+    from olmo.report.differences import QUESTIONS
     from olmo.report.scores import SCHEMA, format_run_table, heldout_scores
 
     results_of = {"heldout": heldout} if heldout else {}
@@ -310,6 +330,7 @@ def evaluation(
         rows += heldout_scores(from_json(path.read_text()), task, documents)
     for path in scores:
         rows += from_json(path.read_text())
+    rows += [score_suite(name, members, rows) for name, members in (suites or {}).items()]
     results.mkdir()
     (results / "results.json").write_text(to_json(rows, indent=1) + "\n")
     frame = polars.DataFrame(rows, schema=SCHEMA)
@@ -319,20 +340,25 @@ def evaluation(
         named = zip(results_of, each, strict=True)
         documents = polars.concat(d.select(polars.lit(t).alias("dataset"), "*") for t, d in named)
         documents.write_parquet(results / "documents.parquet")
+    asked = [polars.read_parquet(path) for path in questions]
+    asked = [polars.DataFrame(schema=QUESTIONS), *asked]
+    polars.concat(asked).write_parquet(results / "questions.parquet")
     answered = [polars.read_parquet(path) for path in requests]
     if answered:
         polars.concat(answered, how="diagonal").write_parquet(results / "requests.parquet")
     return {"facts": {"scores": len(rows)}}
 
 
-def write_answers(
-    folder: Path, scores: list[dict[str, Any]], requests: list[dict[str, Any]]
-) -> None:
-    """Write scores.json and requests.parquet."""
+def write_answers(folder: Path, scorer: str, found: "Answers") -> list[dict[str, Any]]:
+    """Write scores.json, questions.parquet and requests.parquet; returns the scores."""
     import polars
 
+    from olmo.report.differences import QUESTIONS
+
     folder.mkdir()
+    scores, questions, requests = ([{"scorer": scorer, **row} for row in rows] for rows in found)
     (folder / "scores.json").write_text(to_json(scores, indent=1) + "\n")
-    by = scores[0]["scorer"] if scores else HARNESS
-    rows = [{"scorer": by, **row} for row in requests]
-    polars.DataFrame(rows, infer_schema_length=None).write_parquet(folder / "requests.parquet")
+    polars.DataFrame(questions, schema=QUESTIONS).write_parquet(folder / "questions.parquet")
+    asked = polars.DataFrame(requests, infer_schema_length=None)
+    asked.write_parquet(folder / "requests.parquet")
+    return scores

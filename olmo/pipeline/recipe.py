@@ -87,6 +87,21 @@ class Recipe(BaseConfig):
 
 
 @dataclass
+class SuiteMember(BaseConfig):
+    """What counts as one in a suite: a task's score, or the mean score of several tasks."""
+
+    task: str  # its name, or a pattern of several: "olmes_mc::mmlu::*"
+    metric: str  # acc, acc_norm, …
+    scorer: str = "lm-eval"  # or ours
+    chance: float = 0.0  # what guessing scores; the member is (score − chance) / (1 − chance)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.chance < 1:
+            raise ValueError(f"chance: expected a share of 0 or more, below 1, found {self.chance}")
+
+
+@dataclass
 class EvaluationConfig(BaseConfig):
     """The evaluation of a finished run besides held-out documents: config/eval/<name>.yaml."""
 
@@ -95,8 +110,10 @@ class EvaluationConfig(BaseConfig):
     # tasks.yaml whose documents are in `data`.
     harness: list[str] = field(default_factory=list)
     heldout: list[str] = field(default_factory=list)  # further data sets with the same tokenizer
-    data: str | None = None  # folder of task data, like hf_datasets_cache_dir; None: the hub
+    data: str | None = None  # folder of data sets, like hf_datasets_cache_dir; None: the hub
     task_files: list[str] = field(default_factory=list)  # folders of the harness's YAML
+    # One number each, the mean of its members, by the name that it has in the tables.
+    suites: dict[str, list[SuiteMember]] = field(default_factory=dict)
     batch_size: int = 8  # instances of a forward pass
     limit: int | None = None  # the number of documents to evaluate of each task
 
@@ -104,6 +121,9 @@ class EvaluationConfig(BaseConfig):
         super().__post_init__()
         check_range("batch_size", self.batch_size, 1)
         check_range("limit", self.limit, 1)
+        for name, members in self.suites.items():
+            if not members:
+                raise ValueError(f"suites.{name}: expected tasks, found none")
 
 
 @dataclass

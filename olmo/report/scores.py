@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from olmo.eval.paired import Difference, holm
+from olmo.eval.questions import Part
 from olmo.report.card import format_table
+from olmo.report.differences import Key, find_differences, key_of, read_evaluation
 from olmo.runtime.numbers import from_json
 from olmo.store.naming import check_not_in_store
 
@@ -22,8 +25,19 @@ SCHEMA = {
     "stderr": float,  # null if unknown
     "documents": int,
 }
+# Of a run that is compared with the reference; null without answers of both.
+DIFFERENCE = {
+    "difference": float,
+    "low": float,  # of the 95 % interval
+    "high": float,
+    "p": float,
+    "p_holm": float,  # corrected for all differences of the table
+    "detectable": float,
+    "questions": int,
+}
 PER_ANSWER = "loss per answer token"
 LOWER_IS_BETTER = ("loss", PER_ANSWER, "perplexity", "bits_per_byte", "ce_loss", "bpb")
+Differences = dict[str, dict[Key, Difference]]  # by the compared run
 Row = dict[str, Any]
 
 
@@ -83,16 +97,16 @@ def format_run_table(rows: Sequence[Row]) -> str:
         (row["task"], row["scorer"], row["metric"], format_value(row), row["documents"] or "")
         for row in rows
     ]
-    return format_table(head, body)
+    return format_table(head, body) + format_suites({"value": rows})
 
 
 def scores(runs: list[Path], table: Path, parquet: Path) -> None:
     """Put evaluations of several runs (folders eval/<run>) side by side, the reference first.
 
     The table (Markdown) has a column for each run: value ± standard error, and in brackets the
-    improvement over the reference in standard errors of the difference. That assumes independent
-    documents, and so underestimates the significance on the same documents. The parquet file holds
-    all rows, with a column `run`.
+    difference to the reference on the questions that both answered, with its 95 % interval, and
+    better or worse if 0 is not in it. The last column is the least difference that so many
+    questions detect in four of five cases. The parquet file holds all rows, with a column `run`.
 
     Args:
         runs: folders eval/<run>; the first is the reference
@@ -102,21 +116,47 @@ def scores(runs: list[Path], table: Path, parquet: Path) -> None:
     Example:
         olmo scores --runs eval/one eval/two --table a.md --parquet a.parquet
 
-    Raises ValueError for two runs of one name, for a folder without results, and for outputs that
-    are links into the store.
+    Raises ValueError for less than two runs, for two of one name, for a folder without results or
+    answers, for runs without a common question, and for outputs that are links into the store.
     """
     import polars
 
     check_not_in_store(table, parquet)
     names = [run.name for run in runs]
+    if len(names) < 2:
+        raise ValueError(
+            f"expected two runs or more, the reference first, found {', '.join(names) or 'none'}; "
+            "name them: `eval` in config/config.yaml, or --runs (eval/<run>/table.md is one run's)"
+        )
     if len(set(names)) < len(names):
         raise ValueError(f"expected runs with different names, found {', '.join(names)}")
     found = {run.name: read_results(run) for run in runs}
-    rows = [{"run": name, **row} for name in names for row in found[name]]
+    reference, *others = (read_evaluation(run, found[run.name]) for run in runs)
+    differences = {other.name: find_differences(reference, other) for other in others}
     for path in (table, parquet):
         path.parent.mkdir(parents=True, exist_ok=True)
-    polars.DataFrame(rows, schema={"run": str, **SCHEMA}).write_parquet(parquet)
-    table.write_text(format_comparison_table(found))
+    rows = _rows_with_differences(found, differences)
+    schema = {"run": str, **SCHEMA, **DIFFERENCE}
+    polars.DataFrame(rows, schema=schema).write_parquet(parquet)
+    table.write_text(format_comparison_table(found, differences))
+
+
+def _rows_with_differences(found: dict[str, list[Row]], differences: Differences) -> list[Row]:
+    places = [(name, key) for name, by_key in differences.items() for key in by_key]
+    known = [differences[name][key] for name, key in places]
+    corrected = dict(zip(places, holm([one.p for one in known]), strict=True))
+    rows = []
+    for name, scored in found.items():
+        for row in scored:
+            one = differences.get(name, {}).get(key_of(row))
+            columns: Row = {}
+            if one is not None:
+                columns = one._asdict() | {
+                    "difference": one.value,
+                    "p_holm": corrected[name, key_of(row)],
+                }
+            rows.append({"run": name, **columns, **row})
+    return [{column: row.get(column) for column in ("run", *SCHEMA, *DIFFERENCE)} for row in rows]
 
 
 def read_results(run: Path) -> list[Row]:
@@ -129,6 +169,8 @@ def read_results(run: Path) -> list[Row]:
     try:
         rows: list[Row] = from_json(path.read_text())
         is_whole = all(row.keys() >= SCHEMA.keys() and row["value"] is not None for row in rows)
+        parts = [part for row in rows for part in row.get("parts", ())]
+        is_whole = is_whole and all(part.keys() == set(Part._fields) for part in parts)
     except (ValueError, AttributeError, TypeError):
         is_whole = False
     if not is_whole:
@@ -139,24 +181,57 @@ def read_results(run: Path) -> list[Row]:
     return rows
 
 
-def format_comparison_table(found: dict[str, list[Row]]) -> str:
+def format_comparison_table(found: dict[str, list[Row]], differences: Differences) -> str:
     """The table of several runs, a column each; the first is the reference."""
-
-    def key(row: Row) -> tuple[str, str, str]:
-        return row["task"], row["scorer"], row["metric"]
-
-    by_run = {name: {key(row): row for row in rows} for name, rows in found.items()}
-    keys = list(dict.fromkeys(key(row) for rows in found.values() for row in rows))
-    reference = by_run[next(iter(by_run))]
+    by_run = {name: {key_of(row): row for row in rows} for name, rows in found.items()}
     lines = []
-    for score in keys:
-        cells = []
+    for score in dict.fromkeys(key_of(row) for rows in found.values() for row in rows):
+        cells, least = [], []
         for name, rows in by_run.items():
-            row = rows.get(score)
-            compared = reference.get(score) if name != next(iter(by_run)) else None
-            cells.append("" if row is None else format_value(row) + improvement(row, compared))
-        lines.append((*score, *cells))
-    return format_table(("task", "scorer", "metric", *found), lines)
+            row, one = rows.get(score), differences.get(name, {}).get(score)
+            cell = "" if row is None else format_value(row)
+            if one is not None:
+                cell += f" ({format_difference(one, score[2])})"
+                least.append(one.detectable)
+            cells.append(cell)
+        lines.append((*score, *cells, f"{max(least):.4f}" if least else ""))
+    head = ("task", "scorer", "metric", *found, "detectable")
+    explained = explain_differences(next(iter(found)), differences)
+    return explained + "\n\n" + format_table(head, lines) + format_suites(found)
+
+
+def explain_differences(reference: str, differences: Differences) -> str:
+    """What stands above the table: how many differences to expect by chance."""
+    p_values = [one.p for by_key in differences.values() for one in by_key.values()]
+    marked = sum(p < 0.05 for p in p_values)
+    kept = sum(p < 0.05 for p in holm(p_values))
+    return (
+        f"In brackets: the difference to {reference} on the questions that both answered, its 95 % "
+        f"interval, and better or worse if 0 is not in it. The intervals are not corrected for "
+        f"their number: of {len(p_values)}, {marked} are without 0, where runs that do not differ "
+        f"would give {0.05 * len(p_values):.1f}; {kept} are left after Holm's correction. "
+        "detectable: the least true difference that so many questions find in four of five cases."
+    )
+
+
+def format_suites(found: Mapping[str, Sequence[Row]]) -> str:
+    """What the suites are made of, a column for each run; "" if there are none."""
+    parts: dict[tuple[str, str, str, str], dict[str, Row]] = {}
+    for name, rows in found.items():
+        for row in rows:
+            for part in row.get("parts", ()):
+                key = (row["task"], part["task"], part["scorer"], part["metric"])
+                parts.setdefault(key, {})[name] = part
+    if not parts:
+        return ""
+    lines = []
+    for key, by_run in parts.items():
+        first = next(iter(by_run.values()))
+        values = [f"{by_run[name]['value']:.4f}" if name in by_run else "" for name in found]
+        lines.append((*key, f"{first['chance']:g}", f"{first['weight']:.4f}", *values))
+    head = ("suite", "part", "scorer", "metric", "chance", "weight", *found)
+    said = "A suite is the sum of weight · (value − chance) / (1 − chance) over its parts:"
+    return f"\n{said}\n\n{format_table(head, lines)}"
 
 
 def format_value(row: Row) -> str:
@@ -165,12 +240,10 @@ def format_value(row: Row) -> str:
     return f"{row['value']:.4f}{error}"
 
 
-def improvement(row: Row, reference: Row | None) -> str:
-    """How many standard errors a score is better than the reference; "" if unknown."""
-    if reference is None or row["stderr"] is None or reference["stderr"] is None:
-        return ""
-    error = math.hypot(row["stderr"], reference["stderr"])
-    if not error or not math.isfinite(error):
-        return ""
-    sign = -1 if row["metric"] in LOWER_IS_BETTER else 1
-    return f" ({sign * (row['value'] - reference['value']) / error:+.1f})"
+def format_difference(one: Difference, metric: str) -> str:
+    """The difference and its interval; better or worse if 0 is not in it."""
+    if one.low <= 0 <= one.high or not one.low <= one.high:  # NaN: one question alone
+        said = ""
+    else:
+        said = " better" if (one.value < 0) == (metric in LOWER_IS_BETTER) else " worse"
+    return f"{one.value:+.4f} [{one.low:+.4f}, {one.high:+.4f}]{said}"

@@ -25,7 +25,12 @@ def project(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Projec
     project.use_given_tokenizer(tokenizer)
     project.write(
         "config/eval/small.yaml",
-        {"choices": ["stdlib_docstrings"], "harness": ["stdlib_docstrings"], "limit": 12},
+        {
+            "choices": ["stdlib_docstrings"],
+            "harness": ["stdlib_docstrings"],
+            "limit": 12,
+            "suites": {"ONE": [{"task": "stdlib_*", "metric": "acc", "chance": 0.25}]},
+        },
     )
     # A data set of the same tokenizer, and one of another.
     given = {"file": "tokenizer.json", "eos_token_id": 0, "pad_token_id": 1}
@@ -51,6 +56,11 @@ def test_evaluated_by_both_scorers(project: Project) -> None:
     assert loss["value"] == pytest.approx(last, abs=1e-6) and 0 < loss["stderr"] < 1
     ours, theirs = (found[by, "stdlib_docstrings", "acc"] for by in ("ours", "lm-eval"))
     assert (ours["value"], ours["documents"]) == (theirs["value"], 12)
+    suite = found["suite", "ONE", "centered score"]
+    assert suite["value"] == pytest.approx((theirs["value"] - 0.25) / 0.75)
+    scored = polars.read_parquet(project.root / "eval/small/questions.parquet")
+    asked = scored.filter(metric="acc").partition_by("scorer", as_dict=True)
+    assert asked["ours",].drop("scorer").equals(asked["lm-eval",].drop("scorer"))
     assert polars.read_parquet(project.root / "eval/small/results.parquet").height == len(rows)
     asked = polars.read_parquet(project.root / "eval/small/requests.parquet")
     a, b = (asked.filter(scorer=by)["loglikelihood"] for by in ("ours", "lm-eval"))
@@ -92,8 +102,12 @@ def test_another_task_asks_that_one_only(project: Project) -> None:
 def test_runs_side_by_side(project: Project) -> None:
     project.run("eval", timeout=600)
     table = (project.root / "bench-results/eval/table.md").read_text()
-    assert table.startswith("| task | scorer | metric | small | other |")
-    assert table.count(" ± ") >= 6
+    assert "| task | scorer | metric | small | other | detectable |" in table
+    assert table.startswith("In brackets: the difference to small") and table.count(" ± ") >= 6
+    compared = polars.read_parquet(project.root / "bench-results/eval/results.parquet")
+    known = compared.filter(polars.col("difference").is_not_null())
+    assert set(known["metric"]) == {"acc", "len_norm", "bpb", "acc_norm", "centered score"}
+    assert set(known["questions"]) == {12}
 
 
 def test_bad_input(project: Project) -> None:

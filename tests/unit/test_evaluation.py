@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars
 import pytest
 import torch
 from test_bench import shard
@@ -23,7 +22,7 @@ from olmo.model import OLMo
 from olmo.pipeline.convert import convert
 from olmo.pipeline.evaluate import heldout
 from olmo.pipeline.plan import Plan
-from olmo.report.scores import format_run_table, heldout_scores, scores
+from olmo.report.scores import heldout_scores
 
 LABEL = "stdlib_docstrings"
 ROWS = "hf_datasets/stdlib_docstrings/none/test/documents.jsonl"
@@ -54,11 +53,13 @@ def test_both_scorers_agree(
     tmp_path: Path,
 ) -> None:
     """The same documents by lm-eval on the export and by ours on the checkpoint."""
-    ours, our_requests = score_task(final, find_task(LABEL), tokenizer, questions, 4)
+    ours, our_questions, our_requests = score_task(final, find_task(LABEL), tokenizer, questions, 4)
     (tmp_path / "tasks").mkdir()
     write_task(find_task(LABEL), questions, tmp_path / "tasks")
     hf = exported(final, tokenizer)
-    theirs, their_requests = run_harness(hf, [LABEL], [tmp_path / "tasks"], batch_size=3)
+    theirs, their_questions, their_requests = run_harness(
+        hf, [LABEL], [tmp_path / "tasks"], batch_size=3
+    )
 
     assert len(our_requests) == len(their_requests) == 160
     for mine, other in zip(our_requests, their_requests, strict=True):
@@ -72,8 +73,19 @@ def test_both_scorers_agree(
             assert mine[our_name][key] == pytest.approx(other[their_name][key], abs=1e-9)
     assert 0 < mine["acc"]["value"] < 1 and mine["acc"]["stderr"] > 0
 
-    some, _ = run_harness(hf, [LABEL], [tmp_path / "tasks"], limit=7)
-    fewer, _ = score_task(final, find_task(LABEL), tokenizer, questions, 4, limit=7)
+    # Each question's score: the same question by both, and its mean is the table's, to the bit.
+    asked = [{q["question"] for q in of} for of in (our_questions, their_questions)]
+    assert asked[0] == asked[1] and len(asked[0]) == 40
+    for rows, of in ((ours, our_questions), (theirs, their_questions)):
+        for row in rows:
+            values = [q["value"] for q in of if q["metric"] == row["metric"]]
+            assert len(values) == 40 and sum(values) / 40 == row["value"]
+    right = [r for r in our_requests if r["option"] == r["target"]]
+    bits = [-r["loglikelihood"] / math.log(2) / len(r["continuation"][1:].encode()) for r in right]
+    assert mine["bpb"]["value"] == pytest.approx(sum(bits) / 40)
+
+    some, *_ = run_harness(hf, [LABEL], [tmp_path / "tasks"], limit=7)
+    fewer, *_ = score_task(final, find_task(LABEL), tokenizer, questions, 4, limit=7)
     assert some[0]["documents"] == fewer[0]["documents"] == 7
     assert some[0]["value"] == fewer[0]["value"]
 
@@ -201,35 +213,6 @@ def test_answers_have_a_row_of_their_own_the_first() -> None:
     ]
     assert rows[2]["stderr"] == pytest.approx(0.1 * math.e**2)
     assert len(heldout_scores(found, "heldout")) == 2
-
-
-def row(metric: str, value: float, stderr: float | None, task: str = "heldout") -> dict[str, Any]:
-    common = {"scorer": "ours", "task": task, "documents": 10}
-    return {**common, "metric": metric, "value": value, "stderr": stderr}
-
-
-def test_runs_side_by_side(tmp_path: Path) -> None:
-    ran = {
-        "a": [row("loss", 5.0, 0.3), row("acc", 0.5, 0.03, "sciq")],
-        "b": [row("loss", 4.5, 0.4), row("acc", 0.45, 0.04, "sciq"), row("f1", 0.2, None, "mrpc")],
-    }
-    for name, rows in ran.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(rows))
-    runs = [tmp_path / name for name in ran]
-    scores(runs, tmp_path / "out/table.md", tmp_path / "out/rows.parquet")
-    assert (tmp_path / "out/table.md").read_text().splitlines()[2:] == [
-        "| heldout | ours | loss | 5.0000 ± 0.3000 | 4.5000 ± 0.4000 (+1.0) |",
-        "| sciq | ours | acc | 0.5000 ± 0.0300 | 0.4500 ± 0.0400 (-1.0) |",
-        "| mrpc | ours | f1 |  | 0.2000 |",
-    ]
-    frame = polars.read_parquet(tmp_path / "out/rows.parquet")
-    assert frame.height == 5 and frame["run"].to_list() == ["a", "a", "b", "b", "b"]
-    assert "| mrpc | ours | f1 | 0.2000 | 10 |" in format_run_table(ran["b"])
-    with pytest.raises(ValueError, match=r"expected .*c/results.json.*snakemake .*eval/c"):
-        scores([*runs, tmp_path / "c"], tmp_path / "t.md", tmp_path / "t.parquet")
-    with pytest.raises(ValueError, match="different names, found a, a"):
-        scores([runs[0], runs[0]], tmp_path / "t.md", tmp_path / "t.parquet")
 
 
 def test_a_plan_knows_its_runs_and_tasks(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from olmo.pipeline.train import heldout_losses
 from olmo.report.card import _evaluation
 from olmo.report.compare import draw_curves, find_tokens_to_loss
 from olmo.report.loss import plot_losses
-from olmo.report.scores import compute_bits_per_byte, improvement, read_results, scores
+from olmo.report.scores import compute_bits_per_byte, read_results, scores
 from olmo.report.series import collect_series
 from olmo.runtime import numbers
 from olmo.runtime.numbers import encode_non_finite, from_json, perplexity, to_json
@@ -93,10 +93,12 @@ def test_a_diverged_checkpoint_is_measured(tmp_path: Path, monkeypatch: pytest.M
     assert from_json(found.read_text())["Perplexity"] == math.inf
     record = next(current_store().records())
     assert record["facts"]["Perplexity"] == "Infinity"
-    evaluation(heldout=found, scores=[], requests=[], results=tmp_path / "eval/diverged")
+    runs = [tmp_path / "eval" / name for name in ("diverged", "again")]
+    for folder in runs:
+        evaluation(heldout=found, scores=[], questions=[], requests=[], results=folder)
     (row,) = [r for r in read_results(tmp_path / "eval/diverged") if r["metric"] == "perplexity"]
     assert row["value"] == math.inf
-    scores([tmp_path / "eval/diverged"], tmp_path / "table.md", tmp_path / "all.parquet")
+    scores(runs, tmp_path / "table.md", tmp_path / "all.parquet")
     assert "inf" in (tmp_path / "table.md").read_text()
     assert math.inf in polars.read_parquet(tmp_path / "all.parquet")["value"].to_list()
 
@@ -115,5 +117,3 @@ def test_reports_of_runs_that_diverged(tmp_path: Path):
     assert find_tokens_to_loss(2.5, [(0, 3.5), (6, 2.0)]) == 4.0
     assert compute_bits_per_byte([math.inf, 1.0], [5, 5]) == (math.inf, None)
     draw_curves({"a": [(0, math.nan), (5, math.inf)], "b": [(0, 3.0)]}, tmp_path / "picture.svg")
-    row = {"metric": "loss", "value": math.inf, "stderr": math.inf}
-    assert improvement(row, {"metric": "loss", "value": 2.0, "stderr": 0.1}) == ""

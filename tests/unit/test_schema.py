@@ -21,7 +21,8 @@ def test_the_files_are_in_step():
 
 @pytest.mark.slow
 def test_editors_know_the_schema_of_each_file():
-    files = [path for path in CONFIG.rglob("*.yaml") if path.parent.name != "bench"]
+    # Of bench each file has its own, and lm-eval has none for its tasks.
+    files = [p for p in CONFIG.rglob("*.yaml") if not {"bench", "tasks"} & set(p.parts)]
     for path in files:
         first, schema_path = path.read_text().splitlines()[0].split("=")
         assert first == "# yaml-language-server: $schema", path
