@@ -1,0 +1,152 @@
+"""The loss of a model by its size and its tokens, and the interval of a prediction.
+
+The law is that of Hoffmann et al. 2022 (arXiv:2203.15556) with one exponent for both terms,
+
+    loss = E + A / N**g + B / D**g,
+
+since the two that were measured are nearly equal (Besiroglu et al. 2024, arXiv:2404.10102: 0.35 and
+0.37), and a ladder has few runs. Given g it is linear: g is searched on a grid, and the rest is
+least squares, which has one minimum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+EXPONENTS = np.geomspace(0.01, 3.0, 120)
+# The correlation of the deviations of two runs of one size, which share seed, trunk and settings.
+# It is assumed, since a few sizes cannot tell it: with less of it the intervals are too wide, with
+# more too narrow.
+SHARED = 0.8
+
+
+@dataclass(frozen=True)
+class Point:
+    """The last held-out loss of a run.
+
+    Fields:
+        size: the runs of one size share a trunk
+        parameters: without embeddings
+        loss: nats a token
+    """
+
+    size: str
+    parameters: int
+    tokens: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A predicted loss, and between what a new run's lies."""
+
+    low: float
+    loss: float
+    high: float
+
+    def contains(self, loss: float) -> bool:
+        return self.low <= loss <= self.high
+
+
+class Law:
+    """The law that fits runs best.
+
+    Fields:
+        exponent, irreducible, of_parameters, of_tokens: g, E, A and B. B is 0 where the tokens are
+            the same multiple of the parameters in all runs, and A has both terms.
+        noise: standard deviation of a run's loss from the law, in nats
+
+    Raises:
+        ValueError: fewer runs than the law has numbers, or runs of one size only.
+    """
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self.points = points
+        self.sizes = np.array([point.parameters for point in points], dtype=np.float64)
+        self.tokens = np.array([point.tokens for point in points], dtype=np.float64)
+        ratios = self.tokens / self.sizes
+        self.has_tokens = bool(ratios.max() > 1.05 * ratios.min())  # but for rounding
+        self.freedom = len(points) - (4 if self.has_tokens else 3)
+        groups = {point.size for point in points}
+        if self.freedom < 1 or len(groups) < 2:
+            raise ValueError(
+                f"expected runs of at least two sizes, and more than {len(points) - self.freedom} "
+                f"runs, as many as the law has numbers; found {len(points)} of {len(groups)} sizes"
+            )
+        same = np.array([[float(a.size == b.size) for a in points] for b in points])
+        shared = SHARED * same + (1 - SHARED) * np.eye(len(points))
+        # Multiplied by it, all deviations have the same variance and no correlation.
+        self.whiten = np.linalg.inv(np.linalg.cholesky(shared))
+        self.losses = self.whiten @ np.array([point.loss for point in points])
+        self.squares = np.array([self._solve(exponent)[1] for exponent in EXPONENTS])
+        self.exponent = float(EXPONENTS[self.squares.argmin()])
+        found, least, _ = self._solve(self.exponent)
+        self.noise = float(np.sqrt(least / self.freedom))
+        self.of_parameters = float(found[1] / self.exponent * self._middle(self.sizes))
+        self.of_tokens = 0.0
+        self.irreducible = float(found[0] - found[1:].sum() / self.exponent)
+        if self.has_tokens:
+            self.of_tokens = float(found[2] / self.exponent * self._middle(self.tokens))
+
+    def _middle(self, values: Floats) -> float:
+        return float(np.exp(np.log(values).mean()) ** self.exponent)
+
+    def _terms(self, exponent: float, sizes: Floats, tokens: Floats) -> Floats:
+        """Columns of the linear part: 1 and (x**-g - 1) / g, which is -log(x) for g = 0."""
+        columns = [np.ones(len(sizes))]
+        for values, known in ((sizes, self.sizes), (tokens, self.tokens))[: 1 + self.has_tokens]:
+            logs = np.log(values) - np.log(known).mean()
+            columns.append(np.expm1(-exponent * logs) / exponent)
+        return np.stack(columns, axis=1)
+
+    def _solve(self, exponent: float) -> tuple[Floats, float, Floats]:
+        """Coefficients, the sum of squared deviations, and the inverse of the normal matrix."""
+        terms = self.whiten @ self._terms(exponent, self.sizes, self.tokens)
+        inverse = np.linalg.pinv(terms.T @ terms).astype(np.float64)
+        found: Floats = inverse @ terms.T @ self.losses
+        return found, float(((self.losses - terms @ found) ** 2).sum()), inverse
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        """The law's loss, in nats a token."""
+        terms = self._terms(self.exponent, np.array([parameters]), np.array([tokens]))
+        return float((terms @ self._solve(self.exponent)[0])[0])
+
+    def predict(self, parameters: float, tokens: float, confidence: float) -> Interval:
+        """The loss of one run of another size, and between what it lies at this confidence.
+
+        The interval is of all losses that, put beside the runs as one more, would raise the least
+        sum of squares by no more than Student's t allows. For a linear law that is the textbook's
+        prediction interval. It has the deviation of the new run and the errors of all numbers of
+        the law, and does not take the law for linear in g.
+        """
+        from scipy import stats
+
+        quantile = float(stats.t.ppf((1 + confidence) / 2, self.freedom))
+        allowed = self.squares.min() + (quantile * self.noise) ** 2
+        ends = []
+        for exponent, squares in zip(EXPONENTS, self.squares, strict=True):
+            if squares <= allowed:
+                found, _, inverse = self._solve(float(exponent))
+                terms = self._terms(float(exponent), np.array([parameters]), np.array([tokens]))[0]
+                half = np.sqrt((allowed - squares) * (1 + terms @ inverse @ terms))
+                ends += [terms @ found - half, terms @ found + half]
+        return Interval(float(min(ends)), self.loss(parameters, tokens), float(max(ends)))
+
+
+def leave_out(points: Sequence[Point], confidence: float) -> list[tuple[Point, Interval]]:
+    """Each run, and what the runs of the other sizes predict for it; [] if these are too few."""
+    found = []
+    for point in points:
+        others = [other for other in points if other.size != point.size]
+        try:
+            law = Law(others)
+        except ValueError:
+            return []
+        found.append((point, law.predict(point.parameters, point.tokens, confidence)))
+    return found
