@@ -159,7 +159,8 @@ def list_branches_of_size(
         if trunk <= warmup:
             raise ValueError(
                 f"ladders.{name}.budgets: expected {run} to decay after its warm-up of {warmup:,} "
-                f"steps, found that it would from step {trunk:,} of {steps:,} on; take more than {budget}, or a smaller scheduler.t_warmup"
+                f"steps, found that it would from step {trunk:,} of {steps:,} on; "
+                f"take more than {budget}, or a smaller scheduler.t_warmup"
             )
         if found and trunk <= found[-1].trunk_steps:
             raise ValueError(

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-EXPONENTS = np.geomspace(0.01, 3.0, 120)
+EXPONENTS = np.geomspace(0.01, 3.0, 100)
 # The correlation of the deviations of two runs of one size, which share seed, trunk and settings.
 # It is assumed, since a few sizes cannot tell it: with less of it the intervals are too wide, with
 # more too narrow.
@@ -73,19 +73,22 @@ class Law:
         ratios = self.tokens / self.sizes
         self.has_tokens = bool(ratios.max() > 1.05 * ratios.min())  # but for rounding
         self.freedom = len(points) - (4 if self.has_tokens else 3)
-        groups = {point.size for point in points}
-        if self.freedom < 1 or len(groups) < 2:
+        self.groups = len({point.size for point in points})
+        if self.freedom < 1 or self.groups < 2:
             raise ValueError(
                 f"expected runs of at least two sizes, and more than {len(points) - self.freedom} "
-                f"runs, as many as the law has numbers; found {len(points)} of {len(groups)} sizes"
+                f"runs, as many as the law has numbers; found {len(points)} of {self.groups} sizes"
             )
         same = np.array([[float(a.size == b.size) for a in points] for b in points])
         shared = SHARED * same + (1 - SHARED) * np.eye(len(points))
         # Multiplied by it, all deviations have the same variance and no correlation.
         self.whiten = np.linalg.inv(np.linalg.cholesky(shared))
         self.losses = self.whiten @ np.array([point.loss for point in points])
-        self.squares = np.array([self._solve(exponent)[1] for exponent in EXPONENTS])
-        self.exponent = float(EXPONENTS[self.squares.argmin()])
+        coarse = [self._solve(exponent)[1] for exponent in EXPONENTS]
+        near = EXPONENTS[max(0, int(np.argmin(coarse)) - 1) :][:3]
+        self.exponents = np.union1d(EXPONENTS, np.geomspace(near[0], near[-1], 40))
+        self.squares = np.array([self._solve(exponent)[1] for exponent in self.exponents])
+        self.exponent = float(self.exponents[self.squares.argmin()])
         found, least, _ = self._solve(self.exponent)
         self.noise = float(np.sqrt(least / self.freedom))
         self.of_parameters = float(found[1] / self.exponent * self._middle(self.sizes))
@@ -127,10 +130,11 @@ class Law:
         """
         from scipy import stats
 
-        quantile = float(stats.t.ppf((1 + confidence) / 2, self.freedom))
+        # Runs of one size are not independent: no more degrees of freedom than sizes.
+        quantile = float(stats.t.ppf((1 + confidence) / 2, min(self.freedom, self.groups)))
         allowed = self.squares.min() + (quantile * self.noise) ** 2
         ends = []
-        for exponent, squares in zip(EXPONENTS, self.squares, strict=True):
+        for exponent, squares in zip(self.exponents, self.squares, strict=True):
             if squares <= allowed:
                 found, _, inverse = self._solve(float(exponent))
                 terms = self._terms(float(exponent), np.array([parameters]), np.array([tokens]))[0]
