@@ -49,8 +49,8 @@ class LadderConfig(BaseConfig):
     evaluation: str | None = None  # a file in config/eval
     processes: int = 1  # that train a run; with GPUs, one per GPU
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Raises ValueError for a ladder that cannot be."""
         for name in ("decay_share", "confidence"):
             if not 0 < (found := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: expected a number between 0 and 1, found {found}")
@@ -208,6 +208,10 @@ def expand_ladders(
     runs: dict[str, dict[str, Any]] = {}
     longest: dict[str, int] = {}
     for name, ladder in ladders.items():
+        try:
+            ladder.check()
+        except ValueError as error:
+            raise ValueError(f"ladders.{name}.{error}") from error
         branches = list_branches(name, ladder)
         if taken := next((branch.name for branch in branches if branch.name in runs), None):
             raise ValueError(

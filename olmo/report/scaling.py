@@ -84,41 +84,45 @@ class Law:
         # Multiplied by it, all deviations have the same variance and no correlation.
         self.whiten = np.linalg.inv(np.linalg.cholesky(shared))
         self.losses = self.whiten @ np.array([point.loss for point in points])
-        coarse = [self._solve(exponent)[1] for exponent in EXPONENTS]
-        near = EXPONENTS[max(0, int(np.argmin(coarse)) - 1) :][:3]
+        coarse = self._solve(EXPONENTS)[1]
+        near = EXPONENTS[max(0, int(coarse.argmin()) - 1) :][:3]
         self.exponents = np.union1d(EXPONENTS, np.geomspace(near[0], near[-1], 40))
-        self.squares = np.array([self._solve(exponent)[1] for exponent in self.exponents])
-        self.exponent = float(self.exponents[self.squares.argmin()])
-        found, least, _ = self._solve(self.exponent)
-        self.noise = float(np.sqrt(least / self.freedom))
-        self.of_parameters = float(found[1] / self.exponent * self._middle(self.sizes))
-        self.of_tokens = 0.0
-        self.irreducible = float(found[0] - found[1:].sum() / self.exponent)
-        if self.has_tokens:
-            self.of_tokens = float(found[2] / self.exponent * self._middle(self.tokens))
+        self.found, self.squares, self.inverses = self._solve(self.exponents)
+        self.best = int(self.squares.argmin())
+        self.exponent = float(self.exponents[self.best])
+        self.noise = float(np.sqrt(self.squares[self.best] / self.freedom))
+        found = self.found[self.best] / self.exponent
+        self.of_parameters = float(found[1] * self._middle(self.sizes))
+        self.of_tokens = float(found[2] * self._middle(self.tokens)) if self.has_tokens else 0.0
+        self.irreducible = float(self.found[self.best, 0] - found[1:].sum())
 
     def _middle(self, values: Floats) -> float:
         return float(np.exp(np.log(values).mean()) ** self.exponent)
 
-    def _terms(self, exponent: float, sizes: Floats, tokens: Floats) -> Floats:
-        """Columns of the linear part: 1 and (x**-g - 1) / g, which is -log(x) for g = 0."""
-        columns = [np.ones(len(sizes))]
+    def _terms(self, exponents: Floats, sizes: Floats, tokens: Floats) -> Floats:
+        """Of each exponent and run the terms of the linear part: (exponents, runs, terms).
+
+        They are 1 and (x**-g - 1) / g, which is -log(x) for g = 0.
+        """
+        terms = [np.ones((len(exponents), len(sizes)))]
         for values, known in ((sizes, self.sizes), (tokens, self.tokens))[: 1 + self.has_tokens]:
             logs = np.log(values) - np.log(known).mean()
-            columns.append(np.expm1(-exponent * logs) / exponent)
-        return np.stack(columns, axis=1)
+            terms.append(np.expm1(-exponents[:, None] * logs) / exponents[:, None])
+        return np.stack(terms, axis=-1)
 
-    def _solve(self, exponent: float) -> tuple[Floats, float, Floats]:
-        """Coefficients, the sum of squared deviations, and the inverse of the normal matrix."""
-        terms = self.whiten @ self._terms(exponent, self.sizes, self.tokens)
-        inverse = np.linalg.pinv(terms.T @ terms).astype(np.float64)
-        found: Floats = inverse @ terms.T @ self.losses
-        return found, float(((self.losses - terms @ found) ** 2).sum()), inverse
+    def _solve(self, exponents: Floats) -> tuple[Floats, Floats, Floats]:
+        """Of each exponent: coefficients, sum of squared deviations, inverse normal matrix."""
+        terms = self.whiten @ self._terms(exponents, self.sizes, self.tokens)
+        turned = terms.swapaxes(1, 2)
+        inverses = np.linalg.pinv(turned @ terms).astype(np.float64)
+        found = (inverses @ turned @ self.losses[:, None])[..., 0]
+        deviations = self.losses - (terms @ found[..., None])[..., 0]
+        return found, (deviations**2).sum(axis=1), inverses
 
     def loss(self, parameters: float, tokens: float) -> float:
         """The law's loss, in nats a token."""
-        terms = self._terms(self.exponent, np.array([parameters]), np.array([tokens]))
-        return float((terms @ self._solve(self.exponent)[0])[0])
+        terms = self._terms(np.array([self.exponent]), np.array([parameters]), np.array([tokens]))
+        return float(terms[0, 0] @ self.found[self.best])
 
     def predict(self, parameters: float, tokens: float, confidence: float) -> Interval:
         """The loss of one run of another size, and between what it lies at this confidence.
@@ -132,15 +136,13 @@ class Law:
 
         # Runs of one size are not independent: no more degrees of freedom than sizes.
         quantile = float(stats.t.ppf((1 + confidence) / 2, min(self.freedom, self.groups)))
-        allowed = self.squares.min() + (quantile * self.noise) ** 2
-        ends = []
-        for exponent, squares in zip(self.exponents, self.squares, strict=True):
-            if squares <= allowed:
-                found, _, inverse = self._solve(float(exponent))
-                terms = self._terms(float(exponent), np.array([parameters]), np.array([tokens]))[0]
-                half = np.sqrt((allowed - squares) * (1 + terms @ inverse @ terms))
-                ends += [terms @ found - half, terms @ found + half]
-        return Interval(float(min(ends)), self.loss(parameters, tokens), float(max(ends)))
+        allowed = self.squares[self.best] + (quantile * self.noise) ** 2 - self.squares
+        terms = self._terms(self.exponents, np.array([parameters]), np.array([tokens]))[:, 0]
+        losses = (terms * self.found).sum(axis=1)
+        spread = 1 + np.einsum("gi,gij,gj->g", terms, self.inverses, terms)
+        halves = np.sqrt(np.maximum(allowed, 0) * spread)
+        low, high = ((losses + s * halves)[allowed >= 0] for s in (-1, 1))
+        return Interval(float(low.min()), self.loss(parameters, tokens), float(high.max()))
 
 
 def leave_out(points: Sequence[Point], confidence: float) -> list[tuple[Point, Interval]]:
