@@ -381,7 +381,12 @@ def draw(path: Path, law: Law, rungs: Sequence[Rung], said: Mapping[Branch, Inte
     ]
     scale = altair.Scale(zero=False)
     base = altair.Chart(altair.Data(values=rows)).encode(
-        x=altair.X("flops:Q", title="training FLOP", scale=altair.Scale(type="log")),
+        x=altair.X(
+            "flops:Q",
+            title="training FLOP",
+            axis=altair.Axis(format="~e"),
+            scale=altair.Scale(type="log", nice=False, padding=20),
+        ),
         y=altair.Y("loss:Q", title="held-out loss (nats a token)", scale=scale),
         color=altair.Color("budget:N", title="budget", sort=None),
     )
@@ -394,7 +399,7 @@ def draw(path: Path, law: Law, rungs: Sequence[Rung], said: Mapping[Branch, Inte
     )
     title = altair.TitleParams(
         "Loss over compute",
-        subtitle="points: runs; dashed: the law; bars: the prediction's interval",
+        subtitle="points: runs; dashed: the law; bars: predicted intervals",
     )
     chart = altair.layer(lines, bars, points).properties(width=640, height=400, title=title)
     chart.save(str(path), format="svg")
