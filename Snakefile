@@ -68,6 +68,7 @@ include: "rules/soup.smk"
 include: "rules/export.smk"
 include: "rules/evaluate.smk"
 include: "rules/bench.smk"
+include: "rules/ladder.smk"
 include: "rules/report.smk"
 
 

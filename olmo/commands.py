@@ -42,6 +42,8 @@ USER_COMMANDS = {
         "replay": "olmo.inspect.replay:replay",
         "blame": "olmo.report.blame_page:blame",
         "compare": "olmo.report.compare:compare",
+        "ladder": "olmo.pipeline.ladder_report:ladder",
+        "ladder check": "olmo.pipeline.ladder_report:ladder_check",
         "scores": "olmo.report.scores:scores",
         "report": "olmo.report.pages:report",
         "checkpoint convert": "olmo.pipeline.convert:convert",

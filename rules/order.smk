@@ -11,12 +11,14 @@ rule order:
         "checkpoints/{run}/global_indices.npy",
     log:
         "logs/order/{run}.log",
+    resources:  # not params, since a longer run of a ladder must not rerun the others
+        ladder=lambda w: parts.ladder_flags(plan, w.run),
     params:
         recipe=lambda w: parts.order_flags(plan, w.run, w.get("step")),
         before=lambda w, input: f"--before {input.before}" if input.before else "",
     shell:
         "olmo order --tokens {input.tokens:q} --order {output:q} {params.recipe} {params.before}"
-        " --log {log:q}"
+        " {resources.ladder} --log {log:q}"
 
 
 # The order up to the end of a part of the run's mixture.

@@ -53,6 +53,7 @@ from olmo.config.train_config import (
 from olmo.config.yaml_io import (
     PROJECT_CONFIG,
     list_runs,
+    name_ladder_run,
     read_project_config,
     read_yaml,
     require_project,
@@ -105,6 +106,7 @@ __all__ = [
     "TruncationDirection",
     "WandbConfig",
     "list_runs",
+    "name_ladder_run",
     "read_project_config",
     "read_yaml",
     "require_project",

@@ -107,9 +107,27 @@ def read_project_config() -> dict[str, Any]:
 
 
 def list_runs() -> list[str]:
-    """The runs and soups of config/config.yaml."""
+    """The runs, those of ladders too, and soups of config/config.yaml."""
     config = read_project_config()
-    return [*(config.get("runs") or {}), *(config.get("soups") or {})]
+    runs = [*(config.get("runs") or {}), *list_ladder_runs(config.get("ladders"))]
+    return [*runs, *(config.get("soups") or {})]
+
+
+def list_ladder_runs(ladders: Any) -> list[str]:
+    """The names of ladders' runs; of a section with mistakes, those that can be read."""
+    found = []
+    for name, ladder in ladders.items() if isinstance(ladders, dict) else ():
+        if not isinstance(ladder, dict):
+            continue
+        sizes, budgets = (ladder.get(key) or () for key in ("sizes", "budgets"))
+        if isinstance(sizes, dict) and isinstance(budgets, list):
+            found += [name_ladder_run(name, size, budget) for size in sizes for budget in budgets]
+    return found
+
+
+def name_ladder_run(ladder: str, size: str, budget: Any) -> str:
+    """The name of one run of a ladder."""
+    return f"{ladder}-{size}-{budget}"
 
 
 def require_keys(content: Any, path: str | Path) -> dict[str, Any]:

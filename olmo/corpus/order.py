@@ -21,6 +21,7 @@ def order(
     mixture: MixturePart | None = None,
     steps: int = 0,
     before: Path | None = None,
+    one_epoch: int = 0,
 ) -> None:
     """Shuffle the instances that a run sees; the order depends on their number alone.
 
@@ -35,6 +36,7 @@ def order(
         mixture: the part of the run's mixture
         steps: of that part
         before: the order up to that part
+        one_epoch: steps of a ladder's longest run, which must all be in the first epoch
 
     Raises ValueError if they are fewer than a batch, or the held-out documents fill none.
     """
@@ -51,6 +53,13 @@ def order(
             f"{instances} in {available:,} tokens, of which each shard fills its own; use more "
             "documents (a smaller documents.keep_one_in), a smaller model.max_sequence_length or a "
             "smaller global_train_batch_size"
+        )
+    if one_epoch * batch_size > instances:
+        raise ValueError(
+            f"expected {one_epoch * batch_size:,} instances of {sequence_length} tokens for the "
+            f"{one_epoch:,} steps of the ladder's longest run, since a second epoch teaches less "
+            f"than the first; found {instances:,}; use more documents (a smaller "
+            "documents.keep_one_in), or smaller budgets"
         )
     heldout, available = count("heldout-tokens")
     if available and not heldout:

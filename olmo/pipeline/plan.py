@@ -19,6 +19,7 @@ from olmo.corpus import source_table
 from olmo.corpus.documents import MESSAGES
 from olmo.corpus.source_table import Source
 from olmo.corpus.tokenizer import TokenizerSection
+from olmo.pipeline.ladder import LadderConfig, expand_ladders
 from olmo.pipeline.recipe import (
     EvaluationConfig,
     PipelineConfig,
@@ -53,6 +54,7 @@ class Plan:
         with prefix_errors("config/config.yaml: "):
             self.pipeline = PipelineConfig.new(**config)
             check_ids_are_text(config["runs"])
+            self._add_ladder_runs()
         # Runs without `dataset`: the token files that each names are a data set of the run's name.
         self.tokenized_datasets = {
             n: run for n, run in self.pipeline.runs.items() if not run.dataset
@@ -62,6 +64,26 @@ class Plan:
         self._train_configs: dict[str, TrainConfig] = {}
         self._tokenizer_from: dict[str, str] = {}  # data set → the one whose tokenizer it uses
         self._reported: set[str] = set()
+
+    def _add_ladder_runs(self) -> None:
+        """The runs of ladders become runs like any other; `ladder_tokens` has them."""
+        made, self.ladder_tokens = expand_ladders(self.pipeline.ladders)
+        if taken := next((name for name in made if self.is_made_here(name)), None):
+            kind = "run" if taken in self.pipeline.runs else "soup"
+            raise ValueError(
+                f"{kind}s.{taken}: expected another name than that of a ladder's run; rename one"
+            )
+        self.pipeline.runs |= {name: RunConfig.new(**run) for name, run in made.items()}
+
+    def ladder(self, name: str) -> LadderConfig:
+        """The config of a ladder. ValueError for an unknown name."""
+        if name not in self.pipeline.ladders:
+            known = self.pipeline.ladders
+            raise ValueError(
+                f"config/config.yaml: expected one of the ladders {', '.join(known) or '(none)'}, "
+                f"found {name}; " + suggest_name(name, known, f"add {name} to ladders")
+            )
+        return self.pipeline.ladders[name]
 
     @property
     def store(self) -> str:

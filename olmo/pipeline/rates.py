@@ -16,7 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from olmo.config import ActivationType, ModelConfig, TrainConfig
+from olmo.config import TrainConfig
+from olmo.config.model_size import count_parameters
 from olmo.data.files import token_itemsize
 from olmo.store.action import Action
 from olmo.store.lookup import Prediction
@@ -258,7 +259,9 @@ def trained_run(record: Record, is_here: bool) -> TrainedRun | None:
     weights = record["outputs"].get("final", {}).get("files", {}).get("model.safetensors")
     if not (weights and run.get("wall_s") and len(facts.get("segments", ())) == 1):
         return None
-    work = 6 * weights["size"] / 4 * facts["tokens"] / record["conditions"].get("processes", 1)
+    share = 1 - facts["segments"][0].get("after", 0) / max(1, facts.get("steps", 1))  # of a link
+    work = 6 * weights["size"] / 4 * facts["tokens"] * share
+    work /= record["conditions"].get("processes", 1)
     joules = run.get("machine_energy_j")
     on_gpu = "NVIDIA" in str(record["conditions"].get("device"))
     return TrainedRun(work / run["wall_s"], joules and joules / run["wall_s"], is_here, on_gpu)
@@ -272,16 +275,6 @@ def trained_tokens(cfg: TrainConfig, token_bytes: int) -> int:
     if unit == "epochs":
         return number * token_bytes // token_itemsize(cfg.data.memmap_dtype)
     return number * cfg.global_train_batch_size * cfg.model.max_sequence_length
-
-
-def count_parameters(model: ModelConfig) -> int:
-    """The parameters of a model, but biases and norms."""
-    width, hidden = model.d_model, model.mlp_hidden_size or model.mlp_ratio * model.d_model
-    keys = width * model.effective_n_kv_heads // model.n_heads
-    gate = 2 if model.activation_type == ActivationType.swiglu else 1
-    block = 2 * width * (width + keys) + width * hidden + width * hidden // gate
-    rows = (model.embedding_size or model.vocab_size) * (1 if model.weight_tying else 2)
-    return model.n_layers * block + rows * width
 
 
 def checkpoint_files(cfg: TrainConfig) -> dict[str, int]:

@@ -21,6 +21,7 @@ from olmo.corpus.skip import Skip, SkipRule
 from olmo.corpus.sources import SourcesSection
 from olmo.corpus.tokenizer import TokenizerSection
 from olmo.corpus.tokens import TokensSection
+from olmo.pipeline.ladder import LadderConfig
 from olmo.tokenizer import hub_name
 
 
@@ -203,6 +204,8 @@ class PipelineConfig(BaseConfig):
     runs: dict[str, RunConfig]  # the training runs, by name
     # Checkpoints that average runs' final ones; the data set of a soup is its first run's.
     soups: dict[str, list[str]] = field(default_factory=dict)
+    # Runs of several sizes that predict the loss of a larger one: ladder/<name>/prediction.md.
+    ladders: dict[str, LadderConfig] = field(default_factory=dict)
     store: str = "store"  # the folder of all artifacts; OLMO_STORE is another
     shards_per_job: int = 4  # files that one job of a stage processes
     gpu: str = "gpu"  # their name in --gres (gpu, gpu:a100); profiles/slurm sets it

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from olmo.config import list_runs
+from olmo.config import list_runs, read_project_config
 
 WITHOUT_NAMES = ("bench_tps", "bench_loss", "eval")  # targets of the project, not of a run
 
@@ -16,7 +16,8 @@ def describe_unknown_target(asked: str) -> str:
         return f"no rule makes {asked}; the target is {near}"
     return (
         f"no rule makes {asked}; targets are checkpoints/<run>/final, hf/<run>, eval/<run>, "
-        f"data/<dataset>/statistics.txt, {', '.join(WITHOUT_NAMES)}, with the runs of "
+        "data/<dataset>/statistics.txt, ladder/<ladder>/prediction.md, "
+        f"{', '.join(WITHOUT_NAMES)}, with the runs of "
         f"config/config.yaml: {', '.join(list_runs())}"
     )
 
@@ -35,6 +36,9 @@ def find_nearest_target(asked: str) -> str | None:
         by_name[run] = f"{kind}/{run}" if kind in ("hf", "eval") else f"checkpoints/{run}/final"
     if kind == "data":
         by_name |= {name: f"data/{name}/statistics.txt" for name in list_datasets()}
+    if kind == "ladder":
+        ladders = read_project_config().get("ladders") or {}
+        by_name = {name: f"ladder/{name}/prediction.md" for name in ladders}
     for part in reversed(parts):
         for name in difflib.get_close_matches(part, by_name, 1, 0.75):
             if by_name[name] != asked:

@@ -4,6 +4,7 @@ The trainer does not depend on this module. It gets a config with the paths fill
 in the store that survives failures, in which it marks that it has finished.
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -148,17 +149,17 @@ def training(
     from a finished run that has its state.
     """
     attempt.mkdir(parents=True, exist_ok=True)
+    previous = None if after is None else after[0].absolute().parent
     if until is not None and not list_checkpoints(attempt):
         links = {"tokens": tokens, "order": order, "labels": labels, "start": start}
         inputs = training.action(current_store(), **links, after=after, holes=holes).inputs
         if saved := find_saved(current_store(), inputs, settings, until):
-            take_over(saved, attempt)
+            take_over(current_store(), saved, attempt, 0 if previous is None else step_of(previous))
     filled = fill_in_paths(
         cfg, tokens, order, heldout, attempt, labels, heldout_labels, holes, heldout_bytes
     )
     if start is not None:
         filled = filled.update_with(load_path=str(start[0].absolute().parent))
-    previous = None if after is None else after[0].absolute().parent
     filled = filled.update_with(**build_link_overrides(cfg, previous, until))
     filled.save(attempt / GIVEN)
     title = cfg.run_name or final.parent.name
@@ -188,6 +189,11 @@ def training(
         "conditions": training_conditions(read_segments(attempt)),
         "not_in_content": NOT_IN_CONTENT,
     }
+
+
+def step_of(link: Path) -> int:
+    """The step at which a link ends."""
+    return int(json.loads((link / "train.json").read_bytes())["global_step"])
 
 
 def fill_in_paths(

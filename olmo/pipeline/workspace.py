@@ -169,9 +169,11 @@ def describe_finished_runs(plan: Plan) -> str:
             for label, loss in losses.items()
         )
         evaluate = "".join(f"{folder} " for folder in evaluation_folder(plan, run))
+        loss = f", held-out loss {shown}" if shown else ""
+        lines.append(f"{final} is ready: {facts.get('steps'):,} steps{loss}")
+        if run in plan.ladder_tokens:  # one of many
+            continue
         lines.append(
-            f"{final} is ready: {facts.get('steps'):,} steps"
-            f"{f', held-out loss {shown}' if shown else ''}\n"
             f"  Chat with it:       uv run olmo chat {run}\n"
             f"  See how it went:    uv run olmo report {run}\n"
             f"  How it was made:    uv run olmo store trace {final}\n"
@@ -179,6 +181,8 @@ def describe_finished_runs(plan: Plan) -> str:
             f"uv run snakemake --cores 2 {evaluate}hf/{run}\n"
             f"  Change one thing:   edit {plan.run(run).train}; run the same again"
         )
+    made = Path("ladder").glob("*/*.md")
+    lines += [f"{path} is ready" for path in sorted(made) if path.stat().st_mtime >= STARTED - 1]
     return "\n".join(lines)
 
 

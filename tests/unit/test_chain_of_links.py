@@ -152,3 +152,27 @@ def test_a_fork_begins_at_no_link_of_other_settings(
     states = known_states("a", record)
     assert states[3] == "checkpoints/a/step-3"
     assert states[6] == "checkpoints/a/run/step6-unsharded" and 7 not in states
+
+
+def test_a_link_is_found_in_a_run_that_was_cut_elsewhere(trained: Any) -> None:
+    """A trunk with other branches: the state of a step is the same, whatever lies before it."""
+    changes: dict[str, Any] = {"max_duration": 12, "scheduler": WSD}
+    three, _, _ = trained("a/step-3", until=3, **changes)
+    _, known, ran = trained("a/step-8", after=three, until=8, **changes)
+    assert ran
+    two, _, ran = trained("b/step-2", until=2, **changes)
+    assert ran
+    found, record, ran = trained("b/step-8", after=two, until=8, **changes)
+    assert record["key"] != known["key"] and record["content"] == known["content"]
+    steps = [json.loads(line)["step"] for line in (found / "metrics.jsonl").open()]
+    assert steps == list(range(1, 9))
+    assert record["facts"]["steps"] == 8 and taken_over(record)
+    # Not where the link before has other settings, though the last one's are the same.
+    other, _, _ = trained("c/step-2", until=2, **changes | {"seed": 7})
+    _, record, _ = trained("c/step-8", after=other, until=8, **changes)
+    assert record["content"] != known["content"] and not taken_over(record)
+
+
+def taken_over(record: dict[str, Any]) -> bool:
+    """Whether a training's attempt has nothing but segments of before its link."""
+    return record["facts"]["segments"][0]["after"] == 3

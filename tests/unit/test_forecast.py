@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from olmo.config import ModelConfig, TrainConfig
+from olmo.config.model_size import count_parameters
 from olmo.pipeline.forecast import Forecast, Job
 from olmo.pipeline.forecast_text import format_forecast
 from olmo.pipeline.plan import Plan
-from olmo.pipeline.rates import History, Range, Rates, count_parameters, trained_tokens
+from olmo.pipeline.rates import History, Range, Rates, trained_run, trained_tokens
 from olmo.store.action import Action
 from olmo.store.lookup import FOUND, NEW, REBUILT, LookupStore
 from olmo.store.stage import Facts, Input, Output, current_store, looking_up, stage
@@ -212,3 +214,14 @@ def test_a_sample_replaces_the_fixed_rates():
     assert "5.04 MB (3.82 MB to 6.26 MB) to write" in after
     write_sample(keep_one_in=5)  # of the recipe as it was
     assert plan_of_a_table() == before
+
+
+def test_the_time_of_a_link_is_that_of_its_own_steps():
+    record: Any = {
+        "run": {"wall_s": 10.0},
+        "facts": {"segments": [{"after": 50}], "tokens": 1000, "steps": 100},
+        "outputs": {"final": {"files": {"model.safetensors": {"size": 40}}}},
+        "conditions": {},
+    }
+    found = trained_run(record, True)
+    assert found and found.flops_per_s == 6 * 10 * 500 / 10

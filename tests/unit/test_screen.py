@@ -25,7 +25,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("config/data").mkdir(parents=True)
     Path("config/data/stdlib.yaml").touch()
-    Path("config/config.yaml").write_text("runs: {tiny: {}, tiny-tulu: {}}\nsoups: {soup: [tiny]}")
+    Path("config/config.yaml").write_text(
+        "runs: {tiny: {}, tiny-tulu: {}}\nsoups: {soup: [tiny]}\nladders: {rungs: {}}"
+    )
 
 
 def screen(**settings: object) -> LogHandler:
@@ -158,6 +160,7 @@ def test_a_dry_run_is_two_lines_a_rule(capsys: pytest.CaptureFixture[str]):
         ("tiny-tlu", "checkpoints/tiny-tulu/final"),
         ("hf/tiny/final", "hf/tiny"),
         ("data/stdlib", "data/stdlib/statistics.txt"),
+        ("ladder/rungs", "ladder/rungs/prediction.md"),
         ("checkpoints/mine", None),
     ],
 )

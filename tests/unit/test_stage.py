@@ -334,7 +334,7 @@ def test_help_says_what_each_does_and_imports_none(capsys: pytest.CaptureFixture
 
 
 # Commands whose --help, and whose refusals, should not wait for torch.
-SWIFT = "check runs diff fork start soup inspect seen replay generate chat compare scores"
+SWIFT = "check runs diff fork start soup inspect seen replay generate chat compare ladder scores"
 
 
 def test_help_does_not_wait_for_torch():
