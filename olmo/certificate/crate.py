@@ -53,7 +53,7 @@ def state_crate(history: History, files: dict[str, str]) -> Entity:
 
 
 def describe_root(history: History, files: dict[str, str], actions: list[str]) -> Entity:
-    run, settings = history.run, history.settings
+    run = history.run
     web = [source.url for source in history.sources if source.url]
     return {
         "@id": "./",
@@ -64,10 +64,22 @@ def describe_root(history: History, files: dict[str, str], actions: list[str]) -
         "datePublished": times_of([history.record])[1] or "1970-01-01",
         "license": {"@id": "#licence"},
         "conformsTo": {"@id": PROCESS},
-        "hasPart": [{"@id": name} for name in (*files, *dict.fromkeys(web))],
-        "mentions": [{"@id": name} for name in actions],
-        **({"publisher": {"@id": "#publisher"}} if settings.publisher else {}),
+        "hasPart": refer([*files, *dict.fromkeys(web)]),
+        "mentions": refer(actions),
+        **({"author": who, "publisher": who} if (who := find_publisher(history)) else {}),
     }
+
+
+def refer(names: list[str]) -> Entity | list[Entity]:
+    """A reference, or several; one is no list, as RO-Crate recommends."""
+    found = [{"@id": name} for name in names]
+    return found[0] if len(found) == 1 else found
+
+
+def find_publisher(history: History) -> Entity | None:
+    """A reference to whoever releases the run, by the URL if it is one."""
+    name = history.settings.publisher
+    return {"@id": name if "://" in name else "#publisher"} if name else None
 
 
 def describe_files(files: dict[str, str]) -> list[Entity]:
@@ -132,11 +144,13 @@ def describe_stage(history: History, number: int) -> Entity:
         "description": f"{format_number(len(records), 'action')}, {stage.seconds:.1f} s{energy}"
         + f"; {counts}" * bool(counts),
         "instrument": {"@id": "#olmo"},
-        "agent": {"@id": "#publisher" if history.settings.publisher else "#olmo"},
-        "actionStatus": {"@id": "http://schema.org/CompletedActionStatus"},
-        **({"startTime": started, "endTime": finished} if started else {}),
-        **({"object": [{"@id": one} for one in read]} if read else {}),
-        "result": [{"@id": one} for one in results_of(history, stage)],
+        "actionStatus": "http://schema.org/CompletedActionStatus",
+        **({"agent": who} if (who := find_publisher(history)) else {}),
+        # As the profile wants them: with an offset, and without Z.
+        **({"startTime": started[:-1] + "+00:00"} if started else {}),
+        **({"endTime": finished[:-1] + "+00:00"} if finished else {}),
+        **({"object": refer(read)} if read else {}),
+        "result": refer(results_of(history, stage)),
     }
 
 
@@ -189,6 +203,7 @@ def describe_parties(history: History) -> list[Entity]:
             "description": f"The licence {settings.licence}, by its SPDX identifier.",
         },
     ]
-    if settings.publisher:
-        entities.append({"@id": "#publisher", "@type": "Organization", "name": settings.publisher})
+    if who := find_publisher(history):
+        place = {"url": settings.publisher} if "#" not in who["@id"] else {}
+        entities.append(who | {"@type": "Organization", "name": settings.publisher} | place)
     return entities

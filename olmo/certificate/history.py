@@ -130,11 +130,7 @@ def read_history(run: str, settings: CertificateConfig, store: Store) -> History
     Raises:
         ValueError: it is not finished, a file is not that of its record, or a licence is missing.
     """
-    if settings.licence is None:
-        raise ValueError(
-            "config/config.yaml: expected the licence of what is released, found none; set "
-            "certificate: {licence: Apache-2.0}, or another identifier of SPDX"
-        )
+    check_licence(settings)
     places = [f"checkpoints/{run}/final"] + [f"hf/{run}"] * settings.export
     releases = [read_release(run, place) for place in places]
     record = releases[0].record
@@ -151,6 +147,28 @@ def read_history(run: str, settings: CertificateConfig, store: Store) -> History
         records=ordered,
         graph=build_graph(store, [record], made_by),
         settings=settings,
+    )
+
+
+def check_licence(settings: CertificateConfig) -> None:
+    """Raises ValueError if the run's licence is not set."""
+    if not settings.licence:
+        raise ValueError(
+            "config/config.yaml: expected the licence of what is released, found none; set "
+            "certificate: {licence: Apache-2.0}, or another identifier of SPDX"
+        )
+
+
+def licence_error(run: str, sources: Mapping[str, str]) -> ValueError:
+    """The error for sources, by their names, whose owners' licences are not known."""
+    names = list(sources)
+    more = f" and {len(names) - SHOWN:,} more" * (len(names) > SHOWN)
+    wanted = ", ".join(f"{owner}: …" for owner in dict.fromkeys(sources.values()))
+    return ValueError(
+        f"{run}: expected a licence of each source, found none of "
+        f"{', '.join(names[:SHOWN])}{more}; set certificate: {{licences: {{{wanted}}}}} in "
+        f"config/config.yaml to identifiers of SPDX, or to {NO_LICENCE} to state that it is not "
+        "known"
     )
 
 
@@ -204,15 +222,8 @@ def find_sources(
         for source in describe_source(record, name, owner, licence):
             found.setdefault((source.owner, source.sha256), source)
     sources = sorted(found.values(), key=lambda one: (one.owner, one.name, one.sha256))
-    if unknown := [source for source in sources if not source.licence]:
-        shown = ", ".join(source.url or source.name for source in unknown[:SHOWN])
-        more = f" and {len(unknown) - SHOWN:,} more" * (len(unknown) > SHOWN)
-        wanted = ", ".join(f"{owner}: …" for owner in dict.fromkeys(s.owner for s in unknown))
-        raise ValueError(
-            f"{run}: expected a licence of each source, found none in the records of {shown}{more};"
-            f" set certificate: {{licences: {{{wanted}}}}} in config/config.yaml to identifiers of "
-            f"SPDX, or to {NO_LICENCE} to state that it is not known"
-        )
+    if unknown := {s.url or s.name: s.owner for s in sources if not s.licence}:
+        raise licence_error(run, unknown)
     return sources
 
 

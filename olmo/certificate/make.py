@@ -13,13 +13,14 @@ from olmo.certificate.bom import state_bom
 from olmo.certificate.crate import state_crate
 from olmo.certificate.croissant import state_dataset
 from olmo.certificate.documents import format_readme, state_provenance
-from olmo.certificate.history import History, read_history, times_of
+from olmo.certificate.history import History, check_licence, read_history, times_of
 from olmo.certificate.names import BOM, BUNDLE, CRATE, CROISSANT, PROVENANCE, README, ROOT
 from olmo.certificate.settings import CertificateConfig
 from olmo.certificate.signature import (
     KEY_ENV,
     MAKE_KEY,
     UNSIGNED,
+    key_digest,
     load_private_key,
     sign,
     state_folder,
@@ -128,6 +129,12 @@ def write_folder(folder: Path, texts: dict[str, str]) -> None:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def check_settings(settings: CertificateConfig) -> str:
+    """The sha256 of the public key. Raises ValueError for a wrong key, or no licence."""
+    check_licence(settings)
+    return key_digest(load_private_key(find_key(settings)).public_key())
 
 
 def read_settings() -> CertificateConfig:

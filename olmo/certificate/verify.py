@@ -150,8 +150,8 @@ def check_agreement(
         if expected != found:
             wanted, got = sorted(map(str, expected - found)), sorted(map(str, found - expected))
             raise ValueError(
-                f"{certificate}/{name}: expected {what} of {PROVENANCE}, {', '.join(wanted[:1]) or 'none'}; "
-                f"found {', '.join(got[:1]) or 'none'}; {AGAIN}"
+                f"{certificate}/{name}: expected {what} of {PROVENANCE}, "
+                f"{', '.join(wanted[:1]) or 'none'}; found {', '.join(got[:1]) or 'none'}; {AGAIN}"
             )
 
     statement, bom, crate = (documents[name] for name in (PROVENANCE, BOM, CRATE))
