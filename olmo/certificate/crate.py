@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from olmo.certificate.croissant import find_format
 from olmo.certificate.documents import BUILDER
 from olmo.certificate.history import History, times_of
 from olmo.report.card import SOURCES
@@ -106,6 +107,8 @@ def describe_results(history: History) -> list[Entity]:
             "name": source.name,
             "sha256": source.sha256,
             "description": f"{source.owner}; licence: {source.licence}",
+            "encodingFormat": find_format(source.url or source.name),
+            **({"sdDatePublished": source.arrived} if source.arrived else {}),
             **({"contentSize": str(source.size)} if source.size is not None else {}),
         }
     for release in history.releases:

@@ -38,6 +38,7 @@ class Source:
     licence: str  # its SPDX identifier, another text, or NO_LICENCE
     owner: str  # the data set, or the run that starts from it
     kind: str  # the stage that it came by
+    arrived: str  # when, in UTC; "" if not recorded
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def describe_source(record: Record, name: str, owner: str, licence: str) -> list
 
     def source(name: str, url: str, digest: str, size: int | None) -> Source:
         shown, place = hide_paths(name), hide_paths(url)
-        return Source(shown, place, digest, size, licence, owner, stage)
+        return Source(shown, place, digest, size, licence, owner, stage, times_of([record])[1])
 
     if stage in LIBRARY:
         folder = next(iter(outputs.values()))["files"]

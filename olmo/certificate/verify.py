@@ -43,7 +43,7 @@ def verify(
         export: folder of its export (hf/RUN), if the certificate is about one
 
     Example:
-        olmo certificate verify certificate/small --public-key key.pub --checkpoint final
+        olmo certificate verify certificate --public-key key.pub --checkpoint final
     """
     key = load_public_key(public_key)
     root = read_file(certificate, ROOT)
@@ -97,9 +97,7 @@ def read_file(folder: Path, name: str) -> bytes:
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise ValueError(
-            f"expected the file {path} of a certificate, found none; {AGAIN}"
-        ) from None
+        raise ValueError(f"{path}: expected a file of a certificate, found none; {AGAIN}") from None
 
 
 def check_files(

@@ -141,7 +141,8 @@ COMMANDS = """source-list sources given-tokens documents tags quality references
 mixed tokenizer tokens instructions statistics order positions start train soup hf heldout
 docstrings evaluate inspect seen replay blame generate chat new plan check runs watch diff fork
 bench compare scores checkpoint-convert environment store-verify store-gc store-checkout store-why
-store-trace store-pin store-push store-pull store-affected completion text-index"""
+store-trace store-pin store-push store-pull store-affected completion text-index certificate-make
+certificate-verify"""
 
 
 def test_the_commands_are_what_they_were():
