@@ -22,7 +22,8 @@ MODEL = "model"  # its bom-ref
 def state_bom(history: History) -> dict[str, Any]:
     """The bill of materials; its serial number is one of the content."""
     data = [describe_owner(name, sources) for name, sources in history.owners.items()]
-    libraries = [describe_library(name, number) for name, number in history.tools.items()]
+    tools = history.tools.items()
+    libraries = [describe_library(name, number) for name, numbers in tools for number in numbers]
     finished = times_of([history.record])[1]
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
@@ -122,6 +123,7 @@ def describe_owner(owner: str, sources: list[Source]) -> dict[str, Any]:
                 "name": source.name,
                 "hashes": state_hash(source.sha256),
                 "licenses": state_licence(source.licence),
+                **({"description": source.origin} if source.origin else {}),
                 **({"externalReferences": link(source)} if source.url else {}),
             }
             for source in sources
@@ -140,7 +142,7 @@ def describe_library(name: str, number: str) -> dict[str, Any]:
     purl = f"pkg:pypi/{name}@{number.partition('+')[0]}" if is_package else None
     return {
         "type": "library" if name != "python" else "platform",
-        "bom-ref": f"tool:{name}",
+        "bom-ref": f"tool:{name}@{number}",
         "name": name,
         "version": number,
         **({"purl": purl} if purl else {}),

@@ -106,7 +106,7 @@ def describe_results(history: History) -> list[Entity]:
             "@type": "File" if source.url else "CreativeWork",
             "name": source.name,
             "sha256": source.sha256,
-            "description": f"{source.owner}; licence: {source.licence}",
+            "description": f"{source.origin or source.url}; licence: {source.licence}",
             "encodingFormat": find_format(source.url or source.name),
             **({"sdDatePublished": source.arrived} if source.arrived else {}),
             **({"contentSize": str(source.size)} if source.size is not None else {}),
@@ -197,7 +197,7 @@ def describe_parties(history: History) -> list[Entity]:
             "name": "olmo",
             "identifier": BUILDER,
             "version": commits[-1] if commits else "unknown",
-            "softwareRequirements": [f"{n} {v}" for n, v in history.tools.items()],
+            "softwareRequirements": [f"{n} {', '.join(v)}" for n, v in history.tools.items()],
         },
         {
             "@id": "#licence",

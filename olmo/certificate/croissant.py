@@ -54,7 +54,7 @@ def state_dataset(
                 "@type": "cr:FileObject",
                 "@id": f"file-{number}",
                 "name": source.name,
-                "description": f"Licence: {source.licence}",
+                "description": f"{source.origin or source.url}; licence: {source.licence}",
                 "contentUrl": source.url or source.name,
                 "encodingFormat": find_format(source.url or source.name),
                 "sha256": source.sha256,

@@ -10,9 +10,10 @@ from typing import Any
 
 from olmo.certificate.history import History, times_of
 from olmo.certificate.signature import STATEMENT, UNSIGNED
-from olmo.report.card import format_table
+from olmo.report.card import SOURCES, format_table
 from olmo.report.html import hide_paths
 from olmo.runtime.log import format_number
+from olmo.store.action import canonical_json
 
 PROVENANCE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:olmo:pipeline:v1"  # described in docs/certificate.md
@@ -24,13 +25,14 @@ def state_provenance(history: History, documents: Mapping[str, str]) -> dict[str
 
     Source: https://slsa.dev/spec/v1.0/provenance
     """
-    action, record = history.record["action"], history.record
+    record = history.record
     sources = [
         {
             **({"uri": source.url} if source.url else {}),
             "name": source.name,
             "digest": {"sha256": source.sha256},
-            "annotations": {"licence": source.licence, "of": source.owner},
+            "annotations": {"licence": source.licence, "of": source.owner}
+            | ({"origin": source.origin} if source.origin else {}),
         }
         for source in history.sources
     ]
@@ -53,9 +55,7 @@ def state_provenance(history: History, documents: Mapping[str, str]) -> dict[str
                 "buildType": BUILD_TYPE,
                 "externalParameters": {
                     "run": history.run,
-                    "stage": action["stage"],
-                    "version": action["version"],
-                    "parameters": hide_paths(action["params"]),
+                    "stages": list_stages(history),
                 },
                 "internalParameters": {
                     "content": history.content,
@@ -75,6 +75,20 @@ def state_provenance(history: History, documents: Mapping[str, str]) -> dict[str
             },
         },
     }
+
+
+def list_stages(history: History) -> list[dict[str, Any]]:
+    """What was asked of each stage, from the first to the run's own, and of how many actions."""
+    found: dict[bytes, dict[str, Any]] = {}
+    for record in history.records:
+        action = record["action"]
+        if action["stage"] in SOURCES:
+            continue
+        params = {name: value for name, value in action["params"].items() if name != "name"}
+        key = canonical_json({**action, "params": params, "inputs": {}})
+        entry = {"stage": action["stage"], "version": action["version"], "actions": 0}
+        found.setdefault(key, entry | {"parameters": hide_paths(params)})["actions"] += 1
+    return list(found.values())
 
 
 def format_readme(history: History) -> str:

@@ -39,6 +39,7 @@ class Source:
     owner: str  # the data set, or the run that starts from it
     kind: str  # the stage that it came by
     arrived: str  # when, in UTC; "" if not recorded
+    origin: str  # where from, if not from the URL
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ class History:
         return {n: s for n, s in self.owners.items() if s[0].kind not in CHECKPOINTS}
 
     @property
-    def tools(self) -> dict[str, str]:
-        """The packages that its stages ran with, and their versions; of several all."""
+    def tools(self) -> dict[str, list[str]]:
+        """The packages that its stages ran with, and their versions."""
         found: dict[str, set[str]] = {}
         for record in self.records:
             run, conditions = record.get("run", {}), record.get("conditions", {})
@@ -97,7 +98,11 @@ class History:
             for name, number in tools.items():
                 if number:
                     found.setdefault(name, set()).add(str(hide_paths(number)))
-        return {name: ", ".join(sorted(numbers)) for name, numbers in sorted(found.items())}
+        # A stage that trains records torch with its build, another one without.
+        return {
+            name: sorted(n for n in numbers if not any(o.startswith(f"{n}+") for o in numbers))
+            for name, numbers in sorted(found.items())
+        }
 
     @property
     def commits(self) -> dict[str, bool]:
@@ -217,11 +222,10 @@ def find_sources(
         of = converted_files(record)
         if of and not set(of) - made:  # what was fetched and then converted is one source
             continue
-        names = owners.get(record["key"], [])
-        name, owner = choose_owner(names, used) or ("", next(iter(used), run))
-        licence = record["facts"].get("licence") or licences.get(owner, "")
-        for source in describe_source(record, name, owner, licence):
-            found.setdefault((source.owner, source.sha256), source)
+        for name, owner in choose_owners(owners.get(record["key"], []), used):
+            licence = record["facts"].get("licence") or licences.get(owner, "")
+            for source in describe_source(record, name, owner, licence):
+                found.setdefault((source.owner, source.sha256), source)
     sources = sorted(found.values(), key=lambda one: (one.owner, one.name, one.sha256))
     if unknown := {s.url or s.name: s.owner for s in sources if not s.licence}:
         raise licence_error(run, unknown)
@@ -242,7 +246,7 @@ def find_owners(store: Store) -> dict[str, list[tuple[str, str]]]:
         parts = path.split(os.sep)
         if parts[0] in ("data", "checkpoints") and len(parts) > 2:
             found.setdefault(name["key"], []).append((path, parts[1]))
-    return {key: sorted(names) for key, names in found.items()}
+    return found
 
 
 def list_owners(run: str) -> list[str]:
@@ -260,23 +264,24 @@ def list_owners(run: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def choose_owner(names: list[tuple[str, str]], used: list[str]) -> tuple[str, str] | None:
-    """Of the names of a source that several data sets share, one of the run's own."""
-    return min(
-        names,
-        key=lambda one: (used.index(one[1]) if one[1] in used else len(used), one),
-        default=None,
-    )
+def choose_owners(names: list[tuple[str, str]], used: list[str]) -> list[tuple[str, str]]:
+    """Of the names of a source, that of each of the run's own data sets; else any one."""
+    first = {owner: (path, owner) for path, owner in sorted(names, reverse=True)}
+    own = [first[owner] for owner in used if owner in first]
+    return own or sorted(first.values())[:1] or [("", used[0])]
 
 
 def describe_source(record: Record, name: str, owner: str, licence: str) -> list[Source]:
     """The files of one source."""
     facts, params, stage = record["facts"], record["action"]["params"], record["action"]["stage"]
-    outputs = record["outputs"]
+    outputs, arrived = record["outputs"], times_of([record])[1]
+    origin = "a local file"
+    if stage in LIBRARY:
+        origin = f"the standard library of {facts['implementation']} {facts['python']}"
 
     def source(name: str, url: str, digest: str, size: int | None) -> Source:
-        shown, place = hide_paths(name), hide_paths(url)
-        return Source(shown, place, digest, size, licence, owner, stage, times_of([record])[1])
+        shown, place, known = hide_paths(name), hide_paths(url), "" if url else origin
+        return Source(shown, place, digest, size, licence, owner, stage, arrived, known)
 
     if stage in LIBRARY:
         folder = next(iter(outputs.values()))["files"]

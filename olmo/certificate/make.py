@@ -57,9 +57,7 @@ def make(run: str, /, folder: Path | None = None) -> None:
     texts = write_documents(history)
     texts[BUNDLE] = sign(texts[PROVENANCE].encode(), key)
     for release in history.releases:
-        texts[release.signature] = sign(
-            state_folder(Path(release.folder).name, release.digests, UNSIGNED), key
-        )
+        texts[release.signature] = sign(state_folder(run, release.digests, UNSIGNED), key)
     digests = {name: hash_text(text) for name, text in texts.items()}
     texts[ROOT] = sign(state_folder(run, digests, (ROOT, *UNSIGNED)), key)
     write_folder(folder, texts)

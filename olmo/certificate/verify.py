@@ -49,7 +49,7 @@ def verify(
     root = read_file(certificate, ROOT)
     where = f"{certificate}/{ROOT}"
     digests = read_folder_statement(verify_bundle(root, key, where), where)
-    check_files(certificate, digests, (ROOT, *UNSIGNED), links=False)
+    check_files(certificate, digests, (ROOT, *UNSIGNED))
     texts = {name: read_file(certificate, name) for name in digests}
     for name in (PROVENANCE, BUNDLE, BOM, CRATE):
         if name not in texts:
@@ -78,8 +78,8 @@ def verify(
         if signed != released[folder]:
             raise ValueError(f"{where}: expected the files of {PROVENANCE}, found others; {AGAIN}")
         if (place := given[signature]) is not None:
-            check_is_about(certificate, run, content, signed, place)
-            check_files(place, signed, UNSIGNED, links=True)
+            about = f"{certificate} is of run {run}, content {content[:12]}…"
+            check_files(place, signed, UNSIGNED, about)
             check_record(place, content if signature == "model.sig" else None)
             print(f"{place}: {format_number(len(signed), 'file')}, as {where} says")
         else:
@@ -101,38 +101,50 @@ def read_file(folder: Path, name: str) -> bytes:
 
 
 def check_files(
-    folder: Path, digests: Mapping[str, str], unsigned: tuple[str, ...], links: bool
+    folder: Path, digests: Mapping[str, str], unsigned: tuple[str, ...], about: str = ""
 ) -> None:
     """Raises ValueError unless a folder has these files, and no others but `unsigned` ones.
 
     Args:
-        links: files may be links, as those of a checkpoint are that the pipeline made.
+        about: of a checkpoint, what the certificate is about; its files may be links, as those are
+            that the pipeline made.
     """
     if not folder.is_dir():
         raise ValueError(f"expected a folder, found none at {folder}; name the one with the files")
-    found = dict(list_files(folder))
-    for name in found:
-        if name not in digests and name not in unsigned:
-            raise ValueError(
-                f"{folder / name}: expected only files that were signed, found one more; remove it"
-            )
+    actual = {
+        name: hash_file(folder / name)
+        for name in digests
+        if (folder / name).is_file() and (about or not (folder / name).is_symlink())
+    }
+    wrong = [name for name in actual if actual[name] != digests[name]]
+    weights = next((name for name in wrong if name.endswith(".safetensors")), "")
+    others = [name for name in list_files(folder) if name not in (*digests, *unsigned)]
+    if about and weights and (others or len(wrong) > 1 or len(actual) < len(digests)):
+        raise ValueError(
+            f"{about}, whose {weights} is {digests[weights][:12]}…; found that of another run in "
+            f"{folder}, {actual[weights][:12]}…; name the checkpoint of that run, or the other's "
+            "certificate"
+        )
     for name, digest in digests.items():
-        path = folder / name
-        if path.is_symlink() and not links:
-            raise ValueError(f"{path}: expected a file, found a link; {AGAIN}")
-        if name not in found or not path.is_file():
-            raise ValueError(f"{path}: expected a file that was signed, found none; {AGAIN}")
-        if (actual := hash_file(path)) != digest:
-            raise ValueError(f"{path}: expected sha256 {digest}, found {actual}; {AGAIN}")
+        if name not in actual:
+            what = "a link" if (folder / name).is_symlink() else "none"
+            raise ValueError(f"{folder / name}: expected a signed file, found {what}; {AGAIN}")
+        if name in wrong:
+            raise ValueError(
+                f"{folder / name}: expected sha256 {digest}, found {actual[name]}; {AGAIN}"
+            )
+    if others:
+        raise ValueError(
+            f"{folder / others[0]}: expected only files that were signed, found one more; remove it"
+        )
 
 
-def list_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Everything below a folder that is no folder: (path in it, path); links are not followed."""
+def list_files(folder: Path) -> Iterator[str]:
+    """The paths of all that is below a folder and no folder; links are not followed."""
     for place, folders, names in os.walk(folder):
         linked = [name for name in folders if Path(place, name).is_symlink()]
         for name in sorted([*names, *linked]):
-            path = Path(place, name)
-            yield path.relative_to(folder).as_posix(), path
+            yield Path(place, name).relative_to(folder).as_posix()
 
 
 def check_agreement(
@@ -194,25 +206,6 @@ def check_agreement(
             raise ValueError(f"{where}: expected files of {run}, found {name}; {AGAIN}")
         released.setdefault(folder, {})[name.removeprefix(f"{folder}/")] = digest
     return run, content, released
-
-
-def check_is_about(
-    certificate: Path, run: str, content: str, digests: Mapping[str, str], place: Path
-) -> None:
-    """Raises ValueError if a folder has the weights, and more, of another run."""
-    others = [
-        name
-        for name, digest in digests.items()
-        if (place / name).is_file() and hash_file(place / name) != digest
-    ]
-    weights = [name for name in others if name.endswith(".safetensors")]
-    if weights and len(others) > 1:
-        name = weights[0]
-        raise ValueError(
-            f"{certificate} is of run {run}, content {content[:12]}…, whose {name} is "
-            f"{digests[name][:12]}…; found that of another run in {place}, "
-            f"{hash_file(place / name)[:12]}…; name the checkpoint of {run}, or its own certificate"
-        )
 
 
 def check_record(place: Path, content: str | None) -> None:

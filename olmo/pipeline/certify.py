@@ -22,7 +22,12 @@ def certificate_inputs(plan: Plan, run: str) -> list[str]:
     check_settings(settings)
     datasets = {plan.dataset(name) for name in plan.pipeline.runs}
     unknown: dict[str, str] = {}
-    for dataset in list_owners(run):
+    owners = list_owners(run)
+    for name in owners:
+        base = plan.pipeline.runs[name].start_from if name in plan.pipeline.runs else None
+        if base and not plan.is_made_here(base) and name not in settings.licences:
+            unknown[base] = name
+    for dataset in owners:
         if dataset not in datasets or dataset in settings.licences:
             continue
         section = plan.recipe(dataset).sources
