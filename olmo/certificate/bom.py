@@ -68,7 +68,7 @@ def describe_model(history: History) -> dict[str, Any]:
         "bom-ref": MODEL,
         "name": history.run,
         "version": history.content[:12],
-        "licenses": state_licence(settings.licence or ""),
+        "licenses": state_licences([settings.licence or ""]),
         **({"supplier": {"name": publisher}} if publisher else {}),
         "modelCard": {
             "modelParameters": {
@@ -113,16 +113,14 @@ def describe_owner(owner: str, sources: list[Source]) -> dict[str, Any]:
         "type": "machine-learning-model" if is_model else "data",
         "bom-ref": f"{prefix}:{owner}",
         "name": owner,
-        "licenses": [entry for licence in licences for entry in state_licence(licence)][:1]
-        if len(licences) == 1
-        else [{"license": {"name": licence}} for licence in licences],
+        "licenses": state_licences(licences),
         "components": [
             {
                 "type": "file",
                 "bom-ref": f"{prefix}:{owner}:{source.sha256}",
                 "name": source.name,
                 "hashes": state_hash(source.sha256),
-                "licenses": state_licence(source.licence),
+                "licenses": state_licences([source.licence]),
                 **({"description": source.origin} if source.origin else {}),
                 **({"externalReferences": link(source)} if source.url else {}),
             }
@@ -153,16 +151,23 @@ def state_hash(digest: str) -> list[dict[str, str]]:
     return [{"alg": "SHA-256", "content": digest}]
 
 
-def state_licence(text: str) -> list[dict[str, Any]]:
-    """A licence: its SPDX identifier or expression, or any other text as its name."""
+def state_licences(texts: list[str]) -> list[dict[str, Any]]:
+    """Licences: SPDX identifiers, an expression where it is the only one, other texts as names."""
+    found = [state_licence(text) for text in texts]
+    if len(found) == 1:
+        return found
+    pairs = zip(texts, found, strict=True)
+    return [{"license": {"name": t}} if "expression" in one else one for t, one in pairs]
+
+
+def state_licence(text: str) -> dict[str, Any]:
     from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
     if text == NO_LICENCE:
-        return [{"license": {"name": text}}]
+        return {"license": {"name": text}}
     try:
         found = canonicalize_license_expression(text)
     except InvalidLicenseExpression:
-        return [{"license": {"name": text}}]
-    if " " in found or found.startswith("LicenseRef"):
-        return [{"expression": found}]
-    return [{"license": {"id": found}}]
+        return {"license": {"name": text}}
+    is_one = " " not in found and not found.startswith("LicenseRef")
+    return {"license": {"id": found}} if is_one else {"expression": found}

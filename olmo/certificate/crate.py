@@ -13,7 +13,7 @@ from typing import Any
 
 from olmo.certificate.croissant import find_format
 from olmo.certificate.documents import BUILDER
-from olmo.certificate.history import History, times_of
+from olmo.certificate.history import History, Source, times_of
 from olmo.report.card import SOURCES
 from olmo.report.graph import StageNode
 from olmo.report.html import hide_paths
@@ -55,7 +55,7 @@ def state_crate(history: History, files: dict[str, str]) -> Entity:
 
 def describe_root(history: History, files: dict[str, str], actions: list[str]) -> Entity:
     run = history.run
-    web = [source.url for source in history.sources if source.url]
+    web = [name for source in history.sources if (name := source_id(history, source))[0] != "#"]
     return {
         "@id": "./",
         "@type": "Dataset",
@@ -100,10 +100,10 @@ def describe_results(history: History) -> list[Entity]:
     """Entities of the sources, of what the stages made, and of the checkpoint's files."""
     found: dict[str, Entity] = {}
     for source in history.sources:
-        place = source.url or f"#{source.sha256}"
+        place = source_id(history, source)
         found[place] = {
             "@id": place,
-            "@type": "File" if source.url else "CreativeWork",
+            "@type": "CreativeWork" if place[0] == "#" else "File",
             "name": source.name,
             "sha256": source.sha256,
             "description": f"{source.origin or source.url}; licence: {source.licence}",
@@ -165,8 +165,14 @@ def results_of(history: History, stage: StageNode) -> list[str]:
     if is_source(stage):
         kinds = {action.record["action"]["stage"] for action in stage.actions}
         own = [s for s in history.sources if s.kind in kinds]
-        return list(dict.fromkeys(s.url or f"#{s.sha256}" for s in own))
+        return list(dict.fromkeys(source_id(history, source) for source in own))
     return [result_id(stage)]
+
+
+def source_id(history: History, source: Source) -> str:
+    """The identifier of a source: its URL, if that names one file."""
+    is_one = source.url and source.url not in history.ambiguous_urls
+    return source.url if is_one else f"#{source.sha256}"
 
 
 def is_source(stage: StageNode) -> bool:

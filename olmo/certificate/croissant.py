@@ -1,6 +1,6 @@
 """Croissant metadata of a data set: its files with their sha256, and its licences.
 
-Plain JSON, since mlcroissant brings 40 packages. In the tests it validates the result.
+Plain JSON, since mlcroissant brings 27 packages. In the tests it validates the result.
 
 Source: https://docs.mlcommons.org/croissant/docs/croissant-spec.html
 """

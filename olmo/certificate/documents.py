@@ -117,7 +117,7 @@ def format_readme(history: History) -> str:
             format_table(("file", "sha256"), rows),
             f"Made from {format_number(len(history.sources), 'source')}, each with its sha256 and "
             "licence in `provenance.json`:\n",
-            format_table(("data set", "sources", "licence"), data),
+            format_table(("of", "sources", "licence"), data),
             "Check it, with the public key of whoever released it:\n",
             f"```bash\nolmo certificate verify . --checkpoint ../../{release.folder} "
             "--public-key key.pub\n```\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -85,6 +86,14 @@ class History:
     def datasets(self) -> dict[str, list[Source]]:
         """The sources of each data set."""
         return {n: s for n, s in self.owners.items() if s[0].kind not in CHECKPOINTS}
+
+    @functools.cached_property
+    def ambiguous_urls(self) -> set[str]:
+        """The URLs that gave different files at different times."""
+        digests: dict[str, set[str]] = {}
+        for source in self.sources:
+            digests.setdefault(source.url, set()).add(source.sha256)
+        return {url for url, found in digests.items() if len(found) > 1}
 
     @property
     def tools(self) -> dict[str, list[str]]:
@@ -276,6 +285,8 @@ def describe_source(record: Record, name: str, owner: str, licence: str) -> list
     facts, params, stage = record["facts"], record["action"]["params"], record["action"]["stage"]
     outputs, arrived = record["outputs"], times_of([record])[1]
     origin = "a local file"
+    if stage == "fetched_checkpoint":  # whose files we wrote from those
+        origin = hide_paths(facts["from"])
     if stage in LIBRARY:
         origin = f"the standard library of {facts['implementation']} {facts['python']}"
 
@@ -292,9 +303,8 @@ def describe_source(record: Record, name: str, owner: str, licence: str) -> list
         ]
     if stage in CHECKPOINTS:
         files = outputs["checkpoint"]["files"]
-        url = facts["from"] if stage == "fetched_checkpoint" else ""
         return [
-            source(f"{name}/{path}", url, file["sha256"], file["size"])
+            source(f"{name}/{path}", "", file["sha256"], file["size"])
             for path, file in files.items()
         ]
     if of := converted_files(record):

@@ -1,7 +1,7 @@
 """Signatures: in-toto statements in DSSE envelopes in sigstore bundles, by an elliptic-curve key.
 
 The bundles are those of `model_signing sign key`, byte for byte the same kind of file, so that
-`model_signing verify key` accepts them. They are written here, since model-signing brings 45
+`model_signing verify key` accepts them. They are written here, since model-signing brings 35
 packages, most of them for keyless signing.
 
 Sources: https://github.com/secure-systems-lab/dsse (the envelope, PAE),
