@@ -13,7 +13,7 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 from olmo.cluster.slurm_plugin import become_array_task, patch_plugin
-from olmo.pipeline import parts, sampling, screen, workspace
+from olmo.pipeline import certify, parts, sampling, screen, workspace
 from olmo.pipeline.damage import DamageScanner
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.targets import match_any
@@ -46,6 +46,7 @@ localrules:
     all,
     environment,  # downloads packages; compute nodes may have no network
     source_list,
+    certificate,  # the key need not be on compute nodes
 
 
 rule all:
@@ -70,6 +71,7 @@ include: "rules/evaluate.smk"
 include: "rules/bench.smk"
 include: "rules/ladder.smk"
 include: "rules/report.smk"
+include: "rules/certificate.smk"
 
 
 onstart:

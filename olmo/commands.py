@@ -47,6 +47,8 @@ USER_COMMANDS = {
         "scores": "olmo.report.scores:scores",
         "report": "olmo.report.pages:report",
         "checkpoint convert": "olmo.pipeline.convert:convert",
+        "certificate make": "olmo.certificate.make:make",
+        "certificate verify": "olmo.certificate.verify:verify",
     },
     "the store": {
         "store trace": "olmo.store.commands:trace",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from olmo.certificate.settings import CertificateConfig
 from olmo.cluster.launch import Geometry
 from olmo.config import BaseConfig, TrainConfig
 from olmo.config.conversion import Mistakes, each_mistake
@@ -213,6 +214,7 @@ class PipelineConfig(BaseConfig):
     bench_loss: list[str] = field(default_factory=list)  # runs to compare; first the reference
     eval: list[str] = field(default_factory=list)  # likewise, for `snakemake eval`
     price: PriceConfig = field(default_factory=PriceConfig)
+    certificate: CertificateConfig = field(default_factory=CertificateConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,6 +21,7 @@ tokenizer data
 checkpoint eval
 train
 bench corpus inspect report
+certificate
 pipeline
 cli
 """

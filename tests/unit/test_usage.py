@@ -142,7 +142,7 @@ mixed tokenizer tokens instructions statistics order positions start train soup 
 docstrings evaluate inspect seen replay blame generate chat new plan check runs watch diff fork
 bench compare scores checkpoint-convert environment store-verify store-gc store-checkout store-why
 store-trace store-pin store-push store-pull store-affected completion text-index
-ladder ladder-check"""
+ladder ladder-check certificate-make certificate-verify"""
 
 
 def test_the_commands_are_what_they_were():

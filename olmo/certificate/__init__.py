@@ -1,0 +1,1 @@
+"""Certificates: what a run was trained on, in formats that others check, signed."""
