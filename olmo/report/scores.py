@@ -175,7 +175,7 @@ def explain_differences(reference: str, differences: Differences) -> str:
         f"In brackets: the difference to {reference} on the questions that both answered, its 95 % "
         f"interval, and better or worse if 0 is not in it. The intervals are not corrected for "
         f"their number: of {len(p_values)}, {marked} are without 0, where runs that do not differ "
-        f"would give {0.05 * len(p_values):.1f}; {kept} are left after Holm's correction. "
+        f"would give {0.05 * len(p_values):.3g}; {kept} are left after Holm's correction. "
         "detectable: the least true difference that so many questions find in four of five cases."
     )
 
