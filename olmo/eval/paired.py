@@ -132,7 +132,8 @@ def with_interval(found: Estimate) -> Difference:
 def _estimate(value: float, variance: float, n: int) -> Estimate:
     """Student's interval and test of a mean over n questions."""
     if math.isnan(variance):
-        return Estimate(value, *[math.nan] * 4, math.inf, n)
+        nan = math.nan
+        return Estimate(value, nan, nan, nan, nan, math.inf, n)
     stderr = math.sqrt(variance)
     half = _quantile(n - 1) * stderr
     return Estimate(value, half, half, half, _two_sided(value, stderr, n - 1), n - 1, n)
@@ -180,12 +181,12 @@ def _quantile(freedom: float = math.inf, share: float = (1 + CONFIDENCE) / 2) ->
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's (1979) p-values: below α for none of the true null hypotheses, in 1 − α of all cases.
 
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
+    A p-value that is NaN stays one, and is not counted.
     """
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    adjusted, highest = [math.nan] * len(p_values), 0.0
+    for rank, (p, i) in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * p))
         adjusted[i] = highest
     return adjusted
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ def format_comparison_table(found: dict[str, list[Row]], differences: Difference
 def explain_differences(reference: str, differences: Differences) -> str:
     """What stands above the table: how many differences to expect by chance."""
     p_values = [one.p for by_key in differences.values() for one in by_key.values()]
+    p_values = [p for p in p_values if not math.isnan(p)]  # of one question alone
     marked = sum(p < 0.05 for p in p_values)
     kept = sum(p < 0.05 for p in holm(p_values))
     return (

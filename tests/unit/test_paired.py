@@ -181,6 +181,8 @@ def test_a_ratio_against_a_bootstrap() -> None:
 
 def test_holm() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    unknown, known = holm([math.nan, 0.01])
+    assert math.isnan(unknown) and known == 0.01
     assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
 
 

@@ -253,6 +253,7 @@ def test_only_metrics_that_are_means_have_scores_of_questions() -> None:
     [
         ([("q", " a"), ("q", " b")], 1, True),
         ([("q", " a"), ("q", " b")], 2, False),
+        ([("q", " a"), ("q", " b")], -1, False),
         ([("q", " a"), ("q", " b")], "b", True),
         ([("q", " a"), ("q", " b")], "", False),
         ([("q", " a"), ("q", " b"), ("", " a"), ("", " b")], 2, False),  # and without context
