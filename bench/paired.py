@@ -7,7 +7,8 @@ each, so that neither is better; a test at 5 % should find a difference in 5 % o
 Coverage: questions are drawn from those of the two seeds as they are; an interval of 95 % should
 contain the difference on all of them in 95 % of the draws. Each share has its own 95 % interval
 (Wilson's, of the draws). Beside the interval of olmo.eval.paired: the plain normal one, Student's,
-and scipy's bootstraps.
+Bonett
+and Price's adjusted one (of right and wrong answers only), and scipy's bootstraps.
 """
 
 import argparse
@@ -37,6 +38,13 @@ def plain(a: np.ndarray, b: np.ndarray, student: bool = False) -> Interval:
     return changes.mean() - half, changes.mean() + half
 
 
+def bonett_price(a: np.ndarray, b: np.ndarray) -> Interval:
+    """The normal one, as if each run knew one more answer that the other does not."""
+    more = np.append(b - a, (1, -1))
+    half = 1.96 * more.std() / len(more) ** 0.5
+    return more.mean() - half, more.mean() + half
+
+
 def bootstrap(a: np.ndarray, b: np.ndarray, method: str = "percentile") -> Interval:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of draws without a spread
@@ -48,6 +56,7 @@ METHODS: dict[str, Callable[[np.ndarray, np.ndarray], Interval]] = {
     "ours": ours,
     "normal": plain,
     "Student": functools.partial(plain, student=True),
+    "Bonett": bonett_price,
     "percentile": bootstrap,
     "BCa": functools.partial(bootstrap, method="BCa"),
 }

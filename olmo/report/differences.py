@@ -91,7 +91,7 @@ def _pair_questions(reference: Evaluation, other: Evaluation) -> dict[Key, Estim
     )
     pairs = both.partition_by(on, as_dict=True, maintain_order=True)
     found: dict[Key, Estimate | None] = {}
-    for key in reference.rows.keys() & other.rows.keys():
+    for key in (key for key in reference.rows if key in other.rows):
         asked = [count.get(key, 0) for count in counts]
         if not any(asked):
             continue

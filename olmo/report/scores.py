@@ -203,13 +203,14 @@ def format_comparison_table(found: dict[str, list[Row]], differences: Difference
 def explain_differences(reference: str, differences: Differences) -> str:
     """What stands above the table: how many differences to expect by chance."""
     p_values = [one.p for by_key in differences.values() for one in by_key.values()]
+    p_values = [p for p in p_values if not math.isnan(p)]  # of one question alone
     marked = sum(p < 0.05 for p in p_values)
     kept = sum(p < 0.05 for p in holm(p_values))
     return (
         f"In brackets: the difference to {reference} on the questions that both answered, its 95 % "
         f"interval, and better or worse if 0 is not in it. The intervals are not corrected for "
         f"their number: of {len(p_values)}, {marked} are without 0, where runs that do not differ "
-        f"would give {0.05 * len(p_values):.1f}; {kept} are left after Holm's correction. "
+        f"would give {0.05 * len(p_values):.3g}; {kept} are left after Holm's correction. "
         "detectable: the least true difference that so many questions find in four of five cases."
     )
 

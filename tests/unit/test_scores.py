@@ -9,6 +9,7 @@ import numpy as np
 import polars
 import pytest
 
+from olmo.eval.harness import check_answers, extract_metrics, extract_questions
 from olmo.eval.paired import (
     combine,
     estimate_difference,
@@ -213,6 +214,67 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         else:
             (damaged / "questions.parquet").write_bytes(content)
         refused(rf"{name}/questions.parquet is damaged: expected columns scorer, task", damaged)
+
+
+def test_only_metrics_that_are_means_have_scores_of_questions() -> None:
+    """Of what lm_eval returns for a generation with two filters, and a metric of all at once."""
+    samples = [
+        {
+            "doc_id": number,
+            "arguments": [(f"prompt {number}", {"until": ["."]})],
+            "target": "right",
+            "filter": kind,
+            "metrics": ["exact_match", "f1", "pair"],
+            "exact_match": float(number == 1),
+            "f1": number,
+            "pair": (0, 1),
+        }
+        for kind in ("strict", "none")
+        for number in range(2)
+    ]
+    values = {"exact_match,strict": 0.5, "exact_match,none": 0.5, "f1,none": 0.7, "pair,none": 0.5}
+    results = {
+        "samples": {"made": samples},
+        "results": {"made": values},
+        "n-samples": {"made": {"effective": 2}},
+    }
+    found = extract_questions(results, extract_metrics(results))
+    assert [(q["metric"], q["value"]) for q in found] == [
+        ("exact_match (strict)", 0.0),
+        ("exact_match (strict)", 1.0),
+        ("exact_match", 0.0),
+        ("exact_match", 1.0),
+    ]
+    assert len({q["question"] for q in found}) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "target", "is_known"),
+    [
+        ([("q", " a"), ("q", " b")], 1, True),
+        ([("q", " a"), ("q", " b")], 2, False),
+        ([("q", " a"), ("q", " b")], -1, False),
+        ([("q", " a"), ("q", " b")], "b", True),
+        ([("q", " a"), ("q", " b")], "", False),
+        ([("q", " a"), ("q", " b"), ("", " a"), ("", " b")], 2, False),  # and without context
+        ([("q a", " end"), ("q b", " end")], "end", True),
+        ([("q", " a"), ("q", " b")], [0, 1], True),  # several are right
+    ],
+)
+def test_a_choice_has_a_right_answer(asked: list[Any], target: Any, is_known: bool) -> None:
+    sample = {"doc_id": 5, "arguments": asked, "target": target}
+    results = {
+        "samples": {"made": [sample], "said": [{**sample, "target": -1}]},
+        "configs": {
+            "made": {"output_type": "multiple_choice"},
+            "said": {"output_type": "generate_until"},
+        },
+    }
+    if is_known:
+        check_answers(results)
+    else:
+        with pytest.raises(ValueError, match=r"harness: 'made': document 5 has no answer: .*below"):
+            check_answers(results)
 
 
 def test_a_suite_without_its_task_is_refused(
