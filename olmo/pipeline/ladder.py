@@ -20,6 +20,7 @@ from olmo.config import (
     TrainConfig,
     name_ladder_run,
 )
+from olmo.config.conversion import Mistakes, each_mistake
 from olmo.config.model_size import count_head, count_non_embedding, count_parameters
 from olmo.config.strict import BaseConfig, check_range
 
@@ -133,14 +134,23 @@ def list_branches(name: str, ladder: LadderConfig) -> list[Branch]:
     return [
         branch
         for size in ladder.sizes
-        for branch in list_branches_of_size(name, ladder, size, load_size(ladder, size))
+        for branch in list_branches_of_size(name, ladder, size, load_size(name, ladder, size))
     ]
 
 
-def load_size(ladder: LadderConfig, size: str) -> TrainConfig:
-    """The training config of a size, without length and schedule."""
+def load_size(name: str, ladder: LadderConfig, size: str) -> TrainConfig:
+    """The training config of a size, without length and schedule.
+
+    Raises ValueError for a mistake in it, or in the size's overrides.
+    """
     words = [*ladder.overrides, *ladder.sizes[size]]
-    return TrainConfig.load(ladder.train, words, validate_paths=False)
+    try:
+        return TrainConfig.load(ladder.train, words, validate_paths=False)
+    except FileNotFoundError as error:
+        raise Mistakes([f"ladders.{name}.train: {error}"]) from error
+    except ValueError as error:
+        where = f"ladders.{name}.sizes.{size}"
+        raise Mistakes([f"{where}: {mistake}" for mistake in each_mistake(error)]) from error
 
 
 def list_branches_of_size(

@@ -384,7 +384,7 @@ def draw(path: Path, law: Law, rungs: Sequence[Rung], said: Mapping[Branch, Inte
         x=altair.X(
             "flops:Q",
             title="training FLOP",
-            axis=altair.Axis(format="~e"),
+            axis=altair.Axis(format="~e", labelOverlap="greedy"),
             scale=altair.Scale(type="log", nice=False, padding=20),
         ),
         y=altair.Y("loss:Q", title="held-out loss (nats a token)", scale=scale),

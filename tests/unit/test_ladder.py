@@ -93,6 +93,11 @@ def test_a_schedule_in_tokens_decays_for_tokens() -> None:
         ({"budgets": ["0x"]}, "found '0x'"),
         ({"budgets": ["../x"]}, r"found '\.\./x'"),
         ({"sizes": LADDER["sizes"] | {"../s": []}}, "expected names of letters, digits"),
+        ({"train": "none.yaml"}, r"ladders\.x\.train: no config file at none.yaml"),
+        (
+            {"sizes": LADDER["sizes"] | {"m": ["model.d_modl=8"]}},
+            r"ladders\.x\.sizes\.m: .*model\.d_modl: no such key",
+        ),
         ({"decay_share": 1.0}, "decay_share: expected a number between 0 and 1, found 1.0"),
         ({"confidence": 90}, "confidence: expected a number between 0 and 1, found 90"),
         ({"budget": ["20x"]}, "no such key in LadderConfig; the nearest is 'budgets'"),
