@@ -15,7 +15,7 @@ from typing import Any
 
 from olmo.config import read_project_config
 from olmo.io import sealed
-from olmo.pipeline.ladder import Branch, LadderConfig, list_branches
+from olmo.pipeline.ladder import Branch, LadderConfig
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.recipe import PriceConfig
 from olmo.report.card import format_table
@@ -68,7 +68,7 @@ def ladder(name: str, /, folder: Path = Path("ladder")) -> None:
     """
     plan, target = Plan(read_project_config()), folder / name
     config = plan.ladder(name)
-    branches = list_branches(name, config)
+    branches = plan.branches(name)
     rungs = read_rungs(plan, name, [b for b in branches if b.size != config.held_out])
     law = Law([rung.point for rung in rungs])
     wanted = [branch for branch in branches if branch.size == config.held_out]
@@ -120,7 +120,7 @@ def ladder_check(name: str, /, folder: Path = Path("ladder")) -> None:
     """
     plan, target = Plan(read_project_config()), folder / name
     config = plan.ladder(name)
-    branches = list_branches(name, config)
+    branches = plan.branches(name)
     wanted = [branch for branch in branches if branch.size == config.held_out]
     said = read_prediction(target / "prediction.json", name, config, wanted)
     rungs = read_rungs(plan, name, branches)
