@@ -177,6 +177,7 @@ def write_run(name: str, steps: dict[str, int], loss: Any = 3.5) -> None:
                     "key": f"{name}-{place}" if place == "final" else f"trunk-{reached}",
                     "facts": {"steps": reached, "heldout_loss": heldout},
                     "run": {"wall_s": 2.0},
+                    "action": {"params": {"settings": {"max_duration": reached}}},
                 }
             )
         )
@@ -197,7 +198,7 @@ def test_tokens_that_trunks_saved_are_counted_by_actions() -> None:
         links = made.run(branch.name).links
         places = {f"step-{step}": step for step in links} | {"final": branch.steps}
         write_run(branch.name, places)
-        rungs.append(read_rung("x", branch, links))
+        rungs.append(read_rung("x", branch, links, {"max_duration": branch.steps}))
     short, long = (rung.branch for rung in rungs)
     assert rungs[1].pieces[f"trunk-{short.trunk_steps}"] == Piece(short.trunk_steps, 2.0, 0.0)
     scratch, trained = count_saving(rungs)
@@ -210,20 +211,20 @@ def test_a_run_that_is_missing_or_diverged_is_named() -> None:
     made = plan()
     branch = made.branches("x")[0]
     with pytest.raises(ValueError, match=r"x-s-20x in .*/final, found none; train it: uv run"):
-        read_rung("x", branch, [])
+        read_rung("x", branch, [], {"max_duration": branch.steps})
     write_run(branch.name, {"final": branch.steps}, loss="nan")
     with pytest.raises(ValueError, match="held-out loss of x-s-20x, found nan: it diverged"):
-        read_rung("x", branch, [])
+        read_rung("x", branch, [], {"max_duration": branch.steps})
     write_run("short", {"final": branch.steps - 1})
     Path("checkpoints/x-s-20x").rename("old")
     Path("checkpoints/short").rename("checkpoints/x-s-20x")
-    with pytest.raises(ValueError, match=r"expected 200 steps, as ladders\.x has now, found 199"):
-        read_rung("x", branch, [])
+    with pytest.raises(ValueError, match=r"since it was trained \(max_duration: 199 → 200\)"):
+        read_rung("x", branch, [], {"max_duration": branch.steps})
     write_run("none", {"final": branch.steps}, loss=None)
     Path("checkpoints/x-s-20x").rename("older")
     Path("checkpoints/none").rename("checkpoints/x-s-20x")
     with pytest.raises(ValueError, match=r"set documents\.heldout_share"):
-        read_rung("x", branch, [])
+        read_rung("x", branch, [], {"max_duration": branch.steps})
 
 
 def test_what_is_checked_is_what_was_said() -> None:
