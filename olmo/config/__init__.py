@@ -52,6 +52,7 @@ from olmo.config.train_config import (
 )
 from olmo.config.yaml_io import (
     PROJECT_CONFIG,
+    list_ladder_runs,
     list_runs,
     name_ladder_run,
     read_project_config,
@@ -105,6 +106,7 @@ __all__ = [
     "TrainConfig",
     "TruncationDirection",
     "WandbConfig",
+    "list_ladder_runs",
     "list_runs",
     "name_ladder_run",
     "read_project_config",

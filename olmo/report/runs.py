@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from olmo.config import list_runs, read_project_config
+from olmo.config import list_ladder_runs, list_runs, read_project_config
 from olmo.io.sealed import Damaged
 from olmo.report.series import HELDOUT, HELDOUT_ANSWERS, LOSS, SPEED
 from olmo.runtime.log import format_count, format_duration
@@ -78,15 +78,17 @@ def runs() -> None:
 
     A run is `running` where a process of any machine holds its lease. `age` is the time since its
     last step. `size` is that of its checkpoints. `cost` is that of the training by `price` of
-    config/config.yaml.
+    config/config.yaml. The runs of ladders are listed from when they begin.
 
     Example:
         olmo runs
     """
-    names = list_runs()
+    config = read_project_config()
+    of_ladders = set(list_ladder_runs(config.get("ladders")))
+    names = [name for name in list_runs() if name not in of_ladders]
     made = [path.name for path in sorted(Path("checkpoints").glob("*")) if path.is_dir()]
     held = held_names(current_store().root / "leases")
-    price = read_project_config().get("price") or {}
+    price = config.get("price") or {}
     found = [find_state(name, held, price) for name in dict.fromkeys([*names, *made])]
     found.sort(key=lambda run: (ORDER.index(run.state), -(run.last_change or 0)))
     print(format_table([run.cells(time.time()) for run in found]))
