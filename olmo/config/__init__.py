@@ -52,8 +52,8 @@ from olmo.config.train_config import (
 )
 from olmo.config.yaml_io import (
     PROJECT_CONFIG,
-    list_ladder_runs,
     list_runs,
+    list_shown_runs,
     name_ladder_run,
     read_project_config,
     read_yaml,
@@ -106,8 +106,8 @@ __all__ = [
     "TrainConfig",
     "TruncationDirection",
     "WandbConfig",
-    "list_ladder_runs",
     "list_runs",
+    "list_shown_runs",
     "name_ladder_run",
     "read_project_config",
     "read_yaml",

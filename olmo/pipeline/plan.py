@@ -107,12 +107,12 @@ class Plan:
         """The config of a run; of a soup, that of its first run. ValueError for an unknown name."""
         name = self.pipeline.soups.get(name, [name])[0]
         if name not in self.pipeline.runs:
-            known = self.pipeline.runs
+            known = [run for run in self.pipeline.runs if run not in self.ladder_of]
             raise ValueError(
                 f"config/config.yaml: expected one of the runs {', '.join(known)}; found {name}; "
                 + suggest_name(
                     name,
-                    known,
+                    self.pipeline.runs,
                     f"ask for one, as in checkpoints/{next(iter(known), '<run>')}/final, or add "
                     f"{name} to runs",
                 )

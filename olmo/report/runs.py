@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from olmo.config import list_ladder_runs, list_runs, read_project_config
+from olmo.config import list_shown_runs, read_project_config
 from olmo.io.sealed import Damaged
 from olmo.report.series import HELDOUT, HELDOUT_ANSWERS, LOSS, SPEED
 from olmo.runtime.log import format_count, format_duration
@@ -83,12 +83,10 @@ def runs() -> None:
     Example:
         olmo runs
     """
-    config = read_project_config()
-    of_ladders = set(list_ladder_runs(config.get("ladders")))
-    names = [name for name in list_runs() if name not in of_ladders]
+    names = list_shown_runs()
     made = [path.name for path in sorted(Path("checkpoints").glob("*")) if path.is_dir()]
     held = held_names(current_store().root / "leases")
-    price = config.get("price") or {}
+    price = read_project_config().get("price") or {}
     found = [find_state(name, held, price) for name in dict.fromkeys([*names, *made])]
     found.sort(key=lambda run: (ORDER.index(run.state), -(run.last_change or 0)))
     print(format_table([run.cells(time.time()) for run in found]))
