@@ -38,6 +38,7 @@ if workflow.is_main_process:
 wildcard_constraints:
     dataset=r"[\w.-]+",
     run=r"[\w.-]+",
+    ladder=r"[\w.-]+",
     batch=r"\d+",
     step=r"\d+",
 

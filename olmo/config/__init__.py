@@ -53,6 +53,7 @@ from olmo.config.train_config import (
 from olmo.config.yaml_io import (
     PROJECT_CONFIG,
     list_runs,
+    list_shown_runs,
     name_ladder_run,
     read_project_config,
     read_yaml,
@@ -106,6 +107,7 @@ __all__ = [
     "TruncationDirection",
     "WandbConfig",
     "list_runs",
+    "list_shown_runs",
     "name_ladder_run",
     "read_project_config",
     "read_yaml",

@@ -113,6 +113,12 @@ def list_runs() -> list[str]:
     return [*runs, *(config.get("soups") or {})]
 
 
+def list_shown_runs() -> list[str]:
+    """The runs and soups of config/config.yaml; of the many runs of ladders, those that began."""
+    of_ladders = set(list_ladder_runs(read_project_config().get("ladders")))
+    return [n for n in list_runs() if n not in of_ladders or Path("checkpoints", n).is_dir()]
+
+
 def list_ladder_runs(ladders: Any) -> list[str]:
     """The names of ladders' runs; of a section with mistakes, those that can be read."""
     found = []

@@ -10,8 +10,9 @@ and the shorter ones leave the trunk; links do not depend on what comes after th
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from olmo.config import (
@@ -20,8 +21,10 @@ from olmo.config import (
     TrainConfig,
     name_ladder_run,
 )
+from olmo.config.conversion import Mistakes, each_mistake
 from olmo.config.model_size import count_head, count_non_embedding, count_parameters
 from olmo.config.strict import BaseConfig, check_range
+from olmo.pipeline.targets import suggest_name
 
 BUDGET = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)([xT])")
 # What a ladder sets itself, of each of its runs.
@@ -133,14 +136,23 @@ def list_branches(name: str, ladder: LadderConfig) -> list[Branch]:
     return [
         branch
         for size in ladder.sizes
-        for branch in list_branches_of_size(name, ladder, size, load_size(ladder, size))
+        for branch in list_branches_of_size(name, ladder, size, load_size(name, ladder, size))
     ]
 
 
-def load_size(ladder: LadderConfig, size: str) -> TrainConfig:
-    """The training config of a size, without length and schedule."""
+def load_size(name: str, ladder: LadderConfig, size: str) -> TrainConfig:
+    """The training config of a size, without length and schedule.
+
+    Raises ValueError for a mistake in it, or in the size's overrides.
+    """
     words = [*ladder.overrides, *ladder.sizes[size]]
-    return TrainConfig.load(ladder.train, words, validate_paths=False)
+    try:
+        return TrainConfig.load(ladder.train, words, validate_paths=False)
+    except FileNotFoundError as error:
+        raise Mistakes([f"ladders.{name}.train: {error}"]) from error
+    except ValueError as error:
+        where = f"ladders.{name}.sizes.{size}"
+        raise Mistakes([f"{where}: {mistake}" for mistake in each_mistake(error)]) from error
 
 
 def list_branches_of_size(
@@ -197,36 +209,56 @@ def count_tokens(budget: str, parameters: int) -> float:
     return number * parameters if unit == "x" else number
 
 
-def expand_ladders(
-    ladders: Mapping[str, LadderConfig],
-) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
-    """The settings of each run of the ladders, and the tokens of the longest run of its ladder.
+def find_ladder(ladders: Mapping[str, LadderConfig], name: str) -> LadderConfig:
+    """The ladder of a name. ValueError for an unknown one."""
+    if name not in ladders:
+        raise ValueError(
+            f"config/config.yaml: expected one of the ladders {', '.join(ladders) or '(none)'}, "
+            f"found {name}; " + suggest_name(name, ladders, f"add {name} to ladders")
+        )
+    return ladders[name]
+
+
+def list_names(ladders: Mapping[str, LadderConfig], taken: Container[str]) -> dict[str, str]:
+    """The names of all runs of the ladders, each with its ladder; no training config is read.
+
+    Args:
+        taken: the names of other runs, and of soups.
 
     Raises:
-        ValueError: one cannot be, or two have the same name.
+        ValueError: a ladder cannot be, or a run of one has a name that another has.
     """
-    runs: dict[str, dict[str, Any]] = {}
-    longest: dict[str, int] = {}
+    found: dict[str, str] = {}
     for name, ladder in ladders.items():
         try:
             ladder.check()
         except ValueError as error:
             raise ValueError(f"ladders.{name}.{error}") from error
-        branches = list_branches(name, ladder)
-        if taken := next((branch.name for branch in branches if branch.name in runs), None):
-            raise ValueError(
-                f"ladders.{name}.sizes: expected runs of other names than another ladder's, found "
-                f"{taken}; rename the ladder or a size"
-            )
-        runs |= {branch.name: branch_settings(ladder, branch, branches) for branch in branches}
-        longest |= dict.fromkeys((b.name for b in branches), max(b.tokens for b in branches))
-    return runs, longest
+        for size, budget in product(ladder.sizes, ladder.budgets):
+            if (run := name_ladder_run(name, size, budget)) in found or run in taken:
+                other = "a run or a soup" if run in taken else f"the ladder {found[run]}"
+                raise ValueError(
+                    f"ladders.{name}.sizes: expected names of its own for its runs, found {run}, "
+                    f"which {other} has, too; rename the ladder or the size"
+                )
+            found[run] = name
+    return found
+
+
+def run_settings(ladder: LadderConfig) -> dict[str, Any]:
+    """What all runs of a ladder have in common, of the settings of a run."""
+    return {
+        "train": ladder.train,
+        "dataset": ladder.dataset,
+        "evaluation": ladder.evaluation,
+        "processes": ladder.processes,
+    }
 
 
 def branch_settings(
     ladder: LadderConfig, branch: Branch, branches: Sequence[Branch]
 ) -> dict[str, Any]:
-    """A branch's settings as a run: its links are where it and shorter ones leave the trunk."""
+    """The other settings of a branch: its links are where it and shorter ones leave the trunk."""
     schedule = {
         "max_duration": branch.steps,
         "scheduler.name": SchedulerType.warmup_stable_decay.value,
@@ -234,14 +266,10 @@ def branch_settings(
     }
     shorter = [one for one in branches if one.size == branch.size and one.steps <= branch.steps]
     return {
-        "train": ladder.train,
-        "dataset": ladder.dataset,
         "overrides": [
             *ladder.overrides,
             *ladder.sizes[branch.size],
             *(f"{key}={value}" for key, value in schedule.items()),
         ],
         "links": [one.trunk_steps for one in shorter],
-        "evaluation": ladder.evaluation,
-        "processes": ladder.processes,
     }

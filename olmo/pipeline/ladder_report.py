@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from olmo.config import read_project_config
+from olmo.config.identity import identity
 from olmo.io import sealed
-from olmo.pipeline.ladder import Branch, LadderConfig, list_branches
+from olmo.pipeline.ladder import Branch, LadderConfig
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.recipe import PriceConfig
 from olmo.report.card import format_table
 from olmo.report.scaling import Interval, Law, Point, leave_out
 from olmo.runtime.log import format_duration
+from olmo.store.lineage import diff_actions
 from olmo.store.record import parse_record
 
 LABEL = "heldout"
@@ -68,7 +70,7 @@ def ladder(name: str, /, folder: Path = Path("ladder")) -> None:
     """
     plan, target = Plan(read_project_config()), folder / name
     config = plan.ladder(name)
-    branches = list_branches(name, config)
+    branches = plan.branches(name)
     rungs = read_rungs(plan, name, [b for b in branches if b.size != config.held_out])
     law = Law([rung.point for rung in rungs])
     wanted = [branch for branch in branches if branch.size == config.held_out]
@@ -120,7 +122,7 @@ def ladder_check(name: str, /, folder: Path = Path("ladder")) -> None:
     """
     plan, target = Plan(read_project_config()), folder / name
     config = plan.ladder(name)
-    branches = list_branches(name, config)
+    branches = plan.branches(name)
     wanted = [branch for branch in branches if branch.size == config.held_out]
     said = read_prediction(target / "prediction.json", name, config, wanted)
     rungs = read_rungs(plan, name, branches)
@@ -139,11 +141,18 @@ def ladder_check(name: str, /, folder: Path = Path("ladder")) -> None:
 
 def read_rungs(plan: Plan, name: str, branches: Sequence[Branch]) -> list[Rung]:
     """The runs of a ladder, all finished."""
-    return [read_rung(name, branch, plan.run(branch.name).links) for branch in branches]
+    found = []
+    for branch in branches:
+        settings = identity(plan.train_config(branch.name))
+        found.append(read_rung(name, branch, plan.run(branch.name).links, settings))
+    return found
 
 
-def read_rung(ladder: str, branch: Branch, links: Sequence[int]) -> Rung:
+def read_rung(ladder: str, branch: Branch, links: Sequence[int], settings: dict[str, Any]) -> Rung:
     """A run of the ladder, with these links.
+
+    Args:
+        settings: the identity of its training config
 
     Raises:
         ValueError: it has not finished, is of other settings, or has no finite held-out loss.
@@ -164,13 +173,12 @@ def read_rung(ladder: str, branch: Branch, links: Sequence[int]) -> Rung:
         joules = run.get("machine_energy_j") or 0.0
         pieces[record["key"]] = Piece(steps - before, run.get("wall_s", 0.0), joules)
         before = steps
-    facts = record["facts"]
-    if facts["steps"] != branch.steps:
+    if changed := diff_actions(record["action"]["params"]["settings"], settings):
         raise ValueError(
-            f"{folder}/final: expected {branch.steps:,} steps, as ladders.{ladder} has now, found "
-            f"{facts['steps']:,}; {remedy}"
+            f"{folder}/final: expected the settings of ladders.{ladder}, found that they changed "
+            f"since it was trained ({changed[0]}); {remedy}"
         )
-    losses = facts.get("heldout_loss", {}).get(LABEL)
+    losses = record["facts"].get("heldout_loss", {}).get(LABEL)
     if losses is None:
         raise ValueError(
             f"{folder}/final: expected a loss on held-out documents, found none; set "
@@ -384,7 +392,7 @@ def draw(path: Path, law: Law, rungs: Sequence[Rung], said: Mapping[Branch, Inte
         x=altair.X(
             "flops:Q",
             title="training FLOP",
-            axis=altair.Axis(format="~e"),
+            axis=altair.Axis(format="~e", labelOverlap="greedy"),
             scale=altair.Scale(type="log", nice=False, padding=20),
         ),
         y=altair.Y("loss:Q", title="held-out loss (nats a token)", scale=scale),

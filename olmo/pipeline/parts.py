@@ -7,7 +7,6 @@ import shlex
 
 from olmo.config.strict import check_range
 from olmo.corpus.mixture import check_parts
-from olmo.pipeline.ladder import list_branches
 from olmo.pipeline.plan import Plan
 from olmo.pipeline.recipe import json_flag, json_text, prefix_errors
 from olmo.train.chain import count_steps, list_link_steps
@@ -46,18 +45,18 @@ def order_flags(plan: Plan, run: str, step: str | None = None) -> str:
 
 def ladder_flags(plan: Plan, run: str) -> str:
     """For a ladder's run: the steps that the first epoch must have for the longest run of all."""
-    if run not in plan.ladder_tokens:
+    if run not in plan.ladder_of:
         return ""
+    longest = max(branch.tokens for branch in plan.branches(plan.ladder_of[run]))
     cfg = plan.train_config(run)
     step_tokens = cfg.global_train_batch_size * cfg.model.max_sequence_length
-    return f"--one-epoch {math.ceil(plan.ladder_tokens[run] / step_tokens)}"
+    return f"--one-epoch {math.ceil(longest / step_tokens)}"
 
 
 def ladder_runs(plan: Plan, name: str, held_out: bool) -> list[str]:
     """The runs of a ladder: those of the size that is held out, or of the others."""
-    ladder = plan.ladder(name)
-    branches = list_branches(name, ladder)
-    return [b.name for b in branches if (b.size == ladder.held_out) == held_out]
+    size = plan.ladder(name).held_out
+    return [b.name for b in plan.branches(name) if (b.size == size) == held_out]
 
 
 def part_ends(plan: Plan, run: str) -> list[int]:

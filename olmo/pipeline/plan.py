@@ -19,7 +19,15 @@ from olmo.corpus import source_table
 from olmo.corpus.documents import MESSAGES
 from olmo.corpus.source_table import Source
 from olmo.corpus.tokenizer import TokenizerSection
-from olmo.pipeline.ladder import LadderConfig, expand_ladders
+from olmo.pipeline.ladder import (
+    Branch,
+    LadderConfig,
+    branch_settings,
+    find_ladder,
+    list_branches,
+    list_names,
+    run_settings,
+)
 from olmo.pipeline.recipe import (
     EvaluationConfig,
     PipelineConfig,
@@ -66,24 +74,29 @@ class Plan:
         self._reported: set[str] = set()
 
     def _add_ladder_runs(self) -> None:
-        """The runs of ladders become runs like any other; `ladder_tokens` has them."""
-        made, self.ladder_tokens = expand_ladders(self.pipeline.ladders)
-        if taken := next((name for name in made if self.is_made_here(name)), None):
-            kind = "run" if taken in self.pipeline.runs else "soup"
-            raise ValueError(
-                f"{kind}s.{taken}: expected another name than that of a ladder's run; rename one"
-            )
-        self.pipeline.runs |= {name: RunConfig.new(**run) for name, run in made.items()}
+        """The runs of ladders become runs like any other; `run` gives them lengths and links."""
+        self._branches: dict[str, list[Branch]] = {}  # by ladder, when they are asked for
+        self.ladder_of = list_names(
+            self.pipeline.ladders, {*self.pipeline.runs, *self.pipeline.soups}
+        )
+        for name, ladder in self.ladder_of.items():
+            settings = run_settings(self.pipeline.ladders[ladder])
+            self.pipeline.runs[name] = RunConfig.new(**settings)
+
+    def branches(self, ladder: str) -> list[Branch]:
+        """The runs of a ladder. ValueError if one of them cannot be."""
+        if ladder not in self._branches:
+            config, runs = self.ladder(ladder), self.pipeline.runs
+            with prefix_errors("config/config.yaml: "):
+                self._branches[ladder] = found = list_branches(ladder, config)
+            for branch in found:
+                settings = branch_settings(config, branch, found)
+                runs[branch.name] = replace(runs[branch.name], **settings)
+        return self._branches[ladder]
 
     def ladder(self, name: str) -> LadderConfig:
         """The config of a ladder. ValueError for an unknown name."""
-        if name not in self.pipeline.ladders:
-            known = self.pipeline.ladders
-            raise ValueError(
-                f"config/config.yaml: expected one of the ladders {', '.join(known) or '(none)'}, "
-                f"found {name}; " + suggest_name(name, known, f"add {name} to ladders")
-            )
-        return self.pipeline.ladders[name]
+        return find_ladder(self.pipeline.ladders, name)
 
     @property
     def store(self) -> str:
@@ -94,16 +107,18 @@ class Plan:
         """The config of a run; of a soup, that of its first run. ValueError for an unknown name."""
         name = self.pipeline.soups.get(name, [name])[0]
         if name not in self.pipeline.runs:
-            known = self.pipeline.runs
+            known = [run for run in self.pipeline.runs if run not in self.ladder_of]
             raise ValueError(
                 f"config/config.yaml: expected one of the runs {', '.join(known)}; found {name}; "
                 + suggest_name(
                     name,
-                    known,
+                    self.pipeline.runs,
                     f"ask for one, as in checkpoints/{next(iter(known), '<run>')}/final, or add "
                     f"{name} to runs",
                 )
             )
+        if name in self.ladder_of:
+            self.branches(self.ladder_of[name])
         run = self.pipeline.runs[name]
         return replace(run, gpus_per_node=run.gpus_per_node or self.pipeline.gpus_per_node)
 

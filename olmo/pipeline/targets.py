@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from olmo.config import list_runs, read_project_config
+from olmo.config import list_runs, list_shown_runs, read_project_config
 
 WITHOUT_NAMES = ("bench_tps", "bench_loss", "eval")  # targets of the project, not of a run
 
@@ -18,7 +18,7 @@ def describe_unknown_target(asked: str) -> str:
         f"no rule makes {asked}; targets are checkpoints/<run>/final, hf/<run>, eval/<run>, "
         "data/<dataset>/statistics.txt, ladder/<ladder>/prediction.md, "
         f"{', '.join(WITHOUT_NAMES)}, with the runs of "
-        f"config/config.yaml: {', '.join(list_runs())}"
+        f"config/config.yaml: {', '.join(list_shown_runs())}"
     )
 
 

@@ -171,7 +171,7 @@ def describe_finished_runs(plan: Plan) -> str:
         evaluate = "".join(f"{folder} " for folder in evaluation_folder(plan, run))
         loss = f", held-out loss {shown}" if shown else ""
         lines.append(f"{final} is ready: {facts.get('steps'):,} steps{loss}")
-        if run in plan.ladder_tokens:  # one of many
+        if run in plan.ladder_of:  # one of many
             continue
         lines.append(
             f"  Chat with it:       uv run olmo chat {run}\n"

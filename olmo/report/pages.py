@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from olmo.config import list_runs
+from olmo.config import list_shown_runs
 from olmo.inspect.documents import find_token_shards, select_shards
 from olmo.inspect.run import TrainedRun
 from olmo.io import sealed, untrusted
@@ -45,7 +45,7 @@ def report(runs: list[str], /, folder: Path = Path("report"), samples: int = SAM
                 log.warning(f"{run}: its checkpoints write no text: {error}")
         write_page(page, format_page(run))
     if not runs:
-        write_page(folder / "index.html", format_index(list_runs(), folder))
+        write_page(folder / "index.html", format_index(list_shown_runs(), folder))
 
 
 def write_page(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from olmo.config import list_runs, read_project_config
+from olmo.config import list_shown_runs, read_project_config
 from olmo.io.sealed import Damaged
 from olmo.report.series import HELDOUT, HELDOUT_ANSWERS, HELDOUT_BITS, LOSS, SPEED
 from olmo.runtime.log import format_count, format_duration
@@ -82,12 +82,13 @@ def runs() -> None:
     A run is `running` where a process of any machine holds its lease. `age` is the time since its
     last step. `held-out` is a loss in nats per token; `bits/byte` is its text's, which can be
     compared with that of another tokenizer. `size` is that of its checkpoints. `cost` is that of
-    the training by `price` of config/config.yaml.
+    the training by `price` of config/config.yaml. The runs of ladders are
+    listed from when they begin.
 
     Example:
         olmo runs
     """
-    names = list_runs()
+    names = list_shown_runs()
     made = [path.name for path in sorted(Path("checkpoints").glob("*")) if path.is_dir()]
     held = held_names(current_store().root / "leases")
     price = read_project_config().get("price") or {}

@@ -66,12 +66,13 @@ def test_a_ladder_trains_each_trunk_once(tmp_path: Path, tokenizer: Path) -> Non
     # Another short run leaves the trunk at step 12: the longer one stays as it is.
     before = record(project, "mini-d16-12288T")["key"]
     project.change("config/config.yaml", ladders__mini__budgets=["8192T", "12288T"])
-    changed = project.run("ladder/mini/prediction.md")
+    both = [f"checkpoints/mini-d16-{budget}/final" for budget in ("8192T", "12288T")]
+    changed = project.run(*both)
     assert record(project, "mini-d16-12288T")["key"] == before
-    assert changed.logs.count("steps 1 to 18: taken over from") == 3
-    assert changed.ran["training"] == 3 * 3  # a link, a decay; and the link that is taken over
+    assert changed.logs.count("steps 1 to 18: taken over from") == 1
+    assert changed.ran["training"] == 3  # a link and a decay; and the link that is taken over
 
     # More tokens than an epoch has: refused before anything is trained.
     project.change("config/config.yaml", ladders__mini__budgets=["8192T", "1e9T"])
-    refused = project.run("ladder/mini/prediction.md", ok=False)
+    refused = project.run("checkpoints/mini-d8-8192T/final", ok=False)
     assert "steps of the ladder's longest run" in refused.output and not refused.ran["training"]

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from project import REPOSITORY
 
-GUIDES = ("README.md", *(f"docs/{name}.md" for name in ("data", "store", "training", "speed")))
+GUIDES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("data", "ladder", "store", "training", "speed")),
+)
 COMMANDS = list(
     dict.fromkeys(
         line.split("#")[0].strip()

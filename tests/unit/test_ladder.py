@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from olmo.config import list_runs
-from olmo.pipeline.ladder import list_branches
 from olmo.pipeline.ladder_report import (
     Piece,
     Rung,
@@ -55,7 +54,7 @@ def plan(**changes: Any) -> Plan:
 def test_a_ladder_is_runs_that_share_trunks() -> None:
     made = plan()
     assert list(made.pipeline.runs) == [f"x-{s}-{b}" for s in "sml" for b in ("20x", "2e6T")]
-    short, long = list_branches("x", made.ladder("x"))[:2]
+    short, long = made.branches("x")[:2]
     assert short.parameters == 2 * 10 * 16**2 and long.tokens == 3906 * 512
     assert short.steps == round(20 * short.parameters / 512) and short.trunk_steps == 160
     run = made.run(long.name)
@@ -74,7 +73,7 @@ def test_a_ladder_is_runs_that_share_trunks() -> None:
 
 def test_a_schedule_in_tokens_decays_for_tokens() -> None:
     made = plan(overrides=["scheduler.units=tokens", "scheduler.t_warmup=2048"])
-    short = list_branches("x", made.ladder("x"))[0]
+    short = made.branches("x")[0]
     decay = (short.steps - short.trunk_steps) * 512
     assert f"scheduler.t_decay={decay}" in made.run(short.name).overrides
 
@@ -93,6 +92,11 @@ def test_a_schedule_in_tokens_decays_for_tokens() -> None:
         ({"budgets": ["0x"]}, "found '0x'"),
         ({"budgets": ["../x"]}, r"found '\.\./x'"),
         ({"sizes": LADDER["sizes"] | {"../s": []}}, "expected names of letters, digits"),
+        ({"train": "none.yaml"}, r"ladders\.x\.train: no config file at none.yaml"),
+        (
+            {"sizes": LADDER["sizes"] | {"m": ["model.d_modl=8"]}},
+            r"ladders\.x\.sizes\.m: .*model\.d_modl: no such key",
+        ),
         ({"decay_share": 1.0}, "decay_share: expected a number between 0 and 1, found 1.0"),
         ({"confidence": 90}, "confidence: expected a number between 0 and 1, found 90"),
         ({"budget": ["20x"]}, "no such key in LadderConfig; the nearest is 'budgets'"),
@@ -107,17 +111,17 @@ def test_a_schedule_in_tokens_decays_for_tokens() -> None:
 )
 def test_what_a_ladder_cannot_be(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:
-        plan(**changes)
+        plan(**changes).branches("x")
     assert "config/config.yaml: ladders.x" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_names_are_taken_once() -> None:
     run = {"train": "config/train/a.yaml", "dataset": "d"}
-    with pytest.raises(ValueError, match=r"runs\.x-m-20x: expected another name"):
+    with pytest.raises(ValueError, match="found x-m-20x, which a run or a soup has, too"):
         Plan({"runs": {"x-m-20x": run}, "ladders": {"x": LADDER}})
     sizes = {"y-s": [], "m": [], "l": []}
-    with pytest.raises(ValueError, match=r"ladders\.x-y.*x-y-s-20x; rename the ladder or a size"):
+    with pytest.raises(ValueError, match=r"ladders\.x-y.*x-y-s-20x, which the ladder x has"):
         Plan(
             {
                 "runs": {},
@@ -128,12 +132,18 @@ def test_names_are_taken_once() -> None:
         plan().ladder("y")
 
 
+def test_a_ladder_with_a_mistake_is_none_of_the_other_runs_business() -> None:
+    run = {"train": "config/train/a.yaml", "dataset": "d"}
+    made = Plan({"runs": {"a": run}, "ladders": {"x": LADDER | {"train": "none.yaml"}}})
+    assert made.run("a").dataset == made.pipeline.runs["x-s-20x"].dataset == "d"
+
+
 def test_all_runs_need_what_the_longest_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     made = plan(budgets=["20x", "40x"])
     monkeypatch.setattr(made, "train_config", load(made))
-    longest = max(branch.steps for branch in list_branches("x", made.ladder("x")))
+    longest = max(branch.steps for branch in made.branches("x"))
     assert ladder_flags(made, "x-s-20x") == f"--one-epoch {longest}"
-    made.ladder_tokens.clear()
+    made.ladder_of.clear()
     assert ladder_flags(made, "x-s-20x") == ""
 
 
@@ -167,6 +177,7 @@ def write_run(name: str, steps: dict[str, int], loss: Any = 3.5) -> None:
                     "key": f"{name}-{place}" if place == "final" else f"trunk-{reached}",
                     "facts": {"steps": reached, "heldout_loss": heldout},
                     "run": {"wall_s": 2.0},
+                    "action": {"params": {"settings": {"max_duration": reached}}},
                 }
             )
         )
@@ -183,11 +194,11 @@ def unsealed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tokens_that_trunks_saved_are_counted_by_actions() -> None:
     made = plan()
     rungs = []
-    for branch in list_branches("x", made.ladder("x"))[:2]:
+    for branch in made.branches("x")[:2]:
         links = made.run(branch.name).links
         places = {f"step-{step}": step for step in links} | {"final": branch.steps}
         write_run(branch.name, places)
-        rungs.append(read_rung("x", branch, links))
+        rungs.append(read_rung("x", branch, links, {"max_duration": branch.steps}))
     short, long = (rung.branch for rung in rungs)
     assert rungs[1].pieces[f"trunk-{short.trunk_steps}"] == Piece(short.trunk_steps, 2.0, 0.0)
     scratch, trained = count_saving(rungs)
@@ -198,27 +209,28 @@ def test_tokens_that_trunks_saved_are_counted_by_actions() -> None:
 @pytest.mark.usefixtures("unsealed")
 def test_a_run_that_is_missing_or_diverged_is_named() -> None:
     made = plan()
-    branch = list_branches("x", made.ladder("x"))[0]
+    branch = made.branches("x")[0]
     with pytest.raises(ValueError, match=r"x-s-20x in .*/final, found none; train it: uv run"):
-        read_rung("x", branch, [])
+        read_rung("x", branch, [], {"max_duration": branch.steps})
     write_run(branch.name, {"final": branch.steps}, loss="nan")
     with pytest.raises(ValueError, match="held-out loss of x-s-20x, found nan: it diverged"):
-        read_rung("x", branch, [])
+        read_rung("x", branch, [], {"max_duration": branch.steps})
     write_run("short", {"final": branch.steps - 1})
     Path("checkpoints/x-s-20x").rename("old")
     Path("checkpoints/short").rename("checkpoints/x-s-20x")
-    with pytest.raises(ValueError, match=r"expected 200 steps, as ladders\.x has now, found 199"):
-        read_rung("x", branch, [])
+    with pytest.raises(ValueError, match=r"since it was trained \(max_duration: 199 → 200\)"):
+        read_rung("x", branch, [], {"max_duration": branch.steps})
     write_run("none", {"final": branch.steps}, loss=None)
     Path("checkpoints/x-s-20x").rename("older")
     Path("checkpoints/none").rename("checkpoints/x-s-20x")
     with pytest.raises(ValueError, match=r"set documents\.heldout_share"):
-        read_rung("x", branch, [])
+        read_rung("x", branch, [], {"max_duration": branch.steps})
 
 
 def test_what_is_checked_is_what_was_said() -> None:
-    config = plan().ladder("x")
-    wanted = [b for b in list_branches("x", config) if b.size == "l"]
+    made = plan()
+    config = made.ladder("x")
+    wanted = [b for b in made.branches("x") if b.size == "l"]
     path = Path("prediction.json")
     with pytest.raises(ValueError, match="found none; predict it: uv run snakemake"):
         read_prediction(path, "x", config, wanted)

@@ -143,3 +143,15 @@ def test_another_folder_and_no_torch(project: Path, monkeypatch: pytest.MonkeyPa
         runs()
     code = "import sys, olmo.report.runs; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_runs_of_a_ladder_are_listed_when_they_begin(project: Path, capsys):
+    content = yaml.safe_load(Path("config/config.yaml").read_text())
+    content["ladders"] = {"x": {"sizes": {"s": [], "l": []}, "budgets": ["8x"]}}
+    Path("config/config.yaml").write_text(yaml.safe_dump(content))
+    runs()
+    assert "x-s-8x" not in capsys.readouterr().out
+    begin("x-s-8x")
+    runs()
+    shown = capsys.readouterr().out
+    assert "x-s-8x" in shown and "x-l-8x" not in shown
