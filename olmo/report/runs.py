@@ -82,8 +82,7 @@ def runs() -> None:
     A run is `running` where a process of any machine holds its lease. `age` is the time since its
     last step. `held-out` is a loss in nats per token; `bits/byte` is its text's, which can be
     compared with that of another tokenizer. `size` is that of its checkpoints. `cost` is that of
-    the training by `price` of config/config.yaml. The runs of ladders are
-    listed from when they begin.
+    the training by `price` of config/config.yaml. A ladder's runs are listed once they begin.
 
     Example:
         olmo runs
