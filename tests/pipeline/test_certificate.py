@@ -272,11 +272,23 @@ def test_what_cannot_be_certified_is_said_before_anything_runs(
     unknown = said(licences={})
     assert "small: expected a licence of each source, found none of http://" in unknown
     assert "part-2.json.gz; set certificate: {licences: {small: …}}" in unknown
-    done = project.run("certificate/nobody", ok=False)
-    assert "expected one of the runs small, other; found nobody" in done.output
-    # The command alone, of a run that is not finished.
+    # The command alone, of a run that is not finished, or whose records have no licence.
+    done = project.olmo("certificate", "make", "small")
+    assert "small: expected a licence of each source, found none of http://" in done.output
     shutil.rmtree(project.final)
     project.change("config/config.yaml", certificate=config)
     done = project.olmo("certificate", "make", "small")
     assert "expected a run that is finished, found no checkpoints/small/final" in done.output
     assert done.output.count("\n") == 1
+
+
+def test_a_plan_and_another_key(made: Project, tmp_path: Path) -> None:
+    project = made.copy(tmp_path / "project")
+    project.store = project.root / "store"
+    key = write_key(tmp_path / "key.pem")
+    project.change("config/config.yaml", certificate__key=str(key))
+    done = project.olmo("plan", "certificate/small")
+    assert done.status == 0 and re.search("certificate/small +1 .* new", done.output), done.output
+    assert "1 jobs: certificate" in project.run("certificate/small").output
+    folder = project.root / "certificate/small"
+    verify(folder, public_key=key.with_suffix(".pub"), checkpoint=project.final)
