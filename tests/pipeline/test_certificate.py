@@ -289,6 +289,8 @@ def test_a_plan_and_another_key(made: Project, tmp_path: Path) -> None:
     project.change("config/config.yaml", certificate__key=str(key))
     done = project.olmo("plan", "certificate/small")
     assert done.status == 0 and re.search("certificate/small +1 .* new", done.output), done.output
+    project.olmo("plan", "report/small.html")
+    assert not (project.root / "report").exists(), "a plan makes no page"
     assert "1 jobs: certificate" in project.run("certificate/small").output
     folder = project.root / "certificate/small"
     verify(folder, public_key=key.with_suffix(".pub"), checkpoint=project.final)
