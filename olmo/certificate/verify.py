@@ -6,7 +6,9 @@ its signature is checked, and no name in it as a path before the name is checked
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -218,3 +220,21 @@ def check_record(place: Path, content: str | None) -> None:
                 f"{path}: expected the record of content {content}, found that of "
                 f"{record['content']}; delete it"
             )
+
+
+def main() -> None:
+    """`python -m olmo.certificate.verify`, where the packages of the command `olmo` are missing."""
+    parser = argparse.ArgumentParser(prog="python -m olmo.certificate.verify")
+    parser.add_argument("certificate", type=Path)
+    parser.add_argument("--public-key", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--export", type=Path)
+    given = parser.parse_args()
+    try:
+        verify(given.certificate, given.public_key, given.checkpoint, given.export)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -45,7 +45,10 @@ from olmo.store.stage import looking_up
 from olmo.store.store import Store
 
 # Rules whose commands are no stages: they are not called for a plan.
-NOT_STAGES = ("environment", "bench_tps", "bench_loss", "eval", "quality_page")
+NOT_STAGES = (
+    *("environment", "bench_tps", "bench_loss", "eval", "quality_page", "certificate"),
+    *("report", "report_index"),
+)
 NOTHING = Range()
 # Stages whose outputs a sample tells → the amount that has their range.
 SAMPLED = {"converted": "source_bytes", "documents": "documents_bytes", "tokens": "tokens"}

@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from certified import SIGNATURE, WORD, carry_away, make_certified, write_key
+from certified import RUNS, SIGNATURE, WORD, carry_away, make_certified, write_key
 from project import REPOSITORY, Project
 
+from olmo.certificate.names import BOM, BUNDLE, CRATE, PROVENANCE, ROOT
+from olmo.certificate.signature import UNSIGNED, load_private_key, sign, state_folder
 from olmo.certificate.verify import verify
+from olmo.io.sealed import hash_file
 
 pytestmark = pytest.mark.slow
 
@@ -145,6 +148,69 @@ def test_a_certificate_of_another_run(made: Project, tmp_path: Path) -> None:
     assert f"{certificate}/bom.cdx.json: expected sha256" in said
 
 
+def sign_again(folder: Path, key: Path, name: str, old: str, new: str, told: bool) -> None:
+    """Change a document and sign the certificate again; `told`: the provenance has it, too."""
+    private = load_private_key(key)
+    path, provenance = folder / name, folder / PROVENANCE
+    before = hash_file(path)
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    if told:
+        provenance.write_text(provenance.read_text().replace(before, hash_file(path)))
+        (folder / BUNDLE).write_text(sign(provenance.read_bytes(), private))
+    digests = {one.name: hash_file(one) for one in folder.iterdir() if one.name != ROOT}
+    digests.pop(".snakemake_timestamp", None)
+    (folder / ROOT).write_text(sign(state_folder("small", digests, (ROOT, *UNSIGNED)), private))
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "words"),
+    [
+        (BOM, '"olmo:run",\n     "value": "small"', '"olmo:run",\n     "value": "x"', "the run"),
+        (BOM, "CONTENT", "0" * 64, "the run"),
+        (BOM, "WEIGHTS", "0" * 64, "the files"),
+        (BOM, "SOURCE", "0" * 64, "the sources"),
+        ("croissant-small.json", "SOURCE", "0" * 64, "the sources"),
+        (CRATE, "CONTENT", "0" * 64, "the content"),
+        (CRATE, '"sha256": "WEIGHTS"', '"sha256": "0"', "the files"),
+        (CRATE, '"sha256": "SOURCE"', '"sha256": "0"', "the sources"),
+    ],
+)
+def test_documents_that_do_not_agree(
+    made: Project, tmp_path: Path, name: str, old: str, new: str, words: str
+) -> None:
+    """Signed by the right key: whoever signs by other means may have mixed up two runs."""
+    certificate, checkpoint = carry_away(made, tmp_path)
+    table = (made.root / "table.tsv").read_text().splitlines()
+    facts = {
+        "CONTENT": made.content(),
+        "WEIGHTS": hash_file(checkpoint / "model.safetensors"),
+        "SOURCE": table[1].split("\t")[2],
+    }
+    for word, digest in facts.items():
+        old = old.replace(word, digest)
+    sign_again(certificate, made.root.parent / "key.pem", name, old, new, told=True)
+    said = refused(certificate, public_key=public_key(made), checkpoint=checkpoint)
+    assert said.startswith(f"{certificate}/{name}: expected {words} of provenance.json, ")
+
+
+def test_documents_that_the_provenance_does_not_know(made: Project, tmp_path: Path) -> None:
+    certificate, checkpoint = carry_away(made, tmp_path)
+    key, given = made.root.parent / "key.pem", {"checkpoint": checkpoint}
+    given["public_key"] = public_key(made)
+    sign_again(certificate, key, BOM, "ODC-By", "ODC-Yb", told=False)
+    said = refused(certificate, **given)
+    assert said.startswith(f"{certificate}/{ROOT}: expected the documents of provenance.json")
+    sign_again(certificate, key, BOM, "ODC-Yb", "ODC-By", told=False)
+    sign_again(certificate, key, PROVENANCE, "ODC-By", "ODC-Yb", told=False)
+    assert refused(certificate, **given).startswith(f"{certificate}/{BUNDLE}: expected what")
+    sign_again(certificate, key, PROVENANCE, "ODC-Yb", "ODC-By", told=False)
+    ours, other = (made.root / f"certificate/{run}/model.sig" for run in RUNS)
+    sign_again(certificate, key, "model.sig", ours.read_text(), other.read_text(), told=False)
+    said = refused(certificate, **given)
+    assert said.startswith(f"{certificate}/model.sig: expected the files of provenance.json")
+
+
 def test_more_less_and_links(made: Project, tmp_path: Path) -> None:
     certificate, checkpoint = carry_away(made, tmp_path)
     given = {"public_key": public_key(made), "checkpoint": checkpoint}
@@ -206,11 +272,25 @@ def test_what_cannot_be_certified_is_said_before_anything_runs(
     unknown = said(licences={})
     assert "small: expected a licence of each source, found none of http://" in unknown
     assert "part-2.json.gz; set certificate: {licences: {small: …}}" in unknown
-    done = project.run("certificate/nobody", ok=False)
-    assert "expected one of the runs small, other; found nobody" in done.output
-    # The command alone, of a run that is not finished.
+    # The command alone, of a run that is not finished, or whose records have no licence.
+    done = project.olmo("certificate", "make", "small")
+    assert "small: expected a licence of each source, found none of http://" in done.output
     shutil.rmtree(project.final)
     project.change("config/config.yaml", certificate=config)
     done = project.olmo("certificate", "make", "small")
     assert "expected a run that is finished, found no checkpoints/small/final" in done.output
     assert done.output.count("\n") == 1
+
+
+def test_a_plan_and_another_key(made: Project, tmp_path: Path) -> None:
+    project = made.copy(tmp_path / "project")
+    project.store = project.root / "store"
+    key = write_key(tmp_path / "key.pem")
+    project.change("config/config.yaml", certificate__key=str(key))
+    done = project.olmo("plan", "certificate/small")
+    assert done.status == 0 and re.search("certificate/small +1 .* new", done.output), done.output
+    project.olmo("plan", "report/small.html")
+    assert not (project.root / "report").exists(), "a plan makes no page"
+    assert "1 jobs: certificate" in project.run("certificate/small").output
+    folder = project.root / "certificate/small"
+    verify(folder, public_key=key.with_suffix(".pub"), checkpoint=project.final)

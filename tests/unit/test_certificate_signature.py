@@ -166,7 +166,13 @@ def test_verifying_needs_no_package_of_ours_but_one():
     ours = "torch numpy omegaconf yaml polars snakemake jinja2 safetensors rich msgspec"
     code = (
         f"import sys\nfor name in {ours.split()}: sys.modules[name] = None\n"
-        "import olmo.certificate.verify, olmo.certificate.signature\n"
-        "olmo.certificate.signature.import_cryptography()"
+        "import olmo.certificate.signature\n"
+        "olmo.certificate.signature.import_cryptography()\n"
+        "import runpy; runpy.run_module('olmo.certificate.verify', run_name='__main__')"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    words = ["none", "--public-key", "none.pub", "--checkpoint", "none"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == (
+        "python -m olmo.certificate.verify: expected a public key in none.pub, found no file; ask "
+        "whoever signed for it\n"
+    )

@@ -72,8 +72,8 @@ def test_the_folders_are_those_of_the_rules() -> None:
     for rules in Path(__file__).parents[2].joinpath("rules").glob("*.smk"):
         for block in re.findall(r"\n    output:\n((?:        .*\n)+)", rules.read_text()):
             made |= set(re.findall(r'(?<!caption=)"([\w-]+)/', block))
-    assert made - {"environments", "report"} == set(untrusted.OUTPUT_FOLDERS), (
-        "environments and pages are not of the store"
+    assert made - {"environments", "report", "certificate"} == set(untrusted.OUTPUT_FOLDERS), (
+        "environments, pages and certificates are not of the store"
     )
 
 
