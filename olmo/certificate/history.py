@@ -14,6 +14,7 @@ from olmo.certificate.names import signature_of
 from olmo.certificate.settings import CertificateConfig
 from olmo.certificate.signature import UNSIGNED
 from olmo.config import read_project_config
+from olmo.config.yaml_io import list_ladder_runs
 from olmo.inspect.run import suggest_runs
 from olmo.io.sealed import hash_file
 from olmo.report.card import CHECKPOINTS, LIBRARY, SOURCES, converted_files
@@ -166,7 +167,14 @@ def read_history(run: str, settings: CertificateConfig, store: Store) -> History
 
 
 def check_licence(settings: CertificateConfig) -> None:
-    """Raises ValueError if the run's licence is not set."""
+    """Raises ValueError if the run's licence is not set, or one is no text of one line."""
+    stated = {"licence": settings.licence} if settings.licence else {}
+    for name, text in (stated | {f"licences.{o}": t for o, t in settings.licences.items()}).items():
+        if not text.strip() or not text.isprintable():
+            raise ValueError(
+                f"config/config.yaml: certificate.{name}: expected an identifier of SPDX, or "
+                f"{NO_LICENCE} to state that it is not known, found {text!r}; write one"
+            )
     if not settings.licence:
         raise ValueError(
             "config/config.yaml: expected the licence of what is released, found none; set "
@@ -262,6 +270,11 @@ def list_owners(run: str) -> list[str]:
     """The data sets of a run and of those it was made from, and these runs."""
     config = read_project_config()
     runs, soups = config.get("runs") or {}, config.get("soups") or {}
+    ladders = config.get("ladders") or {}
+    of_ladders = {
+        one: ladders[name] for name in ladders for one in list_ladder_runs({name: ladders[name]})
+    }
+    runs = {**runs, **of_ladders}
     found: list[str] = []
     waiting = [run]
     for name in waiting:  # grows in the loop

@@ -173,7 +173,7 @@ def test_names_are_taken_once() -> None:
 def test_a_ladder_with_a_mistake_is_none_of_the_other_runs_business() -> None:
     run = {"train": "config/train/a.yaml", "dataset": "d"}
     made = Plan({"runs": {"a": run}, "ladders": {"x": LADDER | {"train": "none.yaml"}}})
-    assert made.run("a").dataset == made.pipeline.runs["x-s-20x"].dataset == "d"
+    assert made.run("a").dataset == made.dataset("a") == made.dataset("x-s-20x") == "d"
 
 
 def test_all_runs_need_what_the_longest_needs(monkeypatch: pytest.MonkeyPatch) -> None:
