@@ -14,12 +14,13 @@ from olmo.certificate.names import signature_of
 from olmo.certificate.settings import CertificateConfig
 from olmo.certificate.signature import UNSIGNED
 from olmo.config import read_project_config
+from olmo.config.yaml_io import list_ladder_runs
 from olmo.inspect.run import suggest_runs
 from olmo.io.sealed import hash_file
 from olmo.report.card import CHECKPOINTS, LIBRARY, SOURCES, converted_files
 from olmo.report.graph import Graph, build_graph
 from olmo.report.html import hide_paths
-from olmo.store.lineage import find_parents, records_by_content
+from olmo.store.lineage import find_parents, input_digests, records_by_content
 from olmo.store.naming import all_names
 from olmo.store.record import Record, parse_record
 from olmo.store.store import Store
@@ -150,9 +151,10 @@ def read_history(run: str, settings: CertificateConfig, store: Store) -> History
     releases = [read_release(run, place) for place in places]
     record = releases[0].record
     made_by = records_by_content(store)
-    known = find_parents(record, made_by)
-    records = {one["key"]: one for found in known.values() for one in found}
-    records[record["key"]] = record
+    records = find_actions(record, made_by)
+    if copies := find_copies(run, [*records.values()], store):
+        made_by = {d: [m for m in made if m["key"] not in copies] for d, made in made_by.items()}
+        records = find_actions(record, made_by)
     ordered = sorted(records.values(), key=lambda one: (times_of([one])[0], one["key"]))
     return History(
         run=run,
@@ -165,8 +167,21 @@ def read_history(run: str, settings: CertificateConfig, store: Store) -> History
     )
 
 
+def find_actions(record: Record, made_by: dict[str, list[Record]]) -> dict[str, Record]:
+    """An action and all before it, by their keys."""
+    parents = find_parents(record, made_by).values()
+    return {one["key"]: one for found in parents for one in found} | {record["key"]: record}
+
+
 def check_licence(settings: CertificateConfig) -> None:
-    """Raises ValueError if the run's licence is not set."""
+    """Raises ValueError if the run's licence is not set, or one is no text of one line."""
+    stated = {"licence": settings.licence} if settings.licence else {}
+    for name, text in (stated | {f"licences.{o}": t for o, t in settings.licences.items()}).items():
+        if not text.strip() or not text.isprintable():
+            raise ValueError(
+                f"config/config.yaml: certificate.{name}: expected an identifier of SPDX, or "
+                f"{NO_LICENCE} to state that it is not known, found {text!r}; write one"
+            )
     if not settings.licence:
         raise ValueError(
             "config/config.yaml: expected the licence of what is released, found none; set "
@@ -223,7 +238,7 @@ def find_sources(
         ValueError: a licence is neither recorded nor set, with the first sources of these.
     """
     owners, used = find_owners(store), list_owners(run)
-    made = {file["sha256"] for one in records for file in describe_outputs(one)}
+    made = {digest for one in records for digest in digests_of(one)}
     found: dict[tuple[str, str], Source] = {}
     for record in records:
         if record["action"]["stage"] not in SOURCES:
@@ -239,6 +254,29 @@ def find_sources(
     if unknown := {s.url or s.name: s.owner for s in sources if not s.licence}:
         raise licence_error(run, unknown)
     return sources
+
+
+def find_copies(run: str, records: list[Record], store: Store) -> set[str]:
+    """The keys of sources that are others' copies of files which the run has by its own names.
+
+    Another data set of the store may have the same file from elsewhere.
+    """
+    owners, used = find_owners(store), list_owners(run)
+    own: set[str] = set()
+    others: list[Record] = []
+    for one in records:
+        if one["action"]["stage"] not in SOURCES:  # it made them, and did not pass them on
+            own |= digests_of(one) - set(input_digests(one))
+        elif any(owner in used for _, owner in owners.get(one["key"], [])):
+            own |= digests_of(one)
+        else:
+            others.append(one)
+    return {one["key"] for one in others if digests_of(one) <= own}
+
+
+def digests_of(record: Record) -> set[str]:
+    """The digests of what an action made."""
+    return {file["sha256"] for file in describe_outputs(record)}
 
 
 def describe_outputs(record: Record) -> list[dict[str, Any]]:
@@ -262,6 +300,11 @@ def list_owners(run: str) -> list[str]:
     """The data sets of a run and of those it was made from, and these runs."""
     config = read_project_config()
     runs, soups = config.get("runs") or {}, config.get("soups") or {}
+    ladders = config.get("ladders") or {}
+    of_ladders = {
+        one: ladders[name] for name in ladders for one in list_ladder_runs({name: ladders[name]})
+    }
+    runs = {**runs, **of_ladders}
     found: list[str] = []
     waiting = [run]
     for name in waiting:  # grows in the loop

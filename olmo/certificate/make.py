@@ -26,6 +26,7 @@ from olmo.certificate.signature import (
     state_folder,
 )
 from olmo.config import read_project_config
+from olmo.config.conversion import Mistakes, each_mistake
 from olmo.io.untrusted import check_part
 from olmo.report.card import SOURCES
 from olmo.runtime.log import format_number
@@ -48,7 +49,7 @@ def make(run: str, /, folder: Path | None = None) -> None:
     Example:
         olmo certificate make olmo-tiny
     """
-    check_part(run, "olmo certificate make")
+    check_part(run, "the name of a run")
     folder = folder or Path("certificate", run)
     check_place(folder)
     settings = read_settings()
@@ -104,13 +105,22 @@ def hash_text(text: str) -> str:
 def check_place(folder: Path) -> None:
     """Raises ValueError for a folder of something else, which would be replaced."""
     check_not_in_store(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"expected a folder to write to, found the file {folder}; name another")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / ROOT).exists():
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        what = "link" if folder.is_symlink() else "file"
+        raise ValueError(f"expected a folder to write to, found the {what} {folder}; name another")
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    others = sorted(name for name in names if not is_document(name))
+    if others or (names and ROOT not in names):
         raise ValueError(
-            f"expected no folder {folder}, or one with a certificate, found one with other files; "
-            "name another one: --folder"
+            f"expected no folder {folder}, or one with a certificate alone, found one with "
+            f"{(others or sorted(names))[0]}; name another one: --folder"
         )
+
+
+def is_document(name: str) -> bool:
+    """Whether a file of a certificate has this name, or one that may stand beside them."""
+    known = (PROVENANCE, BUNDLE, BOM, CRATE, README, ROOT, "model.sig", "hf.sig", *UNSIGNED)
+    return name in known or (name.startswith(CROISSANT) and name.endswith(".json"))
 
 
 def write_folder(folder: Path, texts: dict[str, str]) -> None:
@@ -137,7 +147,11 @@ def check_settings(settings: CertificateConfig) -> str:
 
 def read_settings() -> CertificateConfig:
     """The section of config/config.yaml."""
-    return CertificateConfig.new(**(read_project_config().get("certificate") or {}))
+    try:
+        return CertificateConfig.new(**(read_project_config().get("certificate") or {}))
+    except ValueError as error:
+        place = "config/config.yaml: certificate"
+        raise Mistakes([f"{place}.{mistake}" for mistake in each_mistake(error)]) from error
 
 
 def find_key(settings: CertificateConfig) -> Path:

@@ -96,10 +96,9 @@ def read_file(folder: Path, name: str) -> bytes:
     path = folder / check_part(name, f"{folder}/{ROOT}")
     if path.is_symlink():
         raise ValueError(f"{path}: expected a file, found a link; {AGAIN}")
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise ValueError(f"{path}: expected a file of a certificate, found none; {AGAIN}") from None
+    if not path.is_file():  # nor a pipe, which would be waited for
+        raise ValueError(f"{path}: expected a file of a certificate, found none; {AGAIN}")
+    return path.read_bytes()
 
 
 def check_files(
@@ -213,7 +212,9 @@ def check_agreement(
 def check_record(place: Path, content: str | None) -> None:
     """Check the record of a folder, if it is there. Raises Damaged, ValueError."""
     path = place / "record.json"
-    if path.exists():
+    if os.path.lexists(path):
+        if not path.is_file():  # a pipe or a device has no end
+            raise ValueError(f"{path}: expected a file, found none; delete it")
         record = parse_record(path.read_bytes(), path)
         if content is not None and record["content"] != content:
             raise ValueError(

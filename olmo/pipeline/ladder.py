@@ -25,8 +25,11 @@ from olmo.config.conversion import Mistakes, each_mistake
 from olmo.config.model_size import count_head, count_non_embedding, count_parameters
 from olmo.config.strict import BaseConfig, check_range
 from olmo.pipeline.targets import suggest_name
+from olmo.report.scaling import count_numbers
 
-BUDGET = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)([xT])")
+BUDGET = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)([xT])")
+MAX_BUDGET = 1e18  # more tokens than there are
+NAME = re.compile(r"\w[\w.-]*")
 # What a ladder sets itself, of each of its runs.
 OWN_KEYS = ("max_duration", "stop_at", "scheduler.name", "scheduler.t_decay", "scheduler.t_max")
 
@@ -69,7 +72,7 @@ class LadderConfig(BaseConfig):
                 f"{', '.join(self.sizes)}; add some"
             )
         for name in self.sizes:
-            if not re.fullmatch(r"\w[\w.-]*", name):
+            if not NAME.fullmatch(name):
                 raise ValueError(
                     f"sizes: expected names of letters, digits, _, . and -, found {name!r}; "
                     "rename it"
@@ -79,10 +82,10 @@ class LadderConfig(BaseConfig):
                 f"budgets: expected lengths, each once, found {', '.join(self.budgets) or 'none'}"
             )
         for budget in self.budgets:
-            if not (match := BUDGET.fullmatch(budget)) or not float(match[1]):
+            if not (match := BUDGET.fullmatch(budget)) or not 0 < float(match[1]) <= MAX_BUDGET:
                 raise ValueError(
-                    "budgets: expected tokens per parameter, as 20x, or tokens, as 4e6T; found "
-                    f"{budget!r}"
+                    "budgets: expected tokens per parameter, as 20x, or tokens, as 4e6T, up to "
+                    f"{MAX_BUDGET:.0e}; found {budget!r}"
                 )
         for override in [*self.overrides, *(word for own in self.sizes.values() for word in own)]:
             if (key := override.lstrip("-").partition("=")[0]) in OWN_KEYS:
@@ -131,13 +134,34 @@ def list_branches(name: str, ladder: LadderConfig) -> list[Branch]:
     """The runs of a ladder, by size and length.
 
     Raises:
-        ValueError: the budgets of a size do not rise, or one decays within the warm-up.
+        ValueError: the budgets of a size do not rise, or one decays within the warm-up; the runs
+            are too few, or too much alike, to predict another.
     """
-    return [
+    branches = [
         branch
         for size in ladder.sizes
         for branch in list_branches_of_size(name, ladder, size, load_size(name, ladder, size))
     ]
+    check_enough(name, [branch for branch in branches if branch.size != ladder.held_out])
+    return branches
+
+
+def check_enough(name: str, fitted: Sequence[Branch]) -> None:
+    """Raises ValueError for runs that no law can be fitted to; they would be trained in vain."""
+    by_parameters: dict[int, str] = {}
+    for branch in fitted:
+        if (other := by_parameters.setdefault(branch.parameters, branch.size)) != branch.size:
+            raise ValueError(
+                f"ladders.{name}.sizes: expected another number of parameters of each size, found "
+                f"{branch.parameters:,} without embeddings of {other} and of {branch.size}; "
+                "change model.d_model or model.n_layers of one"
+            )
+    numbers = count_numbers([(branch.parameters, branch.tokens) for branch in fitted])
+    if len(fitted) <= numbers:
+        raise ValueError(
+            f"ladders.{name}: expected more runs to predict from than the law has numbers, "
+            f"{numbers}; found {len(fitted)}; add a size, or a budget"
+        )
 
 
 def load_size(name: str, ladder: LadderConfig, size: str) -> TrainConfig:
@@ -147,7 +171,16 @@ def load_size(name: str, ladder: LadderConfig, size: str) -> TrainConfig:
     """
     words = [*ladder.overrides, *ladder.sizes[size]]
     try:
-        return TrainConfig.load(ladder.train, words, validate_paths=False)
+        cfg = TrainConfig.load(ladder.train, words, validate_paths=False)
+        check_range("global_train_batch_size", cfg.global_train_batch_size, 1)
+        # They would end or decay a branch elsewhere than its budget says.
+        for key, found in (("stop_at", cfg.stop_at), ("scheduler.t_max", cfg.scheduler.t_max)):
+            if found is not None:
+                raise ValueError(
+                    f"{key}: expected none in the training config of a ladder, whose budgets "
+                    f"decide it, found {found}; remove it from {ladder.train}"
+                )
+        return cfg
     except FileNotFoundError as error:
         raise Mistakes([f"ladders.{name}.train: {error}"]) from error
     except ValueError as error:
@@ -230,6 +263,11 @@ def list_names(ladders: Mapping[str, LadderConfig], taken: Container[str]) -> di
     """
     found: dict[str, str] = {}
     for name, ladder in ladders.items():
+        if not NAME.fullmatch(name) or name == "check":
+            raise ValueError(
+                "ladders: expected names of letters, digits, _, . and -, and not check, which is a "
+                f"command, found {name!r}; rename it"
+            )
         try:
             ladder.check()
         except ValueError as error:

@@ -128,7 +128,10 @@ class Plan:
 
     def dataset(self, run: str) -> str:
         """The name of a run's data set: the run's own name if its training config names tokens."""
-        return self.run(run).dataset or self.pipeline.soups.get(run, [run])[0]
+        first = self.pipeline.soups.get(run, [run])[0]
+        # Of a ladder's run too, whose ladder may have mistakes: no length is needed.
+        found = self.pipeline.runs.get(first) or self.run(first)
+        return found.dataset or first
 
     def recipe(self, dataset: str) -> Recipe:
         """A data set's recipe, with `tokenizer.dataset` replaced by that tokenizer's file."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from olmo.config import list_runs, list_shown_runs, read_project_config
 
+OF_RUNS = ("hf", "eval", "certificate")  # folders with one for each run
 WITHOUT_NAMES = ("bench_tps", "bench_loss", "eval")  # targets of the project, not of a run
 
 
@@ -16,7 +17,7 @@ def describe_unknown_target(asked: str) -> str:
         return f"no rule makes {asked}; the target is {near}"
     return (
         f"no rule makes {asked}; targets are checkpoints/<run>/final, hf/<run>, eval/<run>, "
-        "data/<dataset>/statistics.txt, ladder/<ladder>/prediction.md, "
+        "certificate/<run>, data/<dataset>/statistics.txt, ladder/<ladder>/prediction.md, "
         f"{', '.join(WITHOUT_NAMES)}, with the runs of "
         f"config/config.yaml: {', '.join(list_shown_runs())}"
     )
@@ -30,10 +31,10 @@ def find_nearest_target(asked: str) -> str | None:
     if near := difflib.get_close_matches(asked, WITHOUT_NAMES, 1, 0.75):
         return near[0]
     parts = asked.strip("/").split("/")
-    kind = parts[0]
+    kind = next(iter(difflib.get_close_matches(parts[0], OF_RUNS, 1, 0.75)), parts[0])
     by_name = {name: f"data/{name}/statistics.txt" for name in list_datasets()}
     for run in list_runs():
-        by_name[run] = f"{kind}/{run}" if kind in ("hf", "eval") else f"checkpoints/{run}/final"
+        by_name[run] = f"{kind}/{run}" if kind in OF_RUNS else f"checkpoints/{run}/final"
     if kind == "data":
         by_name |= {name: f"data/{name}/statistics.txt" for name in list_datasets()}
     if kind == "ladder":

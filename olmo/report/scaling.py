@@ -54,6 +54,15 @@ class Interval:
         return self.low <= loss <= self.high
 
 
+def count_numbers(runs: Sequence[tuple[int, int]]) -> int:
+    """How many numbers the law of these runs has, (parameters, tokens) of each.
+
+    They are g, E, A, and B if the runs are of more than one multiple.
+    """
+    ratios = [tokens / parameters for parameters, tokens in runs]
+    return 4 if max(ratios) > 1.05 * min(ratios) else 3  # but for rounding
+
+
 class Law:
     """The law that fits runs best.
 
@@ -70,9 +79,9 @@ class Law:
         self.points = points
         self.sizes = np.array([point.parameters for point in points], dtype=np.float64)
         self.tokens = np.array([point.tokens for point in points], dtype=np.float64)
-        ratios = self.tokens / self.sizes
-        self.has_tokens = bool(ratios.max() > 1.05 * ratios.min())  # but for rounding
-        self.freedom = len(points) - (4 if self.has_tokens else 3)
+        numbers = count_numbers([(point.parameters, point.tokens) for point in points])
+        self.has_tokens = numbers == 4
+        self.freedom = len(points) - numbers
         self.groups = len({point.size for point in points})
         if self.freedom < 1 or self.groups < 2:
             raise ValueError(

@@ -96,9 +96,27 @@ def find_parents(record: Record, made_by: dict[str, list[Record]]) -> dict[str, 
     reached = [record]
     for one in reached:  # grows in the loop
         if (key := one["key"]) not in parents:
-            parents[key] = [p for p in candidates[key] if ranks[p["key"]] < ranks[key]]
+            before = [p for p in candidates[key] if ranks[p["key"]] < ranks[key]]
+            parents[key] = drop_chance_makers(one, before)
             reached += parents[key]
     return parents
+
+
+def drop_chance_makers(record: Record, makers: list[Record]) -> list[Record]:
+    """The makers without those that made some of an input's files, where one made these and more.
+
+    A checkpoint that a training continues is several files. Runs of other sizes have the same
+    train.json at the same step, and no part in it.
+    """
+    made = {maker["key"]: {file["sha256"] for file in output_files(maker)} for maker in makers}
+    kept: set[str] = set()
+    for one in record["action"]["inputs"].values():
+        digests = set(one if isinstance(one, list) else [one])
+        shares = {key: part for key, found in made.items() if (part := digests & found)}
+        distinct = {frozenset(part) for part in shares.values()}
+        most = {part for part in distinct if not any(part < other for other in distinct)}
+        kept |= {key for key, part in shares.items() if frozenset(part) in most}
+    return [maker for maker in makers if maker["key"] in kept]
 
 
 def rank_actions(known: dict[str, Record], made_by: dict[str, list[Record]]) -> dict[str, int]:

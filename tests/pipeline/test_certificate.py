@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from certified import RUNS, SIGNATURE, WORD, carry_away, make_certified, write_key
 from project import REPOSITORY, Project
+from servers import guarded_web_server
 
 from olmo.certificate.names import BOM, BUNDLE, CRATE, PROVENANCE, ROOT
 from olmo.certificate.signature import UNSIGNED, load_private_key, sign, state_folder
@@ -280,6 +281,25 @@ def test_what_cannot_be_certified_is_said_before_anything_runs(
     done = project.olmo("certificate", "make", "small")
     assert "expected a run that is finished, found no checkpoints/small/final" in done.output
     assert done.output.count("\n") == 1
+
+
+def test_who_else_has_the_same_files_is_not_in_it(made: Project, tmp_path: Path) -> None:
+    project = made.copy(tmp_path / "project")
+    project.store = project.root / "store"
+    recipe = project.read("config/data/small.yaml")
+    project.write("config/data/copy.yaml", recipe | {"sources": {"table": "copy.tsv"}})
+    run = {"train": "config/train/small.yaml", "dataset": "copy"}
+    project.change("config/config.yaml", runs__copy=run)
+    with guarded_web_server(made.root.parent / "elsewhere", f"me:{WORD}", SIGNATURE) as place:
+        rows = [f"http://me:{WORD}@{place}/part-{number}.json.gz\t\t\t" for number in range(3)]
+        table = "\n".join(["url\tbytes\tsha256\tlicence", *rows, ""])
+        (project.root / "copy.tsv").write_text(table)
+        project.run("data/copy/statistics.txt")
+    done = project.olmo("certificate", "make", "small", "--folder", str(tmp_path / "again"))
+    assert done.status == 0, done.output
+    for path in (tmp_path / "again").iterdir():
+        first = made.root / "certificate/small" / path.name
+        assert path.read_bytes() == first.read_bytes(), path
 
 
 def test_a_plan_and_another_key(made: Project, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import builtins
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from certified import write_key
 
 from olmo.certificate import signature
+from olmo.certificate.history import check_licence, list_owners
+from olmo.certificate.make import check_place, read_settings
 from olmo.certificate.names import ROOT
 from olmo.certificate.signature import (
     load_private_key,
@@ -21,7 +24,7 @@ from olmo.certificate.signature import (
     state_folder,
     verify_bundle,
 )
-from olmo.certificate.verify import verify
+from olmo.certificate.verify import check_record, verify
 
 ZERO = "0" * 64
 STATEMENT = state_folder("small", {"b": ZERO, "a": "1" * 64}, ("record.json",))
@@ -159,6 +162,66 @@ def test_documents_of_another_version_are_one_sentence(key: Path, tmp_path: Path
         (folder / name).write_text(text)
     with pytest.raises(ValueError, match="expected documents of this version of olmo, found one"):
         verify(folder, public_key=key.with_suffix(".pub"), checkpoint=tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(key: Path, tmp_path: Path):
+    folder = tmp_path / "certificate"
+    folder.mkdir()
+    os.mkfifo(folder / ROOT)
+    with pytest.raises(ValueError, match="expected a file of a certificate, found none"):
+        verify(folder, public_key=key.with_suffix(".pub"), checkpoint=tmp_path)
+    record = tmp_path / "record.json"
+    for place in (lambda: os.mkfifo(record), lambda: record.symlink_to("/dev/zero")):
+        place()
+        with pytest.raises(ValueError, match=r"record\.json: expected a file, found none"):
+            check_record(tmp_path, ZERO)
+        record.unlink()
+
+
+def test_what_would_be_replaced_is_a_certificate_alone(tmp_path: Path):
+    folder = tmp_path / "release"
+    check_place(folder)
+    folder.mkdir()
+    for name in (ROOT, "README.md", "croissant-small.json", "hf.sig", ".snakemake_timestamp"):
+        (folder / name).write_text("")
+    check_place(folder)
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"one with a certificate alone, found one with thesis\.t"):
+        check_place(folder)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ValueError, match="expected a folder to write to, found the link"):
+        check_place(tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"licence": " "}, "licence: expected an identifier of SPDX, or NOASSERTION "),
+        ({"licence": "MIT\n# Free"}, "licence: expected an identifier"),
+        ({"licence": "MIT", "licences": {"a": ""}}, r"licences\.a: expected an identifier"),
+        ({"licence": "MIT", "licences": {"a": None}}, r"licences\.a: expected text, found None"),
+        ({"licenses": {}}, "licenses: no such key"),
+    ],
+)
+def test_licences_are_text(
+    section: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("config").mkdir()
+    Path("config/config.yaml").write_text(json.dumps({"runs": {}, "certificate": section}))
+    with pytest.raises(ValueError, match=rf"^config/config\.yaml: certificate\.{words}"):
+        check_licence(read_settings())
+
+
+def test_the_data_set_of_a_ladders_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its licence is that of the ladder's data set, if others have the same files, too."""
+    monkeypatch.chdir(tmp_path)
+    Path("config").mkdir()
+    ladder = {"dataset": "novels", "sizes": {"s": [], "m": []}, "budgets": ["20x"]}
+    config = {"runs": {}, "ladders": {"x": ladder}, "soups": {"mix": ["x-s-20x", "x-m-20x"]}}
+    Path("config/config.yaml").write_text(json.dumps(config))
+    assert list_owners("x-s-20x") == ["novels", "x-s-20x"]
+    assert list_owners("mix") == ["mix", "novels", "x-s-20x", "x-m-20x"]
 
 
 def test_verifying_needs_no_package_of_ours_but_one():

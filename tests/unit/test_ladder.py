@@ -26,6 +26,7 @@ LADDER = {
     "sizes": {
         "s": ["model.d_model=16"],
         "m": ["model.d_model=32"],
+        "n": ["model.d_model=48"],
         "l": ["model.d_model=64", "optimizer.learning_rate=0.001"],
     },
     "budgets": ["20x", "2e6T"],
@@ -53,7 +54,7 @@ def plan(**changes: Any) -> Plan:
 
 def test_a_ladder_is_runs_that_share_trunks() -> None:
     made = plan()
-    assert list(made.pipeline.runs) == [f"x-{s}-{b}" for s in "sml" for b in ("20x", "2e6T")]
+    assert list(made.pipeline.runs) == [f"x-{s}-{b}" for s in "smnl" for b in ("20x", "2e6T")]
     short, long = made.branches("x")[:2]
     assert short.parameters == 2 * 10 * 16**2 and long.tokens == 3906 * 512
     assert short.steps == round(20 * short.parameters / 512) and short.trunk_steps == 160
@@ -85,10 +86,28 @@ def test_a_schedule_in_tokens_decays_for_tokens() -> None:
             {"sizes": {"l": []}},
             "sizes: expected at least two and the one that is held out",
         ),
-        ({"held_out": "xl"}, "held_out: expected one of the sizes s, m, l, found xl"),
+        ({"held_out": "xl"}, "held_out: expected one of the sizes s, m, n, l, found xl"),
         ({"budgets": []}, "budgets: expected lengths, each once, found none"),
         ({"budgets": ["20x", "20x"]}, "budgets: expected lengths, each once, found 20x, 20x"),
-        ({"budgets": ["20"]}, "tokens per parameter, as 20x, or tokens, as 4e6T; found '20'"),
+        ({"budgets": ["20"]}, r"as 20x, or tokens, as 4e6T, up to 1e\+18; found '20'"),
+        ({"budgets": ["20x", "1e999x"]}, "found '1e999x'"),
+        ({"budgets": ["٢٠x"]}, "found '٢٠x'"),
+        ({"overrides": ["global_train_batch_size=0"]}, "batch_size: expected at least 1, found 0"),
+        (
+            {
+                "sizes": {
+                    "s": LADDER["sizes"]["s"],
+                    "m": ["model.d_model=32"],
+                    "l": LADDER["sizes"]["l"],
+                }
+            },
+            "expected more runs to predict from than the law has numbers, 4; found 4; add a size",
+        ),
+        ({"budgets": ["20x"]}, "the law has numbers, 3; found 3; add a size, or a budget"),
+        (
+            {"sizes": LADDER["sizes"] | {"n": ["model.d_model=32", "seed=7"]}},
+            "expected another number of parameters of each size, found 20,480 .* of m and of n",
+        ),
         ({"budgets": ["0x"]}, "found '0x'"),
         ({"budgets": ["../x"]}, r"found '\.\./x'"),
         ({"sizes": LADDER["sizes"] | {"../s": []}}, "expected names of letters, digits"),
@@ -116,6 +135,25 @@ def test_what_a_ladder_cannot_be(changes: dict[str, Any], said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["..", "a b", "a/b", "-x", "", "check", "{run}"])
+def test_what_a_ladder_cannot_be_called(name: str) -> None:
+    with pytest.raises(ValueError, match=r"ladders: expected names of letters, .*; rename it"):
+        Plan({"runs": {}, "ladders": {name: LADDER}})
+
+
+@pytest.mark.parametrize(
+    ("place", "key"), [({}, "stop_at"), ({"scheduler": {}}, "scheduler.t_max")]
+)
+def test_the_training_config_does_not_end_a_branch(place: dict[str, Any], key: str) -> None:
+    path = Path("config/train/a.yaml")
+    train = yaml.safe_load(path.read_text())
+    inner = train["scheduler"] if place else train
+    inner[key.rpartition(".")[2]] = 9
+    path.write_text(yaml.safe_dump(train))
+    with pytest.raises(ValueError, match=f"{key}: expected none in the training config of a lad"):
+        plan().branches("x")
+
+
 def test_names_are_taken_once() -> None:
     run = {"train": "config/train/a.yaml", "dataset": "d"}
     with pytest.raises(ValueError, match="found x-m-20x, which a run or a soup has, too"):
@@ -135,7 +173,7 @@ def test_names_are_taken_once() -> None:
 def test_a_ladder_with_a_mistake_is_none_of_the_other_runs_business() -> None:
     run = {"train": "config/train/a.yaml", "dataset": "d"}
     made = Plan({"runs": {"a": run}, "ladders": {"x": LADDER | {"train": "none.yaml"}}})
-    assert made.run("a").dataset == made.pipeline.runs["x-s-20x"].dataset == "d"
+    assert made.run("a").dataset == made.dataset("a") == made.dataset("x-s-20x") == "d"
 
 
 def test_all_runs_need_what_the_longest_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ from olmo.report.series import (
 )
 from olmo.report.watch import frame, plots, watch
 from olmo.store.action import Action
-from olmo.store.lineage import ancestors, records_by_content
+from olmo.store.lineage import ancestors, find_parents, records_by_content
 from olmo.store.record import Record, content
 from olmo.store.stage import current_store
 from olmo.store.store import Store
@@ -410,3 +410,29 @@ def test_a_prompt_is_the_start_of_what_was_held_out(
     (tmp_path / "heldout.gz").write_bytes(gzip.compress(json.dumps(line).encode() + b"\n"))
     record: Any = {"outputs": {"heldout": store.put(tmp_path / "heldout.gz")}}
     assert choose_prompts(store, [record]) == expected
+
+
+def test_a_file_that_another_run_has_by_chance_makes_it_no_parent():
+    """Trainings of two sizes save the same train.json at one step."""
+
+    def action(key: str, inputs: dict[str, Any], *outputs: str) -> Any:
+        files = {name: {"sha256": name, "size": 1} for name in outputs}
+        outputs_of = {"final": {"files": files, "aside": {}}}
+        return {"key": key, "action": {"inputs": inputs}, "outputs": outputs_of}
+
+    tokens = [action("t1", {}, "t1"), action("t2", {}, "t2")]
+    given = {"tokens": ["t1", "t2"]}
+    small = action("small", given, "model-small", "train-9")
+    large = action("large", given, "model-large", "train-9")
+    decay = action("decay", given | {"after": ["model-small", "train-9"]}, "end")
+    made_by: dict[str, list[Any]] = {}
+    for one in (*tokens, large, small):
+        for name in one["outputs"]["final"]["files"]:
+            made_by.setdefault(name, []).append(one)
+    parents = find_parents(decay, made_by)
+    assert {key: {p["key"] for p in found} for key, found in parents.items()} == {
+        "decay": {"small", "t1", "t2"},
+        "small": {"t1", "t2"},
+        "t1": set(),
+        "t2": set(),
+    }

@@ -159,6 +159,8 @@ def test_a_dry_run_is_two_lines_a_rule(capsys: pytest.CaptureFixture[str]):
         ("checkpoints/soup", "checkpoints/soup/final"),
         ("tiny-tlu", "checkpoints/tiny-tulu/final"),
         ("hf/tiny/final", "hf/tiny"),
+        ("certificates/tiny", "certificate/tiny"),
+        ("certificate/tiny/bom.cdx.json", "certificate/tiny"),
         ("data/stdlib", "data/stdlib/statistics.txt"),
         ("ladder/rungs", "ladder/rungs/prediction.md"),
         ("checkpoints/mine", None),
