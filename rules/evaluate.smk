@@ -57,7 +57,7 @@ rule evaluate:
         docstrings="data/docstrings",
         config=lambda w: plan.run(w.run).evaluation or [],
         further=lambda w: plan.further_heldout_results(w.run),
-        losses=lambda w: plan.document_losses(w.run),
+        losses=lambda w: parts.document_losses(plan, w.run),
     output:
         report(
             directory("eval/{run}"),

@@ -73,7 +73,7 @@ class DataConfig(BaseConfig):
     # File with tokens that are read but not learned (olmo.data.holes).
     holes_path: str | None = extension()
     # Of evaluators: raw int32 files, one per token file: the bytes of each token's text, -1: none.
-    token_bytes_paths: list[str] | None = extension()  # noqa: RUF009 (see above)
+    token_bytes_paths: list[str] | None = extension()  # noqa: RUF009
 
     @property
     def effective_memmap_dtype(self) -> Any:

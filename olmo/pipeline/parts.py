@@ -207,3 +207,9 @@ def override_flags(plan: Plan, run: str, step: str | None = None) -> str:
     is_shorter = settings.skip.shortens and skips_before(plan, run, step)
     words = settings.overrides + ["data.mixture=true"] * bool(settings.mixture or is_shorter)
     return f"--overrides {shlex.join(words)}" if words else ""
+
+
+def document_losses(plan: Plan, run: str) -> list[str]:
+    """The loss of each held-out document, beside each result on held-out documents."""
+    results = [*plan.heldout_results(run), *plan.further_heldout_results(run)]
+    return [result.removesuffix(".json") + ".parquet" for result in results]

@@ -440,11 +440,6 @@ class Plan:
         """The results on the held-out documents of other data sets."""
         return [f"checkpoints/{run}/heldout/{name}.json" for name in self.evaluation(run).heldout]
 
-    def document_losses(self, run: str) -> list[str]:
-        """The loss of each held-out document, beside each of these results."""
-        results = [*self.heldout_results(run), *self.further_heldout_results(run)]
-        return [result.removesuffix(".json") + ".parquet" for result in results]
-
     def section(self, dataset: str, part: str, flag: str = "config") -> str:
         """A section of a recipe as a flag of its stage's command: the fields that are set."""
         found = getattr(self.recipe(dataset), part)

@@ -106,8 +106,10 @@ def test_runs_side_by_side(project: Project) -> None:
     assert table.startswith("In brackets: the difference to small") and table.count(" ± ") >= 6
     compared = polars.read_parquet(project.root / "bench-results/eval/results.parquet")
     known = compared.filter(polars.col("difference").is_not_null())
-    assert set(known["metric"]) >= {"acc", "len_norm", "bpb"}
-    assert set(known["questions"]) == {12}
+    assert set(known["metric"]) == {"acc", "len_norm", "bpb", "bits_per_byte"}
+    each = polars.read_parquet(project.root / "eval/small/documents.parquet")
+    for metric, count in (("acc", 12), ("bits_per_byte", len(each))):
+        assert set(known.filter(metric=metric)["questions"]) == {count}
 
 
 def test_bad_input(project: Project) -> None:

@@ -72,9 +72,9 @@ def test_the_folders_are_those_of_the_rules() -> None:
     for rules in Path(__file__).parents[2].joinpath("rules").glob("*.smk"):
         for block in re.findall(r"\n    output:\n((?:        .*\n)+)", rules.read_text()):
             made |= set(re.findall(r'(?<!caption=)"([\w-]+)/', block))
-    assert made - {"environments", "report", "certificate"} == set(untrusted.OUTPUT_FOLDERS), (
-        "environments, pages and certificates are not of the store"
-    )
+    assert made - {"environments", "report", "certificate", "ladder"} == set(
+        untrusted.OUTPUT_FOLDERS
+    ), "environments, pages, certificates and ladders' predictions are not of the store"
 
 
 # --- a second store -----------------------------------------------------------------------------
