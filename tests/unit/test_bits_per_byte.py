@@ -257,6 +257,7 @@ def test_the_same_number_as_lm_eval(tmp_path: Path) -> None:
     evaluation.build(
         heldout=tmp_path / "heldout.json",
         scores=[],
+        questions=[],
         requests=[],
         results=tmp_path / "eval",
         losses=[tmp_path / "losses.parquet"],
@@ -283,8 +284,8 @@ def test_the_same_number_as_lm_eval(tmp_path: Path) -> None:
     }
     (tmp_path / "tasks/texts.yaml").write_text(yaml.safe_dump(task))
     hf = convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=shard.tokenizer)
-    theirs, _ = run_harness(hf, ["texts"], [tmp_path / "tasks"], batch_size=4)
-    value = next(row["value"] for row in theirs if row["metric"] == "bits_per_byte")
+    theirs = run_harness(hf, ["texts"], [tmp_path / "tasks"], batch_size=4)
+    value = next(row["value"] for row in theirs.scores if row["metric"] == "bits_per_byte")
     assert ours["value"] == pytest.approx(value, abs=1e-6) and value > 1
     assert ours["documents"] == len(texts)
 
