@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
 from olmo.corpus.token_bytes import NO_TEXT, ByteCounter, token_bytes
+from olmo.data.checks import check_token_files
+from olmo.data.memmap import MemMapDataset
 from olmo.distributed.world import World
 from olmo.eval.harness import run_harness
 from olmo.eval.perplexity import PerplexityEvaluator
@@ -175,6 +177,16 @@ def test_in_the_loop_by_hand(name: str, tmp_path: Path) -> None:
     found = shard.evaluate(Constant(logits))["eval/heldout/BitsPerByte"]
     expected = sum(nats[ids[i]].item() for i in predicted) / math.log(2) / total
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_bytes_of_other_files_are_refused(tmp_path: Path) -> None:
+    one, two = Shard(tmp_path / "one", "bpe"), Shard(tmp_path / "two", "bpe", TEXTS[1:])
+    sizes = [len(np.concatenate(shard.ids)) for shard in (one, two)]
+    files = [str(shard.tokens) for shard in (one, two)], [str(two.bytes), str(one.bytes)]
+    dataset = MemMapDataset(*files[0], chunk_size=LENGTH, token_bytes_paths=files[1])
+    expected = f"files of {4 * sizes[1]}, {4 * sizes[0]} bytes for {sizes[0]}, {sizes[1]} tokens"
+    with pytest.raises(ValueError, match=f"file by file, found {expected}; correct --data.token"):
+        check_token_files(dataset, one.size)
 
 
 def final_of_zeros(folder: Path, vocab_size: int) -> Path:
