@@ -152,7 +152,8 @@ def resolve_config(
     try:
         # With the defaults, since ${save_interval} may refer to a key that the file does not set.
         tree = OmegaConf.merge(
-            OmegaConf.create(default_values(cls)), OmegaConf.create(replace_long_lists(raw))
+            OmegaConf.create(without_other_kinds(default_values(cls), raw)),
+            OmegaConf.create(replace_long_lists(raw)),
         )
         for override in overrides:
             name, equals, value = override.lstrip("-").partition("=")
@@ -187,6 +188,21 @@ def resolve_config(
         reason, key = str(error).partition("\n")[0], getattr(error, "full_key", None)
         reason = reason.rpartition(" raised while resolving interpolation: ")[2]
         raise ValueError(f"{key}: {reason}; give --{key}=…" if key else reason) from error
+
+
+def without_other_kinds(defaults: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """The defaults without those that do not merge: mappings where `raw` has a list, or reverse.
+
+    Of such a key the conversion says what it expects.
+    """
+    kept = {}
+    for key, default in defaults.items():
+        found = raw.get(key)
+        if isinstance(default, dict) and isinstance(found, dict):
+            kept[key] = without_other_kinds(default, found)
+        elif {type(default), type(found)} != {dict, list}:
+            kept[key] = default
+    return kept
 
 
 def _interpolated(value: Any, place: KeyPath) -> Iterator[tuple[KeyPath, str]]:

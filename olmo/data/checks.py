@@ -88,9 +88,10 @@ def _check_sizes(
     beside = _find_sizes(dataset.token_bytes_paths, f"{section}.token_bytes_paths", section)
     if [4 * (size // itemsize) for size in sizes] != beside and beside:
         raise ValueError(
-            f"{section}: expected 4 bytes (int32) for each token of {section}.paths, found "
-            f"{sum(beside)} bytes for {sum(sizes) // itemsize} tokens in {len(beside)} files; "
-            f"correct --{section}.token_bytes_paths=[…]"
+            f"{section}: expected 4 bytes (int32) for each token of {section}.paths, file by file, "
+            f"found files of {', '.join(map(str, beside[:4]))}{' …' * (len(beside) > 4)} bytes for "
+            f"{', '.join(str(size // itemsize) for size in sizes[:4])}{' …' * (len(sizes) > 4)} "
+            f"tokens; correct --{section}.token_bytes_paths=[…]"
         )
     if len(dataset) == 0:
         for path, size in zip(dataset.paths, sizes, strict=True):

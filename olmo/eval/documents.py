@@ -26,6 +26,7 @@ class EncodedDocument:
     """A document's tokens, without the end-of-text token before and behind them."""
 
     id: str
+    digest: str  # of its text
     ids: Sequence[int]  # (N,)
     bytes: int  # UTF-8 bytes of the text whose tokens count
     counts: np.ndarray | None = None  # (N,) bool; None: all tokens
@@ -34,7 +35,7 @@ class EncodedDocument:
 def measure_documents(
     checkpoint: Path, documents: Sequence[EncodedDocument]
 ) -> list[dict[str, Any]]:
-    """A row for each document: document (its id), tokens and bytes that count, nats of these.
+    """A row for each document: document (its id), digest, tokens and bytes that count, their nats.
 
     It uses the run's precision and batches.
     """
@@ -73,6 +74,7 @@ def measure_documents(
     return [
         {
             "document": document.id,
+            "digest": document.digest,
             "tokens": len(document.ids) if document.counts is None else int(document.counts.sum()),
             "bytes": document.bytes,
             "nats": float(loss),

@@ -22,7 +22,7 @@ POWER = 0.8
 
 
 class Estimate(NamedTuple):
-    """A mean difference over questions, for `combine` and `with_interval`."""
+    """A mean difference over questions, or a ratio, for `combine` and `with_interval`."""
 
     value: float
     below: float  # to the interval's lower end
@@ -75,15 +75,15 @@ def estimate_difference(reference: ArrayLike, other: ArrayLike) -> Estimate:
     return _estimate(value, variance, n)
 
 
-def estimate_ratio_difference(reference: ArrayLike, other: ArrayLike, sizes: ArrayLike) -> Estimate:
-    """Σ other / Σ sizes − Σ reference / Σ sizes, as of nats and bytes of N documents.
+def estimate_ratio(amounts: ArrayLike, sizes: ArrayLike) -> Estimate:
+    """Σ amounts / Σ sizes, as of nats and bytes of N documents; of nats' changes, a difference.
 
-    The variance is the first-order one of a ratio: that of changeᵢ − ratio · sizeᵢ (Cochran 1977,
+    The variance is the first-order one of a ratio: that of amountᵢ − ratio · sizeᵢ (Cochran 1977,
     Sampling Techniques, section 6.3).
     """
-    changes, weights = _check(other) - _check(reference), _check(sizes)
-    n, ratio = len(changes), float(changes.sum() / weights.sum())
-    rest = (changes - ratio * weights) / weights.mean()
+    sums, weights = _check(amounts), _check(sizes)
+    n, ratio = len(sums), float(sums.sum() / weights.sum())
+    rest = (sums - ratio * weights) / weights.mean()
     variance = float(np.sum(rest**2)) / (n - 1) / n if n > 1 else math.nan
     return _estimate(ratio, variance, n)
 

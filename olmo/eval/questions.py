@@ -6,9 +6,11 @@ import fnmatch
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+OURS, HARNESS = "ours", "lm-eval"  # scorers
 Row = dict[str, Any]
 
 
@@ -49,7 +51,7 @@ def score_suite(name: str, members: Sequence[Row], scores: Sequence[Row]) -> Row
         members: rows with task (or a pattern), metric, scorer and chance
         scores: rows of results.json
 
-    Raises ValueError for a member without a score.
+    Raises ValueError for a member without a score, or for a score that counts twice.
     """
     parts: list[tuple[Part, Row]] = []
     for member in members:
@@ -71,6 +73,12 @@ def score_suite(name: str, members: Sequence[Row], scores: Sequence[Row]) -> Row
             (Part(**(member | {"task": row["task"], "value": row["value"], "weight": weight})), row)
             for row in found
         ]
+    twice = [str(key) for key, n in Counter(part[:3] for part, _ in parts).items() if n > 1]
+    if twice:
+        raise ValueError(
+            f"suites.{name}: expected each score in one member, found {twice[0]} in several; "
+            "correct their names or patterns"
+        )
     errors = [part.scale * (math.nan if (e := row["stderr"]) is None else e) for part, row in parts]
     stderr = math.hypot(*errors)
     is_centred = any(part.chance for part, _ in parts)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from olmo.corpus.conversations import parse_messages
 from olmo.corpus.documents import document_decoder
 from olmo.corpus.token_bytes import ByteCounter, count_bytes
 from olmo.corpus.tokenizer import read_vocabulary, token_dtype
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 ENCODE_BATCH = 512  # documents that one call of the tokenizer encodes
 
 
-@stage(version=1)
+@stage(version=2)
 def document_losses(
     model: Input,
     config: Input,
@@ -35,10 +37,10 @@ def document_losses(
 ) -> Facts:
     """The loss of each held-out document, alone, in windows (olmo.eval.documents): a parquet file.
 
-    A row has document (its id), tokens, bytes (UTF-8, of its whole text) and nats. Of conversations
-    (with `tokens`, `index` and `labels`, as `olmo instructions` wrote them) only the text of
-    answers counts, as far as their instance has it. `checkpoint` is the folder of `model` and
-    `config`.
+    A row has document (its id), digest (of its text, whose id may be another elsewhere), tokens,
+    bytes (UTF-8, of its whole text) and nats. Of conversations (with `tokens`, `index` and
+    `labels`, as `olmo instructions` wrote them) only the text of answers counts, as far as their
+    instance has it. `checkpoint` is the folder of `model` and `config`.
     """
     import polars
 
@@ -53,7 +55,13 @@ def document_losses(
         dtype = token_dtype(read_vocabulary(tokenizer.read_bytes())[0])
         encoded = [one for each in files for one in read_answers(*each, counter, dtype.name)]
     rows = measure_documents(checkpoint, encoded)
-    schema = {"document": str, "tokens": polars.Int64, "bytes": polars.Int64, "nats": float}
+    schema = {
+        "document": str,
+        "digest": str,
+        "tokens": polars.Int64,
+        "bytes": polars.Int64,
+        "nats": float,
+    }
     polars.DataFrame(rows, schema=schema).write_parquet(losses)
     return {
         "facts": encode_non_finite(
@@ -86,7 +94,8 @@ def encode_texts(
             for one, ids in zip(
                 batch, encoder.encode_batch_fast(texts, add_special_tokens=False), strict=True
             ):
-                yield EncodedDocument(one.id, ids.ids, len(one.text.encode()))
+                digest = digest_text(one.text)
+                yield EncodedDocument(one.id, digest, ids.ids, len(one.text.encode()))
 
 
 def read_answers(
@@ -101,9 +110,16 @@ def read_answers(
     ids, mask = np.fromfile(tokens, dtype), np.fromfile(labels, np.bool_)
     table = polars.read_parquet(index)
     sizes, _ = count_bytes(documents, ids, table, mask, counter)
-    for row in table.filter(polars.col("start") < polars.col("end")).iter_rows(named=True):
+    with gz.reading(documents) as lines:
+        digests = [digest_text(str(parse_messages(line))) for line in lines]
+    for digest, row in zip(digests, table.iter_rows(named=True), strict=True):
         # Its first token is the end-of-text token, which a document follows in any case.
         part = slice(row["start"] + 1, row["end"])
         is_text = sizes[part] >= 0
         if size := int(sizes[part][is_text].sum()):
-            yield EncodedDocument(row["id"], ids[part].tolist(), size, is_text)
+            yield EncodedDocument(row["id"], digest, ids[part].tolist(), size, is_text)
+
+
+def digest_text(text: str) -> str:
+    """16 hex digits, the same for any tokenizer and data set."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

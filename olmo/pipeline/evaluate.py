@@ -16,6 +16,7 @@ from olmo.corpus.docstrings import DATASET, stdlib_docstrings
 from olmo.corpus.listing import read_listing, read_objects
 from olmo.corpus.stdlib import library_digest
 from olmo.corpus.tokens import AS_TEXT
+from olmo.eval.questions import HARNESS, OURS
 from olmo.inspect.documents import TokenShard, find_token_shards, require_shard, select_shards
 from olmo.pipeline.conditions import measurement_conditions
 from olmo.pipeline.document_losses import document_losses
@@ -25,8 +26,6 @@ from olmo.store.stage import Facts, Folder, Input, Inputs, Output, Unhashed, cur
 
 if TYPE_CHECKING:
     from olmo.eval.final import Answers
-
-OURS, HARNESS = "ours", "lm-eval"  # scorers
 
 
 def heldout(
@@ -299,7 +298,7 @@ def harness_tasks(
     return {"facts": encode_non_finite({"scores": scores}), "conditions": where}
 
 
-@stage(version=3)
+@stage(version=4)
 def evaluation(
     heldout: Input | None,
     scores: Inputs,
@@ -314,7 +313,7 @@ def evaluation(
     """All results of a run: results.json and .parquet, questions and requests.parquet, table.md.
 
     With `losses`, of the documents of `heldout` and of each of `further`, also documents.parquet:
-    dataset ("heldout", or "heldout of <data set>"), document, tokens, bytes, nats.
+    dataset ("heldout", or "heldout of <data set>"), document, digest, tokens, bytes, nats.
     """
     import polars
 

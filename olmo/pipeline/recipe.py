@@ -1,8 +1,10 @@
 """Schemas of config/config.yaml, of recipes (config/data) and of evaluations (config/eval)."""
 
 import contextlib
+import fnmatch
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ from olmo.corpus.skip import Skip, SkipRule
 from olmo.corpus.sources import SourcesSection
 from olmo.corpus.tokenizer import TokenizerSection
 from olmo.corpus.tokens import TokensSection
+from olmo.eval.questions import HARNESS, OURS
 from olmo.pipeline.ladder import LadderConfig
 from olmo.tokenizer import hub_name
 
@@ -88,6 +91,12 @@ class Recipe(BaseConfig):
         return self.dedupe.parts if self.dedupe else 0
 
 
+def check_each_once(key: str, names: list[str]) -> None:
+    """Raise ValueError for a name that occurs twice."""
+    if twice := [name for name, n in Counter(names).items() if n > 1]:
+        raise ValueError(f"{key}: expected each name once, found {twice[0]} twice; remove one")
+
+
 @dataclass
 class SuiteMember(BaseConfig):
     """What counts as one in a suite: a task's score, or the mean score of several tasks."""
@@ -101,6 +110,8 @@ class SuiteMember(BaseConfig):
         super().__post_init__()
         if not 0 <= self.chance < 1:
             raise ValueError(f"chance: expected a share of 0 or more, below 1, found {self.chance}")
+        if self.scorer not in (OURS, HARNESS):
+            raise ValueError(f"scorer: expected {OURS} or {HARNESS}, found {self.scorer!r}")
 
 
 @dataclass
@@ -123,9 +134,21 @@ class EvaluationConfig(BaseConfig):
         super().__post_init__()
         check_range("batch_size", self.batch_size, 1)
         check_range("limit", self.limit, 1)
+        for key in ("choices", "heldout"):  # answers that count twice make an error smaller
+            check_each_once(key, getattr(self, key))
         for name, members in self.suites.items():
             if not members:
                 raise ValueError(f"suites.{name}: expected tasks, found none")
+            check_each_once(f"suites.{name}", [f"{m.scorer} {m.task} {m.metric}" for m in members])
+            for member in members:
+                is_ours = member.scorer == OURS
+                key, measured = ("choices", self.choices) if is_ours else ("harness", self.harness)
+                # What the harness's groups have in them is known only when it has run.
+                if not (fnmatch.filter(measured, member.task) if is_ours else measured):
+                    raise ValueError(
+                        f"suites.{name}: expected {member.task} in {key}, found "
+                        f"{', '.join(measured) or 'none'}; name it there, or correct its scorer"
+                    )
 
 
 @dataclass

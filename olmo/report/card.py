@@ -91,7 +91,8 @@ def card(
 def format_table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     """A table in Markdown."""
     head = list(head)
-    lines = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
+    cells = ([str(cell).replace("|", r"\|") for cell in row] for row in rows)
+    lines = [head, ["---"] * len(head), *cells]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 

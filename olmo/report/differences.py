@@ -11,17 +11,17 @@ from olmo.eval.paired import (
     Estimate,
     combine,
     estimate_difference,
-    estimate_ratio_difference,
+    estimate_ratio,
     with_interval,
 )
-from olmo.eval.questions import Part
+from olmo.eval.questions import OURS, Part
 
 if TYPE_CHECKING:
     import polars
 
 QUESTIONS = {"scorer": str, "task": str, "metric": str, "question": str, "value": float}
-DOCUMENTS = {"dataset": str, "document": str, "bytes": int, "nats": float}
-BITS_PER_BYTE = "bits_per_byte"
+DOCUMENTS = {"dataset": str, "digest": str, "bytes": int, "nats": float}
+HELDOUT_BITS = (OURS, "bits_per_byte")  # scorer, metric: of documents, not of questions
 Row = dict[str, Any]
 Key = tuple[str, str, str]  # task, scorer, metric
 
@@ -32,18 +32,18 @@ class Evaluation(NamedTuple):
     name: str
     rows: dict[Key, Row]
     questions: polars.DataFrame
-    documents: polars.DataFrame | None  # held-out ones with their nats; `dataset` is the task
+    documents: polars.DataFrame  # held-out ones with their nats; `dataset` is the task
 
 
 def read_evaluation(run: Path, rows: list[Row]) -> Evaluation:
     """Read the answers in eval/<run>. Raises ValueError if they are missing or damaged."""
-    documents = run / "documents.parquet"
-    return Evaluation(
-        run.name,
-        {key_of(row): row for row in rows},
-        _read(run / "questions.parquet", QUESTIONS),
-        _read(documents, DOCUMENTS) if documents.exists() else None,
-    )
+    import polars
+
+    by_key = {key_of(row): row for row in rows}
+    documents = polars.DataFrame(schema=DOCUMENTS)
+    if any(key[1:] == HELDOUT_BITS for key in by_key):  # an older evaluation has none
+        documents = _read(run / "documents.parquet", DOCUMENTS)
+    return Evaluation(run.name, by_key, _read(run / "questions.parquet", QUESTIONS), documents)
 
 
 def key_of(row: Row) -> Key:
@@ -54,14 +54,17 @@ def key_of(row: Row) -> Key:
 def find_differences(reference: Evaluation, other: Evaluation) -> dict[Key, Difference]:
     """The difference `other` − `reference` of each score whose questions both answered.
 
-    A score without answers in both, as a perplexity, has none; nor has one that is not finite.
+    A score without answers in both, as a perplexity, has none; nor has one that is not finite, or
+    the bits per byte of runs whose data sets held out other documents.
 
     Raises ValueError if the runs share no score, if only one of them has a shared score's answers,
     or if no question is the same.
     """
     shared = [key for key in reference.rows if key in other.rows]
     if not shared:
-        tasks = [", ".join(sorted({key[0] for key in e.rows})) for e in (reference, other)]
+        tasks = [
+            ", ".join(sorted({key[0] for key in e.rows})) or "none" for e in (reference, other)
+        ]
         raise ValueError(
             f"expected a task that both {reference.name} and {other.name} answered, found "
             f"{tasks[0]} and {tasks[1]}; give both runs one `evaluation` in config/config.yaml"
@@ -71,7 +74,7 @@ def find_differences(reference: Evaluation, other: Evaluation) -> dict[Key, Diff
     for key in shared:
         if "parts" in reference.rows[key]:
             estimate = _compare_suites(key, reference, other, answers)
-        elif key[1:] == ("ours", BITS_PER_BYTE):
+        elif key[1:] == HELDOUT_BITS:
             estimate = _compare_documents(key[0], reference, other)
         else:
             estimate = answers.get(key)
@@ -137,24 +140,21 @@ def _compare_suites(
 
 
 def _compare_documents(task: str, reference: Evaluation, other: Evaluation) -> Estimate | None:
-    """Bits per byte of one data set's held-out documents."""
+    """Bits per byte of the held-out documents of both; None if a loss is not finite.
 
-    if reference.documents is None or other.documents is None:
-        return None
+    None, too, without such documents: runs of other data sets held out others.
+    """
     kept = [
-        _number_repeats(found.filter(dataset=task), ["document", "bytes"])
-        for found in (reference.documents, other.documents)
+        _number_repeats(found.documents.filter(dataset=task), ["digest", "bytes"])
+        for found in (reference, other)
     ]
-    both = kept[0].join(kept[1], on=["document", "bytes", "time"], suffix="_other")
-    if both.is_empty():
-        raise ValueError(
-            f"{task}: expected held-out documents that both {reference.name} and {other.name} "
-            "read, found none; evaluate both on the same data"
-        )
-    before, after = (both[name].to_numpy() / math.log(2) for name in ("nats", "nats_other"))
-    if not math.isfinite(float(before.sum() + after.sum())):
+    both = kept[0].join(kept[1], on=["digest", "bytes", "time"], suffix="_other")
+    if not both["bytes"].sum():
         return None
-    return estimate_ratio_difference(before, after, both["bytes"].to_numpy())
+    changes = (both["nats_other"] - both["nats"]).to_numpy() / math.log(2)
+    if not math.isfinite(float(changes.sum())):
+        return None
+    return estimate_ratio(changes, both["bytes"].to_numpy())
 
 
 def _number_repeats(frame: polars.DataFrame, same: list[str]) -> polars.DataFrame:
@@ -170,16 +170,21 @@ def _read(path: Path, schema: dict[str, Any]) -> polars.DataFrame:
     again = f"rm -r {path.parent}; uv run snakemake --cores 2 eval/{path.parent.name}"
     if not path.exists():
         raise ValueError(
-            f"expected {path}, each question's score, found none; evaluate again: {again}"
+            f"expected {path}, the scores one by one, found none; evaluate again: {again}"
         )
     try:
         found = polars.read_parquet(path, columns=list(schema))
-        return found.cast(
+        found = found.cast(
             {name: polars.DataType.from_python(kind) for name, kind in schema.items()}
         )
-    except (polars.exceptions.PolarsError, OSError) as error:
+        if empty := [column.name for column in found if column.has_nulls()]:
+            raise ValueError(f"{empty[0]} is not set in all rows")
+        if "bytes" in schema and (found["bytes"] < 0).any():
+            raise ValueError("bytes are below 0")
+    except (polars.exceptions.PolarsError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[:1]
         raise ValueError(
             f"{path} is damaged: expected columns {', '.join(schema)} "
             f"({first[0] if first else type(error).__name__}); evaluate again: {again}"
         ) from error
+    return found

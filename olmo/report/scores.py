@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from olmo.eval.paired import Difference, holm
+from olmo.eval.paired import Difference, estimate_ratio, holm, with_interval
 from olmo.eval.questions import Part
 from olmo.report.card import format_table
 from olmo.report.differences import Key, find_differences, key_of, read_evaluation
@@ -63,7 +63,7 @@ def heldout_scores(
     if (per_label := found.get("CrossEntropyLossPerLabel")) is not None:
         # On conversations the others count the questions' tokens, too, which are not learned.
         rows.insert(0, {**common, "metric": PER_ANSWER, "value": per_label, "stderr": None})
-    if documents is not None and documents.height:
+    if documents is not None and documents["bytes"].sum():
         bits, error = compute_bits_per_byte(
             *(documents[name].to_list() for name in ("nats", "bytes"))
         )
@@ -77,17 +77,14 @@ def compute_bits_per_byte(
 ) -> tuple[float, float | None]:
     """(bits per byte of all documents, standard error), of the nats and bytes of each document.
 
-    The error is that of a ratio of sums over independent documents (Cochran, Sampling Techniques,
-    1977, chapter 2.11); None for a single one, and where a loss is not finite.
+    The error is that of a ratio of sums over independent documents; None for a single one, and
+    where a loss is not finite.
     """
-    import numpy as np
-
-    loss, size = np.asarray(nats, np.float64), np.asarray(sizes, np.float64)
-    n, ratio = len(loss), loss.sum() / size.sum()
-    if n < 2 or not math.isfinite(ratio):
-        return float(ratio / math.log(2)), None
-    variance = np.square(loss - ratio * size).sum() / (n - 1) / n
-    return float(ratio / math.log(2)), float(math.sqrt(variance) / size.mean() / math.log(2))
+    bits = [loss / math.log(2) for loss in nats]
+    if not all(map(math.isfinite, bits)):
+        return sum(bits) / sum(sizes), None
+    found = with_interval(estimate_ratio(bits, sizes))
+    return found.value, None if math.isnan(found.stderr) else found.stderr
 
 
 def format_run_table(rows: Sequence[Row]) -> str:
@@ -118,6 +115,7 @@ def scores(runs: list[Path], table: Path, parquet: Path) -> None:
 
     Raises ValueError for less than two runs, for two of one name, for a folder without results or
     answers, for runs without a common question, and for outputs that are links into the store.
+    Runs whose data sets held out other documents have no difference in bits per byte.
     """
     import polars
 
@@ -161,6 +159,8 @@ def _rows_with_differences(found: dict[str, list[Row]], differences: Differences
 
 def read_results(run: Path) -> list[Row]:
     """The rows of results.json in an evaluation's folder."""
+    import polars
+
     path = run / "results.json"
     if not path.exists():
         raise ValueError(
@@ -168,10 +168,16 @@ def read_results(run: Path) -> list[Row]:
         )
     try:
         rows: list[Row] = from_json(path.read_text())
-        is_whole = all(row.keys() >= SCHEMA.keys() and row["value"] is not None for row in rows)
         parts = [part for row in rows for part in row.get("parts", ())]
-        is_whole = is_whole and all(part.keys() == set(Part._fields) for part in parts)
-    except (ValueError, AttributeError, TypeError):
+        is_whole = (
+            isinstance(rows, list)
+            and all(row.keys() >= SCHEMA.keys() and row["value"] is not None for row in rows)
+            and all(isinstance(name, str) for row in rows for name in key_of(row))
+            and all(part.keys() == set(Part._fields) and part["chance"] < 1 for part in parts)
+        )
+        polars.DataFrame(rows, schema=SCHEMA)  # refuses values of other types
+        polars.DataFrame(parts, schema=get_type_hints(Part))
+    except (ValueError, AttributeError, TypeError, polars.exceptions.PolarsError):
         is_whole = False
     if not is_whole:
         raise ValueError(

@@ -18,14 +18,16 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
 from olmo.corpus.token_bytes import NO_TEXT, ByteCounter, token_bytes
+from olmo.data.checks import check_token_files
+from olmo.data.memmap import MemMapDataset
 from olmo.distributed.world import World
 from olmo.eval.harness import run_harness
 from olmo.eval.perplexity import PerplexityEvaluator
 from olmo.model import OLMo
 from olmo.pipeline.convert import convert
-from olmo.pipeline.document_losses import document_losses
+from olmo.pipeline.document_losses import digest_text, document_losses
 from olmo.pipeline.evaluate import evaluation
-from olmo.report.scores import compute_bits_per_byte
+from olmo.report.scores import compute_bits_per_byte, heldout_scores
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "")
 EOS, PAD, LENGTH = 0, 1, 16
@@ -177,6 +179,16 @@ def test_in_the_loop_by_hand(name: str, tmp_path: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_bytes_of_other_files_are_refused(tmp_path: Path) -> None:
+    one, two = Shard(tmp_path / "one", "bpe"), Shard(tmp_path / "two", "bpe", TEXTS[1:])
+    sizes = [len(np.concatenate(shard.ids)) for shard in (one, two)]
+    files = [str(shard.tokens) for shard in (one, two)], [str(two.bytes), str(one.bytes)]
+    dataset = MemMapDataset(*files[0], chunk_size=LENGTH, token_bytes_paths=files[1])
+    expected = f"files of {4 * sizes[1]}, {4 * sizes[0]} bytes for {sizes[0]}, {sizes[1]} tokens"
+    with pytest.raises(ValueError, match=f"file by file, found {expected}; correct --data.token"):
+        check_token_files(dataset, one.size)
+
+
 def final_of_zeros(folder: Path, vocab_size: int) -> Path:
     """A checkpoint whose every answer is uniform over its vocabulary."""
     settings = OLMO1 | {"vocab_size": vocab_size, "embedding_size": vocab_size}
@@ -208,6 +220,7 @@ def test_of_whole_documents_by_hand(name: str, tmp_path: Path) -> None:
     counts = [len(encoder.encode(text).ids) for text in TEXTS]
     assert found["document"].to_list() == [f"d{i}" for i in range(len(TEXTS))]
     assert found["tokens"].to_list() == counts
+    assert found["digest"].to_list() == [digest_text(text) for text in TEXTS]
     assert found["bytes"].to_list() == [len(text.encode()) for text in TEXTS]
     expected = [n * math.log(shard.size) for n in counts]
     assert found["nats"].to_list() == pytest.approx(expected, rel=1e-6)
@@ -224,6 +237,16 @@ def test_the_error_of_a_ratio() -> None:
     assert error == pytest.approx(np.std([1, 2, 6], ddof=1) / math.sqrt(3) / math.log(2))
     assert compute_bits_per_byte([10.0, 20.0], [5, 10])[1] == pytest.approx(0)
     assert compute_bits_per_byte([10.0], [5])[1] is None
+    for nats, is_known in ((math.inf, math.isinf), (math.nan, math.isnan)):  # of a diverged run
+        bits, error = compute_bits_per_byte([10.0, nats], [5, 5])
+        assert is_known(bits) and error is None
+
+
+def test_documents_without_text_have_no_bits_per_byte() -> None:
+    found = {"CrossEntropyLoss": 1.0, "Perplexity": 2.0, "stderr": 0.1, "instances": 3}
+    for documents, metrics in (([0, 0], 2), ([0, 5], 3)):
+        frame = polars.DataFrame({"bytes": documents, "nats": [0.0, 1.0]})
+        assert len(heldout_scores(found, "heldout", frame)) == metrics
 
 
 @pytest.mark.slow  # lm-eval's import alone is seconds
@@ -246,6 +269,7 @@ def test_the_same_number_as_lm_eval(tmp_path: Path) -> None:
     evaluation.build(
         heldout=tmp_path / "heldout.json",
         scores=[],
+        questions=[],
         requests=[],
         results=tmp_path / "eval",
         losses=[tmp_path / "losses.parquet"],
@@ -253,7 +277,7 @@ def test_the_same_number_as_lm_eval(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "eval/results.json").read_text())
     ours = next(row for row in rows if row["metric"] == "bits_per_byte")
     table = polars.read_parquet(tmp_path / "eval/documents.parquet")
-    assert table.columns == ["dataset", "document", "tokens", "bytes", "nats"]
+    assert table.columns == ["dataset", "document", "digest", "tokens", "bytes", "nats"]
     assert table.drop("dataset").equals(found) and set(table["dataset"]) == {"heldout"}
 
     (tmp_path / "tasks").mkdir()
@@ -272,8 +296,8 @@ def test_the_same_number_as_lm_eval(tmp_path: Path) -> None:
     }
     (tmp_path / "tasks/texts.yaml").write_text(yaml.safe_dump(task))
     hf = convert(tmp_path / "final", tmp_path / "hf", kind="hf", tokenizer=shard.tokenizer)
-    theirs, _ = run_harness(hf, ["texts"], [tmp_path / "tasks"], batch_size=4)
-    value = next(row["value"] for row in theirs if row["metric"] == "bits_per_byte")
+    theirs = run_harness(hf, ["texts"], [tmp_path / "tasks"], batch_size=4)
+    value = next(row["value"] for row in theirs.scores if row["metric"] == "bits_per_byte")
     assert ours["value"] == pytest.approx(value, abs=1e-6) and value > 1
     assert ours["documents"] == len(texts)
 

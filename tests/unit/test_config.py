@@ -137,6 +137,8 @@ def test_path_resolvers(tmp_path: Path) -> None:
         ("seed: 1\nseed: 2", "the key 'seed' twice"),
         ("seed: [", "not readable as YAML"),
         ("- seed", "expected a mapping"),
+        ("optimizer: [seed]", "optimizer: expected keys, as `name: …`, found"),
+        ("evaluators: {label: lm}", "evaluators: expected a list, found"),
         ("run_name: ${nothing.here}", "run_name: .*nothing.here.* not found; give --run_name=…"),
         ("wandb: {name: '${oc.env:NOT_SET}'}", r"wandb\.name: .*NOT_SET.* not found"),
         (

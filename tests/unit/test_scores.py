@@ -13,7 +13,7 @@ from olmo.eval.harness import check_answers, extract_metrics, extract_questions
 from olmo.eval.paired import (
     combine,
     estimate_difference,
-    estimate_ratio_difference,
+    estimate_ratio,
     paired_difference,
     with_interval,
 )
@@ -151,7 +151,7 @@ def test_bits_per_byte_of_held_out_documents(tmp_path: Path) -> None:
     sizes = rng.integers(50, 5000, 40)
     for name, rate in (("a", 1.1), ("b", 0.9)):
         nats.append(sizes * rate * rng.uniform(0.9, 1.1, 40))
-        frame = polars.DataFrame({"document": [f"d{i}" for i in range(40)], "bytes": sizes})
+        frame = polars.DataFrame({"digest": [f"d{i}" for i in range(40)], "bytes": sizes})
         own = frame.with_columns(nats=nats[-1], dataset=polars.lit("heldout"), tokens=7)
         other = frame.with_columns(
             nats=sizes * rate, dataset=polars.lit("heldout of more"), tokens=7
@@ -160,13 +160,65 @@ def test_bits_per_byte_of_held_out_documents(tmp_path: Path) -> None:
         documents = polars.concat([own, other]).sample(fraction=1, shuffle=True, seed=len(runs))
         runs.append(answered(tmp_path / name, rows=rows, documents=documents))
     table, found = compare(*runs)
-    expected = with_interval(estimate_ratio_difference(*(x / math.log(2) for x in nats), sizes))
+    expected = with_interval(estimate_ratio((nats[1] - nats[0]) / math.log(2), sizes))
     own = found["b", "heldout"]
     assert [own[k] for k in ("difference", "low", "high", "questions")] == pytest.approx(
         [expected[i] for i in (0, 2, 3, 6)]
     )
     assert found["b", "heldout of more"]["difference"] == pytest.approx(-0.2 / math.log(2))
     assert table.count("better") == 3  # the explanation, and both
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("nats", [1.0, None], "nats is not set in all rows"),
+        ("bytes", [10, -10], "bytes are below 0"),
+        ("nats", ["a", "b"], "conversion from"),
+        (None, [], "documents.parquet, the scores one by one, found none; evaluate again: rm -r"),
+    ],
+)
+def test_damaged_losses_of_documents(
+    column: str | None, values: list[Any], message: str, tmp_path: Path
+) -> None:
+    frame = polars.DataFrame({"dataset": "heldout", "digest": ["d", "e"], "bytes": [10, 20]})
+    frame = frame.with_columns(nats=polars.Series([5.0, 6.0]))
+    rows = [row("heldout", "bits_per_byte", 0.5)]
+    a, b = (answered(tmp_path / name, rows=rows, documents=frame) for name in "ab")
+    assert compare(a, b)[1]["b", "heldout"]["difference"] == 0
+    if column is None:
+        (b / "documents.parquet").unlink()
+    else:
+        frame.with_columns(polars.Series(column, values)).write_parquet(b / "documents.parquet")
+    with pytest.raises(ValueError, match=message):
+        compare(a, b)
+
+
+def test_an_older_evaluation_without_bits_per_byte(tmp_path: Path) -> None:
+    a = answered(tmp_path / "a", quiz_acc={"q": 1.0}, rows=[row("heldout", "loss", 2.0)])
+    frame = {"dataset": ["heldout"], "digest": ["d"], "bytes": [10], "nats": [5.0]}
+    rows = [row("heldout", "loss", 2.0), row("heldout", "bits_per_byte", 0.5)]
+    b = answered(tmp_path / "b", quiz_acc={"q": 0.0}, rows=rows, documents=polars.DataFrame(frame))
+    table = compare(a, b)[0]
+    assert "| heldout | ours | bits_per_byte |  | 0.5000 |  |" in table and "(-1.0000" in table
+
+
+def test_runs_with_other_held_out_documents(tmp_path: Path) -> None:
+    """Of other data sets: their tasks are compared, and of their documents those in both."""
+    rows = [row("heldout", "bits_per_byte", 0.5)]
+    frame = polars.DataFrame({"dataset": "heldout", "bytes": [10, 20], "nats": [5.0, 6.0]})
+    runs = [
+        answered(
+            tmp_path / name,
+            rows=rows,
+            quiz_acc={"q": float(name == "a"), "r": 1.0},
+            documents=frame.with_columns(digest=polars.Series(texts)),
+        )
+        for name, texts in (("a", ["d", "e"]), ("b", ["f", "g"]), ("c", ["e", "d"]))
+    ]
+    found = compare(*runs)[1]
+    assert found["b", "heldout"]["difference"] is None and found["b", "quiz"]["difference"] == -0.5
+    assert found["c", "heldout"]["difference"] is None, "other bytes"
 
 
 def test_a_diverged_run_has_no_difference(tmp_path: Path) -> None:
@@ -204,9 +256,22 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     refused("expected a task that both a and stranger answered, found quiz and sums", stranger)
     old = answered(tmp_path / "old", quiz_acc={"q": 1.0})
     (old / "questions.parquet").unlink()
-    refused(r"expected .*old/questions.parquet, each question's score, found none; .*rm -r", old)
+    refused(r"expected .*old/questions.parquet, the scores one by one, found none; .*rm -r", old)
     suite = answered(tmp_path / "suite", rows=[row("S", "acc", 0.5) | {"parts": [{"task": "q"}]}])
     refused(r"suite/results.json is damaged: expected rows with scorer, task", suite)
+    part = {"scorer": "ours", "task": "quiz", "metric": "acc", "weight": 1.0, "value": 0.5}
+    wrong: list[Any] = [
+        {},
+        [row("quiz", "acc", 0.5) | {"value": "much"}],
+        [row("quiz", "acc", 0.5) | {"task": 1}],
+        [row("S", "acc", 0.5) | {"parts": [part | {"chance": 1}]}],
+        [row("S", "acc", 0.5) | {"parts": [part | {"chance": 0.1, "weight": "much"}]}],
+    ]
+    for content in wrong:
+        (suite / "results.json").write_text(json.dumps(content))
+        refused(r"suite/results.json is damaged: expected rows with scorer, task", suite)
+    (suite / "results.json").write_text("[]")
+    refused("expected a task that both a and suite answered, found quiz and none; give", suite)
     for name, content in (("cut", b"PAR1 cut"), ("wrong", None)):
         damaged = answered(tmp_path / name, quiz_acc={"q": 1.0})
         if content is None:
@@ -296,6 +361,11 @@ def test_a_suite_without_its_task_is_refused(
     (suite,) = (one for one in json.loads((made / "results.json").read_text()) if "parts" in one)
     assert suite["value"] == pytest.approx(1 / 3) and suite["stderr"] == pytest.approx(0.1 / 0.75)
     assert "| SUITE | quiz | ours | acc | 0.25 |" in (made / "table.md").read_text()
+    twice = {"SUITE": [member, {**member, "task": "q*"}]}
+    with pytest.raises(ValueError, match=r"each score in one member, found .*'quiz', 'acc"):
+        evaluation(**asked, results=tmp_path / "eval/two", suites=twice)
+    evaluation(**asked, results=tmp_path / "eval/pipe", suites={"a | b": [member]})
+    assert r"| a \| b | suite | centered" in (tmp_path / "eval/pipe/table.md").read_text()
     absent = {"SUITE": [{**member, "metric": "len_norm"}]}
     with pytest.raises(ValueError, match=r"suites.SUITE: expected a score len_norm of quiz"):
         evaluation(**asked, results=tmp_path / "eval/two", suites=absent)

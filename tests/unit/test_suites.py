@@ -153,6 +153,37 @@ def check(found: Answers, config: EvaluationConfig, expected: set[str]) -> dict[
     return suites
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("suites: [a]", "suites: expected a mapping, found"),
+        ("suites: {S: []}", "suites.S: expected tasks, found none"),
+        ("suites: {S: [{task: quiz, metric: acc, scorer: me}]}", "expected ours or lm-eval, found"),
+        ("choices: [piqa, piqa]", "choices: expected each name once, found piqa twice"),
+        ("heldout: [a, b, a]", "heldout: expected each name once, found a twice"),
+        (
+            "harness: [piqa]\nsuites: {S: [{task: piqa, metric: acc}, {task: piqa, metric: acc}]}",
+            "suites.S: expected each name once, found lm-eval piqa acc twice",
+        ),
+        (
+            "choices: [piqa]\nsuites: {S: [{task: copa, metric: acc, scorer: ours}]}",
+            "suites.S: expected copa in choices, found piqa; name it there, or correct its scorer",
+        ),
+        (
+            "choices: [piqa]\nsuites: {S: [{task: piqa, metric: acc}]}",
+            "suites.S: expected piqa in harness, found none",
+        ),
+    ],
+)
+def test_mistakes_in_evaluations(text: str, message: str, tmp_path: Path) -> None:
+    """Said before anything is measured."""
+    path = tmp_path / "tasks.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        EvaluationConfig.load(path)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.slow
 def test_core(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
