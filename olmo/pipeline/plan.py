@@ -80,8 +80,7 @@ class Plan:
             self.pipeline.ladders, {*self.pipeline.runs, *self.pipeline.soups}
         )
         for name, ladder in self.ladder_of.items():
-            settings = run_settings(self.pipeline.ladders[ladder])
-            self.pipeline.runs[name] = RunConfig.new(**settings)
+            self.pipeline.runs[name] = RunConfig.new(**run_settings(self.pipeline.ladders[ladder]))
 
     def branches(self, ladder: str) -> list[Branch]:
         """The runs of a ladder. ValueError if one of them cannot be."""
@@ -129,9 +128,7 @@ class Plan:
     def dataset(self, run: str) -> str:
         """The name of a run's data set: the run's own name if its training config names tokens."""
         first = self.pipeline.soups.get(run, [run])[0]
-        # Of a ladder's run too, whose ladder may have mistakes: no length is needed.
-        found = self.pipeline.runs.get(first) or self.run(first)
-        return found.dataset or first
+        return (self.pipeline.runs.get(first) or self.run(first)).dataset or first
 
     def recipe(self, dataset: str) -> Recipe:
         """A data set's recipe, with `tokenizer.dataset` replaced by that tokenizer's file."""

@@ -113,9 +113,13 @@ def drop_chance_makers(record: Record, makers: list[Record]) -> list[Record]:
     for one in record["action"]["inputs"].values():
         digests = set(one if isinstance(one, list) else [one])
         shares = {key: part for key, found in made.items() if (part := digests & found)}
-        distinct = {frozenset(part) for part in shares.values()}
-        most = {part for part in distinct if not any(part < other for other in distinct)}
-        kept |= {key for key, part in shares.items() if frozenset(part) in most}
+        holders: dict[str, list[set[str]]] = {}
+        for part in shares.values():
+            for digest in part:
+                holders.setdefault(digest, []).append(part)
+        for key, part in shares.items():
+            if not any(part < other for other in holders[min(part)]):
+                kept.add(key)
     return [maker for maker in makers if maker["key"] in kept]
 
 
