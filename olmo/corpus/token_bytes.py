@@ -38,7 +38,7 @@ def count_heldout_bytes(
     tokenizer: Path,
     special_as_text: bool = False,
 ) -> list[Entry]:
-    """Run `token_bytes` for each shard that has held-out tokens; the entries for the listing.
+    """Run `token_bytes` for the held-out tokens of each shard; the entries for the listing.
 
     Args:
         documents: listings of the documents
@@ -56,11 +56,10 @@ def count_heldout_bytes(
         found = {name: made[entry.shard, name] for name in names if (entry.shard, name) in made}
         return {"documents": entry.object, **{name: one.object for name, one in found.items()}}
 
-    held = [e for e in read_listing(documents, HELDOUT) if made[e.shard, "tokens"].bytes]
     return run_shards(
         token_bytes,
         listing,
-        held,
+        read_listing(documents, HELDOUT),
         {"token_bytes": file},
         inputs,
         {"token_bytes": "heldout-token_bytes"},

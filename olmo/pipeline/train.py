@@ -13,11 +13,12 @@ from olmo.checkpoint.layout import list_checkpoints
 from olmo.cluster.launch import Geometry, launch
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
 from olmo.config.identity import identity
-from olmo.corpus.listing import read_objects
+from olmo.corpus.listing import read_listing, read_objects
 from olmo.corpus.tokenizer import check_tokenizer
 from olmo.pipeline.reuse import GIVEN, find_saved, take_over
 from olmo.report.loss import plot_losses, redrawing
 from olmo.report.series import collect_series
+from olmo.runtime.log import log
 from olmo.runtime.numbers import encode_non_finite, to_json
 from olmo.store.stage import (
     STORE_ENV,
@@ -97,9 +98,22 @@ def train_run(
         cfg=cfg,
         heldout=read_objects(tokens, "heldout-tokens", skip_empty=True),
         heldout_labels=read_objects(tokens, "heldout-labels", skip_empty=True) or None,
-        heldout_bytes=read_objects(tokens, "heldout-token_bytes", skip_empty=True) or None,
+        heldout_bytes=find_token_bytes(tokens),
         geometry=Geometry(processes, nodes, min_nodes, max_restarts, cfg.global_train_batch_size),
     )
+
+
+def find_token_bytes(listings: list[Path]) -> list[Path] | None:
+    """The bytes of each held-out token; None where tokens were made before these were counted."""
+    heldout = read_listing(listings, "heldout-tokens")
+    found = read_objects(listings, "heldout-token_bytes", skip_empty=True)
+    if len(found) < sum(entry.bytes > 0 for entry in heldout):
+        log.info(
+            "no bits per byte: the bytes of held-out tokens are not known, since the tokens are "
+            "older; to count them: uv run snakemake --cores 2 --forcerun tokens <the same target>"
+        )
+        return None
+    return found or None
 
 
 def start_files(checkpoint: Path, cfg: TrainConfig) -> list[Path]:

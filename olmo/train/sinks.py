@@ -100,6 +100,8 @@ class Console:
         for name, value in metrics.items():
             if name.startswith("eval/"):
                 label, _, score = name.rpartition("/")
+                if score == "Perplexity" and f"{label}/BitsPerByte" in metrics:
+                    continue  # it is exp(loss); a line of 80 columns has no room for all three
                 evaluated.setdefault(label, []).append(f"{score} {value:.4f}")
         text = self._line(step, metrics)
         if self._moving:

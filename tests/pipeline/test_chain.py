@@ -120,6 +120,7 @@ def test_a_changed_source_runs_its_chain_the_order_and_training(finished: Projec
         "local_source": 1,
         "documents": 1,
         "tokens": 2,  # its training and its held-out documents
+        "token_bytes": 1,
         "global_order": 1,
         "training": 1,
     }

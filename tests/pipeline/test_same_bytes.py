@@ -34,7 +34,7 @@ def test_either_engine_in_any_order_of_files_by_one_process_or_two(tmp_path: Pat
         order = [shard for shard, output, *_ in rows if output == "tokens"]
         assert order == [Path(file).name.split(".")[0] for file in files]
         found[engine] = sorted(rows)
-    assert found["dolma"] == found["fast"] and len(rows) == 3 * 4
+    assert found["dolma"] == found["fast"] and len(rows) == 3 * 5
 
 
 def test_two_folders_on_one_cold_store_run_each_action_once(tmp_path: Path):
@@ -54,6 +54,7 @@ def test_two_folders_on_one_cold_store_run_each_action_once(tmp_path: Path):
         "documents": 3,
         "trained_tokenizer": 1,
         "tokens": 6,
+        "token_bytes": 3,
         "global_order": 1,
         "training": 1,
     }

@@ -1,10 +1,12 @@
 """Fine-tuning from another run of the pipeline, or from a checkpoint, on conversations."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 
+import polars
 import pytest
 from project import Project
 from servers import web_server
@@ -70,6 +72,11 @@ def test_the_held_out_answers_loss_falls(tuned: Project):
     tuned.run("checkpoints/tuned/heldout.json", "data/talks/statistics.txt")
     found = json.loads((tuned.root / "checkpoints/tuned/heldout.json").read_text())
     assert found["CrossEntropyLossPerLabel"] == pytest.approx(loss["last"], abs=1e-6)
+    # An instance is a conversation alone, so the loop reads what the measure of documents reads.
+    bits = record(tuned)["facts"]["heldout_bits_per_byte"]["heldout"]
+    each = polars.read_parquet(tuned.root / "checkpoints/tuned/heldout.parquet")
+    measured = each["nats"].sum() / math.log(2) / each["bytes"].sum()
+    assert measured == pytest.approx(bits["last"], rel=1e-5) and bits["last"] < bits["first"]
     text = (tuned.root / "data/talks/statistics.txt").read_text()
     counts = [int(n) for n in re.findall(r"^in all +(?:train|heldout) +(\d+)", text, re.M)]
     assert len(counts) == 2 and sum(counts) == QUESTIONS

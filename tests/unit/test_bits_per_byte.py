@@ -17,6 +17,7 @@ from test_sft import Made, talk
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from olmo.config import DataConfig, EvaluatorConfig, TrainConfig
+from olmo.corpus.listing import Entry, write_listing
 from olmo.corpus.token_bytes import NO_TEXT, ByteCounter, token_bytes
 from olmo.data.checks import check_token_files
 from olmo.data.memmap import MemMapDataset
@@ -27,6 +28,7 @@ from olmo.model import OLMo
 from olmo.pipeline.convert import convert
 from olmo.pipeline.document_losses import digest_text, document_losses
 from olmo.pipeline.evaluate import evaluation
+from olmo.pipeline.train import find_token_bytes
 from olmo.report.scores import compute_bits_per_byte, heldout_scores
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "")
@@ -146,6 +148,21 @@ def test_special_names_may_be_text(tmp_path: Path) -> None:
     ids = encoder.encode(TEXTS[4]).ids
     counter = ByteCounter(shard.tokenizer.read_bytes(), special_as_text=True)
     assert EOS not in ids and counter.count(TEXTS[4], [*ids, EOS]).sum() == len(TEXTS[4])
+
+
+def test_tokens_from_before_have_no_bytes(tmp_path: Path) -> None:
+    """Some or all of a data set's: with a part of the files, bytes would be other tokens'."""
+    for name, outputs in (
+        ("none", {"tokens": 8}),
+        ("new", {"heldout-tokens": 8, "heldout-token_bytes": 16}),
+        ("empty", {"heldout-tokens": 0, "heldout-token_bytes": 0}),
+        ("old", {"heldout-tokens": 8}),
+    ):
+        entries = [Entry("a", o, o, "0" * 64, size) for o, size in outputs.items()]
+        write_listing(tmp_path / name, entries)
+    assert len(find_token_bytes([tmp_path / "new", tmp_path / "empty"]) or ()) == 1
+    assert find_token_bytes([tmp_path / "new", tmp_path / "old"]) is None
+    assert find_token_bytes([tmp_path / "none"]) is None
 
 
 class Constant(torch.nn.Module):
