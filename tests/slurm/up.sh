@@ -103,7 +103,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,requeue_delay=1
-KillWait=5
+KillWait=20
 MinJobAge=600
 SlurmctldTimeout=30
 SlurmdTimeout=30
