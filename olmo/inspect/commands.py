@@ -124,7 +124,7 @@ def seen(
     text: str | None = None,
     file: Path | None = None,
     sha256: str | None = None,
-    limit: int = 100,
+    limit: int = 20,
     world_size: int | None = None,
 ) -> None:
     """Print every step and batch position at which a run of ours was trained on a document or text.
