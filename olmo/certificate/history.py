@@ -22,7 +22,7 @@ from olmo.report.graph import Graph, build_graph
 from olmo.report.html import hide_paths
 from olmo.store.lineage import find_parents, input_digests, records_by_content
 from olmo.store.naming import all_names
-from olmo.store.record import Record, parse_record
+from olmo.store.record import Record, output_files, parse_record
 from olmo.store.store import Store
 
 NO_LICENCE = "NOASSERTION"  # of SPDX: it is stated that nothing is known
@@ -276,13 +276,7 @@ def find_copies(run: str, records: list[Record], store: Store) -> set[str]:
 
 def digests_of(record: Record) -> set[str]:
     """The digests of what an action made."""
-    return {file["sha256"] for file in describe_outputs(record)}
-
-
-def describe_outputs(record: Record) -> list[dict[str, Any]]:
-    """The files of an action's outputs."""
-    outputs = record["outputs"].values()
-    return [f for o in outputs for f in (o["files"].values() if "files" in o else [o])]
+    return {file["sha256"] for file in output_files(record)}
 
 
 def find_owners(store: Store) -> dict[str, list[tuple[str, str]]]:

@@ -25,6 +25,7 @@ from olmo.certificate.signature import (
     sign,
     state_folder,
 )
+from olmo.checkpoint.layout import publish_folder
 from olmo.config import read_project_config
 from olmo.config.conversion import Mistakes, each_mistake
 from olmo.io.untrusted import check_part
@@ -131,9 +132,7 @@ def write_folder(folder: Path, texts: dict[str, str]) -> None:
     try:
         for name, text in texts.items():
             (draft / name).write_text(text, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(draft, folder)
+        publish_folder(draft, folder)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise

@@ -197,7 +197,7 @@ def training(
             "steps": reached["global_step"],
             "tokens": reached["global_train_tokens_seen"],
             "heldout_loss": encode_non_finite(heldout_losses(metrics)),
-            "heldout_bits_per_byte": encode_non_finite(heldout_bits_per_byte(metrics)),
+            "heldout_bits_per_byte": encode_non_finite(heldout_numbers(metrics, BITS_PER_BYTE)),
             "segments": read_segments(attempt),
         },
         "conditions": training_conditions(read_segments(attempt)),
@@ -296,24 +296,24 @@ def content_addressed_config(
     return config if start is None else config | {"load_path": address(start[0])}
 
 
-def heldout_bits_per_byte(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The first and the last bits per byte on each held-out set whose tokens' bytes are known."""
+def heldout_numbers(
+    metrics: list[dict[str, Any]], name: str, better: str | None = None
+) -> dict[str, dict[str, float]]:
+    """The first and the last value of a metric on each held-out set.
+
+    Args:
+        better: the metric that counts instead where it is known.
+    """
     found: dict[str, dict[str, float]] = {}
     for row in metrics:
-        for name, value in row.items():
-            if name.startswith("eval/") and name.endswith(f"/{BITS_PER_BYTE}"):
-                label = name.removeprefix("eval/").removesuffix(f"/{BITS_PER_BYTE}")
+        for key, value in row.items():
+            if key.startswith("eval/") and key.endswith(f"/{name}"):
+                label = key.removeprefix("eval/").removesuffix(f"/{name}")
+                value = row.get(f"eval/{label}/{better}", value)
                 found.setdefault(label, {"first": value})["last"] = value
     return found
 
 
 def heldout_losses(metrics: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """The first and the last loss on each held-out set, in nats per learned token."""
-    losses: dict[str, dict[str, float]] = {}
-    for row in metrics:
-        for name, value in row.items():
-            if name.startswith("eval/") and name.endswith("/CrossEntropyLoss"):
-                label = name.removeprefix("eval/").removesuffix("/CrossEntropyLoss")
-                value = row.get(f"eval/{label}/{PER_LABEL}", value)
-                losses.setdefault(label, {"first": value})["last"] = value
-    return losses
+    return heldout_numbers(metrics, "CrossEntropyLoss", PER_LABEL)

@@ -245,12 +245,10 @@ def _update_names(db: sqlite3.Connection, store: Store, folder: str) -> bool:
     """Index the names of links/ that are new or replaced; whether all could be read."""
     known = {name.hex(): file for name, file in db.execute("SELECT name, file FROM names")}
     files = _list_files(store.root / folder, known)
-    gone = [(bytes.fromhex(name),) for name in known if known[name] != files.get(name)]
+    gone = [(bytes.fromhex(name),) for name, _ in known.items() - files.items()]
     db.executemany("DELETE FROM names WHERE name = ?", gone)
     is_complete = True
-    for name, file in files.items():
-        if known.get(name) == file:
-            continue
+    for name, file in sorted(files.items() - known.items()):
         try:
             found = load_name(store.root / folder / name)
         except (Damaged, OSError):
